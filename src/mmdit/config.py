@@ -1,0 +1,109 @@
+"""What an MMDiT is made of, read off the shapes of its tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+_BLOCK = re.compile(r"joint_blocks\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """Every number that shapes an MMDiT; nothing in it comes from a file's name.
+
+    Official values (Stability-AI/sd3.5, `sd3_impls.py`): SD3-Medium 24 blocks of width 1536 without QK-norm;
+    SD3.5-Medium the same width with RMS QK-norm and second attention in blocks 0-12; SD3.5-Large and Large-Turbo
+    38 blocks of width 2432 with RMS QK-norm.
+    """
+
+    depth: int  # joint blocks
+    hidden_size: int
+    context_dim: int  # width of the text tokens that come in: 4096 officially
+    pooled_dim: int  # width of the pooled text vector: 2048 officially
+    pos_embed_size: int  # side of the square position table, in patches
+    head_dim: int = 64
+    patch_size: int = 2
+    in_channels: int = 16
+    out_channels: int = 16
+    mlp_dim: int | None = None  # None: 4 x hidden_size
+    qk_norm: Literal["rms"] | None = "rms"
+    dual_attention_blocks: tuple[int, ...] = ()  # blocks whose image stream has a second attention (MMDiT-X)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, with the numbers, where they cannot describe a model."""
+        for name in ("depth", "hidden_size", "context_dim", "pooled_dim", "pos_embed_size", "head_dim", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MMDiTConfig.{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.head_dim:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}")
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4, as the position table needs")
+        if self.qk_norm not in (None, "rms"):
+            raise ValueError(f"qk_norm must be None or 'rms', got {self.qk_norm!r}")
+        if any(not 0 <= i < self.depth for i in self.dual_attention_blocks):
+            raise ValueError(f"dual_attention_blocks {self.dual_attention_blocks} outside of 0..{self.depth - 1}")
+        if self.mlp_dim is None:
+            object.__setattr__(self, "mlp_dim", 4 * self.hidden_size)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads per stream."""
+        return self.hidden_size // self.head_dim
+
+    @property
+    def max_pixels(self) -> int:
+        """Longest side of a picture in pixels: 8 per latent cell, `patch_size` cells per entry of the table."""
+        return 8 * self.patch_size * self.pos_embed_size
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Infer the config from `{official key: shape}` (no prefix).
+
+        Source: Stability-AI/sd3.5 `sd3_impls.BaseModel`; ComfyUI `comfy/model_detection.py`.
+
+        Raises:
+            ValueError: a tensor that the inference needs is missing, or the shapes contradict each other.
+        """
+        shape = _Needed(shapes)
+        hidden, in_channels, patch, _ = shape["x_embedder.proj.weight"]
+        last = max(_block_numbers(shapes), default=-1)
+        norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
+        table = shape["pos_embed"][1]
+        if math.isqrt(table) ** 2 != table:
+            raise ValueError(f"pos_embed holds {table} positions, which is not a square")
+        return cls(
+            depth=last + 1,
+            hidden_size=hidden,
+            context_dim=shape["context_embedder.weight"][1],
+            pooled_dim=shape["y_embedder.mlp.0.weight"][1],
+            pos_embed_size=math.isqrt(table),
+            head_dim=norm[0] if norm else 64,
+            patch_size=patch,
+            in_channels=in_channels,
+            out_channels=shape["final_layer.linear.weight"][0] // patch**2,
+            mlp_dim=shape["joint_blocks.0.x_block.mlp.fc1.weight"][0],
+            qk_norm="rms" if norm else None,
+            dual_attention_blocks=tuple(i for i in range(last + 1) if _has_dual_attention(shapes, i)),
+        )
+
+
+class _Needed(dict[str, tuple[int, ...]]):
+    """Shapes whose absence is explained."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        super().__init__({key: tuple(shape) for key, shape in shapes.items()})
+
+    def __missing__(self, key: str) -> tuple[int, ...]:
+        raise ValueError(f"not an MMDiT: the tensor {key!r} is missing among {len(self)} tensors")
+
+
+def _block_numbers(shapes: Mapping[str, Sequence[int]]) -> set[int]:
+    return {int(found[1]) for key in shapes if (found := _BLOCK.fullmatch(key))}
+
+
+def _has_dual_attention(shapes: Mapping[str, Sequence[int]], block: int) -> bool:
+    return f"joint_blocks.{block}.x_block.attn2.qkv.weight" in shapes

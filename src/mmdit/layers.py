@@ -1,0 +1,160 @@
+"""The small parts of an MMDiT; attribute names are the official checkpoint keys."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Cuts a latent into patches and projects each to one token, row by row (`x_embedder`)."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        return self.proj(latent).flatten(2).transpose(1, 2)  # b l d
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of the timestep, then an MLP (`t_embedder`)."""
+
+    def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, timestep: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        return self.mlp(timestep_sinusoid(timestep, self.frequency_size).to(self.mlp[0].weight.dtype))
+
+
+class VectorEmbedder(nn.Module):
+    """MLP over the pooled text vector (`y_embedder`)."""
+
+    def __init__(self, pooled_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(pooled_dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, pooled: Float[Tensor, "b p"]) -> Float[Tensor, "b d"]:
+        return self.mlp(pooled)
+
+
+class QKV(NamedTuple):
+    """Queries, keys and values, each [b, heads, l, head_dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Attend(nn.Module):
+    """Softmax attention without mask, scores scaled by head_dim**-0.5.
+
+    It has no parameters, so that one instance in one block can be replaced (attention maps, other kernels, frozen
+    patterns) without touching the model.
+    """
+
+    def forward(
+        self, q: Float[Tensor, "b n l d"], k: Float[Tensor, "b n m d"], v: Float[Tensor, "b n m d"]
+    ) -> Float[Tensor, "b n l d"]:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class SelfAttention(nn.Module):
+    """The projections around attention of one stream; attention itself is the block's `attend`.
+
+    `proj` is absent where the stream ends with this attention (context stream of the last block).
+    """
+
+    def __init__(self, hidden_size: int, head_dim: int, *, qk_norm: bool, pre_only: bool = False) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.ln_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        if not pre_only:
+            self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def project_in(self, x: Float[Tensor, "b l d"]) -> QKV:
+        """Queries, keys and values of the tokens, split into heads and normalised."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)  # b l heads head_dim
+        return QKV(self.ln_q(q).transpose(1, 2), self.ln_k(k).transpose(1, 2), v.transpose(1, 2))
+
+    def project_out(self, z: Float[Tensor, "b n l d"]) -> Float[Tensor, "b l h"]:
+        """The heads' results put side by side and projected back."""
+        return self.proj(z.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linears around a tanh-approximated GELU."""
+
+    def __init__(self, hidden_size: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_dim)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(mlp_dim, hidden_size)
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Modulation(NamedTuple):
+    """What adaLN makes of the conditioning vector for one sublayer, each [b, d]."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor | None = None
+
+
+def modulate(x: Float[Tensor, "b l d"], m: Modulation) -> Float[Tensor, "b l d"]:
+    """x (1 + scale) + shift, the same for all tokens (DiT, arXiv 2212.09748, section 3.2)."""
+    return x * (1 + m.scale.unsqueeze(1)) + m.shift.unsqueeze(1)
+
+
+def layer_norm(hidden_size: int) -> nn.LayerNorm:
+    """The only LayerNorm of the model: no affine, eps 1e-6."""
+    return nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection from tokens to patches (`final_layer`)."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_size**2 * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]) -> Float[Tensor, "b l p"]:
+        return self.linear(modulate(self.norm_final(x), Modulation(*self.adaLN_modulation(c).chunk(2, dim=-1))))
+
+
+def timestep_sinusoid(timestep: Float[Tensor, " b"], size: int = 256) -> Float[Tensor, "b {size}"]:
+    """[cos | sin] of timestep * exp(-ln(10000) i / (size/2)), in float32 at every model dtype.
+
+    Source: Stability-AI/sd3.5 `mmditx.TimestepEmbedder`. The references compute it in float32, and at t near 1000
+    another precision would give other numbers.
+    """
+    half = size // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    angles = timestep.float()[:, None] * torch.exp(-math.log(10000) * steps / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def sincos_pos_embed(hidden_size: int, side: int) -> Float[Tensor, "1 l d"]:
+    """The position table that training starts from, [1, side**2, hidden_size]; checkpoints bring their own.
+
+    The first half of the channels encodes the column, the second half the row, each as [sin | cos] with
+    frequencies 10000**(-i / (hidden_size/4)). Source: Stability-AI/sd3.5 `mmditx.get_2d_sincos_pos_embed`.
+    """
+    index = torch.arange(side, dtype=torch.float64)
+    omega = 10000 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    wave = torch.cat([(index[:, None] * omega).sin(), (index[:, None] * omega).cos()], dim=-1)  # side d/2
+    column, row = wave[None, :, :].expand(side, -1, -1), wave[:, None, :].expand(-1, side, -1)
+    return torch.cat([column, row], dim=-1).reshape(1, side**2, hidden_size).float()
