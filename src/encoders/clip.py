@@ -1,0 +1,186 @@
+"""The text towers of CLIP-L and CLIP-G. Module names are those of the official files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+Activation = Literal["quick_gelu", "gelu"]
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Shapes of a CLIP text tower, and its activation, which no shape tells: quick_gelu in CLIP-L, gelu in CLIP-G.
+
+    Official values (CONVENTIONS of transformers' CLIPTextConfig): L 768 x 12 layers, G 1280 x 32 layers.
+    """
+
+    width: int
+    layers: int
+    mlp_dim: int
+    activation: Activation
+    heads: int
+    vocabulary: int = 49408
+    positions: int = 77
+    projection_dim: int | None = None  # None: the file has no text_projection (clip_l.safetensors)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, with the numbers, where they cannot describe a tower."""
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"CLIP activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
+        if self.width % self.heads:
+            raise ValueError(f"CLIP width {self.width} is not a multiple of its {self.heads} heads")
+
+    @classmethod
+    def from_shapes(
+        cls, shapes: Mapping[str, Sequence[int]], *, activation: Activation, heads: int | None = None
+    ) -> Self:
+        """Infer the config from `{official key: shape}`; heads are of size 64 unless said otherwise.
+
+        Raises:
+            ValueError: the tensors are not those of a CLIP text tower.
+        """
+        embedding = shapes.get("text_model.embeddings.token_embedding.weight")
+        if embedding is None:
+            raise ValueError(f"not a CLIP text tower: no token embedding among {len(shapes)} tensors")
+        layers = 0
+        while f"text_model.encoder.layers.{layers}.mlp.fc1.weight" in shapes:
+            layers += 1
+        projection = shapes.get("text_projection.weight")
+        return cls(
+            width=embedding[1],
+            layers=layers,
+            mlp_dim=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            activation=activation,
+            heads=heads or max(embedding[1] // 64, 1),
+            vocabulary=embedding[0],
+            positions=shapes["text_model.embeddings.position_embedding.weight"][0],
+            projection_dim=None if projection is None else projection[0],
+        )
+
+
+class CLIPOutput(NamedTuple):
+    """What SD3 takes from a tower, and what it is made of."""
+
+    penultimate: Tensor  # [b, n, width]: output of the last layer but one, without final norm
+    last: Tensor  # [b, n, width]: output of the last layer after the final norm
+    pooled: Tensor  # [b, width]: `last` at the first end-of-text token, unprojected
+    projected: Tensor | None  # [b, projection_dim], or None where the file has no projection
+
+
+class CLIPText(nn.Module):
+    """A CLIP text tower: causal pre-norm transformer over 77 learned positions.
+
+    Source: Stability-AI/sd3.5 `other_impls.py`; transformers `CLIPTextModelWithProjection`.
+    """
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_model = TextModel(config)
+        if config.projection_dim is not None:
+            self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
+
+    def forward(self, ids: Int[Tensor, "b n"]) -> CLIPOutput:
+        penultimate, last = self.text_model(ids)
+        # The end-of-text id is the largest of the vocabulary, and argmax finds its first place.
+        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
+        projected = None if self.config.projection_dim is None else self.text_projection(pooled)
+        return CLIPOutput(penultimate, last, pooled, projected)
+
+
+class TextModel(nn.Module):
+    """Embeddings, layers and final norm (`text_model`)."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Int[Tensor, "b n"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
+        penultimate, last = self.encoder(self.embeddings(ids))
+        return penultimate, self.final_layer_norm(last)
+
+
+class Embeddings(nn.Module):
+    """Token plus learned position."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
+        self.position_embedding = nn.Embedding(config.positions, config.width)
+
+    def forward(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class Encoder(nn.Module):
+    """The layers; gives the outputs of the last two."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
+        penultimate = x
+        for layer in self.layers:
+            penultimate, x = x, layer(x)
+        return penultimate, x
+
+
+class Layer(nn.Module):
+    """Causal attention, then an MLP, each after a norm and around a residual."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        q, k, v = (
+            part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q_proj, self.k_proj, self.v_proj)
+        )  # b heads n head_dim
+        z = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(z.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linears around the tower's activation."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_dim)
+        self.act = nn.GELU() if config.activation == "gelu" else QuickGELU()
+        self.fc2 = nn.Linear(config.mlp_dim, config.width)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), OpenAI's approximation of GELU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)

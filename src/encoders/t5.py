@@ -1,0 +1,200 @@
+"""The encoder of T5 v1.1 (T5-XXL in Stable Diffusion 3). Module names are those of the official files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Shapes of a T5 encoder. T5-XXL: width 4096, 24 layers, 64 heads of size 64, MLP 10240."""
+
+    width: int
+    layers: int
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    vocabulary: int = 32128
+    buckets: int = 32
+    max_distance: int = 128
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the buckets cannot be split by sign and distance."""
+        if self.buckets % 4 or self.buckets < 4:
+            raise ValueError(f"T5 needs a multiple of 4 relative position buckets, got {self.buckets}")
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """Infer the config from `{official key: shape}`.
+
+        Raises:
+            ValueError: the tensors are not those of a T5 encoder.
+        """
+        if missing := [key for key in ("shared.weight", _BIAS) if key not in shapes]:
+            raise ValueError(f"not a T5 encoder: {', '.join(missing)} missing among {len(shapes)} tensors")
+        layers = 0
+        while f"encoder.block.{layers}.layer.1.DenseReluDense.wo.weight" in shapes:
+            layers += 1
+        buckets, heads = shapes[_BIAS]
+        vocabulary, width = shapes["shared.weight"]
+        return cls(
+            width=width,
+            layers=layers,
+            heads=heads,
+            head_dim=shapes["encoder.block.0.layer.0.SelfAttention.q.weight"][0] // heads,
+            mlp_dim=shapes["encoder.block.0.layer.1.DenseReluDense.wo.weight"][1],
+            vocabulary=vocabulary,
+            buckets=buckets,
+        )
+
+
+class T5Encoder(nn.Module):
+    """Token ids to text features; no mask, so padding is attended to as SD3 was trained.
+
+    Source: Raffel et al. 2020 (arXiv 1910.10683), T5 v1.1; Stability-AI/sd3.5 `other_impls.py`.
+    """
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocabulary, config.width)
+        self.encoder = Stack(config)
+
+    def forward(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
+        return self.encoder(self.shared(ids))
+
+
+class Stack(nn.Module):
+    """The blocks and the final norm (`encoder`). One table of relative biases, in block 0, serves all blocks."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.max_distance = config.max_distance
+        self.block = nn.ModuleList(Block(config, has_bias=i == 0) for i in range(config.layers))
+        self.final_layer_norm = RMSNorm(config.width)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        table = self.get_parameter("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+        bias = position_bias(table, x.shape[1], self.max_distance)
+        x = widened(x)
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)
+
+
+class Block(nn.Module):
+    """Attention, then a gated MLP."""
+
+    def __init__(self, config: T5Config, *, has_bias: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([AttentionLayer(config, has_bias=has_bias), MlpLayer(config)])
+
+    def forward(self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h n n"]) -> Float[Tensor, "b n d"]:
+        return self.layer[1](self.layer[0](x, bias))
+
+
+class AttentionLayer(nn.Module):
+    """Norm, attention, residual."""
+
+    def __init__(self, config: T5Config, *, has_bias: bool) -> None:
+        super().__init__()
+        self.layer_norm = RMSNorm(config.width)
+        self.SelfAttention = Attention(config, has_bias=has_bias)
+
+    def forward(self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h n n"]) -> Float[Tensor, "b n d"]:
+        return x + self.SelfAttention(self.layer_norm(x), bias)
+
+
+class MlpLayer(nn.Module):
+    """Norm, gated MLP, residual."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.layer_norm = RMSNorm(config.width)
+        self.DenseReluDense = GatedMlp(config)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return x + self.DenseReluDense(self.layer_norm(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention without scaling of the scores, plus a bias by relative position."""
+
+    def __init__(self, config: T5Config, *, has_bias: bool) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.q, self.k, self.v = (nn.Linear(config.width, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, config.width, bias=False)
+        if has_bias:
+            self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
+
+    def forward(self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h n n"]) -> Float[Tensor, "b n d"]:
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # b heads n head_dim
+        return self.o(z.transpose(1, 2).flatten(2))
+
+
+class GatedMlp(nn.Module):
+    """wo(gelu_tanh(wi_0 x) * wi_1 x)."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.wi_0 = nn.Linear(config.width, config.mlp_dim, bias=False)
+        self.wi_1 = nn.Linear(config.width, config.mlp_dim, bias=False)
+        self.wo = nn.Linear(config.mlp_dim, config.width, bias=False)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
+        return F.linear(widened(hidden), widened(self.wo.weight))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with weight, no bias, eps 1e-6; gives the weight's dtype whatever the stream's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6).to(self.weight.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """float16 as float32, every other dtype as it is.
+
+    T5-XXL's residual stream and the output of `wo` exceed float16's 65504; transformers keeps both in float32 too.
+    """
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def position_bias(table: Float[Tensor, "buckets h"], length: int, max_distance: int) -> Float[Tensor, "1 h n n"]:
+    """What is added to the scores of `length` tokens, by head, query and key."""
+    position = torch.arange(length, device=table.device)
+    buckets = relative_buckets(position[None, :] - position[:, None], len(table), max_distance)
+    return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+
+
+def relative_buckets(relative: Int[Tensor, "n m"], buckets: int = 32, max_distance: int = 128) -> Int[Tensor, "n m"]:
+    """Bucket of each key position minus query position.
+
+    Half of the buckets for later keys; in each half the first half exact, the rest logarithmic up to `max_distance`.
+    Source: T5, arXiv 1910.10683 section 2.1, as in mesh-tensorflow (bidirectional).
+    """
+    half = buckets // 2
+    exact = half // 2
+    distance = relative.abs()
+    # float32 as in every reference: at the borders of the logarithmic buckets the rounding decides.
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
+    return (relative > 0).long() * half + torch.where(distance < exact, distance, far)
