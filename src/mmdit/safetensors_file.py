@@ -1,0 +1,242 @@
+"""Reading and writing safetensors files, tensor by tensor.
+
+The header is checked here because the safetensors library accepts duplicate keys, and because a broken download
+should be explained. Tensors are read straight into their final memory, so a process holds no second copy.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.lazy import LazyTensor
+
+DTYPES = {  # in the order in which the safetensors library writes them
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+STAGING = 32 * 2**20  # bytes read at a time where a tensor is cast or moved on its way
+_PICKLES = {b"PK\x03\x04": "a PyTorch pickle (zip)", b"GGUF": "a GGUF file", b"\x80\x02": "a Python pickle"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message names the file, what was found, what was expected and what to do."""
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: where its bytes are, counted from the file's start."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says that it holds."""
+
+    path: Path
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is not a safetensors file, is truncated, or its header contradicts itself.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        text = _header_text(path, file, size)
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not valid JSON ({error}); download the file again") from error
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"{path}: the header names {error} twice; the file was written wrongly") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+    start = 8 + len(text)
+    entries = {key: _entry(path, key, value, start) for key, value in header.items()}
+    _check_offsets(path, entries, start, size)
+    return Header(path, entries, metadata)
+
+
+def open_tensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """The tensors of a file, each read when it is asked for, and the file's metadata.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see `read_header`.
+    """
+    header = read_header(path)
+    return {key: _lazy(header.path, entry) for key, entry in header.entries.items()}, header.metadata
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file tensor by tensor, in the order and with the header of the safetensors library.
+
+    The file appears under its name only when it is complete.
+    """
+    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    order = sorted(tensors, key=lambda key: (rank[tensors[key].dtype], key))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key in order:
+        lazy = tensors[key]
+        begin, end = end, end + lazy.nbytes
+        header[key] = {"dtype": NAMES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(Path(path)) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(_bytes(tensors[key].read()))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; it takes the place of `path` at the end, and is removed if the writing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
+    first = file.read(8)
+    for magic, what in _PICKLES.items():
+        if first.startswith(magic):
+            raise CheckpointError(
+                f"{path} is {what}, not safetensors; pickles can run code and are never opened. "
+                "Use the .safetensors file of the same model"
+            )
+    if len(first) < 8:
+        raise CheckpointError(f"{path}: {size} bytes are no safetensors file (8 bytes of header length come first)")
+    length = int.from_bytes(first, "little")
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{path} is not a safetensors file: its first 8 bytes claim a header of {length} bytes")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{path} is truncated: the header takes {length} bytes, the file has {size - 8} after its length; "
+            "download it again"
+        )
+    return file.read(length)
+
+
+class _DuplicateKeyError(Exception):
+    """A JSON object names a key twice."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(repr(next(name for name in names if names.count(name) > 1)))
+    return found
+
+
+def _entry(path: Path, key: str, value: Any, start: int) -> Entry:
+    try:
+        name, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        numbers = (*shape, begin, end)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header entry of {key!r} is malformed: {value!r}") from error
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise CheckpointError(f"{path}: {key!r} has shape {list(shape)} and offsets {[begin, end]}: not counts")
+    if name not in DTYPES:
+        raise CheckpointError(f"{path}: {key!r} has dtype {name!r}; known are {', '.join(DTYPES)}")
+    dtype = DTYPES[name]
+    if end - begin != prod(shape) * dtype.itemsize:
+        raise CheckpointError(
+            f"{path}: {key!r} is {name} {list(shape)}, which takes {prod(shape) * dtype.itemsize} bytes, "
+            f"but its offsets span {end - begin}"
+        )
+    return Entry(dtype, shape, start + begin, start + end)
+
+
+def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
+    """The tensors must lie side by side, without gap or overlap, up to the file's end."""
+    end, before = start, "the header"
+    for key, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.start != end:
+            what = "overlaps" if entry.start < end else "leaves a gap after"
+            raise CheckpointError(f"{path}: {key!r} {what} {before}; the file was written wrongly")
+        end, before = entry.stop, repr(key)
+    if end > size:
+        raise CheckpointError(
+            f"{path} is truncated: it has {size} bytes, its tensors end at {end} ({end - size} missing); "
+            "download it again"
+        )
+    if end < size:
+        raise CheckpointError(f"{path}: {size - end} bytes follow the last tensor; the file was written wrongly")
+
+
+def _lazy(path: Path, entry: Entry) -> LazyTensor:
+    def load(dtype: torch.dtype, device: torch.device) -> Tensor:
+        with path.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+            if dtype == entry.dtype and device.type == "cpu":
+                _fill(path, file, tensor)
+            else:
+                _fill_through_staging(path, file, tensor, entry.dtype)
+        return tensor
+
+    return LazyTensor(entry.shape, entry.dtype, load)
+
+
+def _fill_through_staging(path: Path, file: Any, tensor: Tensor, stored: torch.dtype) -> None:
+    flat, count = tensor.view(-1), STAGING // stored.itemsize
+    staging = torch.empty(min(count, flat.numel()), dtype=stored, pin_memory=tensor.device.type == "cuda")
+    for begin in range(0, flat.numel(), count):
+        piece = staging[: min(count, flat.numel() - begin)]
+        _fill(path, file, piece)
+        flat[begin : begin + count].copy_(piece)
+
+
+def _fill(path: Path, file: Any, tensor: Tensor) -> None:
+    rest = _bytes(tensor)
+    while len(rest):
+        done = file.readinto(rest)
+        if not done:
+            raise CheckpointError(f"{path} ended while it was being read; was it replaced?")
+        rest = rest[done:]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
