@@ -85,6 +85,12 @@ def to_ours(tensors: Mapping[str, LazyTensor], rules: Iterable[Rename]) -> tuple
     return found, list(left)
 
 
+def partners(left: Iterable[str], rules: Iterable[Rename]) -> list[str]:
+    """The tensors that would have to be there for `left` to be taken: q without its k and v, say."""
+    left = set(left)
+    return [key for rule in rules if left.intersection(rule.theirs) for key in rule.theirs if key not in left]
+
+
 def to_theirs(tensors: Mapping[str, LazyTensor], rules: Iterable[Rename]) -> tuple[Tensors, list[str]]:
     """Tensors under diffusers' names, and the keys that no rule takes."""
     found, left = {}, dict(tensors)

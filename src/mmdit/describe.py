@@ -1,0 +1,122 @@
+"""What a checkpoint is, in words: `mmdit inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from encoders.clip import CLIPConfig
+from encoders.t5 import T5Config
+from encoders.vae import VAEConfig
+from mmdit.checkpoint import Config, Part, open_part
+from mmdit.config import MMDiTConfig
+from mmdit.locate import TOKENIZERS, Found, locate, open_weights
+from mmdit.recognise import TITLES, Component, looks_like
+from mmdit.safetensors_file import NAMES, CheckpointError
+
+# Width, depth, QK-norm, blocks of second attention: what tells the official transformers apart.
+VARIANTS: dict[tuple[int, int, str | None, int], tuple[str, str]] = {
+    (1536, 24, None, 0): ("SD3-Medium", "sd3_medium"),
+    (1536, 24, "rms", 13): ("SD3.5-Medium", "sd3.5_medium"),
+    (2432, 38, "rms", 0): ("SD3.5-Large or Large-Turbo (same shapes)", "sd3.5_large"),
+}
+NEEDED: tuple[Component, ...] = ("transformer", "vae", "clip_l", "clip_g")
+WHERE: dict[str, tuple[str, str]] = {  # what to get from the official repository, and where it goes
+    "transformer": ("sd3.5_large.safetensors", "FOLDER/sd3.5_large.safetensors"),
+    "vae": ("sd3.5_large.safetensors (it holds the VAE)", "FOLDER/, or pass vae="),
+    "clip_l": ("text_encoders/clip_l.safetensors", "FOLDER/text_encoders/, or pass clip_l="),
+    "clip_g": ("text_encoders/clip_g.safetensors", "FOLDER/text_encoders/, or pass clip_g="),
+    "t5": ("text_encoders/t5xxl_fp16.safetensors", "FOLDER/text_encoders/, or pass t5="),
+    "tokenizers": ("tokenizer/, tokenizer_2/, tokenizer_3/", "FOLDER/, or pass tokenizers="),
+}
+REPOSITORY = "stabilityai/stable-diffusion-3.5-large"
+
+
+def variant(config: MMDiTConfig) -> tuple[str, str]:
+    """The name of an official transformer and the stem of its file, or a description and "sd3_custom"."""
+    key = (config.hidden_size, config.depth, config.qk_norm, len(config.dual_attention_blocks))
+    own = f"MMDiT of {config.depth} blocks x {config.hidden_size}, QK-norm {config.qk_norm or 'none'}"
+    own += f", second attention in {len(config.dual_attention_blocks)} blocks" if config.dual_attention_blocks else ""
+    return VARIANTS.get(key, (own, "sd3_custom"))
+
+
+def file_stem(config: MMDiTConfig) -> str:
+    """What the file of such a transformer is called officially."""
+    return variant(config)[1]
+
+
+def describe(path: str | Path) -> str:
+    """A text for people: layout, models, tensors, dtypes, bytes, scales, and what is missing to draw a picture.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see `mmdit.locate.locate`, `mmdit.checkpoint.open_part`.
+    """
+    found = locate(path)
+    if not found.weights:
+        raise CheckpointError(f"{path}: no SD3 checkpoint; it looks like {looks_like(open_weights(Path(path))[0])}")
+    parts = [open_part(found, component) for component in found.weights]
+    lines = [f"{path}", f"layout: {found.layout}", *(line for part in parts for line in _part_lines(part))]
+    lines.append(_tokenizer_line(found))
+    total = sum(lazy.nbytes for part in parts for lazy in part.tensors.values())
+    lines.append(f"in all: {sum(len(part.tensors) for part in parts)} tensors, {total / 1e9:.3f} GB")
+    return "\n".join([*lines, "", *_missing_lines(found)])
+
+
+def missing(found: Found) -> list[str]:
+    """What a picture needs and this checkpoint does not have: components, or "tokenizers"."""
+    without: list[str] = [component for component in NEEDED if component not in found.weights]
+    names = TOKENIZERS if "t5" in found.weights else TOKENIZERS[:2]
+    place = found.tokenizers
+    return without + (["tokenizers"] if place is None or not all((place / name).is_dir() for name in names) else [])
+
+
+def how_to_get(what: Iterable[str]) -> list[str]:
+    """One line for each missing thing: where it comes from and where it goes."""
+    return [f"  {name}: {WHERE[name][0]} of {REPOSITORY} -> {WHERE[name][1]}" for name in what]
+
+
+def _part_lines(part: Part) -> list[str]:
+    dtypes = Counter(NAMES[lazy.dtype] for lazy in part.tensors.values())
+    size = sum(lazy.nbytes for lazy in part.tensors.values())
+    stored = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
+    lines = [
+        f"{TITLES[part.component]}: {_model_words(part.config)}",
+        f"  {part.source}",
+        f"  {len(part.tensors)} tensors ({stored}), {size / 1e9:.3f} GB",
+    ]
+    if part.scales.weights:
+        lines.append(f"  float8 scales: {len(part.scales.weights)} weights, spelled as {part.scales.spelling}")
+    elif part.scales.spelling != "no float8":
+        lines.append(f"  {part.scales.spelling}")
+    return lines
+
+
+def _model_words(config: Config) -> str:
+    match config:
+        case MMDiTConfig():
+            return f"{variant(config)[0]}; pictures up to {config.max_pixels} px a side"
+        case VAEConfig():
+            return f"widths {'-'.join(map(str, config.widths))}, {config.latent_channels} latent channels"
+        case CLIPConfig():
+            projection = "no projection" if config.projection_dim is None else "with projection"
+            return f"{config.layers} layers x {config.width}, {config.activation}, {projection}"
+        case T5Config():
+            return f"{config.layers} layers x {config.width}, vocabulary {config.vocabulary}"
+
+
+def _tokenizer_line(found: Found) -> str:
+    if found.tokenizers is None:
+        return "tokenizers: none found"
+    present = [name for name in TOKENIZERS if (found.tokenizers / name).is_dir()]
+    return f"tokenizers: {', '.join(present)} in {found.tokenizers}"
+
+
+def _missing_lines(found: Found) -> list[str]:
+    without = missing(found)
+    optional = [] if "t5" in found.weights else ["t5"]
+    if not without:
+        lines = ["complete: a picture can be drawn with it"]
+    else:
+        lines = ["missing to draw a picture:", *how_to_get(without)]
+    return lines + (["optional, without it prompts are followed less well:", *how_to_get(optional)] if optional else [])

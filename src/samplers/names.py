@@ -1,0 +1,20 @@
+"""Looking up a name that a user typed."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def pick(table: Mapping[str, Value], name: str, what: str) -> Value:
+    """The entry called `name`.
+
+    Raises:
+        ValueError: there is none; the nearest names and all names are listed.
+    """
+    if name in table:
+        return table[name]
+    near = get_close_matches(str(name), table, n=3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(table)}")

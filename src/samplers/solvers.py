@@ -1,0 +1,53 @@
+"""Solvers of the flow ODE. Each is a generator: it yields a `Step` after every step and goes on from `step.x`.
+
+A solver calls `denoise(x, sigma)`, which gives the predicted picture x0, and knows nothing of prompts or guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, float], Tensor]
+
+
+@dataclass
+class Step:
+    """What a solver shows after a step. Changing `x` changes what it goes on from."""
+
+    i: int
+    sigma: float  # the level of x: sigmas[i + 1]
+    x: Tensor
+    denoised: Tensor  # the prediction at sigmas[i] that the step was made with
+
+
+Solver = Callable[[Denoise, Tensor, Tensor], Iterator[Step]]
+
+
+def slope(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
+    """dx/dsigma of the flow at x, which is the velocity: (x - x0) / sigma."""
+    return (x - denoised) / sigma
+
+
+@torch.no_grad()
+def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """Euler's method on dx/dsigma: one model call a step, first order.
+
+    Args:
+        denoise: x0 prediction of a latent at a noise level.
+        x: the noise to start from, any shape.
+        sigmas: [steps + 1] falling levels, see `samplers.sigmas`.
+    """
+    levels = sigmas.tolist()
+    for i, (sigma, following) in enumerate(pairwise(levels)):
+        denoised = denoise(x, sigma)
+        step = Step(i, following, x + slope(x, sigma, denoised) * (following - sigma), denoised)
+        yield step
+        x = step.x
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler}
