@@ -1,1 +1,52 @@
-"""."""
+"""Stable Diffusion 3 / 3.5 from scratch, for research. Names are loaded when they are first used (PEP 562)."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
+    from mmdit.config import MMDiTConfig
+    from mmdit.model import MMDiT
+    from mmdit.pipeline import Pipeline, PipelineOutput
+    from mmdit.profiles import PROFILES, Profile
+    from mmdit.safetensors_file import CheckpointError
+
+__version__ = "0.1.0"
+__all__ = [
+    "PROFILES",
+    "CheckpointError",
+    "MMDiT",
+    "MMDiTConfig",
+    "Pipeline",
+    "PipelineOutput",
+    "Profile",
+    "__version__",
+    "load_clip",
+    "load_mmdit",
+    "load_t5",
+    "load_vae",
+]
+
+_HOME = {
+    "CheckpointError": "mmdit.safetensors_file",
+    "MMDiT": "mmdit.model",
+    "MMDiTConfig": "mmdit.config",
+    "PROFILES": "mmdit.profiles",
+    "Pipeline": "mmdit.pipeline",
+    "PipelineOutput": "mmdit.pipeline",
+    "Profile": "mmdit.profiles",
+    "load_clip": "mmdit.checkpoint",
+    "load_mmdit": "mmdit.checkpoint",
+    "load_t5": "mmdit.checkpoint",
+    "load_vae": "mmdit.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mmdit' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,6 +18,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.keymaps import count, mmdit_rules, partners, to_ours, vae_rules
 from mmdit.lazy import LazyTensor
 from mmdit.locate import Found, locate, open_weights
+from mmdit.memory import is_out_of_memory
 from mmdit.model import MMDiT
 from mmdit.recognise import KIND_OF, TITLES, UNUSED, Component, Model, looks_like, split
 from mmdit.safetensors_file import CheckpointError
@@ -111,6 +112,13 @@ def open_part(found: Found, component: Component) -> Part:
     return Part(component, source, tensors, config, scales)
 
 
+def part_of(component: Component, model: nn.Module) -> Part:
+    """A model in memory as a part that can be written."""
+    tensors = {key: LazyTensor.of(tensor) for key, tensor in model.state_dict().items()}
+    config: Any = model.config
+    return Part(component, Path("memory"), tensors, config, Scales("no float8"))
+
+
 def empty(part: Part) -> nn.Module:
     """The model of a part on the meta device: shapes and no weights."""
     make: Any = MODULES[part.component]
@@ -160,18 +168,13 @@ def _load(path: str | Path, component: Component, device: torch.device | str, dt
 def _read(part: Part, key: str, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
     try:
         return part.tensors[key].read(dtype, device)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         raise MemoryError(
             f"out of memory on {device} while loading the {TITLES[part.component]} of {part.source}: it takes "
             f"{_gigabytes(part, dtype)} in all. Use a smaller dtype (dtype=torch.bfloat16) or another device"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that an allocation failed; on the CPU that is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _gigabytes(part: Part, dtype: torch.dtype | None) -> str:

@@ -32,6 +32,7 @@ class MMDiTConfig:
     mlp_dim: int | None = None  # None: 4 x hidden_size
     qk_norm: Literal["rms"] | None = "rms"
     dual_attention_blocks: tuple[int, ...] = ()  # blocks whose image stream has a second attention (MMDiT-X)
+    sample_size: int | None = None  # side in latent cells that it draws by default; None: 128, or all the table holds
 
     def __post_init__(self) -> None:
         """Raise ValueError, with the numbers, where they cannot describe a model."""
@@ -48,6 +49,8 @@ class MMDiTConfig:
             raise ValueError(f"dual_attention_blocks {self.dual_attention_blocks} outside of 0..{self.depth - 1}")
         if self.mlp_dim is None:
             object.__setattr__(self, "mlp_dim", 4 * self.hidden_size)
+        if self.sample_size is None:
+            object.__setattr__(self, "sample_size", min(128, self.patch_size * self.pos_embed_size))
 
     @property
     def heads(self) -> int:
@@ -60,8 +63,8 @@ class MMDiTConfig:
         return 8 * self.patch_size * self.pos_embed_size
 
     @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> Self:
-        """Infer the config from `{official key: shape}` (no prefix).
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]], *, sample_size: int | None = None) -> Self:
+        """Infer the config from `{official key: shape}` (no prefix); `sample_size` is in no shape.
 
         Source: Stability-AI/sd3.5 `sd3_impls.BaseModel`; ComfyUI `comfy/model_detection.py`.
 
@@ -88,6 +91,7 @@ class MMDiTConfig:
             mlp_dim=shape["joint_blocks.0.x_block.mlp.fc1.weight"][0],
             qk_norm="rms" if norm else None,
             dual_attention_blocks=tuple(i for i in range(last + 1) if _has_dual_attention(shapes, i)),
+            sample_size=sample_size,
         )
 
 

@@ -33,7 +33,7 @@ def to_diffusers(component: Component, config: Any) -> dict[str, Any]:
 
 
 def _transformer(shapes: Shapes, said: Mapping[str, Any]) -> MMDiTConfig:
-    return MMDiTConfig.from_shapes(shapes)
+    return MMDiTConfig.from_shapes(shapes, sample_size=said.get("sample_size"))
 
 
 def _vae(shapes: Shapes, said: Mapping[str, Any]) -> VAEConfig:
@@ -89,7 +89,7 @@ def _transformer_json(config: MMDiTConfig) -> dict[str, Any]:
         "pooled_projection_dim": config.pooled_dim,
         "pos_embed_max_size": config.pos_embed_size,
         "qk_norm": "rms_norm" if config.qk_norm else None,
-        "sample_size": min(128, config.patch_size * config.pos_embed_size),
+        "sample_size": config.sample_size,
     }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -98,7 +99,7 @@ def convert(
         target,
         layout,
         shift=shift,
-        tokenizers=found.tokenizers,
+        tokenizers=None if found.tokenizers is None else partial(_copy_tokenizers, found.tokenizers),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -110,11 +111,11 @@ def write_checkpoint(
     layout: OutLayout,
     *,
     shift: float,
-    tokenizers: Path | None,
+    tokenizers: Callable[[Path], None] | None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD,
 ) -> Path:
-    """Write parts in a layout; see `convert`. `tokenizers` is the folder of the three tokenizer folders."""
+    """Write parts in a layout; see `convert`. `tokenizers` writes the three tokenizer folders into a folder."""
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists already; give another place, or remove it first")
@@ -225,15 +226,20 @@ def _small_files(parts: Sequence[Part], shift: float, *, has_tokenizers: bool) -
     return texts | {"model_index.json": {"_class_name": "StableDiffusion3Pipeline", **classes}}
 
 
-def _write(plan: Plan, folder: Path, tokenizers: Path | None) -> None:
+def _write(plan: Plan, folder: Path, tokenizers: Callable[[Path], None] | None) -> None:
     for name, tensors in plan.weights.items():
         write_tensors(folder / name, tensors, METADATA)
     for name, value in plan.texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZERS if tokenizers else ():
-        if tokenizers and (tokenizers / name).is_dir():
-            shutil.copytree(tokenizers / name, folder / name)
+    if tokenizers is not None:
+        tokenizers(folder)
+
+
+def _copy_tokenizers(source: Path, folder: Path) -> None:
+    for name in TOKENIZERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, folder / name)
 
 
 @contextmanager

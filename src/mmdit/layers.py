@@ -31,7 +31,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, timestep: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        return self.mlp(timestep_sinusoid(timestep, self.frequency_size).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_sinusoid(timestep, self.frequency_size).to(next(self.mlp.parameters()).dtype))
 
 
 class VectorEmbedder(nn.Module):

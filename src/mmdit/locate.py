@@ -63,6 +63,19 @@ def locate(path: str | Path, *, clip: Component | None = None) -> Found:
     return _in_official_folder(path)
 
 
+def with_neighbours(found: Found) -> Found:
+    """Add the text encoders and the VAE that lie beside a single file, in `text_encoders/` (or `clip/`) and `vae/`.
+
+    Beside is the file's own folder (official repository) or the one above it (ComfyUI's `models/`).
+    """
+    folders = found.path.parents[:2] if found.path.is_file() else ()
+    for folder in folders:
+        for name in _TEXT_FOLDERS:
+            _add(found, text_encoders((folder / name).glob("*.safetensors")))
+        _add_vae(found, folder / "vae")
+    return found
+
+
 def open_weights(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors of a file, or of all shards that an index names, and their metadata.
 
@@ -182,9 +195,7 @@ def _in_comfyui_folder(folder: Path) -> Found:
     if not main:
         raise CheckpointError(f"{models}: no SD3 transformer in {', '.join(_MAIN_FOLDERS)}")
     _add_main(found, _single(main, models))
-    for file in sorted((models / "vae").glob("*.safetensors")):
-        if "vae" in split(read_header(file).entries)[0]:
-            found.weights.setdefault("vae", file)
+    _add_vae(found, models / "vae")
     for name in _TEXT_FOLDERS:
         _add(found, text_encoders((models / name).glob("*.safetensors")))
     return found
@@ -209,6 +220,12 @@ def _add_main(found: Found, file: Path) -> None:
 def _add(found: Found, more: Mapping[Component, Path]) -> None:
     for component, file in more.items():
         found.weights.setdefault(component, file)
+
+
+def _add_vae(found: Found, folder: Path) -> None:
+    for file in sorted(folder.glob("*.safetensors")):
+        if "vae" in split(read_header(file).entries)[0]:
+            found.weights.setdefault("vae", file)
 
 
 def _main_files(files: Iterable[Path]) -> list[Path]:

@@ -1,0 +1,37 @@
+"""Running out of memory, explained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from mmdit.recognise import TITLES, Component
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that an allocation failed; on the CPU that is a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+@contextmanager
+def explained(models: Mapping[Component, nn.Module], what: str) -> Iterator[None]:
+    """Turn a failed allocation into a MemoryError that says what is in memory, what was asked for and what helps."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        weights = ", ".join(f"{TITLES[name]} {weight_bytes(model) / 1e9:.2f} GB" for name, model in models.items())
+        raise MemoryError(
+            f"out of memory while drawing {what}. Weights: {weights}. Torch says: {str(error).splitlines()[0]}. "
+            "What helps: a smaller height and width, fewer pictures at once (num_images_per_prompt), "
+            "or weights in 16 bits (dtype=torch.bfloat16)"
+        ) from error
