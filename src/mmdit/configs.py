@@ -62,9 +62,7 @@ def _t5(shapes: Shapes, said: Mapping[str, Any]) -> T5Config:
 def _compare(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """What a config.json says must be what the tensors show; keys that it does not have say nothing."""
     for name, value in found.items():
-        if name.startswith("_") or name in _FREE or name not in said:
-            continue
-        if _plain(said[name]) != _plain(value):
+        if name in _SETTLED and name in said and _plain(said[name]) != _plain(value):
             raise ValueError(
                 f"config.json says {name} = {said[name]!r}, the tensors say {value!r}; one of them is wrong"
             )
@@ -165,5 +163,12 @@ _TO: Mapping[str, Any] = {
     "clip_g": _clip_json,
     "t5": _t5_json,
 }
-# Said by config.json files and of no meaning for the tensors, or legacy values that the readers do not use.
-_FREE = ("sample_size", "force_upcast", "bos_token_id", "eos_token_id", "pad_token_id", "architectures", "model_type")
+# The entries of config.json files that tensors or our code settle; the rest says nothing about the computation.
+_SETTLED = (
+    *("attention_head_dim", "caption_projection_dim", "dual_attention_layers", "in_channels", "joint_attention_dim"),
+    *("num_attention_heads", "num_layers", "out_channels", "patch_size", "pooled_projection_dim"),
+    *("pos_embed_max_size", "qk_norm", "block_out_channels", "latent_channels", "layers_per_block"),
+    *("use_quant_conv", "use_post_quant_conv", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("max_position_embeddings", "vocab_size", "d_ff", "d_kv", "d_model", "num_heads", "feed_forward_proj"),
+    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_eps", "layer_norm_epsilon"),
+)

@@ -1,0 +1,44 @@
+"""Fixtures and options of the whole suite. Shapes in signatures are checked while it runs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["mmdit", "encoders", "quant", "samplers"], "typecheck.checked")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_per_worker() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TinyFolders"]:
+    """Diffusers folders of tiny random pipelines, by variant name, made when first asked for."""
+    yield TinyFolders(tmp_path_factory.mktemp("tiny"))
+
+
+class TinyFolders:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __getitem__(self, name: str) -> Path:
+        import tiny
+
+        folder = self.root / name
+        return folder if folder.exists() else tiny.save(tiny.VARIANTS[name], folder)
