@@ -1,0 +1,656 @@
+"""Tokenizers: equal ids to transformers and sentencepiece, clear errors, and what is written is read back."""
+
+import inspect
+import json
+import random
+import shutil
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
+
+from encoders.tokenize import (
+    CLIPTokenizer,
+    MissingTokenizerError,
+    T5Tokenizer,
+    TokenizerFileError,
+    Tokenizers,
+    Tokens,
+    pad,
+)
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden" / "tokens.json").read_text(encoding="utf-8"))
+
+SPECIAL = [
+    "</s>",
+    "<pad>",
+    "<unk>",
+    "<extra_id_0>",
+    "<extra_id_99>",
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<|ENDOFTEXT|>",
+]
+SPACES = [" ", "  ", "\t", "\n", "\r\n", "\v", "\f", "\x85", "\xa0", "\u1680", "\u2003", "\u2028", "\u2029", "\u3000"]
+CONTROLS = ["\0", "\x01", "\x07", "\x1b", "\x7f", "\x9f", "\xad", "\u200b", "\u200e", "\u2060", "\ufeff", "\ufffd"]
+EMOJI = ["😀", "👍🏽", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👨🏿‍🚀", "🇯🇵", "❤️", "1️⃣", "🧑🏻‍❤️‍💋‍🧑🏿", "🏴󠁧󠁢󠁳󠁣󠁴󠁿"]
+MARKS = ["\u0301", "\u0308", "\u0327", "\u0307", "\u20dd", "\u3099", "\ufe0f", "\u200d", "\u093f", "\u0e33", "\u05b0"]
+WORDS = [
+    "a",
+    "cat",
+    "Photo",
+    "HDR",
+    "I'll",
+    "don't",
+    "'re",
+    "'S",
+    "it’s",
+    "3.5",
+    "8K",
+    "2024",
+    "½",
+    "x²",
+    "№",
+    "ﬁne",
+    "Ⅳ",
+]
+WORDS += [
+    "wow!",
+    "!!!",
+    "! !",
+    "!a",
+    "?!",
+    "...",
+    "—",
+    "«x»",
+    "__init__",
+    "a_b-c",
+    "(red:1.2)",
+    "C++",
+    "<lora:x:1>",
+    "▁",
+    "▁a",
+]
+WORDS += ["İstanbul", "ıI", "ß", "ẞ", "ΑΣ", "ας", "Ǆ", "Å", "Å", "ﷺ", "ㄱ", "한국", "한", "ｶﾞ", "ＡＢＣ", "ﾊﾟ", "ѐ", "ё"]
+SCRIPTS = [(0x41, 0x7B), (0xC0, 0x250), (0x300, 0x370), (0x370, 0x400), (0x400, 0x500), (0x590, 0x600), (0x600, 0x700)]
+SCRIPTS += [(0x900, 0x980), (0xB80, 0xC00), (0xE00, 0xE80), (0x1100, 0x1200), (0x1E00, 0x2000), (0x2000, 0x2070)]
+SCRIPTS += [(0x2100, 0x2200), (0x2460, 0x2500), (0x3040, 0x3100), (0x4E00, 0x5000), (0xAC00, 0xAE00), (0xF900, 0xFB07)]
+SCRIPTS += [
+    (0xFE20, 0xFE70),
+    (0xFF00, 0xFFF0),
+    (0x1D400, 0x1D500),
+    (0x1F300, 0x1F700),
+    (0xE0000, 0xE0080),
+    (0x20, 0x41),
+]
+PIECES = [SPECIAL, SPACES, CONTROLS, EMOJI, MARKS, WORDS, WORDS, WORDS]
+
+
+def piece(rng: random.Random) -> str:
+    kind = rng.randrange(len(PIECES) + 4)
+    if kind < len(PIECES):
+        return rng.choice(PIECES[kind])
+    low, high = rng.choice(SCRIPTS)
+    if kind == len(PIECES):
+        return chr(rng.choice([rng.randrange(1, 0xD800), rng.randrange(0xE000, 0x110000)]))
+    return "".join(chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 9)))
+
+
+def varied_strings(count: int = 2500, seed: int = 20) -> list[str]:
+    """Empty, every piece alone and within a word, runs of one, and `count` random mixtures."""
+    rng = random.Random(seed)
+    pieces = [p for group in PIECES for p in group]
+    runs = [
+        p * n for p in ("a", "A", "!", " ", "é", "猫", "😀", "\u0301", "\0", "=", "1", "</s>") for n in (2, 3, 40, 500)
+    ]
+    mixed = [rng.choice(["", " "]).join(piece(rng) for _ in range(rng.randrange(1, 14))) for _ in range(count)]
+    return ["", *pieces, *(f"x{p}y" for p in pieces), *(f" {p} " for p in pieces), *runs, *mixed]
+
+
+def every_character() -> list[str]:
+    """All assigned characters, 24 to a string, each between letters so that none combines with the next."""
+    assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    return ["a".join(assigned[i : i + 24]) + "b" for i in range(0, len(assigned), 24)]
+
+
+def is_plain(text: str) -> bool:
+    """Whether no special token is in the text: sentencepiece spells those out."""
+    return not any(token in text for token in SPECIAL[:5])
+
+
+def differing(ours: Callable[[str], Tokens], theirs: Callable[[Any], Any], strings: Sequence[str]) -> list[str]:
+    """The strings that two tokenizers disagree on."""
+    wanted = theirs(list(strings)).input_ids
+    return [text for text, ids in zip(strings, wanted, strict=True) if list(ours(text).ids) != ids]
+
+
+@pytest.fixture(scope="module")
+def ours(official_tokenizers: Path) -> Tokenizers:
+    return Tokenizers.from_folder(official_tokenizers)
+
+
+@pytest.fixture(scope="module")
+def theirs(official_tokenizers: Path) -> dict[str, Any]:
+    """What diffusers loads: model_index.json names these classes."""
+    return {
+        "clip_l": transformers.CLIPTokenizer.from_pretrained(official_tokenizers / "tokenizer"),
+        "clip_g": transformers.CLIPTokenizer.from_pretrained(official_tokenizers / "tokenizer_2"),
+        "t5": transformers.T5TokenizerFast.from_pretrained(official_tokenizers / "tokenizer_3"),
+    }
+
+
+@pytest.fixture(scope="module")
+def from_spiece(official_tokenizers: Path, tmp_path_factory: pytest.TempPathFactory) -> T5Tokenizer:
+    folder = tmp_path_factory.mktemp("spiece")
+    shutil.copy(official_tokenizers / "tokenizer_3" / "spiece.model", folder)
+    return T5Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def oracle(official_tokenizers: Path) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(official_tokenizers / "tokenizer_3" / "spiece.model"))
+
+
+# Parity with the official files
+
+
+@pytest.mark.parametrize("row", GOLDEN["tokens"], ids=lambda row: row["text"][:20])
+def test_ids_are_the_recorded_ones(ours: Tokenizers, from_spiece: T5Tokenizer, row: dict[str, Any]) -> None:
+    assert ours.t5 is not None
+    assert list(ours.clip_l(row["text"]).ids) == row["clip"]
+    if "!" not in row["text"]:  # padding in CLIP-G's folder
+        assert list(ours.clip_g(row["text"]).ids) == row["clip"]
+    assert list(ours.t5(row["text"]).ids) == list(from_spiece(row["text"]).ids) == row["t5"]
+
+
+def test_padding_is_the_recorded_one(ours: Tokenizers) -> None:
+    row = GOLDEN["padded_example"]
+    for name, tokenizer in (("clip_l", ours.clip_l), ("clip_g", ours.clip_g)):
+        padded = pad(tokenizer(row["text"]), tokenizer.max_length, tokenizer.pad)
+        assert list(padded.ids) == row[name]
+        assert padded.cut == ""
+
+
+def test_special_ids_and_lengths(ours: Tokenizers) -> None:
+    assert ours.t5 is not None
+    assert [(t.bos, t.eos, t.pad) for t in (ours.clip_l, ours.clip_g)] == [(49406, 49407, 49407), (49406, 49407, 0)]
+    assert (ours.t5.eos, ours.t5.pad) == (1, 0)
+    assert [t.max_length for t in (ours.clip_l, ours.clip_g, ours.t5)] == [77, 77, 512]
+    assert [t.vocab_size for t in (ours.clip_l, ours.clip_g, ours.t5)] == [49408, 49408, 32100]
+
+
+def test_exclamation_mark_is_padding_in_clip_g_only(ours: Tokenizers) -> None:
+    assert ours.clip_l("wow!").ids == (49406, 2781, 256, 49407)
+    assert ours.clip_g("wow!").ids == (49406, 2781, 0, 49407)
+
+
+@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5"])
+@pytest.mark.parametrize("strings", [varied_strings, every_character])
+def test_ids_equal_transformers(
+    ours: Tokenizers, theirs: dict[str, Any], name: str, strings: Callable[[], list[str]]
+) -> None:
+    texts = strings()
+    assert len(set(texts)) >= 2000
+    assert differing(getattr(ours, name), theirs[name], texts) == []
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(parts=st.lists(st.text(max_size=12) | st.sampled_from([p for group in PIECES for p in group]), max_size=12))
+def test_ids_equal_transformers_on_any_text(
+    ours: Tokenizers, theirs: dict[str, Any], from_spiece: T5Tokenizer, parts: list[str]
+) -> None:
+    text = "".join(parts)
+    for name in ("clip_l", "clip_g", "t5"):
+        assert differing(getattr(ours, name), theirs[name], [text]) == []
+    assert differing(from_spiece, theirs["t5"], [text]) == []
+
+
+def test_spiece_model_gives_the_tokens_of_tokenizer_json(ours: Tokenizers, from_spiece: T5Tokenizer) -> None:
+    assert ours.t5 is not None
+    assert [text for text in varied_strings() + every_character() if from_spiece(text) != ours.t5(text)] == []
+
+
+def test_t5_is_sentencepiece_on_plain_text(ours: Tokenizers, oracle: sentencepiece.SentencePieceProcessor) -> None:
+    """Each difference is one of the three that the docstring of T5Tokenizer names; most strings have none."""
+    t5 = ours.t5
+    assert t5 is not None
+    reasons = []
+    plain = [text for text in varied_strings() + every_character() if is_plain(text)]
+    for text in plain:
+        ids, wanted = list(t5(text).ids)[:-1], oracle.encode(text)
+        if ids == wanted:
+            continue
+        normal = " ".join(t5.backend.normalizer.normalize_str(text).split())
+        scores = [sum(oracle.get_score(i) for i in tokens) for tokens in (ids, wanted)]
+        if "\x85" in text:
+            reasons.append("next line")
+        elif normal != oracle.normalize(text).replace("▁", " ").strip():
+            reasons.append("mark")
+        elif scores[0] == pytest.approx(scores[1], abs=1e-4):
+            reasons.append("tie")
+        else:
+            pytest.fail(f"{text!r}: {ids} is not {wanted}")
+    assert set(reasons) == {"next line", "mark", "tie"}
+    assert len(reasons) < 0.02 * len(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "here", "there"),
+    [
+        ("a\x85b", [3, 9, 3, 115, 1], [3, 9, 2, 115, 1]),  # white space or an unknown character
+        ("x²\u0307", [3, 226, 357, 1], [3, 226, 357, 2, 1]),  # the dot above is dropped with its grapheme
+    ],
+)
+def test_t5_and_sentencepiece_differ_here(
+    ours: Tokenizers,
+    oracle: sentencepiece.SentencePieceProcessor,
+    text: str,
+    here: list[int],
+    there: list[int],
+) -> None:
+    assert ours.t5 is not None
+    assert [list(ours.t5(text).ids), [*oracle.encode(text), 1]] == [here, there]
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("a</s>b", (3, 9, 1, 3, 115, 1)),
+        (" a <pad> b ", (3, 9, 0, 3, 115, 1)),
+        ("<extra_id_0>", (32099, 1)),
+        ("a<unk>", (3, 9, 2, 1)),
+    ],
+)
+def test_literal_special_tokens_of_t5(ours: Tokenizers, text: str, ids: tuple[int, ...]) -> None:
+    assert ours.t5 is not None
+    assert ours.t5(text).ids == ids
+
+
+# The parity tests see a broken tokenizer
+
+
+def without_lower_case(clip: CLIPTokenizer) -> None:
+    clip.backend.normalizer = normalizers.NFC()
+
+
+def without_composition(clip: CLIPTokenizer) -> None:
+    clip.backend.normalizer = normalizers.Lowercase()
+
+
+def without_words(clip: CLIPTokenizer) -> None:
+    clip.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+@pytest.mark.parametrize("name", ["clip_l", "clip_g"])
+@pytest.mark.parametrize("damage", [without_lower_case, without_composition, without_words])
+def test_parity_test_sees_a_broken_clip(
+    official_tokenizers: Path, theirs: dict[str, Any], name: str, damage: Callable[[CLIPTokenizer], None]
+) -> None:
+    clip = CLIPTokenizer.from_folder(official_tokenizers / {"clip_l": "tokenizer", "clip_g": "tokenizer_2"}[name])
+    damage(clip)
+    assert differing(clip, theirs[name], varied_strings())
+
+
+def test_parity_test_sees_an_ordinary_exclamation_mark(ours: Tokenizers, theirs: dict[str, Any]) -> None:
+    assert "wow!" in differing(ours.clip_l, theirs["clip_g"], varied_strings())
+
+
+def without_character_map(t5: T5Tokenizer) -> None:
+    t5.backend.normalizer = normalizers.Sequence([])
+
+
+def without_split(t5: T5Tokenizer) -> None:
+    t5.backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=True)
+
+
+def without_leading_mark(t5: T5Tokenizer) -> None:
+    metaspace = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="never", split=True)
+    t5.backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace])
+
+
+@pytest.mark.parametrize("damage", [without_character_map, without_split, without_leading_mark])
+def test_parity_test_sees_a_broken_t5(
+    official_tokenizers: Path, theirs: dict[str, Any], damage: Callable[[T5Tokenizer], None]
+) -> None:
+    t5 = T5Tokenizer.from_folder(official_tokenizers / "tokenizer_3")
+    damage(t5)
+    assert differing(t5, theirs["t5"], varied_strings())
+
+
+# Other layouts of the same folders
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_2"])
+@pytest.mark.parametrize("dropped", ["special_tokens_map.json", "tokenizer_config.json"])
+def test_clip_reads_what_there_is(official_tokenizers: Path, tmp_path: Path, folder: str, dropped: str) -> None:
+    for file in (official_tokenizers / folder).iterdir():
+        if file.name != dropped:
+            shutil.copy(file, tmp_path)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    clip = CLIPTokenizer.from_folder(tmp_path)
+    assert differing(clip, theirs, varied_strings(500)) == []
+    assert (clip.bos, clip.eos, clip.pad) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+
+
+@pytest.mark.parametrize("in_config", [False, True])
+def test_special_tokens_without_added_tokens_decoder(tiny_tokenizers: Path, in_config: bool) -> None:
+    """Roles as plain strings in tokenizer_config.json, or as objects in special_tokens_map.json, which comes first."""
+    folder = tiny_tokenizers / "tokenizer_2"
+    edit(folder / "tokenizer_config.json", lambda c: c.pop("added_tokens_decoder") and None)
+    if not in_config:
+        stated = {"pad_token": {"content": "C"}, "additional_special_tokens": ["Q"]}
+        (folder / "special_tokens_map.json").write_text(json.dumps(stated), encoding="utf-8")
+    theirs = transformers.CLIPTokenizer.from_pretrained(folder)
+    clip = CLIPTokenizer.from_folder(folder)
+    assert differing(clip, theirs, ["cat Cat wow!! Q q", *varied_strings(500)]) == []
+    assert clip.pad == theirs.pad_token_id
+
+
+@pytest.mark.parametrize(("folder", "pad_token"), [("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")])
+def test_clip_from_tokenizer_json_only(
+    official_tokenizers: Path, theirs: dict[str, Any], tmp_path: Path, folder: str, pad_token: str
+) -> None:
+    reference = theirs[{"tokenizer": "clip_l", "tokenizer_2": "clip_g"}[folder]]
+    reference.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerFileError, match="pad_token is None"):
+        CLIPTokenizer.from_folder(tmp_path)
+    clip = CLIPTokenizer.from_folder(tmp_path, pad_token=pad_token)
+    assert differing(clip, reference, varied_strings(500)) == []
+    assert clip.pad == reference.pad_token_id
+
+
+@pytest.mark.parametrize("source", ["tokenizer.json", "spiece.model"])
+@pytest.mark.parametrize("config", ["tokenizer_config.json", "special_tokens_map.json", None])
+def test_t5_reads_what_there_is(official_tokenizers: Path, tmp_path: Path, source: str, config: str | None) -> None:
+    for name in (source, config):
+        if name is not None:
+            shutil.copy(official_tokenizers / "tokenizer_3" / name, tmp_path)
+    theirs = transformers.T5TokenizerFast.from_pretrained(tmp_path)
+    t5 = T5Tokenizer.from_folder(tmp_path)
+    assert differing(t5, theirs, varied_strings(500)) == []
+    assert (t5.eos, t5.pad) == (theirs.eos_token_id, theirs.pad_token_id) == (1, 0)
+
+
+# Offsets and truncation
+
+
+@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5"])
+def test_offsets_are_spans_of_the_prompt(ours: Tokenizers, theirs: dict[str, Any], name: str) -> None:
+    for text in varied_strings(300):
+        tokens = getattr(ours, name)(text)
+        spans = list(tokens.offsets)
+        assert spans == theirs[name](text, return_offsets_mapping=True).offset_mapping
+        assert len(spans) == len(tokens.ids)
+        assert spans[-1] == (0, 0)
+        assert all(0 <= start <= stop <= len(text) for start, stop in spans)
+        assert [start for start, _ in spans[:-1]] == sorted(start for start, _ in spans[:-1])
+
+
+def test_offsets_point_at_the_words(ours: Tokenizers) -> None:
+    text = "A  Photo of\na CAT"
+    tokens = ours.clip_l(text)
+    assert [text[a:b] for a, b in tokens.offsets] == ["", "A", "Photo", "of", "a", "CAT", ""]
+
+
+@pytest.mark.parametrize(("name", "length"), [("clip_l", 77), ("clip_g", 77), ("t5", 77), ("t5", 256)])
+def test_pad_equals_transformers(ours: Tokenizers, theirs: dict[str, Any], name: str, length: int) -> None:
+    tokenizer = getattr(ours, name)
+    words = [f"{word} " * n for word in ("cat", "wow!", "猫😀", "</s>") for n in (1, 73, 74, 75, 76, 77, 300)]
+    wanted = theirs[name](words, padding="max_length", max_length=length, truncation=True).input_ids
+    for text, ids in zip(words, wanted, strict=True):
+        padded = pad(tokenizer(text), length, tokenizer.pad)
+        assert list(padded.ids) == ids
+        assert len(padded.tokens.ids) == len(padded.tokens.offsets) <= length
+        assert bool(padded.cut) == (len(tokenizer(text).ids) > length)
+
+
+@pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5"])
+def test_cut_is_the_text_that_diffusers_reports(ours: Tokenizers, theirs: dict[str, Any], name: str) -> None:
+    text = " ".join(["a cute red cat and the dog in a house on the hill"] * 12)
+    removed = theirs[name].decode(theirs[name](text).input_ids[76:-1])
+    padded = pad(getattr(ours, name)(text), 77, 0)
+    assert padded.cut == removed.strip()
+    assert text.endswith(padded.cut)
+    if name != "t5":  # there the last kept id may be the "▁" of the first lost word
+        assert text == text[: padded.tokens.offsets[-2][1]] + " " + padded.cut
+
+
+# Without the official files
+
+
+def test_tiny_ids(tiny_tokenizers: Path) -> None:
+    tiny = Tokenizers.from_folder(tiny_tokenizers)
+    index = json.loads((tiny_tokenizers / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    bos, cat, wow, eos = (index[token] for token in ("<|startoftext|>", "cat</w>", "wow</w>", "<|endoftext|>"))
+    assert tiny.clip_l("Cat  WOW!!") == Tokens(
+        "Cat  WOW!!", (bos, cat, wow, index["!!</w>"], eos), ((0, 0), (0, 3), (5, 8), (8, 10), (0, 0))
+    )
+    assert tiny.clip_g("wow!!").ids == (bos, wow, index["!"], index["!"], eos)
+    assert tiny.t5 is not None
+    assert tiny.t5("a cat").ids == (5, 4, 1)
+    assert tiny.t5("a cat") == tiny.t5.encode("a cat")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_tiny_ids_equal_transformers(tiny_tokenizers: Path, name: str) -> None:
+    cls, reference = (
+        (T5Tokenizer, transformers.T5TokenizerFast)
+        if name == "tokenizer_3"
+        else (CLIPTokenizer, transformers.CLIPTokenizer)
+    )
+    tokenizer: T5Tokenizer | CLIPTokenizer = cls.from_folder(tiny_tokenizers / name)
+    # transformers would add the 98 sentinels that this file does not have
+    strings = [text for text in varied_strings() if name != "tokenizer_3" or "extra_id_99" not in text]
+    assert differing(tokenizer, reference.from_pretrained(tiny_tokenizers / name), strings) == []
+
+
+def test_tiny_spiece_model(tiny_spiece: bytes, tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(tiny_spiece)
+    t5 = T5Tokenizer.from_folder(tmp_path)
+    oracle = sentencepiece.SentencePieceProcessor(model_proto=tiny_spiece)
+    assert t5.vocab_size == oracle.get_piece_size() + 100
+    for text in ("", "a photo of a cat", "A  ﬁne\thouse", "xyz ½ windows", "ＣＡＴ"):
+        assert list(t5(text).ids) == [*oracle.encode(text), 1]
+    assert t5("cat<extra_id_0>").ids[-2:] == (t5.vocab_size - 1, 1)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 9])
+def test_pad_keeps_the_last_id(length: int) -> None:
+    tokens = Tokens("a b c", (7, 1, 2, 3, 8), ((0, 0), (0, 1), (2, 3), (4, 5), (0, 0)))
+    padded = pad(tokens, length, 9)
+    kept = {2: (7, 8), 3: (7, 1, 8), 5: (7, 1, 2, 3, 8), 9: (7, 1, 2, 3, 8, 9, 9, 9, 9)}
+    assert padded.ids == kept[length]
+    assert padded.cut == {2: "a b c", 3: "b c", 5: "", 9: ""}[length]
+    assert padded.tokens.ids == tuple(i for i in kept[length] if i != 9)
+
+
+def test_pad_needs_room_for_both_ends() -> None:
+    with pytest.raises(ValueError, match="at least 2, not 1"):
+        pad(Tokens("", (7, 8), ((0, 0), (0, 0))), 1, 0)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"cat", ["a cat"]])
+def test_a_prompt_must_be_a_string(tiny_tokenizers: Path, prompt: Any) -> None:
+    tiny = Tokenizers.from_folder(tiny_tokenizers)
+    for tokenizer in (tiny.clip_l, tiny.clip_g, tiny.t5):
+        encode = inspect.unwrap(type(tokenizer).encode)  # without the type check that the suite puts around it
+        with pytest.raises(TypeError, match=f"must be a str, not {type(prompt).__name__}"):
+            encode(tokenizer, prompt)
+
+
+def test_a_lone_surrogate_is_an_error(tiny_tokenizers: Path) -> None:
+    with pytest.raises(ValueError, match="position 2"):
+        Tokenizers.from_folder(tiny_tokenizers).clip_l("a \ud800")
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_save_writes_the_same_tokenizers(request: pytest.FixtureRequest, tmp_path: Path, official: bool) -> None:
+    folder = request.getfixturevalue("official_tokenizers" if official else "tiny_tokenizers")
+    first = Tokenizers.from_folder(folder)
+    first.save(tmp_path / "out")
+    first.save(tmp_path / "out")  # over its own files
+    second = Tokenizers.from_folder(tmp_path / "out")
+    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+    assert all((tmp_path / "out" / file).read_bytes() == (folder / file).read_bytes() for file in files)
+    for text in varied_strings(200):
+        for name in ("clip_l", "clip_g", "t5"):
+            assert getattr(first, name)(text) == getattr(second, name)(text)
+
+
+def test_save_outlives_the_folder_and_goes_without_t5(tiny_tokenizers: Path, tmp_path: Path) -> None:
+    tiny = Tokenizers.from_folder(tiny_tokenizers, t5=False)
+    shutil.rmtree(tiny_tokenizers)
+    tiny.save(tmp_path / "out")
+    assert tiny.t5 is None
+    assert sorted(folder.name for folder in (tmp_path / "out").iterdir()) == ["tokenizer", "tokenizer_2"]
+    assert Tokenizers.from_folder(tmp_path / "out", t5=False).clip_l("cat") == tiny.clip_l("cat")
+
+
+def test_save_does_not_mix_two_tokenizers(tiny_tokenizers: Path, tiny_spiece: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_3").mkdir()
+    (tmp_path / "tokenizer_3" / "spiece.model").write_bytes(tiny_spiece)
+    with pytest.raises(FileExistsError, match=r"another tokenizer: spiece\.model"):
+        Tokenizers.from_folder(tiny_tokenizers).save(tmp_path)
+
+
+def test_missing_files_are_listed_together(tiny_tokenizers: Path) -> None:
+    (tiny_tokenizers / "tokenizer" / "merges.txt").unlink()
+    (tiny_tokenizers / "tokenizer_2" / "tokenizer_config.json").unlink()
+    shutil.rmtree(tiny_tokenizers / "tokenizer_3")
+    with pytest.raises(MissingTokenizerError) as caught:
+        Tokenizers.from_folder(tiny_tokenizers)
+    message = str(caught.value)
+    assert isinstance(caught.value, FileNotFoundError)
+    assert "tokenizer/: no merges.txt or tokenizer.json" in message
+    assert "tokenizer_2/: no tokenizer_config.json or special_tokens_map.json or tokenizer.json" in message
+    assert "tokenizer_3/: no tokenizer.json or spiece.model" in message
+    fetch = 'hf download stabilityai/stable-diffusion-3.5-large --include "tokenizer*/*" --local-dir '
+    assert fetch + str(tiny_tokenizers) in message
+
+
+@pytest.mark.parametrize(("cls", "name"), [(CLIPTokenizer, "tokenizer_2"), (T5Tokenizer, "tokenizer_3")])
+def test_a_missing_folder_is_named(tmp_path: Path, cls: type[CLIPTokenizer | T5Tokenizer], name: str) -> None:
+    with pytest.raises(MissingTokenizerError, match=f"missing in {tmp_path}:\n  {name}/: no "):
+        cls.from_folder(tmp_path / name)
+
+
+def edit(file: Path, change: Callable[[Any], Any]) -> None:
+    """Rewrite a JSON file; `change` edits in place, or returns another content."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(change(content) or content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v.update(cat=99999), r"vocab\.json: .*out of range or missing: \[519, 99999\]"),
+        (lambda v: v.update({"a": v["b"]}), r"vocab\.json: .*out of range or missing: \[64\]"),
+        (lambda v: v.update({"a": -1}), r"vocab\.json: .*out of range or missing: \[-1, 64\]"),
+        (lambda v: v.update({"a": "x"}), r"vocab\.json: TypeError"),
+        (list, r"vocab\.json: .*not a JSON object but a list"),
+    ],
+)
+def test_a_bad_vocabulary_is_named(tiny_tokenizers: Path, change: Callable[[Any], Any], said: str) -> None:
+    edit(tiny_tokenizers / "tokenizer" / "vocab.json", change)
+    with pytest.raises(TokenizerFileError, match=said):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("a b c", r"merges\.txt: .*must be a pair; line 7: 'a b c'"),
+        ("ab", r"must be a pair; line 7: 'ab'"),
+        ("", r"must be a pair; line 7: ''"),
+        ("q q", r"merges\.txt: .*`qq` out of vocabulary"),
+    ],
+)
+def test_a_bad_merge_is_named(tiny_tokenizers: Path, line: str, said: str) -> None:
+    with (tiny_tokenizers / "tokenizer" / "merges.txt").open("a", encoding="utf-8") as merges:
+        merges.write(line + "\n")
+    with pytest.raises(TokenizerFileError, match=said):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer/vocab.json", "tokenizer_2/tokenizer_config.json", "tokenizer_3/tokenizer.json"]
+)
+@pytest.mark.parametrize(("data", "said"), [(b'{"a": ', "Expecting value"), (b'{"\xff": 1}', "utf-8")])
+def test_bad_json_is_named(tiny_tokenizers: Path, name: str, data: bytes, said: str) -> None:
+    (tiny_tokenizers / name).write_bytes(data)
+    with pytest.raises(TokenizerFileError, match=f"{name}: .*{said}"):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda c: c["added_tokens_decoder"].update({"7": c["added_tokens_decoder"].pop("0")}),
+            "'!' has id 0, declared: 7",
+        ),
+        (lambda c: c.update(eos_token="<end>"), "'<end>' has id 519, declared: None"),
+        (lambda c: c["added_tokens_decoder"].update({"0": {}}), r"tokenizer_config\.json: KeyError: 'content'"),
+        (lambda c: c.pop("pad_token") and None, "pad_token is None"),
+    ],
+)
+def test_bad_special_tokens_are_named(tiny_tokenizers: Path, change: Callable[[Any], Any], said: str) -> None:
+    edit(tiny_tokenizers / "tokenizer_2" / "tokenizer_config.json", change)
+    with pytest.raises(TokenizerFileError, match=said):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+def test_pad_token_must_agree_with_the_files(tiny_tokenizers: Path) -> None:
+    assert CLIPTokenizer.from_folder(tiny_tokenizers / "tokenizer_2", pad_token="!").pad == 0
+    with pytest.raises(TokenizerFileError, match="pad_token is !, asked for: cat"):
+        CLIPTokenizer.from_folder(tiny_tokenizers / "tokenizer_2", pad_token="cat")
+
+
+def test_legacy_added_tokens_are_not_ignored(tiny_tokenizers: Path) -> None:
+    edit(tiny_tokenizers / "tokenizer" / "tokenizer_config.json", lambda c: c.pop("added_tokens_decoder") and None)
+    (tiny_tokenizers / "tokenizer" / "added_tokens.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(TokenizerFileError, match=r"added_tokens\.json"):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["model"].update(vocab={"ab": 0}), r"tokenizer\.json: "),
+        (lambda c: c["model"].update(unk_id=999), r"tokenizer\.json: .*unk_id"),
+        (lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), r"json: .*charsmap"),
+        (lambda c: c.pop("model") and None, r"tokenizer\.json: KeyError: 'model'"),
+    ],
+)
+def test_a_bad_t5_json_is_named(tiny_tokenizers: Path, change: Callable[[Any], Any], said: str) -> None:
+    edit(tiny_tokenizers / "tokenizer_3" / "tokenizer.json", change)
+    with pytest.raises(TokenizerFileError, match=said):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:300], lambda data: b"", lambda data: b"no model" + data])
+def test_a_bad_spiece_model_is_named(tiny_spiece: bytes, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    (tmp_path / "spiece.model").write_bytes(damage(tiny_spiece))
+    with pytest.raises(TokenizerFileError, match=r"spiece\.model: "):
+        T5Tokenizer.from_folder(tmp_path)
+
+
+def test_a_bpe_spiece_model_is_refused(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "spiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat and a dog"] * 9),
+        model_prefix=prefix,
+        model_type="bpe",
+        vocab_size=20,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(TokenizerFileError, match="not Unigram"):
+        T5Tokenizer.from_folder(tmp_path)
