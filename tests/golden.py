@@ -17,6 +17,10 @@ def manifest(name: str) -> dict:
     return json.loads((DATA / "manifests" / f"{name}.json").read_text())
 
 
+def official_config(folder: str, name: str = "config.json") -> dict:
+    return json.loads((DATA / "configs" / folder / name).read_text())
+
+
 def formula_input(shape: tuple[int, ...], a: float, b: float) -> Tensor:
     """cos(a j + b) over the flat index j."""
     count = torch.Size(shape).numel()
