@@ -1,0 +1,5 @@
+"""`python -m mmdit`."""
+
+from mmdit.cli import main
+
+raise SystemExit(main())
