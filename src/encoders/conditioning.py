@@ -139,19 +139,21 @@ class Conditioner:
         return padded
 
 
-def checked_prompts(prompts: Sequence[str]) -> list[str]:
-    """The prompts as a list.
+def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:
+    """The prompts as a list; `what` is what to call one in an error.
 
     Raises:
         ValueError: there is none.
         TypeError: one is not a string.
     """
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+        raise TypeError(f"{what} is {type(prompts).__name__}, expected str or a list of str: {prompts!r}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
-        raise ValueError("the batch of prompts is empty; give at least one prompt, which may be an empty string")
+        raise ValueError(f"the batch of {what}s is empty; give at least one {what}, which may be an empty string")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise TypeError(f"prompt {i} is {type(prompt).__name__}, expected str: {prompt!r}")
+            raise TypeError(f"{what} {i} is {type(prompt).__name__}, expected str: {prompt!r}")
     return prompts
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from encoders import VAE, CLIPText, T5Encoder, Tokenizers
-from mmdit.checkpoint import build, open_part
+from mmdit.checkpoint import Part, build, open_part
 from mmdit.describe import REPOSITORY, how_to_get, missing
-from mmdit.locate import Found, locate, with_neighbours
+from mmdit.locate import TOKENIZERS, Found, locate, with_neighbours
 from mmdit.model import MMDiT
-from mmdit.recognise import Component
+from mmdit.recognise import TITLES, Component
 from mmdit.safetensors_file import CheckpointError
 
 
@@ -62,34 +62,66 @@ def from_file(
     found = locate(path)
     for component, given in others.items():
         if given is not None:
-            there = locate(given, clip=component)
+            there = locate(given, clip=component if component in ("clip_l", "clip_g") else None)
             if component not in there.weights:
                 open_part(there, component)  # says what the file is instead
             found.weights[component] = there.weights[component]
             found.configs |= {part: config for part, config in there.configs.items() if part == component}
     if tokenizers is not None:
+        if not Path(tokenizers).is_dir():
+            raise FileNotFoundError(
+                f"tokenizers={tokenizers} is no folder; expected one that holds {', '.join(TOKENIZERS)}"
+            )
         found.tokenizers = Path(tokenizers)
     return _build(with_neighbours(found), device, dtype)
 
 
 def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None) -> Parts:
+    if "transformer" not in found.weights:
+        open_part(found, "transformer")  # says what there is instead
+    parts = {name: open_part(found, name) for name in found.weights}
     if without := missing(found):
         has = ", ".join(found.weights) or "no model of SD3"
-        raise CheckpointError(
-            "\n".join([f"{found.path} is not enough for a picture: it has {has}. Missing:", *how_to_get(without)])
-        )
+        said = f"{found.path} is not enough for a picture: it has {has}. Missing:"
+        raise CheckpointError("\n".join([said, *how_to_get(without, found)]))
+    _check_together(parts)
     if "t5" not in found.weights:
         warnings.warn(
-            f"{found.path} has no T5 encoder; prompts are followed less well. {how_to_get(['t5'])[0].strip()}",
+            f"{found.path} has no T5 encoder; prompts are followed less well. {how_to_get(['t5'], found)[0].strip()}",
             stacklevel=4,
         )
-    models: dict[str, Any] = {name: build(open_part(found, name), device, dtype) for name in found.weights}
     assert found.tokenizers is not None, "missing() looks for them"
-    return Parts(
-        **({"t5": None} | models),
-        tokenizers=Tokenizers.from_folder(found.tokenizers, t5="t5" in models),
-        shift=None if found.scheduler is None else found.scheduler.get("shift"),
-    )
+    tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in parts)
+    shift = _shift(found)
+    models: dict[str, Any] = {name: build(part, device, dtype) for name, part in parts.items()}
+    return Parts(**({"t5": None} | models), tokenizers=tokenizers, shift=shift)
+
+
+def _check_together(parts: Mapping[Component, Part]) -> None:
+    """Raise CheckpointError where models that are sound alone do not go together."""
+    config: dict[Component, Any] = {name: part.config for name, part in parts.items()}
+    transformer, towers = config["transformer"], (config["clip_l"], config["clip_g"])
+    pooled = sum(tower.projection_dim or tower.width for tower in towers)
+    pairs: list[tuple[Component, str, int, int]] = [
+        ("vae", "latent channels", config["vae"].latent_channels, transformer.in_channels),
+        ("clip_l", "pooled channels together with CLIP-G", pooled, transformer.pooled_dim),
+    ]
+    if "t5" in config:
+        pairs.append(("t5", "channels", config["t5"].width, transformer.context_dim))
+    for name, what, found, expected in pairs:
+        if found != expected:
+            raise CheckpointError(
+                f"{parts[name].source}: this {TITLES[name]} has {found} {what}, but the transformer of "
+                f"{parts['transformer'].source} takes {expected}; they are not of the same model"
+            )
+
+
+def _shift(found: Found) -> float | None:
+    """The timestep shift of the scheduler's config, where there is one."""
+    shift = (found.scheduler or {}).get("shift")
+    if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0):
+        raise CheckpointError(f"{found.path}: scheduler_config.json says shift = {shift!r}, expected a number above 0")
+    return shift
 
 
 def _is_hub_id(name: str) -> bool:

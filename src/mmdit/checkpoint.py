@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from mmdit.lazy import LazyTensor
 from mmdit.locate import Found, locate, open_weights
 from mmdit.memory import is_out_of_memory
 from mmdit.model import MMDiT
-from mmdit.recognise import KIND_OF, TITLES, UNUSED, Component, Model, looks_like, split
+from mmdit.recognise import KIND_OF, TITLES, UNUSED, Component, Model, foreign, looks_like, split
 from mmdit.safetensors_file import CheckpointError
-from quant import FLOAT8, Scales, dequantize, find_scales
+from quant import FLOAT8, Scales, check_formats, check_scale_shape, dequantize, find_scales, format_in, layers_in
 
 Config = MMDiTConfig | VAEConfig | CLIPConfig | T5Config
 MODULES: dict[Component, type[nn.Module]] = {
@@ -32,6 +33,8 @@ MODULES: dict[Component, type[nn.Module]] = {
     "clip_g": CLIPText,
     "t5": T5Encoder,
 }
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
+_NUMBER = re.compile(r"(?<=\.)\d{4,}(?=\.)")
 _T5_EMBEDDING, _T5_EMBEDDING_TWIN = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -44,6 +47,7 @@ class Part:
     tensors: dict[str, LazyTensor]
     config: Config
     scales: Scales  # how the file spelled its float8, if any
+    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names in the file, where they are others
 
     @property
     def dtypes(self) -> set[torch.dtype]:
@@ -98,18 +102,23 @@ def open_part(found: Found, component: Component) -> Part:
     models, left = split(stored)
     model = models.get(component) or models.get(KIND_OF[component])
     if model is None:
-        raise CheckpointError(f"{source} holds no {TITLES[component]}: it looks like {looks_like(stored)}")
+        raise CheckpointError(_absent(Found(source, found.layout), component))
     if left:
-        raise CheckpointError(f"{source}: {len(left)} unexpected tensors, first {_some(left)}; {looks_like(left)}")
-    tensors, scales = _absorb_scales(source, {name: stored[key] for name, key in model.keys.items()}, metadata)
-    tensors = _official(source, component, model, tensors)
+        raise CheckpointError(
+            f"{source}: {len(left)} unexpected tensors beside the {TITLES[component]}: {_some(left)}; "
+            f"they look like {looks_like(left)}"
+        )
+    tensors, scales = _absorb_scales(source, model, stored, metadata)
+    tensors, stored_as = _official(source, component, model, tensors)
     try:
         config = configs.infer(component, {key: lazy.shape for key, lazy in tensors.items()}, found.configs)
     except KeyError as error:
-        raise CheckpointError(f"{source} is incomplete: the tensor {error} is missing") from error
+        raise CheckpointError(
+            f"{source} is incomplete: the tensor {error} of the {TITLES[component]} is missing; download it again"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return Part(component, source, tensors, config, scales)
+    return Part(component, source, tensors, config, scales, stored_as)
 
 
 def part_of(component: Component, model: nn.Module) -> Part:
@@ -132,6 +141,8 @@ def build(part: Part, device: torch.device | str, dtype: torch.dtype | None) -> 
     Raises:
         CheckpointError: missing, unexpected or mis-shaped tensors, or float8 without a dtype to compute in.
     """
+    if dtype is not None and dtype not in COMPUTED:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, COMPUTED))}, got {dtype}")
     model = empty(part)
     check_tensors(part, model)
     if dtype is None and part.dtypes & set(FLOAT8):
@@ -150,10 +161,10 @@ def check_tensors(part: Part, model: nn.Module) -> None:
     shapes = [key for key in wanted if key in part.tensors and wanted[key].shape != part.tensors[key].shape]
     integers = [key for key in wanted if key in part.tensors and not part.tensors[key].dtype.is_floating_point]
     problems = [
-        _problem("missing", [key for key in wanted if key not in part.tensors]),
-        _problem("unexpected", [key for key in part.tensors if key not in wanted]),
-        _problem("of another shape", [_against(key, part.tensors[key], wanted[key]) for key in shapes]),
-        _problem("not floating point", integers),
+        _problem("missing", [_in_file(part, key) for key in wanted if key not in part.tensors]),
+        _problem("unexpected", [_in_file(part, key) for key in part.tensors if key not in wanted]),
+        _problem("of another shape", [_against(part, key, wanted[key]) for key in shapes]),
+        _problem("not floating point", [f"{_in_file(part, key)} {part.tensors[key].dtype}" for key in integers]),
     ]
     if any(problems):
         found = "; ".join(problem for problem in problems if problem)
@@ -183,16 +194,29 @@ def _gigabytes(part: Part, dtype: torch.dtype | None) -> str:
 
 
 def _absorb_scales(
-    source: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+    source: Path, model: Model, stored: Mapping[str, LazyTensor], metadata: Mapping[str, str]
 ) -> tuple[dict[str, LazyTensor], Scales]:
+    tensors = {name: stored[key] for name, key in model.keys.items()}
     try:
-        scales = find_scales({key: lazy.dtype for key, lazy in tensors.items()}, metadata)
+        formats = layers_in(metadata) | _noted_formats(model, stored)
+        check_formats(formats, {key: lazy.dtype for key, lazy in stored.items()})
+        here = formats.keys() & {key.removesuffix(".weight") for key in model.keys.values()}
+        scales = find_scales({key: lazy.dtype for key, lazy in tensors.items()}, scaled=bool(here))
+        for weight, scale in scales.weights.items():
+            check_scale_shape(tensors[weight].shape, tensors[scale].shape, weight)
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
     absorbed = {key: lazy for key, lazy in tensors.items() if key not in scales.keys and not UNUSED.fullmatch(key)}
     for weight, scale in scales.weights.items():
         absorbed[weight] = _scaled(source, weight, tensors[weight], tensors[scale])
     return absorbed, scales
+
+
+def _noted_formats(model: Model, stored: Mapping[str, LazyTensor]) -> dict[str, str]:
+    """`{layer in the file: format}` of ComfyUI's notes beside the weights: JSON in tensors of bytes."""
+    notes = [key for key in model.keys.values() if key.endswith(".comfy_quant")]
+    texts = {key: bytes(stored[key].read().flatten().view(torch.uint8).tolist()) for key in notes}
+    return {key.removesuffix(".comfy_quant"): format_in(text) for key, text in texts.items()}
 
 
 def _scaled(source: Path, name: str, stored: LazyTensor, scale: LazyTensor) -> LazyTensor:
@@ -207,22 +231,34 @@ def _scaled(source: Path, name: str, stored: LazyTensor, scale: LazyTensor) -> L
 
 def _official(
     source: Path, component: Component, model: Model, tensors: dict[str, LazyTensor]
-) -> dict[str, LazyTensor]:
+) -> tuple[dict[str, LazyTensor], dict[str, tuple[str, ...]]]:
+    """The tensors under official names, and what the file calls them where it has others."""
+    _check_numbers(source, tensors)
     if component == "t5":
-        return _without_twin(source, tensors)
+        return _without_twin(source, tensors), {}
     if model.names == "official":
-        return tensors
+        return tensors, {}
     rules = (
         mmdit_rules(count(tensors, "transformer_blocks.{i}."))
         if component == "transformer"
         else vae_rules(count(tensors, "encoder.down_blocks.{i}."), count(tensors, "encoder.down_blocks.0.resnets.{i}."))
     )
-    found, left = to_ours(tensors, rules)
+    try:
+        found, left = to_ours(tensors, rules)
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     if left:
         without = partners(left, rules)
         why = f"missing are {_some(without)}" if without else f"no {TITLES[component]} has them"
-        raise CheckpointError(f"{source}: {len(left)} unexpected tensors, first {_some(left)}; {why}")
-    return found
+        raise CheckpointError(f"{source}: {len(left)} unexpected tensors: {_some(left)}; {why}")
+    return found, {rule.ours: rule.theirs for rule in rules}
+
+
+def _check_numbers(source: Path, names: Iterable[str]) -> None:
+    """Blocks are numbered without gaps, so no number is as large as the count of tensors."""
+    names = list(names)
+    if far := [name for name in names if any(int(number) >= len(names) for number in _NUMBER.findall(name))]:
+        raise CheckpointError(f"{source}: {len(far)} unexpected tensors: {_some(far)}; there are no blocks before them")
 
 
 def _without_twin(source: Path, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
@@ -237,7 +273,10 @@ def _without_twin(source: Path, tensors: dict[str, LazyTensor]) -> dict[str, Laz
     def load(dtype: torch.dtype, device: torch.device) -> Tensor:
         one, other = (lazy.read(device="cpu").view(torch.uint8) for lazy in (kept, twin))
         if not torch.equal(one, other):
-            raise CheckpointError(f"{source}: {_T5_EMBEDDING} and {_T5_EMBEDDING_TWIN} differ; they must be one table")
+            raise CheckpointError(
+                f"{source}: {_T5_EMBEDDING} and {_T5_EMBEDDING_TWIN} differ; they must be one table, "
+                "so the file was written wrongly"
+            )
         del one, other
         return kept.load(dtype, device)
 
@@ -246,18 +285,27 @@ def _without_twin(source: Path, tensors: dict[str, LazyTensor]) -> dict[str, Laz
 
 
 def _absent(found: Found, component: Component) -> str:
-    holds = ", ".join(TITLES[part] for part in found.weights)
-    if not holds and found.path.is_file():
-        holds = looks_like(open_weights(found.path)[0])
-    return f"{found.path} holds no {TITLES[component]}; it looks like {holds or 'nothing known here'}"
+    holds = " and ".join(TITLES[part] for part in found.weights)
+    if found.path.is_file():
+        keys = open_weights(found.path)[0]
+        holds = foreign(keys) or holds or looks_like(keys)
+    return (
+        f"{found.path} holds no {TITLES[component]} of SD3; it looks like {holds or 'nothing known here'}. "
+        f"Give a file or folder that holds the {TITLES[component]}"
+    )
 
 
 def _problem(what: str, keys: list[str]) -> str:
     return f"{len(keys)} {what}: {_some(keys)}" if keys else ""
 
 
-def _against(key: str, found: LazyTensor, wanted: Tensor) -> str:
-    return f"{key} {list(found.shape)} where {list(wanted.shape)} is expected"
+def _against(part: Part, key: str, wanted: Tensor) -> str:
+    return f"{_in_file(part, key)} {list(part.tensors[key].shape)} where {list(wanted.shape)} is expected"
+
+
+def _in_file(part: Part, key: str) -> str:
+    """What the file calls a tensor; for a fused one, all that it is made of."""
+    return " + ".join(part.stored_as.get(key, (key,)))
 
 
 def _some(keys: Iterable[str], most: int = 5) -> str:

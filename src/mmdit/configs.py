@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.config import MMDiTConfig
-from mmdit.recognise import Component
+from mmdit.recognise import CLIP_WIDTHS, TITLES, Component
 
 Shapes = Mapping[str, Sequence[int]]
 ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -22,8 +24,10 @@ def infer(component: Component, shapes: Shapes, files: Mapping[Component, Mappin
         ValueError: the shapes are those of another model, or config.json contradicts them.
     """
     said = files.get(component, {})
+    _check_shapes(component, shapes)
+    _check_numbers(component, said)
     config = _FROM[component](shapes, said)
-    _compare(said, to_diffusers(component, config))
+    _compare(component, said, to_diffusers(component, config))
     return config
 
 
@@ -46,25 +50,54 @@ def _vae(shapes: Shapes, said: Mapping[str, Any]) -> VAEConfig:
 
 
 def _clip_l(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
-    heads = said.get("num_attention_heads")
-    return CLIPConfig.from_shapes(shapes, activation=said.get("hidden_act", "quick_gelu"), heads=heads)
+    return _tower("clip_l", shapes, said)
 
 
 def _clip_g(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
-    heads = said.get("num_attention_heads")
-    return CLIPConfig.from_shapes(shapes, activation=said.get("hidden_act", "gelu"), heads=heads)
+    return _tower("clip_g", shapes, said)
+
+
+def _tower(component: Component, shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
+    activation = said.get("hidden_act", ACTIVATIONS[component])
+    config = CLIPConfig.from_shapes(shapes, activation=activation, heads=said.get("num_attention_heads"))
+    if CLIP_WIDTHS.get(config.width, component) != component:
+        raise ValueError(
+            f"a CLIP text tower of width {config.width} is the {TITLES[CLIP_WIDTHS[config.width]]}, "
+            f"where the {TITLES[component]} is expected; were they swapped?"
+        )
+    return config
 
 
 def _t5(shapes: Shapes, said: Mapping[str, Any]) -> T5Config:
     return T5Config.from_shapes(shapes)
 
 
-def _compare(said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _check_shapes(component: Component, shapes: Shapes) -> None:
+    """The inference may index what it reads."""
+    if hollow := [key for key, shape in shapes.items() if 0 in shape]:
+        raise ValueError(f"{hollow[0]} is empty: {list(shapes[hollow[0]])}")
+    for pattern, sides in _SIDES[component].items():
+        if odd := [key for key, shape in shapes.items() if re.fullmatch(pattern, key) and len(shape) != sides]:
+            raise ValueError(f"{odd[0]} has shape {list(shapes[odd[0]])}, expected {sides} dimensions")
+
+
+def _check_numbers(component: Component, said: Mapping[str, Any]) -> None:
+    """What is taken from config.json must be of the right kind."""
+    for name, (kind, low, words) in _TAKEN.items():
+        value = said.get(name)
+        if name not in said or (value is None and kind is int):
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not low < value < inf:
+            raise ValueError(f"the config.json of the {TITLES[component]} says {name} = {value!r}, expected {words}")
+
+
+def _compare(component: Component, said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """What a config.json says must be what the tensors show; keys that it does not have say nothing."""
     for name, value in found.items():
         if name in _SETTLED and name in said and _plain(said[name]) != _plain(value):
             raise ValueError(
-                f"config.json says {name} = {said[name]!r}, the tensors say {value!r}; one of them is wrong"
+                f"the config.json of the {TITLES[component]} says {name} = {said[name]!r}, its tensors say {value!r}; "
+                "they are not of the same model: download both again"
             )
 
 
@@ -162,6 +195,30 @@ _TO: Mapping[str, Any] = {
     "clip_l": _clip_json,
     "clip_g": _clip_json,
     "t5": _t5_json,
+}
+# Dimensions of the tensors that configs are inferred from; the others are checked against the model.
+_CLIP_SIDES = {
+    r"text_model\.(embeddings\..*|encoder\.layers\.0\.mlp\.fc1\.weight)|text_projection\.weight": 2,
+}
+_SIDES: Mapping[Component, Mapping[str, int]] = {
+    "transformer": {
+        r"(context_embedder|y_embedder\.mlp\.0|final_layer\.linear|joint_blocks\.0\.x_block\.mlp\.fc1)\.weight": 2,
+        r"joint_blocks\.0\.x_block\.attn\.ln_q\.weight": 1,
+        r"pos_embed": 3,
+        r"x_embedder\.proj\.weight": 4,
+    },
+    "vae": {r".*\.conv_in\.weight|.*\.conv1\.weight": 4},
+    "clip_l": _CLIP_SIDES,
+    "clip_g": _CLIP_SIDES,
+    "t5": {r"shared\.weight|.*\.relative_attention_bias\.weight|.*\.(SelfAttention\.q|DenseReluDense\.wo)\.weight": 2},
+}
+# What is taken from config.json because no shape tells it.
+_TAKEN: Mapping[str, tuple[Any, float, str]] = {
+    "sample_size": (int, 0, "a whole number above 0"),
+    "norm_num_groups": (int, 0, "a whole number above 0"),
+    "num_attention_heads": (int, 0, "a whole number above 0"),
+    "scaling_factor": ((int, float), 0, "a number above 0"),
+    "shift_factor": ((int, float), -inf, "a number"),
 }
 # The entries of config.json files that tensors or our code settle; the rest says nothing about the computation.
 _SETTLED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from encoders.clip import CLIPConfig
@@ -11,7 +11,7 @@ from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.checkpoint import Config, Part, open_part
 from mmdit.config import MMDiTConfig
-from mmdit.locate import TOKENIZERS, Found, locate, open_weights
+from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, Found, locate, open_weights
 from mmdit.recognise import TITLES, Component, looks_like
 from mmdit.safetensors_file import NAMES, CheckpointError
 
@@ -22,13 +22,17 @@ VARIANTS: dict[tuple[int, int, str | None, int], tuple[str, str]] = {
     (2432, 38, "rms", 0): ("SD3.5-Large or Large-Turbo (same shapes)", "sd3.5_large"),
 }
 NEEDED: tuple[Component, ...] = ("transformer", "vae", "clip_l", "clip_g")
-WHERE: dict[str, tuple[str, str]] = {  # what to get from the official repository, and where it goes
-    "transformer": ("sd3.5_large.safetensors", "FOLDER/sd3.5_large.safetensors"),
-    "vae": ("sd3.5_large.safetensors (it holds the VAE)", "FOLDER/, or pass vae="),
-    "clip_l": ("text_encoders/clip_l.safetensors", "FOLDER/text_encoders/, or pass clip_l="),
-    "clip_g": ("text_encoders/clip_g.safetensors", "FOLDER/text_encoders/, or pass clip_g="),
-    "t5": ("text_encoders/t5xxl_fp16.safetensors", "FOLDER/text_encoders/, or pass t5="),
-    "tokenizers": ("tokenizer/, tokenizer_2/, tokenizer_3/", "FOLDER/, or pass tokenizers="),
+_DIFFUSERS: Mapping[str, str] = {str(component): folder for component, folder in DIFFUSERS_FOLDERS.items()}
+_CLIP_FILES = "vocab.json, merges.txt, tokenizer_config.json"
+WHERE: dict[str, tuple[str, str]] = {  # what to get from the official repository, and the folder where it goes
+    "transformer": ("sd3.5_large.safetensors", ""),
+    "vae": ("vae/diffusion_pytorch_model.safetensors", "vae/"),
+    "clip_l": ("text_encoders/clip_l.safetensors", "text_encoders/"),
+    "clip_g": ("text_encoders/clip_g.safetensors", "text_encoders/"),
+    "t5": ("text_encoders/t5xxl_fp16.safetensors", "text_encoders/"),
+    "tokenizer": (f"tokenizer/ ({_CLIP_FILES})", "tokenizer/"),
+    "tokenizer_2": (f"tokenizer_2/ ({_CLIP_FILES})", "tokenizer_2/"),
+    "tokenizer_3": ("tokenizer_3/ (tokenizer.json or spiece.model)", "tokenizer_3/"),
 }
 REPOSITORY = "stabilityai/stable-diffusion-3.5-large"
 
@@ -64,16 +68,27 @@ def describe(path: str | Path) -> str:
 
 
 def missing(found: Found) -> list[str]:
-    """What a picture needs and this checkpoint does not have: components, or "tokenizers"."""
+    """What a picture needs and this checkpoint does not have: components, and folders of tokenizers."""
     without: list[str] = [component for component in NEEDED if component not in found.weights]
     names = TOKENIZERS if "t5" in found.weights else TOKENIZERS[:2]
     place = found.tokenizers
-    return without + (["tokenizers"] if place is None or not all((place / name).is_dir() for name in names) else [])
+    return without + [name for name in names if place is None or not (place / name).is_dir()]
 
 
-def how_to_get(what: Iterable[str]) -> list[str]:
+def how_to_get(what: Iterable[str], found: Found) -> list[str]:
     """One line for each missing thing: where it comes from and where it goes."""
-    return [f"  {name}: {WHERE[name][0]} of {REPOSITORY} -> {WHERE[name][1]}" for name in what]
+    return [f"  {name}: {source} of {REPOSITORY} -> {place}" for name in what for source, place in [_way(name, found)]]
+
+
+def _way(name: str, found: Found) -> tuple[str, str]:
+    source, place = WHERE[name]
+    folder = found.path.parent if found.path.is_file() else found.path
+    if found.layout == "diffusers" and name in _DIFFUSERS:
+        source = place = f"{_DIFFUSERS[name]}/"
+    if found.layout == "comfyui" and (folder / "models").is_dir() and name not in TOKENIZERS:
+        folder /= "models"
+    argument = "tokenizers" if name in TOKENIZERS else name
+    return source, f"{folder / place}" + (f", or pass {argument}=" if found.layout == "single file" else "")
 
 
 def _part_lines(part: Part) -> list[str]:
@@ -118,5 +133,7 @@ def _missing_lines(found: Found) -> list[str]:
     if not without:
         lines = ["complete: a picture can be drawn with it"]
     else:
-        lines = ["missing to draw a picture:", *how_to_get(without)]
-    return lines + (["optional, without it prompts are followed less well:", *how_to_get(optional)] if optional else [])
+        lines = ["missing to draw a picture:", *how_to_get(without, found)]
+    if optional:
+        lines += ["optional, without it prompts are followed less well:", *how_to_get(optional, found)]
+    return lines

@@ -7,7 +7,7 @@ names: diffusers `scripts/convert_sd3_to_diffusers.py`, `loaders/single_file_uti
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,12 +77,23 @@ def to_ours(tensors: Mapping[str, LazyTensor], rules: Iterable[Rename]) -> tuple
     """Tensors under our names, and the keys that no rule takes.
 
     A rule that finds only a part of its tensors takes none, so that they are all reported.
+
+    Raises:
+        ValueError: tensors whose shapes do not go together.
     """
     found, left = {}, dict(tensors)
     for rule in rules:
         if all(key in left for key in rule.theirs):
-            found[rule.ours] = LazyTensor.derived(rule.merge, *(left.pop(key) for key in rule.theirs))
+            found[rule.ours] = _merged(rule, [left.pop(key) for key in rule.theirs])
     return found, list(left)
+
+
+def _merged(rule: Rename, parts: Sequence[LazyTensor]) -> LazyTensor:
+    try:
+        return LazyTensor.derived(rule.merge, *parts)
+    except (RuntimeError, IndexError, TypeError) as error:
+        shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(rule.theirs, parts, strict=True))
+        raise ValueError(f"shapes that do not make {rule.ours}: {shapes}") from error
 
 
 def partners(left: Iterable[str], rules: Iterable[Rename]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmdit.lazy import LazyTensor
-from mmdit.recognise import Component, split
+from mmdit.recognise import CLIP_WIDTHS, TITLES, Component, looks_like, split
 from mmdit.safetensors_file import CheckpointError, open_tensors, read_header
 
 Layout = Literal["official", "diffusers", "comfyui", "single file"]
@@ -20,11 +20,13 @@ DIFFUSERS_FOLDERS: dict[Component, str] = {
     "clip_g": "text_encoder_2",
     "t5": "text_encoder_3",
 }
-CLIP_WIDTHS: dict[int, Component] = {768: "clip_l", 1280: "clip_g"}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 _MAIN_FOLDERS = ("checkpoints", "diffusion_models", "unet")
 _TEXT_FOLDERS = ("text_encoders", "clip")
+_TEXT_ENCODERS = ("clip_l", "clip_g", "t5")
 _WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_SHOWN = 5  # files that a message names
+_SHARD = "-of-"
 _PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -71,7 +73,7 @@ def with_neighbours(found: Found) -> Found:
     folders = found.path.parents[:2] if found.path.is_file() else ()
     for folder in folders:
         for name in _TEXT_FOLDERS:
-            _add(found, text_encoders((folder / name).glob("*.safetensors")))
+            _add(found, text_encoders((folder / name).glob("*.safetensors"), known=found.weights))
         _add_vae(found, folder / "vae")
     return found
 
@@ -89,12 +91,15 @@ def open_weights(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     metadata: dict[str, str] = {}
     for shard in sorted(set(weight_map.values())):
         if not (path.parent / shard).is_file():
-            raise CheckpointError(f"{path} names the shard {shard}, which is not beside it; download it")
+            raise CheckpointError(f"{path} names the shard {shard}, which is not beside it; download it too")
         found, notes = open_tensors(path.parent / shard)
         said = {key for key, file in weight_map.items() if file == shard}
         if odd := sorted(said ^ set(found)):
             where = "only in the index" if odd[0] in said else "only in the shard"
-            raise CheckpointError(f"{path}: {len(odd)} tensors differ between index and {shard}: {odd[0]!r} is {where}")
+            raise CheckpointError(
+                f"{path}: {len(odd)} tensors differ between index and {shard}: {odd[0]!r} is {where}; "
+                "they are not of the same model: download both again"
+            )
         tensors |= found
         metadata |= notes
     return tensors, metadata
@@ -130,8 +135,10 @@ def tokenizer_folder(*places: Path) -> Path | None:
     return next((place for place in places if any((place / name).is_dir() for name in TOKENIZERS)), None)
 
 
-def text_encoders(files: Iterable[Path]) -> dict[Component, Path]:
+def text_encoders(files: Iterable[Path], *, known: Collection[Component] = ()) -> dict[Component, Path]:
     """Which file is which text encoder, told by its tensors; the name decides only between unusual CLIP widths.
+
+    Encoders that are known already are not looked for.
 
     Raises:
         CheckpointError: two files are the same encoder (of T5, the 16- or 32-bit one is preferred to float8).
@@ -141,7 +148,7 @@ def text_encoders(files: Iterable[Path]) -> dict[Component, Path]:
         shapes = {key: entry.shape for key, entry in read_header(file).entries.items()}
         for kind, model in split(shapes)[0].items():
             component = _clip_role(file, shapes) if kind == "clip" else kind
-            if component in ("clip_l", "clip_g", "t5") and len(model.keys) == len(shapes):
+            if component in _TEXT_ENCODERS and component not in known and len(model.keys) == len(shapes):
                 candidates.setdefault(component, []).append(file)
     return {component: _only(component, files) for component, files in candidates.items()}
 
@@ -152,7 +159,7 @@ def _in_file(path: Path, clip: Component | None) -> Found:
     found = Found(path, "single file", tokenizers=tokenizer_folder(path.parent, *path.parents[1:3]))
     for kind in models:
         if kind == "clip":
-            found.weights[clip or _clip_role(path, {key: lazy.shape for key, lazy in tensors.items()})] = path
+            found.weights[_clip_role(path, {key: lazy.shape for key, lazy in tensors.items()}, clip)] = path
         else:
             found.weights[kind] = path
     if (path.parent / "config.json").is_file() and weights_in(path.parent) is not None:
@@ -183,6 +190,7 @@ def _in_official_folder(folder: Path) -> Found:
         raise CheckpointError(_nothing_in(folder))
     found = Found(folder, "official", tokenizers=tokenizer_folder(folder))
     _add_main(found, _single(main, folder))
+    _add_vae(found, folder / "vae")
     for name in _TEXT_FOLDERS:
         _add(found, text_encoders((folder / name).glob("*.safetensors")))
     return _with_configs(found)
@@ -193,7 +201,7 @@ def _in_comfyui_folder(folder: Path) -> Found:
     found = Found(folder, "comfyui", tokenizers=tokenizer_folder(folder, models))
     main = _main_files(file for name in _MAIN_FOLDERS for file in (models / name).glob("**/*.safetensors"))
     if not main:
-        raise CheckpointError(f"{models}: no SD3 transformer in {', '.join(_MAIN_FOLDERS)}")
+        raise CheckpointError(_nothing_in(models))
     _add_main(found, _single(main, models))
     _add_vae(found, models / "vae")
     for name in _TEXT_FOLDERS:
@@ -245,15 +253,19 @@ def _only(component: Component, files: list[Path]) -> Path:
         files = wide or files
     if len(files) > 1:
         raise CheckpointError(
-            f"{len(files)} files are {component}: {', '.join(map(str, files))}; keep one, or name one with {component}="
+            f"{len(files)} files are the {TITLES[component]}: {', '.join(map(str, files))}; "
+            f"keep one, or name one with {component}="
         )
     return files[0]
 
 
-def _clip_role(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Component:
-    width = next(shape[1] for key, shape in shapes.items() if key.endswith("token_embedding.weight"))
+def _clip_role(file: Path, shapes: Mapping[str, tuple[int, ...]], asked: Component | None = None) -> Component:
+    tables = [shape for key, shape in shapes.items() if key.endswith("token_embedding.weight")]
+    width = tables[0][-1] if tables and tables[0] else 0
     if width in CLIP_WIDTHS:
         return CLIP_WIDTHS[width]
+    if asked is not None:
+        return asked
     by_name: list[Component] = [role for role in ("clip_l", "clip_g") if role in file.name]
     by_name += [role for role in ("clip_l", "clip_g") if DIFFUSERS_FOLDERS[role] == file.parent.name]
     if len(by_name) != 1:
@@ -267,18 +279,30 @@ def _clip_role(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> Component:
 def _index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{path} has no weight_map from tensors to shards")
+        raise CheckpointError(
+            f"{path} is no shard index: it has no weight_map from tensors to files. "
+            "Give a .safetensors file, its .safetensors.index.json, or the folder"
+        )
     return weight_map
 
 
 def _nothing_in(folder: Path) -> str:
+    """What a folder without a transformer of SD3 has instead."""
+    files = sorted(folder.glob("**/*.safetensors"))
     pickles = sorted(file.name for ending in _PICKLE_ENDINGS for file in folder.glob(f"**/*{ending}"))
-    if pickles:
-        return (
-            f"{folder} has no safetensors, only pickles ({', '.join(pickles[:3])}); pickles can run code and are never "
-            "opened. Get the .safetensors files of the same model"
+    said = f"{folder} holds no transformer of SD3"
+    if files:
+        seen = (f"{file.relative_to(folder)} ({looks_like(read_header(file).entries)})" for file in files[:_SHOWN])
+        said += f". It has {len(files)} safetensors files: {', '.join(seen)}"
+        if shards := [file for file in files if _SHARD in file.name and not list(file.parent.glob("*.index.json"))]:
+            said += (
+                f". Shards need their index: download {shards[0].name.partition(_SHARD)[0][:-6]}.safetensors.index.json"
+            )
+    elif pickles:
+        said += (
+            f": no safetensors, only pickles ({', '.join(pickles[:_SHOWN])}), which can run code and are never opened"
         )
     return (
-        f"{folder} holds no SD3 checkpoint. Expected sd3*.safetensors with text_encoders/ beside it (official), "
-        "or transformer/, vae/, text_encoder*/ (diffusers), or models/checkpoints/ (ComfyUI)"
+        f"{said}. Expected are sd3*.safetensors with text_encoders/ beside it (official), transformer/, vae/ and "
+        "text_encoder*/ (diffusers), or models/checkpoints/ (ComfyUI), all as .safetensors"
     )

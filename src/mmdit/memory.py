@@ -10,10 +10,12 @@ from torch import nn
 
 from mmdit.recognise import TITLES, Component
 
+_CPU_WORDS = ("tried to allocate", "allocate memory", "size calculation overflowed", "multiplication overflow")
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch says that an allocation failed; on the CPU that is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _CPU_WORDS)
 
 
 def weight_bytes(model: nn.Module) -> int:

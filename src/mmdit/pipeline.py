@@ -12,16 +12,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from encoders import Conditioner, Conditioning, checked_prompts
+from mmdit.arguments import Generators, cells, check_latents, check_names, generators, matching, profile_of, whole
 from mmdit.assemble import Parts, from_file, from_folder
 from mmdit.checkpoint import part_of
 from mmdit.convert import OutLayout, write_checkpoint
 from mmdit.memory import explained
-from mmdit.pictures import OUTPUT_TYPES, OutputType, convert_output, to_unit
-from mmdit.profiles import PROFILES, Profile
+from mmdit.pictures import OutputType, convert_output, to_unit
+from mmdit.profiles import Profile
 from mmdit.recognise import Component
 from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick, sigmas
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Pipeline:
     def __init__(self, parts: Parts, *, profile: str | Profile = "diffusers") -> None:
         self.transformer, self.vae, self.tokenizers = parts.transformer, parts.vae, parts.tokenizers
         self.clip_l, self.clip_g, self.t5 = parts.clip_l, parts.clip_g, parts.t5
-        self.profile = profile if isinstance(profile, Profile) else pick(PROFILES, profile, "profile")
+        self.profile = profile_of(profile)
         self.shift = self.profile.shift if parts.shift is None else parts.shift
 
     @classmethod
@@ -65,6 +64,7 @@ class Pipeline:
             FileNotFoundError: there is no such folder.
             mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
         """
+        profile = profile_of(profile)  # a wrong name is said before gigabytes are read
         return cls(from_folder(folder, device, dtype), profile=profile)
 
     @classmethod
@@ -93,6 +93,7 @@ class Pipeline:
             FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
         """
         others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
+        profile = profile_of(profile)
         return cls(from_file(path, others, tokenizers, device, dtype), profile=profile)
 
     @property
@@ -144,7 +145,7 @@ class Pipeline:
         """
         rules = self.profile.text
         if max_sequence_length is not None:
-            rules = replace(rules, t5_length=max_sequence_length)
+            rules = replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
         conditioner = Conditioner(
             self.clip_l,
             self.clip_g,
@@ -178,7 +179,7 @@ class Pipeline:
         rows, columns = self._cells(height, "height"), self._cells(width, "width")
         shape = (count, self.transformer.config.in_channels, rows, columns)
         dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
-        return gaussian(shape, _generators(seed, generator), dtype).to(self.device)
+        return gaussian(shape, generators(seed, generator, count), dtype).to(self.device)
 
     def predict(self, x: Tensor, sigma: float, conditionings: Sequence[Conditioning]) -> list[Tensor]:
         """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning, in one batch.
@@ -271,10 +272,10 @@ class Pipeline:
             MemoryError: the device has too little memory; the message says what helps.
         """
         prompts = checked_prompts(prompt)
-        count = len(prompts) * num_images_per_prompt
+        count = len(prompts) * whole("num_images_per_prompt", num_images_per_prompt, 1)
         scale = self.profile.guidance_scale if guidance_scale is None else guidance_scale
-        negatives = _matching(negative_prompt, len(prompts)) if scale > 1 else None
-        _check(output_type, sampler, num_images_per_prompt)
+        negatives = matching(negative_prompt, len(prompts)) if scale > 1 else None
+        check_names(output_type, sampler)
         self.levels(num_inference_steps, schedule)  # wrong names and numbers are said before the encoders run
         with explained(self.models, f"{count} pictures at once"):
             noise = self._start(latents, seed, generator, count, height, width)
@@ -301,6 +302,7 @@ class Pipeline:
     def levels(self, num_inference_steps: int | None = None, schedule: str | None = None) -> Tensor:
         """The noise levels of the steps, float64 [steps + 1]; None is the profile's."""
         steps = self.profile.steps if num_inference_steps is None else num_inference_steps
+        whole("num_inference_steps", steps, 1)
         return sigmas(schedule or self.profile.schedule, steps, shift=self.shift)
 
     def _rounded(self, steps: Iterator[Step]) -> Iterator[Step]:
@@ -322,43 +324,11 @@ class Pipeline:
         if latents is None:
             return self.noise(seed, count=count, height=height, width=width, generator=generator)
         if given := [name for name, value in (("seed", seed), ("generator", generator)) if value is not None]:
-            raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw")
-        channels = self.transformer.config.in_channels
-        if latents.ndim != 4 or latents.shape[:2] != (count, channels):
-            raise ValueError(f"latents have shape {list(latents.shape)}, expected [{count}, {channels}, h/8, w/8]")
+            raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw: give one of them")
+        check_latents(latents, count, self.transformer.config, self.vae.config.downscale, height, width)
         return latents.to(self.device)
 
     def _cells(self, pixels: int | None, name: str) -> int:
         """The latent cells along a side of so many pixels."""
-        config, cell = self.transformer.config, self.vae.config.downscale
-        if pixels is None:
-            return config.sample_size or 128
-        unit, most = cell * config.patch_size, config.max_pixels
-        if pixels % unit or not unit <= pixels <= most:
-            near = min(max(round(pixels / unit) * unit, unit), most)
-            raise ValueError(f"{name} must be a multiple of {unit} from {unit} to {most}, got {pixels}; use {near}")
-        return pixels // cell
-
-
-def _generators(seed: int | Sequence[int] | None, generator: Generators) -> Generators:
-    if seed is not None and generator is not None:
-        raise ValueError("seed and generator are both given; give one of them")
-    if seed is None:
-        return generator
-    if isinstance(seed, int):
-        return torch.Generator().manual_seed(seed)
-    return [torch.Generator().manual_seed(one) for one in seed]
-
-
-def _matching(negative: str | Sequence[str], count: int) -> list[str]:
-    negatives = [negative] * count if isinstance(negative, str) else checked_prompts(negative)
-    if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; give one, or one for each")
-    return negatives
-
-
-def _check(output_type: str, sampler: str, num_images_per_prompt: int) -> None:
-    pick(dict.fromkeys(OUTPUT_TYPES), output_type, "output_type")
-    pick(SOLVERS, sampler, "sampler")
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        config = self.transformer.config
+        return (config.sample_size or 128) if pixels is None else cells(pixels, name, config, self.vae.config.downscale)

@@ -33,25 +33,30 @@ PREFIXES: dict[str, Component] = {  # of single files; the first four are the of
     "text_encoders.t5xxl.transformer.": "t5",
     "diffusion_model.": "transformer",
 }
+CLIP_WIDTHS: dict[int, Component] = {768: "clip_l", 1280: "clip_g"}
 # Stored beside the weights by some writers, and used by no model: index buffers and CLIP's contrastive temperature.
 UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale)")
 
-_SIGNATURES: list[tuple[Kind, Names, str]] = [
-    ("transformer", "official", "joint_blocks.0.x_block.attn.qkv.weight"),
-    ("transformer", "diffusers", "transformer_blocks.0.attn.add_q_proj.weight"),
-    ("vae", "official", "decoder.up.0.block.0.conv1.weight"),
-    ("vae", "diffusers", "decoder.up_blocks.0.resnets.0.conv1.weight"),
-    ("clip", "official", "text_model.embeddings.token_embedding.weight"),
-    ("t5", "official", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+_SIGNATURES: list[tuple[Kind, Names, str]] = [  # any one key is enough, so that a missing one can be named
+    ("transformer", "official", r"joint_blocks\.\d+\.(x|context)_block\."),
+    ("transformer", "diffusers", r"transformer_blocks\.\d+\.(attn\.add_[qkv]_proj|ff_context|norm1_context)\."),
+    ("vae", "official", r"(encoder\.down|decoder\.up)\.\d+\.block\."),
+    ("vae", "diffusers", r"(encoder\.down|decoder\.up)_blocks\.\d+\.resnets\."),
+    ("clip", "official", r"text_model\.(embeddings|encoder\.layers)\."),
+    ("t5", "official", r"encoder\.block\.\d+\.layer\.[01]\."),
 ]
+_LORA = (
+    r"lora_(up|down|mid|A|B|unet|te\d?|transformer|linear_layer)|lycoris_|[._]lora\.|(hada|lokr)_w|\.dora_scale$|"
+    r"\.diff(_b)?$|\.set_weight$|\.reshape_weight$"
+)
 _FOREIGN: list[tuple[str, str]] = [
-    ("a LoRA (weights to add to a model, not a model)", r"lora_(up|down|A|B|unet|te\d?|transformer)|lycoris_|\.lora\."),
-    ("a Flux checkpoint", r"(^|\.)double_blocks\.0\.|^single_transformer_blocks\.0\."),
-    ("a ControlNet", r"^controlnet_blocks\.|^control_model\.|^controlnet_"),
-    ("a Stable Diffusion XL checkpoint", r"^conditioner\.embedders\.|\.label_emb\.|^add_embedding\."),
+    ("a LoRA (weights to add to a model, not a model)", _LORA),
+    ("a ControlNet", r"^controlnet_|^control_model\."),
+    ("a Flux checkpoint", r"(^|\.)double_blocks\.\d+\.|(^|\.)single_transformer_blocks\.\d+\."),
+    ("a Stable Diffusion XL checkpoint", r"^conditioner\.embedders\.|(^|\.)label_emb\.|^add_embedding\."),
     ("a Stable Diffusion 2 checkpoint", r"^cond_stage_model\.model\."),
-    ("a Stable Diffusion 1.x checkpoint", r"^cond_stage_model\.transformer\.|^model\.diffusion_model\.input_blocks\."),
-    ("a UNet of Stable Diffusion 1.x, 2 or XL in diffusers' names", r"^down_blocks\.\d\.attentions\."),
+    ("a Stable Diffusion 1.x checkpoint", r"^cond_stage_model\.transformer\."),
+    ("a UNet of Stable Diffusion 1.x or 2", r"(^|\.)input_blocks\.\d+\.|^down_blocks\.\d\.(attentions|resnets)\."),
 ]
 
 
@@ -101,4 +106,5 @@ def looks_like(keys: Iterable[str]) -> str:
 
 
 def _recognise(local: Mapping[str, str]) -> tuple[Kind, Names] | None:
-    return next(((kind, names) for kind, names, key in _SIGNATURES if key in local), None)
+    fits = ((kind, names) for kind, names, pattern in _SIGNATURES if any(re.match(pattern, key) for key in local))
+    return next(fits, None)

@@ -22,12 +22,16 @@ from torch import Tensor
 from mmdit.lazy import LazyTensor
 
 DTYPES = {  # in the order in which the safetensors library writes them
+    "U64": torch.uint64,
     "I64": torch.int64,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F32": torch.float32,
+    "U32": torch.uint32,
     "I32": torch.int32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
+    "U16": torch.uint16,
     "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
@@ -38,7 +42,19 @@ DTYPES = {  # in the order in which the safetensors library writes them
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 STAGING = 32 * 2**20  # bytes read at a time where a tensor is cast or moved on its way
-_PICKLES = {b"PK\x03\x04": "a PyTorch pickle (zip)", b"GGUF": "a GGUF file", b"\x80\x02": "a Python pickle"}
+_MAX_SIDE = 2**63  # torch counts in 64 bits
+_PICKLE = "pickles can run code and are never opened"
+_OTHER_FILES = {  # how files begin that are taken for safetensors
+    b"PK\x03\x04": ("a PyTorch pickle (zip)", _PICKLE),
+    b"\x80\x02": ("a Python pickle", _PICKLE),
+    b"\x80\x03": ("a Python pickle", _PICKLE),
+    b"\x80\x04": ("a Python pickle", _PICKLE),
+    b"\x80\x05": ("a Python pickle", _PICKLE),
+    b"GGUF": ("a GGUF file", "its quantizations are not read"),
+    b"version https://git-lfs": ("a Git LFS pointer", "it only names the file, which `git lfs pull` downloads"),
+    b"<": ("a web page", "the download gave an error page or asked to log in"),
+}
+_PACKED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")  # MX and NVFP4 formats
 
 
 class CheckpointError(ValueError):
@@ -74,17 +90,7 @@ def read_header(path: str | Path) -> Header:
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         text = _header_text(path, file, size)
-    try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not valid JSON ({error}); download the file again") from error
-    except _DuplicateKeyError as error:
-        raise CheckpointError(f"{path}: the header names {error} twice; the file was written wrongly") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
+    header, metadata = _parsed(path, text)
     start = 8 + len(text)
     entries = {key: _entry(path, key, value, start) for key, value in header.items()}
     _check_offsets(path, entries, start, size)
@@ -107,10 +113,15 @@ def write_tensors(
     """Write a file tensor by tensor, in the order and with the header of the safetensors library.
 
     The file appears under its name only when it is complete.
+
+    Raises:
+        ValueError: a tensor has a dtype that is not written.
     """
+    if odd := [f"{key!r} is {lazy.dtype}" for key, lazy in tensors.items() if lazy.dtype not in NAMES]:
+        raise ValueError(f"{path}: {odd[0]}, which is not written; known are {', '.join(map(str, NAMES))}")
     rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
     order = sorted(tensors, key=lambda key: (rank[tensors[key].dtype], key))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for key in order:
         lazy = tensors[key]
@@ -137,24 +148,51 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
-    first = file.read(8)
-    for magic, what in _PICKLES.items():
-        if first.startswith(magic):
-            raise CheckpointError(
-                f"{path} is {what}, not safetensors; pickles can run code and are never opened. "
-                "Use the .safetensors file of the same model"
-            )
-    if len(first) < 8:
-        raise CheckpointError(f"{path}: {size} bytes are no safetensors file (8 bytes of header length come first)")
-    length = int.from_bytes(first, "little")
+    first = file.read(32)
+    if first[8:9] != b"{":  # a length can begin like a pickle does; what follows it cannot
+        for magic, (what, why) in _OTHER_FILES.items():
+            if first.startswith(magic):
+                raise CheckpointError(
+                    f"{path} is {what}, not safetensors; {why}. Use the .safetensors file of the same model"
+                )
+    if size < 8:
+        raise CheckpointError(
+            f"{path} is truncated: it has {size} bytes, a safetensors file begins with 8 of header length; "
+            "download it again"
+        )
+    length = int.from_bytes(first[:8], "little")
     if length > MAX_HEADER:
-        raise CheckpointError(f"{path} is not a safetensors file: its first 8 bytes claim a header of {length} bytes")
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its first 8 bytes claim a header of {length} bytes, "
+            f"{MAX_HEADER} are the most. Use the .safetensors file of the model"
+        )
     if length > size - 8:
         raise CheckpointError(
             f"{path} is truncated: the header takes {length} bytes, the file has {size - 8} after its length; "
             "download it again"
         )
+    file.seek(8)
     return file.read(length)
+
+
+def _parsed(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries of a header and its metadata, checked to be JSON objects of unique keys."""
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the header is not valid JSON ({error}); download the file again") from error
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"{path}: the header names {error} twice; the file was written wrongly") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: __metadata__ is a JSON {type(metadata).__name__}, expected an object")
+    if odd := [key for key, value in metadata.items() if not isinstance(value, str)]:
+        raise CheckpointError(
+            f"{path}: __metadata__ must map strings to strings, but {odd[0]!r} is {metadata[odd[0]]!r}"
+        )
+    return header, metadata
 
 
 class _DuplicateKeyError(Exception):
@@ -171,14 +209,18 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(path: Path, key: str, value: Any, start: int) -> Entry:
     try:
-        name, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        numbers = (*shape, begin, end)
+        name, shape, (begin, end) = str(value["dtype"]), tuple(value["shape"]), value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header entry of {key!r} is malformed: {value!r}") from error
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        raise CheckpointError(f"{path}: {key!r} has shape {list(shape)} and offsets {[begin, end]}: not counts")
+        raise CheckpointError(
+            f"{path}: the header entry of {key!r} is {value!r}, expected dtype, shape and two data_offsets"
+        ) from error
+    if not all(type(number) is int and 0 <= number < _MAX_SIDE for number in (*shape, begin, end)):
+        raise CheckpointError(
+            f"{path}: {key!r} has shape {list(shape)} and offsets {[begin, end]}, expected counts (whole, not negative)"
+        )
     if name not in DTYPES:
-        raise CheckpointError(f"{path}: {key!r} has dtype {name!r}; known are {', '.join(DTYPES)}")
+        what = "packed numbers of MX and NVFP4; use a float8 or 16-bit file" if name in _PACKED else "unknown"
+        raise CheckpointError(f"{path}: {key!r} has dtype {name!r} ({what}); read are {', '.join(DTYPES)}")
     dtype = DTYPES[name]
     if end - begin != prod(shape) * dtype.itemsize:
         raise CheckpointError(

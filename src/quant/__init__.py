@@ -1,5 +1,23 @@
 """FP8 for researchers: tensor type, recipes, backends and file formats. A leaf: imports torch and nothing of ours."""
 
-from quant.file_formats import FLOAT8, Scales, dequantize, find_scales
+from quant.file_formats import (
+    FLOAT8,
+    Scales,
+    check_formats,
+    check_scale_shape,
+    dequantize,
+    find_scales,
+    format_in,
+    layers_in,
+)
 
-__all__ = ["FLOAT8", "Scales", "dequantize", "find_scales"]
+__all__ = [
+    "FLOAT8",
+    "Scales",
+    "check_formats",
+    "check_scale_shape",
+    "dequantize",
+    "find_scales",
+    "format_in",
+    "layers_in",
+]

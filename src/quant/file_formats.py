@@ -11,8 +11,9 @@ A file with none of them is plain: value = stored.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 _WEIGHT_SCALES = {"scale_weight": "ComfyUI (scale_weight)", "weight_scale": "ComfyUI or ModelOpt (weight_scale)"}
 _INPUT_SCALES = ("scale_input", "input_scale")
+_INSTEAD = "use a float8 or 16-bit file of the model"
 _EMBEDDINGS = ("shared", "embed_tokens", "token_embedding", "position_embedding", "relative_attention_bias")
 
 
@@ -39,28 +41,96 @@ class Scales:
         return {*self.weights.values(), *self.inputs.values(), *self.notes}
 
 
-def find_scales(dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str] | None = None) -> Scales:
-    """Pair the scales of a file with their weights, by `{key: dtype}`.
+def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> Scales:
+    """Pair the scales of a model with their weights, by `{key: dtype}`.
+
+    Args:
+        dtypes: of all tensors of the model.
+        scaled: whether the file says in its metadata that float8 weights have scales.
 
     Raises:
         ValueError: a scale without a float8 weight, a float8 weight without a scale among scaled ones, two scales for
             one weight, or a quantization other than float8.
     """
+    if other := [key for key in dtypes if _last(key) == "weight_scale_2"]:
+        raise ValueError(f"{_some(other)}: block scales of NVFP4, which is not read; {_INSTEAD}")
     notes = frozenset(key for key in dtypes if _last(key) in ("scaled_fp8", "comfy_quant"))
     weights, spellings = _paired(dtypes, _WEIGHT_SCALES)
     inputs, _ = _paired(dtypes, _INPUT_SCALES)
-    _refuse_other_formats(dtypes, metadata or {})
-    scaled = bool(weights or notes)
+    scaled = bool(scaled or weights or notes or inputs)
     if without := [key for key in dtypes if scaled and key not in weights and _needs_scale(key, dtypes[key])]:
-        raise ValueError(f"{_some(without)}: float8 without a scale, though the file says that it is scaled")
+        raise ValueError(
+            f"{_some(without)}: float8 without a scale, though the file says that it is scaled; it is incomplete"
+        )
     if not scaled:
         plain = any(dtype in FLOAT8 for dtype in dtypes.values())
-        return Scales("plain float8 (no scales)" if plain else "no float8", inputs=inputs)
+        return Scales("plain float8 (no scales)" if plain else "no float8")
     return Scales(" + ".join(sorted(spellings)) or "ComfyUI marker without scales", weights, inputs, notes)
 
 
+def layers_in(metadata: Mapping[str, str]) -> dict[str, str]:
+    """`{layer: format}` of a file's `_quantization_metadata`; empty where it has none.
+
+    Raises:
+        ValueError: it is not the expected JSON.
+    """
+    if "_quantization_metadata" not in metadata:
+        return {}
+    try:
+        layers = json.loads(metadata["_quantization_metadata"])["layers"]
+        return {layer: str(said["format"]) for layer, said in layers.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "_quantization_metadata is not the expected JSON, "
+            f'{{"layers": {{name: {{"format": ...}}}}}} ({type(error).__name__}: {error})'
+        ) from error
+
+
+def format_in(note: bytes) -> str:
+    """The format that a layer's `comfy_quant` bytes name.
+
+    Raises:
+        ValueError: it is not the expected JSON.
+    """
+    try:
+        return str(json.loads(note)["format"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'comfy_quant holds {note[:80]!r}, expected JSON like {{"format": ...}}') from error
+
+
+def check_formats(formats: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Hold what a file says of its layers, `{layer: format}`, against its `{key: dtype}`.
+
+    Raises:
+        ValueError: a format other than float8, or one that is not the weight's dtype.
+    """
+    if other := sorted({name for name in formats.values() if name not in FORMATS}):
+        layers = [layer for layer, name in formats.items() if name not in FORMATS]
+        raise ValueError(
+            f"quantization {', '.join(map(repr, other))} of {_some(layers)} is not read, only {', '.join(FORMATS)}; "
+            f"{_INSTEAD}"
+        )
+    for layer, name in formats.items():
+        found = dtypes.get(f"{layer}.weight")
+        if found is not FORMATS[name]:
+            what = "there is no such weight" if found is None else f"that weight is {found}"
+            raise ValueError(f"{layer + '.weight'!r} is said to be {name}, but {what}; the file was written wrongly")
+
+
+def check_scale_shape(weight: Sequence[int], scale: Sequence[int], name: str) -> None:
+    """Raise ValueError unless a scale of that shape is one number, or one per row as [out] or [out, 1]."""
+    rows = list(weight[:1])
+    if prod(scale) != 1 and list(scale) not in (rows, [*rows, 1]):
+        raise ValueError(
+            f"{name}: scale of shape {list(scale)} for a weight of shape {list(weight)}; expected one number"
+            + (f", or one per row: {rows} or {[*rows, 1]}" if rows else "")
+        )
+
+
 def dequantize(stored: Tensor, scale: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """stored * scale, computed in float32 (float64 for float64) and rounded once.
+    """stored * scale, multiplied in float32 (float64 for float64) and then rounded to `dtype`.
+
+    That is what torch's own cast of the exact product gives, which goes through float32 too.
 
     Args:
         stored: float8 codes, [out, in] or any shape.
@@ -71,28 +141,13 @@ def dequantize(stored: Tensor, scale: Tensor, name: str, dtype: torch.dtype) -> 
     Raises:
         ValueError: the scale has another shape, or is zero, negative or not finite.
     """
-    if scale.numel() not in (1, stored.shape[0]):
-        raise ValueError(f"{name}: scale of shape {list(scale.shape)} for a weight of shape {list(stored.shape)}")
-    if not bool(torch.isfinite(scale).all()) or bool((scale <= 0).any()):
-        raise ValueError(f"{name}: its scale must be finite and above zero, found {scale.flatten()[:4].tolist()}")
+    check_scale_shape(stored.shape, scale.shape, name)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    rows = scale.to(wide).reshape(-1, *[1] * (stored.ndim - 1)) if scale.numel() > 1 else scale.to(wide).reshape(())
-    return (stored.to(wide) * rows).to(dtype)
-
-
-def layer_format(note: bytes) -> str:
-    """The format that a layer's `comfy_quant` bytes name.
-
-    Raises:
-        ValueError: it is not the expected JSON, or not a float8 format.
-    """
-    try:
-        name = json.loads(note)["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"comfy_quant holds {note[:80]!r}, expected JSON with a format") from error
-    if name not in FORMATS:
-        raise ValueError(f"quantization format {name!r} is not read; known are {', '.join(FORMATS)}")
-    return str(name)
+    factor = scale.to(wide)
+    if bad := factor[~(factor.isfinite() & (factor > 0))].tolist():
+        raise ValueError(f"{name}: a scale must be finite and above zero; {len(bad)} are not, first {bad[:3]}")
+    factor = factor.reshape(-1, *[1] * (stored.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
+    return (stored.to(wide) * factor).to(dtype)
 
 
 def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> tuple[dict[str, str], set[str]]:
@@ -105,24 +160,11 @@ def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> tuple[
         weight = f"{layer}.weight"
         if dtypes.get(weight) not in FLOAT8:
             what = "there is no such weight" if weight not in dtypes else f"that weight is {dtypes[weight]}, not float8"
-            raise ValueError(f"stray scale {key!r}: it belongs to {weight!r}, and {what}")
+            raise ValueError(f"stray scale {key!r}: it belongs to {weight!r}, and {what}; the file was written wrongly")
         if weight in found:
-            raise ValueError(f"{weight!r} has two scales: {found[weight]!r} and {key!r}")
+            raise ValueError(f"{weight!r} has two scales, {found[weight]!r} and {key!r}; one is expected")
         found[weight] = key
     return found, {_WEIGHT_SCALES.get(_last(key), "") for key in found.values()}
-
-
-def _refuse_other_formats(dtypes: Mapping[str, torch.dtype], metadata: Mapping[str, str]) -> None:
-    if other := [key for key in dtypes if _last(key) == "weight_scale_2"]:
-        raise ValueError(f"{_some(other)}: block scales of NVFP4, which is not read; use a float8 or 16-bit file")
-    if "_quantization_metadata" in metadata:
-        try:
-            layers = json.loads(metadata["_quantization_metadata"])["layers"]
-            formats = {layer["format"] for layer in layers.values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"_quantization_metadata is not the expected JSON ({error!r})") from error
-        if unknown := sorted(formats - set(FORMATS)):
-            raise ValueError(f"quantization formats {unknown} are not read; known are {', '.join(FORMATS)}")
 
 
 def _needs_scale(key: str, dtype: torch.dtype) -> bool:

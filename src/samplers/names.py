@@ -16,5 +16,5 @@ def pick(table: Mapping[str, Value], name: str, what: str) -> Value:
     if name in table:
         return table[name]
     near = get_close_matches(str(name), table, n=3)
-    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise ValueError(f"unknown {what} {name!r}{hint} Known: {', '.join(table)}")
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ValueError(f"unknown {what} {name!r}; {hint}Known: {', '.join(table)}")

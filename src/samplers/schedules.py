@@ -47,8 +47,8 @@ def sigmas(name: str, steps: int, *, shift: float = 3.0) -> Tensor:
         ValueError: an unknown name, no step, or a shift that is not above 0.
     """
     schedule = pick(SCHEDULES, name, "schedule")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
     if not shift > 0:
         raise ValueError(f"shift must be above 0, got {shift}")
     return schedule(steps, shift)
