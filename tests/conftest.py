@@ -15,6 +15,12 @@ install_import_hook(["mmdit", "encoders", "quant", "samplers"], "typecheck.check
 import pytest
 import torch
 
+from skips import SKIPS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--weights", metavar="FOLDER", type=Path, help="compare this checkpoint with diffusers")
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
@@ -31,6 +37,15 @@ def _one_thread_per_worker() -> None:
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TinyFolders"]:
     """Diffusers folders of tiny random pipelines, by variant name, made when first asked for."""
     yield TinyFolders(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def weights(request: pytest.FixtureRequest) -> Path:
+    """The user's own checkpoint."""
+    folder = request.config.getoption("--weights")
+    if folder is None:
+        pytest.skip(SKIPS["weights"])
+    return folder
 
 
 class TinyFolders:

@@ -21,7 +21,7 @@ from torch import Tensor
 from encoders import Tokenizers
 from mmdit.checkpoint import open_part
 from mmdit.convert import write_checkpoint
-from mmdit.locate import Found, locate, with_neighbours
+from mmdit.locate import Found, locate, open_weights, with_neighbours
 from mmdit.pipeline import Pipeline
 from mmdit.traces import GUIDANCE, Job, Trace, trace_ours, trace_theirs
 from quant import FLOAT8
@@ -160,7 +160,7 @@ def verify(
             wanted = trace_theirs(theirs, job, found["noise", "latents"].to(job.device))
     name = str(dtype).removeprefix("torch.")
     settings = (
-        f"{name} on {job.device}, {job.height} x {job.width} pixels, {steps} steps, guidance {GUIDANCE:g}",
+        f"{name} on {job.device}, {job.height} x {job.width} pixels, steps {steps}, guidance {GUIDANCE:g}",
         f"reference: diffusers {diffusers.__version__} with transformers {transformers.__version__}",
         f"its weights: {how}",
     )
@@ -269,7 +269,7 @@ def _is_readable(found: Found) -> bool:
 
 
 def _has_float8(found: Found) -> bool:
-    return any(open_part(found, component).dtypes & set(FLOAT8) for component in found.weights)
+    return any(lazy.dtype in FLOAT8 for file in set(found.weights.values()) for lazy in open_weights(file)[0].values())
 
 
 def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
@@ -311,7 +311,7 @@ def _libraries() -> tuple[Any, Any]:
 def _load(diffusers: Any, folder: Path, job: Job, *, has_t5: bool) -> Any:
     without = {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
     load = diffusers.StableDiffusion3Pipeline.from_pretrained
-    pipe = load(folder, torch_dtype=job.dtype, local_files_only=True, **without).to(job.device)
+    pipe = load(folder, local_files_only=True, **without).to(job.device, job.dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
