@@ -94,7 +94,6 @@ class Conditioner:
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
         self.rules, self.context_dim = rules or TextRules(), context_dim
 
-    @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of a batch of prompts; warns, with the text, where a prompt is cut.
 

@@ -99,7 +99,7 @@ def convert(
         target,
         layout,
         shift=shift,
-        tokenizers=None if found.tokenizers is None else partial(_copy_tokenizers, found.tokenizers),
+        tokenizers=partial(_copy_tokenizers, found.tokenizers) if _with_text(parts) and found.tokenizers else None,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -234,6 +234,10 @@ def _write(plan: Plan, folder: Path, tokenizers: Callable[[Path], None] | None) 
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     if tokenizers is not None:
         tokenizers(folder)
+
+
+def _with_text(parts: Sequence[Part]) -> bool:
+    return any(part.component in ("clip_l", "clip_g", "t5") for part in parts)
 
 
 def _copy_tokenizers(source: Path, folder: Path) -> None:

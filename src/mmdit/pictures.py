@@ -45,9 +45,9 @@ def save_png(picture: Image.Image, path: str | Path) -> Path:
 
 
 def convert_output(
-    pictures: Float[Tensor, "b 3 h w"], output_type: OutputType, rounding: Literal["round", "truncate"]
+    pictures: Float[Tensor, "b c h w"], output_type: OutputType, rounding: Literal["round", "truncate"]
 ) -> Tensor | np.ndarray | Sequence[Image.Image]:
-    """What the caller of a pipeline asked for."""
+    """What the caller of a pipeline asked for; latents pass as they are."""
     match output_type:
         case "pt" | "latent":
             return pictures

@@ -231,12 +231,12 @@ class Pipeline:
         denoise = only_x0(cfg(self.predict, cond, uncond, scale))
         return self._rounded(solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels))
 
-    @torch.no_grad()
     def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h8 w8"]:
         """The pictures of latents in model space, in [0, 1]."""
         first = next(self.vae.parameters())
         return to_unit(self.vae.decode(latent.to(first.device, first.dtype)))
 
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],

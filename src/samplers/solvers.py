@@ -1,6 +1,7 @@
 """Solvers of the flow ODE. Each is a generator: it yields a `Step` after every step and goes on from `step.x`.
 
 A solver calls `denoise(x, sigma)`, which gives the predicted picture x0, and knows nothing of prompts or guidance.
+It leaves gradients as the caller has them: a graph grows only where weights or latents ask for one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -33,7 +33,6 @@ def slope(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
     return (x - denoised) / sigma
 
 
-@torch.no_grad()
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Euler's method on dx/dsigma: one model call a step, first order.
 
