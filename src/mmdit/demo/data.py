@@ -1,0 +1,120 @@
+"""Training data: scenes, their captions, and the captions as token ids, made by all cores and kept as tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encoders.tokenize import CLIPTokenizer, T5Tokenizer, Tokenizers, pad
+from mmdit.demo.captions import training_captions
+from mmdit.demo.scenes import Scenes, sample
+from mmdit.demo.vocab import write_tokenizers
+
+__all__ = ["LENGTH", "Dataset", "TokenTable", "make_dataset", "own_tokenizers", "tokenize", "workers"]
+
+LENGTH = 77  # of every caption, in every tokenizer: the longest one has about 60 tokens
+_CHUNK = 2000  # scenes of one task; each chunk has a seed of its own, so cores do not change the data
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Token ids of captions, each int16 [n, 77], padded as the three tokenizers pad."""
+
+    clip_l: Tensor
+    clip_g: Tensor
+    t5: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t5)
+
+    def __getitem__(self, index: slice | Tensor) -> TokenTable:
+        return TokenTable(self.clip_l[index], self.clip_g[index], self.t5[index])
+
+    def to(self, device: torch.device | str) -> TokenTable:
+        """The same on a device."""
+        return TokenTable(self.clip_l.to(device), self.clip_g.to(device), self.t5.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Scenes and `per_scene` captions of each: captions of scene i are rows i * per_scene and following."""
+
+    scenes: Scenes
+    tokens: TokenTable
+    per_scene: int
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Plain tensors, for a file."""
+        return (
+            {"per_scene": torch.tensor(self.per_scene)}
+            | vars(self.scenes)
+            | {"tokens." + k: v for k, v in vars(self.tokens).items()}
+        )
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> Dataset:
+        """What `state_dict` gave."""
+        scenes = Scenes(**{f.name: state[f.name] for f in dataclasses.fields(Scenes)})
+        tokens = TokenTable(**{f.name: state["tokens." + f.name] for f in dataclasses.fields(TokenTable)})
+        return cls(scenes, tokens, int(state["per_scene"]))
+
+
+@contextmanager
+def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes of one thread each; spawned, because a forked process cannot share a GPU's context."""
+    pool = ProcessPoolExecutor(
+        count or os.cpu_count() or 1,
+        multiprocessing.get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
+    with pool:
+        yield pool
+
+
+@cache
+def own_tokenizers() -> Tokenizers:
+    """The embedded model's tokenizers, written and read back."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizers(folder)
+        return Tokenizers.from_folder(folder)
+
+
+def tokenize(captions: Sequence[str]) -> TokenTable:
+    """Captions as ids, cut and padded exactly as `encoders.Conditioner` does at length 77."""
+    own = own_tokenizers()
+    assert own.t5 is not None, "the embedded model has a T5"
+    return TokenTable(*(_ids(tokenizer, captions) for tokenizer in (own.clip_l, own.clip_g, own.t5)))
+
+
+def make_dataset(scenes: int, per_scene: int, seed: int, pool: ProcessPoolExecutor) -> Dataset:
+    """Sample, describe and tokenize scenes; the same for the same seed on any number of cores."""
+    counts = [min(_CHUNK, scenes - first) for first in range(0, scenes, _CHUNK)]
+    chunks = list(pool.map(_chunk, counts, [per_scene] * len(counts), range(seed << 32, (seed << 32) + len(counts))))
+    joined = {name: torch.from_numpy(np.concatenate([chunk[name] for chunk in chunks])) for name in chunks[0]}
+    return Dataset.from_state_dict(joined | {"per_scene": torch.tensor(per_scene)})
+
+
+def _chunk(count: int, per_scene: int, seed: int) -> dict[str, Any]:
+    """Arrays, because tensors would travel between processes as open files, of which there are too few."""
+    scenes = sample(count, seed)
+    captions = [text for texts in training_captions(scenes, per_scene, seed) for text in texts]
+    state = Dataset(scenes, tokenize(captions), per_scene).state_dict()
+    return {name: value.numpy() for name, value in state.items() if name != "per_scene"}
+
+
+def _ids(tokenizer: CLIPTokenizer | T5Tokenizer, captions: Sequence[str]) -> Tensor:
+    rows = [pad(tokenizer.encode(text), LENGTH, tokenizer.pad).ids for text in captions]
+    return torch.tensor(rows, dtype=torch.int16)

@@ -1,0 +1,48 @@
+"""One training run: its recipe, device, clock, log, processes, and folder of states."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmdit.demo.progress import Journal
+from mmdit.demo.recipe import Recipe
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage needs."""
+
+    recipe: Recipe
+    device: torch.device
+    folder: Path
+    journal: Journal
+    pool: ProcessPoolExecutor
+    seconds: float  # of the whole run
+    compiled: Collection[str] = ()  # of `trainee.REGIONS`
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.seconds - (time.monotonic() - self.start)
+
+    def generator(self, offset: int) -> torch.Generator:
+        """A generator on the device, of a seed that differs from stage to stage."""
+        return torch.Generator(self.device).manual_seed(1000 * self.recipe.seed + offset)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 on a GPU; float32 on the CPU, where bfloat16 is slow."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
+
+    def synchronize(self) -> None:
+        """Wait for the device, before a clock is read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()

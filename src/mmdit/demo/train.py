@@ -1,0 +1,164 @@
+"""Train the embedded model from nothing: `python -m mmdit.demo.train --out FOLDER --minutes 24`.
+
+Data, VAE, latents, transformer with text encoders, export, evaluation; each stage ends by its share of the minutes.
+Results are in FOLDER: `embedded/` (the model), `pieces/` (the same to carry), `evaluation.md`, `contact_sheet.png`,
+`log.txt`, `progress.jsonl`. The same command on the same folder goes on where a killed run stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mmdit.assemble import Parts, from_folder
+from mmdit.demo.data import Dataset, make_dataset, workers
+from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
+from mmdit.demo.export import cast_copy, export, write_pieces
+from mmdit.demo.progress import Journal
+from mmdit.demo.recipe import FULL, SMOKE
+from mmdit.demo.run import Run
+from mmdit.demo.train_mmdit import Batches, train_mmdit
+from mmdit.demo.train_vae import latents_of, train_vae
+from mmdit.demo.trainee import REGIONS, initial_parts
+from mmdit.pipeline import Pipeline
+
+__all__ = ["main", "train"]
+
+
+def train(run: Run, start_from: Path | None = None) -> Pipeline:
+    """All stages; returns the exported model as the library loads it."""
+    data = _data(run)
+    parts, averaged = (initial_parts(run.recipe.architecture, run.recipe.seed) for _ in range(2))
+    if start_from is not None:
+        parts, averaged = (from_folder(start_from, "cpu", torch.float32) for _ in range(2))
+        torch.save(parts.vae.state_dict(), run.folder / "vae.pt")
+        run.journal.say(f"weights of {start_from} instead of new ones; its VAE is kept")
+    for each in (parts, averaged):
+        _move(each, run.device)
+    averaged.vae = train_vae(run, data.scenes)
+    start = time.monotonic()
+    latents = latents_of(run, averaged.vae, data.scenes)
+    mean, std = float(latents[:4096].float().mean()), float(latents[:4096].float().std())
+    run.journal.row("latents", shape=str(list(latents.shape)), mean=mean, std=std, took=time.monotonic() - start)
+    tokens = data.tokens.to(run.device)
+    recipe = run.recipe
+    batches = Batches(latents, tokens, data.per_scene, recipe.dropped, recipe.shift, run.generator(3))
+    train_mmdit(
+        run,
+        batches,
+        parts,
+        averaged,
+        max(run.left - recipe.finish_seconds, 1.0),
+        checked=lambda model: _check(run, model),
+        saved=lambda model: _export(run, model),
+    )
+    del latents, batches, tokens
+    return _finish(run, averaged)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    args = _parser().parse_args(arguments)
+    device = torch.device(args.device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True  # shapes are static
+    journal = Journal(args.out)
+    journal.say(f"{' '.join(sys.argv)}: torch {torch.__version__}, {_hardware(device)}")
+    with workers(args.workers) as pool:
+        recipe = SMOKE if args.smoke else FULL
+        compiled = () if args.no_compile else args.compile or (() if args.smoke else tuple(REGIONS))
+        run = Run(recipe, device, args.out, journal, pool, 60 * args.minutes, compiled)
+        train(run, args.start_from)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mmdit.demo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of states and results")
+    parser.add_argument("--minutes", type=float, default=24.0, help="of the whole run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--smoke", action="store_true", help="every stage with tiny numbers; compiles nothing unless told"
+    )
+    parser.add_argument("--compile", nargs="+", default=None, choices=sorted(REGIONS), help="only these; default all")
+    parser.add_argument("--no-compile", action="store_true", help="compile nothing")
+    parser.add_argument("--start-from", type=Path, help="a model folder to take VAE and starting weights from")
+    parser.add_argument("--workers", type=int, default=None, help="processes for data and scoring; default all cores")
+    return parser
+
+
+def _data(run: Run) -> Dataset:
+    start = time.monotonic()
+    recipe = run.recipe
+    data = make_dataset(recipe.scenes, recipe.captions_per_scene, recipe.seed, run.pool)
+    run.journal.row("data", scenes=len(data.scenes), captions=len(data.tokens), took=time.monotonic() - start)
+    return Dataset(data.scenes.to(run.device), data.tokens, data.per_scene)
+
+
+def _check(run: Run, parts: Parts) -> None:
+    """A quick evaluation during training; the numbers are for a person to judge."""
+    recipe, setting = run.recipe, _capped(MAIN, run.recipe.most_eval_steps)
+    result = evaluate(_pipeline(run, parts), setting, recipe.check_prompts, 1, batch=recipe.eval_batch, pool=run.pool)
+    shares = {kind: share for kind, (share, _) in result.by_kind.items()}
+    run.journal.row("check", macro=result.macro, **shares, took=result.seconds)
+
+
+def _export(run: Run, parts: Parts) -> int:
+    size = export(parts, run.folder / "embedded")
+    write_pieces(run.folder / "embedded", run.folder / "pieces")
+    return size
+
+
+def _finish(run: Run, parts: Parts) -> Pipeline:
+    """Export, load what was written, and evaluate that."""
+    run.journal.row("export", bytes=_export(run, parts), left=run.left)
+    dtype = torch.float32 if run.device.type == "cpu" else torch.float16
+    pipe = Pipeline.from_pretrained(run.folder / "embedded", device=run.device, dtype=dtype)
+    recipe = run.recipe
+    settings = [_capped(setting, recipe.most_eval_steps) for setting in SETTINGS]
+    write_sheet(pipe, run.folder / "contact_sheet.png", settings[0], 32 if recipe.steps is None else 2)
+    results = evaluate_all(
+        pipe,
+        run.folder,
+        settings,
+        prompts=recipe.prompts,
+        seeds=recipe.seeds,
+        batch=recipe.eval_batch,
+        pool=run.pool,
+        seconds=run.left if recipe.steps is None else math.inf,
+    )
+    for result in results:
+        shares = {kind: share for kind, (share, _) in result.by_kind.items()}
+        run.journal.row("result", setting=result.setting.name, macro=result.macro, **shares, took=result.seconds)
+    run.journal.say("finished\n" + (run.folder / "evaluation.md").read_text(encoding="utf-8"))
+    return pipe
+
+
+def _pipeline(run: Run, parts: Parts) -> Pipeline:
+    dtype = torch.float32 if run.device.type == "cpu" else torch.float16
+    return Pipeline(cast_copy(parts, run.device, dtype))
+
+
+def _capped(setting: Setting, most: int | None) -> Setting:
+    return setting if most is None else replace(setting, steps=min(setting.steps, most))
+
+
+def _move(parts: Parts, device: torch.device) -> None:
+    for model in (parts.transformer, parts.vae, parts.clip_l, parts.clip_g, parts.t5):
+        assert model is not None
+        model.to(device).train().requires_grad_(True)
+
+
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,169 @@
+"""Joint training of the transformer and the three text encoders on cached latents, wholly on the device."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit.assemble import Parts
+from mmdit.demo.data import TokenTable, tokenize
+from mmdit.demo.progress import Budget, Ema, Every, learning_rate, mean_of, save_whole
+from mmdit.demo.run import Run
+from mmdit.demo.trainee import T5Form, Trainee, compile_regions, trainee_of
+from samplers.training import logit_normal, noised, shifted, velocity_loss
+
+__all__ = ["Batch", "Batches", "draw_form", "flow_loss", "make_optimizer", "train_mmdit"]
+
+_STATE = "mmdit.pt"
+_FORMS: tuple[T5Form, ...] = ("short", "long", "zeros", "omitted")
+Halfway = Callable[[Parts], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents in the model's space, their noise, times, and token ids."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    tokens: TokenTable
+
+
+class Batches:
+    """Random batches of cached latents and captions, drawn where they lie.
+
+    Args:
+        latents: [scenes, 16, h, w].
+        tokens: of scenes x `per_scene` captions.
+        per_scene: captions of a scene.
+        dropped: share of captions replaced by the empty one.
+        shift: of the times.
+        generator: on the device of the latents.
+    """
+
+    def __init__(
+        self,
+        latents: Tensor,
+        tokens: TokenTable,
+        per_scene: int,
+        dropped: float,
+        shift: float,
+        generator: torch.Generator,
+    ) -> None:
+        self.latents, self.tokens, self.per_scene = latents, tokens, per_scene
+        self.dropped, self.shift, self.generator = dropped, shift, generator
+        self.empty = tokenize([""]).to(latents.device)
+
+    def draw(self, size: int) -> Batch:
+        """A batch of pairs, each with noise and a time of its own."""
+        device, g = self.latents.device, self.generator
+        scene = torch.randint(len(self.latents), (size,), generator=g, device=device)
+        caption = scene * self.per_scene + torch.randint(self.per_scene, (size,), generator=g, device=device)
+        drop = torch.rand(size, generator=g, device=device) < self.dropped
+        x0 = self.latents[scene].float()
+        noise = torch.randn(x0.shape, generator=g, device=device)
+        t = shifted(logit_normal(size, generator=g), self.shift)
+        return Batch(x0, noise, t, _replaced(self.tokens[caption], self.empty, drop))
+
+
+def draw_form(rng: random.Random, run: Run, fraction: float) -> T5Form:
+    """What stands where T5's tokens do in the next step: drawn per step, so that shapes are few."""
+    recipe = run.recipe
+    mix = asdict(recipe.mix if fraction < 1 - recipe.decay else recipe.late_mix)
+    return rng.choices(_FORMS, [mix[form] for form in _FORMS])[0]
+
+
+def flow_loss(trainee: Trainee, batch: Batch, form: T5Form) -> Tensor:
+    """The plain velocity loss."""
+    predicted = trainee(noised(batch.x0, batch.noise, batch.t), batch.t, batch.tokens, form)
+    return velocity_loss(predicted, batch.x0, batch.noise)
+
+
+def make_optimizer(trainee: torch.nn.Module) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95); weights of linears decay a little, embeddings, norms and biases do not."""
+    decayed = {id(m.weight) for m in trainee.modules() if isinstance(m, torch.nn.Linear)}
+    some = [p for p in trainee.parameters() if id(p) in decayed]
+    rest = [p for p in trainee.parameters() if id(p) not in decayed]
+    groups = [{"params": some, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def train_mmdit(
+    run: Run, batches: Batches, parts: Parts, averaged: Parts, seconds: float, *, checked: Halfway, saved: Halfway
+) -> None:
+    """Train `parts`; `averaged` holds their average whenever `checked` (once) or `saved` (every two minutes) is called.
+
+    Resumed from the state folder where it has a state.
+    """
+    recipe, trainee, into = run.recipe, trainee_of(parts), trainee_of(averaged)
+    ema, optimizer = Ema(trainee, recipe.ema), make_optimizer(trainee)
+    first, done = _resume(run, trainee, ema, optimizer)
+    if run.compiled:
+        compile_regions(trainee, [kind for kind in run.compiled if kind != "vae"])
+    rng, losses, ahead = random.Random(recipe.seed + first), [], done < recipe.check_at
+    budget, log = Budget(seconds, recipe.steps, done), Every(recipe.log_seconds)
+    save, export = Every(recipe.save_seconds), Every(recipe.export_seconds)
+    since = time.monotonic()
+    for step, fraction in budget.rounds(first):
+        form = draw_form(rng, run, fraction)
+        rate = learning_rate(fraction, step - first, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
+        losses.append(_step(run, trainee, optimizer, batches.draw(recipe.batch), form, rate))
+        ema.update()
+        if step < first + 2 or log.due():
+            run.synchronize()
+            ms = 1000 * (time.monotonic() - since) / len(losses)
+            run.journal.row("mmdit", step=step, done=fraction, ms=ms, loss=mean_of(losses), rate=rate, form=form)
+            losses, since = [], time.monotonic()
+            if save.due():
+                _save(run, trainee, ema, optimizer, step + 1, fraction)
+        if ahead and fraction >= recipe.check_at:
+            ahead = False
+            ema.write_to(into)
+            checked(averaged)
+        if export.due():
+            ema.write_to(into)
+            saved(averaged)
+    ema.write_to(into)
+    _save(run, trainee, ema, optimizer, step + 1, 1.0)
+
+
+def _step(
+    run: Run, trainee: Trainee, optimizer: torch.optim.Optimizer, batch: Batch, form: T5Form, rate: float
+) -> Tensor:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    with run.autocast():
+        loss = flow_loss(trainee, batch, form)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainee.parameters(), run.recipe.clip)
+    optimizer.step()
+    return loss.detach()
+
+
+def _save(run: Run, trainee: Trainee, ema: Ema, optimizer: torch.optim.Optimizer, step: int, fraction: float) -> None:
+    state = {"trainee": trainee.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+    save_whole(state | {"step": step, "fraction": fraction}, run.folder / _STATE)
+
+
+def _resume(run: Run, trainee: Trainee, ema: Ema, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """(first step, share of the time done)."""
+    if not (path := run.folder / _STATE).exists():
+        return 0, 0.0
+    state: dict[str, Any] = torch.load(path, map_location=run.device)
+    trainee.load_state_dict(state["trainee"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    run.journal.say(f"transformer: going on from step {state['step']}, {state['fraction']:.0%} done")
+    return state["step"], state["fraction"]
+
+
+def _replaced(tokens: TokenTable, empty: TokenTable, where: Tensor) -> TokenTable:
+    pairs = ((vars(tokens)[name], vars(empty)[name]) for name in ("clip_l", "clip_g", "t5"))
+    return TokenTable(*(torch.where(where[:, None], other, one) for one, other in pairs))
