@@ -37,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def generate(options: argparse.Namespace) -> int:
     """Draw a picture and say where it is."""
-    from mmdit.pictures import save_png
+    from mmdit.pictures import png_path, save_png
 
+    png_path(options.output)  # said before the drawing, not after it
     pipe = _pipeline(options)
     picture = pipe(
         options.prompt,

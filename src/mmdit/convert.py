@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -25,9 +25,9 @@ from mmdit.lazy import LazyTensor
 from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, locate
 from mmdit.recognise import PREFIXES, TITLES, Component
 from mmdit.safetensors_file import CheckpointError, write_tensors
+from samplers import pick
 
-OutLayout = Literal["official", "diffusers", "comfyui", "single"]
-OUT_LAYOUTS: tuple[OutLayout, ...] = get_args(OutLayout)
+OUT_LAYOUTS = ("official", "diffusers", "comfyui", "single")
 METADATA = {"format": "pt"}  # transformers refuses files without it
 MAX_SHARD = 10**10  # bytes, as diffusers writes them
 _PREFIX_OF: dict[Component, str] = {component: prefix for prefix, component in reversed(PREFIXES.items())}
@@ -65,7 +65,7 @@ class Plan:
 def convert(
     source: str | Path,
     target: str | Path,
-    layout: OutLayout,
+    layout: str,
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD,
@@ -83,6 +83,7 @@ def convert(
         FileExistsError: there is something at `target`.
         CheckpointError: the source is broken or incomplete, or holds scaled float8 and no dtype is given.
     """
+    pick(dict.fromkeys(OUT_LAYOUTS), layout, "layout")
     found = locate(source)
     parts = [open_part(found, component) for component in found.weights]
     for part in parts:
@@ -108,7 +109,7 @@ def convert(
 def write_checkpoint(
     parts: Sequence[Part],
     target: str | Path,
-    layout: OutLayout,
+    layout: str,
     *,
     shift: float,
     tokenizers: Callable[[Path], None] | None,
@@ -119,8 +120,7 @@ def write_checkpoint(
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists already; give another place, or remove it first")
-    if layout not in OUT_LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(OUT_LAYOUTS)}, got {layout!r}")
+    pick(dict.fromkeys(OUT_LAYOUTS), layout, "layout")
     cast = [part if dtype is None else _cast(part, dtype) for part in parts]
     if layout == "single":
         if target.suffix != ".safetensors":

@@ -34,11 +34,20 @@ def to_pil(pictures: Float[Tensor, "b 3 h w"], rounding: Literal["round", "trunc
     return [Image.fromarray((np.round(one) if rounding == "round" else one).astype(np.uint8)) for one in levels]
 
 
+def png_path(path: str | Path) -> Path:
+    """The path, if it is one of a PNG.
+
+    Raises:
+        ValueError: it ends in something else.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"pictures are written as PNG: {path} must end in .png")
+    return Path(path)
+
+
 def save_png(picture: Image.Image, path: str | Path) -> Path:
-    """Write a PNG that appears under its name only when it is complete."""
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"{path} must end in .png")
+    """Write a PNG that appears under its name only when it is complete; raises ValueError for other endings."""
+    path = png_path(path)
     with replacing(path) as part:
         picture.save(part, format="png")
     return path

@@ -15,7 +15,7 @@ from encoders import Conditioner, Conditioning, checked_prompts
 from mmdit.arguments import Generators, cells, check_latents, check_names, generators, matching, profile_of, whole
 from mmdit.assemble import Parts, from_file, from_folder
 from mmdit.checkpoint import part_of
-from mmdit.convert import OutLayout, write_checkpoint
+from mmdit.convert import write_checkpoint
 from mmdit.memory import explained
 from mmdit.pictures import OutputType, convert_output, to_unit
 from mmdit.profiles import Profile
@@ -124,7 +124,7 @@ class Pipeline:
             model.to(device=device, dtype=dtype)
         return self
 
-    def save_pretrained(self, folder: str | Path, layout: OutLayout = "official") -> Path:
+    def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
         """Write all models and tokenizers; the folder must not exist yet.
 
         Raises:

@@ -1,0 +1,80 @@
+"""The command line, as a user meets it."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from mmdit.cli import main
+
+
+def test_generate(tiny_folders, tmp_path, capsys):
+    out = tmp_path / "new" / "cat.png"
+    arguments = ["generate", "a red circle", "-m", str(tiny_folders["sd3-medium"]), "-o", str(out), "--steps", "2"]
+    assert main([*arguments, "--height", "32", "--width", "48", "--seed", "7"]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (48, 32)
+    assert str(out) in capsys.readouterr().out
+    first = out.read_bytes()
+    main([*arguments, "--height", "32", "--width", "48", "--seed", "7"])
+    assert out.read_bytes() == first
+    main([*arguments, "--height", "32", "--width", "48", "--seed", "8"])
+    assert out.read_bytes() != first
+
+
+def test_inspect_and_convert(tiny_folders, tmp_path, capsys):
+    assert main(["inspect", str(tiny_folders["sd3.5-medium"])]) == 0
+    assert "second attention in 2 blocks" in capsys.readouterr().out
+    target = tmp_path / "all.safetensors"
+    assert main(["convert", str(tiny_folders["sd3.5-medium"]), str(target), "--layout", "single"]) == 0
+    assert target.is_file()
+    assert main(["convert", str(target), str(target), "--layout", "single"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_verify(tiny_folders, capsys):
+    assert main(["verify", str(tiny_folders["sd3-medium"])]) == 0
+    assert "velocity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "x", "-m", "nowhere"], "does not exist"),
+        (["generate", "x", "-m", "FOLDER", "--sampler", "eular"], "did you mean 'euler'"),
+        (["generate", "x", "-m", "FOLDER", "--height", "100"], "multiple of 16"),
+        (["generate", "x", "-m", "FOLDER", "--steps", "0"], "at least 1"),
+        (["generate", "x", "-m", "FOLDER", "--vae", "y"], "--vae goes with a single file"),
+        (["generate", "x", "-m", "FOLDER", "-o", "picture.jpg"], "must end in .png"),
+        (["inspect", "nowhere"], "does not exist"),
+        (["convert", "FOLDER", "there", "--layout", "oficial"], "did you mean 'official'"),
+    ],
+)
+def test_errors_are_one_sentence_without_traceback(tiny_folders, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    folder = str(tiny_folders["sd3-medium"])
+    assert main([folder if word == "FOLDER" else word for word in arguments]) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("mmdit: ")
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["inspect", str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_wrong_usage_exits_with_two(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate"])
+    assert stopped.value.code == 2
+    assert "prompt" in capsys.readouterr().err
+
+
+def test_python_dash_m_and_help_are_quick_and_named():
+    out = subprocess.check_output([sys.executable, "-m", "mmdit", "--help"], text=True)
+    for command in ("generate", "inspect", "convert", "verify"):
+        assert command in out
