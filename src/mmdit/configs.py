@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any
 
-from encoders.clip import CLIPConfig
+from encoders.clip import Activation, CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.config import MMDiTConfig
 from mmdit.recognise import CLIP_WIDTHS, TITLES, Component
 
 Shapes = Mapping[str, Sequence[int]]
-ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+ACTIVATIONS: dict[Component, Activation] = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
 
 def infer(component: Component, shapes: Shapes, files: Mapping[Component, Mapping[str, Any]]) -> Any:
@@ -59,6 +59,11 @@ def _clip_g(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
 
 def _tower(component: Component, shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
     activation = said.get("hidden_act", ACTIVATIONS[component])
+    if activation not in ACTIVATIONS.values():
+        raise ValueError(
+            f"the config.json of the {TITLES[component]} says hidden_act = {activation!r}, "
+            f"expected {' or '.join(map(repr, ACTIVATIONS.values()))}"
+        )
     config = CLIPConfig.from_shapes(shapes, activation=activation, heads=said.get("num_attention_heads"))
     if CLIP_WIDTHS.get(config.width, component) != component:
         raise ValueError(
