@@ -31,7 +31,7 @@ def check_names(output_type: str, sampler: str) -> None:
 
 def whole(name: str, value: int, least: int) -> int:
     """The value of an argument that counts something."""
-    if not isinstance(value, int) or value < least:
+    if not isinstance(value, int) or not least <= value < 2**63:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return value
 

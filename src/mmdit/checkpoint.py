@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -184,13 +185,13 @@ def _read(part: Part, key: str, device: torch.device | str, dtype: torch.dtype |
             raise
         raise MemoryError(
             f"out of memory on {device} while loading the {TITLES[part.component]} of {part.source}: it takes "
-            f"{_gigabytes(part, dtype)} in all. Use a smaller dtype (dtype=torch.bfloat16) or another device"
+            f"{_size(part, dtype)} in all. Use a smaller dtype (dtype=torch.bfloat16) or another device"
         ) from error
 
 
-def _gigabytes(part: Part, dtype: torch.dtype | None) -> str:
-    sizes = (lazy.nbytes // lazy.dtype.itemsize * (dtype or lazy.dtype).itemsize for lazy in part.tensors.values())
-    return f"{sum(sizes) / 1e9:.2f} GB"
+def _size(part: Part, dtype: torch.dtype | None) -> str:
+    size = sum(prod(lazy.shape) * (dtype or lazy.dtype).itemsize for lazy in part.tensors.values())
+    return f"{size} bytes ({size / 1e9:.2f} GB)"
 
 
 def _absorb_scales(

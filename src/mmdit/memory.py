@@ -14,8 +14,8 @@ _CPU_WORDS = ("tried to allocate", "allocate memory", "size calculation overflow
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that an allocation failed; on the CPU that is a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _CPU_WORDS)
+    """Whether an allocation failed; torch says so of the CPU in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _CPU_WORDS)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -28,12 +28,13 @@ def explained(models: Mapping[Component, nn.Module], what: str) -> Iterator[None
     """Turn a failed allocation into a MemoryError that says what is in memory, what was asked for and what helps."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
+        what_failed = (str(error) or type(error).__name__).splitlines()[0]
         weights = ", ".join(f"{TITLES[name]} {weight_bytes(model) / 1e9:.2f} GB" for name, model in models.items())
         raise MemoryError(
-            f"out of memory while drawing {what}. Weights: {weights}. Torch says: {str(error).splitlines()[0]}. "
+            f"out of memory while drawing {what}. Weights: {weights}. What failed: {what_failed}. "
             "What helps: a smaller height and width, fewer pictures at once (num_images_per_prompt), "
             "or weights in 16 bits (dtype=torch.bfloat16)"
         ) from error

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from encoders import Conditioner, Conditioning, checked_prompts
+from encoders import Conditioner, Conditioning, TextRules, checked_prompts
 from mmdit.arguments import Generators, cells, check_latents, check_names, generators, matching, profile_of, whole
 from mmdit.assemble import Parts, from_file, from_folder
 from mmdit.checkpoint import part_of
@@ -143,9 +143,7 @@ class Pipeline:
         Raises:
             ValueError, TypeError: no prompt, or one that is not a string.
         """
-        rules = self.profile.text
-        if max_sequence_length is not None:
-            rules = replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
+        rules = self._rules(max_sequence_length)
         conditioner = Conditioner(
             self.clip_l,
             self.clip_g,
@@ -276,7 +274,8 @@ class Pipeline:
         scale = self.profile.guidance_scale if guidance_scale is None else guidance_scale
         negatives = matching(negative_prompt, len(prompts)) if scale > 1 else None
         check_names(output_type, sampler)
-        self.levels(num_inference_steps, schedule)  # wrong names and numbers are said before the encoders run
+        self.levels(num_inference_steps, schedule)  # wrong names and numbers are said before anything is drawn
+        self._rules(max_sequence_length)
         with explained(self.models, f"{count} pictures at once"):
             noise = self._start(latents, seed, generator, count, height, width)
             cond, uncond = (
@@ -304,6 +303,12 @@ class Pipeline:
         steps = self.profile.steps if num_inference_steps is None else num_inference_steps
         whole("num_inference_steps", steps, 1)
         return sigmas(schedule or self.profile.schedule, steps, shift=self.shift)
+
+    def _rules(self, max_sequence_length: int | None) -> TextRules:
+        rules = self.profile.text
+        if max_sequence_length is None:
+            return rules
+        return replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
 
     def _rounded(self, steps: Iterator[Step]) -> Iterator[Step]:
         """diffusers rounds the latent to the model's dtype after every step."""

@@ -152,9 +152,6 @@ FOREIGN = {f"LoRA, {name}": ([key], "a LoRA (weights to add to a model") for nam
     "SD1.5 UNet": ([UNET], "a UNet of Stable Diffusion 1.x or 2"),
     "SD1.5 UNet, diffusers": (["down_blocks.0.attentions.0.proj_in.bias"], "a UNet of Stable Diffusion 1.x or 2"),
     "SDXL UNet, diffusers": (["down_blocks.1.attentions.0.a", "add_embedding.a"], "a Stable Diffusion XL checkpoint"),
-        ["down_blocks.1.attentions.0.a", "add_embedding.linear_1.bias"],
-        "a Stable Diffusion XL checkpoint",
-    ),
     "Flux": ([FLUX, "single_blocks.0.linear1.weight"], "a Flux checkpoint"),
     "Flux, prefix": ([f"model.diffusion_model.{FLUX}"], "a Flux checkpoint"),
     "Flux, diffusers": (
