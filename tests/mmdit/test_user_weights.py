@@ -1,7 +1,6 @@
-"""The user's own checkpoint against diffusers, one test per group of stages: pytest --weights FOLDER."""
+"""The user's own checkpoint against diffusers, one test per group of stages: pytest --weights=FOLDER."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,11 +11,11 @@ pytestmark = pytest.mark.filterwarnings("default")  # what a user's files warn o
 
 
 @pytest.fixture(scope="session")
-def report(weights) -> Iterator[Report]:
+def report(weights) -> Report:
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # the suite keeps to one; official weights need them all
     try:
-        yield verify(weights)
+        return verify(weights)
     finally:
         torch.set_num_threads(threads)
 
