@@ -11,6 +11,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def _byte_symbols() -> list[str]:
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
+@cache
 def _clip_merges() -> list[tuple[str, str]]:
     weights = [(word, 1) for word in _COMMON.split()] + [(word, _GRAMMAR_WEIGHT) for word in WORDS]
     words = _weighted(((*word[:-1], word[-1] + "</w>"), weight) for word, weight in weights)

@@ -1,0 +1,128 @@
+"""Time and memory of loading a full-size file: `python tests/measure_loading.py FOLDER` (makes a 16 GB file there).
+
+Prints, for SD3.5-Large at fp16: a plain read of the file, loading at the stored dtype, a plain read-and-cast loop over
+the same tensors, and loading with that cast; each in a process of its own, with the page cache dropped before it where
+the system allows that (else it says "as it is"), and the process's peak RssAnon.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import golden
+
+MANIFEST = "sd3.5_large.safetensors"
+
+
+def make(path: Path) -> Path:
+    """A file with the official keys and shapes and random fp16 numbers."""
+    from mmdit.lazy import LazyTensor
+    from mmdit.safetensors_file import write_tensors
+
+    if not path.exists():
+        shapes = {key: entry["shape"] for key, entry in golden.manifest(MANIFEST)["tensors"].items()}
+        write_tensors(path, {key: _random(tuple(shape), LazyTensor) for key, shape in shapes.items()}, {"format": "pt"})
+    return path
+
+
+def _random(shape, lazy):
+    return lazy(shape, torch.float16, lambda dtype, device: torch.rand(shape).to(device, dtype))
+
+
+def plain_read(path: Path) -> int:
+    """The file once, into one reused buffer."""
+    buffer, total = bytearray(32 << 20), 0
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            total += count
+    return total
+
+
+def read_and_cast(path: Path) -> int:
+    """Every tensor of the file read and cast, nothing else."""
+    from mmdit.safetensors_file import read_header
+
+    kept = []
+    with path.open("rb", buffering=0) as file:
+        for entry in sorted(read_header(path).entries.values(), key=lambda entry: entry.start):
+            file.seek(entry.start)
+            raw = bytearray(entry.stop - entry.start)
+            view = memoryview(raw)
+            while view:
+                view = view[file.readinto(view) :]
+            kept.append(torch.frombuffer(raw, dtype=entry.dtype).to(torch.bfloat16))
+    return len(kept)
+
+
+def load(path: Path, dtype: torch.dtype | None) -> int:
+    """What a user calls, for both models of the file."""
+    from mmdit import load_mmdit, load_vae
+
+    models = load_mmdit(path, dtype=dtype), load_vae(path, dtype=dtype)
+    return sum(tensor.nbytes for model in models for tensor in model.state_dict().values())
+
+
+ACTIONS = {
+    "plain read": plain_read,
+    "load fp16": lambda path: load(path, None),
+    "read and cast loop": read_and_cast,
+    "load bf16": lambda path: load(path, torch.bfloat16),
+}
+
+
+def peak_anonymous(stop: threading.Event, peak: list[int]) -> None:
+    """Follow this process's RssAnon in bytes."""
+    while not stop.wait(0.02):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon"):
+                peak[0] = max(peak[0], 1024 * int(line.split()[1]))
+
+
+def measure(name: str, path: Path) -> dict:
+    import mmdit.checkpoint  # imports are not what is measured
+
+    assert mmdit.checkpoint
+    stop, peak = threading.Event(), [0]
+    watcher = threading.Thread(target=peak_anonymous, args=(stop, peak))
+    watcher.start()
+    start = time.perf_counter()
+    result = ACTIONS[name](path)
+    seconds = time.perf_counter() - start
+    stop.set()
+    watcher.join()
+    return {"seconds": seconds, "rss_anon": peak[0], "result": result}
+
+
+def drop_page_cache() -> str:
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return "as it is"
+    return "dropped"
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(measure(sys.argv[2], Path(sys.argv[1]))))
+        return
+    path = make(Path(sys.argv[1]) / MANIFEST)
+    for turn in range(2):
+        for name in ACTIONS:
+            subprocess.run(["sync"], check=True)
+            cache = drop_page_cache()
+            out = subprocess.check_output([sys.executable, __file__, str(path), name], text=True)
+            found = json.loads(out.splitlines()[-1])
+            print(
+                f"{turn} {name:20} page cache {cache}: {found['seconds']:6.1f} s, "
+                f"peak RssAnon {found['rss_anon'] / 1e9:.2f} GB (file {path.stat().st_size / 1e9:.2f} GB)",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
