@@ -43,7 +43,7 @@ class TextRules:
 class TokenSpan(NamedTuple):
     """Which characters of the prompt a context token stands for; start == stop for special tokens and padding."""
 
-    index: int  # position in the context
+    position: int  # in the context
     encoder: EncoderName
     start: int
     stop: int

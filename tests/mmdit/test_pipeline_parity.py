@@ -108,7 +108,7 @@ def test_spans_say_which_word_a_token_is(tiny_folders):
         assert "circle" in words
         assert "square" in words
     first_t5 = next(span for span in spans if span.encoder == "t5")
-    assert first_t5.index == 77
+    assert first_t5.position == 77
     assert conditioning.context.shape[1] == 77 + 256
 
 
