@@ -6,8 +6,8 @@ import dataclasses
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -72,7 +72,7 @@ class Dataset:
 
 
 @contextmanager
-def workers(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
+def workers(count: int | None = None) -> Iterator[Executor]:
     """A pool of processes of one thread each; spawned, because a forked process cannot share a GPU's context."""
     pool = ProcessPoolExecutor(
         count or os.cpu_count() or 1,
@@ -99,12 +99,22 @@ def tokenize(captions: Sequence[str]) -> TokenTable:
     return TokenTable(*(_ids(tokenizer, captions) for tokenizer in (own.clip_l, own.clip_g, own.t5)))
 
 
-def make_dataset(scenes: int, per_scene: int, seed: int, pool: ProcessPoolExecutor) -> Dataset:
-    """Sample, describe and tokenize scenes; the same for the same seed on any number of cores."""
+def make_dataset(scenes: int, per_scene: int, seed: int, pool: Executor) -> Callable[[], Dataset]:
+    """Start to sample, describe and tokenize scenes; call what is returned for the result.
+
+    The same for the same seed on any number of cores.
+    """
     counts = [min(_CHUNK, scenes - first) for first in range(0, scenes, _CHUNK)]
-    chunks = list(pool.map(_chunk, counts, [per_scene] * len(counts), range(seed << 32, (seed << 32) + len(counts))))
-    joined = {name: torch.from_numpy(np.concatenate([chunk[name] for chunk in chunks])) for name in chunks[0]}
-    return Dataset.from_state_dict(joined | {"per_scene": torch.tensor(per_scene)})
+    # Generators read 32 bits of a seed, so seeds of chunks must differ there.
+    seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(len(counts))]
+    waiting = pool.map(_chunk, counts, [per_scene] * len(counts), seeds)
+
+    def gather() -> Dataset:
+        chunks = list(waiting)
+        joined = {name: torch.from_numpy(np.concatenate([chunk[name] for chunk in chunks])) for name in chunks[0]}
+        return Dataset.from_state_dict(joined | {"per_scene": torch.tensor(per_scene)})
+
+    return gather
 
 
 def _chunk(count: int, per_scene: int, seed: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -101,7 +101,7 @@ def evaluate(
     seeds: int,
     *,
     batch: int = 64,
-    pool: ProcessPoolExecutor | None = None,
+    pool: Executor | None = None,
 ) -> Result:
     """Draw `prompts` prompts with `seeds` seeds each and score them.
 
@@ -138,7 +138,7 @@ def evaluate_all(
     prompts: int,
     seeds: int,
     batch: int,
-    pool: ProcessPoolExecutor | None,
+    pool: Executor | None,
     seconds: float = float("inf"),
 ) -> list[Result]:
     """Evaluate settings until `seconds` are over (the first always); table and numbers in `folder` grow with each."""
@@ -231,7 +231,7 @@ def _verdicts(pictures: np.ndarray, prompts: list[str]) -> list[dict[Statement, 
 
 
 def _cost(setting: Setting) -> float:
-    return (1 if setting.guidance > 1 else 0.5) * setting.steps
+    return (1.0 if setting.guidance > 1 else 0.5) * setting.steps
 
 
 if __name__ == "__main__":

@@ -110,4 +110,7 @@ SMOKE = replace(
     seeds=1,
     most_eval_steps=1,
     eval_batch=2,
+    log_seconds=0.0,
+    save_seconds=0.0,
+    export_seconds=0.0,
 )

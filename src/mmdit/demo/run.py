@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class Run:
     device: torch.device
     folder: Path
     journal: Journal
-    pool: ProcessPoolExecutor
+    pool: Executor
     seconds: float  # of the whole run
     compiled: Collection[str] = ()  # of `trainee.REGIONS`
     start: float = field(default_factory=time.monotonic)

@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from mmdit.demo.export import cast_copy, export, write_pieces
 from mmdit.demo.progress import Journal
 from mmdit.demo.recipe import FULL, SMOKE
 from mmdit.demo.run import Run
-from mmdit.demo.train_mmdit import Batches, train_mmdit
+from mmdit.demo.train_mmdit import Batches, rehearse, train_mmdit
 from mmdit.demo.train_vae import latents_of, train_vae
 from mmdit.demo.trainee import REGIONS, initial_parts
 from mmdit.pipeline import Pipeline
@@ -34,7 +34,8 @@ __all__ = ["main", "train"]
 
 def train(run: Run, start_from: Path | None = None) -> Pipeline:
     """All stages; returns the exported model as the library loads it."""
-    data = _data(run)
+    recipe = run.recipe
+    gather = make_dataset(recipe.scenes, recipe.captions_per_scene, recipe.seed, run.pool)
     parts, averaged = (initial_parts(run.recipe.architecture, run.recipe.seed) for _ in range(2))
     if start_from is not None:
         parts, averaged = (from_folder(start_from, "cpu", torch.float32) for _ in range(2))
@@ -42,13 +43,15 @@ def train(run: Run, start_from: Path | None = None) -> Pipeline:
         run.journal.say(f"weights of {start_from} instead of new ones; its VAE is kept")
     for each in (parts, averaged):
         _move(each, run.device)
+    if run.compiled or run.device.type == "cuda":
+        rehearse(run, parts)
+    data = _gathered(run, gather)
     averaged.vae = train_vae(run, data.scenes)
     start = time.monotonic()
     latents = latents_of(run, averaged.vae, data.scenes)
     mean, std = float(latents[:4096].float().mean()), float(latents[:4096].float().std())
     run.journal.row("latents", shape=str(list(latents.shape)), mean=mean, std=std, took=time.monotonic() - start)
     tokens = data.tokens.to(run.device)
-    recipe = run.recipe
     batches = Batches(latents, tokens, data.per_scene, recipe.dropped, recipe.shift, run.generator(3))
     train_mmdit(
         run,
@@ -69,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # shapes are static
+    # Flash attention where there is no bias; the memory-efficient one for T5's bias, which needs a gradient.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     journal = Journal(args.out)
     journal.say(f"{' '.join(sys.argv)}: torch {torch.__version__}, {_hardware(device)}")
     with workers(args.workers) as pool:
@@ -94,11 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _data(run: Run) -> Dataset:
+def _gathered(run: Run, gather: Callable[[], Dataset]) -> Dataset:
     start = time.monotonic()
-    recipe = run.recipe
-    data = make_dataset(recipe.scenes, recipe.captions_per_scene, recipe.seed, run.pool)
-    run.journal.row("data", scenes=len(data.scenes), captions=len(data.tokens), took=time.monotonic() - start)
+    data = gather()
+    run.journal.row("data", scenes=len(data.scenes), captions=len(data.tokens), waited=time.monotonic() - start)
     return Dataset(data.scenes.to(run.device), data.tokens, data.per_scene)
 
 

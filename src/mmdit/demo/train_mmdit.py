@@ -15,14 +15,14 @@ from mmdit.assemble import Parts
 from mmdit.demo.data import TokenTable, tokenize
 from mmdit.demo.progress import Budget, Ema, Every, learning_rate, mean_of, save_whole
 from mmdit.demo.run import Run
-from mmdit.demo.trainee import T5Form, Trainee, compile_regions, trainee_of
+from mmdit.demo.trainee import T5Form, Trainee, compile_regions, graph_breaks, trainee_of
 from samplers.training import logit_normal, noised, shifted, velocity_loss
 
-__all__ = ["Batch", "Batches", "draw_form", "flow_loss", "make_optimizer", "train_mmdit"]
+__all__ = ["Batch", "Batches", "draw_form", "flow_loss", "make_optimizer", "rehearse", "train_mmdit"]
 
 _STATE = "mmdit.pt"
 _FORMS: tuple[T5Form, ...] = ("short", "long", "zeros", "omitted")
-Halfway = Callable[[Parts], None]
+Halfway = Callable[[Parts], object]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,29 @@ def make_optimizer(trainee: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
+def rehearse(run: Run, parts: Parts) -> None:
+    """Compile the regions of the run and log the time of a step of every form, on noise and without an update.
+
+    It comes before everything else, so that what does not compile or fit says so in the first minutes.
+    """
+    regions = compile_regions(trainee := trainee_of(parts), [kind for kind in run.compiled if kind != "vae"])
+    size = run.recipe.batch
+    latents = torch.randn(size, 16, *[parts.transformer.config.sample_size or 16] * 2, device=run.device)
+    tokens = tokenize(["a red circle above a blue square"]).to(run.device)[torch.zeros(size, dtype=torch.long)]
+    batches = Batches(latents, tokens, 1, 0.0, run.recipe.shift, run.generator(4))
+    for form in _FORMS:
+        started = [time.monotonic()]
+        for _ in range(5):
+            with run.autocast():
+                loss = flow_loss(trainee, batches.draw(size), form)
+            loss.backward()
+            trainee.zero_grad(set_to_none=True)
+            run.synchronize()
+            started.append(time.monotonic())
+        first, ms = started[1] - started[0], 250 * (started[5] - started[1])
+        run.journal.row("rehearsal", form=form, first_seconds=first, ms=ms, regions=regions, breaks=graph_breaks())
+
+
 def train_mmdit(
     run: Run, batches: Batches, parts: Parts, averaged: Parts, seconds: float, *, checked: Halfway, saved: Halfway
 ) -> None:
@@ -104,8 +127,6 @@ def train_mmdit(
     recipe, trainee, into = run.recipe, trainee_of(parts), trainee_of(averaged)
     ema, optimizer = Ema(trainee, recipe.ema), make_optimizer(trainee)
     first, done = _resume(run, trainee, ema, optimizer)
-    if run.compiled:
-        compile_regions(trainee, [kind for kind in run.compiled if kind != "vae"])
     rng, losses, ahead = random.Random(recipe.seed + first), [], done < recipe.check_at
     budget, log = Budget(seconds, recipe.steps, done), Every(recipe.log_seconds)
     save, export = Every(recipe.save_seconds), Every(recipe.export_seconds)
@@ -119,16 +140,17 @@ def train_mmdit(
             run.synchronize()
             ms = 1000 * (time.monotonic() - since) / len(losses)
             run.journal.row("mmdit", step=step, done=fraction, ms=ms, loss=mean_of(losses), rate=rate, form=form)
-            losses, since = [], time.monotonic()
+            losses = []
             if save.due():
                 _save(run, trainee, ema, optimizer, step + 1, fraction)
-        if ahead and fraction >= recipe.check_at:
-            ahead = False
-            ema.write_to(into)
-            checked(averaged)
-        if export.due():
-            ema.write_to(into)
-            saved(averaged)
+            if ahead and fraction >= recipe.check_at:
+                ahead = False
+                ema.write_to(into)
+                checked(averaged)
+            if export.due():
+                ema.write_to(into)
+                saved(averaged)
+            since = time.monotonic()  # what was done here is no part of a step
     ema.write_to(into)
     _save(run, trainee, ema, optimizer, step + 1, 1.0)
 

@@ -21,7 +21,7 @@ from mmdit.demo.data import TokenTable, own_tokenizers
 from mmdit.demo.recipe import Architecture
 from mmdit.model import MMDiT
 
-__all__ = ["REGIONS", "T5Form", "Trainee", "compile_regions", "initial_parts", "trainee_of"]
+__all__ = ["REGIONS", "T5Form", "Trainee", "compile_regions", "graph_breaks", "initial_parts", "trainee_of"]
 
 T5Form = Literal["short", "long", "zeros", "omitted"]
 LONG = 256  # T5 tokens of the diffusers profile
@@ -82,6 +82,11 @@ def compile_regions(module: nn.Module, kinds: Iterable[str], mode: str | None = 
     for child in found:
         child.__dict__["forward"] = torch.compile(child.forward, dynamic=False, mode=mode)
     return len(found)
+
+
+def graph_breaks() -> int:
+    """How often torch.compile gave up within a region so far; 0 is what these regions reach."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def initial_parts(architecture: Architecture, seed: int) -> Parts:
