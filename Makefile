@@ -7,10 +7,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: demo test check lint format clean
 
 demo: $(VENV)/.library
-	$(BIN)/mmdit generate "a large red circle above a small blue square on a white background" --output out/demo.png
+	$(BIN)/python -m mmdit.demo.seeded out/seeded
+	$(BIN)/mmdit generate "a red circle above a blue square" --model out/seeded --output out/demo.png
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
 
 check: lint test
 

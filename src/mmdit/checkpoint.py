@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -36,6 +37,7 @@ MODULES: dict[Component, type[nn.Module]] = {
 }
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
 _NUMBER = re.compile(r"(?<=\.)\d{4,}(?=\.)")
+READERS = 4  # tensors read at a time
 _T5_EMBEDDING, _T5_EMBEDDING_TWIN = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -151,7 +153,9 @@ def build(part: Part, device: torch.device | str, dtype: torch.dtype | None) -> 
             f"{part.source} stores the {TITLES[part.component]} in float8, which layers do not compute in: "
             "give a dtype, e.g. dtype=torch.bfloat16"
         )
-    state = {key: _read(part, key, device, dtype) for key in part.tensors}
+    with ThreadPoolExecutor(READERS) as pool:  # one waits for the disk while another fills or casts memory
+        read = pool.map(lambda key: _read(part, key, device, dtype), part.tensors)
+        state = dict(zip(part.tensors, read, strict=True))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

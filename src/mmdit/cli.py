@@ -83,18 +83,13 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def _pipeline(options: argparse.Namespace) -> Pipeline:
-    import torch
-
     from mmdit.pipeline import Pipeline
 
     device = _device(options.device)
     dtype = _dtype(options.dtype or _default_dtype(device))
     others = {name: getattr(options, name) for name in ("clip_l", "clip_g", "t5", "vae", "tokenizers")}
     given = [name for name, value in others.items() if value is not None]
-    if options.model is None and not given:
-        print("no --model: drawing with the embedded model, which knows simple shapes only", file=sys.stderr)
-        return Pipeline.demo(device=device, dtype=dtype or torch.float32, profile=options.profile)
-    if options.model is not None and Path(options.model).is_file():
+    if Path(options.model).is_file():
         return Pipeline.from_single_file(options.model, **others, device=device, dtype=dtype, profile=options.profile)
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} goes with a single file as --model, got {options.model}")
@@ -146,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=generate)
     parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("-m", "--model", help="folder of any layout, or safetensors file (default: the embedded model)")
+    parser.add_argument("-m", "--model", required=True, help="a checkpoint: folder of any layout, or safetensors file")
     parser.add_argument("-o", "--output", default="picture.png", help="where the PNG goes (default: %(default)s)")
     parser.add_argument("-n", "--negative-prompt", default="", help="what to draw away from")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: what the model was trained on)")

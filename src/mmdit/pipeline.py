@@ -23,9 +23,6 @@ from mmdit.recognise import Component
 from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick, sigmas
 
 
-EMBEDDED = Path(__file__).parent / "demo" / "weights"
-
-
 @dataclass(frozen=True)
 class PipelineOutput:
     """`images`: a list of PIL pictures, an array [b, h, w, 3], a tensor [b, 3, h, w] in [0, 1], or latents."""
@@ -45,20 +42,6 @@ class Pipeline:
         self.clip_l, self.clip_g, self.t5 = parts.clip_l, parts.clip_g, parts.t5
         self.profile = profile_of(profile)
         self.shift = self.profile.shift if parts.shift is None else parts.shift
-
-    @classmethod
-    def demo(
-        cls,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        profile: str | Profile = "diffusers",
-    ) -> Self:
-        """The embedded model, a miniature SD3.5 that draws simple shapes of 128 x 128 pixels; see `mmdit/demo`.
-
-        It is never what another loader falls back to.
-        """
-        return cls.from_pretrained(EMBEDDED, device=device, dtype=dtype, profile=profile)
 
     @classmethod
     def from_pretrained(
