@@ -1,8 +1,9 @@
 """Time and memory of loading a full-size file: `python tests/measure_loading.py FOLDER` (makes a 16 GB file there).
 
-Prints, for SD3.5-Large at fp16: a plain read of the file into one buffer and into memory that is kept, loading at the stored dtype, a plain read-and-cast loop over
-the same tensors, and loading with that cast; each in a process of its own, with the page cache dropped before it where
-the system allows that (else it says "as it is"), and the process's peak RssAnon.
+Prints, for SD3.5-Large at fp16: reading the file into one buffer, and into memory that is kept; loading at the stored
+dtype; a plain read-and-cast loop over the same tensors; and loading with that cast. Each runs in a process of its own,
+with the page cache dropped before it where the system allows that (else it says "as it is"), and reports its peak
+RssAnon.
 """
 
 import json
