@@ -82,9 +82,11 @@ def test_changing_a_step_changes_what_follows():
 def test_gradients_are_the_callers_business():
     """Iterating neither switches gradients off for the caller nor cuts the graph that the caller asked for."""
     x = INDEX.clone().requires_grad_()
+    steps = []
     for step in samplers.euler(toy, x, samplers.sigmas("normal", 2)):
         assert torch.is_grad_enabled()
-    (gradient,) = torch.autograd.grad(step.x.sum(), x)
+        steps.append(step)
+    (gradient,) = torch.autograd.grad(steps[-1].x.sum(), x)
     assert float(gradient.abs().min()) > 0
     with torch.no_grad():
         assert not run(toy, x, samplers.sigmas("normal", 2)).x.requires_grad
