@@ -18,7 +18,7 @@ Activation = Literal["quick_gelu", "gelu"]
 class CLIPConfig:
     """Shapes of a CLIP text tower, and its activation, which no shape tells: quick_gelu in CLIP-L, gelu in CLIP-G.
 
-    Official values (CONVENTIONS of transformers' CLIPTextConfig): L 768 x 12 layers, G 1280 x 32 layers.
+    Official values (transformers' CLIPTextConfig): L 768 x 12 layers, G 1280 x 32 layers.
     """
 
     width: int

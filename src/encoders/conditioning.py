@@ -133,7 +133,7 @@ class Conditioner:
         self, tokenizer: CLIPTokenizer | T5Tokenizer, prompts: Sequence[str], length: int, name: str
     ) -> list[Padded]:
         padded = [pad(tokenizer.encode(prompt), length, tokenizer.pad) for prompt in prompts]
-        for cut in {part.cut for part in padded if part.cut}:
+        for cut in dict.fromkeys(part.cut for part in padded if part.cut):
             warnings.warn(f"{name} reads {length} tokens; this part of the prompt was cut: {cut!r}", stacklevel=4)
         return padded
 

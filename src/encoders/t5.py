@@ -182,7 +182,7 @@ def position_bias(table: Float[Tensor, "buckets h"], length: int, max_distance: 
     """What is added to the scores of `length` tokens, by head, query and key."""
     position = torch.arange(length, device=table.device)
     buckets = relative_buckets(position[None, :] - position[:, None], len(table), max_distance)
-    return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0)
+    return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
 def relative_buckets(relative: Int[Tensor, "n m"], buckets: int = 32, max_distance: int = 128) -> Int[Tensor, "n m"]:

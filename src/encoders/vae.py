@@ -89,7 +89,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         normed = self.norm(x)
-        q, k, v = (part(normed).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.q, self.k, self.v))
+        # Contiguous, because fused attention refuses other layouts and the fallback holds all hw x hw scores.
+        q, k, v = (
+            part(normed).flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for part in (self.q, self.k, self.v)
+        )
         z = F.scaled_dot_product_attention(q, k, v)  # b 1 hw c
         return x + self.proj_out(z.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 

@@ -12,7 +12,7 @@ import torch
 
 from encoders import VAE, CLIPText, T5Encoder, Tokenizers
 from mmdit.checkpoint import Part, build, open_part
-from mmdit.describe import REPOSITORY, how_to_get, missing
+from mmdit.describe import how_to_get, missing
 from mmdit.locate import TOKENIZERS, Found, locate, with_neighbours
 from mmdit.model import MMDiT
 from mmdit.recognise import TITLES, Component
@@ -39,11 +39,6 @@ def from_folder(folder: str | Path, device: torch.device | str, dtype: torch.dty
         FileNotFoundError: there is no such folder; for a name on a hub, how to download it.
         CheckpointError: something is missing (what, from where, to where) or broken.
     """
-    if not Path(folder).exists() and _is_hub_id(str(folder)):
-        raise FileNotFoundError(
-            f"there is no folder {folder}; if it names a repository on Hugging Face, download it first: "
-            f"hf download {folder} --local-dir {Path(folder).name}  (the tool comes with: pip install huggingface_hub)"
-        )
     return _build(locate(folder), device, dtype)
 
 
@@ -92,6 +87,7 @@ def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None) 
         )
     assert found.tokenizers is not None, "missing() looks for them"
     tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in parts)
+    _check_tokenizers(parts, tokenizers)
     shift = _shift(found)
     models: dict[str, Any] = {name: build(part, device, dtype) for name, part in parts.items()}
     return Parts(**({"t5": None} | models), tokenizers=tokenizers, shift=shift)
@@ -116,13 +112,25 @@ def _check_together(parts: Mapping[Component, Part]) -> None:
             )
 
 
+def _check_tokenizers(parts: Mapping[Component, Part], tokenizers: Tokenizers) -> None:
+    """Raise CheckpointError where a tokenizer gives ids that its encoder has no row for."""
+    pairs: list[tuple[Component, Any]] = [
+        ("clip_l", tokenizers.clip_l),
+        ("clip_g", tokenizers.clip_g),
+        ("t5", tokenizers.t5),
+    ]
+    for name, tokenizer in pairs:
+        config: Any = parts[name].config if name in parts else None
+        if tokenizer is not None and config is not None and tokenizer.vocab_size > config.vocabulary:
+            raise CheckpointError(
+                f"the tokenizer of the {TITLES[name]} has {tokenizer.vocab_size} tokens, but {parts[name].source} has "
+                f"embeddings for {config.vocabulary}; they are not of the same model"
+            )
+
+
 def _shift(found: Found) -> float | None:
     """The timestep shift of the scheduler's config, where there is one."""
     shift = (found.scheduler or {}).get("shift")
     if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0):
         raise CheckpointError(f"{found.path}: scheduler_config.json says shift = {shift!r}, expected a number above 0")
     return shift
-
-
-def _is_hub_id(name: str) -> bool:
-    return (name.count("/") == 1 and not name.startswith((".", "/", "~"))) or name == REPOSITORY

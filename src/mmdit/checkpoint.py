@@ -153,6 +153,15 @@ def build(part: Part, device: torch.device | str, dtype: torch.dtype | None) -> 
             f"{part.source} stores the {TITLES[part.component]} in float8, which layers do not compute in: "
             "give a dtype, e.g. dtype=torch.bfloat16"
         )
+    floating = {dtype for dtype in part.dtypes if dtype.is_floating_point}
+    if dtype is None and len(floating) > 1:
+        raise CheckpointError(
+            f"{part.source} stores the {TITLES[part.component]} in {', '.join(sorted(map(str, floating)))}, which "
+            "layers do not mix: give one dtype, e.g. dtype=torch.bfloat16"
+        )
+    device = torch.device(device)
+    if device == torch.device("cuda"):  # the current device is a thread's own, and other threads read
+        device = torch.device("cuda", torch.cuda.current_device())
     with ThreadPoolExecutor(READERS) as pool:  # one waits for the disk while another fills or casts memory
         read = pool.map(lambda key: _read(part, key, device, dtype), part.tensors)
         state = dict(zip(part.tensors, read, strict=True))

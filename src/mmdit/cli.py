@@ -75,9 +75,13 @@ def convert(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Compare a checkpoint with diffusers; exit code 1 where they differ."""
+    import torch
+
     from mmdit.verify import verify as compare
 
-    report = compare(options.folder, device=options.device)
+    report = compare(
+        options.folder, device=_device(options.device), dtype=getattr(torch, options.dtype), steps=options.steps
+    )
     print(report.text())
     return 0 if report.first_failure is None else 1
 
@@ -96,14 +100,22 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     return Pipeline.from_pretrained(options.model, device=device, dtype=dtype, profile=options.profile)
 
 
-def _device(name: str | None) -> str:
+def _device(name: str | None) -> torch.device:
     import torch
 
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is none that torch knows: use cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
+    return device
 
 
-def _default_dtype(device: str) -> str:
-    return "float32" if device == "cpu" else "bfloat16"
+def _default_dtype(device: torch.device) -> str:
+    return "float32" if device.type == "cpu" else "bfloat16"
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -176,3 +188,5 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=verify)
     parser.add_argument("folder", help="checkpoint to verify")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="sampler steps to compare (default: %(default)s)")

@@ -74,7 +74,7 @@ class MMDiTConfig:
         shape = _Needed(shapes)
         hidden, in_channels, patch, _ = shape["x_embedder.proj.weight"]
         last = max(_block_numbers(shapes), default=-1)
-        norm = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight")
+        norm = next((tuple(of) for key, of in shapes.items() if key.endswith((".ln_q.weight", ".ln_k.weight"))), None)
         table = shape["pos_embed"][1]
         if math.isqrt(table) ** 2 != table:
             raise ValueError(f"pos_embed holds {table} positions, which is not a square")
@@ -110,4 +110,4 @@ def _block_numbers(shapes: Mapping[str, Sequence[int]]) -> set[int]:
 
 
 def _has_dual_attention(shapes: Mapping[str, Sequence[int]], block: int) -> bool:
-    return f"joint_blocks.{block}.x_block.attn2.qkv.weight" in shapes
+    return any(key.startswith(f"joint_blocks.{block}.x_block.attn2.") for key in shapes)

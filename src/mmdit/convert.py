@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from encoders.vae import VAEConfig
 from mmdit.checkpoint import Part, check_tensors, empty, open_part
 from mmdit.config import MMDiTConfig
 from mmdit.configs import to_diffusers
-from mmdit.describe import file_stem
+from mmdit.describe import file_stem, unknown
 from mmdit.keymaps import mmdit_rules, to_theirs, vae_rules
 from mmdit.lazy import LazyTensor
 from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, locate
@@ -75,7 +76,7 @@ def convert(
     Args:
         source: a file or folder; all models in it are converted.
         target: a folder, or for "single" a .safetensors file; it must not exist yet.
-        layout: "official", "diffusers", "comfyui" or "single" (one file with the official prefixes).
+        layout: "official", "diffusers", "comfyui" or "single" (one file with the official prefixes, weights only).
         dtype: None keeps what is stored, byte for byte.
         max_shard_bytes: files of the diffusers layout are split at this size.
 
@@ -85,6 +86,8 @@ def convert(
     """
     pick(dict.fromkeys(OUT_LAYOUTS), layout, "layout")
     found = locate(source)
+    if not found.weights:
+        raise CheckpointError(unknown(found))
     parts = [open_part(found, component) for component in found.weights]
     for part in parts:
         if part.scales.weights and dtype is None:
@@ -125,14 +128,29 @@ def write_checkpoint(
     if layout == "single":
         if target.suffix != ".safetensors":
             raise ValueError(f"layout 'single' writes one file: {target} must end in .safetensors")
+        _warn_of_loss(parts, shift)
         write_tensors(target, _single(cast), METADATA)
         return target
+    if layout == "comfyui":
+        _warn_of_loss(parts, shift)
     plan = _diffusers(cast, max_shard_bytes) if layout == "diffusers" else _files(cast, _PLACES[layout])
     if layout != "comfyui":
         plan.texts |= _small_files(cast, shift, has_tokenizers=tokenizers is not None)
     with _replacing_folder(target) as folder:
         _write(plan, folder, tokenizers)
     return target
+
+
+def _warn_of_loss(parts: Sequence[Part], shift: float) -> None:
+    """Say which numbers have no place in a layout without config files."""
+    lost = [] if shift == 3.0 else [f"the scheduler's shift {shift}"]
+    for config in (part.config for part in parts):
+        if isinstance(config, VAEConfig) and (config.scale, config.shift, config.groups) != (1.5305, 0.0609, 32):
+            lost.append(f"the VAE's scale {config.scale}, shift {config.shift}, groups {config.groups}")
+        if isinstance(config, CLIPConfig) and config.heads != max(config.width // 64, 1):
+            lost.append(f"{config.heads} heads of a CLIP tower of width {config.width}")
+    if lost:
+        warnings.warn(f"this layout has no place for {'; '.join(lost)}: readers will take defaults", stacklevel=4)
 
 
 def _cast(part: Part, dtype: torch.dtype) -> Part:

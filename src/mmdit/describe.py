@@ -11,7 +11,7 @@ from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.checkpoint import Config, Part, open_part
 from mmdit.config import MMDiTConfig
-from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, Found, locate, open_weights
+from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, Found, locate, open_weights, with_neighbours
 from mmdit.recognise import TITLES, Component, looks_like
 from mmdit.safetensors_file import NAMES, CheckpointError
 
@@ -58,13 +58,20 @@ def describe(path: str | Path) -> str:
     """
     found = locate(path)
     if not found.weights:
-        raise CheckpointError(f"{path}: no SD3 checkpoint; it looks like {looks_like(open_weights(Path(path))[0])}")
+        raise CheckpointError(unknown(found))
+    if "transformer" in found.weights:  # then a picture is what it is for
+        found = with_neighbours(found)
     parts = [open_part(found, component) for component in found.weights]
     lines = [f"{path}", f"layout: {found.layout}", *(line for part in parts for line in _part_lines(part))]
     lines.append(_tokenizer_line(found))
     total = sum(lazy.nbytes for part in parts for lazy in part.tensors.values())
     lines.append(f"in all: {sum(len(part.tensors) for part in parts)} tensors, {total / 1e9:.3f} GB")
     return "\n".join([*lines, "", *_missing_lines(found)])
+
+
+def unknown(found: Found) -> str:
+    """The error for a file that holds none of the models."""
+    return f"{found.path}: no SD3 checkpoint; it looks like {looks_like(open_weights(found.path)[0])}"
 
 
 def missing(found: Found) -> list[str]:

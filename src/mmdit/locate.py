@@ -53,9 +53,9 @@ def locate(path: str | Path, *, clip: Component | None = None) -> Found:
         FileNotFoundError: there is no such path.
         CheckpointError: a file is broken, or a folder holds nothing that is known.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a safetensors file or a folder of checkpoints")
+    if not Path(path).exists():
+        raise FileNotFoundError(_no_such(str(path)))
+    path = Path(path).absolute()  # neighbours and roles are told by the names of folders
     if path.is_file():
         return _in_file(path, clip)
     if _is_diffusers(path):
@@ -185,14 +185,18 @@ def _in_diffusers_folder(folder: Path) -> Found:
 
 
 def _in_official_folder(folder: Path) -> Found:
-    main = _main_files(folder.glob("*.safetensors"))
-    if not main:
-        raise CheckpointError(_nothing_in(folder))
     found = Found(folder, "official", tokenizers=tokenizer_folder(folder))
-    _add_main(found, _single(main, folder))
-    _add_vae(found, folder / "vae")
-    for name in _TEXT_FOLDERS:
-        _add(found, text_encoders((folder / name).glob("*.safetensors")))
+    files = sorted(folder.glob("*.safetensors"))
+    if main := _main_files(files):
+        _add_main(found, _single(main, folder))
+        _add_vae(found, folder / "vae")
+        for name in _TEXT_FOLDERS:
+            _add(found, text_encoders((folder / name).glob("*.safetensors")))
+    elif not any(_SHARD in file.name for file in files):  # a folder of text encoders, say, or of one VAE
+        _add_vae(found, folder)
+        _add(found, text_encoders(files))
+    if not found.weights:
+        raise CheckpointError(_nothing_in(folder))
     return _with_configs(found)
 
 
@@ -231,9 +235,14 @@ def _add(found: Found, more: Mapping[Component, Path]) -> None:
 
 
 def _add_vae(found: Found, folder: Path) -> None:
-    for file in sorted(folder.glob("*.safetensors")):
-        if "vae" in split(read_header(file).entries)[0]:
-            found.weights.setdefault("vae", file)
+    if "vae" not in found.weights:
+        files = [file for file in sorted(folder.glob("*.safetensors")) if _holds_vae(file)]
+        found.weights |= {"vae": _only("vae", files)} if files else {}
+
+
+def _holds_vae(file: Path) -> bool:
+    models, left = split(read_header(file).entries)
+    return "vae" in models and not left  # what is left would be a model of another kind, and the VAE its own
 
 
 def _main_files(files: Iterable[Path]) -> list[Path]:
@@ -284,6 +293,16 @@ def _index(path: Path) -> dict[str, str]:
             "Give a .safetensors file, its .safetensors.index.json, or the folder"
         )
     return weight_map
+
+
+def _no_such(path: str) -> str:
+    said = f"{path} does not exist; expected a safetensors file or a folder of checkpoints"
+    if path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        said += (
+            f". If it names a repository on Hugging Face, download it first: hf download {path} "
+            f"--local-dir {path.rpartition('/')[2]}  (the tool comes with: pip install huggingface_hub)"
+        )
+    return said
 
 
 def _nothing_in(folder: Path) -> str:

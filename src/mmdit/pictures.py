@@ -30,6 +30,8 @@ def to_array(pictures: Float[Tensor, "b 3 h w"]) -> np.ndarray:
 
 def to_pil(pictures: Float[Tensor, "b 3 h w"], rounding: Literal["round", "truncate"]) -> list[Image.Image]:
     """8-bit pictures; diffusers rounds, ComfyUI and Stability's code truncate."""
+    if broken := int((~torch.isfinite(pictures)).sum()):
+        raise ValueError(f"{broken} of {pictures.numel()} values of the picture are not finite; use a wider dtype")
     levels = to_array(pictures) * 255
     return [Image.fromarray((np.round(one) if rounding == "round" else one).astype(np.uint8)) for one in levels]
 

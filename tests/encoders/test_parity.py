@@ -166,3 +166,17 @@ def test_t5_parity_fails_on_a_broken_encoder(folder, reference, mutate):
         assert tiny.error(ours(tokens), wanted) <= 1e-10
         mutate(ours)
         assert tiny.error(ours(tokens), wanted) > 1e-5
+
+
+def test_vae_attention_suits_fused_kernels(folder, monkeypatch):
+    """They refuse operands whose last stride is not 1; the fallback holds the scores of all cells against all."""
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(q, k, v, **kwargs):
+        seen.extend(part.stride(-1) for part in (q, k, v))
+        return fused(q, k, v, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    load_vae(folder).decode(torch.randn(1, 16, 2, 2))
+    assert seen == [1, 1, 1]

@@ -34,7 +34,7 @@ def test_inspect_and_convert(tiny_folders, tmp_path, capsys):
 
 
 def test_verify(tiny_folders, capsys):
-    assert main(["verify", str(tiny_folders["sd3-medium"])]) == 0
+    assert main(["verify", str(tiny_folders["sd3-medium"]), "--steps", "2"]) == 0
     assert "velocity" in capsys.readouterr().out
 
 
@@ -47,7 +47,10 @@ def test_verify(tiny_folders, capsys):
         (["generate", "x", "-m", "FOLDER", "--steps", "0"], "at least 1"),
         (["generate", "x", "-m", "FOLDER", "--vae", "y"], "--vae goes with a single file"),
         (["generate", "x", "-m", "FOLDER", "-o", "picture.jpg"], "must end in .png"),
+        (["generate", "x", "-m", "FOLDER", "--device", "cuda:99"], "CUDA devices here"),
+        (["generate", "x", "-m", "FOLDER", "--device", "gpu"], "none that torch knows"),
         (["inspect", "nowhere"], "does not exist"),
+        (["inspect", "some/where"], "hf download some/where"),
         (["convert", "FOLDER", "there", "--layout", "oficial"], "did you mean 'official'"),
     ],
 )
@@ -57,7 +60,7 @@ def test_errors_are_one_sentence_without_traceback(tiny_folders, tmp_path, monke
     assert main([folder if word == "FOLDER" else word for word in arguments]) == 1
     error = capsys.readouterr().err
     assert says in error
-    assert error.startswith("mmdit: ")
+    assert "\nmmdit: " in f"\n{error}"
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
 
