@@ -37,7 +37,7 @@ MODULES: dict[Component, type[nn.Module]] = {
 }
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
 _NUMBER = re.compile(r"(?<=\.)\d{4,}(?=\.)")
-READERS = 4  # tensors read at a time
+READERS = 2  # tensors read at a time
 _T5_EMBEDDING, _T5_EMBEDDING_TWIN = "shared.weight", "encoder.embed_tokens.weight"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ DTYPES = {  # in the order in which the safetensors library writes them
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-STAGING = 32 * 2**20  # bytes read at a time where a tensor is cast or moved on its way
+_LOCAL = threading.local()
+STAGING = 8 * 2**20  # bytes read at a time where a tensor is cast or moved on its way
 _MAX_SIDE = 2**63  # torch counts in 64 bits
 _PICKLE = "pickles can run code and are never opened"
 _OTHER_FILES = {  # how files begin that are taken for safetensors
@@ -262,12 +264,19 @@ def _lazy(path: Path, entry: Entry) -> LazyTensor:
 
 
 def _fill_through_staging(path: Path, file: Any, tensor: Tensor, stored: torch.dtype) -> None:
-    flat, count = tensor.view(-1), STAGING // stored.itemsize
-    staging = torch.empty(min(count, flat.numel()), dtype=stored, pin_memory=tensor.device.type == "cuda")
-    for begin in range(0, flat.numel(), count):
-        piece = staging[: min(count, flat.numel() - begin)]
+    flat, staging = tensor.view(-1), _staging(pinned=tensor.device.type == "cuda").view(stored)
+    for begin in range(0, flat.numel(), len(staging)):
+        piece = staging[: min(len(staging), flat.numel() - begin)]
         _fill(path, file, piece)
-        flat[begin : begin + count].copy_(piece)
+        flat[begin : begin + len(staging)].copy_(piece)
+
+
+def _staging(*, pinned: bool) -> Tensor:
+    """This thread's buffer; one for all tensors, because buffers that come and go leave holes between the weights."""
+    buffers: dict[bool, Tensor] = _LOCAL.__dict__.setdefault("staging", {})
+    if pinned not in buffers:
+        buffers[pinned] = torch.empty(STAGING, dtype=torch.uint8, pin_memory=pinned)
+    return buffers[pinned]
 
 
 def _fill(path: Path, file: Any, tensor: Tensor) -> None:
