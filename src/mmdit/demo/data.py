@@ -77,8 +77,7 @@ def workers(count: int | None = None) -> Iterator[Executor]:
     pool = ProcessPoolExecutor(
         count or os.cpu_count() or 1,
         multiprocessing.get_context("spawn"),
-        initializer=torch.set_num_threads,
-        initargs=(1,),
+        initializer=_behind,
     )
     with pool:
         yield pool
@@ -115,6 +114,12 @@ def make_dataset(scenes: int, per_scene: int, seed: int, pool: Executor) -> Call
         return Dataset.from_state_dict(joined | {"per_scene": torch.tensor(per_scene)})
 
     return gather
+
+
+def _behind() -> None:
+    """One thread, and behind the main process, which compiles meanwhile and works on a single core."""
+    torch.set_num_threads(1)
+    os.nice(10)
 
 
 def _chunk(count: int, per_scene: int, seed: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class Run:
     pool: Executor
     seconds: float  # of the whole run
     compiled: Collection[str] = ()  # of `trainee.REGIONS`
+    quick: Collection[str] = ()  # of `trainee.QUICK`
     start: float = field(default_factory=time.monotonic)
 
     @property
@@ -39,7 +40,7 @@ class Run:
         return torch.Generator(self.device).manual_seed(1000 * self.recipe.seed + offset)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on a GPU; float32 on the CPU, where bfloat16 is slow."""
+        """bfloat16 over float32 weights on a GPU; float32 on the CPU, where bfloat16 is slow."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "cpu")
 
     def synchronize(self) -> None:

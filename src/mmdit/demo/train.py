@@ -9,31 +9,45 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mmdit.assemble import Parts, from_folder
+from mmdit.checkpoint import load_vae
 from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
 from mmdit.demo.progress import Journal
 from mmdit.demo.recipe import FULL, SMOKE
 from mmdit.demo.run import Run
-from mmdit.demo.train_mmdit import Batches, rehearse, train_mmdit
+from mmdit.demo.seeded import VAE_WEIGHTS
+from mmdit.demo.train_mmdit import Batches, Engine, rehearse, train_mmdit
 from mmdit.demo.train_vae import latents_of, train_vae
-from mmdit.demo.trainee import REGIONS, initial_parts
+from mmdit.demo.trainee import QUICK, REGIONS, initial_parts, load_compiled, save_compiled
 from mmdit.pipeline import Pipeline
 
 __all__ = ["main", "train"]
 
+DEFAULT_REGIONS = ("blocks", "text", "vae")
+FASTEST = ("graphs", "bf16", "lookup")
 
-def train(run: Run, start_from: Path | None = None) -> Pipeline:
-    """All stages; returns the exported model as the library loads it."""
+
+def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cache: Path | None = None) -> Pipeline:
+    """All stages; returns the exported model as the library loads it.
+
+    Args:
+        run: what every stage needs.
+        start_from: a model folder to take VAE and starting weights from.
+        vae: a trained VAE, safetensors in official names; its stage is then skipped.
+        cache: folder of `save_compiled`, of an earlier run on the same kind of GPU.
+    """
     recipe = run.recipe
     gather = make_dataset(recipe.scenes, recipe.captions_per_scene, recipe.seed, run.pool)
     parts, averaged = (initial_parts(run.recipe.architecture, run.recipe.seed) for _ in range(2))
@@ -41,10 +55,17 @@ def train(run: Run, start_from: Path | None = None) -> Pipeline:
         parts, averaged = (from_folder(start_from, "cpu", torch.float32) for _ in range(2))
         torch.save(parts.vae.state_dict(), run.folder / "vae.pt")
         run.journal.say(f"weights of {start_from} instead of new ones; its VAE is kept")
+    elif vae is not None:
+        torch.save(load_vae(vae, dtype=torch.float32).state_dict(), run.folder / "vae.pt")
+        run.journal.say(f"VAE of {vae} instead of a new one")
     for each in (parts, averaged):
         _move(each, run.device)
+    if cache is not None:
+        run.journal.say(f"{load_compiled(cache)} bytes of compiled code from {cache}")
+    engine = Engine(run, parts)
     if run.compiled or run.device.type == "cuda":
-        rehearse(run, parts)
+        rehearse(run, engine)
+        run.journal.say(f"{save_compiled(run.folder / 'compiled')} bytes of compiled code kept for other machines")
     data = _gathered(run, gather)
     averaged.vae = train_vae(run, data.scenes)
     start = time.monotonic()
@@ -56,7 +77,7 @@ def train(run: Run, start_from: Path | None = None) -> Pipeline:
     train_mmdit(
         run,
         batches,
-        parts,
+        engine,
         averaged,
         max(run.left - recipe.finish_seconds, 1.0),
         checked=lambda model: _check(run, model),
@@ -76,12 +97,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.backends.cuda.enable_cudnn_sdp(False)
     journal = Journal(args.out)
     journal.say(f"{' '.join(sys.argv)}: torch {torch.__version__}, {_hardware(device)}")
-    with workers(args.workers) as pool:
+    with _marked(args.out / "pid"), workers(args.workers) as pool:
         recipe = SMOKE if args.smoke else FULL
-        compiled = () if args.no_compile else args.compile or (() if args.smoke else tuple(REGIONS))
-        run = Run(recipe, device, args.out, journal, pool, 60 * args.minutes, compiled)
-        train(run, args.start_from)
+        compiled = () if args.no_compile else args.compile or (() if args.smoke else DEFAULT_REGIONS)
+        quick = (FASTEST if device.type == "cuda" else ()) if args.quick is None else tuple(args.quick)
+        run = Run(recipe, device, args.out, journal, pool, 60 * args.minutes, compiled, quick)
+        train(run, args.start_from, None if args.train_vae else args.vae, args.cache)
     return 0
+
+
+@contextmanager
+def _marked(path: Path) -> Iterator[None]:
+    """The number of this process in a file while it runs: searching processes by name finds the searching shell too."""
+    path.write_text(f"{os.getpid()}\n")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", nargs="+", default=None, choices=sorted(REGIONS), help="only these; default all")
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
     parser.add_argument("--start-from", type=Path, help="a model folder to take VAE and starting weights from")
+    parser.add_argument(
+        "--quick", nargs="*", default=None, choices=sorted(QUICK), help="on a GPU: " + " ".join(FASTEST)
+    )
+    parser.add_argument("--cache", type=Path, help="folder `compiled` of a run on the same kind of GPU and torch")
+    parser.add_argument("--vae", type=Path, default=VAE_WEIGHTS if VAE_WEIGHTS.exists() else None, help="take this one")
+    parser.add_argument("--train-vae", action="store_true", help="train a new VAE in spite of --vae")
     parser.add_argument("--workers", type=int, default=None, help="processes for data and scoring; default all cores")
     return parser
 

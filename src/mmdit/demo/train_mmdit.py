@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,10 +17,10 @@ from mmdit.assemble import Parts
 from mmdit.demo.data import TokenTable, tokenize
 from mmdit.demo.progress import Budget, Ema, Every, learning_rate, mean_of, save_whole
 from mmdit.demo.run import Run
-from mmdit.demo.trainee import T5Form, Trainee, compile_regions, graph_breaks, trainee_of
+from mmdit.demo.trainee import T5Form, Trainee, compile_regions, graph_breaks, hurried, trainee_of
 from samplers.training import logit_normal, noised, shifted, velocity_loss
 
-__all__ = ["Batch", "Batches", "draw_form", "flow_loss", "make_optimizer", "rehearse", "train_mmdit"]
+__all__ = ["Batch", "Batches", "Engine", "draw_form", "flow_loss", "make_optimizer", "rehearse", "train_mmdit"]
 
 _STATE = "mmdit.pt"
 _FORMS: tuple[T5Form, ...] = ("short", "long", "zeros", "omitted")
@@ -33,6 +35,16 @@ class Batch:
     noise: Tensor
     t: Tensor
     tokens: TokenTable
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in order."""
+        return [self.x0, self.noise, self.t, self.tokens.clip_l, self.tokens.clip_g, self.tokens.t5]
+
+    @classmethod
+    def like(cls, other: Batch) -> Batch:
+        """Room for batches of the same size."""
+        x0, noise, t, *tokens = (tensor.clone() for tensor in other.tensors())
+        return cls(x0, noise, t, TokenTable(*tokens))
 
 
 class Batches:
@@ -85,6 +97,89 @@ def flow_loss(trainee: Trainee, batch: Batch, form: T5Form) -> Tensor:
     return velocity_loss(predicted, batch.x0, batch.noise)
 
 
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    loss: Tensor
+    grads: list[Tensor | None]
+
+
+class Engine:
+    """Forward and backward of a run's models, compiled and hurried as the run says.
+
+    Args:
+        run: its `compiled` and `quick`; "graphs" needs a GPU.
+        parts: the float32 weights that an optimizer changes. Call `refresh` after it did.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, run: Run, parts: Parts, backend: str = "inductor") -> None:
+        self.run, self.trainee = run, trainee_of(parts)
+        self.narrow, self.captures = "bf16" in run.quick, "graphs" in run.quick and run.device.type == "cuda"
+        self.working = copy.deepcopy(self.trainee).bfloat16() if self.narrow else self.trainee
+        hurried(self.working, run.quick)
+        self.regions = compile_regions(self.working, [kind for kind in run.compiled if kind != "vae"], backend)
+        self.masters: list[Tensor] = list(self.trainee.parameters())
+        self.weights: list[Tensor] = list(self.working.parameters())
+        self._batch: Batch | None = None  # what graphs read
+        self._pool: Any = None
+        self._captured: dict[T5Form, _Captured] = {}
+
+    def gradients(self, batch: Batch, form: T5Form) -> Tensor:
+        """Set the gradients of the masters, None where a form does not use one; returns the loss."""
+        if self.captures and form not in self._captured:
+            self._capture(batch, form)
+        if self.captures:
+            captured = self._captured[form]
+            assert self._batch is not None, "made by the first capture"
+            for into, value in zip(self._batch.tensors(), batch.tensors(), strict=True):
+                into.copy_(value)
+            captured.graph.replay()
+            loss, grads = captured.loss.clone(), captured.grads
+        else:
+            loss, grads = self._run(batch, form)
+        for master, grad in zip(self.masters, grads, strict=True):
+            master.grad = grad
+        return loss
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Give the working weights what the masters are now."""
+        if self.narrow:
+            torch._foreach_copy_(self.weights, self.masters)
+
+    def _run(self, batch: Batch, form: T5Form) -> tuple[Tensor, list[Tensor | None]]:
+        with nullcontext() if self.narrow else self.run.autocast():
+            loss = flow_loss(self.working, batch, form)
+        grads: list[Tensor | None] = list(torch.autograd.grad(loss, self.weights, allow_unused=True))
+        if self.narrow:
+            wide = [None if g is None else torch.empty_like(p) for g, p in zip(grads, self.masters, strict=True)]
+            torch._foreach_copy_([w for w in wide if w is not None], [g for g in grads if g is not None])
+            grads = wide
+        return loss.detach(), grads
+
+    def _capture(self, batch: Batch, form: T5Form) -> None:
+        """Run twice, so that all is compiled and tuned, then record; without graphs from here on where that fails."""
+        started = time.monotonic()
+        self._batch = self._batch or Batch.like(batch)
+        for _ in range(2):
+            self._run(self._batch, form)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                loss, grads = self._run(self._batch, form)
+        except RuntimeError as error:
+            self.captures = False
+            self._captured.clear()
+            self.run.journal.say(f"!!! NO CUDA GRAPH OF {form}, GOING ON WITHOUT: {error} !!!")
+            return
+        # Graphs run one after the other, so they share memory: what one leaves is read before the next starts.
+        self._pool = graph.pool()
+        self._captured[form] = _Captured(graph, loss, grads)
+        took, gib = time.monotonic() - started, torch.cuda.max_memory_allocated() / 2**30
+        self.run.journal.row("captured", form=form, took=took, peak_gib=gib)
+
+
 def make_optimizer(trainee: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW (0.9, 0.95); weights of linears decay a little, embeddings, norms and biases do not."""
     decayed = {id(m.weight) for m in trainee.modules() if isinstance(m, torch.nn.Linear)}
@@ -94,39 +189,38 @@ def make_optimizer(trainee: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def rehearse(run: Run, parts: Parts) -> None:
+def rehearse(run: Run, engine: Engine) -> None:
     """Compile the regions of the run and log the time of a step of every form, on noise and without an update.
 
     It comes before everything else, so that what does not compile or fit says so in the first minutes.
     """
-    regions = compile_regions(trainee := trainee_of(parts), [kind for kind in run.compiled if kind != "vae"])
-    size = run.recipe.batch
-    latents = torch.randn(size, 16, *[parts.transformer.config.sample_size or 16] * 2, device=run.device)
+    size, side = run.recipe.batch, engine.trainee.transformer.config.sample_size or 16
+    latents = torch.randn(size, 16, side, side, device=run.device)
     tokens = tokenize(["a red circle above a blue square"]).to(run.device)[torch.zeros(size, dtype=torch.long)]
     batches = Batches(latents, tokens, 1, 0.0, run.recipe.shift, run.generator(4))
     for form in _FORMS:
         started = [time.monotonic()]
         for _ in range(5):
-            with run.autocast():
-                loss = flow_loss(trainee, batches.draw(size), form)
-            loss.backward()
-            trainee.zero_grad(set_to_none=True)
+            engine.gradients(batches.draw(size), form)
             run.synchronize()
             started.append(time.monotonic())
         first, ms = started[1] - started[0], 250 * (started[5] - started[1])
-        run.journal.row("rehearsal", form=form, first_seconds=first, ms=ms, regions=regions, breaks=graph_breaks())
+        made = {"regions": engine.regions, "breaks": graph_breaks()}
+        run.journal.row("rehearsal", form=form, first_seconds=first, ms=ms, **made)
+    engine.trainee.zero_grad(set_to_none=True)
 
 
 def train_mmdit(
-    run: Run, batches: Batches, parts: Parts, averaged: Parts, seconds: float, *, checked: Halfway, saved: Halfway
+    run: Run, batches: Batches, engine: Engine, averaged: Parts, seconds: float, *, checked: Halfway, saved: Halfway
 ) -> None:
-    """Train `parts`; `averaged` holds their average whenever `checked` (once) or `saved` (every two minutes) is called.
+    """Train the engine's models, resumed from the state folder where it has a state.
 
-    Resumed from the state folder where it has a state.
+    `averaged` holds their average whenever `checked` (once) or `saved` (every two minutes) is called.
     """
-    recipe, trainee, into = run.recipe, trainee_of(parts), trainee_of(averaged)
+    recipe, trainee, into = run.recipe, engine.trainee, trainee_of(averaged)
     ema, optimizer = Ema(trainee, recipe.ema), make_optimizer(trainee)
     first, done = _resume(run, trainee, ema, optimizer)
+    engine.refresh()
     rng, losses, ahead = random.Random(recipe.seed + first), [], done < recipe.check_at
     budget, log = Budget(seconds, recipe.steps, done), Every(recipe.log_seconds)
     save, export = Every(recipe.save_seconds), Every(recipe.export_seconds)
@@ -134,7 +228,7 @@ def train_mmdit(
     for step, fraction in budget.rounds(first):
         form = draw_form(rng, run, fraction)
         rate = learning_rate(fraction, step - first, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
-        losses.append(_step(run, trainee, optimizer, batches.draw(recipe.batch), form, rate))
+        losses.append(_step(run, engine, optimizer, batches.draw(recipe.batch), form, rate))
         ema.update()
         if step < first + 2 or log.due():
             run.synchronize()
@@ -156,17 +250,15 @@ def train_mmdit(
 
 
 def _step(
-    run: Run, trainee: Trainee, optimizer: torch.optim.Optimizer, batch: Batch, form: T5Form, rate: float
+    run: Run, engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, form: T5Form, rate: float
 ) -> Tensor:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with run.autocast():
-        loss = flow_loss(trainee, batch, form)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trainee.parameters(), run.recipe.clip)
+    loss = engine.gradients(batch, form)
+    torch.nn.utils.clip_grad_norm_(engine.masters, run.recipe.clip)
     optimizer.step()
-    return loss.detach()
+    engine.refresh()
+    return loss
 
 
 def _save(run: Run, trainee: Trainee, ema: Ema, optimizer: torch.optim.Optimizer, step: int, fraction: float) -> None:

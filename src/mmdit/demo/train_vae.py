@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -77,10 +78,11 @@ def latents_of(run: Run, vae: VAE, scenes: Scenes, space: str = "model") -> Tens
     The mode, not a sample: the posterior's noise is what the decoder ignores, and the transformer need not learn it.
     """
     into = []
-    with run.autocast():
-        for first in range(0, len(scenes), _RENDERED):
-            latent = vae.encode(2 * render(scenes[first : first + _RENDERED]) - 1).mode()
-            into.append((vae.from_model(latent) if space == "raw" else latent).bfloat16())
+    dtype = torch.float16 if run.device.type == "cuda" else torch.float32  # what a pipeline computes in there
+    vae = copy.deepcopy(vae).to(dtype)
+    for first in range(0, len(scenes), _RENDERED):
+        latent = vae.encode(2 * render(scenes[first : first + _RENDERED]).to(dtype) - 1).mode()
+        into.append((vae.from_model(latent) if space == "raw" else latent).bfloat16())
     return torch.cat(into)
 
 
@@ -118,7 +120,7 @@ def _fit(run: Run, scenes: Scenes, averaged: VAE) -> None:
     recipe = run.recipe
     vae = initial_parts(recipe.architecture, recipe.seed).vae.to(run.device)
     if "vae" in run.compiled:  # eager group norm works on contiguous tensors and would copy back and forth
-        vae.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         compile_regions(vae, ["vae"])
     ema = Ema(vae, recipe.vae_ema)
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.0, fused=True)

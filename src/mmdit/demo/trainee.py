@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+import shutil
+import zlib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,10 @@ from torch import Tensor, nn
 
 from encoders.clip import CLIPText
 from encoders.clip import Layer as CLIPLayer
+from encoders.t5 import Attention as T5Attention
 from encoders.t5 import Block as T5Block
-from encoders.t5 import T5Encoder
+from encoders.t5 import Stack as T5Stack
+from encoders.t5 import T5Encoder, relative_buckets
 from encoders.vae import VAE, ResnetBlock
 from mmdit.assemble import Parts
 from mmdit.blocks import JointBlock
@@ -21,16 +26,39 @@ from mmdit.demo.data import TokenTable, own_tokenizers
 from mmdit.demo.recipe import Architecture
 from mmdit.model import MMDiT
 
-__all__ = ["REGIONS", "T5Form", "Trainee", "compile_regions", "graph_breaks", "initial_parts", "trainee_of"]
+__all__ = [
+    "QUICK",
+    "REGIONS",
+    "T5Form",
+    "Trainee",
+    "compile_regions",
+    "graph_breaks",
+    "hurried",
+    "initial_parts",
+    "load_compiled",
+    "save_compiled",
+    "trainee_of",
+]
 
 T5Form = Literal["short", "long", "zeros", "omitted"]
+_PIECE = 15 * 2**20
 LONG = 256  # T5 tokens of the diffusers profile
 
 # What torch.compile takes at a time: small enough to compile in seconds, and one graph serves all blocks of a kind.
+# "models" instead of "blocks" and "text" is one graph of each whole model: fewer passes over memory, longer to compile.
 REGIONS: dict[str, tuple[type[nn.Module], ...]] = {
     "blocks": (JointBlock,),
     "text": (CLIPLayer, T5Block),
+    "models": (MMDiT, CLIPText, T5Encoder),
     "vae": (ResnetBlock,),
+}
+
+# Ways to be quick that leave the computation as it is but for rounding; `bench_step` says what each is worth.
+QUICK = {
+    "graphs": "one CUDA graph per form: a step is one launch instead of a thousand",
+    "bf16": "bfloat16 working weights over float32 masters: residual streams, norms and gradients are bfloat16 too",
+    "lookup": "gradients of embeddings as a product with one-hot rows: padding repeats one row 50,000 times a batch",
+    "plain": "T5's attention as products and a softmax: its bias needs a gradient, which fused kernels are slow at",
 }
 
 
@@ -44,6 +72,7 @@ class Trainee(nn.Module):
     def forward(self, latent: Tensor, t: Tensor, tokens: TokenTable, form: T5Form) -> Tensor:
         """The velocity at times t [b] in [0, 1]; `form` says what stands where T5's tokens do."""
         context, pooled = self.condition(tokens, form)
+        latent = latent.to(self.transformer.x_embedder.proj.weight.dtype)
         return self.transformer(latent, 1000 * t, context, pooled)
 
     def condition(self, tokens: TokenTable, form: T5Form) -> tuple[Tensor, Tensor]:
@@ -68,7 +97,67 @@ def trainee_of(parts: Parts) -> Trainee:
     return Trainee(parts.transformer, parts.clip_l, parts.clip_g, parts.t5, parts.tokenizers.t5.pad)
 
 
-def compile_regions(module: nn.Module, kinds: Iterable[str], mode: str | None = None) -> int:
+def hurried(trainee: Trainee, quick: Collection[str]) -> None:
+    """Exchange modules in place for quicker ones that compute the same; weights and names stay.
+
+    Raises:
+        ValueError: a way that `QUICK` does not have.
+    """
+    if unknown := sorted(set(quick) - QUICK.keys()):
+        raise ValueError(f"unknown ways to be quick: {', '.join(unknown)}; known: {', '.join(QUICK)}")
+    for module in trainee.modules():
+        if "lookup" in quick and type(module) is nn.Embedding:
+            module.__class__ = SummedEmbedding
+        if "lookup" in quick and type(module) is T5Stack:
+            module.__class__ = SummedStack
+        if "plain" in quick and type(module) is T5Attention:
+            module.__class__ = PlainAttention
+
+
+class SummedEmbedding(nn.Embedding):
+    """An embedding whose gradient is a product."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _Lookup.apply(self.weight, ids)  # type: ignore[no-untyped-call]
+
+
+class SummedStack(T5Stack):
+    """T5's stack with the gradient of its table of biases as a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.get_parameter("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+        position = torch.arange(x.shape[1], device=x.device)
+        buckets = relative_buckets(position[None, :] - position[:, None], len(table), self.max_distance)
+        bias = _Lookup.apply(table, buckets).permute(2, 0, 1).unsqueeze(0).contiguous()  # type: ignore[no-untyped-call]
+        for block in self.block:
+            x = block(x, bias)
+        return self.final_layer_norm(x)
+
+
+class PlainAttention(T5Attention):
+    """T5's attention written out, scores kept in the dtype of the stream and their softmax taken in float32."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        shares = torch.softmax((q @ k.transpose(-1, -2)).float() + bias.float(), dim=-1).to(v.dtype)
+        return self.o((shares @ v).transpose(1, 2).flatten(2))
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = len(table)
+        return F.embedding(ids, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        one_hot = ids.flatten()[:, None] == torch.arange(ctx.rows, device=ids.device)
+        return one_hot.to(grad.dtype).T @ grad.flatten(0, -2), None
+
+
+def compile_regions(module: nn.Module, kinds: Iterable[str], backend: str = "inductor") -> int:
     """Compile the regions of these kinds in place, with static shapes; returns how many.
 
     Raises:
@@ -80,13 +169,31 @@ def compile_regions(module: nn.Module, kinds: Iterable[str], mode: str | None = 
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for child in found:
-        child.__dict__["forward"] = torch.compile(child.forward, dynamic=False, mode=mode)
+        child.__dict__["forward"] = torch.compile(child.forward, dynamic=False, backend=backend)
     return len(found)
 
 
 def graph_breaks() -> int:
     """How often torch.compile gave up within a region so far; 0 is what these regions reach."""
     return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def save_compiled(folder: Path) -> int:
+    """Write what torch.compile made in this process, in pieces small enough to carry; returns the bytes."""
+    data = zlib.compress((torch.compiler.save_cache_artifacts() or (b"",))[0], 3)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for i, first in enumerate(range(0, len(data), _PIECE)):
+        (folder / f"compiled.{i:02}").write_bytes(data[first : first + _PIECE])
+    return len(data)
+
+
+def load_compiled(folder: Path) -> int:
+    """Take over what `save_compiled` wrote under the same torch and GPU, of which only what fits is used."""
+    data = b"".join(path.read_bytes() for path in sorted(folder.glob("compiled.*")))
+    if data:
+        torch.compiler.load_cache_artifacts(zlib.decompress(data))
+    return len(data)
 
 
 def initial_parts(architecture: Architecture, seed: int) -> Parts:

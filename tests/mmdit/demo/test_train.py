@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from concurrent.futures import Executor, Future
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from encoders import Conditioner, TextRules
 from encoders.clip import CLIPConfig, CLIPText
 from encoders.t5 import T5Config, T5Encoder
 from encoders.vae import VAE, VAEConfig
+from mmdit.checkpoint import load_vae
 from mmdit.config import MMDiTConfig
 from mmdit.demo import evaluate, recipe, train, trainee
 from mmdit.demo.data import LENGTH, TokenTable, make_dataset, own_tokenizers, tokenize
@@ -22,7 +24,8 @@ from mmdit.demo.export import PIECE, write_pieces
 from mmdit.demo.progress import Budget, Ema, Journal, learning_rate
 from mmdit.demo.recipe import FULL, Architecture, T5Mix
 from mmdit.demo.run import Run
-from mmdit.demo.train_mmdit import Batches, draw_form, flow_loss, make_optimizer
+from mmdit.demo.seeded import VAE_WEIGHTS
+from mmdit.demo.train_mmdit import Batches, Engine, draw_form, flow_loss, make_optimizer
 from mmdit.demo.train_vae import fold_scale, vae_loss
 from mmdit.demo.vocab import SIZE
 from mmdit.model import MMDiT
@@ -160,6 +163,49 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
     assert without == ["transformer.joint_blocks.1.context_block.attn.ln_q.weight"]
 
 
+@pytest.mark.parametrize("form", ["short", "long", "omitted"])
+def test_quick_gradients_are_those_of_the_plain_model(form: trainee.T5Form, tmp_path: Path) -> None:
+    parts, batch = trainee.initial_parts(TINY, 2), batches(dropped=0.0).draw(4)
+    model = trainee.trainee_of(parts)
+    randomized(model)
+    engines = [
+        Engine(replace(run_of(FULL, tmp_path), quick=quick), deepcopy(parts))
+        for quick in ((), ("lookup", "plain"), ("lookup", "bf16"))
+    ]
+    wanted = flow_loss(model, batch, form)
+    wanted.backward()
+    for engine, near in zip(engines, (1e-6, 1e-4, 0.05), strict=True):
+        loss = engine.gradients(batch, form)
+        assert loss.item() == pytest.approx(wanted.item(), rel=near)
+        for (name, p), (_, quick) in zip(model.named_parameters(), engine.trainee.named_parameters(), strict=True):
+            assert (p.grad is None) == (quick.grad is None), name
+            if p.grad is not None and quick.grad is not None and p.grad.norm() > 1e-3:
+                assert quick.grad.dtype == torch.float32
+                assert (quick.grad - p.grad).norm() < 2 * near * p.grad.norm(), name
+
+
+def test_narrow_weights_follow_their_masters(tmp_path: Path) -> None:
+    engine = Engine(replace(run_of(FULL, tmp_path), quick=("bf16",)), trainee.initial_parts(TINY, 2))
+    with torch.no_grad():
+        engine.masters[0].fill_(1.01)
+    assert not torch.equal(engine.weights[0].float(), engine.masters[0])
+    engine.refresh()
+    assert torch.equal(engine.weights[0], engine.masters[0].bfloat16())
+    with pytest.raises(ValueError, match="unknown ways"):
+        trainee.hurried(engine.trainee, ["slow"])
+
+
+def test_compiled_code_is_kept_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, taken = random.Random(0).randbytes(trainee._PIECE + 1000), list[bytes]()
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (data, None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", taken.append)
+    trainee.save_compiled(tmp_path / "compiled")
+    assert sorted(file.name for file in (tmp_path / "compiled").iterdir()) == ["compiled.00", "compiled.01"]
+    trainee.load_compiled(tmp_path / "compiled")
+    assert taken == [data]
+    assert trainee.load_compiled(tmp_path) == 0
+
+
 def batches(dropped: float, seed: int = 0) -> Batches:
     latents = torch.randn(6, 16, 16, 16, generator=torch.Generator().manual_seed(5))
     table = tokenize([f"{n} {colour} stars" for n in ("two", "three") for colour in ("red", "blue", "pink")] * 2)
@@ -270,6 +316,16 @@ def test_a_dry_run_of_everything_leaves_a_model_that_draws(tmp_path: Path, monke
     assert {"embedded", "pieces", "log.txt", "progress.jsonl", "evaluation.json", "contact_sheet.png"} <= names
     again = train.train(run_of(small, tmp_path))  # the VAE is taken over, the transformer goes on
     assert torch.equal(again.vae.encoder.conv_out.weight, pipe.vae.encoder.conv_out.weight)
+
+
+def test_a_given_vae_is_taken_and_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "SETTINGS", evaluate.SETTINGS[:1])
+    small = replace(recipe.SMOKE, architecture=replace(TINY, vae=FULL.architecture.vae), scenes=4, steps=1)
+    quick = replace(run_of(small, tmp_path), quick=("lookup", "bf16"))
+    pipe = train.train(quick, vae=VAE_WEIGHTS)
+    given = load_vae(VAE_WEIGHTS, dtype=torch.float32)
+    assert torch.equal(pipe.vae.decoder.conv_out.weight.float(), given.decoder.conv_out.weight)
+    assert "vae folded" not in (tmp_path / "log.txt").read_text()
 
 
 def test_the_full_architecture_is_small_enough_to_commit() -> None:
