@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test check lint format clean
 
-demo: $(VENV)/.library
+demo: $(VENV)/.installed
 	$(BIN)/python -m mmdit.demo.seeded out/seeded
 	$(BIN)/mmdit generate "a red circle above a blue square" --model out/seeded --output out/demo.png
 
@@ -28,11 +28,11 @@ $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.library: $(VENV)/.venv pyproject.toml constraints.txt
+$(VENV)/.installed: $(VENV)/.venv pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.library
+$(VENV)/.test: $(VENV)/.installed
 	$(INSTALL) --editable ".[test]"
 	touch $@
 

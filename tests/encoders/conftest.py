@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from skips import SKIPS
+
 OFFICIAL = Path(__file__).parents[3] / "shared" / "reference" / "tokenizers"
 
 
@@ -16,10 +18,9 @@ def official_tokenizers() -> Path:
     """The folder that holds the official tokenizer/, tokenizer_2/ and tokenizer_3/."""
     if OFFICIAL.is_dir():
         return OFFICIAL
-    reason = "official tokenizer files are not in this clone (../shared/reference/tokenizers)"
     if os.environ.get("MMDIT_REQUIRE_OFFICIAL") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
+        pytest.fail(SKIPS["official tokenizers"])
+    pytest.skip(SKIPS["official tokenizers"])
 
 
 def byte_alphabet() -> list[str]:
