@@ -106,7 +106,7 @@ class _Files:
         """Turn whatever goes wrong inside into an error that names the file."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # the tokenizers library raises nothing narrower; it is raised again, with the file
             if isinstance(error, TokenizerFileError):
                 raise
             raise TokenizerFileError(f"{self.path / name}: {type(error).__name__}: {error}") from error

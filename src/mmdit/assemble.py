@@ -88,7 +88,7 @@ def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None) 
     assert found.tokenizers is not None, "missing() looks for them"
     tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in parts)
     _check_tokenizers(parts, tokenizers)
-    shift = _shift(found)
+    shift = found.shift  # read before the weights, because it can be wrong
     models: dict[str, Any] = {name: build(part, device, dtype) for name, part in parts.items()}
     return Parts(**({"t5": None} | models), tokenizers=tokenizers, shift=shift)
 
@@ -126,11 +126,3 @@ def _check_tokenizers(parts: Mapping[Component, Part], tokenizers: Tokenizers) -
                 f"the tokenizer of the {TITLES[name]} has {tokenizer.vocab_size} tokens, but {parts[name].source} has "
                 f"embeddings for {config.vocabulary}; they are not of the same model"
             )
-
-
-def _shift(found: Found) -> float | None:
-    """The timestep shift of the scheduler's config, where there is one."""
-    shift = (found.scheduler or {}).get("shift")
-    if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0):
-        raise CheckpointError(f"{found.path}: scheduler_config.json says shift = {shift!r}, expected a number above 0")
-    return shift

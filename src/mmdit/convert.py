@@ -97,7 +97,7 @@ def convert(
             )
     for part in parts:
         check_tensors(part, empty(part))
-    shift = (found.scheduler or {}).get("shift", 3.0)
+    shift = 3.0 if found.shift is None else found.shift
     return write_checkpoint(
         parts,
         target,

@@ -41,6 +41,16 @@ class Found:
     scheduler: dict[str, Any] | None = None
     tokenizers: Path | None = None  # the folder that holds tokenizer, tokenizer_2 and tokenizer_3
 
+    @property
+    def shift(self) -> float | None:
+        """The timestep shift of the scheduler's config, where there is one; CheckpointError if it is no number."""
+        shift = (self.scheduler or {}).get("shift")
+        if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0):
+            raise CheckpointError(
+                f"{self.path}: scheduler_config.json says shift = {shift!r}, expected a number above 0"
+            )
+        return shift
+
 
 def locate(path: str | Path, *, clip: Component | None = None) -> Found:
     """Find the models that a file or folder holds, by reading headers only.

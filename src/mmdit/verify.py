@@ -279,7 +279,7 @@ def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
         [open_part(found, component) for component in found.weights],
         target,
         "diffusers",
-        shift=(found.scheduler or {}).get("shift", 3.0),
+        shift=3.0 if found.shift is None else found.shift,
         tokenizers=tokenizers.save,
         dtype=dtype if _has_float8(found) else None,
     )

@@ -6,6 +6,7 @@ import torch
 import tiny
 from encoders.clip import CLIPText
 from encoders.t5 import T5Encoder
+from encoders.vae import VAE
 from float64 import references_in_float64
 from mmdit import load_clip, load_t5, load_vae
 
@@ -180,3 +181,26 @@ def test_vae_attention_suits_fused_kernels(folder, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
     load_vae(folder).decode(torch.randn(1, 16, 2, 2))
     assert seen == [1, 1, 1]
+
+
+def no_attention(model: VAE) -> None:
+    model.decoder.mid.attn_1 = torch.nn.Identity()
+
+
+def reversed_levels(model: VAE) -> None:
+    model.decoder.up[2].block, model.decoder.up[3].block = model.decoder.up[3].block, model.decoder.up[2].block
+
+
+def scale_before_shift(model: VAE) -> None:
+    model.from_model = lambda latent: (latent + model.config.shift) / model.config.scale
+
+
+@pytest.mark.parametrize("mutate", [no_attention, reversed_levels, scale_before_shift])
+def test_vae_parity_fails_on_a_broken_decoder(folder, reference, mutate):
+    ours, theirs = load_vae(folder, dtype=torch.float64), reference.vae.double()
+    latent = torch.randn(1, 16, 2, 3).double()
+    with torch.no_grad():
+        wanted = theirs.decode(latent / 1.5305 + 0.0609)[0]
+        assert tiny.error(ours.decode(latent), wanted) <= 1e-10
+        mutate(ours)
+        assert tiny.error(ours.decode(latent), wanted) > 1e-5

@@ -1,5 +1,7 @@
 """The pipeline against diffusers' StableDiffusion3Pipeline on the same tiny random weights, step by step."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -151,3 +153,15 @@ def test_save_and_load_give_the_same_picture(tiny_folders, tmp_path):
         again = Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / layout, layout))
         assert torch.equal(again(PROMPTS[0], **settings).images, wanted)
         assert again.shift == pipe.shift
+
+
+def test_a_loop_of_ones_own_draws_the_same(tiny_folders):
+    """The verbs alone: predictor, guidance and Euler written out in a notebook."""
+    pipe = Pipeline.from_pretrained(tiny_folders["sd3.5-medium"])
+    predict = pipe.predictor([pipe.encode(PROMPTS[0]), pipe.encode("")])
+    x, levels = pipe.noise(4), pipe.levels(3).tolist()
+    for sigma, following in pairwise(levels):
+        given, without = predict(x, sigma)
+        x = x + (x - (without + 7.0 * (given - without))) / sigma * (following - sigma)
+    wanted = pipe(PROMPTS[0], seed=4, num_inference_steps=3, guidance_scale=7.0, output_type="pt").images
+    assert tiny.error(pipe.decode(x), wanted) <= 1e-5

@@ -191,7 +191,7 @@ def _guarded(run: Run, name: str, work: Callable[[], str]) -> Iterator[str]:
     started = time.monotonic()
     try:
         row = work()
-    except Exception as error:
+    except Exception as error:  # one way that fails is a row of the table, and the others still count
         row = f"{name:52} failed: {type(error).__name__}: {str(error)[:300]}"
     run.journal.say(f"{row} ({time.monotonic() - started:.0f} s)")
     yield row
