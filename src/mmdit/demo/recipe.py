@@ -84,7 +84,7 @@ class Recipe:
     check_prompts: int = 256
     steps: int | None = None
 
-    finish_seconds: float = 100.0  # kept for export and evaluation
+    finish_seconds: float = 150.0  # kept for export and evaluation
     prompts: int = 512
     seeds: int = 4
     most_eval_steps: int | None = None  # a cap on the steps of every evaluation, for dry runs
