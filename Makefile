@@ -7,8 +7,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 .PHONY: demo test check lint format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m mmdit.demo.seeded out/seeded
-	$(BIN)/mmdit generate "a red circle above a blue square" --model out/seeded --output out/demo.png
+	mkdir -p out
+	$(BIN)/mmdit generate "a large red circle above a blue star, on a white background" --output out/demo.png
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet

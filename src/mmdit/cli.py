@@ -93,6 +93,13 @@ def _pipeline(options: argparse.Namespace) -> Pipeline:
     dtype = _dtype(options.dtype or _default_dtype(device))
     others = {name: getattr(options, name) for name in ("clip_l", "clip_g", "t5", "vae", "tokenizers")}
     given = [name for name, value in others.items() if value is not None]
+    if options.model is None and not given:
+        print(
+            "no --model given: drawing with the embedded model, which knows a few shapes and colours", file=sys.stderr
+        )
+        return Pipeline.demo(device=device, dtype=dtype, profile=options.profile)
+    if options.model is None:
+        raise ValueError(f"--{given[0].replace('_', '-')} goes with a single file as --model, and no --model is given")
     if Path(options.model).is_file():
         return Pipeline.from_single_file(options.model, **others, device=device, dtype=dtype, profile=options.profile)
     if given:
@@ -153,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=generate)
     parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("-m", "--model", required=True, help="a checkpoint: folder of any layout, or safetensors file")
+    parser.add_argument("-m", "--model", help="folder of any layout, or safetensors file (default: the embedded model)")
     parser.add_argument("-o", "--output", default="picture.png", help="where the PNG goes (default: %(default)s)")
     parser.add_argument("-n", "--negative-prompt", default="", help="what to draw away from")
     parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: what the model was trained on)")

@@ -16,6 +16,7 @@ from mmdit.arguments import Generators, cells, check_latents, check_names, gener
 from mmdit.assemble import Parts, from_file, from_folder
 from mmdit.checkpoint import part_of
 from mmdit.convert import write_checkpoint
+from mmdit.demo import EMBEDDED
 from mmdit.memory import explained
 from mmdit.pictures import OutputType, convert_output, to_unit
 from mmdit.profiles import Profile
@@ -42,6 +43,24 @@ class Pipeline:
         self.clip_l, self.clip_g, self.t5 = parts.clip_l, parts.clip_g, parts.t5
         self.profile = profile_of(profile)
         self.shift = self.profile.shift if parts.shift is None else parts.shift
+
+    @classmethod
+    def demo(
+        cls,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        profile: str | Profile = "diffusers",
+    ) -> Self:
+        """Load the embedded model: 128 x 128 pictures of 1 to 4 shapes, as prompts of a small grammar say.
+
+        "a large red circle above a blue star, on a white background": 7 shapes, 8 colours, 2 sizes, 6 backgrounds,
+        counts and relations; `mmdit.demo.captions` makes more.
+
+        Args:
+            device, dtype, profile: see `from_pretrained`; stored is float16.
+        """
+        return cls.from_pretrained(EMBEDDED, device=device, dtype=dtype, profile=profile)
 
     @classmethod
     def from_pretrained(

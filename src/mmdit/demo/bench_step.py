@@ -26,13 +26,13 @@ from torch import Tensor
 
 from mmdit.assemble import Parts
 from mmdit.checkpoint import load_vae
+from mmdit.demo import EMBEDDED
 from mmdit.demo.captions import training_captions
 from mmdit.demo.data import tokenize
 from mmdit.demo.progress import Ema, Journal
 from mmdit.demo.recipe import FULL
 from mmdit.demo.run import Run
 from mmdit.demo.scenes import render, sample
-from mmdit.demo.seeded import VAE_WEIGHTS
 from mmdit.demo.train_mmdit import Batch, Batches, Engine, flow_loss, make_optimizer
 from mmdit.demo.trainee import T5Form, initial_parts, save_compiled, trainee_of
 
@@ -202,7 +202,7 @@ def _encoding(run: Run) -> str:
     """Milliseconds to draw and to encode 1,024 scenes, as `latents_of` does and as it might."""
     count = 1024 if run.device.type == "cuda" else 2
     scenes = sample(count, 3).to(run.device)
-    vae = load_vae(VAE_WEIGHTS, device=run.device, dtype=torch.float32)
+    vae = load_vae(EMBEDDED, device=run.device, dtype=torch.float32)
     pictures = 2 * render(scenes) - 1
     half = copy.deepcopy(vae).half()
     last = copy.deepcopy(half)

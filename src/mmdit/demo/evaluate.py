@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mmdit.assemble import Parts
+from mmdit.demo import EMBEDDED
 from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.data import workers
 from mmdit.demo.grammar import KINDS, Statement
@@ -188,7 +189,7 @@ def write_sheet(pipe: Pipeline, path: Path, setting: Setting = MAIN, count: int 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mmdit.demo.evaluate", description=__doc__)
-    parser.add_argument("model", nargs="?", type=Path, default=Path(__file__).parent / "weights", help="model folder")
+    parser.add_argument("model", nargs="?", type=Path, default=EMBEDDED, help="model folder")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt")
     parser.add_argument("--rows", type=int, default=1, help=f"rows of the table, of {len(SETTINGS)}")

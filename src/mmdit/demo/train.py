@@ -21,13 +21,13 @@ import torch
 
 from mmdit.assemble import Parts, from_folder
 from mmdit.checkpoint import load_vae
+from mmdit.demo import EMBEDDED
 from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
 from mmdit.demo.progress import Journal
 from mmdit.demo.recipe import FULL, SMOKE
 from mmdit.demo.run import Run
-from mmdit.demo.seeded import VAE_WEIGHTS
 from mmdit.demo.train_mmdit import Batches, Engine, rehearse, train_mmdit
 from mmdit.demo.train_vae import latents_of, train_vae
 from mmdit.demo.trainee import QUICK, REGIONS, initial_parts, load_compiled, save_compiled
@@ -131,7 +131,9 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", nargs="*", default=None, choices=sorted(QUICK), help="on a GPU: " + " ".join(FASTEST)
     )
     parser.add_argument("--cache", type=Path, help="folder `compiled` of a run on the same kind of GPU and torch")
-    parser.add_argument("--vae", type=Path, default=VAE_WEIGHTS if VAE_WEIGHTS.exists() else None, help="take this one")
+    parser.add_argument(
+        "--vae", type=Path, default=EMBEDDED, help="take the VAE of this checkpoint (default: %(default)s)"
+    )
     parser.add_argument("--train-vae", action="store_true", help="train a new VAE in spite of --vae")
     parser.add_argument("--workers", type=int, default=None, help="processes for data and scoring; default all cores")
     return parser

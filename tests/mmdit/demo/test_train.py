@@ -18,13 +18,12 @@ from encoders.t5 import T5Config, T5Encoder
 from encoders.vae import VAE, VAEConfig
 from mmdit.checkpoint import load_vae
 from mmdit.config import MMDiTConfig
-from mmdit.demo import evaluate, recipe, train, trainee
+from mmdit.demo import EMBEDDED, evaluate, recipe, train, trainee
 from mmdit.demo.data import LENGTH, TokenTable, make_dataset, own_tokenizers, tokenize
 from mmdit.demo.export import PIECE, write_pieces
 from mmdit.demo.progress import Budget, Ema, Journal, learning_rate
 from mmdit.demo.recipe import FULL, Architecture, T5Mix
 from mmdit.demo.run import Run
-from mmdit.demo.seeded import VAE_WEIGHTS
 from mmdit.demo.train_mmdit import Batches, Engine, draw_form, flow_loss, make_optimizer
 from mmdit.demo.train_vae import fold_scale, vae_loss
 from mmdit.demo.vocab import SIZE
@@ -322,8 +321,8 @@ def test_a_given_vae_is_taken_and_not_trained(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(train, "SETTINGS", evaluate.SETTINGS[:1])
     small = replace(recipe.SMOKE, architecture=replace(TINY, vae=FULL.architecture.vae), scenes=4, steps=1)
     quick = replace(run_of(small, tmp_path), quick=("lookup", "bf16"))
-    pipe = train.train(quick, vae=VAE_WEIGHTS)
-    given = load_vae(VAE_WEIGHTS, dtype=torch.float32)
+    pipe = train.train(quick, vae=EMBEDDED)
+    given = load_vae(EMBEDDED, dtype=torch.float32)
     assert torch.equal(pipe.vae.decoder.conv_out.weight.float(), given.decoder.conv_out.weight)
     assert "vae folded" not in (tmp_path / "log.txt").read_text()
 
