@@ -1,12 +1,17 @@
 """Text encoders, VAE and tokenizers of Stable Diffusion 3. A leaf: imports small libraries and nothing of ours."""
 
 from encoders.clip import CLIPConfig, CLIPOutput, CLIPText
-from encoders.conditioning import Conditioner, Conditioning, TextRules, TokenSpan, checked_prompts
+from encoders.conditioning import Conditioner, Conditioning, TokenSpan, checked_prompts
+from encoders.rules import COMFYUI, DIFFUSERS, REFERENCE, TextRules
 from encoders.t5 import T5Config, T5Encoder
+from encoders.tiling import decode_tiled
 from encoders.tokenize import CLIPTokenizer, T5Tokenizer, Tokenizers
 from encoders.vae import VAE, DiagonalGaussian, VAEConfig
 
 __all__ = [
+    "COMFYUI",
+    "DIFFUSERS",
+    "REFERENCE",
     "VAE",
     "CLIPConfig",
     "CLIPOutput",
@@ -23,4 +28,5 @@ __all__ = [
     "Tokenizers",
     "VAEConfig",
     "checked_prompts",
+    "decode_tiled",
 ]

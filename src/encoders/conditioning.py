@@ -1,43 +1,34 @@
 """From prompts to what the transformer reads: three encoders side by side.
 
 context = [CLIP-L | CLIP-G, channels padded with zeros] followed by the T5 tokens; pooled = [CLIP-L | CLIP-G].
-Source: Stability-AI/sd3.5 `sd3_infer.get_cond`; diffusers `StableDiffusion3Pipeline.encode_prompt`.
+Source: Stability-AI/sd3.5 `sd3_infer.get_cond`; diffusers `StableDiffusion3Pipeline.encode_prompt`; ComfyUI
+`comfy/text_encoders/sd3_clip.py`. Where they disagree `TextRules` decide.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders.chunks import Rows, read, to_the_shorter
 from encoders.clip import CLIPText
+from encoders.precision import in_float32
+from encoders.rules import TextRules
 from encoders.t5 import T5Encoder
-from encoders.tokenize import CLIPTokenizer, Padded, T5Tokenizer, Tokenizers, pad
+from encoders.tokenize import CLIPTokenizer, T5Tokenizer, Tokenizers
+from encoders.weighting import weighted
 
 EncoderName = Literal["clip_l", "clip_g", "t5"]
-
-
-@dataclass(frozen=True)
-class TextRules:
-    """Where the references disagree on text; the defaults are diffusers' (`StableDiffusion3Pipeline`)."""
-
-    clip_length: int = 77  # tokens of both towers, cut and padded to it
-    t5_length: int = 256  # tokens of T5, cut and padded to it
-    missing_t5: Literal["zeros", "omit"] = "zeros"  # tokens that stand for an encoder that is not there
-    project_clip_l: bool = True  # pooled CLIP-L through its text_projection, where the file has one
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for lengths that hold no token."""
-        if self.clip_length < 2 or self.t5_length < 1:
-            raise ValueError(
-                f"TextRules need clip_length >= 2, t5_length >= 1; got {self.clip_length}, {self.t5_length}"
-            )
+_TITLES: dict[EncoderName, str] = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
+_FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 
 class TokenSpan(NamedTuple):
@@ -70,72 +61,156 @@ class Conditioning:
         return Conditioning(self.context.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0), spans)
 
 
+class _Tower(NamedTuple):
+    """What SD3 takes from one CLIP tower, or from both."""
+
+    hidden: Tensor  # [b, n, channels]
+    pooled: Tensor  # [b, channels]
+
+
 class Conditioner:
     """Tokenizers and encoders under one set of rules.
 
+    Prompts of one batch that differ in length, which only rules without cuts allow, are filled up to the longest: CLIP
+    with empty chunks, T5 with padding.
+
     Args:
-        clip_l, clip_g: the towers.
-        t5: None where there is none; `rules.missing_t5` says what stands for it.
-        tokenizers: theirs, in the same order.
-        rules: padding, cuts, projection.
-        context_dim: width of a context token, 4096 officially.
+        clip_l, clip_g, t5: None for one that is missing; `rules` say what stands for it.
+        tokenizers: theirs; None for one that is not used.
+        rules: None is diffusers'.
+        context_dim: channels of a context token, 4096 officially.
+        pooled_dim: channels of the pooled vector, 2048 officially, read only where a tower is missing: what the pooled
+            output of the other one leaves of it is the width of the missing one, in the pooled vector and the context.
+
+    Raises:
+        ValueError: an encoder is missing for which the rules have no stand-in, or a tokenizer.
     """
 
     def __init__(
         self,
-        clip_l: CLIPText,
-        clip_g: CLIPText,
+        clip_l: CLIPText | None,
+        clip_g: CLIPText | None,
         t5: T5Encoder | None,
         tokenizers: Tokenizers,
         rules: TextRules | None = None,
         *,
         context_dim: int = 4096,
+        pooled_dim: int = 2048,
     ) -> None:
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
-        self.rules, self.context_dim = rules or TextRules(), context_dim
+        self.rules, self.context_dim, self.pooled_dim = rules or TextRules(), context_dim, pooled_dim
+        self._check()
+
+    @property
+    def models(self) -> dict[EncoderName, CLIPText | T5Encoder]:
+        """The encoders that are there."""
+        every: dict[EncoderName, CLIPText | T5Encoder | None] = {
+            "clip_l": self.clip_l,
+            "clip_g": self.clip_g,
+            "t5": self.t5,
+        }
+        return {name: model for name, model in every.items() if model is not None}
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """The conditioning of a batch of prompts; warns, with the text, where a prompt is cut.
 
         Raises:
-            ValueError: there is no prompt.
+            ValueError: there is no prompt, or it has a weight that is not finite.
             TypeError: a prompt is not a string.
         """
         prompts = checked_prompts(prompts)
-        rules = self.rules
-        l_tokens = self._tokens(self.tokenizers.clip_l, prompts, rules.clip_length, "CLIP-L")
-        g_tokens = self._tokens(self.tokenizers.clip_g, prompts, rules.clip_length, "CLIP-G")
-        out_l, out_g = self.clip_l(_ids(l_tokens, self.clip_l)), self.clip_g(_ids(g_tokens, self.clip_g))
-        pooled_l = out_l.projected if rules.project_clip_l and out_l.projected is not None else out_l.pooled
-        pooled_g = out_g.pooled if out_g.projected is None else out_g.projected
-
-        context = torch.cat([out_l.penultimate, out_g.penultimate], dim=-1)
-        context = F.pad(context, (0, self.context_dim - context.shape[-1]))
-        t5_context, t5_spans = self._t5(prompts)
-        spans = [_spans("clip_l", 0, l_tokens), _spans("clip_g", 0, g_tokens), t5_spans]
-        return Conditioning(
-            torch.cat([context, t5_context.to(context.device)], dim=1),
-            torch.cat([pooled_l, pooled_g], dim=-1),
-            tuple(tuple(chain(*of_prompt)) for of_prompt in zip(*spans, strict=True)),
-        )
-
-    def _t5(self, prompts: Sequence[str]) -> tuple[Tensor, list[tuple[TokenSpan, ...]]]:
-        if self.t5 is None:
+        batch, rows = len(prompts), self._rows(prompts)
+        clip, t5 = self._clip(rows), self._t5(rows)
+        if clip is None:
+            like = torch.empty(0) if t5 is None else t5
+            clip = _Tower(like.new_zeros(batch, 0, self.context_dim), like.new_zeros(batch, self.pooled_dim))
+        if t5 is None:
             length = self.rules.t5_length if self.rules.missing_t5 == "zeros" else 0
-            dtype = next(self.clip_l.parameters()).dtype
-            return torch.zeros(len(prompts), length, self.context_dim, dtype=dtype), [()] * len(prompts)
-        if self.tokenizers.t5 is None:
-            raise ValueError("there is a T5 encoder but no T5 tokenizer; give the folder that holds tokenizer_3")
-        tokens = self._tokens(self.tokenizers.t5, prompts, self.rules.t5_length, "T5")
-        return self.t5(_ids(tokens, self.t5)), _spans("t5", self.rules.clip_length, tokens)
+            t5 = clip.hidden.new_zeros(batch, length, self.context_dim)
+        context = torch.cat([clip.hidden, t5.to(clip.hidden.device)], dim=1)
+        if context.shape[1] == 0:
+            context = context.new_zeros(batch, self.rules.clip_length, self.context_dim)
+        firsts: dict[EncoderName, int] = {"clip_l": 0, "clip_g": 0, "t5": clip.hidden.shape[1]}
+        spans = [[_spans(name, firsts[name], i, one) for name, one in rows.items()] for i in range(batch)]
+        return Conditioning(context, clip.pooled, tuple(tuple(chain(*of_prompt)) for of_prompt in spans))
 
-    def _tokens(
-        self, tokenizer: CLIPTokenizer | T5Tokenizer, prompts: Sequence[str], length: int, name: str
-    ) -> list[Padded]:
-        padded = [pad(tokenizer.encode(prompt), length, tokenizer.pad) for prompt in prompts]
-        for cut in dict.fromkeys(part.cut for part in padded if part.cut):
-            warnings.warn(f"{name} reads {length} tokens; this part of the prompt was cut: {cut!r}", stacklevel=4)
-        return padded
+    def _check(self) -> None:
+        """Raise ValueError where something is missing that the rules need."""
+        for name, title in _TITLES.items():
+            rule, choices = ("missing_t5", "'zeros' or 'omit'") if name == "t5" else ("missing_clip", "'zeros'")
+            if name not in self.models and getattr(self.rules, rule) == "error":
+                raise ValueError(
+                    f"there is no {title} encoder, and {rule} is 'error' in the text rules; give the encoder, or rules "
+                    f"with {rule} {choices}"
+                )
+        for name in self.models:
+            self._tokenizer(name)
+
+    def _tokenizer(self, name: EncoderName) -> tuple[CLIPTokenizer | T5Tokenizer, int]:
+        """An encoder's tokenizer and padding id."""
+        borrowed = name == "clip_g" and self.rules.clip_g_tokenizer == "clip_l"
+        owner: EncoderName = "clip_l" if borrowed else name
+        tokenizer: CLIPTokenizer | T5Tokenizer | None = getattr(self.tokenizers, owner)
+        if tokenizer is None:
+            raise ValueError(
+                f"there is a {_TITLES[name]} encoder but no {_TITLES[owner]} tokenizer for it; "
+                f"give the folder that holds {_FOLDERS[owner]}"
+            )
+        return tokenizer, 0 if borrowed else tokenizer.pad
+
+    def _rows(self, prompts: Sequence[str]) -> dict[EncoderName, Rows]:
+        """What each encoder reads, with a warning for what it does not."""
+        rules, found = self.rules, {}
+        readings = {name: [read(prompt, self._tokenizer(name)[0], rules) for prompt in prompts] for name in self.models}
+        if "clip_l" in readings and "clip_g" in readings:
+            pairs = zip(readings["clip_l"], readings["clip_g"], strict=True)
+            both = [to_the_shorter(one, other, rules.clip_length) for one, other in pairs]
+            readings["clip_l"], readings["clip_g"] = ([pair[i] for pair in both] for i in (0, 1))
+        for name, of_prompts in readings.items():
+            for cut in dict.fromkeys(chain(*(reading.cuts for reading in of_prompts))):
+                said = f"{_TITLES[name]} reads {cut.limit}; this part of the prompt was cut: {cut.text!r}"
+                warnings.warn(said, stacklevel=4)
+            length = rules.t5_length if name == "t5" else rules.clip_length
+            found[name] = Rows.of(of_prompts, *self._tokenizer(name), length)
+        return found
+
+    def _clip(self, rows: Mapping[EncoderName, Rows]) -> _Tower | None:
+        """Both towers side by side, the context filled up to `context_dim`; None where there is none."""
+        one = self._tower(self.clip_l, rows.get("clip_l"), project=self.rules.project_clip_l)
+        other = self._tower(self.clip_g, rows.get("clip_g"), project=True)
+        present = one or other
+        if present is None:
+            return None
+        one, other = one or self._zeros(present), other or self._zeros(present)
+        hidden, pooled = (torch.cat(parts, dim=-1) for parts in zip(one, other, strict=True))
+        rest = self.context_dim - hidden.shape[-1]
+        if rest < 0:
+            raise ValueError(f"CLIP-L and CLIP-G give {hidden.shape[-1]} channels, context_dim is {self.context_dim}")
+        return _Tower(F.pad(hidden, (0, rest)), pooled)
+
+    def _zeros(self, present: _Tower) -> _Tower:
+        """What stands for the tower that is missing beside this one."""
+        width = self.pooled_dim - present.pooled.shape[-1]
+        if width < 0:
+            raise ValueError(
+                f"a CLIP tower gives {present.pooled.shape[-1]} pooled channels, pooled_dim is {self.pooled_dim}"
+            )
+        return _Tower(*(part.new_zeros(*part.shape[:-1], width) for part in present))
+
+    def _tower(self, model: CLIPText | None, rows: Rows | None, *, project: bool) -> _Tower | None:
+        if model is None or rows is None:
+            return None
+        out = self._run(model, rows)
+        pooled = out.projected if project and out.projected is not None else out.pooled
+        return _Tower(_joined(out.penultimate, rows), pooled[: len(rows.tokens) : rows.chunks])
+
+    def _t5(self, rows: Mapping[EncoderName, Rows]) -> Tensor | None:
+        return None if self.t5 is None else _joined(self._run(self.t5, rows["t5"]), rows["t5"])
+
+    def _run(self, model: CLIPText | T5Encoder, rows: Rows) -> Any:
+        ids = torch.tensor(rows.ids(), device=next(model.parameters()).device)
+        with in_float32(model) if self.rules.encoder_dtype == "float32" else nullcontext():
+            return model(ids)
 
 
 def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:
@@ -156,13 +231,12 @@ def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:
     return prompts
 
 
-def _ids(tokens: Sequence[Padded], model: CLIPText | T5Encoder) -> Tensor:
-    device = next(model.parameters()).device
-    return torch.tensor([part.ids for part in tokens], device=device)
+def _joined(z: Tensor, rows: Rows) -> Tensor:
+    """An encoder's output [rows, length, d], the empty prompt's last where there are weights, as [b, n, d]."""
+    if rows.has_weights:
+        z = weighted(z[:-1], z[-1], torch.tensor(rows.weights(), dtype=torch.float64))
+    return z.unflatten(0, (-1, rows.chunks)).flatten(1, 2)
 
 
-def _spans(encoder: EncoderName, first: int, tokens: Sequence[Padded]) -> list[tuple[TokenSpan, ...]]:
-    return [
-        tuple(TokenSpan(first + i, encoder, *offsets) for i, offsets in enumerate(part.tokens.offsets))
-        for part in tokens
-    ]
+def _spans(encoder: EncoderName, first: int, prompt: int, rows: Rows) -> list[TokenSpan]:
+    return [TokenSpan(first + place, encoder, token.start, token.stop) for place, token in rows.placed(prompt)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ class Stack(nn.Module):
         self.final_layer_norm = RMSNorm(config.width)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        table = self.get_parameter("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+        table = cast(Tensor, self.get_submodule("block.0.layer.0.SelfAttention.relative_attention_bias").weight)
         bias = position_bias(table, x.shape[1], self.max_distance)
         x = widened(x)
         for block in self.block:

@@ -216,23 +216,23 @@ class T5Tokenizer(_Tokenizer):
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of Stable Diffusion 3: CLIP-L, CLIP-G and T5; `t5` is None in a pipeline without T5."""
+    """The tokenizers of Stable Diffusion 3: CLIP-L, CLIP-G and T5; None for one that no encoder reads with."""
 
-    clip_l: CLIPTokenizer
-    clip_g: CLIPTokenizer
+    clip_l: CLIPTokenizer | None
+    clip_g: CLIPTokenizer | None
     t5: T5Tokenizer | None
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, t5: bool = True) -> Self:
-        """Build from a folder that holds `tokenizer/`, `tokenizer_2/` and, unless `t5=False`, `tokenizer_3/`.
+    def from_folder(cls, folder: str | Path, *, clip_l: bool = True, clip_g: bool = True, t5: bool = True) -> Self:
+        """Build from a folder that holds `tokenizer/`, `tokenizer_2/` and `tokenizer_3/`, without those set to False.
 
         Raises MissingTokenizerError, one for all that is missing, or TokenizerFileError for a malformed file.
         """
-        root = Path(folder)
-        needs = {"tokenizer": _CLIP_NEEDS, "tokenizer_2": _CLIP_NEEDS} | ({"tokenizer_3": _T5_NEEDS} if t5 else {})
-        _require(root, needs)
-        clip_l, clip_g = (CLIPTokenizer.from_folder(root / name) for name in ("tokenizer", "tokenizer_2"))
-        return cls(clip_l, clip_g, T5Tokenizer.from_folder(root / "tokenizer_3") if t5 else None)
+        root, read = Path(folder), {"tokenizer": clip_l, "tokenizer_2": clip_g, "tokenizer_3": t5}
+        needs = {"tokenizer": _CLIP_NEEDS, "tokenizer_2": _CLIP_NEEDS, "tokenizer_3": _T5_NEEDS}
+        _require(root, {name: needs[name] for name in needs if read[name]})
+        one, two = (CLIPTokenizer.from_folder(root / name) if read[name] else None for name in list(needs)[:2])
+        return cls(one, two, T5Tokenizer.from_folder(root / "tokenizer_3") if t5 else None)
 
     def save(self, folder: str | Path) -> None:
         """Write the files back, byte for byte, so that `from_folder(folder)` gives equal ids; raises as theirs do."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from encoders import CLIPConfig, CLIPText, T5Config, T5Encoder, Tokenizers
 from skips import SKIPS
 
 OFFICIAL = Path(__file__).parents[3] / "shared" / "reference" / "tokenizers"
@@ -80,6 +81,24 @@ def tiny_tokenizers(tmp_path: Path) -> Path:
     write_clip(root / "tokenizer_2", pad="!")
     write_t5(root / "tokenizer_3")
     return root
+
+
+@pytest.fixture
+def tiny_encoders(tiny_tokenizers: Path) -> dict[str, CLIPText | T5Encoder]:
+    """Random encoders for these tokenizers, in float64: widths 32, 48 and 96, CLIP-L with a projection."""
+    tokenizers = Tokenizers.from_folder(tiny_tokenizers)
+    assert tokenizers.clip_l and tokenizers.clip_g and tokenizers.t5
+    sizes = [
+        CLIPConfig(32, 3, 64, "quick_gelu", heads=2, vocabulary=tokenizers.clip_l.vocab_size, projection_dim=32),
+        CLIPConfig(48, 3, 96, "gelu", heads=2, vocabulary=tokenizers.clip_g.vocab_size, projection_dim=48),
+    ]
+    t5 = T5Config(96, 2, heads=2, head_dim=16, mlp_dim=128, vocabulary=tokenizers.t5.vocab_size)
+    encoders = {"clip_l": CLIPText(sizes[0]), "clip_g": CLIPText(sizes[1]), "t5": T5Encoder(t5)}
+    for model in encoders.values():
+        model.double().requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.normal_(0, parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1)
+    return encoders
 
 
 @pytest.fixture(scope="session")
