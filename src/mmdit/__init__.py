@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from mmdit.config import MMDiTConfig
     from mmdit.model import MMDiT
     from mmdit.pipeline import Pipeline, PipelineOutput
+    from mmdit.png import read_settings, save_png
+    from mmdit.previews import preview
     from mmdit.profiles import PROFILES, Profile
     from mmdit.safetensors_file import CheckpointError
 
@@ -25,6 +27,9 @@ __all__ = [
     "load_mmdit",
     "load_t5",
     "load_vae",
+    "preview",
+    "read_settings",
+    "save_png",
 ]
 
 _HOME = {
@@ -39,6 +44,9 @@ _HOME = {
     "load_mmdit": "mmdit.checkpoint",
     "load_t5": "mmdit.checkpoint",
     "load_vae": "mmdit.checkpoint",
+    "preview": "mmdit.previews",
+    "read_settings": "mmdit.png",
+    "save_png": "mmdit.png",
 }
 
 

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from encoders import checked_prompts
 from mmdit.config import MMDiTConfig
 from mmdit.pictures import OUTPUT_TYPES
-from mmdit.profiles import PROFILES, Profile
-from samplers import SOLVERS, pick
+from mmdit.profiles import PRESETS, PROFILES, Profile
+from samplers import pick
 
+Offload = Literal["stages"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
-def profile_of(profile: str | Profile) -> Profile:
-    """A profile, or the one of that name."""
-    return profile if isinstance(profile, Profile) else pick(PROFILES, profile, "profile")
+def profile_of(profile: str | Profile, preset: str | None = None) -> Profile:
+    """A profile, or the one of that name, with the settings of a preset as its defaults."""
+    found = profile if isinstance(profile, Profile) else pick(PROFILES, profile, "profile")
+    return found if preset is None else pick(PRESETS, preset, "preset").applied(found)
 
 
-def check_names(output_type: str, sampler: str) -> None:
+def checked_offload(offload: str | None) -> str | None:
+    """Raise ValueError unless it is None or "stages"."""
+    return offload if offload is None else pick({"stages": offload}, offload, "offload")
+
+
+def check_output_type(output_type: str) -> None:
     """Raise ValueError, with the nearest names, for one that is unknown."""
     pick(dict.fromkeys(OUTPUT_TYPES), output_type, "output_type")
-    pick(SOLVERS, sampler, "sampler")
 
 
 def whole(name: str, value: int, least: int) -> int:
@@ -34,14 +39,6 @@ def whole(name: str, value: int, least: int) -> int:
     if not isinstance(value, int) or not least <= value < 2**63:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return value
-
-
-def matching(negative: str | Sequence[str], count: int) -> list[str]:
-    """As many negative prompts as prompts."""
-    negatives = [negative] * count if isinstance(negative, str) else checked_prompts(negative, "negative prompt")
-    if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; give one, or one for each")
-    return negatives
 
 
 def generators(seed: int | Sequence[int] | None, generator: Generators, count: int) -> Generators:
@@ -62,18 +59,31 @@ def generators(seed: int | Sequence[int] | None, generator: Generators, count: i
     return [_seeded(one) for one in seed]
 
 
+def own_seeds(seed: int | Sequence[int] | None, count: int, *, alone: bool) -> list[int | None]:
+    """The seed with which each of `count` pictures can be drawn again by itself; None where there is none.
+
+    Args:
+        seed: as it was given.
+        count: pictures.
+        alone: one seed for several pictures draws each as if alone.
+    """
+    if isinstance(seed, Sequence):
+        return [index(one) for one in seed]
+    return [index(seed) if seed is not None and (alone or count == 1) else None] * count
+
+
 def _seeded(seed: SupportsIndex) -> torch.Generator:
     if not isinstance(seed, SupportsIndex) or not -(2**63) <= index(seed) < 2**64:
         raise ValueError(f"a seed is a whole number of at most 64 bits, got {seed!r}")
     return torch.Generator().manual_seed(index(seed))
 
 
-def cells(pixels: int, name: str, config: MMDiTConfig, cell: int) -> int:
-    """The latent cells, of `cell` pixels each, along a side of so many pixels."""
+def cells(pixels: int, name: str, config: MMDiTConfig, cell: int, unit: int) -> int:
+    """The latent cells, of `cell` pixels each and in multiples of `unit`, along a side of so many pixels."""
     if not isinstance(pixels, int):
         raise TypeError(f"{name} is {type(pixels).__name__}, expected int: {pixels!r}")
-    unit = cell * config.patch_size
-    most = unit * config.pos_embed_size
+    unit *= cell
+    most = cell * config.patch_size * config.pos_embed_size
     if pixels % unit or not unit <= pixels <= most:
         near = min(max(round(pixels / unit) * unit, unit), most)
         raise ValueError(f"{name} must be a multiple of {unit} from {unit} to {most}, got {pixels}; use {near}")
@@ -81,15 +91,15 @@ def cells(pixels: int, name: str, config: MMDiTConfig, cell: int) -> int:
 
 
 def check_latents(
-    latents: Tensor, count: int, config: MMDiTConfig, cell: int, height: int | None, width: int | None
+    latents: Tensor, count: int, config: MMDiTConfig, cell: int, unit: int, height: int | None, width: int | None
 ) -> None:
     """Raise ValueError unless they are `count` latents of a size that the model draws, and that was asked for."""
-    patch, most = config.patch_size, config.patch_size * config.pos_embed_size
-    drawn = all(patch <= side <= most and side % patch == 0 for side in latents.shape[2:])
+    most = config.patch_size * config.pos_embed_size
+    drawn = all(unit <= side <= most and side % unit == 0 for side in latents.shape[2:])
     if latents.ndim != 4 or latents.shape[:2] != (count, config.in_channels) or not drawn:
         raise ValueError(
             f"latents have shape {list(latents.shape)}, expected [{count}, {config.in_channels}, height/{cell}, "
-            f"width/{cell}], sides in multiples of {patch} up to {most}"
+            f"width/{cell}], sides in multiples of {unit} up to {most}"
         )
     for name, pixels, side in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
         if pixels is not None and pixels != side * cell:

@@ -25,8 +25,8 @@ class Parts:
 
     transformer: MMDiT
     vae: VAE
-    clip_l: CLIPText
-    clip_g: CLIPText
+    clip_l: CLIPText | None
+    clip_g: CLIPText | None
     t5: T5Encoder | None
     tokenizers: Tokenizers
     shift: float | None  # of the scheduler's config, where there is one

@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from encoders import Conditioner, Conditioning, TextRules, checked_prompts
-from mmdit.arguments import Generators, cells, check_latents, check_names, generators, matching, profile_of, whole
-from mmdit.assemble import Parts, from_file, from_folder
+from encoders import Conditioning
+from mmdit.arguments import (
+    Generators,
+    Offload,
+    check_latents,
+    check_output_type,
+    checked_offload,
+    own_seeds,
+    profile_of,
+    whole,
+)
+from mmdit.assemble import from_file, from_folder
+from mmdit.bars import bar
+from mmdit.callbacks import OnStepEnd, after_step
 from mmdit.checkpoint import part_of
 from mmdit.convert import write_checkpoint
 from mmdit.demo import EMBEDDED
+from mmdit.hub import Variant, fetch, is_repo_id
 from mmdit.memory import explained
-from mmdit.pictures import OutputType, convert_output, to_unit
+from mmdit.pictures import OutputType, convert_output
+from mmdit.png import Settings
 from mmdit.profiles import Profile
 from mmdit.recognise import Component
-from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick, sigmas
+from mmdit.texts import Prompts, Texts, settings_of
+from mmdit.verbs import Verbs
+
+DEMO = "demo"  # what settings call the embedded model
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """`images`: a list of PIL pictures, an array [b, h, w, 3], a tensor [b, 3, h, w] in [0, 1], or latents."""
+    """What a call drew.
+
+    `images`: a list of PIL pictures, an array [b, h, w, 3], a tensor [b, 3, h, w] in [0, 1], or latents.
+    `settings`: how each was drawn, for `mmdit.save_png`; empty where embeddings took the place of a prompt.
+    """
 
     images: Any
+    settings: tuple[Settings, ...] = ()
 
 
-class Pipeline:
+class Pipeline(Verbs):
     """Stable Diffusion 3 / 3.5: text encoders, transformer, solver and VAE.
 
     `pipe("a cat").images[0]` draws; `encode`, `noise`, `predict`, `sample` and `decode` are the same in steps.
     The parts are plain attributes: `transformer`, `vae`, `clip_l`, `clip_g`, `t5`, `tokenizers`, `profile`.
     """
-
-    def __init__(self, parts: Parts, *, profile: str | Profile = "diffusers") -> None:
-        self.transformer, self.vae, self.tokenizers = parts.transformer, parts.vae, parts.tokenizers
-        self.clip_l, self.clip_g, self.t5 = parts.clip_l, parts.clip_g, parts.t5
-        self.profile = profile_of(profile)
-        self.shift = self.profile.shift if parts.shift is None else parts.shift
 
     @classmethod
     def demo(
@@ -51,6 +66,8 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = torch.float32,
         profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
     ) -> Self:
         """Load the embedded model: 128 x 128 pictures of 1 to 4 shapes, as prompts of a small grammar say.
 
@@ -58,9 +75,13 @@ class Pipeline:
         counts and relations; `mmdit.demo.captions` makes more.
 
         Args:
-            device, dtype, profile: see `from_pretrained`; stored is float16.
+            device, dtype, profile, preset, offload: see `from_pretrained`; stored is float16.
         """
-        return cls.from_pretrained(EMBEDDED, device=device, dtype=dtype, profile=profile)
+        pipe = cls.from_pretrained(
+            EMBEDDED, device=device, dtype=dtype, profile=profile, preset=preset, offload=offload
+        )
+        pipe.name = DEMO
+        return pipe
 
     @classmethod
     def from_pretrained(
@@ -70,21 +91,40 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        variant: Variant | None = None,
+        cache_dir: str | Path | None = None,
     ) -> Self:
-        """Load a folder in the official, diffusers or ComfyUI layout.
+        """Load a folder in the official, diffusers or ComfyUI layout, or a repository of the Hugging Face Hub.
 
         Args:
-            folder: of the checkpoint.
-            device: where all models go.
+            folder: of the checkpoint, or "owner/name" of a repository, of which what is needed is downloaded.
+            device: where all models go, or, with `offload`, take turns.
             dtype: None keeps what is stored.
             profile: whose behaviour to follow, see `mmdit.PROFILES`.
+            preset: settings that go with a model, such as "turbo"; see `mmdit.profiles.PRESETS`.
+            offload: "stages" loads to the CPU; text encoders, transformer and VAE take turns on the device.
+            revision, token, variant, cache_dir: of a repository, see `mmdit.hub.fetch`.
 
         Raises:
             FileNotFoundError: there is no such folder.
             mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
+            mmdit.hub.HubError: the repository cannot be had; why, and what to do.
         """
-        profile = profile_of(profile)  # a wrong name is said before gigabytes are read
-        return cls(from_folder(folder, device, dtype), profile=profile)
+        rest: dict[str, Any] = {
+            "profile": profile_of(profile, preset),
+            "offload": checked_offload(offload),
+            "device": device,
+        }
+        path = Path(folder)
+        if is_repo_id(folder):
+            path = fetch(str(folder), revision=revision, token=token, variant=variant, cache_dir=cache_dir)
+        elif given := [k for k, v in (("revision", revision), ("variant", variant)) if v is not None]:
+            raise ValueError(f"{given[0]} is for a repository of the hub, but {folder} is none")
+        return cls(from_folder(path, "cpu" if offload else device, dtype), name=str(folder), **rest)
 
     @classmethod
     def from_single_file(
@@ -99,6 +139,8 @@ class Pipeline:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
     ) -> Self:
         """Load a single file, with text encoders inside, given here, or lying beside it in `text_encoders/`.
 
@@ -106,42 +148,18 @@ class Pipeline:
             path: of a safetensors file that holds the transformer.
             clip_l, clip_g, t5, vae: files or folders to take these from.
             tokenizers: the folder that holds tokenizer, tokenizer_2 and tokenizer_3; looked for beside the file.
-            device, dtype, profile: see `from_pretrained`.
+            device, dtype, profile, preset, offload: see `from_pretrained`.
 
         Raises:
             FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
         """
         others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
-        profile = profile_of(profile)
-        return cls(from_file(path, others, tokenizers, device, dtype), profile=profile)
-
-    @property
-    def models(self) -> dict[Component, nn.Module]:
-        """The models that are there, by component."""
-        every: dict[Component, nn.Module | None] = {
-            "transformer": self.transformer,
-            "vae": self.vae,
-            "clip_l": self.clip_l,
-            "clip_g": self.clip_g,
-            "t5": self.t5,
+        rest: dict[str, Any] = {
+            "profile": profile_of(profile, preset),
+            "offload": checked_offload(offload),
+            "device": device,
         }
-        return {name: model for name, model in every.items() if model is not None}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return self.transformer.pos_embed.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
-        return self.transformer.pos_embed.dtype
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or cast all models."""
-        for model in self.models.values():
-            model.to(device=device, dtype=dtype)
-        return self
+        return cls(from_file(path, others, tokenizers, "cpu" if offload else device, dtype), name=str(path), **rest)
 
     def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
         """Write all models and tokenizers; the folder must not exist yet.
@@ -152,189 +170,126 @@ class Pipeline:
         parts = [part_of(name, model) for name, model in self.models.items()]
         return write_checkpoint(parts, folder, layout, shift=self.shift, tokenizers=self.tokenizers.save)
 
-    def encode(self, prompts: str | Sequence[str], *, max_sequence_length: int | None = None) -> Conditioning:
-        """What the transformer reads of the prompts, on its device and in its dtype.
-
-        Args:
-            prompts: one or more.
-            max_sequence_length: T5 tokens; None is the profile's number.
-
-        Raises:
-            ValueError, TypeError: no prompt, or one that is not a string.
-        """
-        rules = self._rules(max_sequence_length)
-        conditioner = Conditioner(
-            self.clip_l,
-            self.clip_g,
-            self.t5,
-            self.tokenizers,
-            rules,
-            context_dim=self.transformer.config.context_dim,
-        )
-        return conditioner(checked_prompts(prompts)).to(self.device, self.dtype)
-
-    def noise(
-        self,
-        seed: int | Sequence[int] | None = None,
-        *,
-        count: int = 1,
-        height: int | None = None,
-        width: int | None = None,
-        generator: Generators = None,
-    ) -> Float[Tensor, "b c h w"]:
-        """The latents to start from, in model space, drawn on the CPU (or on the generator's device).
-
-        Args:
-            seed: one for all pictures together, or one per picture, whose noise is then that of the seed alone.
-            count: pictures.
-            height, width: of the picture in pixels, multiples of 16.
-            generator: instead of a seed; one, or one per picture.
-
-        Raises:
-            ValueError: a size does not fit, or seeds and pictures differ in number.
-        """
-        rows, columns = self._cells(height, "height"), self._cells(width, "width")
-        shape = (count, self.transformer.config.in_channels, rows, columns)
-        dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
-        return gaussian(shape, generators(seed, generator, count), dtype).to(self.device)
-
-    def predict(self, x: Tensor, sigma: float, conditionings: Sequence[Conditioning]) -> list[Tensor]:
-        """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning, in one batch.
-
-        Conditionings of different lengths go through the transformer one after the other.
-        """
-        if len({conditioning.context.shape for conditioning in conditionings}) > 1:
-            return [self.predict(x, sigma, [conditioning])[0] for conditioning in conditionings]
-        times = len(conditionings)
-        level = torch.tensor(sigma, dtype=torch.float32, device=x.device)
-        velocity = self.transformer(
-            torch.cat([x] * times).to(self.dtype),
-            (level * 1000).expand(times * len(x)),
-            torch.cat([conditioning.context for conditioning in conditionings]),
-            torch.cat([conditioning.pooled for conditioning in conditionings]),
-        )
-        return [x - sigma * part for part in velocity.to(x.dtype).chunk(times)]
-
-    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float], list[Tensor]]:
-        """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
-        return lambda x, sigma: self.predict(x, sigma, conditionings)
-
-    def sample(
-        self,
-        cond: Conditioning,
-        uncond: Conditioning | None,
-        noise: Tensor,
-        *,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        sampler: str = "euler",
-        schedule: str | None = None,
-    ) -> Iterator[Step]:
-        """The steps from noise to latent; change `step.x` and the solver goes on from there.
-
-        Args:
-            cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance.
-            noise: [b, c, h, w], see `noise`.
-            num_inference_steps, guidance_scale, schedule: None is the profile's.
-            sampler: one of `samplers.SOLVERS`.
-
-        Raises:
-            ValueError: an unknown name, or no step.
-        """
-        solver, levels = pick(SOLVERS, sampler, "sampler"), self.levels(num_inference_steps, schedule)
-        scale = self.profile.guidance_scale if guidance_scale is None else guidance_scale
-        if scale > 1 and uncond is None:
-            raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
-        denoise = only_x0(cfg(self.predict, cond, uncond, scale))
-        return self._rounded(solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels))
-
-    def decode(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h8 w8"]:
-        """The pictures of latents in model space, in [0, 1]."""
-        first = next(self.vae.parameters())
-        return to_unit(self.vae.decode(latent.to(first.device, first.dtype)))
-
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] = "",
+        prompt: Prompts | None = None,
+        negative_prompt: Prompts | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        sampler: str = "euler",
+        sampler: str | None = None,
         schedule: str | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
+        vae_tile: int | None = None,
         output_type: OutputType = "pil",
+        progress: bool | None = None,
     ) -> PipelineOutput:
         """Draw. Names and defaults are diffusers' own; everything that is None is the profile's.
 
         Args:
-            prompt, negative_prompt: one or more; the negative prompt counts where guidance_scale is above 1.
+            prompt, negative_prompt: one or more; no negative prompt is an empty one. It counts where the profile runs
+                an unconditional pass, as a rule where guidance_scale is above 1.
             height, width: in pixels, multiples of 16.
             num_inference_steps, guidance_scale, sampler, schedule: see `sample`.
+            sigmas: see `levels`.
             seed, generator: see `noise`.
             latents: instead of noise, [b, c, h/8, w/8].
+            prompt_embeds, pooled_prompt_embeds: instead of prompts, context [b, n, context_dim] and [b, pooled_dim]
+                of `encode`; likewise the negative ones.
             num_images_per_prompt: pictures of each prompt, in a row.
             max_sequence_length: T5 tokens.
+            callback_on_step_end: called after every step, see `mmdit.callbacks.OnStepEnd`.
+            vae_tile: see `decode`.
             output_type: "pil", "pt" ([b, 3, h, w] in [0, 1]), "np" ([b, h, w, 3]) or "latent".
+            progress: show a bar; None shows it in terminals and notebooks.
 
         Raises:
             ValueError, TypeError: an argument is wrong; the message says what was found and expected.
             MemoryError: the device has too little memory; the message says what helps.
         """
-        prompts = checked_prompts(prompt)
-        count = len(prompts) * whole("num_images_per_prompt", num_images_per_prompt, 1)
-        scale = self.profile.guidance_scale if guidance_scale is None else guidance_scale
-        negatives = matching(negative_prompt, len(prompts)) if scale > 1 else None
-        check_names(output_type, sampler)
-        self.levels(num_inference_steps, schedule)  # wrong names and numbers are said before anything is drawn
+        scale = self._scale(guidance_scale)
+        asked = Texts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        against = Texts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        count = len(asked) * whole("num_images_per_prompt", num_images_per_prompt, 1)
+        pairs = asked.with_negatives(against, self.transformer.config, read=self.profile.reads_negative(scale))
+        # What is wrong is said before anything is drawn.
+        check_output_type(output_type)
+        self._solver(sampler)
+        levels = self.levels(num_inference_steps, schedule, sigmas)
         self._rules(max_sequence_length)
-        with explained(self.models, f"{count} pictures at once"):
+        with self._drawing(f"{count} pictures at once"):
             noise = self._start(latents, seed, generator, count, height, width)
             cond, uncond = (
-                None
-                if texts is None
-                else self.encode(texts, max_sequence_length=max_sequence_length).repeat(num_images_per_prompt)
-                for texts in (prompts, negatives)
+                None if texts is None else self._read(texts, max_sequence_length).repeat(num_images_per_prompt)
+                for texts in pairs
             )
             assert cond is not None
-            *_, last = self.sample(
-                cond,
-                uncond,
-                noise,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=scale,
-                sampler=sampler,
-                schedule=schedule,
-            )
-            latent = last.x.to(self.dtype)
-            pictures = latent if output_type == "latent" else self.decode(latent)
-        return PipelineOutput(convert_output(pictures, output_type, self.profile.to_uint8))
+            steps = self.sample(cond, uncond, noise, sigmas=levels, guidance_scale=scale, sampler=sampler)
+            for step in bar(steps, len(levels) - 1, progress):
+                if callback_on_step_end is not None:
+                    after_step(callback_on_step_end, self, step, float(levels[step.i]))
+            latent = step.x.to(self.dtype)
+            pictures = latent if output_type == "latent" else self.decode(latent, tile=vae_tile)
+            images = convert_output(pictures, output_type, self.profile.to_uint8)
+        if latents is not None or sigmas is not None:
+            return PipelineOutput(images)
+        settings = self._settings(num_inference_steps, scale, sampler, schedule, max_sequence_length)
+        rows, columns = latent.shape[2:]
+        settings |= {"height": rows * self.vae.config.downscale, "width": columns * self.vae.config.downscale}
+        seeds = own_seeds(seed, count, alone=self.profile.one_seed == "each_alone")
+        return PipelineOutput(images, settings_of(pairs, num_images_per_prompt, seeds, settings))
 
-    def levels(self, num_inference_steps: int | None = None, schedule: str | None = None) -> Tensor:
-        """The noise levels of the steps, float64 [steps + 1]; None is the profile's."""
-        steps = self.profile.steps if num_inference_steps is None else num_inference_steps
-        whole("num_inference_steps", steps, 1)
-        return sigmas(schedule or self.profile.schedule, steps, shift=self.shift)
+    def _settings(
+        self,
+        steps: int | None,
+        scale: float,
+        sampler: str | None,
+        schedule: str | None,
+        max_sequence_length: int | None,
+    ) -> dict[str, Any]:
+        """What the settings of all pictures of a call have in common."""
+        return {
+            "num_inference_steps": steps or self.profile.steps,
+            "guidance_scale": float(scale),
+            "sampler": sampler or self.profile.sampler,
+            "schedule": schedule or self.profile.schedule,
+            "shift": float(self.shift),
+            "profile": self.profile.name,
+            "max_sequence_length": max_sequence_length,
+            "model": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
 
-    def _rules(self, max_sequence_length: int | None) -> TextRules:
-        rules = self.profile.text
-        if max_sequence_length is None:
-            return rules
-        return replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
+    @contextmanager
+    def _drawing(self, what: str) -> Iterator[None]:
+        """Explain running out of memory; with `offload`, leave nothing on the device, whatever happens."""
+        try:
+            with explained(self.models, what):
+                yield
+        finally:
+            if self._turns is not None:
+                self._turns.leave()
 
-    def _rounded(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """diffusers rounds the latent to the model's dtype after every step."""
-        for step in steps:
-            if self.profile.state_dtype == "model":
-                step.x = step.x.to(self.dtype).to(step.x.dtype)
-            yield step
+    def _read(self, texts: Texts, max_sequence_length: int | None) -> Conditioning:
+        if texts.prompts is None:
+            assert texts.embeds is not None
+            assert texts.pooled is not None
+            return Conditioning(texts.embeds, texts.pooled).to(self.device, self.dtype)
+        return self.encode(texts.prompts, max_sequence_length=max_sequence_length)
 
     def _start(
         self,
@@ -349,10 +304,6 @@ class Pipeline:
             return self.noise(seed, count=count, height=height, width=width, generator=generator)
         if given := [name for name, value in (("seed", seed), ("generator", generator)) if value is not None]:
             raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw: give one of them")
-        check_latents(latents, count, self.transformer.config, self.vae.config.downscale, height, width)
+        cell = self.vae.config.downscale
+        check_latents(latents, count, self.transformer.config, cell, self._unit, height, width)
         return latents.to(self.device)
-
-    def _cells(self, pixels: int | None, name: str) -> int:
-        """The latent cells along a side of so many pixels."""
-        config = self.transformer.config
-        return (config.sample_size or 128) if pixels is None else cells(pixels, name, config, self.vae.config.downscale)

@@ -1,30 +1,108 @@
-"""Profiles: every small thing on which the reference pipelines disagree, in one place.
+"""Profiles: every small thing on which the reference pipelines disagree, in one place. No other module asks which runs.
 
-No other module asks which profile runs. More rows and the profiles of ComfyUI and Stability's own code join this table
-as the features they speak of are built.
+D is diffusers 0.42.1, `StableDiffusion3Pipeline`; C is ComfyUI 0.3.64, `comfy/samplers.py`, `comfy/sd.py`, `nodes.py`;
+R is Stability-AI/sd3.5, `sd3_infer.py` and `sd3_impls.py`. Two disagreements are no fields, because the results are
+equal up to rounding: the order of tokens in attention (here context first, as R and C) and of the conditional and the
+unconditional half of a batch (here unconditional first, as D).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from encoders import TextRules
+from encoders import COMFYUI, DIFFUSERS, REFERENCE, TextRules
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How a reference draws; the defaults are those of diffusers' `StableDiffusion3Pipeline`."""
+    """How a reference draws; the defaults are D's."""
 
     name: str = "diffusers"
-    text: TextRules = field(default_factory=TextRules)
-    schedule: str = "normal"
-    shift: float = 3.0  # where no scheduler config says otherwise
-    steps: int = 28
-    guidance_scale: float = 7.0
-    noise_dtype: Literal["model", "float32"] = "model"  # what the initial noise is drawn in
-    state_dtype: Literal["model", "float32"] = "model"  # what the latent is rounded to after each step
-    to_uint8: Literal["round", "truncate"] = "round"
+    text: TextRules = DIFFUSERS  # lengths, cuts, missing encoders, prompt weights
+    steps: int = 28  # 28 (D), 20 (C: KSampler), 50 (R: all but Large)
+    guidance_scale: float = 7.0  # 7 (D), 8 (C: KSampler), 5 (R: all but Large)
+    sampler: str = "euler"  # (D, C), "dpmpp_2m" (R)
+    schedule: str = "normal"  # evenly spaced timesteps, shifted twice (all)
+    shift: float = 3.0  # where no scheduler config and no preset says otherwise (all; R's SD3-Medium: preset)
+    # What the model's timestep and x0 = x - sigma v see of a noise level: R's stay float16, as its first latent is.
+    sigma_dtype: Literal["float32", "float16"] = "float32"
+    # The starting noise, always drawn on the CPU or on the given generator's device: in the model's dtype (D), in
+    # float32 (C), in float32 and then rounded to float16 (R).
+    noise_dtype: Literal["model", "float32", "float16"] = "model"
+    # Pictures of one call under one seed: parts of a single draw (D, C), or each as if drawn alone (R), then all alike.
+    one_seed: Literal["single_draw", "each_alone"] = "single_draw"
+    state_dtype: Literal["model", "float32"] = "model"  # the latent between steps: model's dtype (D), float32 (C, R)
+    # When the negative prompt is read: guidance above 1 (D), any but 1 (C), always (R).
+    uncond_pass: Literal["above_1", "unless_1", "always"] = "above_1"
+    # Latents with an odd side: refused (D; in R they fail), or filled up from the other edge and cropped (C).
+    odd_latents: Literal["refuse", "wrap"] = "refuse"
+    to_uint8: Literal["round", "truncate"] = "round"  # pixels to 8 bits: round (D), truncate (C, R)
+
+    def reads_negative(self, guidance_scale: float) -> bool:
+        """Whether the unconditional pass runs at this scale."""
+        match self.uncond_pass:
+            case "above_1":
+                return guidance_scale > 1
+            case "unless_1":
+                return guidance_scale != 1
+            case "always":
+                return True
 
 
-PROFILES: dict[str, Profile] = {"diffusers": Profile()}
+@dataclass(frozen=True)
+class Preset:
+    """Settings that go with a model and that its tensors cannot say."""
+
+    steps: int
+    guidance_scale: float
+    sampler: str
+    shift: float | None = None  # None leaves it to the profile
+
+    def applied(self, profile: Profile) -> Profile:
+        """The profile with these settings as its defaults."""
+        return replace(
+            profile,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            sampler=self.sampler,
+            shift=profile.shift if self.shift is None else self.shift,
+        )
+
+
+PROFILES: dict[str, Profile] = {
+    "diffusers": Profile(),
+    "comfyui": Profile(
+        name="comfyui",
+        text=COMFYUI,
+        steps=20,
+        guidance_scale=8.0,
+        noise_dtype="float32",
+        state_dtype="float32",
+        uncond_pass="unless_1",
+        odd_latents="wrap",
+        to_uint8="truncate",
+    ),
+    "reference": Profile(
+        name="reference",
+        text=REFERENCE,
+        steps=50,
+        guidance_scale=5.0,
+        sampler="dpmpp_2m",
+        sigma_dtype="float16",
+        noise_dtype="float16",
+        one_seed="each_alone",
+        state_dtype="float32",
+        uncond_pass="always",
+        to_uint8="truncate",
+    ),
+}
+
+# "turbo" is how every reference runs a Turbo model; the others are the rows of R's `CONFIGS`.
+PRESETS: dict[str, Preset] = {
+    "turbo": Preset(steps=4, guidance_scale=1.0, sampler="euler"),
+    "sd3_medium": Preset(steps=50, guidance_scale=5.0, sampler="dpmpp_2m", shift=1.0),
+    "sd3.5_medium": Preset(steps=50, guidance_scale=5.0, sampler="dpmpp_2m", shift=3.0),
+    "sd3.5_large": Preset(steps=40, guidance_scale=4.5, sampler="dpmpp_2m", shift=3.0),
+    "sd3.5_large_turbo": Preset(steps=4, guidance_scale=1.0, sampler="euler", shift=3.0),
+}

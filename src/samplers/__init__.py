@@ -3,8 +3,8 @@
 from samplers.guidance import Guided, cfg, only_x0
 from samplers.names import pick
 from samplers.noise import gaussian
-from samplers.schedules import SCHEDULES, shifted, sigmas
-from samplers.solvers import SOLVERS, Denoise, Solver, Step, euler
+from samplers.schedules import SCHEDULES, checked_sigmas, shifted, sigmas
+from samplers.solvers import SOLVERS, Denoise, Solver, Step, dpmpp_2m, euler
 
 __all__ = [
     "SCHEDULES",
@@ -14,6 +14,8 @@ __all__ = [
     "Solver",
     "Step",
     "cfg",
+    "checked_sigmas",
+    "dpmpp_2m",
     "euler",
     "gaussian",
     "only_x0",

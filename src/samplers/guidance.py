@@ -22,17 +22,15 @@ class Guided(NamedTuple):
 def cfg(predict: Predict, cond: Any, uncond: Any, scale: float) -> Callable[[Tensor, float], Guided]:
     """Classifier-free guidance: u + scale * (c - u) on the predicted pictures (Ho & Salimans 2022, arXiv 2207.12598).
 
-    At a scale of 1 or less the unconditional pass does not run, as in diffusers.
-
     Args:
         predict: x0 predictions of a latent at a level, one for each conditioning of a list.
         cond: the prompt.
-        uncond: the negative prompt.
+        uncond: the negative prompt; None for no unconditional pass, whatever the scale.
         scale: guidance scale.
     """
 
     def guided(x: Tensor, sigma: float) -> Guided:
-        if scale <= 1:
+        if uncond is None:
             return Guided(predict(x, sigma, [cond])[0], None)
         without, given = predict(x, sigma, [uncond, cond])
         return Guided(without + scale * (given - without), without)

@@ -5,7 +5,7 @@ Flow matching: x = sigma * noise + (1 - sigma) * picture, and the model's timest
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,31 @@ TRAIN_STEPS = 1000  # the table of timesteps that the models were trained with: 
 def shifted(t: Tensor, shift: float) -> Tensor:
     """a t / (1 + (a - 1) t): more of the steps at high noise (Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
     return shift * t / (1 + (shift - 1) * t)
+
+
+def checked_sigmas(levels: Sequence[float] | Tensor) -> Tensor:
+    """Noise levels of one's own as a schedule, float64 [steps + 1], used as they are: no shift is applied.
+
+    Args:
+        levels: falling, the first at most 1, the last 0.
+
+    Raises:
+        ValueError: they are not.
+    """
+    schedule = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
+    if schedule.ndim != 1 or len(schedule) < 2:
+        raise ValueError(f"sigmas have shape {list(schedule.shape)}, expected [steps + 1] with at least one step")
+    if not torch.isfinite(schedule).all():
+        raise ValueError(f"sigmas hold {int((~torch.isfinite(schedule)).sum())} values that are not finite")
+    if schedule[0] > 1 or schedule[-1] != 0:
+        raise ValueError(
+            f"sigmas go from {float(schedule[0])} to {float(schedule[-1])}, expected from at most 1 to 0: append 0.0, "
+            "and divide timesteps by 1000"
+        )
+    if not (rises := schedule.diff() >= 0).any():
+        return schedule
+    at = int(rises.nonzero()[0])
+    raise ValueError(f"sigmas must fall, but sigmas[{at + 1}] = {schedule[at + 1]} after {schedule[at]}")
 
 
 def normal(steps: int, shift: float) -> Tensor:

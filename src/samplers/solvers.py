@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf, log
 
 from torch import Tensor
 
@@ -49,4 +50,28 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = step.x
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler}
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """DPM-Solver++(2M): one model call a step, second order from the second step on; the last step is Euler's.
+
+    Lu et al. 2022, arXiv 2211.01095, algorithm 2, with -ln sigma in the place of the log signal-to-noise ratio: so
+    Stability's code and ComfyUI run it on flows too (diffusers' flow form takes the true ratio: other numbers).
+
+    Args:
+        denoise, x, sigmas: see `euler`.
+    """
+    levels = sigmas.tolist()
+    before: Tensor | None = None  # the prediction of the step before, whose width in ln sigma is `width_before`
+    width_before = 0.0
+    for i, (sigma, following) in enumerate(pairwise(levels)):
+        denoised = mixed = denoise(x, sigma)
+        width = log(sigma / following) if following else inf
+        if before is not None and following:
+            share = width / (2 * width_before)
+            mixed = (1 + share) * denoised - share * before
+        ratio = following / sigma
+        step = Step(i, following, ratio * x + (1 - ratio) * mixed, denoised)
+        yield step
+        x, before, width_before = step.x, denoised, width
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler, "dpmpp_2m": dpmpp_2m}

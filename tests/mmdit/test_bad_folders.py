@@ -199,7 +199,7 @@ def test_paths_that_are_not_there(tmp_path):
         )
     refuses(lambda: load_mmdit(tmp_path), f"{tmp_path} holds no transformer of SD3. Expected are sd3*.safetensors with")
     refuses(
-        lambda: Pipeline.from_pretrained(HUB),
+        lambda: load_mmdit(HUB),
         f"{HUB} does not exist",
         f"hf download {HUB} --local-dir stable-diffusion-3.5-large",
         "pip install huggingface_hub",

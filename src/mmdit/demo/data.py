@@ -94,7 +94,7 @@ def own_tokenizers() -> Tokenizers:
 def tokenize(captions: Sequence[str]) -> TokenTable:
     """Captions as ids, cut and padded exactly as `encoders.Conditioner` does at length 77."""
     own = own_tokenizers()
-    assert own.t5 is not None, "the embedded model has a T5"
+    assert own.clip_l and own.clip_g and own.t5, "the embedded model has all three"
     return TokenTable(*(_ids(tokenizer, captions) for tokenizer in (own.clip_l, own.clip_g, own.t5)))
 
 

@@ -92,7 +92,7 @@ class Trainee(nn.Module):
 
 def trainee_of(parts: Parts) -> Trainee:
     """The trained four of a pipeline's parts, sharing their weights."""
-    assert parts.t5 is not None, "the embedded model has a T5"
+    assert parts.clip_l and parts.clip_g and parts.t5, "the embedded model has all three"
     assert parts.tokenizers.t5 is not None, "the embedded model has a T5 tokenizer"
     return Trainee(parts.transformer, parts.clip_l, parts.clip_g, parts.t5, parts.tokenizers.t5.pad)
 
@@ -211,9 +211,9 @@ def initial_parts(architecture: Architecture, seed: int) -> Parts:
         )
         with torch.no_grad():
             _start_transformer(parts.transformer)
+            assert parts.clip_l and parts.clip_g and parts.t5
             _start_clip(parts.clip_l)
             _start_clip(parts.clip_g)
-            assert parts.t5 is not None
             _start_t5(parts.t5)
     return parts
 

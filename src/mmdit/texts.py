@@ -1,0 +1,101 @@
+"""What a call is asked to draw: prompts, or the embeddings that stand for them, and what to keep away from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Self
+
+from torch import Tensor
+
+from encoders import checked_prompts
+from mmdit.config import MMDiTConfig
+from mmdit.png import Settings
+
+Prompts = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts, or embeddings, or neither; `name` is the argument's."""
+
+    name: str
+    prompts: list[str] | None = None
+    embeds: Tensor | None = None  # [b, n, context_dim]
+    pooled: Tensor | None = None  # [b, pooled_dim]
+
+    @classmethod
+    def of(cls, name: str, prompts: Prompts | None, embeds: Tensor | None, pooled: Tensor | None) -> Self:
+        """The arguments `name`, `name_embeds` and `pooled_name_embeds` of a call.
+
+        Raises:
+            ValueError: prompts and embeddings are both given, or one half of the embeddings.
+            TypeError: a prompt is not a string.
+        """
+        pooled_name = f"{'negative_' if name.startswith('negative') else ''}pooled_prompt_embeds"
+        if (embeds is None) != (pooled is None):
+            there, lacking = (f"{name}_embeds", pooled_name)[:: 1 if pooled is None else -1]
+            raise ValueError(f"{there} are given without {lacking}; the model reads both")
+        if embeds is not None and prompts is not None:
+            raise ValueError(f"{name} and {name}_embeds are both given; give one of them")
+        return cls(name, None if prompts is None else checked_prompts(prompts, name.replace("_", " ")), embeds, pooled)
+
+    def __len__(self) -> int:
+        """How many; 0 where neither is given."""
+        return len(self.prompts or ()) if self.embeds is None else len(self.embeds)
+
+    def with_negatives(self, negatives: Texts, config: MMDiTConfig, *, read: bool) -> tuple[Texts, Texts | None]:
+        """These, and as many negatives: empty prompts where none are given, None where none are read.
+
+        Raises:
+            TypeError: nothing is given to draw.
+            ValueError: numbers differ, or embeddings do not fit the model.
+        """
+        if not self:
+            raise TypeError(
+                f"{self.name} is NoneType, expected str or a list of str: None (or give prompt_embeds and "
+                "pooled_prompt_embeds)"
+            )
+        self._check(config)
+        if not read:
+            return self, None
+        count = len(self)
+        if negatives.embeds is None and len(negatives) <= 1:
+            return self, Texts(negatives.name, (negatives.prompts or [""]) * count)
+        negatives._check(config)
+        if len(negatives) != count:
+            raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; give one, or one for each")
+        return self, negatives
+
+    def _check(self, config: MMDiTConfig) -> None:
+        if self.embeds is None or self.pooled is None:
+            return
+        found, pooled = list(self.embeds.shape), list(self.pooled.shape)
+        if len(found) != 3 or found[2] != config.context_dim or pooled != [found[0], config.pooled_dim]:
+            raise ValueError(
+                f"{self.name}_embeds have shape {found} and their pooled ones {pooled}, expected "
+                f"[b, tokens, {config.context_dim}] and [b, {config.pooled_dim}]"
+            )
+
+
+def settings_of(
+    pairs: tuple[Texts, Texts | None], per_prompt: int, seeds: Sequence[int | None], common: Mapping[str, Any]
+) -> tuple[Settings, ...]:
+    """The settings of each picture of a call; none where embeddings took the place of a prompt.
+
+    Args:
+        pairs: what was asked for, and what to keep away from.
+        per_prompt: pictures of each prompt.
+        seeds: of each picture.
+        common: the other settings.
+    """
+    asked, against = pairs
+    if asked.prompts is None or (against is not None and against.prompts is None):
+        return ()
+    negatives = repeat("") if against is None or against.prompts is None else against.prompts
+    texts = [pair for pair in zip(asked.prompts, negatives, strict=False) for _ in range(per_prompt)]
+    return tuple(
+        Settings(prompt=prompt, negative_prompt=negative, seed=seed, **common)
+        for (prompt, negative), seed in zip(texts, seeds, strict=True)
+    )

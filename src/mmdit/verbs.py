@@ -1,0 +1,272 @@
+"""The steps of a drawing, one by one: encode, noise, predict, sample, decode."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import samplers
+from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
+from mmdit.arguments import Generators, Offload, cells, checked_offload, generators, profile_of, whole
+from mmdit.assemble import Parts
+from mmdit.offload import Turns
+from mmdit.pictures import to_unit
+from mmdit.profiles import Profile
+from mmdit.recognise import Component
+from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick
+
+_SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+class Verbs:
+    """Models under a profile, and what is done with them; `mmdit.Pipeline` adds loading and the call that does all.
+
+    Args:
+        parts: the models.
+        profile: a name of `mmdit.PROFILES`, or a profile of one's own (`dataclasses.replace`).
+        preset: a name of `mmdit.profiles.PRESETS`: steps, guidance, sampler and shift of a kind of model.
+        offload: "stages" keeps the models where they are; text encoders, transformer and VAE take turns on `device`.
+        device: for `offload`.
+        name: what the settings of a picture call the model.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        device: torch.device | str = "cuda",
+        name: str = "",
+    ) -> None:
+        self.transformer, self.vae, self.tokenizers = parts.transformer, parts.vae, parts.tokenizers
+        self.clip_l: CLIPText | None = parts.clip_l
+        self.clip_g: CLIPText | None = parts.clip_g
+        self.t5, self.name = parts.t5, name
+        self.profile = profile_of(profile, preset)
+        self.shift = self.profile.shift if parts.shift is None else parts.shift
+        self._turns = None if checked_offload(offload) is None else Turns(device)
+
+    @property
+    def models(self) -> dict[Component, nn.Module]:
+        """The models that are there, by component."""
+        every: dict[Component, nn.Module | None] = {
+            "transformer": self.transformer,
+            "vae": self.vae,
+            "clip_l": self.clip_l,
+            "clip_g": self.clip_g,
+            "t5": self.t5,
+        }
+        return {name: model for name, model in every.items() if model is not None}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer computes."""
+        return self.transformer.pos_embed.device if self._turns is None else self._turns.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.transformer.pos_embed.dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or cast all models; with `offload` they stay, and take their turns on the new device."""
+        if self._turns is not None:
+            self._turns.leave()
+            self._turns = Turns(self._turns.device if device is None else device)
+            device = None
+        for model in self.models.values():
+            model.to(device=device, dtype=dtype)
+        return self
+
+    def encode(self, prompts: str | Sequence[str], *, max_sequence_length: int | None = None) -> Conditioning:
+        """What the transformer reads of the prompts, on its device and in its dtype.
+
+        Args:
+            prompts: one or more.
+            max_sequence_length: T5 tokens; None is the profile's number.
+
+        Raises:
+            ValueError, TypeError: no prompt, or one that is not a string.
+        """
+        rules = self._rules(max_sequence_length)
+        conditioner = Conditioner(
+            self.clip_l,
+            self.clip_g,
+            self.t5,
+            self.tokenizers,
+            rules,
+            context_dim=self.transformer.config.context_dim,
+            pooled_dim=self.transformer.config.pooled_dim,
+        )
+        prompts = checked_prompts(prompts)
+        self._enter("clip_l", "clip_g", "t5")
+        return conditioner(prompts).to(self.device, self.dtype)
+
+    def noise(
+        self,
+        seed: int | Sequence[int] | None = None,
+        *,
+        count: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: Generators = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """The latents to start from, in model space, drawn on the CPU (or on the generator's device).
+
+        Args:
+            seed: one per picture, whose noise is then that of the seed alone; or one, which for several pictures means
+                what the profile says: parts of a single draw, or the same noise for each.
+            count: pictures.
+            height, width: of the picture in pixels, multiples of 16.
+            generator: instead of a seed; one, or one per picture.
+
+        Raises:
+            ValueError: a size does not fit, or seeds and pictures differ in number.
+        """
+        rows, columns = self._cells(height, "height"), self._cells(width, "width")
+        shape = (count, self.transformer.config.in_channels, rows, columns)
+        if self.profile.one_seed == "each_alone" and isinstance(seed, int):
+            seed = [seed] * count
+        dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
+        noise = gaussian(shape, generators(seed, generator, count), dtype).to(self.device)
+        return noise.half() if self.profile.noise_dtype == "float16" else noise
+
+    def predict(self, x: Tensor, sigma: float, conditionings: Sequence[Conditioning]) -> list[Tensor]:
+        """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning, in one batch.
+
+        Conditionings of different lengths go through the transformer one after the other.
+        """
+        if len({conditioning.context.shape for conditioning in conditionings}) > 1:
+            return [self.predict(x, sigma, [conditioning])[0] for conditioning in conditionings]
+        self._enter("transformer")
+        times, (rows, columns), patch = len(conditionings), x.shape[2:], self.transformer.config.patch_size
+        filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
+        level = torch.tensor(sigma, dtype=_SIGMA_DTYPES[self.profile.sigma_dtype], device=x.device)
+        velocity = self.transformer(
+            torch.cat([filled] * times).to(self.dtype),
+            (level * 1000).float().expand(times * len(x)),
+            torch.cat([conditioning.context for conditioning in conditionings]),
+            torch.cat([conditioning.pooled for conditioning in conditionings]),
+        )[..., :rows, :columns]
+        known = sigma if self.profile.sigma_dtype == "float32" else float(level)
+        return [x - known * part for part in velocity.to(x.dtype).chunk(times)]
+
+    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float], list[Tensor]]:
+        """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
+        return lambda x, sigma: self.predict(x, sigma, conditionings)
+
+    def sample(
+        self,
+        cond: Conditioning,
+        uncond: Conditioning | None,
+        noise: Tensor,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+    ) -> Iterator[Step]:
+        """The steps from noise to latent; change `step.x` and the solver goes on from there.
+
+        Args:
+            cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance.
+            noise: [b, c, h, w], see `noise`.
+            num_inference_steps, guidance_scale, sampler, schedule: None is the profile's.
+            sigmas: see `levels`.
+
+        Raises:
+            ValueError: an unknown name, or no step.
+        """
+        solver, levels = self._solver(sampler), self.levels(num_inference_steps, schedule, sigmas)
+        scale = self._scale(guidance_scale)
+        guided = self.profile.reads_negative(scale)
+        if guided and uncond is None:
+            raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
+        denoise = only_x0(cfg(self.predict, cond, uncond if guided else None, scale))
+        return self._rounded(solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels))
+
+    def levels(
+        self,
+        num_inference_steps: int | None = None,
+        schedule: str | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+    ) -> Tensor:
+        """The noise levels of the steps, float64 [steps + 1].
+
+        Args:
+            num_inference_steps, schedule: None is the profile's.
+            sigmas: instead of these, levels from at most 1 to 0, used as they are. (diffusers shifts a list of its
+                user's and appends the 0: `samplers.shifted` does that.)
+
+        Raises:
+            ValueError: no step, an unknown name, levels that do not fall from at most 1 to 0; or both are given.
+        """
+        if sigmas is not None:
+            named = (("num_inference_steps", num_inference_steps), ("schedule", schedule))
+            if given := [name for name, value in named if value is not None]:
+                raise ValueError(f"sigmas and {given[0]} are both given; sigmas are all the steps: give one of them")
+            return samplers.checked_sigmas(sigmas)
+        steps = self.profile.steps if num_inference_steps is None else num_inference_steps
+        whole("num_inference_steps", steps, 1)
+        return samplers.sigmas(schedule or self.profile.schedule, steps, shift=self.shift)
+
+    def decode(self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None) -> Float[Tensor, "b 3 h8 w8"]:
+        """The pictures of latents in model space, in [0, 1].
+
+        Args:
+            latent: of any picture size.
+            tile: decode in tiles of so many pixels a side, for less memory; see `encoders.decode_tiled`.
+        """
+        self._enter("vae")
+        first = next(self.vae.parameters())
+        latent = latent.to(first.device, first.dtype)
+        return to_unit(self.vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile))
+
+    def _rules(self, max_sequence_length: int | None) -> TextRules:
+        rules = self.profile.text
+        if max_sequence_length is None:
+            return rules
+        return replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
+
+    def _scale(self, guidance_scale: float | None) -> float:
+        scale = self.profile.guidance_scale if guidance_scale is None else guidance_scale
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be a finite number, got {scale}")
+        return scale
+
+    def _solver(self, sampler: str | None) -> samplers.Solver:
+        return pick(SOLVERS, sampler or self.profile.sampler, "sampler")
+
+    def _enter(self, *names: Component) -> None:
+        """With `offload`, these models come to the device."""
+        if self._turns is not None:
+            self._turns.enter(model for name, model in self.models.items() if name in names)
+
+    def _rounded(self, steps: Iterator[Step]) -> Iterator[Step]:
+        """diffusers rounds the latent to the model's dtype after every step."""
+        for step in steps:
+            if self.profile.state_dtype == "model":
+                step.x = step.x.to(self.dtype).to(step.x.dtype)
+            yield step
+
+    def _cells(self, pixels: int | None, name: str) -> int:
+        """The latent cells along a side of so many pixels."""
+        config = self.transformer.config
+        if pixels is None:
+            return config.sample_size or 128
+        return cells(pixels, name, config, self.vae.config.downscale, self._unit)
+
+    @property
+    def _unit(self) -> int:
+        """What the sides of a latent are multiples of."""
+        return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
