@@ -58,3 +58,28 @@ def test_ends_and_order():
     assert levels[0] == 1
     assert levels[-1] == 0
     assert bool((levels.diff() < 0).all())
+
+
+def test_levels_of_ones_own_are_used_as_they_are():
+    levels = [1.0, 0.75, 0.1, 0.0]
+    found = samplers.checked_sigmas(levels)
+    assert found.dtype == torch.float64
+    assert found.tolist() == levels
+    assert samplers.checked_sigmas(samplers.sigmas("normal", 4)).tolist() == samplers.sigmas("normal", 4).tolist()
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ([0.0], r"sigmas have shape \[1\], expected \[steps \+ 1\] with at least one step"),
+        (torch.ones(1, 2), r"sigmas have shape \[1, 2\]"),
+        ([1.0, float("nan"), 0.0], "1 values that are not finite"),
+        ([1.0, 0.5], "from 1.0 to 0.5, expected from at most 1 to 0: append 0.0"),
+        ([1000.0, 500.0, 0.0], "divide timesteps by 1000"),
+        ([1.0, 0.3, 0.4, 0.0], r"must fall, but sigmas\[2\] = 0.4 after 0.3"),
+        ([1.0, 0.3, 0.3, 0.0], "must fall"),
+    ],
+)
+def test_levels_that_are_no_schedule(levels, said):
+    with pytest.raises(ValueError, match=said):
+        samplers.checked_sigmas(levels)
