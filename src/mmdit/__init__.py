@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
+    from mmdit.comparison import compare
     from mmdit.config import MMDiTConfig
     from mmdit.model import MMDiT
     from mmdit.pipeline import Pipeline, PipelineOutput
@@ -12,17 +13,20 @@ if TYPE_CHECKING:
     from mmdit.previews import preview
     from mmdit.profiles import PROFILES, Profile
     from mmdit.safetensors_file import CheckpointError
+    from mmdit.stages import Comparison
 
 __version__ = "0.1.0"
 __all__ = [
     "PROFILES",
     "CheckpointError",
+    "Comparison",
     "MMDiT",
     "MMDiTConfig",
     "Pipeline",
     "PipelineOutput",
     "Profile",
     "__version__",
+    "compare",
     "load_clip",
     "load_mmdit",
     "load_t5",
@@ -34,12 +38,14 @@ __all__ = [
 
 _HOME = {
     "CheckpointError": "mmdit.safetensors_file",
+    "Comparison": "mmdit.stages",
     "MMDiT": "mmdit.model",
     "MMDiTConfig": "mmdit.config",
     "PROFILES": "mmdit.profiles",
     "Pipeline": "mmdit.pipeline",
     "PipelineOutput": "mmdit.pipeline",
     "Profile": "mmdit.profiles",
+    "compare": "mmdit.comparison",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",
     "load_t5": "mmdit.checkpoint",

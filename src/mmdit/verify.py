@@ -23,6 +23,7 @@ from mmdit.checkpoint import open_part
 from mmdit.convert import write_checkpoint
 from mmdit.locate import Found, locate, open_weights, with_neighbours
 from mmdit.pipeline import Pipeline
+from mmdit.taps import full_float32
 from mmdit.traces import GUIDANCE, Job, Trace, trace_ours, trace_theirs
 from quant import FLOAT8
 
@@ -152,7 +153,7 @@ def verify(
     diffusers, transformers = _libraries()
     _check_dtype(dtype, ours)
     path = Path(folder)
-    with torch.no_grad(), _full_float32():
+    with torch.no_grad(), full_float32():
         job, found = _ours(path, ours, (prompt, negative_prompt), steps, size, device, dtype)
         where = with_neighbours(locate(path))
         with _for_diffusers(where, dtype) as (reference, how):
@@ -283,18 +284,6 @@ def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
         tokenizers=tokenizers.save,
         dtype=dtype if _has_float8(found) else None,
     )
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """No TF32, whose ten bits would be the largest difference between the two sides on a GPU."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def _libraries() -> tuple[Any, Any]:
