@@ -1,0 +1,167 @@
+"""Quantizing the Linears of a model in place, taking that back, and saying what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from quant.matmul import backend_of
+from quant.recipe import RECIPES, Recipe
+from quant.tensor import Float8Tensor
+
+# What FP8 files keep in 16 bits: what runs once per picture or per step, and what is more sensitive than it is large.
+KEPT = ("*embed*", "*adaLN_modulation*", "*final_layer*", "*norm*", "*text_projection*", "*relative_attention_bias*")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Linear in a report."""
+
+    name: str
+    shape: tuple[int, int]  # [out, in]
+    recipe: Recipe | None  # None: not quantized
+    snr: float | None  # of the weight in dB, where the original was at hand
+    runs: str  # backend, or the dtype of what is not quantized
+    why: str  # for the backend, or why it was skipped
+    bytes: int
+
+
+class Report(list[Layer]):
+    """The Linears of a module; prints as a table."""
+
+    def __str__(self) -> str:
+        header = ("layer", "shape", "format", "scale", "activation", "SNR dB", "runs", "why", "MB")
+        rows = [header, *map(_row, self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        done = [layer for layer in self if layer.recipe is not None]
+        size, whole = (sum(layer.bytes for layer in layers) / 1e6 for layers in (done, self))
+        return "\n".join([*lines, f"{len(done)} of {len(self)} Linears in float8: {size:.1f} of {whole:.1f} MB"])
+
+
+def quantize_(
+    module: nn.Module,
+    recipe: Recipe | str = "fp8",
+    select: str | Sequence[str] | None = None,
+    *,
+    input_scales: Mapping[str, Tensor] | None = None,
+) -> Report:
+    """Replace the weights of Linears by `Float8Tensor`s, in place; the report says of each Linear what was done.
+
+    Args:
+        module: any model; its code stays as it is.
+        recipe: or the name of one of `RECIPES`.
+        select: globs over module names; each must match a Linear. None takes all but `KEPT`.
+        input_scales: by module name, for recipes with static activations.
+
+    Raises:
+        ValueError: a glob that matches nothing, a weight that is not finite (the module is then unchanged), a static
+            recipe without an input scale for a layer.
+    """
+    recipe = _recipe(recipe)
+    linears = dict(linears_of(module))
+    chosen = set(_selected(linears, select))
+    scales = input_scales or {}
+    if recipe.activation == "static" and (without := sorted(chosen - scales.keys())):
+        raise ValueError(
+            f"static activations need an input scale for every layer; {len(without)} have none, first {without[0]!r}: "
+            "run mmdit.calibrate, or give input_scales"
+        )
+    weights, ratios = {}, {}
+    for name in sorted(chosen, key=list(linears).index):
+        linear = linears[name]
+        if isinstance(linear.weight, Float8Tensor):
+            raise ValueError(f"{name!r} is quantized already; dequantize_ first to change its recipe")
+        try:
+            weights[name] = Float8Tensor.quantize(linear.weight, recipe=recipe, input_scale=_float(scales.get(name)))
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from error
+        ratios[name] = snr(linear.weight, weights[name].dequantize())
+    for name, weight in weights.items():
+        linears[name].weight = nn.Parameter(weight, requires_grad=False)
+    return report(module, ratios)
+
+
+def dequantize_(module: nn.Module, select: str | Sequence[str] | None = None) -> None:
+    """Replace float8 weights by plain ones of their values and logical dtype, in place.
+
+    Args:
+        module: a model with quantized Linears.
+        select: globs over module names; None takes all.
+    """
+    linears = dict(linears_of(module))
+    names = linears if select is None else _selected(linears, select)
+    for name in names:
+        weight = linears[name].weight
+        if isinstance(weight, Float8Tensor):
+            linears[name].weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+
+
+def report(module: nn.Module, ratios: Mapping[str, float] | None = None) -> Report:
+    """What the Linears of a module are and on what they run.
+
+    Args:
+        module: a model.
+        ratios: signal-to-noise ratios of weights in dB, by layer, where they are known.
+    """
+    return Report(_layer(name, linear, (ratios or {}).get(name)) for name, linear in linears_of(module))
+
+
+def linears_of(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The Linears of a module by name."""
+    return ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear))
+
+
+def snr(signal: Tensor, approximation: Tensor) -> float:
+    """Signal-to-noise ratio in dB; infinite where they are equal."""
+    signal, approximation = signal.detach().double(), approximation.detach().double()
+    noise = (signal - approximation).square().sum()
+    return float(10 * torch.log10(signal.square().sum() / noise)) if noise else float("inf")
+
+
+def _recipe(recipe: Recipe | str) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; known are {', '.join(RECIPES)}, or give a quant.Recipe")
+    return RECIPES[recipe]
+
+
+def _selected(linears: Mapping[str, nn.Linear], select: str | Sequence[str] | None) -> list[str]:
+    if select is None:
+        return [name for name in linears if not any(fnmatchcase(name, kept) for kept in KEPT)]
+    found: list[str] = []
+    for pattern in [select] if isinstance(select, str) else select:
+        matches = [name for name in linears if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(
+                f"{pattern!r} matches none of {len(linears)} Linears, such as {', '.join(list(linears)[:3])}"
+            )
+        found += matches
+    return found
+
+
+def _float(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.detach().float().reshape(())
+
+
+def _layer(name: str, linear: nn.Linear, ratio: float | None) -> Layer:
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    if isinstance(weight, Float8Tensor):
+        runs, why = backend_of(weight.recipe, weight.device, weight.dtype, shape)
+        return Layer(name, shape, weight.recipe, ratio, runs, why, weight.nbytes)
+    kept = next((pattern for pattern in KEPT if fnmatchcase(name, pattern)), None)
+    why = f"kept: {kept}" if kept else "not selected"
+    return Layer(name, shape, None, None, str(weight.dtype).removeprefix("torch."), why, weight.nbytes)
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    recipe = layer.recipe
+    words = ("-", "-", "-") if recipe is None else (recipe.format, recipe.granularity, recipe.activation)
+    ratio = "-" if layer.snr is None else f"{layer.snr:.1f}"
+    size = f"{layer.bytes / 1e6:.2f}"
+    return (layer.name, "x".join(map(str, layer.shape)), *words, ratio, layer.runs, layer.why, size)
