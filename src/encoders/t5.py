@@ -152,11 +152,17 @@ class GatedMlp(nn.Module):
         super().__init__()
         self.wi_0 = nn.Linear(config.width, config.mlp_dim, bias=False)
         self.wi_1 = nn.Linear(config.width, config.mlp_dim, bias=False)
-        self.wo = nn.Linear(config.mlp_dim, config.width, bias=False)
+        self.wo = WideLinear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        hidden = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x)
-        return F.linear(widened(hidden), widened(self.wo.weight))
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class WideLinear(nn.Linear):
+    """A Linear without bias that computes in float32 where its weight is float16."""
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
+        return F.linear(widened(x), widened(self.weight))
 
 
 class RMSNorm(nn.Module):

@@ -1,32 +1,54 @@
-"""The command line: `mmdit generate | inspect | convert | verify`."""
+"""The command line: `mmdit generate | inspect | convert | verify | compare`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     import torch
 
-    from mmdit.pipeline import Pipeline
-
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What users can do something about; anything else is our bug and shows its traceback.
 USER_ERRORS = (ValueError, OSError, MemoryError, ImportError)
+USAGE = """mmdit generate PROMPT [PROMPT ...] [options]
+       mmdit generate --prompts FILE [options]
+       mmdit generate --settings PICTURE.png [options]"""
+EXAMPLES = """examples:
+  the embedded model, without any download:
+    mmdit generate "a large red circle above a blue star, on a white background"
+  weights of your own, to a file of your own:
+    mmdit generate "a cat on a red chair" -m sd3.5-large/ -o cat.png
+  from the Hugging Face Hub, two prompts with three seeds each, and a grid:
+    mmdit generate "a cat" "a dog" --seed 1 2 3 --grid \\
+      -m stabilityai/stable-diffusion-3.5-medium
+  a Turbo model, which takes 4 steps without guidance:
+    mmdit generate "a cat" -m sd3.5_large_turbo.safetensors --preset turbo
+  many prompts on a small GPU, to pets/cat-0.png, pets/cat-1.png ...:
+    mmdit generate --prompts cats.txt -m sd3.5-large/ -o pets/cat.png \\
+      --offload stages --vae-tile 256
+  a picture once more, with its own seed and settings but more steps:
+    mmdit generate --settings cat.png --steps 50 -o finer.png
+
+Every picture holds its settings; `mmdit inspect PICTURE.png` shows them.
+Each picture is reported on stdout: wrote PATH (W x H, seed S)
+Exit code: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 1 after an error, or 2 for wrong usage (argparse)."""
+    """Run a command; the exit code is 0, 1 after an error, 130 after Ctrl-C, or 2 for wrong usage (argparse)."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = _show_warning
     try:
-        return int(options.run(options))
-    except USER_ERRORS as error:
-        if options.debug:
+        with _warnings_shown_by(_silent if getattr(options, "quiet", False) else _note):
+            return int(options.run(options))
+    except (*USER_ERRORS, RuntimeError) as error:
+        if options.debug or not _is_for_users(error):
             raise
         print(f"mmdit: {error}", file=sys.stderr)
         return 1
@@ -36,31 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def generate(options: argparse.Namespace) -> int:
-    """Draw a picture and say where it is."""
-    from mmdit.pictures import png_path, save_png
+    """Draw pictures and say where they are."""
+    _check_usage(options)
+    from mmdit.cli_generate import draw
 
-    png_path(options.output)  # said before the drawing, not after it
-    pipe = _pipeline(options)
-    picture = pipe(
-        options.prompt,
-        options.negative_prompt,
-        height=options.height,
-        width=options.width,
-        num_inference_steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        sampler=options.sampler,
-        schedule=options.schedule,
-        seed=options.seed,
-    ).images[0]
-    print(f"wrote {save_png(picture, options.output)} ({picture.width} x {picture.height})")
+    for line in draw(options, _silent if options.quiet else _note):
+        print(line, flush=True)
     return 0
 
 
+def _check_usage(options: argparse.Namespace) -> None:
+    """Leave with exit code 2 where options do not go together."""
+    if options.prompt and options.prompts is not None:
+        options.wrong("a PROMPT and --prompts FILE are both given; give one of them")
+    if not options.prompt and options.prompts is None and options.settings is None:
+        hint = " (prompts go before --grid)" if options.grid else ""
+        options.wrong(f"there is no prompt; give a PROMPT, --prompts FILE or --settings PICTURE.png{hint}")
+    if options.settings is not None and options.preset is not None:
+        options.wrong("--settings and --preset are both given; a picture's settings hold what a preset sets")
+
+
 def inspect(options: argparse.Namespace) -> int:
-    """Say what a checkpoint is."""
+    """Say what a checkpoint is, or how a picture was drawn."""
+    path = Path(options.path)
+    if path.suffix.lower() == ".png" and not path.is_dir():
+        from mmdit.png import read_settings
+
+        shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
+        print(json.dumps(read_settings(path), indent=2, ensure_ascii=not shows_all))
+        return 0
     from mmdit.describe import describe
 
-    print(describe(options.path))
+    print(describe(path))
     return 0
 
 
@@ -68,7 +97,7 @@ def convert(options: argparse.Namespace) -> int:
     """Write a checkpoint in another layout."""
     from mmdit.convert import convert as write
 
-    target = write(options.source, options.target, options.layout, dtype=_dtype(options.dtype))
+    target = write(options.source, options.target, options.layout, dtype=dtype_of(options.dtype))
     print(f"wrote {target}")
     return 0
 
@@ -80,34 +109,23 @@ def verify(options: argparse.Namespace) -> int:
     from mmdit.verify import verify as compare
 
     report = compare(
-        options.folder, device=_device(options.device), dtype=getattr(torch, options.dtype), steps=options.steps
+        options.folder, device=device_of(options.device), dtype=getattr(torch, options.dtype), steps=options.steps
     )
     print(report.text())
     return 0 if report.first_failure is None else 1
 
 
-def _pipeline(options: argparse.Namespace) -> Pipeline:
-    from mmdit.pipeline import Pipeline
+def compare(options: argparse.Namespace) -> int:
+    """Find where two pipelines differ; exit code 1 where they do beyond rounding."""
+    from mmdit.cli_compare import compared
 
-    device = _device(options.device)
-    dtype = _dtype(options.dtype or _default_dtype(device))
-    others = {name: getattr(options, name) for name in ("clip_l", "clip_g", "t5", "vae", "tokenizers")}
-    given = [name for name, value in others.items() if value is not None]
-    if options.model is None and not given:
-        print(
-            "no --model given: drawing with the embedded model, which knows a few shapes and colours", file=sys.stderr
-        )
-        return Pipeline.demo(device=device, dtype=dtype, profile=options.profile)
-    if options.model is None:
-        raise ValueError(f"--{given[0].replace('_', '-')} goes with a single file as --model, and no --model is given")
-    if Path(options.model).is_file():
-        return Pipeline.from_single_file(options.model, **others, device=device, dtype=dtype, profile=options.profile)
-    if given:
-        raise ValueError(f"--{given[0].replace('_', '-')} goes with a single file as --model, got {options.model}")
-    return Pipeline.from_pretrained(options.model, device=device, dtype=dtype, profile=options.profile)
+    found = compared(options)
+    print(found.to_json() if options.json else found)
+    return 0 if found.first is None else 1
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, if it is here; None takes CUDA where there is one, else the CPU."""
     import torch
 
     if name is None:
@@ -118,69 +136,167 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device {name} is none that torch knows: use cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device.type not in ("cpu", here and here.type):
+        raise ValueError(f"--device {name}: there is none here; use cpu")
     return device
 
 
-def _default_dtype(device: torch.device) -> str:
-    return "float32" if device.type == "cpu" else "bfloat16"
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of that name; None for none."""
     import torch
 
     return None if name is None else getattr(torch, name)
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    print(f"mmdit: note: {message}", file=sys.stderr)
+def _is_for_users(error: Exception) -> bool:
+    """Whether users can do something about an error; the hub's are RuntimeErrors of its own kind."""
+    if isinstance(error, USER_ERRORS):
+        return True
+    from mmdit.hub import HubError
+
+    return isinstance(error, HubError)
+
+
+def _note(text: str) -> None:
+    print(f"mmdit: note: {text}", file=sys.stderr)
+
+
+def _silent(text: str) -> None:
+    """Say nothing: what --quiet puts in the place of notes."""
+
+
+@contextmanager
+def _warnings_shown_by(note: Callable[[str], None]) -> Iterator[None]:
+    """Warnings as notes, without the line of code that they come from."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        note(str(message))
+
+    before = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _parser() -> argparse.ArgumentParser:
     from mmdit import __version__
 
-    parser = argparse.ArgumentParser(prog="mmdit", description="Stable Diffusion 3 / 3.5 for research.")
+    parser = argparse.ArgumentParser(
+        prog="mmdit",
+        description="Stable Diffusion 3 / 3.5 for research.",
+        epilog='Begin with: mmdit generate "a large red circle above a blue star". Each command has its own --help.',
+    )
     parser.add_argument("--version", action="version", version=f"mmdit-lab {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_generate(commands.add_parser("generate", parents=[common], help="draw a picture of a prompt"))
-    _add_inspect(commands.add_parser("inspect", parents=[common], help="say what a checkpoint is and what it lacks"))
-    _add_convert(commands.add_parser("convert", parents=[common], help="write a checkpoint in another layout"))
-    _add_verify(commands.add_parser("verify", parents=[common], help="compare your weights with diffusers"))
+
+    def command(name: str, said: str, **more: Any) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, parents=[common], help=said, description=f"{said[0].upper()}{said[1:]}.", **more
+        )
+
+    layout = argparse.RawDescriptionHelpFormatter
+    _add_generate(command("generate", "draw pictures of prompts", usage=USAGE, epilog=EXAMPLES, formatter_class=layout))
+    _add_inspect(command("inspect", "say what a checkpoint holds, or how a picture was drawn"))
+    _add_convert(command("convert", "write a checkpoint in another layout"))
+    _add_verify(command("verify", "compare your weights with diffusers"))
+    _add_compare(command("compare", "find the first stage at which two pipelines differ, and why"))
     return parser
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(run=generate)
-    parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("-m", "--model", help="folder of any layout, or safetensors file (default: the embedded model)")
-    parser.add_argument("-o", "--output", default="picture.png", help="where the PNG goes (default: %(default)s)")
-    parser.add_argument("-n", "--negative-prompt", default="", help="what to draw away from")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: what the model was trained on)")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 16")
-    parser.add_argument("--steps", type=int, help="sampler steps (default: the profile's)")
-    parser.add_argument("--guidance-scale", type=float, help="how strongly the prompt counts; 1 turns guidance off")
-    parser.add_argument("--sampler", default="euler", help="solver (default: %(default)s)")
-    parser.add_argument("--schedule", help="noise schedule (default: the profile's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: %(default)s)")
-    parser.add_argument("--profile", default="diffusers", help="whose small choices to follow (default: %(default)s)")
+    """What is not given is None, so that the settings of a picture can stand in for it."""
+    parser.set_defaults(run=generate, wrong=parser.error)
+    _add_what(parser.add_argument_group("what to draw"))
+    _add_model(parser.add_argument_group("with which model"))
+    _add_how(parser.add_argument_group("how to draw"))
+    _add_where(parser.add_argument_group("where to write"))
+
+
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    say("prompt", nargs="*", metavar="PROMPT", help="what to draw; every prompt is drawn with every seed")
+    say("--prompts", metavar="FILE", help="instead: a text file with one prompt a line; - is standard input")
+    say("-n", "--negative-prompt", metavar="TEXT", help="what to draw away from (default: nothing)")
+    seed = "start of each picture: another seed, another picture; the same seed, the same picture (default: 0)"
+    say("--seed", nargs="+", type=_seed, metavar="N", help=seed)
+    again = "draw this picture again, exactly as mmdit drew it; other options count more than what it says"
+    say("--settings", metavar="PICTURE.png", help=again)
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    model = "folder, .safetensors file, or owner/name to download from the Hugging Face Hub (default: demo, the "
+    say("-m", "--model", help=f"{model}small embedded model, which knows a few shapes and colours)")
+    say("--revision", metavar="NAME", help="with owner/name: branch, tag or commit (default: main)")
+    say("--variant", choices=("fp16",), help="with owner/name: files of half precision (default: the plain ones)")
     for name in ("clip-l", "clip-g", "t5", "vae"):
-        parser.add_argument(f"--{name}", metavar="FILE", help=f"take {name} from here (with a single model file)")
-    parser.add_argument("--tokenizers", metavar="FOLDER", help="folder of tokenizer, tokenizer_2 and tokenizer_3")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on the CPU, else bfloat16)")
+        say(f"--{name}", metavar="FILE", help=f"with a .safetensors file: where {name} is (default: in or beside it)")
+    tokenizers = "with a .safetensors file: what holds tokenizer, tokenizer_2, tokenizer_3 (default: beside it)"
+    say("--tokenizers", metavar="FOLDER", help=tokenizers)
+
+
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    for side in ("height", "width"):
+        say(f"--{side}", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
+    say(
+        "--steps", type=int, metavar="N", help="more take longer and draw finer (default: the profile's; diffusers: 28)"
+    )
+    scale = "how strongly the prompt counts; 1 turns guidance off (default: the profile's; diffusers: 7)"
+    say("--guidance-scale", type=float, metavar="X", help=scale)
+    preset = "turbo, sd3_medium, sd3.5_medium, sd3.5_large, sd3.5_large_turbo: steps, guidance and sampler that suit "
+    say("--preset", metavar="NAME", help=f"{preset}such a model (default: the profile's)")
+    profile = "diffusers, comfyui, reference: whose defaults and small choices to follow (default: diffusers)"
+    say("--profile", metavar="NAME", help=profile)
+    sampler = "euler, dpmpp_2m ...; a wrong name lists all (default: the profile's; diffusers: euler)"
+    say("--sampler", metavar="NAME", help=sampler)
+    schedule = (
+        "noise levels of the steps: normal ...; a wrong name lists all (default: the profile's; diffusers: normal)"
+    )
+    say("--schedule", metavar="NAME", help=schedule)
+    length = "how much of a long prompt T5 reads (default: the profile's; diffusers: 256)"
+    say("--max-sequence-length", type=int, metavar="TOKENS", help=length)
+    say("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    say("--dtype", choices=DTYPES, help="what to compute in (default: float32 on the CPU, else bfloat16)")
+    batch = "pictures drawn at once: faster on a GPU, and rounded a little differently (default: 1)"
+    say("--batch", type=int, default=1, metavar="N", help=batch)
+    offload = "for small GPUs: text encoders, transformer and VAE take turns on it (default: all stay)"
+    say("--offload", choices=("stages",), help=offload)
+    say("--vae-tile", type=int, metavar="PIXELS", help="for small GPUs: decode in such tiles, say 256 (default: whole)")
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    output = "several pictures become FILE-0.png, FILE-1.png ...; what exists is replaced (default: picture.png here; "
+    more = "what exists is kept, and the next free one of picture-1.png, picture-2.png ... is taken)"
+    say("-o", "--output", metavar="FILE.png", help=output + more)
+    grid = "also write all pictures in one, a row for each prompt, a column for each seed (default name: FILE-grid.png)"
+    say("--grid", nargs="?", const="", metavar="FILE.png", help=grid)
+    say("--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def _seed(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; prompts go before --seed") from error
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=inspect)
-    parser.add_argument("path", help="safetensors file, shard index or folder")
+    parser.add_argument("path", help="safetensors file, shard index, folder, or a PNG that mmdit wrote")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -197,3 +313,26 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="sampler steps to compare (default: %(default)s)")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=compare)
+    parser.add_argument("prompt", help="what both draw")
+    parser.add_argument("-n", "--negative-prompt", default="", help="what both draw away from")
+    for side, model in (("a", "the embedded model"), ("b", "that of a")):
+        group = parser.add_argument_group(f"side {side}")
+        group.add_argument(f"--model-{side}", metavar="MODEL", help=f"folder, file or hub id (default: {model})")
+        group.add_argument(f"--profile-{side}", metavar="PROFILE", default="diffusers", help="(default: %(default)s)")
+        group.add_argument(f"--dtype-{side}", choices=DTYPES, help="(default: float32 on the CPU, else bfloat16)")
+        group.add_argument(f"--device-{side}", metavar="DEVICE", help="(default: cuda where there is one)")
+        if side == "b":
+            group.add_argument("--diffusers", action="store_true", help="b is diffusers itself, on a diffusers folder")
+    both = parser.add_argument_group("both sides")
+    both.add_argument("--steps", type=int, help="sampler steps (default: those of a's profile)")
+    both.add_argument("--look", type=int, nargs="+", default=[0, -1], help="steps to look into (default: first, last)")
+    both.add_argument("--guidance-scale", type=float, help="(default: that of a's profile)")
+    both.add_argument("--sampler", help="(default: that of each profile)")
+    both.add_argument("--seed", type=int, default=0, help="of the noise that both start from (default: %(default)s)")
+    both.add_argument("--height", type=int, help="pixels")
+    both.add_argument("--width", type=int, help="pixels")
+    both.add_argument("--json", action="store_true", help="print everything as JSON")

@@ -36,5 +36,6 @@ def explained(models: Mapping[Component, nn.Module], what: str) -> Iterator[None
         raise MemoryError(
             f"out of memory while drawing {what}. Weights: {weights}. What failed: {what_failed}. "
             "What helps: a smaller height and width, fewer pictures at once (num_images_per_prompt), "
-            "or weights in 16 bits (dtype=torch.bfloat16)"
+            "weights in 16 bits (dtype=torch.bfloat16), models that take turns on the device (offload='stages'), "
+            "or decoding in tiles (vae_tile=512)"
         ) from error

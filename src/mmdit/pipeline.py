@@ -124,7 +124,8 @@ class Pipeline(Verbs):
             path = fetch(str(folder), revision=revision, token=token, variant=variant, cache_dir=cache_dir)
         elif given := [k for k, v in (("revision", revision), ("variant", variant)) if v is not None]:
             raise ValueError(f"{given[0]} is for a repository of the hub, but {folder} is none")
-        return cls(from_folder(path, "cpu" if offload else device, dtype), name=str(folder), **rest)
+        name = f"./{folder}" if str(folder) == DEMO else str(folder)
+        return cls(from_folder(path, "cpu" if offload else device, dtype), name=name, **rest)
 
     @classmethod
     def from_single_file(

@@ -1,5 +1,6 @@
 """The command line, as a user meets it."""
 
+import json
 import subprocess
 import sys
 
@@ -81,3 +82,22 @@ def test_python_dash_m_and_help_are_quick_and_named():
     out = subprocess.check_output([sys.executable, "-m", "mmdit", "--help"], text=True)
     for command in ("generate", "inspect", "convert", "verify"):
         assert command in out
+
+
+def test_compare_says_where_profiles_differ_and_why(capsys):
+    few = ["--steps", "1", "--guidance-scale", "2"]
+    assert main(["compare", "a red star", *few]) == 0
+    assert "stages agree within rounding" in capsys.readouterr().out
+    assert main(["compare", "a red star", "--profile-b", "comfyui", "--json", *few]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["first"] == "prompt t5 tokens"
+    assert "profile field text.t5_length: 256 in a, 77 in b" in found["explanation"]
+
+
+def test_compare_with_diffusers_itself(tiny_folders, capsys):
+    folder = str(tiny_folders["sd3.5-medium"])
+    few = ["--model-a", folder, "--diffusers", "--steps", "1", "--height", "32", "--width", "32"]
+    assert main(["compare", "a red star", *few]) == 0
+    assert "b: diffusers StableDiffusion3Pipeline" in capsys.readouterr().out
+    assert main(["compare", "a red star", "--diffusers"]) == 1
+    assert "--diffusers needs --model-b" in capsys.readouterr().err
