@@ -6,21 +6,30 @@ Three spellings are in use, all with value = stored * scale:
   `_quantization_metadata` in the file's metadata;
   NVIDIA ModelOpt: `<layer>.weight_scale`, `<layer>.input_scale`.
 A file with none of them is plain: value = stored.
+Activations are multiplied in float8 under a layer's input scale; where there is none, or where the marker has two
+elements or a layer says `full_precision_matrix_mult`, the weight is widened and they stay as they are. (ComfyUI takes 1
+for a scale that is not there.)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from quant.recipe import Format, Granularity, Recipe
+
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-_WEIGHT_SCALES = {"scale_weight": "ComfyUI (scale_weight)", "weight_scale": "ComfyUI or ModelOpt (weight_scale)"}
+FORMAT_OF: dict[torch.dtype, Format] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
+HEADER = "_quantization_metadata"
+MARKER, NOTE = "scaled_fp8", "comfy_quant"
+_WEIGHT_SCALES = ("scale_weight", "weight_scale")
 _INPUT_SCALES = ("scale_input", "input_scale")
 _INSTEAD = "use a float8 or 16-bit file of the model"
 _EMBEDDINGS = ("shared", "embed_tokens", "token_embedding", "position_embedding", "relative_attention_bias")
@@ -34,11 +43,27 @@ class Scales:
     weights: dict[str, str] = field(default_factory=dict)  # key of the float8 weight -> key of its scale
     inputs: dict[str, str] = field(default_factory=dict)  # key of the float8 weight -> key of the input's scale
     notes: frozenset[str] = frozenset()  # keys that hold no value: markers and per-layer JSON
+    full_precision: frozenset[str] = frozenset()  # keys of weights whose activations are said to stay as they are
 
     @property
     def keys(self) -> set[str]:
         """Every key that is not a weight."""
         return {*self.weights.values(), *self.inputs.values(), *self.notes}
+
+
+class Note(NamedTuple):
+    """What a file says of one layer, in its metadata or beside the weight."""
+
+    format: str
+    full_precision: bool = False
+
+
+class Stored(NamedTuple):
+    """What a file says of one float8 weight beside its codes."""
+
+    scale: Tensor  # float32, () or [out, 1]
+    input_scale: Tensor | None  # float32, ()
+    recipe: Recipe
 
 
 def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> Scales:
@@ -54,10 +79,10 @@ def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> S
     """
     if other := [key for key in dtypes if _last(key) == "weight_scale_2"]:
         raise ValueError(f"{_some(other)}: block scales of NVFP4, which is not read; {_INSTEAD}")
-    notes = frozenset(key for key in dtypes if _last(key) in ("scaled_fp8", "comfy_quant"))
-    weights, spellings = _paired(dtypes, _WEIGHT_SCALES)
-    inputs, _ = _paired(dtypes, _INPUT_SCALES)
-    scaled = bool(scaled or weights or notes or inputs)
+    notes = frozenset(key for key in dtypes if _last(key) in (MARKER, NOTE))
+    weights, inputs = _paired(dtypes, _WEIGHT_SCALES), _paired(dtypes, _INPUT_SCALES)
+    scaled_by_note = bool(scaled or notes)
+    scaled = bool(scaled_by_note or weights or inputs)
     if without := [key for key in dtypes if scaled and key not in weights and _needs_scale(key, dtypes[key])]:
         raise ValueError(
             f"{_some(without)}: float8 without a scale, though the file says that it is scaled; it is incomplete"
@@ -65,20 +90,23 @@ def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> S
     if not scaled:
         plain = any(dtype in FLOAT8 for dtype in dtypes.values())
         return Scales("plain float8 (no scales)" if plain else "no float8")
+    newer = "ComfyUI's newer (weight_scale)" if scaled_by_note else "ModelOpt's (weight_scale)"
+    names = {"scale_weight": "ComfyUI's older (scale_weight)", "weight_scale": newer}
+    spellings = {names[_last(key)] for key in weights.values()}
     return Scales(" + ".join(sorted(spellings)) or "ComfyUI marker without scales", weights, inputs, notes)
 
 
-def layers_in(metadata: Mapping[str, str]) -> dict[str, str]:
-    """`{layer: format}` of a file's `_quantization_metadata`; empty where it has none.
+def layers_in(metadata: Mapping[str, str]) -> dict[str, Note]:
+    """`{layer: what is said of it}` of a file's `_quantization_metadata`; empty where it has none.
 
     Raises:
         ValueError: it is not the expected JSON.
     """
-    if "_quantization_metadata" not in metadata:
+    if HEADER not in metadata:
         return {}
     try:
-        layers = json.loads(metadata["_quantization_metadata"])["layers"]
-        return {layer: str(said["format"]) for layer, said in layers.items()}
+        layers = json.loads(metadata[HEADER])["layers"]
+        return {layer: _note(said) for layer, said in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             "_quantization_metadata is not the expected JSON, "
@@ -86,35 +114,104 @@ def layers_in(metadata: Mapping[str, str]) -> dict[str, str]:
         ) from error
 
 
-def format_in(note: bytes) -> str:
-    """The format that a layer's `comfy_quant` bytes name.
+def format_in(note: bytes) -> Note:
+    """What a layer's `comfy_quant` bytes say.
 
     Raises:
         ValueError: it is not the expected JSON.
     """
     try:
-        return str(json.loads(note)["format"])
+        return _note(json.loads(note))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'comfy_quant holds {note[:80]!r}, expected JSON like {{"format": ...}}') from error
 
 
-def check_formats(formats: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Hold what a file says of its layers, `{layer: format}`, against its `{key: dtype}`.
+def check_formats(notes: Mapping[str, Note], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Hold what a file says of its layers, `{layer: note}`, against its `{key: dtype}`.
 
     Raises:
         ValueError: a format other than float8, or one that is not the weight's dtype.
     """
-    if other := sorted({name for name in formats.values() if name not in FORMATS}):
-        layers = [layer for layer, name in formats.items() if name not in FORMATS]
+    if other := sorted({note.format for note in notes.values() if note.format not in FORMATS}):
+        layers = [layer for layer, note in notes.items() if note.format not in FORMATS]
         raise ValueError(
             f"quantization {', '.join(map(repr, other))} of {_some(layers)} is not read, only {', '.join(FORMATS)}; "
             f"{_INSTEAD}"
         )
-    for layer, name in formats.items():
-        found = dtypes.get(f"{layer}.weight")
-        if found is not FORMATS[name]:
+    for layer, note in notes.items():
+        found = dtypes.get(weight_of(layer))
+        if found is not FORMATS[note.format]:
             what = "there is no such weight" if found is None else f"that weight is {found}"
-            raise ValueError(f"{layer + '.weight'!r} is said to be {name}, but {what}; the file was written wrongly")
+            raise ValueError(
+                f"{weight_of(layer)!r} is said to be {note.format}, but {what}; the file was written wrongly"
+            )
+
+
+def weight_of(layer: str) -> str:
+    """The key of a layer's weight; a model that is one Linear has no name before it."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def stored_weights(
+    shapes: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, torch.dtype],
+    read: Callable[[str], Tensor],
+    notes: Mapping[str, Note],
+    recipes: Mapping[str, Recipe],
+) -> tuple[Scales, dict[str, Stored]]:
+    """How the scales of a model are spelled, and `{key of a scaled weight: what stands beside its codes}`.
+
+    Args:
+        shapes, dtypes: of all its tensors.
+        read: gives the tensor of a key; called for scales and notes.
+        notes: of the file's metadata, by layer.
+        recipes: of our own entry there, by the weight's key; a weight without one has what the spelling says.
+
+    Raises:
+        ValueError: see `find_scales`; a scale that is not one positive number, or one per row; or two places that say
+            different things of a weight.
+    """
+    said = _said(dtypes, read, notes)
+    check_formats(said, dtypes)
+    scales = find_scales(dtypes, scaled=bool(notes))
+    marked = any(_last(key) == MARKER and prod(shapes[key]) == 2 for key in scales.notes)
+    named = {weight_of(layer) for layer, note in said.items() if note.full_precision}
+    full = frozenset(weight for weight in scales.weights if marked or weight in named)
+    found = {}
+    for weight, key in scales.weights.items():
+        scale, given = checked_scale(read(key), shapes[weight], weight), scales.inputs.get(weight)
+        input_scale = None if given is None else checked_input_scale(read(given), weight)
+        recipe = recipe_of(dtypes[weight], scale, static=input_scale is not None and weight not in full)
+        found[weight] = Stored(scale, input_scale, _checked_recipe(recipes.get(weight, recipe), recipe, weight))
+    return replace(scales, full_precision=full), found
+
+
+def recipe_of(codes: torch.dtype, scale: Tensor, *, static: bool) -> Recipe:
+    """The recipe of a weight that a file says no more of: activations under its input scale, or as they are."""
+    granularity: Granularity = "row" if scale.ndim else "tensor"
+    return Recipe(FORMAT_OF[codes], granularity, activation="static" if static else "none")
+
+
+def checked_scale(scale: Tensor, weight: Sequence[int], name: str) -> Tensor:
+    """A weight's scale as float32, () or [out, 1].
+
+    Raises:
+        ValueError: it has another shape or dtype, or is zero, negative or not finite.
+    """
+    check_scale_shape(weight, scale.shape, name)
+    scale = _positive(scale, name, "a scale")
+    return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
+
+
+def checked_input_scale(scale: Tensor, name: str) -> Tensor:
+    """The scale of a weight's input as float32 ().
+
+    Raises:
+        ValueError: it is not one number, or zero, negative or not finite.
+    """
+    if scale.numel() != 1:
+        raise ValueError(f"{name}: input scale of shape {list(scale.shape)}; expected one number")
+    return _positive(scale, name, "an input scale").reshape(())
 
 
 def check_scale_shape(weight: Sequence[int], scale: Sequence[int], name: str) -> None:
@@ -143,28 +240,67 @@ def dequantize(stored: Tensor, scale: Tensor, name: str, dtype: torch.dtype) -> 
     """
     check_scale_shape(stored.shape, scale.shape, name)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    factor = scale.to(wide)
-    if bad := factor[~(factor.isfinite() & (factor > 0))].tolist():
-        raise ValueError(f"{name}: a scale must be finite and above zero; {len(bad)} are not, first {bad[:3]}")
+    factor = _positive(scale, name, "a scale", wide)
     factor = factor.reshape(-1, *[1] * (stored.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
     return (stored.to(wide) * factor).to(dtype)
 
 
-def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """`{weight key: scale key}` and the spellings met, for scale keys with one of these last parts."""
+def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> dict[str, str]:
+    """`{weight key: scale key}` for scale keys with one of these last parts."""
     found: dict[str, str] = {}
     for key in dtypes:
         layer, _, ending = key.rpartition(".")
         if ending not in endings:
             continue
-        weight = f"{layer}.weight"
+        weight = weight_of(layer)
         if dtypes.get(weight) not in FLOAT8:
             what = "there is no such weight" if weight not in dtypes else f"that weight is {dtypes[weight]}, not float8"
             raise ValueError(f"stray scale {key!r}: it belongs to {weight!r}, and {what}; the file was written wrongly")
         if weight in found:
             raise ValueError(f"{weight!r} has two scales, {found[weight]!r} and {key!r}; one is expected")
         found[weight] = key
-    return found, {_WEIGHT_SCALES.get(_last(key), "") for key in found.values()}
+    return found
+
+
+def _said(
+    dtypes: Mapping[str, torch.dtype], read: Callable[[str], Tensor], notes: Mapping[str, Note]
+) -> dict[str, Note]:
+    """What metadata and tensors of bytes say of layers together."""
+    found = dict(notes)
+    for key in dtypes:
+        layer, _, ending = key.rpartition(".")
+        if ending == NOTE:
+            note = format_in(bytes(read(key).flatten().view(torch.uint8).tolist()))
+            if found.setdefault(layer, note) != note:
+                raise ValueError(f"{layer!r}: {HEADER} says {found[layer]}, but {key} says {note}")
+    return found
+
+
+def _note(said: Any) -> Note:
+    full = said.get("full_precision_matrix_mult", False)
+    if not isinstance(full, bool):
+        raise TypeError(f"full_precision_matrix_mult is {full!r}")
+    return Note(str(said["format"]), full)
+
+
+def _checked_recipe(own: Recipe, spelled: Recipe, name: str) -> Recipe:
+    """The recipe of our own entry, if it goes with the codes and the scale."""
+    for what in ("format", "granularity"):
+        if getattr(own, what) != getattr(spelled, what):
+            raise ValueError(
+                f"{name!r} is said to have {what} {getattr(own, what)!r}, but has {getattr(spelled, what)!r}; "
+                "the file was written wrongly"
+            )
+    return own
+
+
+def _positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    if not scale.dtype.is_floating_point:
+        raise ValueError(f"{name}: {what} must be floating point, got {scale.dtype}")
+    factor = scale.to(dtype)
+    if bad := factor[~(factor.isfinite() & (factor > 0))].tolist():
+        raise ValueError(f"{name}: {what} must be finite and above zero; {len(bad)} are not, first {bad[:3]}")
+    return factor
 
 
 def _needs_scale(key: str, dtype: torch.dtype) -> bool:

@@ -1,23 +1,21 @@
 """Previews: the recorded factors and their use, and factors fitted to a VAE of one's own."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import golden
-import mmdit.demo
 from encoders.vae import VAE, VAEConfig
 from mmdit import load_vae
+from mmdit.demo import EMBEDDED
 from mmdit.demo.scenes import render, sample
 from mmdit.pictures import to_pil
 from mmdit.previews import COMFYUI, STABILITY, fit_factors, preview
 from refusals import refuses
 
 RECORDED = golden.recorded("latent_rgb")
-WEIGHTS = Path(mmdit.demo.__file__).parent / "weights" / "vae.safetensors"
+WEIGHTS = EMBEDDED
 
 
 class LinearVAE(VAE):
