@@ -12,6 +12,7 @@ from torch import Tensor
 from mmdit.config import MMDiTConfig
 from mmdit.pictures import OUTPUT_TYPES
 from mmdit.profiles import PRESETS, PROFILES, Profile
+from quant.recipe import RECIPES, Recipe
 from samplers import pick
 
 Offload = Literal["stages"]
@@ -27,6 +28,27 @@ def profile_of(profile: str | Profile, preset: str | None = None) -> Profile:
 def checked_offload(offload: str | None) -> str | None:
     """Raise ValueError unless it is None or "stages"."""
     return offload if offload is None else pick({"stages": offload}, offload, "offload")
+
+
+def checked_quant(quant: str | Recipe | None) -> Recipe | None:
+    """The recipe, or the one of that name.
+
+    Raises:
+        ValueError: an unknown name, or a recipe with static activations, whose scales take a calibration.
+    """
+    if quant is None:
+        return None
+    recipe = quant if isinstance(quant, Recipe) else pick(RECIPES, quant, "quant")
+    if recipe.activation == "static":
+        raise ValueError(
+            f"quant={quant!r} needs scales of the activations: load without quant, then mmdit.calibrate.quantize_static"
+        )
+    return recipe
+
+
+def quant_name(recipe: Recipe) -> str:
+    """What settings call it: its name among `quant.RECIPES`, or "custom"."""
+    return next((name for name, known in RECIPES.items() if known == recipe), "custom")
 
 
 def check_output_type(output_type: str) -> None:

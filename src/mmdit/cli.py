@@ -270,6 +270,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     say("--max-sequence-length", type=int, metavar="TOKENS", help=length)
     say("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     say("--dtype", choices=DTYPES, help="what to compute in (default: float32 on the CPU, else bfloat16)")
+    say("--quant", metavar="NAME", help="float8 for transformer and T5: fp8, fp8-weight-only ... (default: none)")
     batch = "pictures drawn at once: faster on a GPU, and rounded a little differently (default: 1)"
     say("--batch", type=int, default=1, metavar="N", help=batch)
     offload = "for small GPUs: text encoders, transformer and VAE take turns on it (default: all stay)"

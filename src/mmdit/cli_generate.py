@@ -15,7 +15,7 @@ import torch
 
 from encoders.chunks import Rows, read
 from mmdit import __version__
-from mmdit.arguments import generators, profile_of, whole
+from mmdit.arguments import checked_quant, generators, profile_of, whole
 from mmdit.cli import DTYPES, device_of, dtype_of
 from mmdit.hub import is_repo_id
 from mmdit.outputs import Output, outputs
@@ -41,6 +41,7 @@ TAKEN = {
     "max_sequence_length": "max_sequence_length",
     "model": "model",
     "dtype": "dtype",
+    "quant": "quant",
 }
 LEAST = {"height": 1, "width": 1, "steps": 1, "max_sequence_length": 2, "vae_tile": 1, "batch": 1}
 
@@ -155,6 +156,7 @@ def _check_values(ask: Namespace) -> Profile:
     for option, table in tables.items():
         if (name := getattr(ask, option)) is not None:
             pick(dict.fromkeys(table), name, option)
+    checked_quant(ask.quant)
     return profile_of(ask.profile, ask.preset)
 
 
@@ -190,6 +192,7 @@ def _device(ask: Namespace, before: Settings | None, note: Note) -> torch.device
 def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note) -> Pipeline:
     dtype = dtype_of(ask.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     rest: dict[str, Any] = {"device": device, "dtype": dtype, "profile": profile, "offload": ask.offload}
+    rest["quant"] = ask.quant
     if ask.model is None or ask.model == DEMO:
         if ask.settings is None:
             said = "no --model given: " if ask.model is None else ""

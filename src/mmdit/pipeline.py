@@ -18,6 +18,7 @@ from mmdit.arguments import (
     check_latents,
     check_output_type,
     checked_offload,
+    checked_quant,
     own_seeds,
     profile_of,
     whole,
@@ -36,6 +37,7 @@ from mmdit.profiles import Profile
 from mmdit.recognise import Component
 from mmdit.texts import Prompts, Texts, settings_of
 from mmdit.verbs import Verbs
+from quant.recipe import Recipe
 
 DEMO = "demo"  # what settings call the embedded model
 
@@ -65,6 +67,7 @@ class Pipeline(Verbs):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = torch.float32,
+        quant: str | Recipe | None = None,
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
@@ -75,10 +78,10 @@ class Pipeline(Verbs):
         counts and relations; `mmdit.demo.captions` makes more.
 
         Args:
-            device, dtype, profile, preset, offload: see `from_pretrained`; stored is float16.
+            device, dtype, quant, profile, preset, offload: see `from_pretrained`; stored is float16.
         """
         pipe = cls.from_pretrained(
-            EMBEDDED, device=device, dtype=dtype, profile=profile, preset=preset, offload=offload
+            EMBEDDED, device=device, dtype=dtype, quant=quant, profile=profile, preset=preset, offload=offload
         )
         pipe.name = DEMO
         return pipe
@@ -90,6 +93,7 @@ class Pipeline(Verbs):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
@@ -104,6 +108,7 @@ class Pipeline(Verbs):
             folder: of the checkpoint, or "owner/name" of a repository, of which what is needed is downloaded.
             device: where all models go, or, with `offload`, take turns.
             dtype: None keeps what is stored.
+            quant: float8 for transformer and T5: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
             profile: whose behaviour to follow, see `mmdit.PROFILES`.
             preset: settings that go with a model, such as "turbo"; see `mmdit.profiles.PRESETS`.
             offload: "stages" loads to the CPU; text encoders, transformer and VAE take turns on the device.
@@ -114,11 +119,8 @@ class Pipeline(Verbs):
             mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
             mmdit.hub.HubError: the repository cannot be had; why, and what to do.
         """
-        rest: dict[str, Any] = {
-            "profile": profile_of(profile, preset),
-            "offload": checked_offload(offload),
-            "device": device,
-        }
+        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
+        rest |= {"offload": checked_offload(offload), "device": device}
         path = Path(folder)
         if is_repo_id(folder):
             path = fetch(str(folder), revision=revision, token=token, variant=variant, cache_dir=cache_dir)
@@ -139,6 +141,7 @@ class Pipeline(Verbs):
         tokenizers: str | Path | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
@@ -149,17 +152,14 @@ class Pipeline(Verbs):
             path: of a safetensors file that holds the transformer.
             clip_l, clip_g, t5, vae: files or folders to take these from.
             tokenizers: the folder that holds tokenizer, tokenizer_2 and tokenizer_3; looked for beside the file.
-            device, dtype, profile, preset, offload: see `from_pretrained`.
+            device, dtype, quant, profile, preset, offload: see `from_pretrained`.
 
         Raises:
             FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
         """
         others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
-        rest: dict[str, Any] = {
-            "profile": profile_of(profile, preset),
-            "offload": checked_offload(offload),
-            "device": device,
-        }
+        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
+        rest |= {"offload": checked_offload(offload), "device": device}
         return cls(from_file(path, others, tokenizers, "cpu" if offload else device, dtype), name=str(path), **rest)
 
     def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
@@ -272,6 +272,7 @@ class Pipeline(Verbs):
             "max_sequence_length": max_sequence_length,
             "model": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "quant": self.quant,
             "device": self.device.type,
         }
 

@@ -58,6 +58,7 @@ class Settings:
     max_sequence_length: int | None  # T5 tokens; None is the profile's number
     model: str  # as the user named it, or "demo"
     dtype: str  # float32, bfloat16 ...
+    quant: str | None  # recipe of float8; None is none
     device: str  # cpu, cuda ...: the kind, without a number
     library_version: str = __version__
     format_version: int = FORMAT_VERSION

@@ -14,12 +14,24 @@ from torch import Tensor, nn
 
 import samplers
 from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
-from mmdit.arguments import Generators, Offload, cells, checked_offload, generators, profile_of, whole
+from mmdit.arguments import (
+    Generators,
+    Offload,
+    cells,
+    checked_offload,
+    checked_quant,
+    generators,
+    profile_of,
+    quant_name,
+    whole,
+)
 from mmdit.assemble import Parts
 from mmdit.offload import Turns
 from mmdit.pictures import to_unit
 from mmdit.profiles import Profile
 from mmdit.recognise import Component
+from quant.convert import is_quantized, quantize_
+from quant.recipe import Recipe
 from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick
 
 _SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -34,6 +46,8 @@ class Verbs:
         preset: a name of `mmdit.profiles.PRESETS`: steps, guidance, sampler and shift of a kind of model.
         offload: "stages" keeps the models where they are; text encoders, transformer and VAE take turns on `device`.
         device: for `offload`.
+        quant: a name of `quant.RECIPES` or a `quant.Recipe`: the Linears of transformer and T5 become float8, but for
+            `quant.convert.KEPT`. What was quantized when it was loaded stays as it is.
         name: what the settings of a picture call the model.
     """
 
@@ -45,6 +59,7 @@ class Verbs:
         preset: str | None = None,
         offload: Offload | None = None,
         device: torch.device | str = "cuda",
+        quant: str | Recipe | None = None,
         name: str = "",
     ) -> None:
         self.transformer, self.vae, self.tokenizers = parts.transformer, parts.vae, parts.tokenizers
@@ -53,6 +68,12 @@ class Verbs:
         self.t5, self.name = parts.t5, name
         self.profile = profile_of(profile, preset)
         self.shift = self.profile.shift if parts.shift is None else parts.shift
+        recipe = checked_quant(quant)
+        self.quant = None if recipe is None else quant_name(recipe)
+        if recipe is not None:
+            for model in (self.transformer, self.t5):
+                if model is not None and not is_quantized(model):
+                    quantize_(model, recipe)
         self._turns = None if checked_offload(offload) is None else Turns(device)
 
     @property

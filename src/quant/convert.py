@@ -111,6 +111,11 @@ def report(module: nn.Module, ratios: Mapping[str, float] | None = None) -> Repo
     return Report(_layer(name, linear, (ratios or {}).get(name)) for name, linear in linears_of(module))
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether any weight of the module is a `Float8Tensor`."""
+    return any(isinstance(parameter, Float8Tensor) for parameter in module.parameters())
+
+
 def linears_of(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The Linears of a module by name."""
     return ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear))

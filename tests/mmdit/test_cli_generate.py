@@ -65,7 +65,7 @@ def saying(path: str, **settings: object) -> str:
     numbers = {"seed": 0, "height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "shift": 3.0}
     words = {"sampler": "euler", "schedule": "normal", "profile": "diffusers", "model": "demo", "dtype": "float32"}
     texts = {"prompt": RED, "negative_prompt": "", "device": "cpu"}
-    about = Settings(**({"max_sequence_length": None} | numbers | words | texts)).to_json() | settings
+    about = Settings(**({"max_sequence_length": None, "quant": None} | numbers | words | texts)).to_json() | settings
     return str(save_png(Image.new("RGB", (16, 16)), path, about))
 
 

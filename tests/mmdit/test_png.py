@@ -16,6 +16,7 @@ from mmdit.png import FORMAT_VERSION, KEYWORD, Settings, SettingsError, grid, re
 from refusals import refuses
 
 USED = Settings(
+    quant=None,
     prompt="a cat\n“on” a red chair 🪑",
     negative_prompt="",
     seed=2**64 - 1,
