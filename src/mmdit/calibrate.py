@@ -170,11 +170,23 @@ def quantize_static(
     if smooth is not None or mean:
         fold(pipe.transformer, seen, smooth=smooth, mean=mean)
         seen = calibrate(pipe, prompts, num_inference_steps, **settings)
-    before = {name: weight.detach() for name, weight in pipe.transformer.state_dict().items()}
+    return quantize_calibrated(pipe.transformer, seen, recipe, bias=bias, percentile=percentile)
+
+
+def quantize_calibrated(
+    model: MMDiT,
+    seen: Calibration,
+    recipe: Recipe | str = "fp8-static",
+    *,
+    bias: bool = False,
+    percentile: float = 100.0,
+) -> Report:
+    """Quantize with the scales of a calibration of this model as it is; see `quantize_static`."""
+    before = dict(model.state_dict())
     scales = {name: scale_of(amax, "e4m3") for name, amax in seen.amax(percentile).items()}
-    report = quantize_(pipe.transformer, recipe, input_scales=scales)
+    report = quantize_(model, recipe, input_scales=scales)
     if bias:
-        correct_biases(pipe.transformer, before, seen)
+        correct_biases(model, before, seen)
     return report
 
 
