@@ -16,7 +16,8 @@ import torch
 from encoders.chunks import Rows, read
 from mmdit import __version__
 from mmdit.arguments import checked_quant, generators, profile_of, whole
-from mmdit.cli import DTYPES, device_of, dtype_of
+from mmdit.cli import device_of, dtype_of
+from mmdit.cli_options import DTYPES
 from mmdit.hub import is_repo_id
 from mmdit.outputs import Output, outputs
 from mmdit.pipeline import DEMO, Pipeline

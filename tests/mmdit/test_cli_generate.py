@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from mmdit import PROFILES, Pipeline, cli, cli_generate, read_settings, save_png
-from mmdit.cli import EXAMPLES, main
+from mmdit.cli import main
+from mmdit.cli_options import EXAMPLES
 from mmdit.outputs import Output
 from mmdit.png import Settings
 from mmdit.profiles import PRESETS

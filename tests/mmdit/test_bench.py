@@ -1,0 +1,54 @@
+"""The bench counts what a step must do and measures every row it names; times themselves are not tested."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdit import MMDiT
+from mmdit.bench import MODELS, Inputs, Work, bench
+from mmdit.cli import main
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_work_is_what_torch_counts(name):
+    """All matrix products and attention of a step; torch counts the patch convolution too, which is left out."""
+    config, size, text = MODELS[name], 128, 154
+    with torch.device("meta"):
+        model = MMDiT(config)
+    inputs = Inputs(
+        *(torch.empty(shape, device="meta") for shape in ((2, 16, 16, 16), (2,), (2, text, config.context_dim))),
+        torch.empty(2, config.pooled_dim, device="meta"),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
+    patches = 2 * 2 * 64 * 64 * config.hidden_size
+    work = Work.of(model, size, text, 2)
+    assert work.linear_flops + work.other_flops == pytest.approx(counter.get_total_flops() - patches, rel=1e-3)
+    assert work.tokens == 64 + text
+
+
+def test_large_is_as_large_as_it_is():
+    with torch.device("meta"):
+        work = Work.of(MMDiT(MODELS["large"]), 1024, 333, 2)
+    assert work.weight_bytes / 1e9 == pytest.approx(16.1, abs=0.1)
+    assert work.linear_flops / 1e12 == pytest.approx(47.7, abs=0.1)
+
+
+def test_every_row_is_measured(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    few = ["--model", "demo", "--size", "64", "--text", "20", "--repeats", "2", "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", *few, "--eager", "--quant", "fp8", "--against", "diffusers", "--output", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["mmdit float32 eager", "mmdit fp8 eager", "diffusers float32 eager"]
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert rows[1]["weights_gb"] < rows[0]["weights_gb"]
+    assert rows[0]["weights_gb"] == pytest.approx(rows[2]["weights_gb"], rel=0.02)
+    assert "TFLOP a step" in capsys.readouterr().out
+
+
+def test_unknown_names():
+    for arguments in ({"model": "huge"}, {"recipes": ["fp9"]}, {"against": ["peer"]}):
+        with pytest.raises(ValueError, match="is unknown; known are"):
+            bench(**arguments, device="cpu")
