@@ -316,7 +316,13 @@ def test_inspect_shows_the_settings_of_a_picture(tiny, here, capsys):
 def test_options_reach_the_loading(here, loaded, capsys):
     Path("one.safetensors").touch()
     cpu = ["--device", "cpu"]
-    plain = {"offload": None, "device": torch.device("cpu"), "dtype": torch.float32, "profile": PROFILES["diffusers"]}
+    plain: dict = {
+        "offload": None,
+        "quant": None,
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "profile": PROFILES["diffusers"],
+    }
     hub = {"model": "someone/model", "revision": "main", "variant": "fp16"}
     assert main(["generate", RED, "-m", "someone/model", "--revision", "main", "--variant", "fp16", *cpu]) == 1
     others = dict.fromkeys(("clip_l", "clip_g", "vae", "tokenizers")) | {"t5": "t5.safetensors"}
