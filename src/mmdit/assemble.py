@@ -13,6 +13,7 @@ import torch
 from encoders import VAE, CLIPText, T5Encoder, Tokenizers
 from mmdit.checkpoint import Part, build, open_part
 from mmdit.describe import how_to_get, missing
+from mmdit.float8 import Float8
 from mmdit.locate import TOKENIZERS, Found, locate, with_neighbours
 from mmdit.model import MMDiT
 from mmdit.recognise import TITLES, Component
@@ -32,14 +33,16 @@ class Parts:
     shift: float | None  # of the scheduler's config, where there is one
 
 
-def from_folder(folder: str | Path, device: torch.device | str, dtype: torch.dtype | None) -> Parts:
-    """The models of a folder in the official, diffusers or ComfyUI layout.
+def from_folder(
+    folder: str | Path, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep"
+) -> Parts:
+    """The models of a folder in the official, diffusers or ComfyUI layout; see `mmdit.load_mmdit` for the arguments.
 
     Raises:
         FileNotFoundError: there is no such folder; for a name on a hub, how to download it.
         CheckpointError: something is missing (what, from where, to where) or broken.
     """
-    return _build(locate(folder), device, dtype)
+    return _build(locate(folder), device, dtype, float8)
 
 
 def from_file(
@@ -48,6 +51,7 @@ def from_file(
     tokenizers: str | Path | None,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    float8: Float8 = "keep",
 ) -> Parts:
     """The models of a single file, of the files given beside it, and of those that lie next to it.
 
@@ -68,10 +72,10 @@ def from_file(
                 f"tokenizers={tokenizers} is no folder; expected one that holds {', '.join(TOKENIZERS)}"
             )
         found.tokenizers = Path(tokenizers)
-    return _build(with_neighbours(found), device, dtype)
+    return _build(with_neighbours(found), device, dtype, float8)
 
 
-def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None) -> Parts:
+def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None, float8: Float8) -> Parts:
     if "transformer" not in found.weights:
         open_part(found, "transformer")  # says what there is instead
     parts = {name: open_part(found, name) for name in found.weights}
@@ -89,7 +93,7 @@ def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None) 
     tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in parts)
     _check_tokenizers(parts, tokenizers)
     shift = found.shift  # read before the weights, because it can be wrong
-    models: dict[str, Any] = {name: build(part, device, dtype) for name, part in parts.items()}
+    models: dict[str, Any] = {name: build(part, device, dtype, float8) for name, part in parts.items()}
     return Parts(**({"t5": None} | models), tokenizers=tokenizers, shift=shift)
 
 

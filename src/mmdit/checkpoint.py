@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,16 @@ from encoders.t5 import T5Config, T5Encoder
 from encoders.vae import VAE, VAEConfig
 from mmdit import configs
 from mmdit.config import MMDiTConfig
+from mmdit.float8 import Float8, absorb_scales, disagreeing
 from mmdit.keymaps import count, mmdit_rules, partners, to_ours, vae_rules
 from mmdit.lazy import LazyTensor
 from mmdit.locate import Found, locate, open_weights
 from mmdit.memory import is_out_of_memory
 from mmdit.model import MMDiT
-from mmdit.recognise import KIND_OF, TITLES, UNUSED, Component, Model, foreign, looks_like, split
+from mmdit.recognise import KIND_OF, TITLES, Component, Model, foreign, looks_like, split
 from mmdit.safetensors_file import CheckpointError
-from quant import FLOAT8, Scales, check_formats, check_scale_shape, dequantize, find_scales, format_in, layers_in
+from quant.convert import linears_of
+from quant.file_formats import FLOAT8, Scales
 
 Config = MMDiTConfig | VAEConfig | CLIPConfig | T5Config
 MODULES: dict[Component, type[nn.Module]] = {
@@ -58,42 +61,63 @@ class Part:
         return {lazy.dtype for lazy in self.tensors.values()}
 
 
-def load_mmdit(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> MMDiT:
+def load_mmdit(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    float8: Float8 = "keep",
+) -> MMDiT:
     """The transformer of a checkpoint of any layout, in eval mode.
 
     Args:
         path: a safetensors file, a shard index, or a folder.
         device: where the weights go, tensor by tensor.
-        dtype: None keeps what is stored; float8 is stored only, so such a file needs a dtype to compute in.
+        dtype: to compute in; None keeps what is stored (beside float8: that of the rest, bfloat16 if there is no rest).
+        float8: "keep", because that is what such files are for, makes weights of Linears `quant.Float8Tensor`s with the
+            codes and scales of the file. With an input scale activations are rounded to float8 too, unless the file
+            asks for full precision. Norms, biases, embeddings and convolutions cannot compute in float8 and are
+            widened. "dequantize" widens everything, and needs a dtype.
 
     Raises:
         FileNotFoundError: there is no such path.
         CheckpointError: the file is broken, holds something else, or its tensors are not exactly those of the model.
     """
-    return _load(path, "transformer", device, dtype)
+    return _load(path, "transformer", device, dtype, float8)
 
 
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VAE:
-    """The VAE of a checkpoint of any layout; see `load_mmdit` for arguments and errors."""
-    return _load(path, "vae", device, dtype)
+    """The VAE of a checkpoint of any layout; see `load_mmdit` for arguments and errors. It has no Linears to keep."""
+    return _load(path, "vae", device, dtype, "keep")
 
 
 def load_clip(
-    path: str | Path, which: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    which: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    float8: Float8 = "keep",
 ) -> CLIPText:
     """A CLIP text tower, "l" or "g", of a checkpoint of any layout; see `load_mmdit` for arguments and errors."""
     if which not in ("l", "g"):
         raise ValueError(f"which must be 'l' or 'g', got {which!r}")
-    return _load(path, "clip_l" if which == "l" else "clip_g", device, dtype)
+    return _load(path, "clip_l" if which == "l" else "clip_g", device, dtype, float8)
 
 
-def load_t5(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> T5Encoder:
+def load_t5(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    float8: Float8 = "keep",
+) -> T5Encoder:
     """The T5 encoder of a checkpoint of any layout; see `load_mmdit` for arguments and errors."""
-    return _load(path, "t5", device, dtype)
+    return _load(path, "t5", device, dtype, float8)
 
 
 def open_part(found: Found, component: Component) -> Part:
-    """One model of a located checkpoint: names mapped, float8 scales absorbed, config inferred, nothing read.
+    """One model of a located checkpoint: names mapped, float8 scales read, config inferred, and no weight read.
 
     Raises:
         CheckpointError: the checkpoint does not hold this model, or not all of it, or more than it.
@@ -111,8 +135,9 @@ def open_part(found: Found, component: Component) -> Part:
             f"{source}: {len(left)} unexpected tensors beside the {TITLES[component]}: {_some(left)}; "
             f"they look like {looks_like(left)}"
         )
-    tensors, scales = _absorb_scales(source, model, stored, metadata)
-    tensors, stored_as = _official(source, component, model, tensors)
+    absorbed, scales = absorb_scales(source, model, stored, metadata)
+    tensors, stored_as = _official(source, component, model, absorbed)
+    _warn_of_scales(source, disagreeing(absorbed, stored_as.values()))
     try:
         config = configs.infer(component, {key: lazy.shape for key, lazy in tensors.items()}, found.configs)
     except KeyError as error:
@@ -138,35 +163,57 @@ def empty(part: Part) -> nn.Module:
         return make(part.config)
 
 
-def build(part: Part, device: torch.device | str, dtype: torch.dtype | None) -> Any:
-    """The model of a part, filled tensor by tensor on `device`, in eval mode.
+def build(part: Part, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep") -> Any:
+    """The model of a part, filled tensor by tensor on `device`, in eval mode; see `load_mmdit` for the arguments.
 
     Raises:
-        CheckpointError: missing, unexpected or mis-shaped tensors, or float8 without a dtype to compute in.
+        CheckpointError: missing, unexpected or mis-shaped tensors, or no one dtype to compute in.
     """
     if dtype is not None and dtype not in COMPUTED:
         raise ValueError(f"dtype must be one of {', '.join(map(str, COMPUTED))}, got {dtype}")
+    if float8 not in get_args(Float8):
+        raise ValueError(f"float8 must be one of {', '.join(map(repr, get_args(Float8)))}, got {float8!r}")
     model = empty(part)
     check_tensors(part, model)
-    if dtype is None and part.dtypes & set(FLOAT8):
-        raise CheckpointError(
-            f"{part.source} stores the {TITLES[part.component]} in float8, which layers do not compute in: "
-            "give a dtype, e.g. dtype=torch.bfloat16"
-        )
-    floating = {dtype for dtype in part.dtypes if dtype.is_floating_point}
-    if dtype is None and len(floating) > 1:
-        raise CheckpointError(
-            f"{part.source} stores the {TITLES[part.component]} in {', '.join(sorted(map(str, floating)))}, which "
-            "layers do not mix: give one dtype, e.g. dtype=torch.bfloat16"
-        )
+    dtype = _compute_dtype(part, dtype, float8)
+    linears = {f"{name}.weight" for name, _ in linears_of(model)} if float8 == "keep" else set()
+    kept = {key for key in linears if part.tensors[key].codes is not None}
     device = torch.device(device)
     if device == torch.device("cuda"):  # the current device is a thread's own, and other threads read
         device = torch.device("cuda", torch.cuda.current_device())
     with ThreadPoolExecutor(READERS) as pool:  # one waits for the disk while another fills or casts memory
-        read = pool.map(lambda key: _read(part, key, device, dtype), part.tensors)
+        read = pool.map(lambda key: _read(part, key, device, dtype, kept), part.tensors)
         state = dict(zip(part.tensors, read, strict=True))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _compute_dtype(part: Part, dtype: torch.dtype | None, float8: Float8) -> torch.dtype:
+    """The dtype that was asked for, else the one of what is not float8."""
+    if dtype is not None:
+        return dtype
+    if float8 == "dequantize" and part.dtypes & set(FLOAT8):
+        raise CheckpointError(
+            f"{part.source} stores the {TITLES[part.component]} in float8, which layers do not compute in: "
+            "give a dtype, e.g. dtype=torch.bfloat16"
+        )
+    wide = {lazy.dtype for lazy in part.tensors.values() if lazy.dtype.is_floating_point and not lazy.widened}
+    wide -= set(FLOAT8)
+    if len(wide) > 1:
+        raise CheckpointError(
+            f"{part.source} stores the {TITLES[part.component]} in {', '.join(sorted(map(str, wide)))}, which "
+            "layers do not mix: give one dtype, e.g. dtype=torch.bfloat16"
+        )
+    return wide.pop() if wide else torch.bfloat16
+
+
+def _warn_of_scales(source: Path, merges: list[tuple[str, ...]]) -> None:
+    if merges:
+        warnings.warn(
+            f"{source}: {len(merges)} layers that are one here have parts with different input scales, first "
+            f"{' + '.join(merges[0])}; their weights are kept, and activations are not rounded to float8",
+            stacklevel=4,
+        )
 
 
 def check_tensors(part: Part, model: nn.Module) -> None:
@@ -185,62 +232,31 @@ def check_tensors(part: Part, model: nn.Module) -> None:
         raise CheckpointError(f"{part.source} does not fit the {TITLES[part.component]} that its shapes say: {found}")
 
 
-def _load(path: str | Path, component: Component, device: torch.device | str, dtype: torch.dtype | None) -> Any:
+def _load(
+    path: str | Path, component: Component, device: torch.device | str, dtype: torch.dtype | None, float8: Float8
+) -> Any:
     clip = component if component in ("clip_l", "clip_g") else None
-    return build(open_part(locate(path, clip=clip), component), device, dtype)
+    return build(open_part(locate(path, clip=clip), component), device, dtype, float8)
 
 
-def _read(part: Part, key: str, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+def _read(part: Part, key: str, device: torch.device, dtype: torch.dtype, kept: Collection[str]) -> Tensor:
+    lazy = part.tensors[key]
     try:
-        return part.tensors[key].read(dtype, device)
+        if lazy.codes is not None and key in kept:
+            return nn.Parameter(lazy.codes.read(dtype, device), requires_grad=False)
+        return lazy.read(dtype, device)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         raise MemoryError(
             f"out of memory on {device} while loading the {TITLES[part.component]} of {part.source}: it takes "
-            f"{_size(part, dtype)} in all. Use a smaller dtype (dtype=torch.bfloat16) or another device"
+            f"{_size(part, dtype, kept)} in all. Use a smaller dtype (dtype=torch.bfloat16) or another device"
         ) from error
 
 
-def _size(part: Part, dtype: torch.dtype | None) -> str:
-    size = sum(prod(lazy.shape) * (dtype or lazy.dtype).itemsize for lazy in part.tensors.values())
+def _size(part: Part, dtype: torch.dtype, kept: Collection[str]) -> str:
+    size = sum(prod(lazy.shape) * (1 if key in kept else dtype.itemsize) for key, lazy in part.tensors.items())
     return f"{size} bytes ({size / 1e9:.2f} GB)"
-
-
-def _absorb_scales(
-    source: Path, model: Model, stored: Mapping[str, LazyTensor], metadata: Mapping[str, str]
-) -> tuple[dict[str, LazyTensor], Scales]:
-    tensors = {name: stored[key] for name, key in model.keys.items()}
-    try:
-        formats = layers_in(metadata) | _noted_formats(model, stored)
-        check_formats(formats, {key: lazy.dtype for key, lazy in stored.items()})
-        here = formats.keys() & {key.removesuffix(".weight") for key in model.keys.values()}
-        scales = find_scales({key: lazy.dtype for key, lazy in tensors.items()}, scaled=bool(here))
-        for weight, scale in scales.weights.items():
-            check_scale_shape(tensors[weight].shape, tensors[scale].shape, weight)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    absorbed = {key: lazy for key, lazy in tensors.items() if key not in scales.keys and not UNUSED.fullmatch(key)}
-    for weight, scale in scales.weights.items():
-        absorbed[weight] = _scaled(source, weight, tensors[weight], tensors[scale])
-    return absorbed, scales
-
-
-def _noted_formats(model: Model, stored: Mapping[str, LazyTensor]) -> dict[str, str]:
-    """`{layer in the file: format}` of ComfyUI's notes beside the weights: JSON in tensors of bytes."""
-    notes = [key for key in model.keys.values() if key.endswith(".comfy_quant")]
-    texts = {key: bytes(stored[key].read().flatten().view(torch.uint8).tolist()) for key in notes}
-    return {key.removesuffix(".comfy_quant"): format_in(text) for key, text in texts.items()}
-
-
-def _scaled(source: Path, name: str, stored: LazyTensor, scale: LazyTensor) -> LazyTensor:
-    def load(dtype: torch.dtype, device: torch.device) -> Tensor:
-        try:
-            return dequantize(stored.read(device=device), scale.read(device=device), name, dtype)
-        except ValueError as error:
-            raise CheckpointError(f"{source}: {error}") from error
-
-    return LazyTensor(stored.shape, stored.dtype, load)
 
 
 def _official(

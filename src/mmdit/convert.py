@@ -21,10 +21,11 @@ from mmdit.checkpoint import Part, check_tensors, empty, open_part
 from mmdit.config import MMDiTConfig
 from mmdit.configs import to_diffusers
 from mmdit.describe import file_stem, unknown
+from mmdit.float8 import Spelling, Tensors, metadata_in, spelled
 from mmdit.keymaps import mmdit_rules, to_theirs, vae_rules
 from mmdit.lazy import LazyTensor
-from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, locate
-from mmdit.recognise import PREFIXES, TITLES, Component
+from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, Found, locate
+from mmdit.recognise import PREFIXES, Component
 from mmdit.safetensors_file import CheckpointError, write_tensors
 from samplers import pick
 
@@ -41,6 +42,7 @@ _T5_DTYPES = {
     torch.float8_e5m2: "fp8_e5m2",
 }
 _PLACES = {"official": ("", "text_encoders/"), "comfyui": ("models/checkpoints/", "models/text_encoders/")}
+_TEXT_ENCODERS = ("clip_l", "clip_g", "t5")
 _PROJECTION = "text_projection.weight"
 _CLASSES: dict[str, tuple[str, str]] = {
     "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
@@ -59,6 +61,7 @@ _CLASSES: dict[str, tuple[str, str]] = {
 class Plan:
     """The files of a checkpoint to be written, by path relative to its folder."""
 
+    spelling: Spelling  # of float8
     weights: dict[str, dict[str, LazyTensor]] = field(default_factory=dict)
     texts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -77,24 +80,18 @@ def convert(
         source: a file or folder; all models in it are converted.
         target: a folder, or for "single" a .safetensors file; it must not exist yet.
         layout: "official", "diffusers", "comfyui" or "single" (one file with the official prefixes, weights only).
-        dtype: None keeps what is stored, byte for byte.
+        dtype: None keeps what is stored, byte for byte; the scales of float8 are spelled as ComfyUI does now.
         max_shard_bytes: files of the diffusers layout are split at this size.
 
     Raises:
         FileExistsError: there is something at `target`.
-        CheckpointError: the source is broken or incomplete, or holds scaled float8 and no dtype is given.
+        CheckpointError: the source is broken or incomplete.
     """
     pick(dict.fromkeys(OUT_LAYOUTS), layout, "layout")
     found = locate(source)
     if not found.weights:
         raise CheckpointError(unknown(found))
     parts = [open_part(found, component) for component in found.weights]
-    for part in parts:
-        if part.scales.weights and dtype is None:
-            raise CheckpointError(
-                f"{part.source}: the {TITLES[part.component]} is float8 with scales ({part.scales.spelling}), which "
-                "only quantization files carry; give a dtype to write plain weights, e.g. dtype=torch.bfloat16"
-            )
     for part in parts:
         check_tensors(part, empty(part))
     shift = 3.0 if found.shift is None else found.shift
@@ -103,7 +100,7 @@ def convert(
         target,
         layout,
         shift=shift,
-        tokenizers=partial(_copy_tokenizers, found.tokenizers) if _with_text(parts) and found.tokenizers else None,
+        tokenizers=tokenizers_of(found, parts),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -118,8 +115,19 @@ def write_checkpoint(
     tokenizers: Callable[[Path], None] | None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD,
+    spelling: Spelling = "comfyui",
 ) -> Path:
-    """Write parts in a layout; see `convert`. `tokenizers` writes the three tokenizer folders into a folder."""
+    """Write parts in a layout; see `convert`.
+
+    Args:
+        parts, target, layout, dtype, max_shard_bytes: see `convert`.
+        shift: of the scheduler.
+        tokenizers: writes the three tokenizer folders into a folder.
+        spelling: of float8 that has scales.
+
+    Raises:
+        FileExistsError: there is something at `target`.
+    """
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists already; give another place, or remove it first")
@@ -129,11 +137,12 @@ def write_checkpoint(
         if target.suffix != ".safetensors":
             raise ValueError(f"layout 'single' writes one file: {target} must end in .safetensors")
         _warn_of_loss(parts, shift)
-        write_tensors(target, _single(cast), METADATA)
+        _write(Plan(spelling, {target.name: single_file(cast, spelling)}), target.parent, None)
         return target
     if layout == "comfyui":
         _warn_of_loss(parts, shift)
-    plan = _diffusers(cast, max_shard_bytes) if layout == "diffusers" else _files(cast, _PLACES[layout])
+    diffusers = layout == "diffusers"
+    plan = _diffusers(cast, max_shard_bytes, spelling) if diffusers else _files(cast, _PLACES[layout], spelling)
     if layout != "comfyui":
         plan.texts |= _small_files(cast, shift, has_tokenizers=tokenizers is not None)
     with _replacing_folder(target) as folder:
@@ -157,38 +166,41 @@ def _cast(part: Part, dtype: torch.dtype) -> Part:
     return replace(part, tensors={key: lazy.as_dtype(dtype) for key, lazy in part.tensors.items()})
 
 
-def _single(parts: Sequence[Part]) -> dict[str, LazyTensor]:
-    """All parts in one file, under the official prefixes."""
-    return {_PREFIX_OF[part.component] + key: lazy for part in parts for key, lazy in _official(part).items()}
+def single_file(parts: Sequence[Part], spelling: Spelling) -> Tensors:
+    """All parts in one file, under the official prefixes; a text encoder alone has none, like the official files."""
+    if len(parts) == 1 and parts[0].component in _TEXT_ENCODERS:
+        return official(parts[0], spelling)
+    return {_PREFIX_OF[part.component] + key: lazy for part in parts for key, lazy in official(part, spelling).items()}
 
 
-def _files(parts: Sequence[Part], places: tuple[str, str]) -> Plan:
+def _files(parts: Sequence[Part], places: tuple[str, str], spelling: Spelling) -> Plan:
     """One file for transformer and VAE, one for each text encoder."""
     main_folder, text_folder = places
     main = [part for part in parts if part.component in ("transformer", "vae")]
-    plan = Plan({f"{main_folder}{_main_stem(main)}.safetensors": _single(main)} if main else {})
+    weights = {f"{main_folder}{_main_stem(main)}.safetensors": single_file(main, spelling)} if main else {}
+    plan = Plan(spelling, weights)
     for part in parts:
         if part not in main:
             name = f"t5xxl_{_dtype_name(part)}" if part.component == "t5" else part.component
-            plan.weights[f"{text_folder}{name}.safetensors"] = _official(part)
+            plan.weights[f"{text_folder}{name}.safetensors"] = official(part, spelling)
     return plan
 
 
-def _official(part: Part) -> dict[str, LazyTensor]:
+def official(part: Part, spelling: Spelling) -> Tensors:
     """The tensors as the official files hold them: T5's embedding twice, no projection of CLIP-L that does nothing."""
     tensors = dict(part.tensors)
     if part.component == "t5":
         tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     if part.component == "clip_l" and _PROJECTION in tensors and _is_identity(tensors[_PROJECTION]):
         del tensors[_PROJECTION]
-    return tensors
+    return spelled(tensors, spelling)
 
 
-def _diffusers(parts: Sequence[Part], max_shard_bytes: int) -> Plan:
-    plan = Plan()
+def _diffusers(parts: Sequence[Part], max_shard_bytes: int, spelling: Spelling) -> Plan:
+    plan = Plan(spelling)
     for part in parts:
         stem = "diffusion_pytorch_model" if part.component in ("transformer", "vae") else "model"
-        folder, tensors = DIFFUSERS_FOLDERS[part.component], _theirs(part)
+        folder, tensors = DIFFUSERS_FOLDERS[part.component], spelled(_theirs(part), spelling)
         shards = _shards(tensors, max_shard_bytes)
         if len(shards) == 1:
             plan.weights[f"{folder}/{stem}.safetensors"] = tensors
@@ -202,7 +214,7 @@ def _diffusers(parts: Sequence[Part], max_shard_bytes: int) -> Plan:
     return plan
 
 
-def _theirs(part: Part) -> dict[str, LazyTensor]:
+def _theirs(part: Part) -> Tensors:
     """The tensors under diffusers' names; CLIP-L gets the identity projection that its class needs."""
     if isinstance(part.config, MMDiTConfig):
         found, left = to_theirs(part.tensors, mmdit_rules(part.config.depth))
@@ -246,7 +258,7 @@ def _small_files(parts: Sequence[Part], shift: float, *, has_tokenizers: bool) -
 
 def _write(plan: Plan, folder: Path, tokenizers: Callable[[Path], None] | None) -> None:
     for name, tensors in plan.weights.items():
-        write_tensors(folder / name, tensors, METADATA)
+        write_tensors(folder / name, tensors, METADATA | metadata_in(tensors, plan.spelling))
     for name, value in plan.texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -254,8 +266,10 @@ def _write(plan: Plan, folder: Path, tokenizers: Callable[[Path], None] | None) 
         tokenizers(folder)
 
 
-def _with_text(parts: Sequence[Part]) -> bool:
-    return any(part.component in ("clip_l", "clip_g", "t5") for part in parts)
+def tokenizers_of(found: Found, parts: Sequence[Part]) -> Callable[[Path], None] | None:
+    """What copies the tokenizers that go with the parts into a folder."""
+    with_text = any(part.component in _TEXT_ENCODERS for part in parts)
+    return partial(_copy_tokenizers, found.tokenizers) if with_text and found.tokenizers else None
 
 
 def _copy_tokenizers(source: Path, folder: Path) -> None:
@@ -282,6 +296,9 @@ def _main_stem(parts: Sequence[Part]) -> str:
 
 
 def _dtype_name(part: Part) -> str:
+    scaled = {lazy.codes.dtype for lazy in part.tensors.values() if lazy.codes is not None and not lazy.codes.plain}
+    if scaled:
+        return f"{_T5_DTYPES[scaled.pop()]}_scaled"
     return _T5_DTYPES[max((lazy.dtype for lazy in part.tensors.values()), key=lambda dtype: dtype.itemsize)]
 
 

@@ -14,6 +14,7 @@ from mmdit.config import MMDiTConfig
 from mmdit.locate import DIFFUSERS_FOLDERS, TOKENIZERS, Found, locate, open_weights, with_neighbours
 from mmdit.recognise import TITLES, Component, looks_like
 from mmdit.safetensors_file import NAMES, CheckpointError
+from quant.file_formats import FLOAT8
 
 # Width, depth, QK-norm, blocks of second attention: what tells the official transformers apart.
 VARIANTS: dict[tuple[int, int, str | None, int], tuple[str, str]] = {
@@ -23,6 +24,12 @@ VARIANTS: dict[tuple[int, int, str | None, int], tuple[str, str]] = {
 }
 NEEDED: tuple[Component, ...] = ("transformer", "vae", "clip_l", "clip_g")
 _DIFFUSERS: Mapping[str, str] = {str(component): folder for component, folder in DIFFUSERS_FOLDERS.items()}
+_ACTIVATIONS = {
+    "none": "as they are",
+    "static": "float8 under the input scale",
+    "tensor": "float8 under a scale of the moment",
+    "token": "float8 under a scale per token",
+}
 _CLIP_FILES = "vocab.json, merges.txt, tokenizer_config.json"
 WHERE: dict[str, tuple[str, str]] = {  # what to get from the official repository, and the folder where it goes
     "transformer": ("sd3.5_large.safetensors", ""),
@@ -107,11 +114,28 @@ def _part_lines(part: Part) -> list[str]:
         f"  {part.source}",
         f"  {len(part.tensors)} tensors ({stored}), {size / 1e9:.3f} GB",
     ]
-    if part.scales.weights:
-        lines.append(f"  float8 scales: {len(part.scales.weights)} weights, spelled as {part.scales.spelling}")
-    elif part.scales.spelling != "no float8":
-        lines.append(f"  {part.scales.spelling}")
-    return lines
+    return lines + _float8_lines(part)
+
+
+def _float8_lines(part: Part) -> list[str]:
+    """Format, spelling, and how many weights have scales of their own and of their input."""
+    scales = part.scales
+    float8 = Counter(NAMES[lazy.dtype] for lazy in part.tensors.values() if lazy.dtype in FLOAT8)
+    if not float8:
+        return []
+    formats = ", ".join(f"{count} {name}" for name, count in float8.most_common())
+    if not scales.weights:
+        return [f"  {scales.spelling}: {formats}"]
+    codes = [lazy.codes for lazy in part.tensors.values() if lazy.codes is not None]
+    rows = sum(bool(each.scale.ndim) for each in codes)
+    recipes = Counter(each.recipe.activation for each in codes)
+    treated = ", ".join(f"{count} {_ACTIVATIONS[name]}" for name, count in recipes.most_common())
+    return [
+        f"  float8 scales: {len(scales.weights)} weights, {len(scales.inputs)} inputs, spelled as {scales.spelling}",
+        f"  kept in float8: {formats}"
+        + (f", {rows} with a scale per row" if rows else "")
+        + f"; activations: {treated}",
+    ]
 
 
 def _model_words(config: Config) -> str:

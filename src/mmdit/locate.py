@@ -11,6 +11,7 @@ from typing import Any, Literal
 from mmdit.lazy import LazyTensor
 from mmdit.recognise import CLIP_WIDTHS, TITLES, Component, looks_like, split
 from mmdit.safetensors_file import CheckpointError, open_tensors, read_header
+from quant.packing import merge_metadata
 
 Layout = Literal["official", "diffusers", "comfyui", "single file"]
 DIFFUSERS_FOLDERS: dict[Component, str] = {
@@ -92,17 +93,17 @@ def open_weights(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors of a file, or of all shards that an index names, and their metadata.
 
     Raises:
-        CheckpointError: a shard is missing, or index and shards disagree on a tensor.
+        CheckpointError: a shard is missing, index and shards disagree on a tensor, or metadata are not what they claim.
     """
     if not path.name.endswith(".json"):
         return open_tensors(path)
     weight_map = _index(path)
     tensors: dict[str, LazyTensor] = {}
-    metadata: dict[str, str] = {}
+    notes: list[dict[str, str]] = []
     for shard in sorted(set(weight_map.values())):
         if not (path.parent / shard).is_file():
             raise CheckpointError(f"{path} names the shard {shard}, which is not beside it; download it too")
-        found, notes = open_tensors(path.parent / shard)
+        found, metadata = open_tensors(path.parent / shard)
         said = {key for key, file in weight_map.items() if file == shard}
         if odd := sorted(said ^ set(found)):
             where = "only in the index" if odd[0] in said else "only in the shard"
@@ -111,8 +112,11 @@ def open_weights(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
                 "they are not of the same model: download both again"
             )
         tensors |= found
-        metadata |= notes
-    return tensors, metadata
+        notes.append(metadata)
+    try:
+        return tensors, merge_metadata(notes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def weights_in(folder: Path) -> Path | None:

@@ -25,7 +25,8 @@ from mmdit.locate import Found, locate, open_weights, with_neighbours
 from mmdit.pipeline import Pipeline
 from mmdit.taps import full_float32
 from mmdit.traces import GUIDANCE, Job, Trace, trace_ours, trace_theirs
-from quant import FLOAT8
+from quant.convert import dequantize_
+from quant.file_formats import FLOAT8
 
 PROMPT, NEGATIVE = 'A photo of a red fox beside 3 blue birds, and a sign that says "wow!"', "blurry, Low quality"
 DTYPES = (torch.float32, torch.float64)
@@ -238,6 +239,8 @@ def _ours(
     if pipe is None:
         load = Pipeline.from_single_file if folder.is_file() else Pipeline.from_pretrained
         pipe = load(folder, device=device, dtype=dtype)
+        for model in pipe.models.values():  # the reference has no float8
+            dequantize_(model)
     job = Job(prompts, steps, *_pixels(pipe, size), pipe.device, dtype)
     return job, trace_ours(pipe, job)
 

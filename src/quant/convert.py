@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from quant.matmul import backend_of
 from quant.recipe import RECIPES, Recipe
-from quant.tensor import Float8Tensor
+from quant.tensor import Float8Tensor, check_values, checked_input_scale
 
 # What FP8 files keep in 16 bits: what runs once per picture or per step, and what is more sensitive than it is large.
 KEPT = ("*embed*", "*adaLN_modulation*", "*final_layer*", "*norm*", "*text_projection*", "*relative_attention_bias*")
@@ -24,8 +25,8 @@ class Layer:
     name: str
     shape: tuple[int, int]  # [out, in]
     recipe: Recipe | None  # None: not quantized
-    snr: float | None  # of the weight in dB, where the original was at hand
-    runs: str  # backend, or the dtype of what is not quantized
+    snr: float | None  # of the weight in dB, where `quantize_` had the original
+    runs: str  # backend ("refused": it will raise), or the dtype of what is not quantized
     why: str  # for the backend, or why it was skipped
     bytes: int
 
@@ -33,7 +34,7 @@ class Layer:
 class Report(list[Layer]):
     """The Linears of a module; prints as a table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         header = ("layer", "shape", "format", "scale", "activation", "SNR dB", "runs", "why", "MB")
         rows = [header, *map(_row, self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -56,34 +57,25 @@ def quantize_(
         module: any model; its code stays as it is.
         recipe: or the name of one of `RECIPES`.
         select: globs over module names; each must match a Linear. None takes all but `KEPT`.
-        input_scales: by module name, for recipes with static activations.
+        input_scales: positive numbers by module name, for recipes with static activations.
 
     Raises:
-        ValueError: a glob that matches nothing, a weight that is not finite (the module is then unchanged), a static
-            recipe without an input scale for a layer.
+        ValueError: a glob that matches nothing, a weight that is quantized already, not finite or no float, a static
+            recipe without an input scale for a layer, input scales of no layer or for another recipe. The module is
+            then unchanged.
     """
     recipe = _recipe(recipe)
     linears = dict(linears_of(module))
-    chosen = set(_selected(linears, select))
-    scales = input_scales or {}
-    if recipe.activation == "static" and (without := sorted(chosen - scales.keys())):
-        raise ValueError(
-            f"static activations need an input scale for every layer; {len(without)} have none, first {without[0]!r}: "
-            "run mmdit.calibrate, or give input_scales"
-        )
-    weights, ratios = {}, {}
-    for name in sorted(chosen, key=list(linears).index):
+    chosen = _selected(linears, select)
+    for name in chosen:
+        _check_weight(name, linears[name].weight)
+    scales = _input_scales(linears, chosen, recipe, input_scales or {})
+    for name in chosen:
         linear = linears[name]
-        if isinstance(linear.weight, Float8Tensor):
-            raise ValueError(f"{name!r} is quantized already; dequantize_ first to change its recipe")
-        try:
-            weights[name] = Float8Tensor.quantize(linear.weight, recipe=recipe, input_scale=_float(scales.get(name)))
-        except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from error
-        ratios[name] = snr(linear.weight, weights[name].dequantize())
-    for name, weight in weights.items():
-        linears[name].weight = nn.Parameter(weight, requires_grad=False)
-    return report(module, ratios)
+        weight = Float8Tensor.quantize(linear.weight, recipe=recipe, input_scale=scales.get(name))
+        weight.snr = snr(linear.weight, weight.dequantize(torch.float32))
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    return report(module)
 
 
 def dequantize_(module: nn.Module, select: str | Sequence[str] | None = None) -> None:
@@ -101,14 +93,9 @@ def dequantize_(module: nn.Module, select: str | Sequence[str] | None = None) ->
             linears[name].weight = nn.Parameter(weight.dequantize(), requires_grad=False)
 
 
-def report(module: nn.Module, ratios: Mapping[str, float] | None = None) -> Report:
-    """What the Linears of a module are and on what they run.
-
-    Args:
-        module: a model.
-        ratios: signal-to-noise ratios of weights in dB, by layer, where they are known.
-    """
-    return Report(_layer(name, linear, (ratios or {}).get(name)) for name, linear in linears_of(module))
+def report(module: nn.Module) -> Report:
+    """What the Linears of a module are and on what they run."""
+    return Report(_layer(name, linear) for name, linear in linears_of(module))
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -137,31 +124,58 @@ def _recipe(recipe: Recipe | str) -> Recipe:
 
 
 def _selected(linears: Mapping[str, nn.Linear], select: str | Sequence[str] | None) -> list[str]:
+    """Names in the order of the module, each once."""
     if select is None:
-        return [name for name in linears if not any(fnmatchcase(name, kept) for kept in KEPT)]
-    found: list[str] = []
-    for pattern in [select] if isinstance(select, str) else select:
-        matches = [name for name in linears if fnmatchcase(name, pattern)]
-        if not matches:
-            raise ValueError(
-                f"{pattern!r} matches none of {len(linears)} Linears, such as {', '.join(list(linears)[:3])}"
-            )
-        found += matches
-    return found
+        return [name for name in linears if not _kept(name)]
+    patterns = [select] if isinstance(select, str) else select
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            nearest = ", ".join(get_close_matches(pattern, linears, cutoff=0))
+            raise ValueError(f"{pattern!r} matches none of {len(linears)} Linears; nearest are {nearest}")
+    return [name for name in linears if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _float(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.detach().float().reshape(())
+def _kept(name: str) -> str | None:
+    return next((pattern for pattern in KEPT if fnmatchcase(name, pattern)), None)
 
 
-def _layer(name: str, linear: nn.Linear, ratio: float | None) -> Layer:
-    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+def _check_weight(name: str, weight: Tensor) -> None:
     if isinstance(weight, Float8Tensor):
-        runs, why = backend_of(weight.recipe, weight.device, weight.dtype, shape)
-        return Layer(name, shape, weight.recipe, ratio, runs, why, weight.nbytes)
-    kept = next((pattern for pattern in KEPT if fnmatchcase(name, pattern)), None)
-    why = f"kept: {kept}" if kept else "not selected"
-    return Layer(name, shape, None, None, str(weight.dtype).removeprefix("torch."), why, weight.nbytes)
+        raise ValueError(f"{name!r} is quantized already; dequantize_ first to change its recipe")
+    try:
+        check_values(weight)
+    except ValueError as error:
+        raise ValueError(f"{name}.weight: {error}") from error
+
+
+def _input_scales(
+    linears: Mapping[str, nn.Linear], chosen: Sequence[str], recipe: Recipe, scales: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Those of the chosen Linears, checked."""
+    if recipe.activation != "static":
+        if scales:
+            raise ValueError(f"input_scales are for static activations; the recipe has {recipe.activation!r}")
+        return {}
+    if unknown := [name for name in scales if name not in linears]:
+        raise ValueError(f"input_scales name {len(unknown)} that are no Linears of the module, first {unknown[0]!r}")
+    if without := [name for name in chosen if name not in scales]:
+        raise ValueError(
+            f"static activations need an input scale for every layer; {len(without)} have none, first {without[0]!r}: "
+            "run mmdit.calibrate, or give input_scales"
+        )
+    return {name: checked_input_scale(scales[name], name) for name in chosen}
+
+
+def _layer(name: str, linear: nn.Linear) -> Layer:
+    weight, shape = linear.weight, (linear.out_features, linear.in_features)
+    if not isinstance(weight, Float8Tensor):
+        kept = _kept(name)
+        why = f"kept: {kept}" if kept else "not selected"
+        return Layer(name, shape, None, None, str(weight.dtype).removeprefix("torch."), why, weight.nbytes)
+    runs, why = backend_of(weight.recipe, weight.device, weight.dtype, shape)
+    if weight.recipe.activation == "static" and weight.input_scale is None:
+        runs, why = "refused", "no input scale"
+    return Layer(name, shape, weight.recipe, weight.snr, runs, why, weight.nbytes)
 
 
 def _row(layer: Layer) -> tuple[str, ...]:

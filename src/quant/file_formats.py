@@ -14,15 +14,15 @@ for a scale that is not there.)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.recipe import Format, Granularity, Recipe
+from quant.recipe import Format
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
@@ -58,14 +58,6 @@ class Note(NamedTuple):
     full_precision: bool = False
 
 
-class Stored(NamedTuple):
-    """What a file says of one float8 weight beside its codes."""
-
-    scale: Tensor  # float32, () or [out, 1]
-    input_scale: Tensor | None  # float32, ()
-    recipe: Recipe
-
-
 def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> Scales:
     """Pair the scales of a model with their weights, by `{key: dtype}`.
 
@@ -77,12 +69,12 @@ def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> S
         ValueError: a scale without a float8 weight, a float8 weight without a scale among scaled ones, two scales for
             one weight, or a quantization other than float8.
     """
-    if other := [key for key in dtypes if _last(key) == "weight_scale_2"]:
+    if other := [key for key in dtypes if last_part(key) == "weight_scale_2"]:
         raise ValueError(f"{_some(other)}: block scales of NVFP4, which is not read; {_INSTEAD}")
-    notes = frozenset(key for key in dtypes if _last(key) in (MARKER, NOTE))
+    notes = frozenset(key for key in dtypes if last_part(key) in (MARKER, NOTE))
     weights, inputs = _paired(dtypes, _WEIGHT_SCALES), _paired(dtypes, _INPUT_SCALES)
-    scaled_by_note = bool(scaled or notes)
-    scaled = bool(scaled_by_note or weights or inputs)
+    noted = bool(scaled or notes)
+    scaled = bool(noted or weights or inputs)
     if without := [key for key in dtypes if scaled and key not in weights and _needs_scale(key, dtypes[key])]:
         raise ValueError(
             f"{_some(without)}: float8 without a scale, though the file says that it is scaled; it is incomplete"
@@ -90,9 +82,9 @@ def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> S
     if not scaled:
         plain = any(dtype in FLOAT8 for dtype in dtypes.values())
         return Scales("plain float8 (no scales)" if plain else "no float8")
-    newer = "ComfyUI's newer (weight_scale)" if scaled_by_note else "ModelOpt's (weight_scale)"
+    newer = "ComfyUI's newer (weight_scale)" if noted else "ModelOpt's (weight_scale)"
     names = {"scale_weight": "ComfyUI's older (scale_weight)", "weight_scale": newer}
-    spellings = {names[_last(key)] for key in weights.values()}
+    spellings = {names[last_part(key)] for key in weights.values()}
     return Scales(" + ".join(sorted(spellings)) or "ComfyUI marker without scales", weights, inputs, notes)
 
 
@@ -152,75 +144,14 @@ def weight_of(layer: str) -> str:
     return f"{layer}.weight" if layer else "weight"
 
 
-def stored_weights(
-    shapes: Mapping[str, Sequence[int]],
-    dtypes: Mapping[str, torch.dtype],
-    read: Callable[[str], Tensor],
-    notes: Mapping[str, Note],
-    recipes: Mapping[str, Recipe],
-) -> tuple[Scales, dict[str, Stored]]:
-    """How the scales of a model are spelled, and `{key of a scaled weight: what stands beside its codes}`.
-
-    Args:
-        shapes, dtypes: of all its tensors.
-        read: gives the tensor of a key; called for scales and notes.
-        notes: of the file's metadata, by layer.
-        recipes: of our own entry there, by the weight's key; a weight without one has what the spelling says.
-
-    Raises:
-        ValueError: see `find_scales`; a scale that is not one positive number, or one per row; or two places that say
-            different things of a weight.
-    """
-    said = _said(dtypes, read, notes)
-    check_formats(said, dtypes)
-    scales = find_scales(dtypes, scaled=bool(notes))
-    marked = any(_last(key) == MARKER and prod(shapes[key]) == 2 for key in scales.notes)
-    named = {weight_of(layer) for layer, note in said.items() if note.full_precision}
-    full = frozenset(weight for weight in scales.weights if marked or weight in named)
-    found = {}
-    for weight, key in scales.weights.items():
-        scale, given = checked_scale(read(key), shapes[weight], weight), scales.inputs.get(weight)
-        input_scale = None if given is None else checked_input_scale(read(given), weight)
-        recipe = recipe_of(dtypes[weight], scale, static=input_scale is not None and weight not in full)
-        found[weight] = Stored(scale, input_scale, _checked_recipe(recipes.get(weight, recipe), recipe, weight))
-    return replace(scales, full_precision=full), found
-
-
-def recipe_of(codes: torch.dtype, scale: Tensor, *, static: bool) -> Recipe:
-    """The recipe of a weight that a file says no more of: activations under its input scale, or as they are."""
-    granularity: Granularity = "row" if scale.ndim else "tensor"
-    return Recipe(FORMAT_OF[codes], granularity, activation="static" if static else "none")
-
-
-def checked_scale(scale: Tensor, weight: Sequence[int], name: str) -> Tensor:
-    """A weight's scale as float32, () or [out, 1].
-
-    Raises:
-        ValueError: it has another shape or dtype, or is zero, negative or not finite.
-    """
-    check_scale_shape(weight, scale.shape, name)
-    scale = _positive(scale, name, "a scale")
-    return scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
-
-
-def checked_input_scale(scale: Tensor, name: str) -> Tensor:
-    """The scale of a weight's input as float32 ().
-
-    Raises:
-        ValueError: it is not one number, or zero, negative or not finite.
-    """
-    if scale.numel() != 1:
-        raise ValueError(f"{name}: input scale of shape {list(scale.shape)}; expected one number")
-    return _positive(scale, name, "an input scale").reshape(())
-
-
 def check_scale_shape(weight: Sequence[int], scale: Sequence[int], name: str) -> None:
-    """Raise ValueError unless a scale of that shape is one number, or one per row as [out] or [out, 1]."""
+    """Raise ValueError unless a scale of that shape is one number, or one per row as [out] or [..., out, 1]."""
     rows = list(weight[:1])
-    if prod(scale) != 1 and list(scale) not in (rows, [*rows, 1]):
+    known = [rows, [*rows, *[1] * (len(weight) - 1)], [*rows, 1], [*weight[:-1], 1]] if weight else []
+    if prod(scale) != 1 and list(scale) not in known:
         raise ValueError(
             f"{name}: scale of shape {list(scale)} for a weight of shape {list(weight)}; expected one number"
-            + (f", or one per row: {rows} or {[*rows, 1]}" if rows else "")
+            + (f", or one per row: {rows} or {known[-1]}" if known else "")
         )
 
 
@@ -231,7 +162,7 @@ def dequantize(stored: Tensor, scale: Tensor, name: str, dtype: torch.dtype) -> 
 
     Args:
         stored: float8 codes, [out, in] or any shape.
-        scale: one number, or one per row as [out] or [out, 1].
+        scale: one number, or one per row as [out] or [..., out, 1].
         name: what to call the weight in an error.
         dtype: of the result.
 
@@ -240,8 +171,11 @@ def dequantize(stored: Tensor, scale: Tensor, name: str, dtype: torch.dtype) -> 
     """
     check_scale_shape(stored.shape, scale.shape, name)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    factor = _positive(scale, name, "a scale", wide)
-    factor = factor.reshape(-1, *[1] * (stored.ndim - 1)) if factor.numel() > 1 else factor.reshape(())
+    factor = positive(scale, name, "a scale", wide)
+    if factor.numel() == 1:
+        factor = factor.reshape(())
+    elif factor.shape != (*stored.shape[:-1], 1):
+        factor = along_rows(factor, stored.ndim)
     return (stored.to(wide) * factor).to(dtype)
 
 
@@ -262,39 +196,20 @@ def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> dict[s
     return found
 
 
-def _said(
-    dtypes: Mapping[str, torch.dtype], read: Callable[[str], Tensor], notes: Mapping[str, Note]
-) -> dict[str, Note]:
-    """What metadata and tensors of bytes say of layers together."""
-    found = dict(notes)
-    for key in dtypes:
-        layer, _, ending = key.rpartition(".")
-        if ending == NOTE:
-            note = format_in(bytes(read(key).flatten().view(torch.uint8).tolist()))
-            if found.setdefault(layer, note) != note:
-                raise ValueError(f"{layer!r}: {HEADER} says {found[layer]}, but {key} says {note}")
-    return found
+def along_rows(scale: Tensor, dims: int) -> Tensor:
+    """One number per row in the shape that multiplies a tensor of so many dimensions."""
+    return scale.reshape(-1, *[1] * (dims - 1))
 
 
 def _note(said: Any) -> Note:
-    full = said.get("full_precision_matrix_mult", False)
+    name, full = str(said["format"]), said.get("full_precision_matrix_mult", False)
     if not isinstance(full, bool):
         raise TypeError(f"full_precision_matrix_mult is {full!r}")
-    return Note(str(said["format"]), full)
+    return Note(name, full)
 
 
-def _checked_recipe(own: Recipe, spelled: Recipe, name: str) -> Recipe:
-    """The recipe of our own entry, if it goes with the codes and the scale."""
-    for what in ("format", "granularity"):
-        if getattr(own, what) != getattr(spelled, what):
-            raise ValueError(
-                f"{name!r} is said to have {what} {getattr(own, what)!r}, but has {getattr(spelled, what)!r}; "
-                "the file was written wrongly"
-            )
-    return own
-
-
-def _positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.float32) -> Tensor:
+def positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A scale in `dtype`; ValueError, which calls it `what` of `name`, unless it is finite and above zero."""
     if not scale.dtype.is_floating_point:
         raise ValueError(f"{name}: {what} must be floating point, got {scale.dtype}")
     factor = scale.to(dtype)
@@ -306,10 +221,16 @@ def _positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.fl
 def _needs_scale(key: str, dtype: torch.dtype) -> bool:
     """Weights of linears; norms and embeddings are stored plain in the files that are known."""
     layer, _, ending = key.rpartition(".")
-    return dtype in FLOAT8 and ending == "weight" and _last(layer) not in _EMBEDDINGS and "norm" not in _last(layer)
+    return (
+        dtype in FLOAT8
+        and ending == "weight"
+        and last_part(layer) not in _EMBEDDINGS
+        and "norm" not in last_part(layer)
+    )
 
 
-def _last(key: str) -> str:
+def last_part(key: str) -> str:
+    """What comes after the last dot."""
     return key.rpartition(".")[2]
 
 

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant.recipe import Recipe
-from quant.scaling import from_codes, scale_of, to_codes
+from quant.scaling import DTYPES, from_codes, scale_of, to_codes, values_of
 
-Runs = Literal["native", "emulated", "widened"]
+Runs = Literal["native", "emulated", "widened", "refused"]
 
 
 def linear(
@@ -26,20 +26,20 @@ def linear(
     """x @ (qdata * scale).T + bias as the recipe says; gradients reach x and bias.
 
     Args:
-        x: [..., in].
+        x: [..., in]; under `torch.autocast` it is cast as for a plain weight.
         qdata: codes, [out, in].
         scale: float32, () or [out, 1].
         input_scale: float32 (), for static activations.
         bias: [out].
         recipe: what to do with x, and which backend.
-        dtype: of the weight that the codes stand for; x must have it.
+        dtype: of the weight that the codes stand for; x and bias must have it.
 
     Raises:
-        ValueError: x has another dtype, the scales are not of output channels, a static recipe has no input scale, or
-            `native` cannot run here.
+        ValueError: shapes or dtypes do not fit, the scales are not of output channels, a static recipe has no input
+            scale, or `native` cannot run here.
     """
-    if x.dtype != dtype:
-        raise ValueError(f"the input is {x.dtype}, but the float8 weight stands for {dtype}; cast one of them")
+    x, bias, dtype = _autocast(x, bias, dtype)
+    _check_operands(x, qdata, bias, dtype)
     if scale.ndim and scale.shape != (len(qdata), 1):
         raise ValueError(
             f"scales of shape {list(scale.shape)} run along the sum of this product with a weight [out, in] of "
@@ -47,8 +47,7 @@ def linear(
         )
     if recipe.activation == "static" and input_scale is None:
         raise ValueError("a recipe with static activations needs input scales: run mmdit.calibrate, or load them")
-    tensors = (x, bias)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, qdata, scale, input_scale, bias, recipe)  # type: ignore[no-untyped-call]
     return _forward(x, qdata, scale, input_scale, bias, recipe)
 
@@ -56,28 +55,39 @@ def linear(
 def backend_of(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[Runs, str]:
     """Which backend multiplies a weight [out, in] there, and why: a pure function of its arguments.
 
-    `widened` is weight-only: the weight in x's dtype and torch's own matmul.
+    `widened` is weight-only: the weight in x's dtype and torch's own matmul. `refused` is an explicit `native` where
+    that cannot run.
     """
     if recipe.activation == "none":
         return "widened", "weight-only"
     if recipe.backend == "emulated":
         return "emulated", "asked for"
-    why_not = _why_not_native(recipe, device, dtype, shape)
-    return ("emulated", why_not) if why_not else ("native", "float8 matmul of the device")
+    if why_not := why_not_native(recipe, device, dtype, shape):
+        return ("refused" if recipe.backend == "native" else "emulated"), why_not
+    return "native", "float8 matmul of the device"
 
 
-def _why_not_native(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str:
+def why_not_native(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str:
+    """Why `torch._scaled_mm` cannot multiply by a weight [out, in] there; empty where it can.
+
+    Source: the checks in torch 2.11 to 2.13, aten/src/ATen/native/cuda/{ScaledBlas.cpp, RowwiseScaledMM.cu}.
+    """
     if device.type != "cuda":
         return f"no float8 matmul on {device.type}"
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        return f"compute capability {torch.cuda.get_device_capability(device)} is below 8.9"
-    if shape[0] % 16 or shape[1] % 16:
+    if (capability := _capability(device)) < (8, 9):
+        return f"compute capability {capability} is below 8.9"
+    if 0 in shape or shape[0] % 16 or shape[1] % 16:
         return f"{list(shape)} is not in multiples of 16"
-    if recipe.format == recipe.activation_format == "e5m2":
-        return "E5M2 times E5M2 is in no hardware"
+    if recipe.format == "e5m2" and (recipe.granularity == "row" or recipe.activation_format == "e5m2"):
+        return f"no float8 matmul of E5M2 weights, scale per {recipe.granularity}, and {recipe.activation_format} input"
     if dtype != torch.bfloat16 and (recipe.granularity == "row" or dtype == torch.float64):
-        return f"scales per row give bfloat16 only, not {dtype}"
+        return f"scales per {recipe.granularity} do not give {dtype}"
     return ""
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    gpu = torch.cuda.get_device_properties(device)  # torch.compile takes it for a constant
+    return gpu.major, gpu.minor
 
 
 def quantize_activation(
@@ -95,19 +105,40 @@ def quantize_activation(
     return to_codes(x, scale, recipe.activation_format, as_bytes=as_bytes), scale
 
 
+def _autocast(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """What `torch.autocast` makes of the operands of a plain `F.linear`; it leaves float64 as it is."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises for meta
+        return x, bias, dtype
+    if torch.float64 in (x.dtype, dtype):
+        return x, bias, dtype
+    lower = torch.get_autocast_dtype(device)
+    return x.to(lower), None if bias is None else bias.to(lower), lower
+
+
+def _check_operands(x: Tensor, qdata: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    if x.dtype != dtype:
+        raise ValueError(f"the input is {x.dtype}, but the float8 weight stands for {dtype}; cast one of them")
+    if not x.ndim or x.shape[-1] != qdata.shape[1]:
+        raise ValueError(f"an input of shape {list(x.shape)} times a float8 weight [out, in] of {list(qdata.shape)}")
+    if bias is not None and (bias.dtype != dtype or bias.shape != qdata.shape[:1]):
+        raise ValueError(f"the bias is {list(bias.shape)}, {bias.dtype}; expected {[len(qdata)]}, {dtype}")
+
+
 def _forward(
     x: Tensor, qdata: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, recipe: Recipe
 ) -> Tensor:
     out, width = qdata.shape
     runs, why = backend_of(recipe, x.device, x.dtype, (out, width))
-    if runs == "emulated" and recipe.backend == "native":
+    if runs == "refused":
         raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
     if runs == "widened":
-        return F.linear(x, _widened(qdata, scale, recipe, x.dtype), bias)
-    rows = x.reshape(-1, width)
-    codes, x_scale = quantize_activation(rows, recipe, input_scale, as_bytes=qdata.dtype == torch.uint8)
-    y = (_native if runs == "native" else _emulated)(codes, x_scale, qdata, scale, bias, recipe, x.dtype)
-    return y.reshape(*x.shape[:-1], out)
+        return F.linear(x, values_of(qdata, scale, recipe.format, x.dtype), bias)
+    multiply = _native if runs == "native" and x.numel() else _emulated
+    as_bytes = qdata.dtype == torch.uint8 and multiply is _emulated
+    rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    codes, x_scale = quantize_activation(rows, recipe, input_scale, as_bytes=as_bytes)
+    return multiply(codes, x_scale, qdata, scale, bias, recipe, x.dtype).reshape(*x.shape[:-1], out)
 
 
 def _native(
@@ -119,9 +150,16 @@ def _native(
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> Tensor:
-    if recipe.granularity == "row":  # the matmul takes scales of both sides per row, or of neither
-        x_scale, scale = x_scale.expand(len(codes), 1).contiguous(), scale.t()
-    return torch._scaled_mm(codes, qdata.t(), x_scale, scale, bias, out_dtype=dtype, use_fast_accum=recipe.fast_accum)
+    """By the device: rows of both operands contiguous, scales float32 of both per row or of neither."""
+    if recipe.granularity == "row":
+        x_scale, scale = x_scale.expand(len(codes), 1).contiguous(), scale.t().contiguous()
+    weight = qdata.view(DTYPES[recipe.format]).contiguous().t()
+    rest = bias if dtype == torch.float32 else None  # it takes no bias for float32
+    fused = None if dtype == torch.float32 else bias
+    y = torch._scaled_mm(
+        codes.contiguous(), weight, x_scale, scale, fused, out_dtype=dtype, use_fast_accum=recipe.fast_accum
+    )
+    return y if rest is None else y + rest
 
 
 def _emulated(
@@ -133,16 +171,12 @@ def _emulated(
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The products of codes are exact in float32; only their sum and the scaled result are rounded."""
+    """The products of codes are exact in float32 (and in TF32); their sum and the scaled result are rounded."""
     wide = torch.promote_types(dtype, torch.float32)
     sums = from_codes(codes, recipe.activation_format, wide) @ from_codes(qdata, recipe.format, wide).t()
-    y = sums * x_scale.to(wide) * scale.to(wide).reshape(-1 if scale.ndim else ())
+    # The weight's scale first: it is seldom extreme, so inputs near the ends of float32 neither over- nor underflow.
+    y = sums * scale.to(wide).reshape(-1 if scale.ndim else ()) * x_scale.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)
-
-
-def _widened(qdata: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(dtype, torch.float32)
-    return (from_codes(qdata, recipe.format, wide) * scale.to(wide)).to(dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -150,16 +184,21 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, qdata: Tensor, scale: Tensor, input_scale: Any, bias: Any, recipe: Recipe
+        x: Tensor, qdata: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, recipe: Recipe
     ) -> Tensor:
-        ctx.save_for_backward(qdata, scale)
-        ctx.recipe, ctx.has_bias = recipe, bias is not None
         return _forward(x, qdata, scale, input_scale, bias, recipe)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, qdata, scale, _, _, recipe = inputs
+        ctx.save_for_backward(qdata, scale)
+        ctx.format = recipe.format
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         qdata, scale = ctx.saved_tensors
-        grad_x = grad @ _widened(qdata, scale, ctx.recipe, grad.dtype)
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.has_bias else None
+        of_x, *_, of_bias, _ = ctx.needs_input_grad
+        grad_x = grad @ values_of(qdata, scale, ctx.format, grad.dtype) if of_x else None
+        grad_bias = grad.reshape(-1, len(qdata)).sum(0) if of_bias else None
         return grad_x, None, None, None, grad_bias, None

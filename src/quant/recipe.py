@@ -43,6 +43,8 @@ class Recipe:
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(map(repr, get_args(kind)))
                 raise ValueError(f"Recipe.{name} must be one of {known}; got {getattr(self, name)!r}")
+        if self.activation == "none" and self.backend == "native":
+            raise ValueError("Recipe: weight-only (activation='none') has no float8 matmul; backend='native' needs one")
         if self.activation == "token" and self.granularity == "tensor":
             raise ValueError(
                 "Recipe: a scale per token goes with one per row of the weight (granularity='row'), because float8 "

@@ -22,7 +22,7 @@ SMALLEST_SCALE: Final = 2.0**-126  # the smallest normal float32: below it divis
 def scale_of(amax: Tensor, format: Format) -> Tensor:
     """The scale, float32 of the shape of `amax`, that maps the largest absolute value to the largest code.
 
-    NaN stays NaN and an infinity gives infinity: what is quantized with it then is NaN.
+    NaN stays NaN and an infinity gives infinity: what is quantized with it then is NaN, or has that scale.
     """
     scale = (amax.float() / LARGEST[format]).clamp(min=SMALLEST_SCALE)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
@@ -38,16 +38,23 @@ def to_codes(x: Tensor, scale: Tensor, format: Format, *, as_bytes: bool = False
         as_bytes: uint8 by our own codec, for devices without float8 dtypes.
     """
     # In float64 for float64, so that there is one rounding; torch's own cast goes through float32.
-    wide = x.to(torch.promote_types(x.dtype, torch.float32)) / scale.to(x.device)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
     if as_bytes or wide.dtype == torch.float64:
         codes = encode(wide, format)
         return codes if as_bytes else codes.view(DTYPES[format])
+    # The clamp is explicit: what a cast makes of overflow depends on the version of torch.
     return wide.clamp(-LARGEST[format], LARGEST[format]).to(DTYPES[format])
 
 
 def from_codes(codes: Tensor, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of codes without their scale; exact in every dtype of 16 bits or more, but float16 for large E5M2."""
+    """The values of codes without their scale: exact in float16, bfloat16, float32 and float64."""
     return decode(codes, format, dtype) if codes.dtype == torch.uint8 else codes.to(dtype)
+
+
+def values_of(codes: Tensor, scale: Tensor, format: Format, dtype: torch.dtype) -> Tensor:
+    """codes * scale, multiplied in float32 (float64 for float64) and rounded once."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (from_codes(codes, format, wide) * scale.to(wide)).to(dtype)
 
 
 def has_float8(device: torch.device) -> bool:

@@ -1,0 +1,230 @@
+"""What can be done with a `Float8Tensor`: products, and whatever moves, copies and cuts.
+
+`F.linear` and matrix products are found through `__torch_function__`, the rest as operations of aten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.matmul import linear
+from quant.scaling import DTYPES, has_float8
+from quant.tensor import FUNCTIONS, OPERATIONS, Float8Tensor
+
+aten = torch.ops.aten
+
+# Products: `F.linear` and what is written with its transpose. Arguments are named as torch names them.
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(bias, Float8Tensor):
+        raise NotImplementedError("linear with a Float8Tensor as bias; use bias.dequantize()")
+    if isinstance(input, Float8Tensor):
+        input = input.dequantize()
+    if not isinstance(weight, Float8Tensor):
+        return torch.nn.functional.linear(input, weight, bias)
+    if weight.ndim != 2:
+        raise ValueError(f"a float8 weight to multiply with is a matrix, got shape {list(weight.shape)}")
+    return linear(input, weight.qdata, weight.scale, weight.input_scale, bias, weight.recipe, weight.dtype)
+
+
+def _matmul(input: Tensor, other: Tensor) -> Tensor:
+    """input @ other is a linear layer with weight other transposed; a float8 input the weight of the transpose."""
+    if isinstance(other, Float8Tensor):
+        if other.ndim != 2:
+            raise NotImplementedError(f"matmul with a Float8Tensor of shape {list(other.shape)}; give a matrix")
+        return _linear(input, other.t())
+    if other.ndim not in (1, 2):
+        raise NotImplementedError(f"matmul of a Float8Tensor with shape {list(other.shape)}; give a matrix or a vector")
+    return _linear(other.t(), input).t()
+
+
+def _mm(input: Tensor, mat2: Tensor) -> Tensor:
+    return _matmul(input, mat2)
+
+
+def _rmatmul(self: Tensor, other: Tensor) -> Tensor:
+    return _matmul(other, self)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: int | float = 1, alpha: int | float = 1) -> Tensor:
+    if beta == alpha == 1 and input.ndim == 1 and isinstance(mat2, Float8Tensor):
+        return _linear(mat1, mat2.t(), input)
+    product = alpha * _matmul(mat1, mat2)
+    return product + beta * input if beta else product
+
+
+def _set_data(self: Tensor, data: Tensor) -> None:
+    """`tensor.data = other`: the parts too, which torch knows nothing of."""
+    if not (isinstance(self, Float8Tensor) and isinstance(data, Float8Tensor)):
+        raise NotImplementedError("data of a Float8Tensor can be set to another one's only")
+    with torch._C.DisableTorchFunctionSubclass():
+        Tensor.data.__set__(self, data)  # type: ignore[attr-defined]
+    self.qdata, self.scale, self.input_scale, self.recipe = data.qdata, data.scale, data.input_scale, data.recipe
+    self.snr, self._shares_scale = data.snr, data._shares_scale
+
+
+FUNCTIONS |= {
+    torch.nn.functional.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _mm,
+    Tensor.matmul: _matmul,
+    Tensor.mm: _mm,
+    Tensor.__matmul__: _matmul,
+    Tensor.__rmatmul__: _rmatmul,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+}
+
+# Operations that move, copy and cut.
+
+
+def _implements(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(operation: Callable[..., Any]) -> Callable[..., Any]:
+        OPERATIONS.update(dict.fromkeys(functions, operation))
+        return operation
+
+    return register
+
+
+@_implements(aten.clone.default)
+def _clone(func: Any, x: Float8Tensor, **kwargs: Any) -> Float8Tensor:
+    return x._map(lambda part: func(part, **kwargs))
+
+
+@_implements(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+def _alias(func: Any, x: Float8Tensor) -> Float8Tensor:
+    same = x._view(func(x.qdata), func(x.scale))
+    same.snr = x.snr
+    return same
+
+
+@_implements(aten._to_copy.default)
+def _to_copy(
+    func: Any, x: Float8Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
+) -> Float8Tensor:
+    """A dtype changes what the tensor stands for, and no code; a device moves it."""
+    kwargs.pop("memory_format", None)
+
+    def moved(part: Tensor) -> Tensor:
+        if part.dtype == torch.float32:
+            return func(part, device=device, **kwargs)
+        codes = func(part.view(torch.uint8), device=device, **kwargs)
+        return codes.view(DTYPES[x.recipe.format]) if has_float8(codes.device) else codes
+
+    return x._map(moved, dtype)
+
+
+@_implements(aten.t.default, aten.transpose.int, aten.permute.default)
+def _transposed(func: Any, x: Float8Tensor, *dims: Any) -> Float8Tensor:
+    return x._view(func(x.qdata, *dims), func(x.scale, *dims) if x.scale.ndim else x.scale)
+
+
+@_implements(aten.view.default, aten._unsafe_view.default)
+def _view(func: Any, x: Float8Tensor, size: Sequence[int]) -> Float8Tensor:
+    """Any shape under one scale; with one per row, those that keep rows whole."""
+    qdata = func(x.qdata, size)
+    if not x.scale.ndim:
+        return x._view(qdata, x.scale)
+    if not qdata.ndim or qdata.shape[-1] != x.shape[-1] or x.scale.shape[-1] != 1:
+        raise NotImplementedError(
+            f"{func} from {list(x.shape)} to {list(size)}: a scale per row needs rows to stay whole; dequantize() first"
+        )
+    return x._view(qdata, func(x.scale, [*qdata.shape[:-1], 1]))
+
+
+@_implements(aten.slice.Tensor, aten.select.int)
+def _cut(func: Any, x: Float8Tensor, dim: int = 0, *where: Any, **kwargs: Any) -> Float8Tensor:
+    scale = x.scale
+    if scale.ndim and scale.shape[dim] == x.shape[dim]:
+        scale = func(scale, dim, *where, **kwargs)
+    elif scale.ndim and func is aten.select.int:
+        scale = scale.select(dim, 0)
+    return x._view(func(x.qdata, dim, *where, **kwargs), scale)
+
+
+@_implements(aten.split.Tensor, aten.split_with_sizes.default)
+def _split(func: Any, x: Float8Tensor, sizes: Any, dim: int = 0) -> list[Float8Tensor]:
+    pieces = func(x.qdata, sizes, dim)
+    whole = not x.scale.ndim or x.scale.shape[dim] != x.shape[dim]
+    scales = [x.scale] * len(pieces) if whole else func(x.scale, sizes, dim)
+    return [x._view(qdata, scale) for qdata, scale in zip(pieces, scales, strict=True)]
+
+
+@_implements(aten.cat.default)
+def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Float8Tensor:
+    """Codes stay as they are; rows keep their scales, and tensors with different single scales get one per row."""
+    parts = [tensor for tensor in tensors if isinstance(tensor, Float8Tensor)]
+    first, *others = parts
+    if len(parts) < len(tensors) or not all(_joins(first, other) for other in others):
+        raise NotImplementedError("cat of a Float8Tensor with other tensors, recipes, dtypes or input scales")
+    if any(part.scale.ndim and part.scale.shape[-1] != 1 for part in parts):
+        raise NotImplementedError("cat of transposed Float8Tensors; transpose afterwards")
+    qdata, within_rows = func([part.qdata for part in parts], dim), dim % first.ndim == first.ndim - 1
+    if (within_rows or not first.scale.ndim) and all(_same(first.scale, other.scale) for other in others):
+        return first._replace(qdata=qdata)
+    if within_rows:
+        raise NotImplementedError("cat of Float8Tensors in rows that have different scales; dequantize() first")
+    scale = torch.cat([part.scale.expand(*part.shape[:-1], 1) for part in parts], dim)
+    return first._replace(qdata=qdata, scale=scale, recipe=replace(first.recipe, granularity="row"))
+
+
+def _joins(a: Float8Tensor, b: Float8Tensor) -> bool:
+    """Whether codes of both can be in one tensor, as far as their scales allow."""
+    kinds = {(replace(part.recipe, granularity="row"), part.dtype, part.input_scale is None) for part in (a, b)}
+    return len(kinds) == 1 and _same(a.input_scale, b.input_scale)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+@_implements(aten.copy_.default)
+def _copy(func: Any, into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """From a Float8Tensor of the same kind its codes; from any other tensor new codes and a new scale."""
+    if not isinstance(into, Float8Tensor):
+        assert isinstance(source, Float8Tensor)
+        wide = torch.promote_types(into.dtype, torch.float32) if into.is_floating_point() else torch.float32
+        return func(into, source.dequantize(wide), non_blocking)
+    if into._shares_scale:
+        raise NotImplementedError(
+            "copy_ into a part of a Float8Tensor whose scale is that of other parts too; quantize the whole again"
+        )
+    source = _like(into, source)
+    func(into.qdata.view(torch.uint8), source.qdata.view(torch.uint8), non_blocking)
+    func(into.scale, source.scale, non_blocking)
+    if into.input_scale is not None and source.input_scale is not None:
+        func(into.input_scale, source.input_scale, non_blocking)
+    into.snr = source.snr
+    return into
+
+
+def _like(into: Float8Tensor, source: Tensor) -> Float8Tensor:
+    """The source with codes and scales that fit into `into`."""
+    if isinstance(source, Float8Tensor):
+        alike = (source.shape, source.scale.shape, source.recipe.format)
+        if alike == (into.shape, into.scale.shape, into.recipe.format):
+            return source
+        source = source.dequantize(into.dtype)
+    values = source.to(into.device, into.dtype).expand(into.shape)
+    quantized = Float8Tensor.quantize(values, recipe=into.recipe)
+    if quantized.scale.shape != into.scale.shape:
+        raise NotImplementedError("copy_ into a transposed Float8Tensor; copy into it before it is transposed")
+    return quantized
+
+
+@_implements(aten.equal.default)
+def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
+    """Whether codes, scales and what they stand for are the same."""
+    if not (isinstance(a, Float8Tensor) and isinstance(b, Float8Tensor)):
+        return False
+    if (a.recipe, a.dtype, a.shape, len(a._parts)) != (b.recipe, b.dtype, b.shape, len(b._parts)):
+        return False
+    same_codes = torch.equal(a.qdata.view(torch.uint8), b.qdata.view(torch.uint8))
+    return same_codes and all(torch.equal(*pair) for pair in zip(a._parts[1:], b._parts[1:], strict=True))

@@ -1,0 +1,258 @@
+"""Float8Tensor: compared, printed, stored, shared, as a Parameter of modules; and what it cannot do, and says so."""
+
+import copy
+import io
+import pickle
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quant.recipe import RECIPES, Recipe
+from quant.tensor import Float8Tensor
+from refusals import refuses
+
+MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+
+
+def quantized(*shape, granularity="row", **recipe):
+    recipe = Recipe(granularity=granularity, **({"activation": "none"} | recipe))
+    return Float8Tensor.quantize(torch.randn(*shape), recipe=recipe)
+
+
+def test_equal():
+    q = quantized(6, 8)
+    assert torch.equal(q, q.clone())
+    assert q.equal(q)
+    assert not torch.equal(q, q.bfloat16())
+    assert not torch.equal(q, -1 * q.dequantize())
+    assert not torch.equal(q, q[:5])
+    changed = q.clone()
+    changed.qdata.view(torch.uint8)[3, 3] ^= 1
+    assert not torch.equal(q, changed)
+    changed = q.clone()
+    changed.scale[2] *= 2
+    assert not torch.equal(q, changed)
+    recipe = Recipe(activation="token")
+    assert not torch.equal(q, Float8Tensor(q.qdata, q.scale, None, recipe, q.dtype))
+    static = [
+        Float8Tensor(q.qdata, q.scale, scale, recipe, q.dtype) for scale in (None, torch.ones(()), 2 * torch.ones(()))
+    ]
+    assert not torch.equal(static[0], static[1])
+    assert not torch.equal(static[1], static[2])
+    assert torch.equal(static[1], static[1].clone())
+
+
+def test_repr_is_one_line():
+    q = quantized(6, 8, format="e5m2").bfloat16()
+    said = "Float8Tensor([6, 8], e5m2, scale per row, activation='none', dtype=torch.bfloat16, device='cpu')"
+    assert repr(q) == str(q) == repr(nn.Parameter(q)) == said
+    q.input_scale = torch.tensor(1.0)
+    assert "scale per row, static input scale" in repr(q)
+
+
+def test_sizes_are_those_of_what_is_stored():
+    assert quantized(6, 8).nbytes == 6 * 8 + 4 * 6
+    q = quantized(6, 8, granularity="tensor")
+    q.input_scale = torch.tensor(1.0)
+    assert q.nbytes == 6 * 8 + 4 + 4
+    assert (q.numel(), q.shape, q.stride(), q.is_floating_point()) == (48, (6, 8), (8, 1), True)
+
+
+def test_recipes_are_values():
+    assert Recipe() == Recipe()
+    assert hash(Recipe()) == hash(Recipe())
+    assert len({*RECIPES.values(), Recipe()}) == len(RECIPES)
+    with pytest.raises(AttributeError):
+        Recipe().format = "e5m2"
+    for name, said in (("format", "'e4m3', 'e5m2'; got 'e3m4'"), ("activation", "'static'; got 'e3m4'")):
+        broken = copy.copy(Recipe())
+        object.__setattr__(broken, name, "e3m4")  # the suite checks types before the recipe can
+        refuses(broken.__post_init__, f"Recipe.{name} must be one of", said, error=ValueError)
+    refuses(lambda: Recipe(granularity="tensor"), "activation='tensor' for granularity='tensor'", error=ValueError)
+    refuses(lambda: Recipe(activation="none", backend="native"), "weight-only", error=ValueError)
+
+
+def saved(value, **options):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, **options)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda q: pickle.loads(pickle.dumps(q)),
+    "between processes": lambda q: pickle.loads(ForkingPickler.dumps(q)),
+    "torch.save, weights only": lambda q: saved(q, weights_only=True),
+    "torch.save": lambda q: saved(q, weights_only=False),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_are_equal(name):
+    q = Float8Tensor.quantize(torch.randn(6, 8).half(), recipe=RECIPES["fp8-static"], input_scale=torch.tensor(0.5))
+    q.snr = 31.0
+    for original in (q, q.t(), q[2:4], nn.Parameter(q)):
+        twin = COPIES[name](original)
+        assert type(twin) is Float8Tensor
+        assert torch.equal(twin, original)
+        assert torch.equal(twin.dequantize(), original.dequantize())
+        assert isinstance(twin, nn.Parameter) == isinstance(original, nn.Parameter)
+        assert (twin.snr, twin.input_scale.item()) == (original.snr, 0.5)
+        assert (twin.qdata.data_ptr() == original.qdata.data_ptr()) == (name in ("copy", "between processes"))
+
+
+def test_shared_memory():
+    net = nn.Sequential(nn.Linear(8, 4))
+    net[0].weight = nn.Parameter(quantized(4, 8, granularity="tensor", activation="static"))
+    net[0].weight.input_scale = torch.tensor(0.5)
+    assert not net[0].weight.is_shared()
+    before = net[0].weight.clone()
+    net.share_memory()
+    weight = net[0].weight
+    assert weight.is_shared()
+    assert all(part.is_shared() for part in (weight.qdata, weight.scale, weight.input_scale, net[0].bias))
+    assert torch.equal(weight, before)
+    received = pickle.loads(ForkingPickler.dumps(weight))
+    weight.copy_(torch.ones(4, 8))
+    assert torch.equal(received, weight)
+
+
+def test_pinned_memory(monkeypatch):
+    """Needs a GPU; here pinning is a copy that is marked."""
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda part: pinned.append(part.clone()) or pinned[-1])
+    monkeypatch.setattr(Tensor, "is_pinned", lambda part: any(part is each for each in pinned))
+    q = quantized(4, 8, granularity="tensor", activation="static")
+    q.input_scale = torch.tensor(0.5)
+    there = q.pin_memory()
+    assert len(pinned) == 3
+    assert there.is_pinned()
+    assert not q.is_pinned()
+    assert torch.equal(there, q)
+
+
+# In modules.
+
+
+def nets(count):
+    return [nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4, bias=False)) for _ in range(count)]
+
+
+def quantize_all(net, granularity="row", **recipe):
+    for layer in net:
+        recipe_ = Recipe(granularity=granularity, **({"activation": "none"} | recipe))
+        scale = torch.rand(()) + 0.1 if recipe_.activation == "static" else None
+        layer.weight = nn.Parameter(Float8Tensor.quantize(layer.weight, recipe=recipe_, input_scale=scale))
+    return net
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_state_dict_is_assigned(where):
+    source, into = quantize_all(nets(1)[0]), nets(1)[0].to(where)
+    x = torch.randn(3, 8)
+    into.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(into(x), source(x))
+    for mine, its in zip(into, source, strict=True):
+        assert isinstance(mine.weight, nn.Parameter)
+        assert torch.equal(mine.weight, its.weight)
+
+
+def test_state_dict_is_copied():
+    x = torch.randn(3, 8)
+    plain, one, two = nets(3)
+    for recipe in ({}, {"granularity": "tensor", "activation": "static"}):
+        one, two = quantize_all(nets(1)[0], **recipe), quantize_all(nets(1)[0], **recipe)
+        memory = two[0].weight.qdata.data_ptr()
+        two.load_state_dict(one.state_dict())
+        assert torch.equal(two(x), one(x))
+        assert torch.equal(two[0].weight, one[0].weight)
+        assert two[0].weight.qdata.data_ptr() == memory
+        two.load_state_dict(plain.state_dict())  # plain weights are quantized as they come
+        assert torch.equal(
+            two[0].weight.qdata.float(),
+            Float8Tensor.quantize(plain[0].weight, recipe=two[0].weight.recipe).qdata.float(),
+        )
+    plain.load_state_dict(one.state_dict())
+    assert type(plain[0].weight) is nn.Parameter
+    assert torch.equal(plain[0].weight, one[0].weight.dequantize())
+
+
+def test_it_is_never_trained():
+    weight = nn.Parameter(quantized(4, 8))
+    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Float8Tensor)
+    assert not weight.requires_grad
+    net = nn.Sequential(nn.Linear(8, 4))
+    net[0].weight = weight
+    assert not net.requires_grad_(True)[0].weight.requires_grad
+    assert net[0].bias.requires_grad
+    assert weight.is_leaf
+
+
+# What it cannot do.
+
+UNKNOWN = {
+    "add": ("torch.Tensor.add", lambda q: q + 1),
+    "mul": ("torch.Tensor.mul", lambda q: q * q),
+    "eq": ("aten.eq", lambda q: q == q.clone()),
+    "add_": ("aten.add_", lambda q: q.add_(1)),
+    "fill_": ("torch.Tensor.fill_", lambda q: q.fill_(1)),
+    "setitem": ("__setitem__", lambda q: q.__setitem__(0, 1.0)),
+    "sum": ("torch.Tensor.sum", lambda q: q.sum()),
+    "allclose": ("torch.allclose", lambda q: torch.allclose(q, q)),
+    "einsum": ("einsum", lambda q: torch.einsum("oi,bi->bo", q, torch.randn(3, 8))),
+    "stack": ("torch.stack", lambda q: torch.stack([q, q])),
+    "where": ("torch.where", lambda q: torch.where(torch.ones(8, 8) > 0, q, 0.0)),
+    "bmm": ("bmm", lambda q: torch.bmm(torch.randn(2, 3, 8), q.view(2, 4, 8).transpose(1, 2))),
+    "mv": ("torch.mv", lambda q: torch.mv(q, torch.randn(8))),
+    "embedding": ("embedding", lambda q: nn.functional.embedding(torch.tensor([1]), q)),
+    "zeros_like": ("zeros_like", torch.zeros_like),
+    "index": ("aten.index", lambda q: q[torch.tensor([1, 2])]),
+    "unsqueeze": ("unsqueeze", lambda q: q.unsqueeze(0)),
+    "view of another dtype": ("aten.view.dtype", lambda q: q.view(torch.int32)),
+    "isfinite": ("isfinite", torch.isfinite),
+    "addmm_": ("addmm_", lambda q: torch.zeros(8, 8).addmm_(torch.zeros(8, 8), q)),
+    "out=": (
+        "matmul of a Float8Tensor with out=",
+        lambda q: torch.matmul(torch.zeros(2, 8), q.t(), out=torch.zeros(2, 8)),
+    ),
+    "set_": ("set_", lambda q: q.set_(torch.zeros(8, 8))),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_operation_names_itself(name, mode):
+    says, call = UNKNOWN[name]
+    q = quantized(8, 8)
+    before = q.clone()
+    with MODES[mode](), pytest.raises(NotImplementedError) as caught:
+        call(q)
+    assert says in str(caught.value)
+    assert torch.equal(q, before)
+
+
+def test_compiled_code_is_found_again_for_the_same_kind_only():
+    """By this text torch finds compiled code on disk, and the graph beside it does not say shapes."""
+    q = quantized(8, 8)
+    text = q._stable_hash_for_caching()
+    assert text == quantized(8, 8)._stable_hash_for_caching()
+    static = q.clone()
+    static.input_scale = torch.tensor(1.0)
+    others = [
+        quantized(16, 8),
+        quantized(8, 16),
+        quantized(8, 8, granularity="tensor"),
+        quantized(8, 8, format="e5m2"),
+        quantized(8, 8, activation="token"),
+        q.bfloat16(),
+        q.t().contiguous().t(),
+        q.to("meta"),
+        Float8Tensor(q.qdata.view(torch.uint8), q.scale, None, q.recipe, q.dtype),
+        static,
+    ]
+    assert len({text, *(other._stable_hash_for_caching() for other in others)}) == len(others) + 1

@@ -1,0 +1,150 @@
+"""Products with float8 weights: gradients reach activations and biases, and torch.compile makes one graph of them.
+
+Graph and autograd stages only: an inductor needs a compiler, which a machine may lack.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from float8_recipes import RECIPES_OF_ALL, weight_of
+from quant.matmul import linear
+from quant.recipe import Recipe
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_gradients_are_those_of_the_widened_weight(name, bias):
+    q = weight_of(RECIPES_OF_ALL[name], 16, 32, dtype=torch.float64)
+    x = torch.randn(2, 3, 32, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(16, dtype=torch.float64, requires_grad=True) if bias else None
+    into = [x, b] if bias else [x]
+    grad = torch.randn(2, 3, 16, dtype=torch.float64)
+    found = torch.autograd.grad(F.linear(x, q, b), into, grad)
+    expected = torch.autograd.grad(F.linear(x, q.dequantize(), b), into, grad)
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
+    assert (F.linear(x.detach(), q, b).requires_grad, F.linear(x.detach(), q).requires_grad) == (bias, False)
+
+
+def test_gradients_reach_what_needs_them_only():
+    q, x, bias = weight_of(Recipe(), 16, 32), torch.randn(5, 32), torch.randn(16)
+    for of_x, of_bias in ((True, False), (False, True)):
+        one, two = x.clone().requires_grad_(of_x), bias.clone().requires_grad_(of_bias)
+        F.linear(one, q, two).sum().backward()
+        assert (one.grad is not None, two.grad is not None) == (of_x, of_bias)
+    assert q.grad is None
+    layer = nn.Linear(32, 16)
+    layer.weight = nn.Parameter(q)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert torch.equal(layer.bias.grad, torch.full((16,), 5.0))
+
+
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_codes_are_kept_for_the_backward_pass_and_no_wide_weight(name):
+    q, x = weight_of(RECIPES_OF_ALL[name], 16, 32), torch.randn(5, 32, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        F.linear(x, q, torch.zeros(16)).sum().backward()
+    assert {tensor.data_ptr() for tensor in kept} == {q.qdata.data_ptr(), q.scale.data_ptr()}
+
+
+def test_gradients_by_other_ways():
+    q, x = weight_of(Recipe(), 16, 32), torch.randn(5, 32, requires_grad=True)
+
+    def loss(x):
+        return F.linear(x, q).square().sum()
+
+    (plain,) = torch.autograd.grad(loss(x), x)
+    (again,) = torch.autograd.grad(checkpoint(loss, x, use_reentrant=False), x)
+    assert torch.equal(plain, again)
+    assert torch.equal(plain, torch.func.grad(loss)(x.detach()))
+    (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)  # straight through: that of the widened weight
+    w = q.dequantize()
+    torch.testing.assert_close(second, (2 * w.t() @ w).sum(0).expand(5, 32), rtol=1e-4, atol=1e-4)
+
+
+# Compiling.
+
+
+class Net(nn.Module):
+    def __init__(self, recipe, dtype=torch.float32):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64, dtype=dtype), nn.Linear(64, 16, bias=False, dtype=dtype)
+        for layer in (self.a, self.b):
+            layer.weight = nn.Parameter(weight_of(recipe, values=layer.weight.detach(), dtype=dtype))
+
+    def forward(self, x):
+        return self.b(F.gelu(self.a(x))) + x @ self.a.weight[:16].t()
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+    yield lambda call, **options: torch.compile(call, fullgraph=True, backend="aot_eager", **options)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_a_compiled_module_is_the_module(compiled, name, dtype):
+    net = Net(RECIPES_OF_ALL[name], dtype)
+    fast = compiled(net)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            x = torch.randn(3, 32, dtype=dtype)
+            assert torch.equal(fast(x), net(x))
+            with torch.compiler.set_stance("fail_on_recompile"):
+                fast(torch.randn(3, 32, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-weight-only", "fp8-static", "fp8-tensor"])
+def test_a_compiled_module_trains_what_is_around_it(compiled, name):
+    net = Net(RECIPES_OF_ALL[name]).train()
+    fast, x = compiled(net), torch.randn(3, 32)
+    grads = []
+    for call in (fast, net):
+        net.zero_grad()
+        leaf = x.clone().requires_grad_()
+        call(leaf).square().sum().backward()
+        grads.append((leaf.grad, net.a.bias.grad))
+    for mine, its in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, its)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        fast(torch.randn(3, 32, requires_grad=True)).sum().backward()
+
+
+def test_compiled_with_any_batch(compiled):
+    net = Net(Recipe())
+    fast = compiled(net, dynamic=True)
+    with torch.no_grad():
+        fast(torch.randn(3, 32))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch in (2, 7, 8):
+                x = torch.randn(batch, 32)
+                assert torch.equal(fast(x), net(x))
+
+
+def test_compiled_beside_modules(compiled):
+    q, x, bias = weight_of(Recipe(), 16, 32), torch.randn(3, 32), torch.randn(16)
+
+    def call(x, q, bias):
+        parts = torch.cat(q.chunk(2)).float().split(8)
+        return F.linear(x, parts[0]), torch.addmm(bias, x, q.t()), F.linear(x.half(), q.half()), x @ q.clone().T
+
+    for mine, its in zip(compiled(call)(x, q, bias), call(x, q, bias), strict=True):
+        assert torch.equal(mine, its)
+    parts = (q.qdata, q.scale, None, bias, q.recipe, q.dtype)
+    assert torch.equal(compiled(linear)(x, *parts), linear(x, *parts))
+
+
+def test_compiled_under_autocast(compiled):
+    net = Net(Recipe())
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        x = torch.randn(3, 32)
+        assert torch.equal(compiled(net)(x), net(x))
+        assert net(x).dtype == torch.bfloat16
