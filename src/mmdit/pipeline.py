@@ -33,7 +33,7 @@ from mmdit.hub import Variant, fetch, is_repo_id
 from mmdit.memory import explained
 from mmdit.pictures import OutputType, convert_output
 from mmdit.png import Settings
-from mmdit.profiles import Profile
+from mmdit.profiles import Profile, is_known
 from mmdit.recognise import Component
 from mmdit.texts import Prompts, Texts, settings_of
 from mmdit.verbs import Verbs
@@ -47,7 +47,8 @@ class PipelineOutput:
     """What a call drew.
 
     `images`: a list of PIL pictures, an array [b, h, w, 3], a tensor [b, 3, h, w] in [0, 1], or latents.
-    `settings`: how each was drawn, for `mmdit.save_png`; empty where embeddings took the place of a prompt.
+    `settings`: how each was drawn, for `mmdit.save_png`; empty where they could not say it: with given embeddings,
+    latents, sigmas or a callback.
     """
 
     images: Any
@@ -231,6 +232,8 @@ class Pipeline(Verbs):
         self._solver(sampler)
         levels = self.levels(num_inference_steps, schedule, sigmas)
         self._rules(max_sequence_length)
+        if vae_tile is not None:
+            whole("vae_tile", vae_tile, 1)
         with self._drawing(f"{count} pictures at once"):
             noise = self._start(latents, seed, generator, count, height, width)
             cond, uncond = (
@@ -245,7 +248,7 @@ class Pipeline(Verbs):
             latent = step.x.to(self.dtype)
             pictures = latent if output_type == "latent" else self.decode(latent, tile=vae_tile)
             images = convert_output(pictures, output_type, self.profile.to_uint8)
-        if latents is not None or sigmas is not None:
+        if latents is not None or sigmas is not None or callback_on_step_end is not None:
             return PipelineOutput(images)
         settings = self._settings(num_inference_steps, scale, sampler, schedule, max_sequence_length)
         rows, columns = latent.shape[2:]
@@ -268,7 +271,7 @@ class Pipeline(Verbs):
             "sampler": sampler or self.profile.sampler,
             "schedule": schedule or self.profile.schedule,
             "shift": float(self.shift),
-            "profile": self.profile.name,
+            "profile": self.profile.name if is_known(self.profile) else f"{self.profile.name}, changed",
             "max_sequence_length": max_sequence_length,
             "model": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -76,7 +76,7 @@ def preview(latent: Tensor, factors: Factors = COMFYUI) -> Float[Tensor, "b 3 h 
     """Pictures in [0, 1], one pixel per latent cell, on the latent's device; `mmdit.pictures.to_pil` makes files of it.
 
     Args:
-        latent: [b, c, h, w] in model space; the predicted picture of a step (`step.x0`) shows more than its noisy x.
+        latent: [b, c, h, w] in model space; a step's predicted picture (`step.denoised`) shows more than its noisy x.
         factors: `COMFYUI` and `STABILITY` are for the VAE of SD3 and SD3.5, `fit_factors` makes those of another.
 
     Raises:

@@ -106,3 +106,10 @@ PRESETS: dict[str, Preset] = {
     "sd3.5_large": Preset(steps=40, guidance_scale=4.5, sampler="dpmpp_2m", shift=3.0),
     "sd3.5_large_turbo": Preset(steps=4, guidance_scale=1.0, sampler="euler", shift=3.0),
 }
+
+
+def is_known(profile: Profile) -> bool:
+    """Whether a profile is one of `PROFILES` but for defaults that a preset or a model's config may set."""
+    known = PROFILES.get(profile.name)
+    settings = ("steps", "guidance_scale", "sampler", "schedule", "shift")
+    return known is not None and profile == replace(known, **{name: getattr(profile, name) for name in settings})

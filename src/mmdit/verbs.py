@@ -161,7 +161,7 @@ class Verbs:
         noise = gaussian(shape, generators(seed, generator, count), dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
-    def predict(self, x: Tensor, sigma: float, conditionings: Sequence[Conditioning]) -> list[Tensor]:
+    def predict(self, x: Tensor, sigma: float | Tensor, conditionings: Sequence[Conditioning]) -> list[Tensor]:
         """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning, in one batch.
 
         Conditionings of different lengths go through the transformer one after the other.
@@ -171,6 +171,7 @@ class Verbs:
         self._enter("transformer")
         times, (rows, columns), patch = len(conditionings), x.shape[2:], self.transformer.config.patch_size
         filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
+        sigma = float(sigma)
         level = torch.tensor(sigma, dtype=_SIGMA_DTYPES[self.profile.sigma_dtype], device=x.device)
         velocity = self.transformer(
             torch.cat([filled] * times).to(self.dtype),
@@ -181,7 +182,7 @@ class Verbs:
         known = sigma if self.profile.sigma_dtype == "float32" else float(level)
         return [x - known * part for part in velocity.to(x.dtype).chunk(times)]
 
-    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float], list[Tensor]]:
+    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float | Tensor], list[Tensor]]:
         """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
         return lambda x, sigma: self.predict(x, sigma, conditionings)
 

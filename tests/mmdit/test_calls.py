@@ -1,13 +1,15 @@
 """What a call takes and gives beside prompts: embeddings, levels, latents, callbacks, settings; against diffusers."""
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 import tiny
-from mmdit import Pipeline, read_settings, save_png
+from mmdit import PROFILES, Pipeline, read_settings, save_png
 from refusals import refuses
 
 PROMPTS = ["a red circle above a blue square", "A small star, left of two rings."]
@@ -91,6 +93,18 @@ def test_custom_sigmas(pipe, theirs):
 
 
 @torch.no_grad()
+def test_a_loop_of_ones_own_takes_levels_as_they_are(pipe):
+    """Euler by hand from `levels` and `predictor`, without a warning, is what `sample` does."""
+    cond, uncond, levels = pipe.encode(PROMPTS[0]), pipe.encode(""), pipe.levels(3)
+    predict, x = pipe.predictor([uncond, cond]), pipe.noise(3, height=32, width=48)
+    for level, following in pairwise(levels):
+        u, c = predict(x, level)
+        x = x + (x - (u + 7.0 * (c - u))) / level * (following - level)
+    *_, last = pipe.sample(cond, uncond, pipe.noise(3, height=32, width=48), num_inference_steps=3)
+    assert tiny.error(x, last.x) <= 1e-5
+
+
+@torch.no_grad()
 def test_latents_in_and_out(pipe):
     """Stopping half way and going on from the latents is the same as going through."""
     levels, whole = pipe.levels(4), pipe(PROMPTS[0], seed=3, **(SMALL | {"num_inference_steps": 4})).images
@@ -161,6 +175,15 @@ def test_settings_say_nothing_that_they_cannot_know(pipe):
     assert [s.negative_prompt for s in pipe("a", "b", guidance_scale=1.0, seed=3, **small).settings] == [""]
     assert pipe("a", latents=pipe.noise(1, height=32, width=32), output_type="pt", num_inference_steps=1).settings == ()
     assert pipe("a", seed=1, sigmas=[1.0, 0.0], height=32, width=32, output_type="pt").settings == ()
+    assert pipe("a", seed=1, callback_on_step_end=lambda *_: None, **small).settings == ()
+
+
+def test_settings_do_not_pass_a_changed_profile_off_as_a_known_one(tiny_folders):
+    small = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "pt", "seed": 1}
+    for changes, name in (({"to_uint8": "truncate"}, "diffusers, changed"), ({"shift": 2.0, "steps": 3}, "diffusers")):
+        profile = replace(PROFILES["diffusers"], **changes)
+        pipe = Pipeline.from_pretrained(tiny_folders["sd3.5-large"], profile=profile)
+        assert pipe("a", **small).settings[0].profile == name
 
 
 def test_tiled_decoding_of_a_call(pipe):

@@ -15,7 +15,7 @@ from mmdit.describe import describe
 from mmdit.verify import verify
 from quant.convert import quantize_
 from quant.packing import pack
-from quant.recipe import Recipe
+from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -268,13 +268,15 @@ def test_halves_change_places_with_their_scales(theirs, tmp_path, layer, rows):
 # Other layouts, and back.
 
 
-@pytest.mark.parametrize("spelling", ["older", "notes", "header"])
+@pytest.mark.parametrize("spelling", ["older", "notes", "header", "packed"])
 def test_conversion_keeps_codes_and_scales(weights, tmp_path, spelling):
-    float8 = quantized(weights)
-    source = write(tmp_path / "a.safetensors", *spelled(weights, float8, spelling))
+    """In shards too; what only our own entry says is in the metadata of each."""
+    float8, recipe = quantized(weights), RECIPES["fp8-tensor"] if spelling == "packed" else STATIC
     wanted = weights | {
-        key: Float8Tensor(each.qdata, each.scale, INPUT, STATIC, torch.bfloat16) for key, each in float8.items()
+        key: Float8Tensor(each.qdata, each.scale, INPUT, recipe, torch.bfloat16) for key, each in float8.items()
     }
+    file = pack(wanted) if spelling == "packed" else spelled(weights, float8, spelling)
+    source = write(tmp_path / "a.safetensors", *file)
     there = convert(source, tmp_path / "there", "diffusers", max_shard_bytes=1_000_000)
     assert len(list((there / "transformer").glob("*.safetensors"))) > 2
     check_loaded(load_mmdit(there), wanted)
