@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from float8_recipes import RECIPES_OF_ALL, weight_of
+from quant import matmul
 from quant.matmul import linear
 from quant.recipe import Recipe
 
@@ -50,6 +51,13 @@ def test_codes_are_kept_for_the_backward_pass_and_no_wide_weight(name):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         F.linear(x, q, torch.zeros(16)).sum().backward()
     assert {tensor.data_ptr() for tensor in kept} == {q.qdata.data_ptr(), q.scale.data_ptr()}
+
+
+def test_no_wide_weight_is_made_for_a_bias_alone(monkeypatch):
+    q, bias = weight_of(Recipe(), 16, 32), torch.randn(16, requires_grad=True)
+    monkeypatch.setattr(matmul, "values_of", lambda *args: pytest.fail("widened"))
+    F.linear(torch.randn(2, 3, 32), q, bias).sum().backward()
+    assert torch.equal(bias.grad, torch.full((16,), 6.0))
 
 
 def test_gradients_by_other_ways():
