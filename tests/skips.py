@@ -5,4 +5,5 @@ SKIPS = {
     "weights": "give --weights=FOLDER to compare your own checkpoint with diffusers",
     # tests/encoders: other people's data, not in a clone; MMDIT_REQUIRE_OFFICIAL=1 turns this skip into a failure.
     "official tokenizers": "official tokenizer files are not in this clone (../shared/reference/tokenizers)",
+    "memory": "the memory of a process is read from /proc, which only Linux has",
 }
