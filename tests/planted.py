@@ -91,7 +91,7 @@ def other_noise(pipe):
 
 def rounded_levels(pipe):
     predict = pipe.predict
-    pipe.predict = lambda x, sigma, conditionings: predict(x, round(sigma, 2), conditionings)
+    pipe.predict = lambda x, sigma, conditionings, **rest: predict(x, round(sigma, 2), conditionings, **rest)
 
 
 def exchanged_prompts(pipe):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import torch
@@ -27,6 +28,7 @@ from mmdit.arguments import (
 )
 from mmdit.assemble import Parts
 from mmdit.offload import Turns
+from mmdit.passes import Half, Pass, Watcher
 from mmdit.pictures import to_unit
 from mmdit.profiles import Profile
 from mmdit.recognise import Component
@@ -74,6 +76,7 @@ class Verbs:
             for model in (self.transformer, self.t5):
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
+        self.watchers: list[Watcher] = []  # told of every pass of the transformer before it runs
         self._turns = None if checked_offload(offload) is None else Turns(device)
 
     @property
@@ -161,23 +164,35 @@ class Verbs:
         noise = gaussian(shape, generators(seed, generator, count), dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
-    def predict(self, x: Tensor, sigma: float | Tensor, conditionings: Sequence[Conditioning]) -> list[Tensor]:
+    def predict(
+        self, x: Tensor, sigma: float | Tensor, conditionings: Sequence[Conditioning | Half], *, step: int | None = None
+    ) -> list[Tensor]:
         """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning, in one batch.
 
-        Conditionings of different lengths go through the transformer one after the other.
+        Conditionings of different lengths, or that leave out different layers, go through one after the other.
+
+        Args:
+            x: [b, c, h, w].
+            sigma: its noise level.
+            conditionings: of b prompts each; `mmdit.passes.Half` says more than a bare one.
+            step: for `watchers`.
         """
-        if len({conditioning.context.shape for conditioning in conditionings}) > 1:
-            return [self.predict(x, sigma, [conditioning])[0] for conditioning in conditionings]
+        halves = [one if isinstance(one, Half) else Half(one) for one in conditionings]
+        if len({(half.conditioning.context.shape, half.skip_layers) for half in halves}) > 1:
+            return [self.predict(x, sigma, [half], step=step)[0] for half in halves]
         self._enter("transformer")
-        times, (rows, columns), patch = len(conditionings), x.shape[2:], self.transformer.config.patch_size
+        times, (rows, columns), patch = len(halves), x.shape[2:], self.transformer.config.patch_size
         filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
         sigma = float(sigma)
         level = torch.tensor(sigma, dtype=_SIGMA_DTYPES[self.profile.sigma_dtype], device=x.device)
+        for watcher in self.watchers:
+            watcher(Pass(step, sigma, tuple(halves), len(x)))
         velocity = self.transformer(
             torch.cat([filled] * times).to(self.dtype),
             (level * 1000).float().expand(times * len(x)),
-            torch.cat([conditioning.context for conditioning in conditionings]),
-            torch.cat([conditioning.pooled for conditioning in conditionings]),
+            torch.cat([half.conditioning.context for half in halves]),
+            torch.cat([half.conditioning.pooled for half in halves]),
+            skip_layers=halves[0].skip_layers,
         )[..., :rows, :columns]
         known = sigma if self.profile.sigma_dtype == "float32" else float(level)
         return [x - known * part for part in velocity.to(x.dtype).chunk(times)]
@@ -214,8 +229,11 @@ class Verbs:
         guided = self.profile.reads_negative(scale)
         if guided and uncond is None:
             raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
-        denoise = only_x0(cfg(self.predict, cond, uncond if guided else None, scale))
-        return self._rounded(solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels))
+        count = _Count()
+        predict = partial(_predict_at, self, count)
+        denoise = only_x0(cfg(predict, Half(cond), Half(uncond, "uncond") if guided and uncond else None, scale))
+        steps = solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels)
+        return self._counted(steps, count)
 
     def levels(
         self,
@@ -274,12 +292,13 @@ class Verbs:
         if self._turns is not None:
             self._turns.enter(model for name, model in self.models.items() if name in names)
 
-    def _rounded(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """diffusers rounds the latent to the model's dtype after every step."""
+    def _counted(self, steps: Iterator[Step], count: _Count) -> Iterator[Step]:
+        """The steps, with their latents as the profile keeps them: diffusers rounds to the model's dtype."""
         for step in steps:
             if self.profile.state_dtype == "model":
                 step.x = step.x.to(self.dtype).to(step.x.dtype)
             yield step
+            count.step = step.i + 1
 
     def _cells(self, pixels: int | None, name: str) -> int:
         """The latent cells along a side of so many pixels."""
@@ -292,3 +311,14 @@ class Verbs:
     def _unit(self) -> int:
         """What the sides of a latent are multiples of."""
         return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
+
+
+@dataclass
+class _Count:
+    """How many steps a solver has finished."""
+
+    step: int = 0
+
+
+def _predict_at(verbs: Verbs, count: _Count, x: Tensor, sigma: float, halves: Sequence[Half]) -> list[Tensor]:
+    return verbs.predict(x, sigma, halves, step=count.step)

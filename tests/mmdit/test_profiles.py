@@ -91,7 +91,9 @@ def test_a_level_of_the_reference_is_rounded_as_recorded(pipes, monkeypatch):
     read = pipe.encode([""])
     forward = pipe.transformer.forward
     monkeypatch.setattr(
-        pipe.transformer, "forward", lambda x, t, *rest: seen.append(float(t[0])) or forward(x, t, *rest)
+        pipe.transformer,
+        "forward",
+        lambda x, t, *rest, **more: seen.append(float(t[0])) or forward(x, t, *rest, **more),
     )
     pipe.predict(torch.zeros(1, 16, 4, 4), 0.987381, [read])
     replace_profile(pipe, sigma_dtype="float32").predict(torch.zeros(1, 16, 4, 4), 0.987381, [read])
@@ -114,7 +116,9 @@ def test_a_level_of_the_reference_is_rounded_as_recorded(pipes, monkeypatch):
 def test_when_the_negative_prompt_is_read(pipes, monkeypatch, name, scale, passes):
     pipe, counts = pipes[name], []
     predict = pipe.predict
-    monkeypatch.setattr(pipe, "predict", lambda x, sigma, texts: counts.append(len(texts)) or predict(x, sigma, texts))
+    monkeypatch.setattr(
+        pipe, "predict", lambda x, s, texts, **rest: counts.append(len(texts)) or predict(x, s, texts, **rest)
+    )
     pipe("a", guidance_scale=scale, output_type="latent", seed=0, **SMALL)
     assert counts == [passes] * 2
 

@@ -157,7 +157,7 @@ def a_shifted_sigma(pipe):
 
 def a_rounded_timestep(pipe):
     predict = pipe.predict
-    pipe.predict = lambda x, sigma, conditionings: predict(x, round(sigma, 2), conditionings)
+    pipe.predict = lambda x, sigma, conditionings, **rest: predict(x, round(sigma, 2), conditionings, **rest)
 
 
 def guidance_the_wrong_way(pipe):
