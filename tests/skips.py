@@ -5,5 +5,7 @@ SKIPS = {
     "weights": "give --weights=FOLDER to compare your own checkpoint with diffusers",
     # tests/encoders: other people's data, not in a clone; MMDIT_REQUIRE_OFFICIAL=1 turns this skip into a failure.
     "official tokenizers": "official tokenizer files are not in this clone (../shared/reference/tokenizers)",
+    # tests/quant/test_native.py: run it where there is one; `mmdit bench layers` measures the same on official shapes.
+    "float8 gpu": "needs a GPU with a float8 matmul (compute capability 8.9 or later)",
     "memory": "the memory of a process is read from /proc, which only Linux has",
 }

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmdit.calibration import Calibration, calibrate, quantize_static
     from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
     from mmdit.comparison import compare
     from mmdit.config import MMDiTConfig
@@ -12,12 +13,14 @@ if TYPE_CHECKING:
     from mmdit.png import read_settings, save_png
     from mmdit.previews import preview
     from mmdit.profiles import PROFILES, Profile
+    from mmdit.quantize import quantize_checkpoint
     from mmdit.safetensors_file import CheckpointError
     from mmdit.stages import Comparison
 
 __version__ = "0.1.0"
 __all__ = [
     "PROFILES",
+    "Calibration",
     "CheckpointError",
     "Comparison",
     "MMDiT",
@@ -26,17 +29,21 @@ __all__ = [
     "PipelineOutput",
     "Profile",
     "__version__",
+    "calibrate",
     "compare",
     "load_clip",
     "load_mmdit",
     "load_t5",
     "load_vae",
     "preview",
+    "quantize_checkpoint",
+    "quantize_static",
     "read_settings",
     "save_png",
 ]
 
 _HOME = {
+    "Calibration": "mmdit.calibration",
     "CheckpointError": "mmdit.safetensors_file",
     "Comparison": "mmdit.stages",
     "MMDiT": "mmdit.model",
@@ -45,12 +52,15 @@ _HOME = {
     "Pipeline": "mmdit.pipeline",
     "PipelineOutput": "mmdit.pipeline",
     "Profile": "mmdit.profiles",
+    "calibrate": "mmdit.calibration",
     "compare": "mmdit.comparison",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",
     "load_t5": "mmdit.checkpoint",
     "load_vae": "mmdit.checkpoint",
     "preview": "mmdit.previews",
+    "quantize_checkpoint": "mmdit.quantize",
+    "quantize_static": "mmdit.calibration",
     "read_settings": "mmdit.png",
     "save_png": "mmdit.png",
 }

@@ -41,7 +41,7 @@ def checked_quant(quant: str | Recipe | None) -> Recipe | None:
     recipe = quant if isinstance(quant, Recipe) else pick(RECIPES, quant, "quant")
     if recipe.activation == "static":
         raise ValueError(
-            f"quant={quant!r} needs scales of the activations: load without quant, then mmdit.calibrate.quantize_static"
+            f"quant={quant!r} needs scales of the activations: load without quant, then mmdit.quantize_static"
         )
     return recipe
 

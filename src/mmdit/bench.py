@@ -12,7 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ MODELS: dict[str, MMDiTConfig] = {
     "demo": MMDiTConfig(4, 256, 256, 192, 32, sample_size=16),
 }
 PEERS = ("diffusers", "torchao")
+# Words in names of kernels, of cuBLAS, CUTLASS, cuDNN and others.
+_KINDS = {"attention": ("flash", "fmha", "sdpa", "attention"), "matmul": ("gemm", "nvjet", "cutlass", "xmma", "_mm")}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Timed:
     weights_gb: float
     first_seconds: float  # the first step, with compiling
     teraflops: float  # of all operations of a step, a second
+    parts: dict[str, float]  # milliseconds of the device in a step: "attention", "matmul", "rest"; empty on a CPU
+    kernels: list[tuple[str, int, float]]  # those that take longest: name, how often, milliseconds
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def bench(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     seconds: float = float("inf"),
-) -> tuple[Work, list[Timed]]:
+) -> Iterator[Timed]:
     """Measure all rows, one after the other; each frees its memory.
 
     Args:
@@ -130,7 +134,7 @@ def bench(
         size: of the picture in pixels.
         text: tokens, 333 with T5 at 256.
         batch: samples of a step; 2 are the halves of the guidance.
-        recipes: names of `quant.RECIPES`, without static activations.
+        recipes: names of `quant.RECIPES`; with "+fast" behind them float8 sums are less exact (`Recipe.fast_accum`).
         against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row.
         compiled: whether to measure with compiled blocks too.
         repeats: steps of which the median is taken.
@@ -141,21 +145,23 @@ def bench(
         ValueError: an unknown name.
         ImportError: a peer is not installed.
     """
-    for names, known in ((recipes, RECIPES), (against, PEERS), ([model], MODELS)):
+    plain = [name.removesuffix("+fast") for name in recipes]
+    for names, known in ((plain, RECIPES), (against, PEERS), ([model], MODELS)):
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
     device, config = torch.device(device), MODELS[model]
     inputs = Inputs.random(config, size, text, batch, device, dtype)
-    with torch.device("meta"):
-        work = Work.of(MMDiT(config), size, text, batch)
-    found: list[Timed] = []
+    work = work_of(model, size=size, text=text, batch=batch)
     start = time.monotonic()
     for name, build in _rows(config, recipes, against, compiled, device, dtype):
-        if time.monotonic() - start > seconds:
-            break
-        found.append(_timed(name, build, inputs, work, repeats, device))
-        print(f"{name}: {found[-1].milliseconds:.1f} ms", flush=True)  # noqa: T201
-    return work, found
+        if time.monotonic() - start < seconds:
+            yield _timed(name, build, inputs, work, repeats, device)
+
+
+def work_of(model: str = "large", *, size: int = 1024, text: int = 333, batch: int = 2) -> Work:
+    """What a step of `bench` must do."""
+    with torch.device("meta"):
+        return Work.of(MMDiT(MODELS[model]), size, text, batch)
 
 
 def table(work: Work, found: Sequence[Timed]) -> str:
@@ -165,13 +171,14 @@ def table(work: Work, found: Sequence[Timed]) -> str:
         f"{flops / 1e12:.2f} TFLOP a step ({work.linear_flops / 1e12:.2f} in Linears of the blocks), "
         f"{work.weight_bytes / 1e9:.2f} GB of 16-bit weights, {work.tokens} tokens a sample",
         "",
-        "| | ms a step | to the first | quartiles | TFLOP/s | peak GB | weights GB | first step s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | ms a step | to the first | quartiles | TFLOP/s | attention, matmul, rest | peak GB | weights | first s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:
         ratio = one.milliseconds / found[0].milliseconds
+        parts = ", ".join(f"{value:.1f}" for value in one.parts.values()) or "-"
         lines.append(
-            f"| {one.name} | {one.milliseconds:.2f} | {ratio:.3f} | {one.spread:.2f} | {one.teraflops:.0f} | "
+            f"| {one.name} | {one.milliseconds:.2f} | {ratio:.3f} | {one.spread:.2f} | {one.teraflops:.0f} | {parts} | "
             f"{one.peak_gb:.2f} | {one.weights_gb:.2f} | {one.first_seconds:.1f} |"
         )
     return "\n".join(lines)
@@ -206,9 +213,9 @@ def _rows(
 def _ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = MMDiT(config)
-    _fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
     if recipe is not None:
-        quantize_(model, recipe)
+        quantized(model, recipe)
     if compiled:
         for block in model.joint_blocks:
             block.compile(fullgraph=True)
@@ -223,9 +230,14 @@ def _theirs(config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, d
     with torch.device("meta"):
         settings = {key: value for key, value in to_diffusers("transformer", config).items() if not key.startswith("_")}
         model = SD3Transformer2DModel(**settings)
-    _fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
     if compiled:
         model.fuse_qkv_projections()
+        for block in model.transformer_blocks:  # what it leaves behind would count as memory
+            for attention in filter(None, (block.attn, getattr(block, "attn2", None))):
+                for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+                    if hasattr(attention, name):
+                        delattr(attention, name)
     if float8:
         try:
             from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
@@ -249,8 +261,16 @@ def _theirs(config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, d
     return model, step
 
 
+def quantized(model: nn.Module, name: str) -> None:
+    """Quantize in place by a name of `bench`; scales of static activations are made up: time is the same."""
+    recipe = replace(RECIPES[name.removesuffix("+fast")], fast_accum=name.endswith("+fast"))
+    scale = torch.tensor(6 / 448)
+    scales = {linear: scale for linear, _ in linears_of(model)} if recipe.activation == "static" else None
+    quantize_(model, recipe, input_scales=scales)
+
+
 @torch.no_grad()
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module) -> None:
     """Weights as a trained model's are spread, without a pass over the CPU."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
@@ -282,9 +302,34 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
     quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     median = statistics.median(times)
     flops = work.linear_flops + work.other_flops
+    kernels = kernels_of(lambda: step(inputs)) if cuda else []
     del model, step
     torch.compiler.reset()
-    return Timed(name, median, quarters[2] - quarters[0], peak / 1e9, weights / 1e9, first, flops / median / 1e9)
+    rate = flops / median / 1e9
+    spread = quarters[2] - quarters[0]
+    return Timed(name, median, spread, peak / 1e9, weights / 1e9, first, rate, parts_of(kernels), kernels[:15])
+
+
+def kernels_of(run: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """Name, count and milliseconds of each kernel of the GPU, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    found = [
+        (event.key, int(event.count), event.self_device_time_total / 1000)
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(found, key=lambda kernel: -kernel[2])
+
+
+def parts_of(kernels: Sequence[tuple[str, int, float]]) -> dict[str, float]:
+    """Milliseconds by what kernels do, as far as their names say."""
+    parts = dict.fromkeys((*_KINDS, "rest"), 0.0) if kernels else {}
+    for name, _, milliseconds in kernels:
+        kind = next((kind for kind, words in _KINDS.items() if any(word in name.lower() for word in words)), "rest")
+        parts[kind] += milliseconds
+    return parts
 
 
 def _once(step: Step, inputs: Inputs, device: torch.device) -> float:

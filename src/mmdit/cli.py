@@ -108,23 +108,25 @@ def bench(options: argparse.Namespace) -> int:
     import torch
 
     from mmdit.bench import bench as measure
-    from mmdit.bench import save, table
+    from mmdit.bench import save, table, work_of
 
-    work, rows = measure(
+    sizes = {"size": options.size, "text": options.text, "batch": options.batch}
+    work, rows = work_of(options.model, **sizes), []
+    for row in measure(
         options.model,
-        size=options.size,
-        text=options.text,
-        batch=options.batch,
+        **sizes,
         recipes=options.quant,
         against=options.against,
         compiled=not options.eager,
         repeats=options.repeats,
         device=device_of(options.device),
         dtype=getattr(torch, options.dtype),
-    )
+    ):
+        rows.append(row)
+        _note(f"{row.name}: {row.milliseconds:.1f} ms")
+        if options.output is not None:
+            save(Path(options.output), work, rows)
     print(table(work, rows))
-    if options.output is not None:
-        save(Path(options.output), work, rows)
     return 0
 
 

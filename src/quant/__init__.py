@@ -1,5 +1,7 @@
 """FP8 for researchers: tensor type, recipes, backends and file formats. A leaf: imports torch and nothing of ours."""
 
+from quant.codec import decode, encode
+from quant.convert import Layer, Report, dequantize_, is_quantized, linears_of, quantize_, report, snr
 from quant.file_formats import (
     FLOAT8,
     Scales,
@@ -10,14 +12,37 @@ from quant.file_formats import (
     format_in,
     layers_in,
 )
+from quant.matmul import backend_of
+from quant.observers import Observed, observe
+from quant.packing import pack, unpack
+from quant.recipe import RECIPES, Recipe
+from quant.tensor import Float8Tensor
 
 __all__ = [
     "FLOAT8",
+    "RECIPES",
+    "Float8Tensor",
+    "Layer",
+    "Observed",
+    "Recipe",
+    "Report",
     "Scales",
+    "backend_of",
     "check_formats",
     "check_scale_shape",
+    "decode",
     "dequantize",
+    "dequantize_",
+    "encode",
     "find_scales",
     "format_in",
+    "is_quantized",
     "layers_in",
+    "linears_of",
+    "observe",
+    "pack",
+    "quantize_",
+    "report",
+    "snr",
+    "unpack",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from quant.recipe import Recipe
 from quant.scaling import DTYPES, from_codes, scale_of, to_codes, values_of
 
+_HAS_TRITON = find_spec("triton") is not None
 Runs = Literal["native", "emulated", "widened", "refused"]
 
 
@@ -94,6 +96,8 @@ def quantize_activation(
     x: Tensor, recipe: Recipe, input_scale: Tensor | None, *, as_bytes: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes [m, in] and scale of activations [m, in]: () for the whole, [m, 1] per token."""
+    if not as_bytes and x.numel() and _has_kernels(x):
+        return _by_kernels(x.contiguous(), recipe, input_scale)
     if recipe.activation == "static":
         assert input_scale is not None
         scale = input_scale
@@ -103,6 +107,24 @@ def quantize_activation(
         amax = x.abs().amax(dim=-1, keepdim=True) if recipe.activation == "token" else x.abs().amax()
         scale = scale_of(amax, recipe.activation_format)
     return to_codes(x, scale, recipe.activation_format, as_bytes=as_bytes), scale
+
+
+def _has_kernels(x: Tensor) -> bool:
+    """Whether our kernels round it; in compiled code the compiler's own do, which it fuses with what made x."""
+    return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and _HAS_TRITON
+
+
+def _by_kernels(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same codes and scales in one pass, or two."""
+    from quant import kernels
+
+    if recipe.activation == "token":
+        return kernels.quantize_rows(x, recipe.activation_format)
+    scale = input_scale
+    if scale is None:
+        low, high = x.aminmax()
+        scale = scale_of(torch.maximum(-low, high), recipe.activation_format)
+    return kernels.quantize_with(x, scale, recipe.activation_format), scale
 
 
 def _autocast(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:

@@ -51,4 +51,4 @@ def test_every_row_is_measured(tmp_path, capsys):
 def test_unknown_names():
     for arguments in ({"model": "huge"}, {"recipes": ["fp9"]}, {"against": ["peer"]}):
         with pytest.raises(ValueError, match="is unknown; known are"):
-            bench(**arguments, device="cpu")
+            next(bench(**arguments, device="cpu"))

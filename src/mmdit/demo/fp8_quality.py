@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdit.calibrate import calibrate, fold, quantize_calibrated
+from mmdit.calibration import calibrate, fold, quantize_calibrated
 from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.data import workers
 from mmdit.demo.evaluate import MAIN, SEED, Setting, draw

@@ -15,7 +15,7 @@ from mmdit.model import MMDiT
 from mmdit.pipeline import Pipeline
 from quant.convert import Report, quantize_
 from quant.folds import Fold, Rows, corrected_bias, fold_mean, fold_scale, smoothing
-from quant.observe import Observed, observe
+from quant.observers import Observed, observe
 from quant.recipe import Recipe
 from quant.scaling import scale_of
 from quant.tensor import Float8Tensor

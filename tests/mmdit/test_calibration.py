@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmdit import Pipeline
-from mmdit.calibrate import calibrate, fold, folds_of, quantize_static
+from mmdit.calibration import calibrate, fold, folds_of, quantize_static
 from quant.convert import linears_of, quantize_
 from quant.tensor import Float8Tensor
 

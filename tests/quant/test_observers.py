@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant.observe import Observed, observe
+from quant.observers import Observed, observe
 
 
 def model() -> nn.Sequential:

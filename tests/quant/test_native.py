@@ -1,0 +1,80 @@
+"""The device's own float8 matmul and our kernels, held against what is emulated. Needs a GPU that has float8."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from quant.convert import snr
+from quant.matmul import backend_of, quantize_activation
+from quant.recipe import RECIPES
+from quant.scaling import scale_of, to_codes
+from quant.tensor import Float8Tensor
+from skips import SKIPS
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason=SKIPS["float8 gpu"]
+)
+NATIVE = ("fp8", "fp8-tensor", "fp8-static")
+SHAPES = [(666, 2432, 2432), (8192, 7296, 2432), (333, 9728, 2432), (1, 256, 9728), (17, 64, 64)]
+
+
+def operands(shape, dtype=torch.bfloat16):
+    rows, out, width = shape
+    x = torch.randn(rows, width, device="cuda", dtype=dtype)
+    x[:, ::100] *= 10
+    return x, 0.02 * torch.randn(out, width, device="cuda", dtype=dtype), torch.randn(out, device="cuda", dtype=dtype)
+
+
+def quantized(weight, name, **settings):
+    static = torch.tensor(0.05) if name == "fp8-static" else None
+    return Float8Tensor.quantize(weight, recipe=replace(RECIPES[name], **settings), input_scale=static)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_is_the_emulated_product(name, shape):
+    x, weight, bias = operands(shape)
+    exact, fast, emulated = (
+        quantized(weight, name, **settings)
+        for settings in ({"backend": "native"}, {"backend": "native", "fast_accum": True}, {"backend": "emulated"})
+    )
+    assert backend_of(exact.recipe, x.device, x.dtype, weight.shape)[0] == "native"
+    wanted = F.linear(x.float(), emulated.to(torch.float32), bias.float())
+    rounded = snr(wanted, wanted.to(x.dtype))  # what the result's own dtype loses
+    assert snr(wanted, F.linear(x, exact, bias)) >= min(55, rounded - 1)
+    assert snr(wanted, F.linear(x, fast, bias)) >= 45
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("activation", ["token", "tensor", "static"])
+def test_kernels_round_bit_for_bit(activation, dtype):
+    x = operands((70, 16, 2432), dtype)[0]
+    x[1] = 0
+    x[2] *= 1e-30
+    x[4, ::2] = torch.linspace(1, 2, 1216, device="cuda", dtype=dtype)  # ties among them
+    recipe = {"token": RECIPES["fp8"], "tensor": RECIPES["fp8-tensor"], "static": RECIPES["fp8-static"]}[activation]
+    static = torch.tensor(0.05, device="cuda")
+    codes, scale = quantize_activation(x, recipe, static, as_bytes=False)
+    amax = x.abs().amax(1, keepdim=True) if activation == "token" else x.abs().amax()
+    wanted = static if activation == "static" else scale_of(amax, "e4m3")
+    assert torch.equal(scale, wanted)
+    assert torch.equal(codes.view(torch.uint8), to_codes(x, wanted, "e4m3").view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_what_is_not_finite(name):
+    x, weight, _ = operands((32, 64, 64))
+    x[3, 5], x[4, 6] = float("nan"), float("inf")
+    y = F.linear(x, quantized(weight, name, backend="native"))
+    assert y[3].isnan().all()
+    assert y[4].isfinite().all() if name == "fp8-static" else y[4].isnan().all()
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_compiled_is_eager(name):
+    x, weight, bias = operands((666, 2432, 2432))
+    float8 = quantized(weight, name)
+    run = torch.compile(lambda x: F.linear(F.gelu(x), float8, bias), fullgraph=True)
+    assert snr(F.linear(F.gelu(x), float8, bias), run(x)) > 40
