@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from quant.recipe import Recipe
+from quant.recipe import Format, Recipe
 from quant.scaling import DTYPES, from_codes, scale_of, to_codes, values_of
 
 _HAS_TRITON = find_spec("triton") is not None
+LONG = 4096  # values of a row
+_FEWEST = 16  # rows that cuBLAS multiplies under every setting
 Runs = Literal["native", "emulated", "widened", "refused"]
 
 
@@ -97,7 +99,12 @@ def quantize_activation(
 ) -> tuple[Tensor, Tensor]:
     """Codes [m, in] and scale of activations [m, in]: () for the whole, [m, 1] per token."""
     if not as_bytes and x.numel() and _has_kernels(x):
-        return _by_kernels(x.contiguous(), recipe, input_scale)
+        if type(x) in (Tensor, nn.Parameter):
+            return _by_kernels(x.contiguous(), recipe, input_scale)
+        # The compiler, whose tensors are of other types, fuses rounding with what made x; but of long rows it would
+        # compute that twice, once for the scale and once for the codes.
+        if recipe.activation == "token" and x.shape[1] > LONG:
+            return rows_as_one(x, recipe.activation_format)
     if recipe.activation == "static":
         assert input_scale is not None
         scale = input_scale
@@ -110,8 +117,22 @@ def quantize_activation(
 
 
 def _has_kernels(x: Tensor) -> bool:
-    """Whether our kernels round it; in compiled code the compiler's own do, which it fuses with what made x."""
-    return x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and _HAS_TRITON
+    return x.is_cuda and x.dtype != torch.float64 and _HAS_TRITON
+
+
+@torch.library.custom_op(
+    "mmdit_quant::quantize_rows", mutates_args=(), schema="(Tensor x, str format) -> (Tensor, Tensor)"
+)
+def rows_as_one(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    """`kernels.quantize_rows` as an operation that a compiler leaves whole."""
+    from quant import kernels
+
+    return kernels.quantize_rows(x.contiguous(), format)
+
+
+@rows_as_one.register_fake
+def _rows_shapes(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=DTYPES[format]), x.new_empty((len(x), 1), dtype=torch.float32)
 
 
 def _by_kernels(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,10 +141,11 @@ def _by_kernels(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> tuple[
 
     if recipe.activation == "token":
         return kernels.quantize_rows(x, recipe.activation_format)
-    scale = input_scale
-    if scale is None:
-        low, high = x.aminmax()
-        scale = scale_of(torch.maximum(-low, high), recipe.activation_format)
+    if recipe.activation == "static":
+        assert input_scale is not None
+        return kernels.quantize_with(x, input_scale, recipe.activation_format), input_scale
+    low, high = x.aminmax()
+    scale = scale_of(torch.maximum(-low, high), recipe.activation_format)
     return kernels.quantize_with(x, scale, recipe.activation_format), scale
 
 
@@ -173,6 +195,11 @@ def _native(
     dtype: torch.dtype,
 ) -> Tensor:
     """By the device: rows of both operands contiguous, scales float32 of both per row or of neither."""
+    if (rows := len(codes)) < _FEWEST:
+        fill = (0, 0, 0, _FEWEST - rows)
+        codes = F.pad(codes.view(torch.uint8), fill).view(codes.dtype)
+        x_scale = F.pad(x_scale, fill, value=1.0) if x_scale.ndim else x_scale
+        return _native(codes, x_scale, qdata, scale, bias, recipe, dtype)[:rows]
     if recipe.granularity == "row":
         x_scale, scale = x_scale.expand(len(codes), 1).contiguous(), scale.t().contiguous()
     weight = qdata.view(DTYPES[recipe.format]).contiguous().t()

@@ -24,7 +24,9 @@ def scale_of(amax: Tensor, format: Format) -> Tensor:
 
     NaN stays NaN and an infinity gives infinity: what is quantized with it then is NaN, or has that scale.
     """
-    scale = (amax.float() / LARGEST[format]).clamp(min=SMALLEST_SCALE)
+    # By a tensor: GPUs divide by a number through its reciprocal, which rounds once more.
+    largest = torch.full((), LARGEST[format], dtype=torch.float32, device=amax.device)
+    scale = (amax.float() / largest).clamp(min=SMALLEST_SCALE)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 
