@@ -159,7 +159,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=1024, help="of the picture in pixels (default: %(default)s)")
     parser.add_argument("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
     parser.add_argument("--batch", type=int, default=2, help="samples of a step (default: 2, the halves of guidance)")
-    fp8 = ["fp8", "fp8-tensor", "fp8-weight-only"]
+    fp8 = ["fp8", "fp8-static"]
     parser.add_argument(
         "--quant", nargs="*", default=fp8, metavar="NAME", help=f"float8 recipes (default: {' '.join(fp8)})"
     )

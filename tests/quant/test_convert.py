@@ -174,7 +174,12 @@ def test_the_report_says_what_was_done():
         rows = {layer.name: layer for layer in found}
         assert list(rows) == [name for name, _ in linears_of(net)]
         qkv, proj, embedder = rows["blocks.1.qkv"], rows["blocks.1.proj"], rows["x_embedder"]
-        assert (qkv.shape, qkv.recipe, qkv.runs, qkv.why) == ((48, 16), Recipe(), "emulated", "no float8 matmul on cpu")
+        assert (qkv.shape, qkv.recipe, qkv.runs, qkv.why) == (
+            (48, 16),
+            RECIPES["fp8"],
+            "emulated",
+            "no float8 matmul on cpu",
+        )
         assert (proj.recipe, proj.snr, proj.runs, proj.why) == (None, None, "bfloat16", "not selected")
         assert (embedder.recipe, embedder.runs, embedder.why) == (None, "bfloat16", "kept: *embed*")
         assert (qkv.bytes, proj.bytes) == (48 * 16 + 48 * 4, 2 * 16 * 16)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -63,7 +64,7 @@ def test_sizes_are_those_of_what_is_stored():
 def test_recipes_are_values():
     assert Recipe() == Recipe()
     assert hash(Recipe()) == hash(Recipe())
-    assert len({*RECIPES.values(), Recipe()}) == len(RECIPES)
+    assert len({*RECIPES.values(), replace(Recipe(), fast_accum=True)}) == len(RECIPES)
     with pytest.raises(AttributeError):
         Recipe().format = "e5m2"
     for name, said in (("format", "'e4m3', 'e5m2'; got 'e3m4'"), ("activation", "'static'; got 'e3m4'")):
