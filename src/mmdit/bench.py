@@ -282,14 +282,13 @@ def fill(model: nn.Module) -> None:
             tensor.normal_(std=0.02)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, device: torch.device) -> Timed:
     cuda = device.type == "cuda"
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
-    with torch.inference_mode(False):
-        model, step = build()
+    model, step = build()
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)

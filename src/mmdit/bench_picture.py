@@ -113,11 +113,10 @@ def _ours(model: str, recipe: str | None, compiled: bool, device: torch.device, 
     return pipe
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _drawn(name: str, build: Callable[[], Pipeline], steps: int, size: int, device: torch.device) -> Drawn:
     _emptied(device)
-    with torch.inference_mode(False):
-        pipe = build()
+    pipe = build()
     weights = sum(_bytes(part) for part in pipe.models.values())
     found = Drawn(name, weights_gb=weights / 1e9)
     for _ in range(2):
@@ -159,7 +158,7 @@ class _Watch:
         return result
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _theirs(model: str, steps: int, size: int, device: torch.device, dtype: torch.dtype) -> Drawn:
     """diffusers' pipeline, eager, from embeddings of the right shape; its text encoders are not loaded."""
     try:
@@ -175,12 +174,11 @@ def _theirs(model: str, steps: int, size: int, device: torch.device, dtype: torc
     config = MODELS[model]
     settings_of = {"transformer": to_diffusers("transformer", config), "vae": to_diffusers("vae", VAEConfig())}
     settings_of = {name: {k: v for k, v in said.items() if k[0] != "_"} for name, said in settings_of.items()}
-    with torch.inference_mode(False):
-        with torch.device("meta"):
-            transformer = SD3Transformer2DModel(**settings_of["transformer"])
-            vae = AutoencoderKL(**settings_of["vae"])
-        for part in (transformer, vae):
-            fill(part.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**settings_of["transformer"])
+        vae = AutoencoderKL(**settings_of["vae"])
+    for part in (transformer, vae):
+        fill(part.to_empty(device=device).to(dtype).requires_grad_(False).eval())
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = StableDiffusion3Pipeline(transformer, scheduler, vae, *[None] * 6)  # no text encoders, no tokenizers
     pipe.set_progress_bar_config(disable=True)
