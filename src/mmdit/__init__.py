@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
     from mmdit.comparison import compare
     from mmdit.config import MMDiTConfig
+    from mmdit.maps import attention_maps
     from mmdit.model import MMDiT
     from mmdit.pipeline import Pipeline, PipelineOutput
     from mmdit.png import read_settings, save_png
@@ -26,6 +27,7 @@ __all__ = [
     "PipelineOutput",
     "Profile",
     "__version__",
+    "attention_maps",
     "compare",
     "load_clip",
     "load_mmdit",
@@ -45,6 +47,7 @@ _HOME = {
     "Pipeline": "mmdit.pipeline",
     "PipelineOutput": "mmdit.pipeline",
     "Profile": "mmdit.profiles",
+    "attention_maps": "mmdit.maps",
     "compare": "mmdit.comparison",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",
