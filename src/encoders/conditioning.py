@@ -47,7 +47,7 @@ class Conditioning:
     context: Tensor  # [b, n, context_dim]
     pooled: Tensor  # [b, pooled_dim]
     spans: tuple[tuple[TokenSpan, ...], ...] = ()  # one tuple per prompt; empty where embeddings were given
-    prompts: tuple[str, ...] = ()  # whose characters the spans count; empty where embeddings were given
+    prompts: tuple[str, ...] = ()  # that the spans are of
 
     def __len__(self) -> int:
         return len(self.context)
@@ -58,9 +58,8 @@ class Conditioning:
 
     def repeat(self, times: int) -> Conditioning:
         """Each prompt `times` in a row."""
-        spans = tuple(span for span in self.spans for _ in range(times))
-        prompts = tuple(prompt for prompt in self.prompts for _ in range(times))
         context, pooled = (part.repeat_interleave(times, 0) for part in (self.context, self.pooled))
+        spans, prompts = (tuple(one for one in of for _ in range(times)) for of in (self.spans, self.prompts))
         return Conditioning(context, pooled, spans, prompts)
 
 

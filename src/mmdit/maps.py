@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from samplers import pick
 Heads = Literal["mean", "each"]
 
 
-class Drawing(Protocol):
+@runtime_checkable
+class Watched(Protocol):
     """What is watched: a `mmdit.Pipeline`, or anything that tells `watchers` of every run of its transformer."""
 
     transformer: MMDiT
@@ -33,7 +34,7 @@ class Drawing(Protocol):
 
 @contextmanager
 def attention_maps(
-    pipe: Drawing,
+    pipe: Watched,
     words: str | Sequence[str] | None = None,
     *,
     blocks: int | Collection[int] | None = None,
@@ -78,7 +79,7 @@ def attention_maps(
         RuntimeError: while drawing, the transformer was not called by the pipeline.
     """
     asked = _several(direction, get_args(Direction), "direction"), _several(encoder, tuple(ENCODERS), "encoder")
-    pick(dict.fromkeys(get_args(Heads)), heads, "heads")
+    _several(heads, get_args(Heads), "heads")
     model = pipe.transformer
     numbers = _blocks(model, blocks)
     maps = AttentionMaps(numbers, *asked, each_head=heads == "each")

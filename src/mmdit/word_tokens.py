@@ -63,6 +63,7 @@ def token_positions(read: Conditioning, sample: int, word: str, encoder: Encoder
 def check_words(read: Conditioning, words: Sequence[str], encoder: Encoder = "all") -> None:
     """Raise WordError for a word that no prompt has, or of which an encoder reads nothing."""
     for word in words:
+        _check_prompts(read)
         if any(token_positions(read, i, word, encoder) for i in range(len(read.prompts))):
             continue
         if any(_occurrences(word, prompt) for prompt in read.prompts):
@@ -71,6 +72,14 @@ def check_words(read: Conditioning, words: Sequence[str], encoder: Encoder = "al
         near = difflib.get_close_matches(word, known, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise WordError(f"{word!r} is not in the prompt, whose words are {', '.join(known)}{hint}")
+
+
+def _check_prompts(read: Conditioning) -> None:
+    if not read.prompts:
+        raise WordError(
+            "the context was given as embeddings, which do not say which token stands for which word; "
+            "give prompts, or ask for no words"
+        )
 
 
 def _occurrences(word: str, prompt: str) -> list[tuple[int, int]]:

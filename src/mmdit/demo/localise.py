@@ -46,8 +46,8 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Shares:
-    """Of one word of one picture. Shares of maps are [directions, encoders, blocks + 1], the last of the mean map of all
-    blocks; NaN where there are no others.
+    """Of one word of one picture. Shares of maps are [directions, encoders, blocks + 1], the last that of the mean map;
+    NaN where there are no others.
     """
 
     prompt: int
