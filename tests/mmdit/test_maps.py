@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mmdit import MMDiT, MMDiTConfig, Pipeline, attention_maps
+from mmdit import MMDiT, MMDiTConfig, Pipeline, attention_maps, map_columns
 from mmdit.bench import Inputs
 from mmdit.bench_maps import Loop
 from mmdit.maps import _several
@@ -110,6 +110,15 @@ def test_the_mean_over_heads(wide, both):
     assert list(maps.axes) == ["step", "block", "sample", "row", "column"]
     assert maps.words["circle"].shape == tuple(map(len, maps.axes.values())) == (2, 4, 2, 6, 8)
     assert maps.sigmas == wide.levels(2)[:2].tolist()
+
+
+def test_blocks_of_heads_are_the_whole(wide, both, monkeypatch):
+    """A limit so low that one head is computed after another."""
+    monkeypatch.setattr(map_columns, "BYTES", 1)
+    with attention_maps(wide, WORDS, dtype=torch.float64, direction="t2i") as maps:
+        draw(wide)
+    expected = both[0].word("circle", direction="t2i").mean(2)
+    torch.testing.assert_close(maps.words["circle"], expected, rtol=0, atol=1e-14, equal_nan=True)
 
 
 def test_no_words_and_all_words(demo):
@@ -236,9 +245,11 @@ def test_blocks_that_a_half_leaves_out(demo):
 def test_several_drawings_follow_each_other(demo):
     with attention_maps(demo, "circle") as maps:
         draw(demo, PROMPTS[:1])
-        draw(demo, ["a blue circle"])
+        draw(demo, ["a large blue circle"])
         refuses(lambda: draw(demo, PROMPTS[:1], height=64), "4 x 8", "6 x 8", error=ValueError)
     assert maps.axes["step"] == [0, 1, 0, 1]
+    alone = draw_with(demo, "circle", ["a large blue circle"])  # whose token stands one place further
+    assert torch.equal(maps.words["circle"][2:], alone.words["circle"])
 
 
 def test_a_call_that_the_pipeline_does_not_know(demo):
