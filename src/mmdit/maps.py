@@ -135,6 +135,8 @@ class _Recorder:
             )
         read = next((half.conditioning for half in told.halves if half.name == self.half), None)
         if read is None or (self.steps is not None and told.step not in self.steps):
+            names = " and ".join(half.name for half in told.halves)
+            self.maps.others[f"{names} in step {told.step}"] = None
             return
         latent, patch = args[0] if args else kwargs["latent"], self.model.config.patch_size
         self._fit((latent.shape[2] // patch, latent.shape[3] // patch), read)

@@ -249,7 +249,7 @@ def _ticks(axis: Axes, which: str, label: str, names: Sequence[Any] | None, coun
         raise ValueError(f"{len(names)} names for {count} places of {label!r}")
     every = range(0, count, -(-count // 20))
     texts = [str(i if names is None else names[i]) for i in every]
-    turned = 90 if which == "x" and max(map(len, texts), default=0) > 4 else 0
+    turned = 90 if which == "x" and sum(map(len, texts)) > 40 else 0
     getattr(axis, f"set_{which}ticks")(list(every), texts, rotation=turned)
     getattr(axis, f"set_{which}label")(label)
 

@@ -157,6 +157,21 @@ def test_low_precision_maps_are_those_of_its_own_queries_and_keys():
     torch.testing.assert_close(maps.words["circle"][0, 0, 0].flatten().double(), expected, rtol=1e-4, atol=0)
 
 
+def test_gradients_are_those_without_maps():
+    """And maps hold no graph, which would hold every pass."""
+    pipe = Pipeline.demo()
+    read, x = pipe.encode(PROMPTS[0]), pipe.noise(1, height=64, width=64).requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(pipe.predict(x, 0.7, [read])[0].square().sum(), x)[0]
+
+    plain = gradient()
+    with attention_maps(pipe, "circle") as maps:
+        assert torch.equal(gradient(), plain)
+    assert not maps.words["circle"].requires_grad
+    assert not maps.quadrants.requires_grad
+
+
 def clean(pipe):
     model = pipe.transformer
     attends = [block.attend for block in model.joint_blocks]
@@ -219,7 +234,9 @@ def test_what_has_no_heat_map(both, demo):
     refuses(lambda: draw_with(demo, "circle").of("circle", encoder="t5"), "i2t, all", error=ValueError)
     with attention_maps(demo, "circle") as empty:
         refuses(lambda: empty.words["circle"], "was not asked for", error=KeyError)
-        refuses(lambda: empty.quadrants, "nothing was drawn", error=ValueError)
+        refuses(lambda: empty.quadrants, "nothing was watched", error=ValueError)
+    other = draw_with(demo, "circle", half="skip")
+    refuses(lambda: other.quadrants, "passes of uncond and cond in step 0", error=ValueError)
 
 
 def test_the_unconditional_half(demo):

@@ -74,6 +74,9 @@ def test_layers_by_steps():
     assert axis.images[0].get_cmap().name == "cividis"
     many = plots.layer_step_grid(np.zeros((50, 38)), label="x")
     assert len(many.axes[0].get_xticks()) == 17
+    named = plots.layer_step_grid(np.zeros((20, 2)), label="x", steps=[f"{i / 20:.2f}" for i in range(20)])
+    rotations = [{text.get_rotation() for text in one.axes[0].get_xticklabels()} for one in (many, named)]
+    assert rotations == [{0.0}, {90.0}]  # so that labels do not run into each other
 
 
 def test_heads():

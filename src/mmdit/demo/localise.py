@@ -75,6 +75,7 @@ class Row:
     own: tuple[float, float, float]
     others: tuple[float, float, float]
     words: int
+    area: float  # share of the picture that the objects of a word cover, the mean
 
 
 def means(word: str) -> tuple[str, str] | None:
@@ -147,7 +148,8 @@ def rows_of(found: Sequence[Shares]) -> list[Row]:
                         for one in some
                         if one.others_area
                     ]
-                    rows.append(Row(direction, encoder, str(block), kind, _ratio(own), _ratio(others), len(some)))
+                    area = sum(one.area for one in some) / max(1, len(some))
+                    rows.append(Row(direction, encoder, str(block), kind, _ratio(own), _ratio(others), len(some), area))
     return rows
 
 
@@ -178,8 +180,10 @@ def markdown(rows: Sequence[Row]) -> str:
         both = [table[direction, encoder, block, kind] for kind in KINDS]
         cells = [f"{value:.2f} ({low:.2f} to {high:.2f})" for row in both for value, low, high in (row.own, row.others)]
         lines.append(f"| {direction} | {encoder} | {block} | {' | '.join(cells)} |")
-    counts = [f"{table['i2t', 'all', 'all', kind].words} {kind} words" for kind in KINDS]
-    return "\n".join([*lines, "", f"{' and '.join(counts)}; share of map / share of area, intervals of 95 %."])
+    some = [table["i2t", "all", "all", kind] for kind in KINDS]
+    counts = [f"{row.words} {row.kind} words, whose objects cover {100 * row.area:.1f} %" for row in some]
+    lines += ["", "Share of map / share of area with intervals of 95 %, prompts drawn again.", f"{'; '.join(counts)}."]
+    return "\n".join(lines)
 
 
 def sheet(pipe: Pipeline, prompt: str, words: Sequence[str], seed: int, path: Path) -> None:

@@ -71,7 +71,9 @@ def test_ratios_of_known_maps():
     assert rows["all", "colour"].own == pytest.approx((1, 1, 1))
     assert rows["0", "colour"].others[0] == pytest.approx(1)
     assert rows["0", "colour"].words == 2
-    assert "| t2i | clip | 0 | 5.00 (3.33 to 10.00) | 1.00" in markdown(rows_of(found))
+    table = markdown(rows_of(found))
+    assert "| t2i | clip | 0 | 5.00 (3.33 to 10.00) | 1.00" in table
+    assert "2 colour words, whose objects cover 20.0 %; 1 shape words, whose objects cover 30.0 %." in table
 
 
 def test_words_point_at_their_objects():
