@@ -160,7 +160,7 @@ def test_low_precision_maps_are_those_of_its_own_queries_and_keys():
 def test_gradients_are_those_without_maps():
     """And maps hold no graph, which would hold every pass."""
     pipe = Pipeline.demo()
-    read, x = pipe.encode(PROMPTS[0]), pipe.noise(1, height=64, width=64).requires_grad_()
+    read, x = pipe.encode(PROMPTS[0], max_sequence_length=16), pipe.noise(1, height=64, width=64).requires_grad_()
 
     def gradient():
         return torch.autograd.grad(pipe.predict(x, 0.7, [read])[0].square().sum(), x)[0]
