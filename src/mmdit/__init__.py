@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
     from mmdit.comparison import compare
     from mmdit.config import MMDiTConfig
+    from mmdit.maps import attention_maps
     from mmdit.model import MMDiT
     from mmdit.pipeline import Pipeline, PipelineOutput
     from mmdit.png import read_settings, save_png
@@ -29,6 +30,7 @@ __all__ = [
     "PipelineOutput",
     "Profile",
     "__version__",
+    "attention_maps",
     "calibrate",
     "compare",
     "load_clip",
@@ -53,6 +55,7 @@ _HOME = {
     "PipelineOutput": "mmdit.pipeline",
     "Profile": "mmdit.profiles",
     "calibrate": "mmdit.calibration",
+    "attention_maps": "mmdit.maps",
     "compare": "mmdit.comparison",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",
