@@ -14,7 +14,9 @@ from quant.scaling import DTYPES, from_codes, scale_of, to_codes, values_of
 
 _HAS_TRITON = find_spec("triton") is not None
 LONG = 4096  # values of a row
-_FEWEST = 16  # rows that cuBLAS multiplies under every setting
+_SMALL = (
+    2**17
+)  # numbers of a result; for smaller ones of long sums cuBLAS has no fast accumulation under scales per row
 Runs = Literal["native", "emulated", "widened", "refused"]
 
 
@@ -195,19 +197,13 @@ def _native(
     dtype: torch.dtype,
 ) -> Tensor:
     """By the device: rows of both operands contiguous, scales float32 of both per row or of neither."""
-    if (rows := len(codes)) < _FEWEST:
-        fill = (0, 0, 0, _FEWEST - rows)
-        codes = F.pad(codes.view(torch.uint8), fill).view(codes.dtype)
-        x_scale = F.pad(x_scale, fill, value=1.0) if x_scale.ndim else x_scale
-        return _native(codes, x_scale, qdata, scale, bias, recipe, dtype)[:rows]
     if recipe.granularity == "row":
         x_scale, scale = x_scale.expand(len(codes), 1).contiguous(), scale.t().contiguous()
     weight = qdata.view(DTYPES[recipe.format]).contiguous().t()
     rest = bias if dtype == torch.float32 else None  # it takes no bias for float32
     fused = None if dtype == torch.float32 else bias
-    y = torch._scaled_mm(
-        codes.contiguous(), weight, x_scale, scale, fused, out_dtype=dtype, use_fast_accum=recipe.fast_accum
-    )
+    fast = recipe.fast_accum and len(codes) * len(qdata) >= _SMALL
+    y = torch._scaled_mm(codes.contiguous(), weight, x_scale, scale, fused, out_dtype=dtype, use_fast_accum=fast)
     return y if rest is None else y + rest
 
 

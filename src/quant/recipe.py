@@ -29,7 +29,7 @@ class Recipe:
     # "native" is the device's own float8 matmul, "emulated" the same codes and scales multiplied in float32; "auto"
     # takes native where it runs.
     backend: Backend = "auto"
-    fast_accum: bool = False  # native sums in fewer bits, a little faster and less exact
+    fast_accum: bool = False  # native sums of large products in fewer bits, a little faster and less exact
 
     def __post_init__(self) -> None:
         choices = {

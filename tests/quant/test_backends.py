@@ -5,6 +5,7 @@ torch/_meta_registrations.py `_check_scaled_mm_sizes`, aten/src/ATen/native/cuda
 float64; torch's own registration for fake CUDA tensors is asked too.
 """
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -187,10 +188,10 @@ def test_native_adds_no_empty_products(native):
     assert native == []
 
 
-def test_accumulation_is_that_of_the_recipe(native):
-    for fast in (False, True):
-        F.linear(torch.ones(2, 48).bfloat16(), weight_of(replace(Recipe(), fast_accum=fast), 32, 48))
-    assert [call["use_fast_accum"] for call in native] == [False, True]
+def test_accumulation_is_that_of_the_recipe_where_results_are_large(native):
+    for fast, rows in itertools.product((False, True), (4095, 4096)):
+        F.linear(torch.ones(rows, 48).bfloat16(), weight_of(replace(Recipe(), fast_accum=fast), 32, 48))
+    assert [call["use_fast_accum"] for call in native] == [False, False, False, True]
 
 
 def test_explicit_native_runs_native_or_raises(native):
@@ -242,7 +243,7 @@ def test_torch_takes_it_for_cuda(hopper, name):
         scale = torch.empty((32, 1) if recipe.granularity == "row" else (), device="cuda")
         input_scale = torch.empty((), device="cuda") if recipe.activation == "static" else None
         weight = Float8Tensor(codes, scale, input_scale, replace(recipe, backend="native"), dtype)
-        for m in (8, 11):  # fewer rows are filled up, which copies
+        for m in (1, 7):
             x, bias = (torch.empty(*shape, dtype=dtype, device="cuda") for shape in ((2, m, 48), (32,)))
             for y in (F.linear(x, weight), F.linear(x, weight, bias)):
                 assert (y.shape, y.dtype, y.device.type) == ((2, m, 32), dtype, "cuda")

@@ -185,13 +185,19 @@ def _scored(pictures: Any, texts: list[str]) -> list[dict[Any, bool]]:
 
 
 def quality(
-    row: Row, drawn: Drawn, base: Drawn, rendered: Tensor, inner: tuple[float, dict[str, float]], seconds: float
+    row: Row,
+    drawn: Drawn,
+    base: Drawn,
+    rendered: Tensor,
+    inner: tuple[float, dict[str, float]],
+    seconds: float,
+    device: str,
 ) -> Quality:
-    """Hold the pictures of a row against those of bfloat16."""
-    closeness = [
-        (psnr(a.float() / 255, b.float() / 255), ssim(a.float() / 255, b.float() / 255))
-        for a, b in zip(drawn.pictures.split(128), base.pictures.split(128), strict=True)
-    ]
+    """Hold the pictures of a row against those of bfloat16; differences of pictures are taken on `device`."""
+    closeness = []
+    for pair in zip(drawn.pictures.split(128), base.pictures.split(128), strict=True):
+        a, b = (pictures.to(device).float() / 255 for pictures in pair)
+        closeness.append((psnr(a, b).cpu(), ssim(a, b).cpu()))
     ratios, similar = (torch.cat(parts) for parts in zip(*closeness, strict=True))
 
     counts = [tally(one.verdicts) for one in (drawn, base)]
@@ -297,7 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 scenes = render(sample(len(texts), 11))
                 rendered = torch.cat([features(pipe.vae, part) for part in scenes.split(args.batch)])
             inner = inner_snr(before, pipe.transformer, pipe, calibration)
-            found.append(quality(row, drawn, base, rendered, inner, time.monotonic() - start))
+            seconds = time.monotonic() - start
+            found.append(quality(row, drawn, base, rendered, inner, seconds, args.device))
             (args.out / "fp8_quality.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
             (args.out / "fp8_quality.md").write_text(markdown(found), encoding="utf-8")
             print(f"{row.name}: {found[-1].seconds:.0f} s", flush=True)  # noqa: T201
