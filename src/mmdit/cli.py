@@ -1,4 +1,4 @@
-"""The command line: `mmdit generate | inspect | convert | verify | compare | bench`."""
+"""The command line: `mmdit generate | inspect | verify | quantize | convert | compare | bench`."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ def convert(options: argparse.Namespace) -> int:
 
     target = write(options.source, options.target, options.layout, dtype=dtype_of(options.dtype))
     print(f"wrote {target}")
+    return 0
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """Write a checkpoint with its Linears in float8."""
+    from mmdit.cli_quantize import quantized
+
+    print(f"wrote {quantized(options, _silent if options.quiet else _note)}")
     return 0
 
 
@@ -218,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     command(generate, "draw pictures of prompts", **examples)
     command(inspect, "say what a checkpoint holds, or how a picture was drawn")
     command(convert, "write a checkpoint in another layout")
+    command(quantize, "write a checkpoint in float8, for here and for ComfyUI")
     command(verify, "compare your weights with diffusers")
     command(compare, "find the first stage at which two pipelines differ, and why")
     command(bench, "measure time and memory of a step, beside other libraries in the same run")

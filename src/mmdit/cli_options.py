@@ -122,6 +122,28 @@ def convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast (default: keep every byte)")
 
 
+def quantize(parser: argparse.ArgumentParser) -> None:
+    """From where to where, and how."""
+    say = parser.add_argument
+    say("source", help="safetensors file or folder of any layout; all models in it are written")
+    say("target", help="a new .safetensors file, or, for a folder, a new folder in the same layout")
+    recipes = "fp8, fp8-tensor, fp8-static, fp8-weight-only, fp8-e5m2 (default: %(default)s, the one for ComfyUI)"
+    say("--recipe", default="fp8-tensor", metavar="NAME", help=recipes)
+    spelling = "how scales are written: comfyui, or comfyui-old for versions of before late 2025 (default: %(default)s)"
+    say("--spelling", default="comfyui", metavar="NAME", help=spelling)
+    select = "names of Linears, such as 'joint_blocks.*' or 't5.*' (default: all but embedders, adaLN, final layer)"
+    say("--select", nargs="+", metavar="GLOB", help=select)
+    static = parser.add_argument_group("calibration, for fp8-static")
+    static.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line, some tens")
+    static.add_argument("--steps", type=int, metavar="N", help="as pictures will be drawn (default: the profile's)")
+    static.add_argument("--guidance-scale", type=float, metavar="X", help="likewise")
+    percentile = "of absolute values that the scales reach (default: 100, all)"
+    static.add_argument("--percentile", type=float, default=100.0, metavar="X", help=percentile)
+    static.add_argument("--device", metavar="NAME", help="(default: cuda where there is one)")
+    static.add_argument("--dtype", choices=DTYPES, help="to draw in (default: as stored)")
+    say("--quiet", action="store_true", help="no progress bar and no notes")
+
+
 def verify(parser: argparse.ArgumentParser) -> None:
     """What to compare with diffusers."""
     parser.add_argument("folder", help="checkpoint to verify")

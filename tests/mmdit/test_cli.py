@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
+from mmdit import load_mmdit
 from mmdit.cli import main
+from mmdit.demo import EMBEDDED
 
 
 def test_generate(tiny_folders, tmp_path, capsys):
@@ -101,3 +104,40 @@ def test_compare_with_diffusers_itself(tiny_folders, capsys):
     assert "b: diffusers StableDiffusion3Pipeline" in capsys.readouterr().out
     assert main(["compare", "a red star", "--diffusers"]) == 1
     assert "--diffusers needs --model-b" in capsys.readouterr().err
+
+
+def test_quantize_with_and_without_calibration(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue star on white\n")
+    plain, static = tmp_path / "plain", tmp_path / "static"
+    assert main(["quantize", str(EMBEDDED), str(plain)]) == 0
+    few = ["--prompts", str(prompts), "--steps", "1", "--dtype", "float32", "--device", "cpu", "--quiet"]
+    assert main(["quantize", str(EMBEDDED), str(static), "--recipe", "fp8-static", *few]) == 0
+    said = capsys.readouterr().out
+    assert "91 of 107 Linears in float8" in said
+    assert "29 of 107 Linears in float8" in said
+    weights = [load_mmdit(folder).joint_blocks[0].x_block.attn.qkv.weight for folder in (plain, static)]
+    assert weights[0].input_scale is None
+    assert weights[1].input_scale > 0
+    assert torch.equal(*(weight.qdata.view(torch.uint8) for weight in weights))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--recipe", "fp8-static"], "--recipe fp8-static needs --prompts FILE"),
+        (["--prompts", "PROMPTS"], "--prompts is for recipes with static scales, and fp8-tensor"),
+        (["--recipe", "fp8-static", "--prompts", "EMPTY"], "holds no prompt"),
+        (["--recipe", "fp9"], "unknown recipe 'fp9'; did you mean"),
+    ],
+    ids=str,
+)
+def test_what_quantize_refuses(tmp_path, capsys, arguments, says):
+    files = {"PROMPTS": tmp_path / "prompts.txt", "EMPTY": tmp_path / "empty.txt"}
+    files["PROMPTS"].write_text("a red circle\n")
+    files["EMPTY"].write_text("\n")
+    target = tmp_path / "out"
+    command = ["quantize", str(EMBEDDED), str(target), *(str(files.get(word, word)) for word in arguments)]
+    assert main(command) == 1
+    assert says in capsys.readouterr().err
+    assert not target.exists()
