@@ -6,7 +6,7 @@ Flow matching: x = sigma * noise + (1 - sigma) * picture, and the model's timest
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import exp, gamma, inf, log
+from math import atan, exp, gamma, inf, log
 from typing import Literal
 
 import numpy as np
@@ -33,19 +33,24 @@ def checked_sigmas(levels: Sequence[float] | Tensor) -> Tensor:
         ValueError: they are not.
     """
     schedule = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
-    if schedule.ndim != 1 or len(schedule) < 2:
-        raise ValueError(f"sigmas have shape {list(schedule.shape)}, expected [steps + 1] with at least one step")
-    if not torch.isfinite(schedule).all():
-        raise ValueError(f"sigmas hold {int((~torch.isfinite(schedule)).sum())} values that are not finite")
+    check_falls(schedule)
     if schedule[0] > 1 or schedule[-1] != 0:
         raise ValueError(
             f"sigmas go from {float(schedule[0])} to {float(schedule[-1])}, expected from at most 1 to 0: append 0.0, "
             "and divide timesteps by 1000"
         )
-    if not (rises := schedule.diff() >= 0).any():
-        return schedule
-    at = int(rises.nonzero()[0])
-    raise ValueError(f"sigmas must fall, but sigmas[{at + 1}] = {schedule[at + 1]} after {schedule[at]}")
+    return schedule
+
+
+def check_falls(levels: Tensor) -> None:
+    """Raise ValueError unless these are finite levels, [steps + 1], each below the one before."""
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"sigmas have shape {list(levels.shape)}, expected [steps + 1] with at least one step")
+    if not torch.isfinite(levels).all():
+        raise ValueError(f"sigmas hold {int((~torch.isfinite(levels)).sum())} values that are not finite")
+    if (rises := levels.diff() >= 0).any():
+        at = int(rises.nonzero()[0])
+        raise ValueError(f"sigmas must fall, but sigmas[{at + 1}] = {levels[at + 1]} after {levels[at]}")
 
 
 def normal(steps: int, shift: float) -> Tensor:
@@ -112,8 +117,7 @@ def linear_quadratic(steps: int, shift: float) -> Tensor:
 
 def kl_optimal(steps: int, shift: float) -> Tensor:
     """Even in arctan sigma between the ends of the table; then 0. Sabour et al. 2024, arXiv 2404.14507, appendix."""
-    ends = [torch.tensor(sigma, dtype=torch.float64).atan() for sigma in (1.0, _lowest(shift))]
-    return _to_zero(torch.lerp(*ends, _even(steps)).tan())
+    return _to_zero((atan(1) + _even(steps) * (atan(_lowest(shift)) - atan(1))).tan())
 
 
 def diffusers_karras(steps: int, shift: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from math import log, sqrt
 
 import numpy as np
@@ -100,7 +101,7 @@ def _multistep(denoise: Denoise, x: Tensor, levels: Sequence[float], weigh: Weig
 def _variable_weights(over: Interval, nodes: Sequence[float]) -> list[float]:
     """Weights of the slopes at `nodes`: Newton's form, a divided difference more for each node."""
     weights = [1.0, 0.0, 0.0, 0.0]
-    h, *gaps = [over.following - nodes[0], *(a - b for a, b in zip(nodes, nodes[1:], strict=False))]
+    h, *gaps = [over.following - nodes[0], *(a - b for a, b in pairwise(nodes))]
     if len(nodes) > 1:
         first = h / gaps[0] / 2
         weights = [w + first * d for w, d in zip(weights, (1, -1, 0, 0), strict=True)]

@@ -1,4 +1,4 @@
-"""Exponential integrators: the decay of the noise is solved exactly, the prediction is a polynomial in the log ratio."""
+"""Exponential integrators: exact where the prediction is constant, with a polynomial in the log ratio."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import sqrt
 
 from torch import Tensor
@@ -56,7 +57,7 @@ def heunpp2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         slopes, ends = [here], levels[over.i : over.i + 3]
         if ends[-1] == levels[-1]:
             ends = ends[:-1]  # no slope is asked for at the last level
-        for sigma, following in zip(ends, ends[1:], strict=False):
+        for sigma, following in pairwise(ends):
             ahead = ahead + slopes[-1] * (following - sigma)
             slopes.append(slope(ahead, following, denoise(ahead, following)))
         shares = [following / (len(ends) * levels[0]) for following in ends[1:]]

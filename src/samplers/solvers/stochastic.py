@@ -20,7 +20,7 @@ from samplers.solvers.common import (
     phi_2,
     walk,
 )
-from samplers.solvers.exponential import added, decayed
+from samplers.solvers.exponential import decayed
 
 POINTS = 200  # of the sums of ER-SDE
 
@@ -72,7 +72,7 @@ def _er_phi(ratio: float) -> float:
 
 
 def _er_integrals(here: float, to: float) -> tuple[float, float]:
-    """The integrals of 1 / phi(l) and (l - here) / phi(l) from `to` to `here`, by the left rule, summed in float32 as in ComfyUI."""
+    """The integrals of 1 / phi(l) and (l - here) / phi(l) from `to` to `here`, as ComfyUI sums them."""
     width = (here - to) / POINTS
     points = to + torch.arange(POINTS, dtype=torch.float32) * width
     shares = 1 / (points * (torch.exp(points**0.3) + 10))
@@ -144,8 +144,8 @@ class _Path:
 
     def __init__(self, over: Interval, eta: float, s_noise: float, noise: Noise) -> None:
         self.over, self.eta, self.s_noise, self.noise = over, eta, s_noise, noise
-        self.at, self.sum = over.sigma, None  # where the path has got to, and its noise there of scale 1
-        self.sum: Tensor | None
+        self.at = over.sigma  # where the path has got to
+        self.sum: Tensor | None = None  # its noise there, as a multiple of the level
 
     def level(self, share: float) -> float:
         """The level after this share of the step."""

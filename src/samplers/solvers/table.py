@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from samplers.schedules import check_falls
 from samplers.solvers import (
     adams,
     cfg_pp,
@@ -72,20 +72,9 @@ class Solver:
             ValueError: the levels do not fall from at most 1 to at least 0.
         """
         check_falls(sigmas)
+        if sigmas[0] > 1 or sigmas[-1] < 0:
+            raise ValueError(f"sigmas go from {sigmas[0]} to {sigmas[-1]}, expected levels between 1 and 0")
         return self.run(denoise, x, sigmas, **options)
-
-
-def check_falls(sigmas: Tensor) -> None:
-    """Raise ValueError unless these are levels that fall, from at most 1 to at least 0."""
-    if sigmas.ndim != 1 or len(sigmas) < 2:
-        raise ValueError(f"sigmas have shape {list(sigmas.shape)}, expected [steps + 1] with at least one step")
-    if not torch.isfinite(sigmas).all():
-        raise ValueError(f"sigmas hold {int((~torch.isfinite(sigmas)).sum())} values that are not finite")
-    if (rises := sigmas.diff() >= 0).any():
-        at = int(rises.nonzero()[0])
-        raise ValueError(f"sigmas must fall, but sigmas[{at + 1}] = {sigmas[at + 1]} after {sigmas[at]}")
-    if sigmas[0] > 1 or sigmas[-1] < 0:
-        raise ValueError(f"sigmas go from {sigmas[0]} to {sigmas[-1]}, expected levels between 1 and 0")
 
 
 def _ratio_sde(run: Callable[..., Iterator[Step]], order: int, calls: float, **more: Any) -> Solver:
