@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 # What users can do something about; anything else is our bug and shows its traceback.
-USER_ERRORS = (ValueError, OSError, MemoryError, ImportError)
+USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,7 +3,7 @@
 from samplers.guidance import Guided, cfg, only_x0
 from samplers.names import pick
 from samplers.noise import BrownianTree, Fresh, Noise, gaussian
-from samplers.schedules import SCHEDULES, checked_sigmas, shifted, sigmas
+from samplers.schedules import SCHEDULES, checked_sigmas, resolution_shift, shifted, sigmas
 from samplers.solvers import SOLVERS, Denoise, Solver, Step
 from samplers.solvers.exponential import dpmpp_2m
 from samplers.solvers.first_order import euler
@@ -25,6 +25,7 @@ __all__ = [
     "gaussian",
     "only_x0",
     "pick",
+    "resolution_shift",
     "shifted",
     "sigmas",
 ]

@@ -55,7 +55,8 @@ def _second_order(denoise: Denoise, x: Tensor, sigmas: Tensor, width_of: Callabl
         width, better = width_of(over), denoised
         if past:
             before, width_before = past.pop()
-            better = denoised + width / (2 * width_before) * (denoised - before)
+            share = width / (2 * width_before)
+            better = (1 + share) * denoised - share * before
         past.append((denoised, width))
         return toward(better, x, over.ratio)
 

@@ -36,7 +36,7 @@ class Solver:
 
     run: Callable[..., Iterator[Step]]
     order: int  # observed on a smooth flow without fresh noise, started as it starts itself
-    calls: float = 1  # of the model in a step; a step to 0 takes one
+    calls: int = 1  # of the model in a step; a step to 0 takes one
     on_flows: Literal["sigma", "ratio", "as_added"] = "sigma"
     noise: Literal["none", "fresh", "path"] = "none"  # what it asks for: nothing, independent draws, a Brownian path
     eta: bool = False  # whether eta=0 makes an ODE solver of it
@@ -77,7 +77,7 @@ class Solver:
         return self.run(denoise, x, sigmas, **options)
 
 
-def _ratio_sde(run: Callable[..., Iterator[Step]], order: int, calls: float, **more: Any) -> Solver:
+def _ratio_sde(run: Callable[..., Iterator[Step]], order: int, calls: int, **more: Any) -> Solver:
     noise = more.pop("noise", "fresh")
     return Solver(run, order, calls, "ratio", noise, **({"eta": True, "shift": True} | more))
 
@@ -178,7 +178,7 @@ def markdown() -> str:
         cells = (
             name,
             one.order,
-            f"{one.calls:g}",
+            one.calls,
             words[one.on_flows],
             words[one.noise],
             "yes" if one.fits_flows else "no",
