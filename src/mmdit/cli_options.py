@@ -5,6 +5,19 @@ from __future__ import annotations
 import argparse
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Names of samplers.SOLVERS and SCHEDULES, for help without torch.
+SAMPLERS = (
+    "euler, euler_ancestral, ddim, heun, heunpp2, dpm_2, dpm_2_ancestral, lms, ipndm, ipndm_v, gradient_estimation, "
+    "dpmpp_2m, res_multistep, deis, uni_pc, uni_pc_bh2, dpm_fast, dpm_adaptive, dpmpp_2s_ancestral, dpmpp_sde, "
+    "dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_3m_sde, er_sde, seeds_2, seeds_3, sa_solver, sa_solver_pece, lcm, ddpm, "
+    "res_multistep_ancestral, euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2m_cfg_pp, dpmpp_2s_ancestral_cfg_pp, "
+    "res_multistep_cfg_pp, res_multistep_ancestral_cfg_pp, gradient_estimation_cfg_pp, flow_heun, flow_dpmpp_2m, "
+    "flow_uni_pc, flow_deis, flow_ddpm"
+)
+SCHEDULES = (
+    "normal, simple, sgm_uniform, ddim_uniform, beta, karras, exponential, linear_quadratic, kl_optimal, "
+    "diffusers_karras, diffusers_exponential, diffusers_beta, diffusers_dynamic, diffusers_dpm"
+)
 USAGE = """mmdit generate PROMPT [PROMPT ...] [options]
        mmdit generate --prompts FILE [options]
        mmdit generate --settings PICTURE.png [options]"""
@@ -74,12 +87,11 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     say("--preset", metavar="NAME", help=f"{preset}such a model (default: the profile's)")
     profile = "diffusers, comfyui, reference: whose defaults and small choices to follow (default: diffusers)"
     say("--profile", metavar="NAME", help=profile)
-    sampler = "euler, dpmpp_2m ...; a wrong name lists all (default: the profile's; diffusers: euler)"
-    say("--sampler", metavar="NAME", help=sampler)
-    schedule = (
-        "noise levels of the steps: normal ...; a wrong name lists all (default: the profile's; diffusers: normal)"
-    )
+    say("--sampler", metavar="NAME", help=f"{SAMPLERS} (default: the profile's; diffusers: euler)")
+    schedule = f"noise levels of the steps: {SCHEDULES} (default: the profile's; diffusers: normal)"
     say("--schedule", metavar="NAME", help=schedule)
+    shift = "more of the steps at high noise: a number above 0, or resolution, for what suits the size of the picture "
+    say("--shift", type=_shift, metavar="X", help=f"{shift}(default: the model's; SD3.5: 3)")
     length = "how much of a long prompt T5 reads (default: the profile's; diffusers: 256)"
     say("--max-sequence-length", type=int, metavar="TOKENS", help=length)
     say("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -100,6 +112,10 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     grid = "also write all pictures in one, a row for each prompt, a column for each seed (default name: FILE-grid.png)"
     say("--grid", nargs="?", const="", metavar="FILE.png", help=grid)
     say("--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def _shift(text: str) -> float | str:
+    return text if text.isalpha() else float(text)
 
 
 def _seed(text: str) -> int:
