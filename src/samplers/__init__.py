@@ -4,7 +4,7 @@ from samplers.guidance import Guided, cfg, only_x0
 from samplers.names import pick
 from samplers.noise import BrownianTree, Fresh, Noise, gaussian
 from samplers.schedules import SCHEDULES, checked_sigmas, resolution_shift, shifted, sigmas
-from samplers.solvers import SOLVERS, Denoise, Solver, Step
+from samplers.solvers import SOLVERS, Denoise, Solver, Step, solvers_markdown
 from samplers.solvers.exponential import dpmpp_2m
 from samplers.solvers.first_order import euler
 
@@ -28,4 +28,5 @@ __all__ = [
     "resolution_shift",
     "shifted",
     "sigmas",
+    "solvers_markdown",
 ]

@@ -118,7 +118,7 @@ def _run(solver: Solver, x: Tensor, steps: int, adaptive: bool) -> tuple[Step, i
     return last, calls
 
 
-def markdown() -> str:
+def orders_markdown() -> str:
     """The observed order of every solver that can be one of the ODE, as a table."""
     words = {"sigma": "sigma", "ratio": "ln((1 - sigma) / sigma)", "as_added": "-ln sigma"}
     lines = ["| solver | steps even in | error at 48, 96, 192 steps | calls | observed order |", "| --- " * 5 + "|"]

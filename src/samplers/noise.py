@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,11 +78,12 @@ class BrownianTree:
         self.trees = [tree(low, zero, high, entropy=seed) for seed in each]
 
     def __call__(self, sigma: float, following: float) -> Tensor:
-        high, low = (torch.tensor(level, dtype=torch.float32) for level in (sigma, following))
-        sign = 1.0 if following > sigma else -1.0
-        paths = torch.stack([tree(min(low, high), max(low, high)) for tree in self.trees]) * sign
-        noise = paths if self.batched else paths[0]
-        return (noise / (high - low).abs().sqrt()).to(self.like)
+        ends = [torch.tensor(level, dtype=torch.float32) for level in (sigma, following)]
+        with warnings.catch_warnings():  # it rounds its own ends, and then finds ours a millionth beyond them
+            warnings.filterwarnings("ignore", "Should have t")
+            paths = torch.stack([tree(min(ends), max(ends)) for tree in self.trees])
+        noise = (paths if self.batched else paths[0]) * (1.0 if following > sigma else -1.0)
+        return (noise / (ends[1] - ends[0]).abs().sqrt()).to(self.like)
 
 
 def _torchsde() -> Any:

@@ -117,7 +117,9 @@ def linear_quadratic(steps: int, shift: float) -> Tensor:
 
 def kl_optimal(steps: int, shift: float) -> Tensor:
     """Even in arctan sigma between the ends of the table; then 0. Sabour et al. 2024, arXiv 2404.14507, appendix."""
-    return _to_zero((atan(1) + _even(steps) * (atan(_lowest(shift)) - atan(1))).tan())
+    levels = (atan(1) + _even(steps) * (atan(_lowest(shift)) - atan(1))).tan()
+    levels[0] = 1  # and not the float below it
+    return _to_zero(levels)
 
 
 def diffusers_karras(steps: int, shift: float) -> Tensor:
@@ -147,7 +149,7 @@ def diffusers_dynamic(steps: int, shift: float) -> Tensor:
 def diffusers_dpm(steps: int, shift: float) -> Tensor:
     """Even timesteps from 0.999 to 0, shifted once: DPMSolverMultistepScheduler with `use_flow_sigmas`.
 
-    It starts below 1. DEISMultistepScheduler has the same.
+    It starts below 1. DEISMultistepScheduler has the same, but for the 0.
     """
     return shifted((1 - _even(steps + 1)) * (1 - 1 / TRAIN_STEPS), shift)
 

@@ -5,6 +5,6 @@ It leaves gradients as the caller has them: a graph grows only where weights or 
 """
 
 from samplers.solvers.common import Denoise, Step
-from samplers.solvers.table import SOLVERS, Solver
+from samplers.solvers.table import SOLVERS, Solver, solvers_markdown
 
-__all__ = ["SOLVERS", "Denoise", "Solver", "Step"]
+__all__ = ["SOLVERS", "Denoise", "Solver", "Step", "solvers_markdown"]

@@ -174,7 +174,8 @@ def flow_deis(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DEIS on a flow: the line through two noise predictions in ln rho, integrated over rho = sigma / (1 - sigma).
 
     Zhang & Chen 2022, arXiv 2204.13902, formula 15 with log-rho for t. diffusers: DEISMultistepScheduler with
-    `use_flow_sigmas`, whose order is 2. A first level of 1, where rho is infinite, becomes 1 - 1e-6.
+    `use_flow_sigmas`, whose order is 2 (and which stays at the last level above 0). A first level of 1, where rho is
+    infinite, becomes 1 - 1e-6.
 
     Args:
         denoise, x, sigmas: see `samplers.euler`.

@@ -54,7 +54,7 @@ def dpm_adaptive(
         stage = _Stage.at(denoise, x, t)
         low, high = stage.pair(denoise, following)
         allowed = torch.clamp(rtol * torch.maximum(low.abs(), low_before.abs()), min=atol)
-        error = float(torch.linalg.vector_norm((low - high) / allowed)) / x.numel() ** 0.5
+        error = float(torch.linalg.vector_norm((low - high) / allowed).detach()) / x.numel() ** 0.5
         factor = 1 + atan((1 / (error + 1e-8)) ** (1 / 3) - 1)
         h *= factor
         if factor < 0.81:

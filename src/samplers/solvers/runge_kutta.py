@@ -61,7 +61,7 @@ def heunpp2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
             ahead = ahead + slopes[-1] * (following - sigma)
             slopes.append(slope(ahead, following, denoise(ahead, following)))
         shares = [following / (len(ends) * levels[0]) for following in ends[1:]]
-        return x + mixed([1 - sum(shares), *shares], slopes) * over.width
+        return x + mixed([1.0 - sum(shares), *shares], slopes) * over.width
 
     return walk(denoise, x, levels, move)
 

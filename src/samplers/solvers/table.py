@@ -162,7 +162,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def markdown() -> str:
+def solvers_markdown() -> str:
     """All solvers as a table."""
     words = {
         "sigma": "sigma",
