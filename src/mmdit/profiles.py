@@ -34,8 +34,8 @@ class Profile:
     noise_dtype: Literal["model", "float32", "float16"] = "model"
     # Pictures of one call under one seed: parts of a single draw (D, C), or each as if drawn alone (R), then all alike.
     one_seed: Literal["single_draw", "each_alone"] = "single_draw"
-    # Noise that a sampler adds on the way: the starting noise's generator goes on (D; R has no such sampler), or a new
-    # one on the latent's device starts from the same seed, and *_sde samplers have a Brownian tree of it (C).
+    # Noise that a sampler adds on the way: the starting noise's generator goes on (D's schedulers, given one; R has no
+    # such sampler), or a new one on the latent's device has the same seed, and *_sde a Brownian tree of it (C).
     step_noise: StepNoise = "continued"
     # Schedules that start below 1: from all of the noise (D), or from the share that their first level says (C, R).
     first_level: Literal["all_noise", "its_share"] = "all_noise"
