@@ -104,7 +104,13 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measure steps on random weights, ours and others', in one run."""
+    """Measure steps on random weights, ours and others', in one run; or samplers on the embedded model."""
+    if options.what == "samplers":
+        from mmdit.cli_bench import benched
+
+        for line in benched(options):
+            print(line, flush=True)
+        return 0
     import torch
 
     from mmdit.bench import bench as measure
@@ -218,5 +224,5 @@ def _parser() -> argparse.ArgumentParser:
     command(convert, "write a checkpoint in another layout")
     command(verify, "compare your weights with diffusers")
     command(compare, "find the first stage at which two pipelines differ, and why")
-    command(bench, "measure time and memory of a step, beside other libraries in the same run")
+    command(bench, "measure time and memory of a step, beside other libraries; or samplers: bench samplers")
     return parser

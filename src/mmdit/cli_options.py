@@ -171,6 +171,10 @@ def compare(parser: argparse.ArgumentParser) -> None:
 
 def bench(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
+    parser.set_defaults(what="steps")
+    more = parser.add_subparsers(title="instead of a step", metavar="samplers")
+    said = "what samplers cost and give on the embedded model, as numbers, tables and plots in a folder"
+    _bench_samplers(more.add_parser("samplers", help=said, description=f"{said[0].upper()}{said[1:]}."))
     parser.add_argument("--model", default="large", help="large, medium or demo; random weights (default: %(default)s)")
     parser.add_argument("--size", type=int, default=1024, help="of the picture in pixels (default: %(default)s)")
     parser.add_argument("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
@@ -185,3 +189,24 @@ def bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="(default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE.json", help="all numbers as JSON")
+
+
+def _bench_samplers(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(what="samplers")
+    say = parser.add_argument
+    measures = "orders, error (against model calls), accuracy (sampler by schedule), steps (sampler by steps), page"
+    say("--measure", nargs="+", default=["error"], metavar="NAME", help=f"{measures} (default: error)")
+    say("--samplers", nargs="+", metavar="NAME", help="(default: all)")
+    say("--schedules", nargs="+", metavar="NAME", help="for accuracy and page (default: normal karras beta)")
+    say("--steps", nargs="+", type=int, metavar="N", help="(default: 20 for accuracy and page, several for the others)")
+    say("--prompts", type=int, metavar="N", help="(default: 64, for error 4)")
+    say("--guidance-scale", type=float, default=4.5, metavar="X", help="(default: %(default)s)")
+    say("--fine", type=int, default=100, metavar="N", help="steps of heun that count as exact (default: %(default)s)")
+    say("--batch", type=int, default=32, metavar="N", help="pictures drawn at once (default: %(default)s)")
+    say("--minutes", type=float, default=float("inf"), metavar="X", help="start nothing that would end later")
+    say("--workers", type=int, metavar="N", help="processes that score pictures (default: this one)")
+    say("--model", metavar="FOLDER", help="of a model of the same grammar (default: the embedded one)")
+    say("--profile", default="diffusers", metavar="NAME", help="(default: %(default)s)")
+    say("--device", help="(default: cuda where there is one)")
+    say("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    say("-o", "--output", default="samplers", metavar="FOLDER", help="(default: %(default)s)")
