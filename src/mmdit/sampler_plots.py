@@ -45,7 +45,10 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], kinds: Mapping[str,
         )
     axes.set(xscale="log", yscale="log", xlabel="calls of the model", ylabel="relative error of the final latent")
     axes.set_title("steps in sigma: solid; in ln((1 - sigma) / sigma): dashed; in -ln sigma: dotted", fontsize=10)
-    axes.grid(alpha=0.3, which="both")
+    ticks = [2**k for k in range(1, 10) if any(2**k <= 1.5 * calls for points in lines.values() for calls, _ in points)]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _saved(plots, figure, path)
 

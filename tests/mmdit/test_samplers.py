@@ -10,7 +10,7 @@ import torch
 
 import samplers
 import tiny
-from mmdit import PROFILES, Pipeline
+from mmdit import PROFILES, Pipeline, compare
 from mmdit.step_noise import solver_options
 from samplers import SCHEDULES, SOLVERS, resolution_shift, sigmas
 
@@ -165,6 +165,11 @@ def test_a_missing_extra_is_named_before_anything_is_drawn(pipes, monkeypatch):
         patch.setattr(pipes["comfyui"].transformer, "forward", lambda *_, **__: pytest.fail("it was computed"))
         with pytest.raises(ImportError, match=r"mmdit-lab\[comfy\]"):
             pipes["comfyui"](PROMPT, **asked)
+
+
+def test_a_comparison_gives_both_sides_the_same_noise(pipe):
+    found = compare(pipe, copy(pipe), PROMPT, num_inference_steps=2, sampler="euler_ancestral", height=32, width=32)
+    assert found.first is None, str(found)
 
 
 # ---- levels

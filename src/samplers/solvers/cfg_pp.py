@@ -56,7 +56,7 @@ def euler_ancestral_cfg_pp(
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        eta, s_noise, noise: see `samplers.euler_ancestral`.
+        eta, s_noise, noise: see `first_order.euler_ancestral`.
     """
     noise = noise or Fresh(x)
 
@@ -99,7 +99,7 @@ def dpmpp_2s_ancestral_cfg_pp(
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        eta, s_noise, noise: see `samplers.euler_ancestral`.
+        eta, s_noise, noise: see `first_order.euler_ancestral`.
     """
     noise = noise or Fresh(x)
 
@@ -137,7 +137,7 @@ def res_multistep_ancestral_cfg_pp(
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        eta, s_noise, noise: see `samplers.euler_ancestral`.
+        eta, s_noise, noise: see `first_order.euler_ancestral`.
     """
     noise, levels = noise or Fresh(x), sigmas.tolist()
     past: list[tuple[Tensor, float]] = []  # the unconditional prediction before, and where that step went down to
@@ -163,7 +163,7 @@ def gradient_estimation_cfg_pp(
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        gamma: see `samplers.gradient_estimation`.
+        gamma: see `adams.gradient_estimation`.
     """
     past: list[Tensor] = []  # the slope before
 

@@ -82,7 +82,7 @@ def res_multistep_ancestral(
     `dpmpp_2m_sde_heun` is right on flows.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise: see `samplers.euler_ancestral`.
+        denoise, x, sigmas, eta, s_noise, noise: see `first_order.euler_ancestral`.
     """
     noise = noise or Fresh(x)
     return _res(denoise, x, sigmas, eta, lambda sigma, following: s_noise * noise(sigma, following))
@@ -141,7 +141,7 @@ def dpmpp_sde(
     in the flow's half log signal-to-noise ratio, which is that of ComfyUI.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise: see `samplers.euler_ancestral`.
+        denoise, x, sigmas, eta, s_noise, noise: see `first_order.euler_ancestral`.
         shift: of the schedule, which says what stands for a first level of 1: see `comfyui_start`.
     """
     noise = noise or Fresh(x)

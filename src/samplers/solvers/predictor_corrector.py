@@ -159,7 +159,7 @@ def sa_solver(
     timesteps and 0 outside; orders go down to 1 at the end (ComfyUI, `sample_sa_solver`).
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
     """
     return _sa(denoise, x, sigmas.tolist(), eta, s_noise, noise or Fresh(x), shift, again=False)
 
@@ -177,7 +177,7 @@ def sa_solver_pece(
     """`sa_solver` that predicts once more after the correction: two model calls a step.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
     """
     return _sa(denoise, x, sigmas.tolist(), eta, s_noise, noise or Fresh(x), shift, again=True)
 

@@ -88,7 +88,7 @@ def dpm_2_ancestral(
     """`dpm_2` to below the next level, then fresh noise up to it: see `descent`.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise: see `samplers.euler_ancestral`.
+        denoise, x, sigmas, eta, s_noise, noise: see `first_order.euler_ancestral`.
     """
     noise = noise or Fresh(x)
 
@@ -115,7 +115,7 @@ def dpmpp_2s_ancestral(
     prediction is used for the whole step. From level 1, where that ratio has no logarithm, the middle is 0.9999.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise: see `samplers.euler_ancestral`.
+        denoise, x, sigmas, eta, s_noise, noise: see `first_order.euler_ancestral`.
     """
     noise = noise or Fresh(x)
 

@@ -39,7 +39,7 @@ def er_sde(
     Cui et al. 2023, arXiv 2309.06169, algorithm 3 (VP) with phi of section 5; the integrals are sums over 200 points.
 
     Args:
-        denoise, x, sigmas, s_noise, noise, shift: see `samplers.dpmpp_sde`.
+        denoise, x, sigmas, s_noise, noise, shift: see `exponential.dpmpp_sde`.
     """
     noise = noise or Fresh(x)
     levels = below_one(sigmas.tolist(), comfyui_start(shift))
@@ -94,7 +94,7 @@ def seeds_2(
     Gonzalez et al. 2023, arXiv 2305.14267, algorithm 2 (data prediction, variance preserving), the middle at 1/2.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
     """
     noise = noise or Fresh(x)
 
@@ -123,7 +123,7 @@ def seeds_3(
     Gonzalez et al. 2023, arXiv 2305.14267, algorithm 3 (data prediction, variance preserving).
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
     """
     noise = noise or Fresh(x)
 
