@@ -222,8 +222,9 @@ def _page(pipe: Pipeline, plan: Plan, folder: Path) -> list[Path]:
         for schedule in plan.schedules:
             pictures[name, schedule] = draw(sampler=name, schedule=schedule).images[0]
         _say(f"{name}: drawn")
-    title = f'"{PLAIN}", seed 0, {steps} steps, guidance {plan.guidance:g}'
-    return [page(pictures, title, folder / "page.png")]
+    title = f'"{PLAIN}", seed 0, {steps} steps, guidance {plan.guidance:g}; red: no sampler of flows'
+    red = [name for name in plan.samplers if not SOLVERS[name].fits_flows]
+    return [page(pictures, title, folder / "page.png", red)]
 
 
 # ---- writing

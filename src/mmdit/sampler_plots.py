@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, GAP, LABEL, BLOCKS = 84, 2, 150, 3  # of the page: pixels, and how many blocks stand side by side
+SIDE, GAP, LABEL, BLOCKS = 84, 2, 180, 3  # of the page: pixels, and how many blocks stand side by side
 
 
 def needs_matplotlib() -> Any:
@@ -78,8 +78,15 @@ def heat_map(values: Mapping[tuple[str, str], float], title: str, path: Path) ->
     return _saved(plots, figure, path)
 
 
-def page(pictures: Mapping[tuple[str, str], Image.Image], title: str, path: Path) -> Path:
-    """Pictures by (row, column) with their names, in 256 colours; the rows stand in several blocks side by side."""
+def page(pictures: Mapping[tuple[str, str], Image.Image], title: str, path: Path, red: Collection[str] = ()) -> Path:
+    """Pictures by (row, column) with their names, in 256 colours; the rows stand in several blocks side by side.
+
+    Args:
+        pictures: of any size.
+        title: above all.
+        path: where to write.
+        red: rows whose names are red.
+    """
     rows, columns = (list(dict.fromkeys(key[axis] for key in pictures)) for axis in (0, 1))
     tall, across, down = -(-len(rows) // BLOCKS), LABEL + len(columns) * (SIDE + GAP), SIDE + GAP
     blocks = -(-len(rows) // tall)
@@ -91,7 +98,7 @@ def page(pictures: Mapping[tuple[str, str], Image.Image], title: str, path: Path
             pen.text((block * across + LABEL + j * down, 17), column, fill="black", font=font)
     for i, row in enumerate(rows):
         x, y = i // tall * across, 32 + i % tall * down
-        pen.text((x + GAP, y + SIDE // 2 - 6), row, fill="black", font=font)
+        pen.text((x + GAP, y + SIDE // 2 - 6), row, fill="red" if row in red else "black", font=font)
         for j, column in enumerate(columns):
             image = pictures[row, column].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(image, (x + LABEL + j * down, y))

@@ -202,6 +202,35 @@ def test_dpmpp_2s_ancestral_cfg_pp_by_formula():
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
+def test_multistep_cfg_pp_by_formula():
+    """The second step, in -ln sigma: 2M from x0 and the last u; RES from x + x0 - u, with u for x0 at both levels."""
+    levels = torch.tensor([0.9, 0.6, 0.3], dtype=torch.float64)
+    x, (h, width) = INDEX / 9, (math.log(2), math.log(1.5))
+    first = guided_toy(x, 0.9)
+    x = first.x0 + (x - first.uncond) * 0.6 / 0.9
+    here, change = guided_toy(x, 0.6), (1 - math.exp(-h)) * h / (2 * width)
+    wanted = here.x0 + 0.5 * (x - here.uncond) + change * (here.x0 - first.uncond)
+    found = run("dpmpp_2m_cfg_pp", guided_toy, INDEX / 9, levels).x
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    phi_1 = (1 - math.exp(-h)) / h
+    late = (1 - phi_1) / h / (width / h)  # -phi_2(-h) / c2, with c2 = -width / h
+    wanted = 0.5 * (x + here.x0 - here.uncond) + h * ((phi_1 + late) * here.uncond - late * first.uncond)
+    found = run("res_multistep_cfg_pp", guided_toy, INDEX / 9, levels).x
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_dpm_adaptive_takes_a_refused_step_again(monkeypatch):
+    """Factors of the width 0.8 and 0.82: the first is refused, and costs its three calls."""
+    factors, calls = iter([-0.2, -0.18] + [0.0] * 100), []
+    monkeypatch.setattr(samplers.solvers.dpm_solver, "atan", lambda value: next(factors))
+    levels = torch.tensor([0.9, 0.5], dtype=torch.float64)
+    model = samplers.SOLVERS["dpm_adaptive"]
+    steps = list(model(lambda x, s: calls.append(s) or toy(x, s), INDEX / 9, levels))
+    assert [steps[0].sigma, steps[1].sigma] == pytest.approx([0.9 * math.exp(-w) for w in (0.04, 0.04 + 0.0328)])
+    assert len(calls) == 3 * (len(steps) + 1)
+    assert calls.count(calls[0]) == 2
+
+
 ENDS_AT_0 = [name for name, one in samplers.SOLVERS.items() if not one.own_steps and not name.startswith("uni_pc")]
 
 
