@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from operator import index
 from typing import Literal, SupportsIndex
 
@@ -13,9 +14,10 @@ from mmdit.config import MMDiTConfig
 from mmdit.pictures import OUTPUT_TYPES
 from mmdit.profiles import PRESETS, PROFILES, Profile
 from quant.recipe import RECIPES, Recipe
-from samplers import pick
+from samplers import pick, resolution_shift
 
 Offload = Literal["stages"]
+Shift = float | Literal["resolution"] | None
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -63,8 +65,32 @@ def whole(name: str, value: int, least: int) -> int:
     return value
 
 
-def generators(seed: int | Sequence[int] | None, generator: Generators, count: int) -> Generators:
-    """What draws the noise of `count` pictures."""
+def shift_for(shift: Shift, default: float, sides: Sequence[int], patch: int) -> float:
+    """The shift as a number: None is the default, "resolution" that of a latent with these sides.
+
+    Raises:
+        ValueError: it is something else, or not a finite number above 0.
+    """
+    if shift is None:
+        return default
+    if isinstance(shift, str):
+        pick({"resolution": shift}, shift, "shift")
+        return resolution_shift((sides[0] // patch) * (sides[1] // patch))
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < inf:
+        raise ValueError(f'shift must be a finite number above 0, or "resolution", got {shift!r}')
+    return float(shift)
+
+
+def generators(
+    seed: int | Sequence[int] | None, generator: Generators, count: int, *, alone: bool = False
+) -> Generators:
+    """What draws the noise of `count` pictures.
+
+    Args:
+        seed, generator: one of them, or neither.
+        count: pictures.
+        alone: one seed for several pictures is that of each.
+    """
     if seed is not None and generator is not None:
         raise ValueError("seed and generator are both given; give one of them")
     if seed is None:
@@ -74,11 +100,17 @@ def generators(seed: int | Sequence[int] | None, generator: Generators, count: i
             )
         return generator
     if isinstance(seed, SupportsIndex):
-        return _seeded(seed)
+        return [_seeded(seed) for _ in range(count)] if alone else _seeded(seed)
     if not isinstance(seed, Sequence) or len(seed) != count:
         found = f"{len(seed)} seeds" if isinstance(seed, Sequence) else f"seed {seed!r}"
         raise ValueError(f"{found} for {count} pictures; give one whole number, or a list of one per picture")
     return [_seeded(one) for one in seed]
+
+
+def check_draws_nothing(**sources: object) -> None:
+    """Raise ValueError if something to draw noise with is given beside latents."""
+    if given := [name for name, value in sources.items() if value is not None]:
+        raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw: give one of them")
 
 
 def own_seeds(seed: int | Sequence[int] | None, count: int, *, alone: bool) -> list[int | None]:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 Item = TypeVar("Item")
 
 
-def bar(items: Iterable[Item], total: int, shown: bool | None) -> Iterator[Item]:
+def bar(items: Iterable[Item], total: int | None, shown: bool | None) -> Iterator[Item]:
     """The items, counted by a bar; None shows it in terminals and notebooks and not in files and pipes."""
     if shown is None:
         shown = "ipykernel" in sys.modules or sys.stderr.isatty()

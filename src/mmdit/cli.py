@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 # What users can do something about; anything else is our bug and shows its traceback.
-USER_ERRORS = (ValueError, OSError, MemoryError, ImportError)
+USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, FloatingPointError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +112,13 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measure steps on random weights, ours and others', in one run."""
+    """Measure steps on random weights, ours and others', in one run; or samplers on the embedded model."""
+    if options.what == "samplers":
+        from mmdit.cli_bench import benched
+
+        for line in benched(options):
+            print(line, flush=True)
+        return 0
     import torch
 
     from mmdit.bench import bench as measure
@@ -229,5 +235,5 @@ def _parser() -> argparse.ArgumentParser:
     command(quantize, "write a checkpoint in float8, for here and for ComfyUI")
     command(verify, "compare your weights with diffusers")
     command(compare, "find the first stage at which two pipelines differ, and why")
-    command(bench, "measure time and memory of a step, beside other libraries in the same run")
+    command(bench, "measure time and memory of a step, beside other libraries; or samplers: bench samplers")
     return parser

@@ -15,7 +15,7 @@ import torch
 
 from encoders.chunks import Rows, read
 from mmdit import __version__
-from mmdit.arguments import checked_quant, generators, profile_of, whole
+from mmdit.arguments import checked_quant, generators, profile_of, shift_for, whole
 from mmdit.cli import device_of, dtype_of
 from mmdit.cli_options import DTYPES
 from mmdit.hub import is_repo_id
@@ -38,6 +38,7 @@ TAKEN = {
     "guidance_scale": "guidance_scale",
     "sampler": "sampler",
     "schedule": "schedule",
+    "shift": "shift",
     "profile": "profile",
     "max_sequence_length": "max_sequence_length",
     "model": "model",
@@ -63,11 +64,6 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     pictures = list(product(ask.prompts, ask.seed))
     output, sheet = outputs(ask.output, ask.grid, len(pictures))
     pipe = _pipeline(ask, profile, _device(ask, before, note), note)
-    if before is not None and pipe.shift != before.shift:
-        raise ValueError(
-            f"{ask.settings} was drawn with shift {before.shift}, but {ask.model} has shift {pipe.shift} in its "
-            "scheduler_config.json; give the --model that it was drawn with"
-        )
     drawn, names = [], output.names()
     for image, settings in _drawn(pipe, ask, pictures):
         path = output.write(names, image, settings.to_json())
@@ -138,8 +134,6 @@ def _checked(ask: Namespace, before: Settings | None, note: Note) -> Profile:
         said = f"What the command line does not say is taken from {ask.settings}"
         raise ValueError(f"{error}. {said}") from error
     _check_model(ask, before)
-    if before is not None:  # where a model does not say it, the shift is the profile's or the preset's of then
-        profile = replace(profile, shift=before.shift)
     scale = profile.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
     if ask.negative_prompt and not profile.reads_negative(scale):
         note(f"with profile {profile.name} the negative prompt is not read at guidance scale {scale:g}")
@@ -157,6 +151,7 @@ def _check_values(ask: Namespace) -> Profile:
     for option, table in tables.items():
         if (name := getattr(ask, option)) is not None:
             pick(dict.fromkeys(table), name, option)
+    shift_for(ask.shift, 1.0, (1, 1), 1)
     checked_quant(ask.quant)
     return profile_of(ask.profile, ask.preset)
 
@@ -217,6 +212,7 @@ def _drawn(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Itera
                 guidance_scale=ask.guidance_scale,
                 sampler=ask.sampler,
                 schedule=ask.schedule,
+                shift=ask.shift,
                 seed=[seed for _, seed in batch],
                 max_sequence_length=ask.max_sequence_length,
                 vae_tile=ask.vae_tile,

@@ -5,6 +5,19 @@ from __future__ import annotations
 import argparse
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Names of samplers.SOLVERS and SCHEDULES, for help without torch.
+SAMPLERS = (
+    "euler, euler_ancestral, ddim, heun, heunpp2, dpm_2, dpm_2_ancestral, lms, ipndm, ipndm_v, gradient_estimation, "
+    "dpmpp_2m, res_multistep, deis, uni_pc, uni_pc_bh2, dpm_fast, dpm_adaptive, dpmpp_2s_ancestral, dpmpp_sde, "
+    "dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_3m_sde, er_sde, seeds_2, seeds_3, sa_solver, sa_solver_pece, lcm, ddpm, "
+    "res_multistep_ancestral, euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2m_cfg_pp, dpmpp_2s_ancestral_cfg_pp, "
+    "res_multistep_cfg_pp, res_multistep_ancestral_cfg_pp, gradient_estimation_cfg_pp, flow_heun, flow_dpmpp_2m, "
+    "flow_uni_pc, flow_deis, flow_ddpm"
+)
+SCHEDULES = (
+    "normal, simple, sgm_uniform, ddim_uniform, beta, karras, exponential, linear_quadratic, kl_optimal, "
+    "diffusers_karras, diffusers_exponential, diffusers_beta, diffusers_dynamic, diffusers_dpm"
+)
 USAGE = """mmdit generate PROMPT [PROMPT ...] [options]
        mmdit generate --prompts FILE [options]
        mmdit generate --settings PICTURE.png [options]"""
@@ -74,12 +87,11 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     say("--preset", metavar="NAME", help=f"{preset}such a model (default: the profile's)")
     profile = "diffusers, comfyui, reference: whose defaults and small choices to follow (default: diffusers)"
     say("--profile", metavar="NAME", help=profile)
-    sampler = "euler, dpmpp_2m ...; a wrong name lists all (default: the profile's; diffusers: euler)"
-    say("--sampler", metavar="NAME", help=sampler)
-    schedule = (
-        "noise levels of the steps: normal ...; a wrong name lists all (default: the profile's; diffusers: normal)"
-    )
+    say("--sampler", metavar="NAME", help=f"{SAMPLERS} (default: the profile's; diffusers: euler)")
+    schedule = f"noise levels of the steps: {SCHEDULES} (default: the profile's; diffusers: normal)"
     say("--schedule", metavar="NAME", help=schedule)
+    shift = "more of the steps at high noise: a number above 0, or resolution, for what suits the size of the picture "
+    say("--shift", type=_shift, metavar="X", help=f"{shift}(default: the model's; SD3.5: 3)")
     length = "how much of a long prompt T5 reads (default: the profile's; diffusers: 256)"
     say("--max-sequence-length", type=int, metavar="TOKENS", help=length)
     say("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -100,6 +112,10 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     grid = "also write all pictures in one, a row for each prompt, a column for each seed (default name: FILE-grid.png)"
     say("--grid", nargs="?", const="", metavar="FILE.png", help=grid)
     say("--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def _shift(text: str) -> float | str:
+    return text if text.isalpha() else float(text)
 
 
 def _seed(text: str) -> int:
@@ -177,6 +193,10 @@ def compare(parser: argparse.ArgumentParser) -> None:
 
 def bench(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
+    parser.set_defaults(what="steps")
+    more = parser.add_subparsers(title="instead of a step", metavar="samplers")
+    said = "what samplers cost and give on the embedded model, as numbers, tables and plots in a folder"
+    _bench_samplers(more.add_parser("samplers", help=said, description=f"{said[0].upper()}{said[1:]}."))
     parser.add_argument("--model", default="large", help="large, medium or demo; random weights (default: %(default)s)")
     parser.add_argument("--size", type=int, default=1024, help="of the picture in pixels (default: %(default)s)")
     parser.add_argument("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
@@ -191,3 +211,24 @@ def bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="(default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE.json", help="all numbers as JSON")
+
+
+def _bench_samplers(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(what="samplers")
+    say = parser.add_argument
+    measures = "orders, error (against model calls), accuracy (sampler by schedule), steps (sampler by steps), page"
+    say("--measure", nargs="+", default=["error"], metavar="NAME", help=f"{measures} (default: error)")
+    say("--samplers", nargs="+", metavar="NAME", help="(default: all)")
+    say("--schedules", nargs="+", metavar="NAME", help="for accuracy and page (default: normal karras beta)")
+    say("--steps", nargs="+", type=int, metavar="N", help="(default: 20 for accuracy and page, several for the others)")
+    say("--prompts", type=int, metavar="N", help="(default: 64, for error 4)")
+    say("--guidance-scale", type=float, default=4.5, metavar="X", help="(default: %(default)s)")
+    say("--fine", type=int, default=100, metavar="N", help="steps of heun that count as exact (default: %(default)s)")
+    say("--batch", type=int, default=32, metavar="N", help="pictures drawn at once (default: %(default)s)")
+    say("--minutes", type=float, default=float("inf"), metavar="X", help="start nothing that would end later")
+    say("--workers", type=int, metavar="N", help="processes that score pictures (default: this one)")
+    say("--model", metavar="FOLDER", help="of a model of the same grammar (default: the embedded one)")
+    say("--profile", default="diffusers", metavar="NAME", help="(default: %(default)s)")
+    say("--device", help="(default: cuda where there is one)")
+    say("--dtype", choices=DTYPES, default="float32", help="(default: %(default)s)")
+    say("-o", "--output", default="samplers", metavar="FOLDER", help="(default: %(default)s)")

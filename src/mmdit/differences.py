@@ -20,7 +20,9 @@ _CONCERN = {
     # Both run with the same numbers and draw one picture; the shift in use is compared itself.
     r"name|steps|guidance_scale|shift|one_seed|odd_latents": r"(?!)",
     r"schedule": r"sigmas|timesteps",
-    r"sampler": r"step \d+ latent",
+    r"first_level": r"step 0 input latent",
+    r"second_last": r"sigmas|timesteps",
+    r"step_noise|sampler": r"step \d+ latent",
     r"sigma_dtype": r"timesteps|step \d+ (guided|latent)",
     r"uncond_pass": r"step \d+ .*",
     r"noise_dtype": r"noise",

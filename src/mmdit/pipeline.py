@@ -15,12 +15,16 @@ from encoders import Conditioning
 from mmdit.arguments import (
     Generators,
     Offload,
+    Shift,
+    check_draws_nothing,
     check_latents,
     check_output_type,
     checked_offload,
     checked_quant,
+    generators,
     own_seeds,
     profile_of,
+    shift_for,
     whole,
 )
 from mmdit.assemble import from_file, from_folder
@@ -185,6 +189,7 @@ class Pipeline(Verbs):
         sampler: str | None = None,
         schedule: str | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        shift: Shift = None,
         seed: int | Sequence[int] | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -207,7 +212,8 @@ class Pipeline(Verbs):
             height, width: in pixels, multiples of 16.
             num_inference_steps, guidance_scale, sampler, schedule: see `sample`.
             sigmas: see `levels`.
-            seed, generator: see `noise`.
+            shift: of the schedule, or "resolution"; see `sample`.
+            seed, generator: see `noise`; samplers that add noise on the way take it from there too.
             latents: instead of noise, [b, c, h/8, w/8].
             prompt_embeds, pooled_prompt_embeds: instead of prompts, context [b, n, context_dim] and [b, pooled_dim]
                 of `encode`; likewise the negative ones.
@@ -226,31 +232,49 @@ class Pipeline(Verbs):
         asked = Texts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         against = Texts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
         count = len(asked) * whole("num_images_per_prompt", num_images_per_prompt, 1)
-        pairs = asked.with_negatives(against, self.transformer.config, read=self.profile.reads_negative(scale))
+        pairs = asked.with_negatives(against, self.transformer.config, read=self._reads_negative(scale, sampler))
         # What is wrong is said before anything is drawn.
         check_output_type(output_type)
-        self._solver(sampler)
-        levels = self.levels(num_inference_steps, schedule, sigmas)
+        solver = self._solver(sampler)
+        if latents is not None and not solver.is_stochastic:
+            check_draws_nothing(seed=seed, generator=generator)
+        sides = (
+            latents.shape[2:] if latents is not None else (self._cells(height, "height"), self._cells(width, "width"))
+        )
+        shift = shift_for(shift, self.shift, sides, self.transformer.config.patch_size)
+        levels = self.levels(num_inference_steps, schedule, sigmas, shift, sampler)
         self._rules(max_sequence_length)
         if vae_tile is not None:
             whole("vae_tile", vae_tile, 1)
         with self._drawing(f"{count} pictures at once"):
-            noise = self._start(latents, seed, generator, count, height, width)
+            drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
+            noise = self._start(latents, drawn_by, count, height, width)
             cond, uncond = (
                 None if texts is None else self._read(texts, max_sequence_length).repeat(num_images_per_prompt)
                 for texts in pairs
             )
             assert cond is not None
-            steps = self.sample(cond, uncond, noise, sigmas=levels, guidance_scale=scale, sampler=sampler)
-            for step in bar(steps, len(levels) - 1, progress):
+            steps = self.sample(
+                cond,
+                uncond,
+                noise,
+                sigmas=levels,
+                guidance_scale=scale,
+                sampler=sampler,
+                shift=shift,
+                generator=drawn_by,
+            )
+            level = float(levels[0])
+            for step in bar(steps, None if solver.own_steps else len(levels) - 1, progress):
                 if callback_on_step_end is not None:
-                    after_step(callback_on_step_end, self, step, float(levels[step.i]))
+                    after_step(callback_on_step_end, self, step, level)
+                level = step.sigma
             latent = step.x.to(self.dtype)
             pictures = latent if output_type == "latent" else self.decode(latent, tile=vae_tile)
             images = convert_output(pictures, output_type, self.profile.to_uint8)
         if latents is not None or sigmas is not None or callback_on_step_end is not None:
             return PipelineOutput(images)
-        settings = self._settings(num_inference_steps, scale, sampler, schedule, max_sequence_length)
+        settings = self._settings(num_inference_steps, scale, sampler, schedule, shift, max_sequence_length)
         rows, columns = latent.shape[2:]
         settings |= {"height": rows * self.vae.config.downscale, "width": columns * self.vae.config.downscale}
         seeds = own_seeds(seed, count, alone=self.profile.one_seed == "each_alone")
@@ -262,6 +286,7 @@ class Pipeline(Verbs):
         scale: float,
         sampler: str | None,
         schedule: str | None,
+        shift: float,
         max_sequence_length: int | None,
     ) -> dict[str, Any]:
         """What the settings of all pictures of a call have in common."""
@@ -270,7 +295,7 @@ class Pipeline(Verbs):
             "guidance_scale": float(scale),
             "sampler": sampler or self.profile.sampler,
             "schedule": schedule or self.profile.schedule,
-            "shift": float(self.shift),
+            "shift": float(shift),
             "profile": self.profile.name if is_known(self.profile) else f"{self.profile.name}, changed",
             "max_sequence_length": max_sequence_length,
             "model": self.name,
@@ -297,18 +322,10 @@ class Pipeline(Verbs):
         return self.encode(texts.prompts, max_sequence_length=max_sequence_length)
 
     def _start(
-        self,
-        latents: Tensor | None,
-        seed: int | Sequence[int] | None,
-        generator: Generators,
-        count: int,
-        height: int | None,
-        width: int | None,
+        self, latents: Tensor | None, drawn_by: Generators, count: int, height: int | None, width: int | None
     ) -> Tensor:
         if latents is None:
-            return self.noise(seed, count=count, height=height, width=width, generator=generator)
-        if given := [name for name, value in (("seed", seed), ("generator", generator)) if value is not None]:
-            raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw: give one of them")
+            return self.noise(count=count, height=height, width=width, generator=drawn_by)
         cell = self.vae.config.downscale
         check_latents(latents, count, self.transformer.config, cell, self._unit, height, width)
         return latents.to(self.device)

@@ -13,6 +13,8 @@ from typing import Literal
 
 from encoders import COMFYUI, DIFFUSERS, REFERENCE, TextRules
 
+StepNoise = Literal["continued", "same_seed"]
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -32,6 +34,13 @@ class Profile:
     noise_dtype: Literal["model", "float32", "float16"] = "model"
     # Pictures of one call under one seed: parts of a single draw (D, C), or each as if drawn alone (R), then all alike.
     one_seed: Literal["single_draw", "each_alone"] = "single_draw"
+    # Noise that a sampler adds on the way: the starting noise's generator goes on (D's schedulers, given one; R has no
+    # such sampler), or a new one on the latent's device has the same seed, and *_sde a Brownian tree of it (C).
+    step_noise: StepNoise = "continued"
+    # Schedules that start below 1: from all of the noise (D), or from the share that their first level says (C, R).
+    first_level: Literal["all_noise", "its_share"] = "all_noise"
+    # dpm_2 and uni_pc: the levels asked for (D), or one more of which the second-last is left out (C: KSampler).
+    second_last: Literal["kept", "left_out"] = "kept"
     state_dtype: Literal["model", "float32"] = "model"  # the latent between steps: model's dtype (D), float32 (C, R)
     # When the negative prompt is read: guidance above 1 (D), any but 1 (C), always (R).
     uncond_pass: Literal["above_1", "unless_1", "always"] = "above_1"
@@ -78,6 +87,9 @@ PROFILES: dict[str, Profile] = {
         steps=20,
         guidance_scale=8.0,
         noise_dtype="float32",
+        step_noise="same_seed",
+        first_level="its_share",
+        second_last="left_out",
         state_dtype="float32",
         uncond_pass="unless_1",
         odd_latents="wrap",
@@ -92,6 +104,7 @@ PROFILES: dict[str, Profile] = {
         sigma_dtype="float16",
         noise_dtype="float16",
         one_seed="each_alone",
+        first_level="its_share",
         state_dtype="float32",
         uncond_pass="always",
         to_uint8="truncate",

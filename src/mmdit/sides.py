@@ -152,6 +152,7 @@ class OurSide(Side):
             vars(pipe)["levels"] = lambda *args, **kwargs: run.tap("sigmas", levels(*args, **kwargs))
             settings: Any = {"num_inference_steps": job.steps, "guidance_scale": job.guidance}
             settings |= {} if job.sampler is None else {"sampler": job.sampler}
+            settings["generator"] = torch.Generator().manual_seed(job.seed)  # of samplers that add noise on the way
             for step in pipe.sample(cond, uncond, x, **settings):
                 run.in_step("guided")(step.denoised)
                 step.x = x = run.tap(f"step {run.step} latent", step.x)

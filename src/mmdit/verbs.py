@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
@@ -18,20 +18,24 @@ from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_pro
 from mmdit.arguments import (
     Generators,
     Offload,
+    Shift,
     cells,
     checked_offload,
     checked_quant,
     generators,
     profile_of,
     quant_name,
+    shift_for,
     whole,
 )
 from mmdit.assemble import Parts
+from mmdit.nonfinite import Call, check_finite
 from mmdit.offload import Turns
 from mmdit.passes import Half, Pass, Watcher
 from mmdit.pictures import to_unit
 from mmdit.profiles import Profile
 from mmdit.recognise import Component
+from mmdit.step_noise import solver_options
 from quant.convert import is_quantized, quantize_
 from quant.recipe import Recipe
 from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick
@@ -158,10 +162,9 @@ class Verbs:
         """
         rows, columns = self._cells(height, "height"), self._cells(width, "width")
         shape = (count, self.transformer.config.in_channels, rows, columns)
-        if self.profile.one_seed == "each_alone" and isinstance(seed, int):
-            seed = [seed] * count
         dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
-        noise = gaussian(shape, generators(seed, generator, count), dtype).to(self.device)
+        drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
+        noise = gaussian(shape, drawn_by, dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
     def predict(
@@ -212,6 +215,8 @@ class Verbs:
         sampler: str | None = None,
         schedule: str | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        shift: Shift = None,
+        generator: Generators = None,
     ) -> Iterator[Step]:
         """The steps from noise to latent; change `step.x` and the solver goes on from there.
 
@@ -219,20 +224,27 @@ class Verbs:
             cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance.
             noise: [b, c, h, w], see `noise`.
             num_inference_steps, guidance_scale, sampler, schedule: None is the profile's.
-            sigmas: see `levels`.
+            sigmas, shift: see `levels`; shift "resolution" is `samplers.resolution_shift` of the latent.
+            generator: what drew `noise`: samplers that add noise go on with it, or with its seed, as the profile says.
 
         Raises:
             ValueError: an unknown name, or no step.
+            ImportError: ComfyUI's noise of *_sde samplers needs torchsde.
+            FloatingPointError: a step gave what is not finite; its level and the first such layer are named.
         """
-        solver, levels = self._solver(sampler), self.levels(num_inference_steps, schedule, sigmas)
-        scale = self._scale(guidance_scale)
-        guided = self.profile.reads_negative(scale)
+        solver, scale, count = self._solver(sampler), self._scale(guidance_scale), _Count()
+        shift = shift_for(shift, self.shift, noise.shape[2:], self.transformer.config.patch_size)
+        levels = self.levels(num_inference_steps, schedule, sigmas, shift, sampler)
+        guided = self._reads_negative(scale, sampler)
         if guided and uncond is None:
             raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
-        count = _Count()
         predict = partial(_predict_at, self, count)
-        denoise = only_x0(cfg(predict, Half(cond), Half(uncond, "uncond") if guided and uncond else None, scale))
-        steps = solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels)
+        denoise = cfg(predict, Half(cond), Half(uncond, "uncond") if guided and uncond else None, scale)
+        x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+        if self.profile.first_level == "its_share":
+            x = x * float(levels[0])
+        options = solver_options(solver, x, levels, shift, generator, self.profile.step_noise)
+        steps = solver(denoise if solver.guided else only_x0(denoise), x, levels, **options)
         return self._counted(steps, count)
 
     def levels(
@@ -240,6 +252,8 @@ class Verbs:
         num_inference_steps: int | None = None,
         schedule: str | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        shift: float | None = None,
+        sampler: str | None = None,
     ) -> Tensor:
         """The noise levels of the steps, float64 [steps + 1].
 
@@ -247,6 +261,7 @@ class Verbs:
             num_inference_steps, schedule: None is the profile's.
             sigmas: instead of these, levels from at most 1 to 0, used as they are. (diffusers shifts a list of its
                 user's and appends the 0: `samplers.shifted` does that.)
+            shift, sampler: None is the model's, the profile's; for some ComfyUI leaves out the second-last level.
 
         Raises:
             ValueError: no step, an unknown name, levels that do not fall from at most 1 to 0; or both are given.
@@ -258,7 +273,10 @@ class Verbs:
             return samplers.checked_sigmas(sigmas)
         steps = self.profile.steps if num_inference_steps is None else num_inference_steps
         whole("num_inference_steps", steps, 1)
-        return samplers.sigmas(schedule or self.profile.schedule, steps, shift=self.shift)
+        more = self.profile.second_last == "left_out" and self._solver(sampler).drops_second_last
+        shift = self.shift if shift is None else shift
+        found = samplers.sigmas(schedule or self.profile.schedule, steps + more, shift=shift)
+        return torch.cat([found[:-2], found[-1:]]) if more else found
 
     def decode(self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None) -> Float[Tensor, "b 3 h8 w8"]:
         """The pictures of latents in model space, in [0, 1].
@@ -287,6 +305,10 @@ class Verbs:
     def _solver(self, sampler: str | None) -> samplers.Solver:
         return pick(SOLVERS, sampler or self.profile.sampler, "sampler")
 
+    def _reads_negative(self, scale: float, sampler: str | None) -> bool:
+        """Whether the unconditional pass runs: CFG++ needs it at every scale."""
+        return self.profile.reads_negative(scale) or self._solver(sampler).guided
+
     def _enter(self, *names: Component) -> None:
         """With `offload`, these models come to the device."""
         if self._turns is not None:
@@ -297,8 +319,9 @@ class Verbs:
         for step in steps:
             if self.profile.state_dtype == "model":
                 step.x = step.x.to(self.dtype).to(step.x.dtype)
+            check_finite(self, step, count.calls)
             yield step
-            count.step = step.i + 1
+            count.step, count.calls = step.i + 1, []
 
     def _cells(self, pixels: int | None, name: str) -> int:
         """The latent cells along a side of so many pixels."""
@@ -315,10 +338,12 @@ class Verbs:
 
 @dataclass
 class _Count:
-    """How many steps a solver has finished."""
+    """How many steps a solver has finished, and what it has asked the model for since."""
 
     step: int = 0
+    calls: list[Call] = field(default_factory=list)
 
 
 def _predict_at(verbs: Verbs, count: _Count, x: Tensor, sigma: float, halves: Sequence[Half]) -> list[Tensor]:
+    count.calls.append(Call(x, sigma, halves))
     return verbs.predict(x, sigma, halves, step=count.step)

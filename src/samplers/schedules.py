@@ -1,4 +1,4 @@
-"""Noise levels of the steps. A schedule is a float64 tensor [steps + 1] that falls from 1 to 0.
+"""Noise levels of the steps. A schedule is a float64 tensor [steps + 1] that falls from 1, or nearly 1, to 0.
 
 Flow matching: x = sigma * noise + (1 - sigma) * picture, and the model's timestep is 1000 * sigma.
 """
@@ -6,6 +6,8 @@ Flow matching: x = sigma * noise + (1 - sigma) * picture, and the model's timest
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import atan, exp, gamma, inf, log
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,19 +33,24 @@ def checked_sigmas(levels: Sequence[float] | Tensor) -> Tensor:
         ValueError: they are not.
     """
     schedule = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
-    if schedule.ndim != 1 or len(schedule) < 2:
-        raise ValueError(f"sigmas have shape {list(schedule.shape)}, expected [steps + 1] with at least one step")
-    if not torch.isfinite(schedule).all():
-        raise ValueError(f"sigmas hold {int((~torch.isfinite(schedule)).sum())} values that are not finite")
+    check_falls(schedule)
     if schedule[0] > 1 or schedule[-1] != 0:
         raise ValueError(
             f"sigmas go from {float(schedule[0])} to {float(schedule[-1])}, expected from at most 1 to 0: append 0.0, "
             "and divide timesteps by 1000"
         )
-    if not (rises := schedule.diff() >= 0).any():
-        return schedule
-    at = int(rises.nonzero()[0])
-    raise ValueError(f"sigmas must fall, but sigmas[{at + 1}] = {schedule[at + 1]} after {schedule[at]}")
+    return schedule
+
+
+def check_falls(levels: Tensor) -> None:
+    """Raise ValueError unless these are finite levels, [steps + 1], each below the one before."""
+    if levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"sigmas have shape {list(levels.shape)}, expected [steps + 1] with at least one step")
+    if not torch.isfinite(levels).all():
+        raise ValueError(f"sigmas hold {int((~torch.isfinite(levels)).sum())} values that are not finite")
+    if (rises := levels.diff() >= 0).any():
+        at = int(rises.nonzero()[0])
+        raise ValueError(f"sigmas must fall, but sigmas[{at + 1}] = {levels[at + 1]} after {levels[at]}")
 
 
 def normal(steps: int, shift: float) -> Tensor:
@@ -52,16 +59,123 @@ def normal(steps: int, shift: float) -> Tensor:
     The default of the three references (Stability `get_sigmas`, ComfyUI `normal`, diffusers
     FlowMatchEulerDiscreteScheduler). The ends are rounded to float32 as theirs are.
     """
-    lowest = np.float32(shifted(torch.tensor(1 / TRAIN_STEPS, dtype=torch.float64), shift).item())
-    even = torch.linspace(TRAIN_STEPS, float(lowest) * TRAIN_STEPS, steps, dtype=torch.float64) / TRAIN_STEPS
-    return torch.cat([shifted(even, shift), torch.zeros(1, dtype=torch.float64)])
+    return _to_zero(_even_shifted(steps, shift))
 
 
-SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {"normal": normal}
+def sgm_uniform(steps: int, shift: float) -> Tensor:
+    """`normal` with a step more, without its last level: the step to 0 is as wide as the others (ComfyUI)."""
+    return _to_zero(_even_shifted(steps + 1, shift)[:-1])
+
+
+def simple(steps: int, shift: float) -> Tensor:
+    """Every 1000 / steps-th timestep of the table from the top, rounded down, shifted once; then 0 (ComfyUI)."""
+    back = (torch.arange(steps, dtype=torch.float64) * (TRAIN_STEPS / steps)).long()
+    return _to_zero(_table(shift)[TRAIN_STEPS - 1 - back])
+
+
+def ddim_uniform(steps: int, shift: float) -> Tensor:
+    """Every (1000 // steps)-th timestep of the table from the second on, shifted once; then 0 (ComfyUI).
+
+    It starts below 1, and where steps do not divide 1000 it has more steps than asked for.
+    """
+    return _to_zero(_table(shift)[1 :: max(TRAIN_STEPS // steps, 1)].flip(0))
+
+
+def beta(steps: int, shift: float) -> Tensor:
+    """Timesteps of the table at the quantiles of a beta distribution (0.6, 0.6), without repeats; then 0.
+
+    Lee et al. 2024, arXiv 2407.12173. Repeats, which come with many steps, leave fewer steps than asked for (ComfyUI).
+    """
+    at = (TRAIN_STEPS - 1) * beta_quantile(1 - torch.arange(steps, dtype=torch.float64) / steps)
+    return _to_zero(_table(shift)[at.round().long().unique_consecutive()])
+
+
+def karras(steps: int, shift: float) -> Tensor:
+    """Even in sigma^(1/7) between the ends of the table; then 0. Karras et al. 2022, arXiv 2206.00364, formula 5."""
+    return _to_zero(_karras(steps, _lowest(shift)))
+
+
+def exponential(steps: int, shift: float) -> Tensor:
+    """Even in ln sigma between the ends of the table; then 0 (k-diffusion)."""
+    return _to_zero(_exponential(steps, _lowest(shift)))
+
+
+def linear_quadratic(steps: int, shift: float) -> Tensor:
+    """Half of the steps over the first 2.5 % of the noise, the rest wider and wider, whatever the shift; then 0.
+
+    Polyak et al. 2024 (Movie Gen), arXiv 2410.13720, section 3.4.2, with ComfyUI's threshold of 0.025.
+    """
+    if steps == 1:
+        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+    linear, threshold = steps // 2, 0.025
+    left, slow = steps - linear, threshold / linear
+    square = (1 - threshold - slow * left) / left**2  # the parabola starts with the line's slope and ends at 1
+    even, later = torch.arange(linear + 1, dtype=torch.float64), torch.arange(1, left + 1, dtype=torch.float64)
+    done = torch.cat([slow * even, threshold + slow * later + square * later**2])
+    return torch.cat([1 - done[:-1], torch.zeros(1, dtype=torch.float64)])
+
+
+def kl_optimal(steps: int, shift: float) -> Tensor:
+    """Even in arctan sigma between the ends of the table; then 0. Sabour et al. 2024, arXiv 2404.14507, appendix."""
+    levels = (atan(1) + _even(steps) * (atan(_lowest(shift)) - atan(1))).tan()
+    levels[0] = 1  # and not the float below it
+    return _to_zero(levels)
+
+
+def diffusers_karras(steps: int, shift: float) -> Tensor:
+    """`karras` between the ends of `normal`: FlowMatchEulerDiscreteScheduler with `use_karras_sigmas`."""
+    return _to_zero(_karras(steps, _last(steps, shift)))
+
+
+def diffusers_exponential(steps: int, shift: float) -> Tensor:
+    """`exponential` between the ends of `normal`: FlowMatchEulerDiscreteScheduler with `use_exponential_sigmas`."""
+    return _to_zero(_exponential(steps, _last(steps, shift)))
+
+
+def diffusers_beta(steps: int, shift: float) -> Tensor:
+    """Quantiles of the beta distribution between the ends of `normal`: `use_beta_sigmas` of the same scheduler."""
+    low = _last(steps, shift)
+    return _to_zero(low + (1 - low) * beta_quantile(1 - _even(steps)))
+
+
+def diffusers_dynamic(steps: int, shift: float) -> Tensor:
+    """Even timesteps from 1 to 1/1000, shifted once; then 0: the same scheduler with `use_dynamic_shifting`.
+
+    Its shift is `resolution_shift`.
+    """
+    return _to_zero(shifted(1 - _even(steps) * (1 - 1 / TRAIN_STEPS), shift))
+
+
+def diffusers_dpm(steps: int, shift: float) -> Tensor:
+    """Even timesteps from 0.999 to 0, shifted once: DPMSolverMultistepScheduler with `use_flow_sigmas`.
+
+    It starts below 1. DEISMultistepScheduler has the same, but for the 0.
+    """
+    return shifted((1 - _even(steps + 1)) * (1 - 1 / TRAIN_STEPS), shift)
+
+
+SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {
+    "normal": normal,
+    "simple": simple,
+    "sgm_uniform": sgm_uniform,
+    "ddim_uniform": ddim_uniform,
+    "beta": beta,
+    "karras": karras,
+    "exponential": exponential,
+    "linear_quadratic": linear_quadratic,
+    "kl_optimal": kl_optimal,
+    "diffusers_karras": diffusers_karras,
+    "diffusers_exponential": diffusers_exponential,
+    "diffusers_beta": diffusers_beta,
+    "diffusers_dynamic": diffusers_dynamic,
+    "diffusers_dpm": diffusers_dpm,
+}
 
 
 def sigmas(name: str, steps: int, *, shift: float = 3.0) -> Tensor:
     """The noise levels of a schedule, float64 [steps + 1], the last one 0.
+
+    `ddim_uniform` may have more steps than asked for, `beta` fewer.
 
     Args:
         name: one of `SCHEDULES`.
@@ -69,11 +183,91 @@ def sigmas(name: str, steps: int, *, shift: float = 3.0) -> Tensor:
         shift: 3.0 for SD3 and SD3.5; 1 leaves the timesteps even.
 
     Raises:
-        ValueError: an unknown name, no step, or a shift that is not above 0.
+        ValueError: an unknown name, no step, more steps than there are levels, or a shift that is not above 0.
     """
     schedule = pick(SCHEDULES, name, "schedule")
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-    if not shift > 0:
+    if not 0 < shift < inf:
         raise ValueError(f"shift must be above 0, got {shift}")
-    return schedule(steps, shift)
+    return checked_sigmas(schedule(steps, shift))
+
+
+def resolution_shift(
+    tokens: int,
+    *,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.16,
+    kind: Literal["exponential", "linear"] = "exponential",
+) -> float:
+    """The shift for a picture of so many tokens: larger pictures need more noise to be as noisy.
+
+    Esser et al. 2024, arXiv 2403.03206, section 5.3.2, formula 23, as diffusers has it: a number mu that is linear in
+    the tokens, and the shift e^mu, or mu itself. Defaults are those of its SD3 pipeline with `use_dynamic_shifting`.
+
+    Args:
+        tokens: of the latent, (height / 16) (width / 16).
+        base_tokens, max_tokens: where mu is `base_shift` and `max_shift`.
+        base_shift, max_shift: mu there.
+        kind: "exponential" for e^mu, "linear" for mu.
+    """
+    mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
+    return exp(mu) if kind == "exponential" else mu
+
+
+def beta_quantile(shares: Tensor) -> Tensor:
+    """Where a beta distribution (0.6, 0.6) has these shares below: bisection of the regularized incomplete beta."""
+    low, high = torch.zeros_like(shares), torch.ones_like(shares)
+    for _ in range(64):
+        middle = (low + high) / 2
+        above = _beta_below(middle) < shares
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
+
+
+def _beta_below(x: Tensor, a: float = 0.6) -> Tensor:
+    """The share below x: x^a times the series sum_n (1 - a)_n x^n / (n! (a + n)), taken from the nearer end."""
+    near, total, term = torch.minimum(x, 1 - x), torch.zeros_like(x), torch.ones_like(x)
+    for n in range(60):  # near is at most 1/2, so that a term is at most half of the one before
+        total, term = total + term / (a + n), term * near * (1 - a + n) / (n + 1)
+    share = near**a * total * gamma(2 * a) / gamma(a) ** 2
+    return torch.where(x < 1 / 2, share, 1 - share)
+
+
+def _table(shift: float) -> Tensor:
+    """The levels of all timesteps that the models were trained with, rising."""
+    return shifted(torch.arange(1, TRAIN_STEPS + 1, dtype=torch.float64) / TRAIN_STEPS, shift)
+
+
+def _lowest(shift: float) -> float:
+    """The first level of the table, rounded to float32 as the references' is."""
+    return float(np.float32(shifted(torch.tensor(1 / TRAIN_STEPS, dtype=torch.float64), shift).item()))
+
+
+def _even(steps: int) -> Tensor:
+    """From 0 to 1 in so many values; 0 alone for one."""
+    return torch.linspace(0, 1, steps, dtype=torch.float64)
+
+
+def _even_shifted(steps: int, shift: float) -> Tensor:
+    lowest = _lowest(shift) * TRAIN_STEPS
+    return shifted(torch.linspace(TRAIN_STEPS, lowest, steps, dtype=torch.float64) / TRAIN_STEPS, shift)
+
+
+def _last(steps: int, shift: float) -> float:
+    """The last level of `normal` above 0."""
+    return float(_even_shifted(steps, shift)[-1])
+
+
+def _karras(steps: int, lowest: float) -> Tensor:
+    return (1 - _even(steps) * (1 - lowest ** (1 / 7))) ** 7
+
+
+def _exponential(steps: int, lowest: float) -> Tensor:
+    return (log(lowest) * _even(steps)).exp()
+
+
+def _to_zero(levels: Tensor) -> Tensor:
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])

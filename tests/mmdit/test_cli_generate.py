@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit import PROFILES, Pipeline, cli, cli_generate, read_settings, save_png
+from mmdit import PROFILES, Pipeline, cli, cli_generate, cli_options, read_settings, save_png
 from mmdit.cli import main
 from mmdit.cli_options import EXAMPLES
 from mmdit.outputs import Output
 from mmdit.png import Settings
 from mmdit.profiles import PRESETS
-from samplers import SCHEDULES, SOLVERS
+from samplers import SCHEDULES, SOLVERS, resolution_shift
 
 RED, BLUE = "a red circle", "a blue star"
 EMBEDDED_PROMPT = "a large red circle above a blue star, on a white background"
@@ -232,6 +232,8 @@ def test_what_is_given_beside_the_settings_wins(tiny, here, tiny_folders):
         "num_inference_steps": ["--steps", "2"],
         "guidance_scale": ["--guidance-scale", "1.5"],
         "sampler": ["--sampler", "dpmpp_2m"],
+        "schedule": ["--schedule", "simple"],
+        "shift": ["--shift", "2.5"],
         "profile": ["--profile", "comfyui"],
         "max_sequence_length": ["--max-sequence-length", "9"],
         "model": ["-m", str(tiny_folders["sd3-medium"])],
@@ -277,10 +279,15 @@ def test_settings_that_another_option_makes_drawable(here, capsys):
     assert "embedded model" not in capsys.readouterr().err  # the picture has said so
 
 
-def test_settings_of_another_shift(here, capsys):
-    assert main(["generate", "--settings", saying("x.png", shift=1.5)]) == 1
-    assert "x.png was drawn with shift 1.5, but demo has shift 3.0" in capsys.readouterr().err
-    assert [path.name for path in here.iterdir()] == ["x.png"]
+def test_settings_of_another_shift(here):
+    """The picture's shift counts, whatever the model's; another one that is given counts more."""
+    assert main(["generate", "--settings", saying("x.png", shift=1.5, num_inference_steps=2)]) == 0
+    assert read_settings("picture.png")["shift"] == 1.5
+    said = {"height": 16, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.0, "shift": 1.5}
+    wanted = Pipeline.demo()(RED, seed=0, **said).images[0]
+    assert np.array_equal(pixels("picture.png"), np.asarray(wanted))
+    assert main(["generate", "--settings", "x.png", "--shift", "resolution", "-o", "y.png"]) == 0
+    assert read_settings("y.png")["shift"] == pytest.approx(resolution_shift(1), abs=1e-12)
 
 
 def test_a_picture_is_drawn_again_on_the_device_that_it_was_drawn_on(here, capsys, monkeypatch):
@@ -347,7 +354,8 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
         return drawn(self, *texts, **options)
 
     monkeypatch.setattr(Pipeline, "__call__", call)
-    words = "--height 16 --width 32 --steps 2 --guidance-scale 2 --sampler dpmpp_2m --schedule normal --vae-tile 8"
+    words = "--height 16 --width 32 --steps 2 --guidance-scale 2 --sampler dpmpp_2m --schedule beta --shift 2"
+    words += " --vae-tile 8"
     assert tiny(RED, "-n", BLUE, *words.split(), "--max-sequence-length", "9", "--seed", "4", "--quiet") == 0
     assert seen == {
         "texts": ([RED], BLUE),
@@ -356,7 +364,8 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
         "num_inference_steps": 2,
         "guidance_scale": 2.0,
         "sampler": "dpmpp_2m",
-        "schedule": "normal",
+        "schedule": "beta",
+        "shift": 2.0,
         "vae_tile": 8,
         "max_sequence_length": 9,
         "seed": [4],
@@ -506,6 +515,7 @@ def test_help_loads_no_torch_and_names_what_there_is():
             assert all(f"{title}:" in text for title in ("what to draw", "with which model", "how to draw"))
             for name in (*PROFILES, *PRESETS, *SOLVERS, *SCHEDULES):
                 assert name in text
+            assert cli_options.SAMPLERS.split(", ") == [*SOLVERS] and cli_options.SCHEDULES.split(", ") == [*SCHEDULES]
             flat = " ".join(text.split())
             diffusers = PROFILES["diffusers"]
             numbers = (diffusers.steps, f"{diffusers.guidance_scale:g}", diffusers.sampler, diffusers.text.t5_length)

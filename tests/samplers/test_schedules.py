@@ -1,5 +1,8 @@
 """Schedules and names, against recorded numbers."""
 
+from itertools import pairwise
+
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +21,26 @@ def cases(group: str, prefix: str = "") -> list[str]:
     return [key for key in RECORDED[group] if key.startswith(prefix)]
 
 
-@pytest.mark.parametrize("key", cases("comfy", "normal|"))
-def test_normal_equals_comfyui(key):
+def recorded(key: str) -> torch.Tensor:
+    return torch.tensor(RECORDED["comfy"][key], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("key", cases("comfy"))
+def test_schedules_equal_comfyui(key):
     steps, shift = settings(key)
-    found = samplers.sigmas("normal", steps, shift=shift)
-    torch.testing.assert_close(found, torch.tensor(RECORDED["comfy"][key], dtype=torch.float64), rtol=0, atol=2e-7)
+    found = samplers.sigmas(key.split("|")[0], steps, shift=shift)
+    torch.testing.assert_close(found, recorded(key), rtol=0, atol=2e-7)
+
+
+def test_every_recorded_schedule_differs_from_every_other():
+    """The bound of the test before is far below what a wrong name would make."""
+    names = {key.split("|")[0] for key in RECORDED["comfy"]}
+    assert names < set(samplers.SCHEDULES)
+    found = [samplers.sigmas(name, 8)[:8] for name in sorted(names)]
+    assert all(float((a - b).abs().max()) > 1e-3 for i, a in enumerate(found) for b in found[:i])
+    for name in names - {"linear_quadratic"}:  # which shift does not touch
+        other = samplers.sigmas(name, 8, shift=3.001)
+        assert float((samplers.sigmas(name, 8) - other).abs().max()) > 2e-7, name
 
 
 @pytest.mark.parametrize("key", cases("reference_cli"))
@@ -51,13 +69,38 @@ def test_a_shifted_sigma_is_noticed():
     assert float((samplers.sigmas("normal", 28, shift=3.0)[:-1] - once).abs().max()) > 1e-3
 
 
-def test_ends_and_order():
-    levels = samplers.sigmas("normal", 28)
-    assert levels.dtype == torch.float64
-    assert len(levels) == 29
-    assert levels[0] == 1
-    assert levels[-1] == 0
-    assert bool((levels.diff() < 0).all())
+@pytest.mark.parametrize("name", samplers.SCHEDULES)
+def test_ends_and_order(name):
+    """Of every schedule, for every number of steps; the two whose number may differ say so."""
+    for steps in (*range(1, 40), 100, 250):
+        levels = samplers.sigmas(name, steps)
+        assert levels.dtype == torch.float64
+        assert len(levels) == steps + 1 or name in ("ddim_uniform", "beta")
+        first = {
+            "ddim_uniform": ((1000 - 2) // max(1000 // steps, 1)) * max(1000 // steps, 1) + 2,
+            "diffusers_dpm": 999,
+        }
+        t = first.get(name, 1000) / 1000
+        assert float(levels[0]) == pytest.approx(3 * t / (1 + 2 * t), rel=1e-15)
+        assert levels[-1] == 0
+        assert all(a > b for a, b in pairwise(levels.tolist()))
+    assert len(samplers.sigmas("ddim_uniform", 28)) == 30
+    assert len(samplers.sigmas("beta", 250)) < 251
+
+
+def test_more_steps_than_levels_are_refused():
+    with pytest.raises(ValueError, match="sigmas must fall"):
+        samplers.sigmas("simple", 1001)
+    with pytest.raises(ValueError, match="shift must be above 0, got inf"):
+        samplers.sigmas("simple", 4, shift=float("inf"))
+
+
+def test_the_beta_distribution_is_scipys():
+    from scipy.stats import beta
+
+    shares = torch.cat([torch.linspace(0, 1, 101, dtype=torch.float64), torch.tensor([1e-9, 1 - 1e-9]).double()])
+    wanted = torch.from_numpy(beta.ppf(np.asarray(shares), 0.6, 0.6))
+    torch.testing.assert_close(samplers.schedules.beta_quantile(shares), wanted, rtol=0, atol=1e-12)
 
 
 def test_levels_of_ones_own_are_used_as_they_are():

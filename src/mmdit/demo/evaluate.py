@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit.arguments import generators
 from mmdit.assemble import Parts
 from mmdit.demo import EMBEDDED
 from mmdit.demo.captions import prompts as make_prompts
@@ -44,6 +45,8 @@ class Setting:
     guidance: float = 4.5
     t5: Literal["256", "77", "zeros", "omitted"] = "256"
     held_out: bool = True
+    sampler: str | None = None  # None is the pipeline's
+    schedule: str | None = None
 
 
 MAIN = Setting("main: held-out prompts, 20 steps, guidance 4.5, T5 256")
@@ -85,12 +88,16 @@ def draw(
     for first in range(0, len(prompts), batch):
         texts = list(prompts[first : first + batch])
         cond = pipe.encode(texts, max_sequence_length=length)
+        drawn_by = generators(list(seeds[first : first + batch]), None, len(texts))
         *_, last = pipe.sample(
             cond,
             uncond.repeat(len(texts)) if uncond is not None else None,
-            pipe.noise(seeds[first : first + batch], count=len(texts)),
+            pipe.noise(count=len(texts), generator=drawn_by),
             num_inference_steps=setting.steps,
             guidance_scale=setting.guidance,
+            sampler=setting.sampler,
+            schedule=setting.schedule,
+            generator=drawn_by,
         )
         yield (255 * pipe.decode(last.x)).round().to(torch.uint8).cpu()
 
