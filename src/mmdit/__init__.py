@@ -4,52 +4,72 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmdit import reducers as reducers
+    from mmdit.budget import BudgetError
+    from mmdit.captured import Captured
+    from mmdit.captures import capture
     from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
     from mmdit.comparison import compare
     from mmdit.config import MMDiTConfig
+    from mmdit.labelled import Labelled
+    from mmdit.listing import points
     from mmdit.model import MMDiT
     from mmdit.pipeline import Pipeline, PipelineOutput
     from mmdit.png import read_settings, save_png
     from mmdit.previews import preview
     from mmdit.profiles import PROFILES, Profile
     from mmdit.safetensors_file import CheckpointError
+    from mmdit.spool import load_capture
     from mmdit.stages import Comparison
 
 __version__ = "0.1.0"
 __all__ = [
     "PROFILES",
+    "BudgetError",
+    "Captured",
     "CheckpointError",
     "Comparison",
+    "Labelled",
     "MMDiT",
     "MMDiTConfig",
     "Pipeline",
     "PipelineOutput",
     "Profile",
     "__version__",
+    "capture",
     "compare",
+    "load_capture",
     "load_clip",
     "load_mmdit",
     "load_t5",
     "load_vae",
+    "points",
     "preview",
     "read_settings",
     "save_png",
 ]
 
+_SUBMODULES = ("reducers",)  # that are used as mmdit.reducers.norm()
 _HOME = {
+    "BudgetError": "mmdit.budget",
+    "Captured": "mmdit.captured",
     "CheckpointError": "mmdit.safetensors_file",
     "Comparison": "mmdit.stages",
+    "Labelled": "mmdit.labelled",
     "MMDiT": "mmdit.model",
     "MMDiTConfig": "mmdit.config",
     "PROFILES": "mmdit.profiles",
     "Pipeline": "mmdit.pipeline",
     "PipelineOutput": "mmdit.pipeline",
     "Profile": "mmdit.profiles",
+    "capture": "mmdit.captures",
     "compare": "mmdit.comparison",
+    "load_capture": "mmdit.spool",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",
     "load_t5": "mmdit.checkpoint",
     "load_vae": "mmdit.checkpoint",
+    "points": "mmdit.listing",
     "preview": "mmdit.previews",
     "read_settings": "mmdit.png",
     "save_png": "mmdit.png",
@@ -57,6 +77,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"mmdit.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'mmdit' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

@@ -28,7 +28,7 @@ from mmdit.arguments import (
 )
 from mmdit.assemble import Parts
 from mmdit.offload import Turns
-from mmdit.passes import Half, Pass, Watcher
+from mmdit.passes import Drawing, Half, Pass, Planner, Watcher
 from mmdit.pictures import to_unit
 from mmdit.profiles import Profile
 from mmdit.recognise import Component
@@ -77,6 +77,7 @@ class Verbs:
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
         self.watchers: list[Watcher] = []  # told of every pass of the transformer before it runs
+        self.planners: list[Planner] = []  # told of every drawing before its first pass
         self._turns = None if checked_offload(offload) is None else Turns(device)
 
     @property
@@ -229,9 +230,13 @@ class Verbs:
         guided = self.profile.reads_negative(scale)
         if guided and uncond is None:
             raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
+        asked, against = Half(cond), Half(uncond, "uncond") if guided and uncond else None
+        for planner in self.planners:
+            halves = (asked,) if against is None else (against, asked)
+            planner(Drawing(tuple(levels.tolist()), halves, tuple(noise.shape)))
         count = _Count()
         predict = partial(_predict_at, self, count)
-        denoise = only_x0(cfg(predict, Half(cond), Half(uncond, "uncond") if guided and uncond else None, scale))
+        denoise = only_x0(cfg(predict, asked, against, scale))
         steps = solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels)
         return self._counted(steps, count)
 
