@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -47,18 +47,20 @@ class Conditioning:
     context: Tensor  # [b, n, context_dim]
     pooled: Tensor  # [b, pooled_dim]
     spans: tuple[tuple[TokenSpan, ...], ...] = ()  # one tuple per prompt; empty where embeddings were given
+    prompts: tuple[str, ...] = ()  # that the spans are of
 
     def __len__(self) -> int:
         return len(self.context)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """The same on another device or in another dtype."""
-        return Conditioning(self.context.to(device, dtype), self.pooled.to(device, dtype), self.spans)
+        return replace(self, context=self.context.to(device, dtype), pooled=self.pooled.to(device, dtype))
 
     def repeat(self, times: int) -> Conditioning:
         """Each prompt `times` in a row."""
-        spans = tuple(span for span in self.spans for _ in range(times))
-        return Conditioning(self.context.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0), spans)
+        context, pooled = (part.repeat_interleave(times, 0) for part in (self.context, self.pooled))
+        spans, prompts = (tuple(one for one in of for _ in range(times)) for of in (self.spans, self.prompts))
+        return Conditioning(context, pooled, spans, prompts)
 
 
 class _Tower(NamedTuple):
@@ -132,7 +134,9 @@ class Conditioner:
             context = context.new_zeros(batch, self.rules.clip_length, self.context_dim)
         firsts: dict[EncoderName, int] = {"clip_l": 0, "clip_g": 0, "t5": clip.hidden.shape[1]}
         spans = [[_spans(name, firsts[name], i, one) for name, one in rows.items()] for i in range(batch)]
-        return Conditioning(context, clip.pooled, tuple(tuple(chain(*of_prompt)) for of_prompt in spans))
+        return Conditioning(
+            context, clip.pooled, tuple(tuple(chain(*of_prompt)) for of_prompt in spans), tuple(prompts)
+        )
 
     def _check(self) -> None:
         """Raise ValueError where something is missing that the rules need."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmdit.config import MMDiTConfig
     from mmdit.labelled import Labelled
     from mmdit.listing import points
+    from mmdit.maps import attention_maps
     from mmdit.model import MMDiT
     from mmdit.pipeline import Pipeline, PipelineOutput
     from mmdit.png import read_settings, save_png
@@ -36,6 +37,7 @@ __all__ = [
     "PipelineOutput",
     "Profile",
     "__version__",
+    "attention_maps",
     "capture",
     "compare",
     "load_capture",
@@ -62,6 +64,7 @@ _HOME = {
     "Pipeline": "mmdit.pipeline",
     "PipelineOutput": "mmdit.pipeline",
     "Profile": "mmdit.profiles",
+    "attention_maps": "mmdit.maps",
     "capture": "mmdit.captures",
     "compare": "mmdit.comparison",
     "load_capture": "mmdit.spool",

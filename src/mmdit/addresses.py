@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from encoders import Conditioning
-from encoders.conditioning import EncoderName
 from mmdit.point_table import Point
+from mmdit.word_tokens import Encoder, token_positions
 
 Numbers = int | slice | Sequence[int]  # negative ones count from the end
 
 
 class Word(NamedTuple):
-    """Text tokens of one or more words of the prompt, as one encoder reads them, or all (None)."""
+    """Text tokens of a word of the prompt, written as in `mmdit.attention_maps`, as "clip", "t5" or "all" read it."""
 
     text: str
-    encoder: EncoderName | None = None
+    encoder: Encoder = "all"
 
 
 # Numbers of tokens, words of the prompt, or a mask of the picture's patches, bool [rows, columns]
@@ -245,10 +245,14 @@ def _of_prompt(wanted: Sequence[str | Word | int], size: int, rows: Rows, sample
             found += _numbers(one, size, "tokens")
             continue
         word = Word(one) if isinstance(one, str) else one
-        try:
-            found += rows.conditioning.positions(sample, word.text, word.encoder)
-        except ValueError as error:
-            raise ValueError(f"half {rows.label.half!r}, sample {sample}: {error}; narrow with half= and samples=") from error
+        places = token_positions(rows.conditioning, sample, word.text, word.encoder)
+        if not places:
+            prompt = rows.conditioning.prompts[sample]
+            raise ValueError(
+                f"the prompt {prompt!r} (half {rows.label.half!r}, sample {sample}) has no token of {word.text!r} for "
+                f"encoder {word.encoder!r}: narrow with half= and samples="
+            )
+        found += places
     return list(dict.fromkeys(found))
 
 

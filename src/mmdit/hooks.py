@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -86,6 +86,8 @@ class Tracker:
         return self._calls[what] - 1
 
 
+# (entry module, what goes into it, whose rows) -> nothing; it may raise to keep the model from running
+Began = Callable[[nn.Module, tuple[Tensor, ...], Tracker], None]
 # (target, the call of its module, who is at work) -> nothing; it may change the passing
 Handler = Callable[[Target, Passing, Tracker], None]
 
@@ -163,13 +165,18 @@ def refuse_compiled(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def hooked(inspected: Inspected, targets: Sequence[Target], handle: Handler) -> Iterator[Mapping[int, Tracker]]:
+def hooked(
+    inspected: Inspected, targets: Sequence[Target], handle: Handler, began: Began | None = None
+) -> Iterator[None]:
     """Within it, every call that passes a target goes to `handle`; the hooks are gone afterwards, whatever happens.
 
     Several hooks on one point run in the order in which they were entered.
 
-    Yields:
-        Trackers by the id of the entry module; whose `drawing` is what was announced last.
+    Args:
+        inspected: a model or pipeline.
+        targets: of it.
+        handle: told of each target that is passed.
+        began: told of each call of a model, or of a half of the VAE, before it runs.
     """
     with ExitStack() as stack:
         trackers: dict[int, Tracker] = {}
@@ -177,16 +184,16 @@ def hooked(inspected: Inspected, targets: Sequence[Target], handle: Handler) -> 
             entry = target.model.get_submodule(target.entry)
             if id(entry) not in trackers:
                 trackers[id(entry)] = tracker = Tracker()
-                for removable in _track(entry, tracker):
+                for removable in _track(entry, tracker, began):
                     stack.callback(removable.remove)
                 if isinstance(inspected, Verbs) and entry is inspected.transformer:
                     stack.enter_context(listening(inspected.watchers, tracker.watch))
                     stack.enter_context(listening(inspected.planners, tracker.plan))
-        for (model, module, side), group in groupby(sorted(targets, key=_place), key=_place):
+        for (_, _, side), group in groupby(sorted(targets, key=_place), key=_place):
             some = list(group)
             tracker = trackers[id(some[0].model.get_submodule(some[0].entry))]
             stack.callback(_attach(some, side, handle, tracker).remove)
-        yield trackers
+        yield
 
 
 @contextmanager
@@ -203,11 +210,13 @@ def _place(target: Target) -> tuple[int, str, Side]:
     return id(target.model), target.point.module, "output" if target.point.layout == "pattern" else target.point.side
 
 
-def _track(entry: nn.Module, tracker: Tracker) -> Iterator[RemovableHandle]:
+def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[RemovableHandle]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (*args, *kwargs.values())
         context = given[2] if isinstance(entry, MMDiT) else None
         tracker.enter(given[0].shape[0], 0 if context is None else context.shape[1])
+        if began is not None:
+            began(entry, given, tracker)
 
     def after(*_: Any) -> None:
         tracker.leave()

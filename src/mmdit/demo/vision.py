@@ -11,13 +11,13 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mmdit.demo.scenes import SIZES, Scene
 from mmdit.demo.shapes import BACKGROUNDS, COLOURS, SHAPES, coverage, palette, unit_area
 
-__all__ = ["UNKNOWN", "Found", "Parsed", "parse", "parse_batch", "symbolic"]
+__all__ = ["UNKNOWN", "Found", "Parsed", "masks", "parse", "parse_batch", "symbolic"]
 
 UNKNOWN = "unknown"  # the shape of a region that is like none of ours
 MIN_CORE = 24  # pixels of a region that an erosion by one pixel must leave: a true 23 px star leaves 60 and more
@@ -59,6 +59,14 @@ def parse(picture: Float[Tensor, "3 h w"]) -> Parsed:
 def parse_batch(pictures: Float[Tensor, "b 3 h w"]) -> list[Parsed]:
     """Return what each RGB picture in [0, 1] shows, on the device that holds them."""
     return [parsed for chunk in pictures.float().split(_CHUNK) for parsed in _parse_chunk(chunk)]
+
+
+def masks(picture: Float[Tensor, "3 h w"]) -> Bool[Tensor, "n h w"]:
+    """Return the pixels of each object of one picture, in the order of `parse(picture).objects`."""
+    pictures = picture[None].float()
+    _, ground = _background(pictures)
+    regions = _regions(_name_pixels(pictures, ground))
+    return regions.labels[0] == regions.label[:, None, None]
 
 
 def symbolic(scene: Scene) -> Parsed:
