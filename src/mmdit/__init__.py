@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from mmdit.captures import capture
     from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
     from mmdit.comparison import compare
+    from mmdit.concepts import Concepts, concept_tokens
     from mmdit.config import MMDiTConfig
     from mmdit.labelled import Labelled
     from mmdit.listing import points
     from mmdit.maps import attention_maps
     from mmdit.model import MMDiT
+    from mmdit.patches import patch
     from mmdit.pipeline import Pipeline, PipelineOutput
     from mmdit.png import read_settings, save_png
     from mmdit.previews import preview
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mmdit.safetensors_file import CheckpointError
     from mmdit.spool import load_capture
     from mmdit.stages import Comparison
+    from mmdit.sweeps import sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "Captured",
     "CheckpointError",
     "Comparison",
+    "Concepts",
     "Labelled",
     "MMDiT",
     "MMDiTConfig",
@@ -40,15 +44,18 @@ __all__ = [
     "attention_maps",
     "capture",
     "compare",
+    "concept_tokens",
     "load_capture",
     "load_clip",
     "load_mmdit",
     "load_t5",
     "load_vae",
+    "patch",
     "points",
     "preview",
     "read_settings",
     "save_png",
+    "sweep",
 ]
 
 _SUBMODULES = ("reducers",)  # that are used as mmdit.reducers.norm()
@@ -57,6 +64,7 @@ _HOME = {
     "Captured": "mmdit.captured",
     "CheckpointError": "mmdit.safetensors_file",
     "Comparison": "mmdit.stages",
+    "Concepts": "mmdit.concepts",
     "Labelled": "mmdit.labelled",
     "MMDiT": "mmdit.model",
     "MMDiTConfig": "mmdit.config",
@@ -67,15 +75,18 @@ _HOME = {
     "attention_maps": "mmdit.maps",
     "capture": "mmdit.captures",
     "compare": "mmdit.comparison",
+    "concept_tokens": "mmdit.concepts",
     "load_capture": "mmdit.spool",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",
     "load_t5": "mmdit.checkpoint",
     "load_vae": "mmdit.checkpoint",
+    "patch": "mmdit.patches",
     "points": "mmdit.listing",
     "preview": "mmdit.previews",
     "read_settings": "mmdit.png",
     "save_png": "mmdit.png",
+    "sweep": "mmdit.sweeps",
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from encoders import Conditioning
+from mmdit.passes import Drawing
 from mmdit.point_table import Point
 from mmdit.word_tokens import Encoder, token_positions
 
@@ -64,6 +65,10 @@ class Picked(NamedTuple):
         """What is where along the narrowed axes, if it is the same for all samples."""
         pairs = zip(self.axes, self.places, strict=True)
         return {axis: tuple(one.tolist()) for axis, one in pairs if one is not None and one.ndim == 1}
+
+    def within(self, rows: Rows) -> Picked:
+        """The same part of what holds the rows of the half alone."""
+        return self._replace(rows=tuple(row - rows.first for row in self.rows))
 
     def read(self, value: Tensor) -> Tensor:
         """[samples, axes]: the part; a view where all of some neighbouring rows are meant."""
@@ -131,18 +136,26 @@ class Address:
         if self.sigmas is not None and not self.sigmas[0] <= self.sigmas[1]:
             raise ValueError(f"sigmas are the lowest and the highest level, got {self.sigmas}")
 
-    def check(self, point: Point, name: str, *, has_halves: bool, has_sigma: bool) -> None:
-        """Raise ValueError where the point does not have what the address narrows."""
-        halves, levels = (self.half is None or has_halves), (self.sigmas is None or has_sigma)
-        if not (halves and levels):
-            what = "sigmas" if halves else "half"
-            raise ValueError(f"{what}= narrows passes of a pipeline's transformer; {name!r} is not of one: give the pipeline")
+    def check(self, point: Point, name: str, *, drawn: bool) -> None:
+        """Raise ValueError where the point does not have what the address narrows.
+
+        Args:
+            point: called `name`.
+            drawn: whether a pipeline says of each call which halves and noise level it has.
+        """
+        if not drawn and (self.half is not None or self.sigmas is not None):
+            what = "sigmas" if self.half is None else "half"
+            raise ValueError(
+                f"{what}= narrows passes of a pipeline's transformer; {name!r} is not of one: give the pipeline"
+            )
         for argument in _AXES:
             if getattr(self, argument) is not None and _axis(point, argument) not in point.axes:
                 raise ValueError(f"{argument}= is given, but {name!r} has none: it is [batch, {', '.join(point.axes)}]")
         for argument in ("tokens", "queries"):
             if _has_words(getattr(self, argument)) and point.stream not in ("text", "joint"):
-                raise ValueError(f"{argument}={getattr(self, argument)!r} names words; the tokens of {name!r} are not the prompt's")
+                raise ValueError(
+                    f"{argument}={getattr(self, argument)!r} names words; the tokens of {name!r} are not the prompt's"
+                )
 
     def meets(self, label: Label, steps: int | None) -> bool:
         """Whether a run of a model is meant."""
@@ -153,6 +166,23 @@ class Address:
         ):
             return False
         return self.steps is None or label.step in wanted_steps(self.steps, steps, label.step)
+
+    def check_drawing(self, drawing: Drawing) -> list[Label]:
+        """The steps and halves of a drawing that are meant.
+
+        Raises:
+            ValueError: there is none.
+        """
+        steps = len(drawing.levels) - 1
+        every = [Label(0, i, 0, drawing.levels[i], half.name) for i in range(steps) for half in drawing.halves]
+        found = [label for label in every if self.meets(label, steps)]
+        if not found:
+            halves = ", ".join(repr(half.name) for half in drawing.halves)
+            raise ValueError(
+                f"this drawing has {steps} steps from sigma {drawing.levels[0]:.3g} to {drawing.levels[-2]:.3g} and "
+                f"halves {halves}; steps={self.steps}, sigmas={self.sigmas}, half={self.half!r} meet none of them"
+            )
+        return found
 
     def pick(self, point: Point, shape: torch.Size, rows: Rows) -> Picked:
         """The part of a value of that shape, [b, axes].
@@ -226,13 +256,15 @@ def _tokens(wanted: Tokens, size: int, rows: Rows, samples: list[int], what: str
     if not _has_words(wanted):
         return torch.tensor(_numbers(wanted, size, what))  # type: ignore[arg-type] # no words in it
     if rows.conditioning is None:
-        raise ValueError(f"{what}={wanted!r} names words, which takes the conditioning of a pipeline: give token numbers")
+        raise ValueError(
+            f"{what}={wanted!r} names words, which takes the conditioning of a pipeline: give token numbers"
+        )
     several = isinstance(wanted, Sequence) and not isinstance(wanted, str | Word)
     places = [_of_prompt(wanted if several else [wanted], size, rows, sample) for sample in samples]  # type: ignore[arg-type, list-item]
     if len({len(one) for one in places}) > 1:
         raise ValueError(
-            f"{what}={wanted!r} are {', '.join(str(len(one)) for one in places)} tokens in samples {samples}; values of "
-            "different sizes do not stack: narrow with samples=, or name an encoder with mmdit.addresses.Word"
+            f"{what}={wanted!r} are {', '.join(str(len(one)) for one in places)} tokens in samples {samples}; values "
+            "of different sizes do not stack: narrow with samples=, or name an encoder with mmdit.addresses.Word"
         )
     return torch.tensor(places[0] if all(one == places[0] for one in places) else places)
 

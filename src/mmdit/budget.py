@@ -33,7 +33,7 @@ class Kept(NamedTuple):
     samples: tuple[int, ...]
 
 
-def bytes_of(budget: float | str | None) -> int | None:
+def bytes_of(budget: int | float | str | None) -> int | None:
     """A number of bytes, written as one or as "500 MB".
 
     Raises:
@@ -111,23 +111,20 @@ class Forecast:
             self._found[key] = self._rehearsed(some, sizes, rows)
         return self._found[key]
 
-    def of_drawing(self, some: Sequence[Target], drawing: Drawing) -> tuple[dict[str, int], list[int]]:
-        """Bytes by point of a whole drawing, with one call of the transformer in each step; and the wanted steps."""
-        steps, total, wanted = len(drawing.levels) - 1, dict.fromkeys((target.name for target in some), 0), set()
+    def of_drawing(self, some: Sequence[Target], drawing: Drawing, wanted: Sequence[Label]) -> dict[str, int]:
+        """Bytes by point of a drawing, with one call of the transformer in each wanted step and half."""
+        total = dict.fromkeys((target.name for target in some), 0)
         samples, _, height, width = drawing.shape
         for half in drawing.halves:
-            labels = [Label(0, step, 0, drawing.levels[step], half.name) for step in range(steps)]
-            meant = [label.step for label in labels if self.address.meets(label, steps)]
-            if not meant:
+            labels = [label for label in wanted if label.half == half.name]
+            if not labels:
                 continue
-            wanted |= set(meant)
             sizes = Sizes(samples, height, width, half.conditioning.context.shape[1])
-            one = self.of_call(some, sizes, Rows(labels[0], 0, samples, half.conditioning, steps))
+            one = self.of_call(some, sizes, Rows(labels[0], 0, samples, half.conditioning, len(drawing.levels) - 1))
             for target in some:
                 reducer = self.reducer_of(target)
-                times = 1 if reducer is not None and reducer.running else len(meant)
-                total[target.name] += one[target.name] * times
-        return total, sorted(wanted)
+                total[target.name] += one[target.name] * (1 if reducer and reducer.running else len(labels))
+        return total
 
     def _rehearsed(self, some: Sequence[Target], sizes: Sizes, rows: Rows) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -157,9 +154,9 @@ def check_drawing(
         fits.append(f"about {points} of the {len(forecast)} points")
     fits.append("dtype=torch.float16, a part (half=, samples=, heads=, tokens=), or a reducer (reduce=)")
     raise BudgetError(
-        f"this capture would keep {size(needed)} ({len(forecast)} points x {len(steps)} steps; the largest is {largest!r} "
-        f"with {size(forecast[largest])}){f' beside {size(kept)} that are there' if kept else ''}, and the budget is "
-        f"{size(budget)}. What fits: {'; '.join(fits)}. Or give a larger budget="
+        f"this capture would keep {size(needed)} ({len(forecast)} points x {len(steps)} steps; the largest is "
+        f"{largest!r} with {size(forecast[largest])}){f' beside {size(kept)} that are there' if kept else ''}, "
+        f"and the budget is {size(budget)}. What fits: {'; '.join(fits)}. Or give a larger budget="
     )
 
 

@@ -7,15 +7,16 @@ from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from encoders import VAE, CLIPText, T5Encoder
-from mmdit.addresses import Address, Label, Numbers, Rows, Tokens, wanted_steps
+from mmdit.addresses import Address, Numbers, Rows, Tokens, wanted_steps
 from mmdit.budget import BudgetError, Forecast, Kept, bytes_of, check_drawing, kept_value, size
 from mmdit.captured import Captured, Entry, Series
-from mmdit.hooks import Inspected, Target, Tracker, hooked, listening, plain, selected
+from mmdit.hooks import Inspected, Target, Tracker, check_address, hooked, listening, plain, selected
 from mmdit.model import MMDiT
 from mmdit.passes import Drawing
 from mmdit.point_table import DERIVED, Stream
@@ -47,7 +48,7 @@ def capture(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     to: str | Path | None = None,
-    budget: float | str | None = BUDGET,
+    budget: int | float | str | None = BUDGET,
     stop: bool = False,
     grad: bool = False,
 ) -> Iterator[Captured]:
@@ -79,7 +80,8 @@ def capture(
     """
     address = Address(steps, sigmas, half, samples, heads, tokens, queries, channels)
     targets = selected(model, patterns, stream)
-    _check(model, targets, address)
+    for target in targets:
+        check_address(model, target, address)
     reducers = _reducers(targets, reduce)
     if grad and (reducers or to or any(target.point.layout in DERIVED for target in targets)):
         raise ValueError("grad=True keeps values as they pass: no reduce=, no to=, and no pattern or out_by_head")
@@ -135,38 +137,38 @@ class _Recorder:
         self.final = max(targets, key=_rank)  # the entry that runs last
         self.last_step: int | None = None  # of the drawing that is under way
         self.halves_left: set[str | None] = set()
+        self.kept = 0  # bytes
 
     def plan(self, drawing: Drawing) -> None:
         """A drawing begins: what will it keep?"""
         some = [target for target in self.targets if target.model is self.transformer]
         if not some:
             return
-        needed, steps = self.forecast.of_drawing(some, drawing)
-        if not steps:
-            raise ValueError(
-                f"this address meets none of {len(drawing.levels) - 1} steps with halves "
-                f"{', '.join(half.name for half in drawing.halves)}: {self.address}"
-            )
-        self.last_step, levels = steps[-1], drawing.levels
-        labels = [Label(0, steps[-1], 0, levels[steps[-1]], half.name) for half in drawing.halves]
-        self.halves_left = {label.half for label in labels if self.address.meets(label, len(levels) - 1)}
+        wanted = self.address.check_drawing(drawing)
+        steps = sorted({label.step for label in wanted})
+        self.last_step, self.halves_left = steps[-1], {label.half for label in wanted if label.step == steps[-1]}
+        needed = self.forecast.of_drawing(some, drawing, wanted)
         running = all(name in self.reducers and self.reducers[name].running for name in needed)
-        check_drawing(needed, steps, self._kept(), self.budget, running=running)
+        check_drawing(needed, steps, self.kept, self.budget, running=running)
 
-    def began(self, entry: nn.Module, given: tuple[Tensor, ...], tracker: Tracker) -> None:
+    def began(self, entry: nn.Module, given: tuple[Any, ...], tracker: Tracker) -> None:
         """A model is called: will what it adds fit?"""
         wanted = [rows for rows in tracker.rows if self.address.meets(rows.label, rows.steps)]
         some = [target for target in self.targets if target.model.get_submodule(target.entry) is entry]
-        if not wanted or (self.budget is None and not self.stop):
+        if not wanted:
             return
         if self.grad and not torch.is_grad_enabled():
-            raise ValueError("grad=True, but the model runs without gradients: use pipe.predict or pipe.sample, not pipe(...)")
+            raise ValueError(
+                "grad=True, but the model runs without gradients: use pipe.predict or pipe.sample, not pipe(...)"
+            )
+        if self.budget is None and not self.stop:
+            return
         sizes = _sizes(some[0].model, some[0].entry, given)
         needed = sum(self._added(self.forecast.of_call(some, sizes, rows), rows) for rows in wanted)
-        if self.budget is not None and self._kept() + needed > self.budget:
+        if self.budget is not None and self.kept + needed > self.budget:
             raise BudgetError(
-                f"the next call, of step {wanted[0].label.step}, would add {size(needed)} to the {size(self._kept())} that are "
-                f"kept, and the budget is {size(self.budget)}; keep less or give a larger budget="
+                f"the next call, of step {wanted[0].label.step}, would add {size(needed)} to the {size(self.kept)} "
+                f"that are kept, and the budget is {size(self.budget)}; keep less or give a larger budget="
             )
 
     def handle(self, target: Target, passing: Passing, tracker: Tracker) -> None:
@@ -195,6 +197,7 @@ class _Recorder:
             merged = reducer.merge(before.read(), value.to(self.device, before.value.dtype))
             entries[entries.index(before)] = before._replace(value=merged)
             return
+        self._fit(prod(value.shape) * dtype.itemsize, target)
         copy = torch.empty(value.shape, dtype=dtype, device=self.device).copy_(value)
         samples = kept.samples if not running else (-1,)
         entry = Entry(rows.label, samples, copy if self.spool is None or running else self.spool.put(copy))
@@ -210,6 +213,7 @@ class _Recorder:
         value = shown(target.point, passing)
         picked = self.address.pick(target.point, value.shape, rows)
         part = picked.read(value)
+        self._fit(part.nbytes, target)
         part = part.clone() if part.requires_grad else part.detach().clone().requires_grad_()
         put_back(target.point, passing, picked.write(value, part))
         labels = picked.labels
@@ -219,8 +223,11 @@ class _Recorder:
         entries = self.seen.series[target.name].entries if target.name in self.seen.series else []
         return next((entry for entry in entries if entry.label.half == rows.label.half), None)
 
-    def _kept(self) -> int:
-        return self.seen.nbytes
+    def _fit(self, more: int, target: Target) -> None:
+        """Count what is about to be kept; what was computed before should never let it come to an error here."""
+        self.kept += more
+        if self.budget is not None and self.kept > self.budget:
+            raise BudgetError(f"{target.name!r} would take the capture to {size(self.kept)}, above {size(self.budget)}")
 
     def _added(self, needed: Mapping[str, int], rows: Rows) -> int:
         """Without what running reducers have already."""
@@ -230,7 +237,11 @@ class _Recorder:
 
     def _end(self, target: Target, tracker: Tracker) -> None:
         """Raise `_Stopped` if nothing that is wanted will follow."""
-        if target.model is not self.final.model or target.entry != self.final.entry or target.name != self.forecast.order[-1]:
+        if (
+            target.model is not self.final.model
+            or target.entry != self.final.entry
+            or target.name != self.forecast.order[-1]
+        ):
             return
         for rows in tracker.rows:
             if not self.address.meets(rows.label, rows.steps):
@@ -248,17 +259,11 @@ class _Recorder:
                     raise _Stopped(self)
 
 
-def _check(model: Inspected, targets: Sequence[Target], address: Address) -> None:
-    for target in targets:
-        drawn = isinstance(model, Verbs) and target.model is model.transformer
-        address.check(target.point, target.name, has_halves=drawn, has_sigma=drawn)
-
-
 def _reducers(targets: Sequence[Target], reduce: Reduce) -> dict[str, Reducer]:
     """By the name of the point."""
     if reduce is None or isinstance(reduce, Reducer):
         return {} if reduce is None else {target.name: reduce for target in targets}
-    found = {}
+    found: dict[str, Reducer] = {}
     for target in targets:
         fitting = [reducer for glob, reducer in reduce.items() if fnmatchcase(target.name, plain(glob))]
         found |= {target.name: fitting[0]} if fitting else {}
@@ -272,7 +277,7 @@ def _rank(target: Target) -> int:
     return 3 if target.entry == "decoder" else 1
 
 
-def _sizes(model: nn.Module, entry: str, given: tuple[Tensor, ...]) -> Sizes:
+def _sizes(model: nn.Module, entry: str, given: tuple[Any, ...]) -> Sizes:
     """Of a call of a model."""
     shape = given[0].shape
     if isinstance(model, MMDiT):

@@ -50,7 +50,10 @@ def _clip_layer(name: str, heads: int) -> list[Point]:
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     return [
         Point(f"{name}.resid_pre", name, "input"),
-        *(Point(f"{attention}.{part}", f"{attention}.{part}_proj", "output", 0, None, "heads", heads) for part in "qkv"),
+        *(
+            Point(f"{attention}.{part}", f"{attention}.{part}_proj", "output", 0, None, "heads", heads)
+            for part in "qkv"
+        ),
         Point(f"{attention}.z", f"{attention}.out_proj", "input", 0, None, "heads", heads),
         Point(f"{attention}.out_by_head", f"{attention}.out_proj", "input", 0, None, "by_head", heads),
         Point(f"{attention}.out", f"{attention}.out_proj", "output"),

@@ -10,11 +10,11 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from encoders import VAE, CLIPText, T5Encoder
-from mmdit.addresses import Label, Rows
+from mmdit.addresses import Address, Label, Rows
 from mmdit.encoder_points import clip_points, t5_points, vae_points
 from mmdit.model import MMDiT
 from mmdit.passes import Drawing, Half, Pass
@@ -23,8 +23,7 @@ from mmdit.recognise import Component
 from mmdit.verbs import Verbs
 from mmdit.views import Passing
 
-Model = MMDiT | CLIPText | T5Encoder | VAE
-Inspected = Model | Verbs
+Inspected = nn.Module | Verbs  # one of our models, or a pipeline
 TRANSFORMER = "transformer."  # what names of a pipeline's points may leave out
 
 
@@ -87,7 +86,7 @@ class Tracker:
 
 
 # (entry module, what goes into it, whose rows) -> nothing; it may raise to keep the model from running
-Began = Callable[[nn.Module, tuple[Tensor, ...], Tracker], None]
+Began = Callable[[nn.Module, tuple[Any, ...], Tracker], None]
 # (target, the call of its module, who is at work) -> nothing; it may change the passing
 Handler = Callable[[Target, Passing, Tracker], None]
 
@@ -107,12 +106,14 @@ def points_of(model: nn.Module) -> dict[str, Point]:
     if isinstance(model, VAE):
         return vae_points(model.config)
     refuse_compiled(model, "the model")
-    raise TypeError(f"a {type(model).__name__} has no table of points; give an MMDiT, CLIP, T5, VAE or a pipeline of ours")
+    raise TypeError(
+        f"a {type(model).__name__} has no table of points; give an MMDiT, CLIP, T5, VAE or a pipeline of ours"
+    )
 
 
 def models_of(inspected: Inspected) -> dict[Component | None, nn.Module]:
     """By component; a model alone has no component's name."""
-    return {**inspected.models} if isinstance(inspected, Verbs) else {None: inspected}
+    return dict(inspected.models.items()) if isinstance(inspected, Verbs) else {None: inspected}
 
 
 def targets_of(inspected: Inspected) -> dict[str, Target]:
@@ -152,6 +153,12 @@ def selected(inspected: Inspected, patterns: str | Sequence[str], stream: Stream
     for model in {id(target.model): target.model for target in found}.values():
         refuse_compiled(model, type(model).__name__)
     return found
+
+
+def check_address(inspected: Inspected, target: Target, address: Address) -> None:
+    """Raise ValueError where a point does not have what the address narrows."""
+    drawn = isinstance(inspected, Verbs) and target.model is inspected.transformer
+    address.check(target.point, target.name, drawn=drawn)
 
 
 def refuse_compiled(model: nn.Module, name: str) -> None:
@@ -245,5 +252,3 @@ def _attach(targets: Sequence[Target], side: Side, handle: Handler, tracker: Tra
     if side == "input":
         return module.register_forward_pre_hook(before, with_kwargs=True)
     return module.register_forward_hook(after, with_kwargs=True)
-
-

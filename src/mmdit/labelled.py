@@ -30,7 +30,9 @@ class Labelled:
         """Raise ValueError where labels and shape disagree."""
         sizes = [len(labels) for labels in self.axes.values()]
         if sizes != list(self.values.shape):
-            raise ValueError(f"values have shape {list(self.values.shape)}, labels {dict(zip(self.axes, sizes, strict=True))}")
+            raise ValueError(
+                f"values have shape {list(self.values.shape)}, labels {dict(zip(self.axes, sizes, strict=True))}"
+            )
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name}: {len(labels)}" for name, labels in self.axes.items())

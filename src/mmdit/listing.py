@@ -75,21 +75,31 @@ def points(
     def note(target: Target, passing: Passing, _: Tracker) -> None:
         point = target.point
         value = pattern(*passing.args[:2]) if point.layout == "pattern" else shown(point, passing)
-        front = TRANSFORMER if isinstance(model, Verbs) and target.model is model.transformer else ""
-        shape = tuple(value.shape)
-        found[target.name] = Row(front + target.name, point.axes, shape, value.dtype, value.nbytes)
+        found[target.name] = Row(target.name, point.axes, tuple(value.shape), value.dtype, value.nbytes)
 
     for one in models_of(model).values():
         if some := [target for target in targets if target.model is one]:
             rehearse(one, some, sizes, note)
-    return PointList(found[target.name] for target in targets)
+    transformer = model.transformer if isinstance(model, Verbs) else None
+    fronts = [TRANSFORMER if target.model is transformer else "" for target in targets]
+    rows = [found[target.name] for target in targets]
+    return PointList(row._replace(name=front + row.name) for front, row in zip(fronts, rows, strict=True))
 
 
 def _sizes(model: Inspected, height: int | None, width: int | None, text_tokens: int | None, batch: int) -> Sizes:
     transformer = model.transformer if isinstance(model, Verbs) else model
-    cell = model.vae.config.downscale if isinstance(model, Verbs) else model.config.downscale if isinstance(model, VAE) else 8
+    cell = (
+        model.vae.config.downscale
+        if isinstance(model, Verbs)
+        else model.config.downscale
+        if isinstance(model, VAE)
+        else 8
+    )
     default = (transformer.config.sample_size or 128) if isinstance(transformer, MMDiT) else 1024 // cell
-    sides = [default if side is None else _cells_of(side, name, cell) for name, side in (("height", height), ("width", width))]
+    sides = [
+        default if side is None else _cells_of(side, name, cell)
+        for name, side in (("height", height), ("width", width))
+    ]
     clip, t5 = 77, 256
     if isinstance(model, Verbs):
         clip, t5 = model.profile.text.clip_length, model.profile.text.t5_length

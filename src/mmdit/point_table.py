@@ -105,7 +105,9 @@ def _attention(name: str, heads: int, stream: Stream, *, ends: bool = False) -> 
         Point(f"{name}.{part}", f"{name}.qkv", "output", 0, Chunk(i, 3), "heads", heads, stream)
         for i, part in enumerate("qkv")
     ]
-    points += [Point(f"{name}.{part}_normed", f"{name}.ln_{part}", "output", 0, None, "split", heads, stream) for part in "qk"]
+    points += [
+        Point(f"{name}.{part}_normed", f"{name}.ln_{part}", "output", 0, None, "split", heads, stream) for part in "qk"
+    ]
     if ends:
         return points
     return [

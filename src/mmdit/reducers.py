@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class Reducer:
 
 
 def reduced_pattern(reducer: Reducer | None, q: Tensor, k: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
-    """A reducer's result for the pattern of queries and keys, [b, heads, n, d], of which no more than rows exist at once.
+    """A reducer's result for the pattern of queries and keys, [b, heads, n, d]; only some rows exist at a time.
 
     Args:
         reducer: None gives the pattern.
@@ -79,9 +80,9 @@ def reduced_pattern(reducer: Reducer | None, q: Tensor, k: Tensor, view: View) -
     assert view.all_queries is not None
     parts: list[Tensor] = []
     axes = view.axes
-    for first, rows in pattern_rows(q, k):
-        numbers = view.all_queries[..., first : first + rows.shape[2]]
-        rows = taken(rows, 3, view.keys)
+    for first, block in pattern_rows(q, k):
+        numbers = view.all_queries[..., first : first + block.shape[2]]
+        rows = taken(block, 3, view.keys)
         part, axes = (rows, view.axes) if reducer is None else reducer(rows, view._replace(queries=numbers))
         if "query" in axes or not parts:
             parts.append(part)
@@ -144,7 +145,7 @@ QUADRANTS = ("text reads text", "text reads image", "image reads text", "image r
 
 
 def quadrants() -> Reducer:
-    """The share of attention between text and image by head: each stream's queries read the two in shares that sum to 1."""
+    """Who reads whom, by head: in which shares the queries of text, and those of the image, read the two."""
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         if view.queries is None or view.all_queries is None or view.queries.ndim > 1:
@@ -191,7 +192,10 @@ def moments(name: str = "channel") -> Reducer:
 
 
 def histogram(edges: Sequence[float] | Tensor) -> Reducer:
-    """How many values lie below the first edge, between each two (upper one included), above the last: [b, edges + 1]."""
+    """How many values lie below the first edge, between each two, above the last: [b, edges + 1].
+
+    An edge counts with those below it.
+    """
     borders = torch.as_tensor(edges, dtype=torch.float64)
     if borders.ndim != 1 or not len(borders) or bool((borders.diff() <= 0).any()):
         raise ValueError(f"edges must be a list of rising numbers, got {edges}")
@@ -202,7 +206,7 @@ def histogram(edges: Sequence[float] | Tensor) -> Reducer:
         return counts.scatter_add(1, places, torch.ones_like(places)), ("bin",)
 
     ends = (float("-inf"), *borders.tolist(), float("inf"))
-    labels = {"bin": tuple(zip(ends, ends[1:], strict=False))}
+    labels = {"bin": tuple(pairwise(ends))}
     return Reducer("histogram", apply, join=torch.add, merge=torch.add, labels=labels, exact=True)
 
 

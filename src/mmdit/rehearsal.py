@@ -36,7 +36,7 @@ def rehearse(model: nn.Module, targets: Sequence[Target], sizes: Sizes, handle: 
     """
     ghost = _ghost(type(model), model.config, _dtype(model))  # type: ignore[arg-type] # our models have a config
     doubles = [target._replace(model=ghost) for target in targets]
-    with torch.no_grad(), hooked(ghost, doubles, handle):  # type: ignore[arg-type]
+    with torch.no_grad(), hooked(ghost, doubles, handle):
         for entry in dict.fromkeys(target.entry for target in targets):
             _call(ghost, entry, sizes)
 

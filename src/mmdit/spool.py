@@ -50,7 +50,9 @@ class Spool:
         def load(wanted: torch.dtype, device: torch.device) -> Tensor:
             assert self._file is not None
             self._file.seek(start)
-            read = torch.frombuffer(bytearray(self._file.read(flat_bytes)), dtype=dtype) if flat_bytes else torch.empty(0)
+            read = (
+                torch.frombuffer(bytearray(self._file.read(flat_bytes)), dtype=dtype) if flat_bytes else torch.empty(0)
+            )
             return read.reshape(shape).to(device, wanted)
 
         flat_bytes = value.nbytes
@@ -79,14 +81,18 @@ def load_capture(path: str | Path) -> Captured:
     """
     tensors, metadata = open_tensors(path)
     if metadata.get("format") != _FORMAT:
-        raise CheckpointError(f"{path} is not a capture: it has format {metadata.get('format')!r}, expected {_FORMAT!r}")
+        raise CheckpointError(
+            f"{path} is not a capture: it has format {metadata.get('format')!r}, expected {_FORMAT!r}"
+        )
     about = json.loads(metadata["capture"])
     found = Captured(about["names"], one_half=about["one_half"])
     for name, axes, labels, running, reduced, entries in about["series"]:
         known = [
             Entry(Label(*label), tuple(samples), tensors[f"{name}/{i}"]) for i, (label, samples) in enumerate(entries)
         ]
-        places = {axis: tuple(tuple(one) if isinstance(one, list) else one for one in of) for axis, of in labels.items()}
+        places = {
+            axis: tuple(tuple(one) if isinstance(one, list) else one for one in of) for axis, of in labels.items()
+        }
         found.series[name] = Series(tuple(axes), places, running, reduced, known)
     return found
 
