@@ -136,6 +136,11 @@ class Address:
         if self.sigmas is not None and not self.sigmas[0] <= self.sigmas[1]:
             raise ValueError(f"sigmas are the lowest and the highest level, got {self.sigmas}")
 
+    @property
+    def has_words(self) -> bool:
+        """Whether words of the prompt are named."""
+        return _has_words(self.tokens) or _has_words(self.queries)
+
     def check(self, point: Point, name: str, *, drawn: bool) -> None:
         """Raise ValueError where the point does not have what the address narrows.
 

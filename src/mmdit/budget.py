@@ -86,27 +86,26 @@ class Forecast:
     """What a capture will keep of each call: computed on the meta device, by the code that will do it.
 
     Args:
-        targets: that are captured.
-        address: of them.
+        address: what is meant.
         reducer_of: by target.
         dtype: of what is kept; None: as computed.
     """
 
     def __init__(
         self,
-        targets: Sequence[Target],
         address: Address,
         reducer_of: Callable[[Target], Reducer | None],
         dtype: torch.dtype | None,
     ) -> None:
-        self.targets, self.address, self.reducer_of, self.dtype = targets, address, reducer_of, dtype
+        self.address, self.reducer_of, self.dtype = address, reducer_of, dtype
         self._found: dict[tuple[object, ...], dict[str, int]] = {}
-        self.order: list[str] = []  # of the transformer's targets, or of those of the model that was asked for last
+        self.last: dict[tuple[int, str], str] = {}  # by model and entry: which of its targets passes last
 
     def of_call(self, some: Sequence[Target], sizes: Sizes, rows: Rows) -> dict[str, int]:
         """Bytes by point, of the rows of one half in a call of these targets' model."""
-        conditioning = None if rows.conditioning is None else (rows.conditioning.spans, rows.conditioning.prompts)
-        key = (id(some[0].model), some[0].entry, sizes, rows.first, rows.samples, conditioning)
+        sizes, rows = sizes._replace(batch=rows.samples), rows._replace(first=0)
+        prompts = rows.conditioning.prompts if rows.conditioning is not None and self.address.has_words else ()
+        key = (id(some[0].model), some[0].entry, sizes, prompts)
         if key not in self._found:
             self._found[key] = self._rehearsed(some, sizes, rows)
         return self._found[key]
@@ -136,7 +135,7 @@ class Forecast:
             found[target.name] = prod(value.shape) * dtype.itemsize
 
         rehearse(some[0].model, some, sizes, note)
-        self.order = list(found)
+        self.last[id(some[0].model), some[0].entry] = list(found)[-1]
         return found
 
 

@@ -132,7 +132,7 @@ class _Recorder:
     ) -> None:
         self.targets, self.address, self.reducers = targets, address, reducers
         self.seen, self.spool = seen, spool
-        self.forecast = Forecast(targets, address, lambda target: reducers.get(target.name), None)
+        self.forecast = Forecast(address, lambda target: reducers.get(target.name), None)
         self.transformer = model.transformer if isinstance(model, Verbs) else None
         self.final = max(targets, key=_rank)  # the entry that runs last
         self.last_step: int | None = None  # of the drawing that is under way
@@ -237,26 +237,22 @@ class _Recorder:
 
     def _end(self, target: Target, tracker: Tracker) -> None:
         """Raise `_Stopped` if nothing that is wanted will follow."""
-        if (
-            target.model is not self.final.model
-            or target.entry != self.final.entry
-            or target.name != self.forecast.order[-1]
-        ):
+        model, entry = self.final.model, self.final.entry
+        if (target.model, target.entry, target.name) != (model, entry, self.forecast.last[id(model), entry]):
             return
-        for rows in tracker.rows:
-            if not self.address.meets(rows.label, rows.steps):
-                continue
-            if rows.steps is None:
-                steps = self.address.steps
-                last = 0 if steps is None else max(wanted_steps(steps, None, rows.label.step), default=0)
-                if isinstance(steps, slice) and steps.stop is not None:
-                    last = steps.stop - 1
-                if rows.label.step >= last:
-                    raise _Stopped(self)
-            elif rows.label.step == self.last_step:
-                self.halves_left.discard(rows.label.half)
-                if not self.halves_left:
-                    raise _Stopped(self)
+        wanted = [rows for rows in tracker.rows if self.address.meets(rows.label, rows.steps)]
+        if any(self._is_last(rows) for rows in wanted):
+            raise _Stopped(self)
+
+    def _is_last(self, rows: Rows) -> bool:
+        """Whether no later call of the model is wanted."""
+        steps, step = self.address.steps, rows.label.step
+        if rows.steps is not None:
+            self.halves_left -= {rows.label.half} if step == self.last_step else set()
+            return not self.halves_left
+        if isinstance(steps, slice) and steps.stop is not None:
+            return step >= steps.stop - 1
+        return step >= (0 if steps is None else max(wanted_steps(steps, None, step), default=0))
 
 
 def _reducers(targets: Sequence[Target], reduce: Reduce) -> dict[str, Reducer]:

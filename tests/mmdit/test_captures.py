@@ -26,8 +26,13 @@ def demo():
 
 
 def drawn(pipe, prompts="a red circle", steps=3, **settings):
-    settings = {"seed": 1, "num_inference_steps": steps, "output_type": "latent", "guidance_scale": 4.0} | settings
+    common = {"seed": 1, "output_type": "latent", "guidance_scale": 4.0, "max_sequence_length": 16}
+    settings = common | {"num_inference_steps": steps} | settings
     return pipe(prompts, **settings).images
+
+
+def encoded(pipe, prompts):
+    return pipe.encode(prompts, max_sequence_length=16)
 
 
 def heun(denoise, x, sigmas):
@@ -130,7 +135,7 @@ def test_a_drawing_is_the_same_and_halves_are_told_apart(demo):
     plain = drawn(demo)
     with untouched(demo), mmdit.capture(demo, [POST, f"{X}.attn.q"]) as seen:
         assert torch.equal(drawn(demo), plain)
-    cond, uncond = demo.encode("a red circle"), demo.encode("")
+    cond, uncond = encoded(demo, "a red circle"), encoded(demo, "")
     levels = demo.levels(3).tolist()
     found = seen.labelled(POST)
     assert found.dims == ("step", "half", "sample", "token", "channel")
@@ -169,13 +174,13 @@ def test_levels_queries_channels_and_masks_narrow(demo):
     with mmdit.capture(demo, POST, half="cond", sigmas=(0.0, levels[1]), tokens=mask, channels=[7]) as seen:
         drawn(demo)
     assert torch.equal(seen[POST], whole[POST][1:, :, [19, 32]][..., [7]])
-    with mmdit.capture(demo, "*0.attend.pattern", steps=0, half="cond", queries=[5, 390]) as rows:
+    with mmdit.capture(demo, "*0.attend.pattern", steps=0, half="cond", queries=[5, 150]) as rows:
         drawn(demo)
     with mmdit.capture(demo, "*0.attend.pattern", steps=0, half="cond") as every:
         drawn(demo)
     (name,) = every
-    torch.testing.assert_close(rows[name], every[name][:, :, :, [5, 390]])
-    assert rows.labelled(name).labels("query") == (5, 390)
+    torch.testing.assert_close(rows[name], every[name][:, :, :, [5, 150]])
+    assert rows.labelled(name).labels("query") == (5, 150)
 
 
 def test_words_are_found_in_each_prompt_and_encoder(demo):
@@ -185,7 +190,7 @@ def test_words_are_found_in_each_prompt_and_encoder(demo):
         drawn(demo, prompts)
     with mmdit.capture(demo, context, half="cond", steps=0, tokens="circle") as seen:
         drawn(demo, prompts)
-    read = demo.encode(prompts)
+    read = encoded(demo, prompts)
     for sample, prompt in enumerate(prompts):
         start = prompt.index("circle")
         places = sorted({span.position for span in read.spans[sample] if span.start == start and span.stop > start})
@@ -229,13 +234,13 @@ def test_a_solver_with_several_calls_a_step(demo, monkeypatch):
 
 
 def test_halves_of_different_lengths_run_apart(demo):
-    cond, uncond = demo.encode(["a red circle"] * 2), demo.encode(["", ""])
-    uncond = replace(uncond, context=uncond.context[:, :100])
+    cond, uncond = encoded(demo, ["a red circle"] * 2), encoded(demo, ["", ""])
+    uncond = replace(uncond, context=uncond.context[:, :80])
     name = "joint_blocks.1.context_block.resid_post"
     with untouched(demo), mmdit.capture(demo, [name, POST]) as seen, torch.no_grad():
         list(demo.sample(cond, uncond, demo.noise(1, count=2), num_inference_steps=2, guidance_scale=3.0))
-    assert seen.labelled(name, half="cond").values.shape == (2, 2, 333, 256)
-    assert seen.labelled(name, half="uncond").values.shape == (2, 2, 100, 256)
+    assert seen.labelled(name, half="cond").values.shape == (2, 2, 93, 256)
+    assert seen.labelled(name, half="uncond").values.shape == (2, 2, 80, 256)
     assert seen.labelled(POST).labels("call") == (0, 0)
     assert seen[POST].shape == (2, 2, 2, 64, 256)
     with pytest.raises(ValueError, match=r"does not stack: values have shapes .*half=\.\.\."):
@@ -248,7 +253,7 @@ def test_halves_of_different_lengths_run_apart(demo):
 
 
 def test_predictions_outside_of_a_drawing_are_counted(demo):
-    cond = demo.encode("a red circle")
+    cond = encoded(demo, "a red circle")
     with torch.no_grad(), mmdit.capture(demo, POST) as seen:
         for sigma in (0.9, 0.5):
             demo.predict(demo.noise(1), sigma, [Half(cond), Half(cond, "skip", (2,))])
@@ -271,10 +276,10 @@ def test_encoders_and_vae_count_calls(demo):
     with untouched(demo), mmdit.capture(demo, [*names, "vae.decoder.mid.attn_1.update"]) as seen:
         drawn(demo, output_type="pt")
     assert seen[names[0]].shape == (2, 1, 77, 64)  # the prompt, then the negative prompt
-    assert seen[names[1]].shape == (2, 1, 256, 512)
+    assert seen[names[1]].shape == (2, 1, 16, 512)
     assert seen["vae.decoder.mid.attn_1.update"].shape == (1, 1, 64, 16, 16)
     with mmdit.capture(demo.clip_l, "*layers.1.resid_post") as alone:
-        demo.encode("a red circle")
+        encoded(demo, "a red circle")
     assert torch.equal(alone["text_model.encoder.layers.1.resid_post"][0], seen[names[0]][0])
     with pytest.raises(ValueError, match="half= narrows passes of a pipeline's transformer"):
         drawn_with(demo, "a red circle", names, half="cond")
@@ -478,7 +483,7 @@ def test_gradients_are_those_of_autograd():
 
 
 def test_gradients_through_a_pipelines_steps(demo):
-    cond = demo.encode("a red circle")
+    cond = encoded(demo, "a red circle")
     with untouched(demo), mmdit.capture(demo, POST, grad=True, tokens=[4]) as seen:
         *_, last = demo.sample(cond, None, demo.noise(1), num_inference_steps=2, guidance_scale=1.0)
         gradients = seen.gradients(last.x.square().mean())
