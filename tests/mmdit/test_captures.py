@@ -364,6 +364,8 @@ def test_the_budget_is_exact_and_comes_before_the_first_pass(demo, case):
     with mmdit.capture(demo, points, **CASES[case]) as seen:
         drawn(demo)
     assert seen.nbytes == sum(value.nbytes for value in seen.values())
+    kept = [entry.value for name in seen for entry in seen.of(name).entries]
+    assert seen.nbytes == sum(value.untyped_storage().nbytes() for value in kept)  # no view holds a whole tensor
     with mmdit.capture(demo, points, budget=seen.nbytes, **CASES[case]) as again:
         drawn(demo)
     assert again.nbytes == seen.nbytes

@@ -56,6 +56,32 @@ def test_official_width_without_its_weights():
     assert listed[1].shape == (2, 38, 333 + 4096, 333 + 4096)
 
 
+def test_points_of_encoders_fit_together(demo):
+    with mmdit.capture(demo, ["clip_g.*", "t5.*", "vae.*"], budget=None) as seen:
+        demo.encode("a red circle", max_sequence_length=16)
+        demo.vae.encode(demo.decode(demo.noise(1)))
+    value = {name: seen.labelled(name).values[0] for name in seen}
+    layers = [f"clip_g.text_model.encoder.layers.{i}" for i in range(4)]
+    blocks = [f"t5.encoder.block.{i}" for i in range(2)]
+    parts = {layer: (f"{layer}.self_attn", f"{layer}.mlp.out", "out_proj") for layer in layers}
+    parts |= {one: (f"{one}.layer.0.SelfAttention", f"{one}.layer.1.DenseReluDense.out", "o") for one in blocks}
+    for one, (attention, mlp, projection) in parts.items():
+        torch.testing.assert_close(value[f"{one}.resid_pre"] + value[f"{attention}.out"], value[f"{one}.resid_mid"])
+        torch.testing.assert_close(value[f"{one}.resid_mid"] + value[mlp], value[f"{one}.resid_post"])
+        bias = demo.models[one.split(".")[0]].get_submodule(f"{attention.split('.', 1)[1]}.{projection}").bias
+        summed = value[f"{attention}.out_by_head"].sum(1) + (0 if bias is None else bias)
+        torch.testing.assert_close(summed, value[f"{attention}.out"], rtol=1e-4, atol=1e-5)
+        assert value[f"{attention}.z"].shape == value[f"{attention}.v"].shape
+    gate, pre, post = (value[f"t5.encoder.block.0.layer.1.DenseReluDense.{part}"] for part in ("gate", "pre", "post"))
+    torch.testing.assert_close(torch.nn.functional.gelu(gate, approximate="tanh") * pre, post)
+    blocks = [name.removesuffix(".update") for name in value if name.endswith(".update") and "attn" not in name]
+    for one in blocks:
+        torch.testing.assert_close(value[f"{one}.resid_pre"] + value[f"{one}.update"], value[f"{one}.resid_post"])
+    for half in ("encoder", "decoder"):
+        before = value[f"vae.{half}.mid.block_1.resid_post"] + value[f"vae.{half}.mid.attn_1.update"]
+        torch.testing.assert_close(before, value[f"vae.{half}.mid.block_2.resid_pre"])
+
+
 def test_listing_prints_as_a_table(demo):
     text = repr(mmdit.points(demo.transformer, "joint_blocks.3.*.attn.z"))
     assert text.splitlines()[1].split() == [
