@@ -59,7 +59,8 @@ class Conditioning:
     def repeat(self, times: int) -> Conditioning:
         """Each prompt `times` in a row."""
         context, pooled = (part.repeat_interleave(times, 0) for part in (self.context, self.pooled))
-        spans, prompts = (tuple(one for one in of for _ in range(times)) for of in (self.spans, self.prompts))
+        spans = tuple(span for span in self.spans for _ in range(times))
+        prompts = tuple(prompt for prompt in self.prompts for _ in range(times))
         return Conditioning(context, pooled, spans, prompts)
 
 

@@ -206,7 +206,7 @@ def _rows(
 def _ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any, dtype: torch.dtype) -> Any:
     with torch.device("meta"):
         model = MMDiT(config)
-    _fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
     if recipe is not None:
         quantize_(model, recipe)
     if compiled:
@@ -223,7 +223,7 @@ def _theirs(config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, d
     with torch.device("meta"):
         settings = {key: value for key, value in to_diffusers("transformer", config).items() if not key.startswith("_")}
         model = SD3Transformer2DModel(**settings)
-    _fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
     if compiled:
         model.fuse_qkv_projections()
     if float8:
@@ -250,7 +250,7 @@ def _theirs(config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, d
 
 
 @torch.no_grad()
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module) -> None:
     """Weights as a trained model's are spread, without a pass over the CPU."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():

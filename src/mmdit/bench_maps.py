@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encoders import Conditioning, TokenSpan
 from encoders.conditioning import EncoderName
-from mmdit.bench import MODELS, Inputs, _fill
+from mmdit.bench import MODELS, Inputs, fill
 from mmdit.map_columns import Direction
 from mmdit.map_results import AttentionMaps
 from mmdit.maps import Heads, attention_maps
@@ -104,7 +104,7 @@ def cost(
     with torch.inference_mode(False), torch.device("meta"):
         transformer = MMDiT(config)
     with torch.inference_mode(False):
-        _fill(transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+        fill(transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval())
     loop = Loop(transformer, Inputs.random(config, size, text, 2, device, dtype), words)
     loop.run(1)
     plain, watched = [], []
@@ -127,7 +127,7 @@ def cost(
 @dataclass(frozen=True)
 class _Run:
     seconds: float
-    peak: int
+    peak: int  # bytes above what was there before
     outputs: list[Tensor]
 
 
@@ -136,11 +136,13 @@ def _measured(loop: Loop, steps: int, device: torch.device) -> _Run:
     if cuda:
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if cuda else 0
     start = time.perf_counter()
     outputs = loop.run(steps)
     if cuda:
         torch.cuda.synchronize(device)
-    return _Run(time.perf_counter() - start, torch.cuda.max_memory_allocated(device) if cuda else 0, outputs)
+    seconds = time.perf_counter() - start
+    return _Run(seconds, torch.cuda.max_memory_allocated(device) - before if cuda else 0, outputs)
 
 
 def _prompt(words: int) -> tuple[str, tuple[TokenSpan, ...]]:

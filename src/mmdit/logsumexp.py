@@ -60,12 +60,17 @@ class LogSumExp:
     def __init__(self) -> None:
         self.found: dict[Call, Source] = {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The result [b, n, l, d] and the log-sum-exp [b, n, l], float32 or wider, without gradients."""
-        if self._source(q, k, v) != "fused":
-            return F.scaled_dot_product_attention(q, k, v), self.of(q, k, v)
-        z, lse = _fused(q, k, v)
-        return z, lse.detach()
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The result of the whole batch [b, n, l, d], and without gradients the log-sum-exp of some of its rows.
+
+        Args:
+            q, k, v: [b, n, l, d].
+            rows: of the batch; the log-sum-exp is [rows, n, l], float32 or wider.
+        """
+        if self._source(q, k, v) == "fused":
+            z, lse = _fused(q, k, v)
+            return z, lse[rows].detach()
+        return F.scaled_dot_product_attention(q, k, v), self.of(q[rows], k[rows], v[rows])
 
     @torch.no_grad()
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,4 +115,5 @@ def _tried(q: Tensor, k: Tensor, v: Tensor) -> Source:
     error = (by_rows(q[:, :, some], k) - lse[..., some]).abs().max()
     if not bool(error < TOLERANCE):
         return "rows"
-    return "fused" if torch.equal(z, F.scaled_dot_product_attention(q, k, v)) else "beside"
+    plain = F.scaled_dot_product_attention(q, k, v)  # of another dtype under autocast
+    return "fused" if z.dtype == plain.dtype and torch.equal(z, plain) else "beside"

@@ -51,6 +51,7 @@ class AttentionMaps:
         self.passes: list[Seen] = []
         self.grid = (0, 0)  # patches of the picture: rows, columns
         self.text = 0  # text tokens
+        self.others: dict[str, None] = {}  # halves and steps of passes that were not asked for
         self.how: Mapping[Call, Source] = {}
 
     @property
@@ -181,7 +182,10 @@ class AttentionMaps:
 
     def _passes(self) -> list[Seen]:
         if not self.passes:
-            raise ValueError("nothing was drawn yet: with mmdit.attention_maps(pipe, words) as maps: pipe(prompt)")
+            ran = f"; there were passes of {', '.join(self.others)}" if self.others else ""
+            raise ValueError(
+                f"nothing was watched: draw inside of attention_maps, with the half and steps that were asked for{ran}"
+            )
         return self.passes
 
 

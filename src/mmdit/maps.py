@@ -135,6 +135,8 @@ class _Recorder:
             )
         read = next((half.conditioning for half in told.halves if half.name == self.half), None)
         if read is None or (self.steps is not None and told.step not in self.steps):
+            names = " and ".join(half.name for half in told.halves)
+            self.maps.others[f"{names} in step {told.step}"] = None
             return
         latent, patch = args[0] if args else kwargs["latent"], self.model.config.patch_size
         self._fit((latent.shape[2] // patch, latent.shape[3] // patch), read)
@@ -142,17 +144,23 @@ class _Recorder:
         self.now = _Running(read.context.shape[1], told.rows(self.half), mixes, self._empty(told))
         self.maps.passes.append(self.now.seen)
 
-    @torch.no_grad()
-    def _record(self, block: int, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
-        """Store what one block's attention shows."""
-        assert self.now is not None
-        rows, text, seen = self.now.rows, self.now.text, self.now.seen
-        q, k, v, lse = q[rows], k[rows], v[rows], lse[rows]
-        place = self.maps.blocks.index(block)
+    def attend(self, block: int, forward: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What stands in for the `forward` of a block's `attend`."""
+        if self.now is None:
+            return forward(q, k, v)
+        rows = self.now.rows
+        z, lse = self.log_sum_exp.attend(q, k, v, rows)
+        with full_float32(), torch.no_grad():
+            self._record(block, self.now, q[rows], k[rows], v[rows], lse)
+        return z
+
+    def _record(self, block: int, now: _Running, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
+        """Store what one block's attention shows, of the rows that are watched."""
+        place, text, seen = self.maps.blocks.index(block), now.text, now.seen
         if seen.masses is not None:
             of_text = self.log_sum_exp.of(q, k[:, :, :text], v[:, :, :text])
             seen.masses[place] = quadrant_masses(lse, of_text, text).transpose(0, 1)
-        for sample, mixes in enumerate(self.now.mixes):
+        for sample, mixes in enumerate(now.mixes):
             for (direction, encoder), kept in seen.maps.items():
                 tokens, counts = mixes[encoder]
                 mix = counts if direction == "i2t" else mixes[encoder].shares()
@@ -160,15 +168,6 @@ class _Recorder:
                     kept[place, :, sample] = word_maps(
                         q[sample], k[sample], lse[sample], text, tokens, mix, direction, each=self.maps.each_head
                     )
-
-    def attend(self, block: int, forward: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What stands in for the `forward` of a block's `attend`."""
-        if self.now is None:
-            return forward(q, k, v)
-        z, lse = self.log_sum_exp.attend(q, k, v)
-        with full_float32():
-            self._record(block, q.detach(), k.detach(), v.detach(), lse)
-        return z
 
     def _fit(self, grid: tuple[int, int], read: Conditioning) -> None:
         """Note the sizes, which all passes share, or raise ValueError."""

@@ -46,18 +46,12 @@ def token_positions(read: Conditioning, sample: int, word: str, encoder: Encoder
     Raises:
         WordError: embeddings were given, so nothing is known of words.
     """
-    if not read.spans or not read.prompts:
-        raise WordError(
-            "the context was given as embeddings, which do not say which token stands for which word; "
-            "give prompts, or ask for no words"
-        )
-    spans = [span for span in read.spans[sample] if span.encoder in ENCODERS[encoder]]
+    _check_prompts(read)
     if word in SPECIAL:
         return sorted(set(_special(word, read.spans[sample], encoder, read.context.shape[1])))
     places = _occurrences(word, read.prompts[sample])
-    return sorted(
-        {span.position for span in spans for start, stop in places if span.start < stop and span.stop > start}
-    )
+    spans = [span for span in read.spans[sample] if span.encoder in ENCODERS[encoder] and span.start < span.stop]
+    return sorted({one.position for one in spans for start, stop in places if one.start < stop and one.stop > start})
 
 
 def check_words(read: Conditioning, words: Sequence[str], encoder: Encoder = "all") -> None:

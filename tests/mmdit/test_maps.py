@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mmdit import MMDiT, MMDiTConfig, Pipeline, attention_maps
+from mmdit import MMDiT, MMDiTConfig, Pipeline, attention_maps, map_columns
 from mmdit.bench import Inputs
 from mmdit.bench_maps import Loop
 from mmdit.maps import _several
@@ -112,6 +112,15 @@ def test_the_mean_over_heads(wide, both):
     assert maps.sigmas == wide.levels(2)[:2].tolist()
 
 
+def test_blocks_of_heads_are_the_whole(wide, both, monkeypatch):
+    """A limit so low that one head is computed after another."""
+    monkeypatch.setattr(map_columns, "BYTES", 1)
+    with attention_maps(wide, WORDS, dtype=torch.float64, direction="t2i") as maps:
+        draw(wide)
+    expected = both[0].word("circle", direction="t2i").mean(2)
+    torch.testing.assert_close(maps.words["circle"], expected, rtol=0, atol=1e-14, equal_nan=True)
+
+
 def test_no_words_and_all_words(demo):
     with attention_maps(demo, ()) as none, pytest.raises(KeyError, match="was not asked for"):
         draw(demo)
@@ -146,6 +155,21 @@ def test_low_precision_maps_are_those_of_its_own_queries_and_keys():
     places = token_positions(pipe.encode(PROMPTS[0]), 0, "circle")
     expected = (q @ k.mT / 8).softmax(-1)[:, TEXT:, places].sum(-1).mean(0)
     torch.testing.assert_close(maps.words["circle"][0, 0, 0].flatten().double(), expected, rtol=1e-4, atol=0)
+
+
+def test_gradients_are_those_without_maps():
+    """And maps hold no graph, which would hold every pass."""
+    pipe = Pipeline.demo()
+    read, x = pipe.encode(PROMPTS[0], max_sequence_length=16), pipe.noise(1, height=64, width=64).requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(pipe.predict(x, 0.7, [read])[0].square().sum(), x)[0]
+
+    plain = gradient()
+    with attention_maps(pipe, "circle") as maps:
+        assert torch.equal(gradient(), plain)
+    assert not maps.words["circle"].requires_grad
+    assert not maps.quadrants.requires_grad
 
 
 def clean(pipe):
@@ -210,7 +234,9 @@ def test_what_has_no_heat_map(both, demo):
     refuses(lambda: draw_with(demo, "circle").of("circle", encoder="t5"), "i2t, all", error=ValueError)
     with attention_maps(demo, "circle") as empty:
         refuses(lambda: empty.words["circle"], "was not asked for", error=KeyError)
-        refuses(lambda: empty.quadrants, "nothing was drawn", error=ValueError)
+        refuses(lambda: empty.quadrants, "nothing was watched", error=ValueError)
+    other = draw_with(demo, "circle", half="skip")
+    refuses(lambda: other.quadrants, "passes of uncond and cond in step 0", error=ValueError)
 
 
 def test_the_unconditional_half(demo):
@@ -236,9 +262,11 @@ def test_blocks_that_a_half_leaves_out(demo):
 def test_several_drawings_follow_each_other(demo):
     with attention_maps(demo, "circle") as maps:
         draw(demo, PROMPTS[:1])
-        draw(demo, ["a blue circle"])
+        draw(demo, ["a large blue circle"])
         refuses(lambda: draw(demo, PROMPTS[:1], height=64), "4 x 8", "6 x 8", error=ValueError)
     assert maps.axes["step"] == [0, 1, 0, 1]
+    alone = draw_with(demo, "circle", ["a large blue circle"])  # whose token stands one place further
+    assert torch.equal(maps.words["circle"][2:], alone.words["circle"])
 
 
 def test_a_call_that_the_pipeline_does_not_know(demo):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmdit import plots
 from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.evaluate import MAIN, SEED, draw
 from mmdit.demo.grammar import plural
@@ -34,6 +35,11 @@ from mmdit.word_tokens import Encoder, words_of
 DIRECTIONS: tuple[Direction, ...] = ("i2t", "t2i")
 ENCODERS: tuple[Encoder, ...] = ("all", "clip", "t5")
 KINDS = ("colour", "shape")
+EXAMPLE = (
+    "a large red circle above a large blue star and a small green square, on a white background",
+    ("red", "circle", "blue", "star", "green", "square"),
+    7,
+)
 _NOUNS = {form: shape for shape in SHAPES for form in (shape, plural(shape))}
 
 
@@ -69,6 +75,7 @@ class Row:
     own: tuple[float, float, float]
     others: tuple[float, float, float]
     words: int
+    area: float  # share of the picture that the objects of a word cover, the mean
 
 
 def means(word: str) -> tuple[str, str] | None:
@@ -141,7 +148,8 @@ def rows_of(found: Sequence[Shares]) -> list[Row]:
                         for one in some
                         if one.others_area
                     ]
-                    rows.append(Row(direction, encoder, str(block), kind, _ratio(own), _ratio(others), len(some)))
+                    area = sum(one.area for one in some) / max(1, len(some))
+                    rows.append(Row(direction, encoder, str(block), kind, _ratio(own), _ratio(others), len(some), area))
     return rows
 
 
@@ -172,8 +180,33 @@ def markdown(rows: Sequence[Row]) -> str:
         both = [table[direction, encoder, block, kind] for kind in KINDS]
         cells = [f"{value:.2f} ({low:.2f} to {high:.2f})" for row in both for value, low, high in (row.own, row.others)]
         lines.append(f"| {direction} | {encoder} | {block} | {' | '.join(cells)} |")
-    counts = [f"{table['i2t', 'all', 'all', kind].words} {kind} words" for kind in KINDS]
-    return "\n".join([*lines, "", f"{' and '.join(counts)}; share of map / share of area, intervals of 95 %."])
+    some = [table["i2t", "all", "all", kind] for kind in KINDS]
+    counts = [f"{row.words} {row.kind} words, whose objects cover {100 * row.area:.1f} %" for row in some]
+    lines += ["", "Share of map / share of area with intervals of 95 %, prompts drawn again.", f"{'; '.join(counts)}."]
+    return "\n".join(lines)
+
+
+def sheet(pipe: Pipeline, prompt: str, words: Sequence[str], seed: int, path: Path) -> None:
+    """Draw a prompt, and save its picture with the maps of some words: a line for each block, and one for their mean.
+
+    Args:
+        pipe: the embedded model.
+        prompt: what to draw.
+        words: of the prompt.
+        seed: of the noise.
+        path: of a PNG.
+    """
+    with attention_maps(pipe, words) as maps:
+        picture = pipe(prompt, seed=seed, output_type="np").images[0]
+    side = picture.shape[0]
+    lines = {f"block {block}": block for block in maps.blocks} | {"all blocks": None}
+    found = {
+        f"{word}, {name}": maps.upsampled(word, side, side, block=block, smooth=False)
+        for name, block in lines.items()
+        for word in words
+    }
+    figure = plots.heat_maps(picture, found, columns=len(words), title=prompt)
+    figure.savefig(path, dpi=70)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -184,8 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="also write the rows as JSON")
+    parser.add_argument("--picture", type=Path, help="instead, save a PNG of one prompt and the maps of its words")
     args = parser.parse_args(arguments)
     pipe = Pipeline.demo(device=args.device)
+    if args.picture is not None:
+        sheet(pipe, *EXAMPLE, args.picture)
+        return 0
     texts = make_prompts(args.prompts, SEED, held_out=True)
     with torch.no_grad():
         rows = rows_of(list(localise(pipe, texts, steps=args.steps, batch=args.batch)))
