@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from encoders import Conditioning
-from mmdit.passes import Drawing
+from mmdit.passes import Drawing, Half
 from mmdit.point_table import Point
 from mmdit.word_tokens import Encoder, token_positions
 
@@ -172,17 +172,19 @@ class Address:
             return False
         return self.steps is None or label.step in wanted_steps(self.steps, steps, label.step)
 
-    def check_drawing(self, drawing: Drawing) -> list[Label]:
+    def meant(self, drawing: Drawing) -> list[tuple[Label, Half]]:
         """The steps and halves of a drawing that are meant.
 
         Raises:
             ValueError: there is none.
         """
         steps = len(drawing.levels) - 1
-        every = [Label(0, i, 0, drawing.levels[i], half.name) for i in range(steps) for half in drawing.halves]
-        found = [label for label in every if self.meets(label, steps)]
+        every = [
+            (Label(0, i, 0, drawing.levels[i], half.name), half) for i in range(steps) for half in drawing.halves[i]
+        ]
+        found = [(label, half) for label, half in every if self.meets(label, steps)]
         if not found:
-            halves = ", ".join(repr(half.name) for half in drawing.halves)
+            halves = ", ".join(dict.fromkeys(repr(half.name) for _, half in every))
             raise ValueError(
                 f"this drawing has {steps} steps from sigma {drawing.levels[0]:.3g} to {drawing.levels[-2]:.3g} and "
                 f"halves {halves}; steps={self.steps}, sigmas={self.sigmas}, half={self.half!r} meet none of them"

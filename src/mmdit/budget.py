@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdit.addresses import Address, Label, Rows, taken
 from mmdit.hooks import Target, Tracker
-from mmdit.passes import Drawing
+from mmdit.passes import Drawing, Half
 from mmdit.reducers import Reducer, View, reduced_pattern
 from mmdit.rehearsal import Sizes, rehearse
 from mmdit.views import Passing, shown
@@ -110,19 +110,20 @@ class Forecast:
             self._found[key] = self._rehearsed(some, sizes, rows)
         return self._found[key]
 
-    def of_drawing(self, some: Sequence[Target], drawing: Drawing, wanted: Sequence[Label]) -> dict[str, int]:
+    def of_drawing(
+        self, some: Sequence[Target], drawing: Drawing, wanted: Sequence[tuple[Label, Half]]
+    ) -> dict[str, int]:
         """Bytes by point of a drawing, with one call of the transformer in each wanted step and half."""
-        total = dict.fromkeys((target.name for target in some), 0)
+        total, counted = dict.fromkeys((target.name for target in some), 0), set()
         samples, _, height, width = drawing.shape
-        for half in drawing.halves:
-            labels = [label for label in wanted if label.half == half.name]
-            if not labels:
-                continue
+        for label, half in wanted:
             sizes = Sizes(samples, height, width, half.conditioning.context.shape[1])
-            one = self.of_call(some, sizes, Rows(labels[0], 0, samples, half.conditioning, len(drawing.levels) - 1))
+            one = self.of_call(some, sizes, Rows(label, 0, samples, half.conditioning, len(drawing.levels) - 1))
             for target in some:
-                reducer = self.reducer_of(target)
-                total[target.name] += one[target.name] * (1 if reducer and reducer.running else len(labels))
+                reducer, place = self.reducer_of(target), (target.name, half.name)
+                if reducer is None or not reducer.running or place not in counted:
+                    total[target.name] += one[target.name]
+                counted.add(place)
         return total
 
     def _rehearsed(self, some: Sequence[Target], sizes: Sizes, rows: Rows) -> dict[str, int]:

@@ -144,9 +144,9 @@ class _Recorder:
         some = [target for target in self.targets if target.model is self.transformer]
         if not some:
             return
-        wanted = self.address.check_drawing(drawing)
-        steps = sorted({label.step for label in wanted})
-        self.last_step, self.halves_left = steps[-1], {label.half for label in wanted if label.step == steps[-1]}
+        wanted = self.address.meant(drawing)
+        steps = sorted({label.step for label, _ in wanted})
+        self.last_step, self.halves_left = steps[-1], {label.half for label, _ in wanted if label.step == steps[-1]}
         needed = self.forecast.of_drawing(some, drawing, wanted)
         running = all(name in self.reducers and self.reducers[name].running for name in needed)
         check_drawing(needed, steps, self.kept, self.budget, running=running)

@@ -59,7 +59,12 @@ class Tracker:
     def enter(self, batch: int, text_tokens: int) -> None:
         """The entry runs, on that many rows."""
         told, self._told, self.text_tokens = self._told, None, text_tokens
-        if told is None or len(told.halves) * told.samples != batch:
+        if told is not None and len(told.halves) * told.samples != batch:
+            raise RuntimeError(
+                f"the pipeline announced {len(told.halves)} halves of {told.samples} samples, but its transformer runs "
+                f"on {batch} rows: whose they are is not known"
+            )
+        if told is None:
             step = self._count(None)
             self.rows = (Rows(Label(self._run, step, 0, None, None), 0, batch, None, None),)
         else:

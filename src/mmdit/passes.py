@@ -50,7 +50,7 @@ class Drawing:
     """What `sample` is about to do: known before the transformer runs, so that what it will take can be computed."""
 
     levels: tuple[float, ...]  # of the steps, and 0
-    halves: tuple[Half, ...]
+    halves: tuple[tuple[Half, ...], ...]  # of each step
     shape: tuple[int, ...]  # of the latents
 
 

@@ -116,7 +116,7 @@ class _Patcher:
     def plan(self, drawing: Drawing) -> None:
         """A drawing begins: is the patch for any of it?"""
         if all(target.model is self.transformer for target in self.targets):
-            self.address.check_drawing(drawing)
+            self.address.meant(drawing)
 
     def began(self, *_: object) -> None:
         """A model runs."""

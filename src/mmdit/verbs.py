@@ -231,9 +231,9 @@ class Verbs:
         if guided and uncond is None:
             raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
         asked, against = Half(cond), Half(uncond, "uncond") if guided and uncond else None
+        halves = (asked,) if against is None else (against, asked)
         for planner in self.planners:
-            halves = (asked,) if against is None else (against, asked)
-            planner(Drawing(tuple(levels.tolist()), halves, tuple(noise.shape)))
+            planner(Drawing(tuple(levels.tolist()), (halves,) * (len(levels) - 1), tuple(noise.shape)))
         count = _Count()
         predict = partial(_predict_at, self, count)
         denoise = only_x0(cfg(predict, asked, against, scale))

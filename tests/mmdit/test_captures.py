@@ -10,9 +10,9 @@ import mmdit
 import tiny
 from inspected import CONFIG, PATCHES, TEXT, inputs, left_behind, model, untouched
 from mmdit import reducers
-from mmdit.addresses import Word
+from mmdit.addresses import Address, Word
 from mmdit.attention_rows import pattern_rows
-from mmdit.passes import Half
+from mmdit.passes import Drawing, Half, Pass
 from quant.convert import quantize_
 from samplers import SOLVERS, Step
 
@@ -269,6 +269,22 @@ def test_predictions_outside_of_a_drawing_are_counted(demo):
     with pytest.raises(KeyError, match="was never passed"), mmdit.capture(demo, POST, half="skip") as never:
         demo.predict(demo.noise(1), 0.5, [cond])
         never[POST]
+
+
+def test_halves_may_differ_by_step(demo):
+    """A drawing says of each step which halves run; a pass on other rows than were announced is refused."""
+    cond, uncond = Half(encoded(demo, "a red circle")), Half(encoded(demo, ""), "uncond")
+    drawing = Drawing((1.0, 0.5, 0.25, 0.0), ((uncond, cond), (cond,), (cond,)), (1, 16, 16, 16))
+    meant = Address(half="uncond").meant(drawing)
+    assert [(label.step, label.sigma, half) for label, half in meant] == [(0, 1.0, uncond)]
+    assert [label.step for label, _ in Address(half="cond", steps=-1).meant(drawing)] == [2]
+    with pytest.raises(ValueError, match="meet none of them"):
+        Address(half="uncond", sigmas=(0.0, 0.5)).meant(drawing)
+    text, said = cond.conditioning, "announced 2 halves of 1 samples, but its transformer runs on 1 rows"
+    with untouched(demo), mmdit.capture(demo, POST), pytest.raises(RuntimeError, match=said):
+        for watcher in demo.watchers:
+            watcher(Pass(0, 1.0, (uncond, cond), 1))
+        demo.transformer(demo.noise(1), torch.tensor([1000.0]), text.context, text.pooled)
 
 
 def test_encoders_and_vae_count_calls(demo):
