@@ -39,8 +39,10 @@ def left_behind(*modules):
 
 @contextmanager
 def untouched(pipe):
-    """Fail if the pipeline keeps anything of what was done inside."""
-    yield
-    assert left_behind(*pipe.models.values()) == []
-    assert pipe.watchers == []
-    assert pipe.planners == []
+    """Fail if the pipeline keeps anything of what was done inside, whatever happens there."""
+    try:
+        yield
+    finally:
+        assert left_behind(*pipe.models.values()) == []
+        assert pipe.watchers == []
+        assert pipe.planners == []
