@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
+import mmdit
 from mmdit import MMDiT, MMDiTConfig
 
 CONFIG = MMDiTConfig(
@@ -46,3 +47,19 @@ def untouched(pipe):
         assert left_behind(*pipe.models.values()) == []
         assert pipe.watchers == []
         assert pipe.planners == []
+
+
+def drawn(pipe, prompts="a red circle", steps=3, **settings):
+    common = {"seed": 1, "output_type": "latent", "guidance_scale": 4.0, "max_sequence_length": 16}
+    settings = common | {"num_inference_steps": steps} | settings
+    return pipe(prompts, **settings).images
+
+
+def encoded(pipe, prompts):
+    return pipe.encode(prompts, max_sequence_length=16)
+
+
+def drawn_with(demo, prompts, points, **address):
+    with untouched(demo), mmdit.capture(demo, points, **address) as seen:
+        drawn(demo, prompts)
+    return seen
