@@ -45,4 +45,14 @@ class Pass:
         raise KeyError(f"this pass has no half {half!r}, but {', '.join(one.name for one in self.halves)}")
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What `sample` is about to do: known before the transformer runs, so that what it will take can be computed."""
+
+    levels: tuple[float, ...]  # of the steps, and 0
+    halves: tuple[tuple[Half, ...], ...]  # of each step
+    shape: tuple[int, ...]  # of the latents
+
+
 Watcher = Callable[[Pass], None]
+Planner = Callable[[Drawing], None]

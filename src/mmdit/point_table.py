@@ -5,11 +5,27 @@ Names follow the official checkpoint keys. A point is one side of one submodule,
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from mmdit.config import MMDiTConfig
 
 Side = Literal["input", "output"]
+Layout = Literal["vector", "tokens", "heads", "split", "joint", "pattern", "by_head", "map"]
+Stream = Literal["text", "image", "joint"]
+
+# What the dimensions after the batch are, in the form in which a point is shown. As it passes it may lie otherwise:
+# "heads" is [b, l, heads x d], "split" is [b, l, heads, d]. "pattern" and "by_head" are computed from what passes.
+AXES: Final[dict[Layout, tuple[str, ...]]] = {
+    "vector": ("channel",),
+    "tokens": ("token", "channel"),
+    "heads": ("head", "token", "channel"),
+    "split": ("head", "token", "channel"),
+    "joint": ("head", "token", "channel"),
+    "pattern": ("head", "query", "key"),
+    "by_head": ("head", "token", "channel"),
+    "map": ("channel", "row", "column"),
+}
+DERIVED: Final = ("pattern", "by_head")
 
 
 class Chunk(NamedTuple):
@@ -27,16 +43,25 @@ class Point(NamedTuple):
     side: Side
     argument: int = 0
     chunk: Chunk | None = None
+    layout: Layout = "tokens"
+    heads: int = 1
+    stream: Stream | None = None  # whose tokens they are
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the dimensions after the batch."""
+        return AXES[self.layout]
 
 
 def point_table(config: MMDiTConfig) -> dict[str, Point]:
-    """All points of a model of this config, by name, in the order in which a forward passes them."""
-    points = [Point("x_embedder", "x_embedder", "output"), Point("context_embedder", "context_embedder", "output")]
-    points += [Point(name, name, "output") for name in ("t_embedder", "y_embedder")]
+    """All points of a model of this config, by name, about in the order in which a forward passes them."""
+    points = [Point(name, name, "output", layout="vector") for name in ("t_embedder", "y_embedder")]
+    points += [Point("x_embedder", "x_embedder", "output", stream="image")]
+    points += [Point("context_embedder", "context_embedder", "output", stream="text")]
     for i in range(config.depth):
         points += _block_points(config, i)
     points += _adaln("final_layer", ("shift", "scale"))
-    points += [Point("final_layer", "final_layer", "output")]
+    points += [Point("final_layer", "final_layer", "output", stream="image")]
     return {point.name: point for point in points}
 
 
@@ -46,37 +71,60 @@ def _block_points(config: MMDiTConfig, index: int) -> list[Point]:
     points = []
     for argument, stream in enumerate(("context_block", "x_block")):
         ends = last and stream == "context_block"
-        points += _stream_points(block, stream, argument, ends=ends, dual=dual and stream == "x_block")
-    return points
+        dual_here = dual and stream == "x_block"
+        points += _stream_points(config.heads, block, stream, argument, ends=ends, dual=dual_here)
+    points += _attend(f"{block}.attend", config.heads, "joint")
+    return points + (_attend(f"{block}.attend2", config.heads, "image") if dual else [])
 
 
-def _stream_points(block: str, stream: str, argument: int, *, ends: bool, dual: bool) -> list[Point]:
+def _stream_points(heads: int, block: str, stream: str, argument: int, *, ends: bool, dual: bool) -> list[Point]:
     name = f"{block}.{stream}"
-    points = [Point(f"{name}.resid_pre", block, "input", argument)]
+    whose: Stream = "text" if stream == "context_block" else "image"
+    first = Point(f"{name}.resid_pre", block, "input", argument, stream=whose)
     if ends:
-        return points + _adaln(name, ("shift_msa", "scale_msa")) + _attention(f"{name}.attn", ends=True)
+        return [first, *_adaln(name, ("shift_msa", "scale_msa")), *_attention(f"{name}.attn", heads, whose, ends=True)]
     parts = tuple(f"{what}_{where}" for where in ("msa", "mlp") for what in ("shift", "scale", "gate"))
     parts += ("shift_msa2", "scale_msa2", "gate_msa2") if dual else ()
-    points += _adaln(name, parts) + _attention(f"{name}.attn")
-    points += _attention(f"{name}.attn2") if dual else []
+    points = [first, *_adaln(name, parts), *_attention(f"{name}.attn", heads, whose)]
+    points += _attention(f"{name}.attn2", heads, whose) if dual else []
     return [
         *points,
-        Point(f"{name}.resid_mid", f"{name}.norm2", "input"),
-        Point(f"{name}.mlp.pre", f"{name}.mlp.fc1", "output"),
-        Point(f"{name}.mlp.post", f"{name}.mlp.fc2", "input"),
-        Point(f"{name}.mlp.out", f"{name}.mlp.fc2", "output"),
-        Point(f"{name}.resid_post", block, "output", argument),
+        Point(f"{name}.resid_mid", f"{name}.norm2", "input", stream=whose),
+        Point(f"{name}.mlp.in", f"{name}.mlp.fc1", "input", stream=whose),
+        Point(f"{name}.mlp.pre", f"{name}.mlp.fc1", "output", stream=whose),
+        Point(f"{name}.mlp.post", f"{name}.mlp.fc2", "input", stream=whose),
+        Point(f"{name}.mlp.out", f"{name}.mlp.fc2", "output", stream=whose),
+        Point(f"{name}.resid_post", block, "output", argument, stream=whose),
     ]
 
 
-def _attention(name: str, *, ends: bool = False) -> list[Point]:
-    points = [Point(f"{name}.{part}", f"{name}.qkv", "output", 0, Chunk(i, 3)) for i, part in enumerate("qkv")]
-    points += [Point(f"{name}.{part}_normed", f"{name}.ln_{part}", "output") for part in "qk"]
+def _attention(name: str, heads: int, stream: Stream, *, ends: bool = False) -> list[Point]:
+    """Of one stream; `out_by_head` is what each head adds to `out`, which is their sum and the bias."""
+    points = [Point(f"{name}.in", f"{name}.qkv", "input", stream=stream)]
+    points += [
+        Point(f"{name}.{part}", f"{name}.qkv", "output", 0, Chunk(i, 3), "heads", heads, stream)
+        for i, part in enumerate("qkv")
+    ]
+    points += [
+        Point(f"{name}.{part}_normed", f"{name}.ln_{part}", "output", 0, None, "split", heads, stream) for part in "qk"
+    ]
     if ends:
         return points
-    return [*points, Point(f"{name}.z", f"{name}.proj", "input"), Point(f"{name}.out", f"{name}.proj", "output")]
+    return [
+        *points,
+        Point(f"{name}.z", f"{name}.proj", "input", 0, None, "heads", heads, stream),
+        Point(f"{name}.out_by_head", f"{name}.proj", "input", 0, None, "by_head", heads, stream),
+        Point(f"{name}.out", f"{name}.proj", "output", stream=stream),
+    ]
+
+
+def _attend(name: str, heads: int, stream: Stream) -> list[Point]:
+    """Of attention itself, over all tokens that meet in it; text tokens come first."""
+    points = [Point(f"{name}.{part}", name, "input", i, None, "joint", heads, stream) for i, part in enumerate("qkv")]
+    points += [Point(f"{name}.pattern", name, "output", 0, None, "pattern", heads, stream)]
+    return [*points, Point(f"{name}.z", name, "output", 0, None, "joint", heads, stream)]
 
 
 def _adaln(name: str, parts: tuple[str, ...]) -> list[Point]:
-    module = f"{name}.adaLN_modulation"
-    return [Point(f"{name}.adaln.{part}", module, "output", 0, Chunk(i, len(parts))) for i, part in enumerate(parts)]
+    module, of = f"{name}.adaLN_modulation", len(parts)
+    return [Point(f"{name}.adaln.{part}", module, "output", 0, Chunk(i, of), "vector") for i, part in enumerate(parts)]

@@ -31,7 +31,7 @@ from mmdit.arguments import (
 from mmdit.assemble import Parts
 from mmdit.nonfinite import Call, check_finite
 from mmdit.offload import Turns
-from mmdit.passes import Half, Pass, Watcher
+from mmdit.passes import Drawing, Half, Pass, Planner, Watcher
 from mmdit.pictures import to_unit
 from mmdit.profiles import Profile
 from mmdit.recognise import Component
@@ -81,6 +81,7 @@ class Verbs:
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
         self.watchers: list[Watcher] = []  # told of every pass of the transformer before it runs
+        self.planners: list[Planner] = []  # told of every drawing before its first pass
         self._turns = None if checked_offload(offload) is None else Turns(device)
 
     @property
@@ -238,8 +239,11 @@ class Verbs:
         guided = self._reads_negative(scale, sampler)
         if guided and uncond is None:
             raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
-        predict = partial(_predict_at, self, count)
-        denoise = cfg(predict, Half(cond), Half(uncond, "uncond") if guided and uncond else None, scale)
+        asked, against = Half(cond), Half(uncond, "uncond") if guided and uncond else None
+        halves = (asked,) if against is None else (against, asked)
+        for planner in self.planners:
+            planner(Drawing(tuple(levels.tolist()), (halves,) * (len(levels) - 1), tuple(noise.shape)))
+        denoise = cfg(partial(_predict_at, self, count), asked, against, scale)
         x = noise.to(torch.promote_types(noise.dtype, torch.float32))
         if self.profile.first_level == "its_share":
             x = x * float(levels[0])
