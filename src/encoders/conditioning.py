@@ -60,6 +60,10 @@ class Conditioning:
         spans = tuple(span for span in self.spans for _ in range(times))
         return Conditioning(self.context.repeat_interleave(times, 0), self.pooled.repeat_interleave(times, 0), spans)
 
+    def zeroed(self) -> Conditioning:
+        """As many tokens of zeros, and a pooled vector of zeros: ComfyUI's ConditioningZeroOut."""
+        return Conditioning(torch.zeros_like(self.context), torch.zeros_like(self.pooled))
+
 
 class _Tower(NamedTuple):
     """What SD3 takes from one CLIP tower, or from both."""

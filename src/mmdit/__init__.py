@@ -7,11 +7,13 @@ if TYPE_CHECKING:
     from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
     from mmdit.comparison import compare
     from mmdit.config import MMDiTConfig
+    from mmdit.guides import Guidance
     from mmdit.model import MMDiT
     from mmdit.pipeline import Pipeline, PipelineOutput
     from mmdit.png import read_settings, save_png
     from mmdit.previews import preview
     from mmdit.profiles import PROFILES, Profile
+    from mmdit.ranges import Ranged
     from mmdit.safetensors_file import CheckpointError
     from mmdit.stages import Comparison
 
@@ -20,11 +22,13 @@ __all__ = [
     "PROFILES",
     "CheckpointError",
     "Comparison",
+    "Guidance",
     "MMDiT",
     "MMDiTConfig",
     "Pipeline",
     "PipelineOutput",
     "Profile",
+    "Ranged",
     "__version__",
     "compare",
     "load_clip",
@@ -39,12 +43,14 @@ __all__ = [
 _HOME = {
     "CheckpointError": "mmdit.safetensors_file",
     "Comparison": "mmdit.stages",
+    "Guidance": "mmdit.guides",
     "MMDiT": "mmdit.model",
     "MMDiTConfig": "mmdit.config",
     "PROFILES": "mmdit.profiles",
     "Pipeline": "mmdit.pipeline",
     "PipelineOutput": "mmdit.pipeline",
     "Profile": "mmdit.profiles",
+    "Ranged": "mmdit.ranges",
     "compare": "mmdit.comparison",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",

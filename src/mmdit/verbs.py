@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,19 +26,20 @@ from mmdit.arguments import (
     whole,
 )
 from mmdit.assemble import Parts
+from mmdit.guides import Guidance
 from mmdit.offload import Turns
-from mmdit.passes import Half, Pass, Watcher
+from mmdit.passes import Half, Watcher
 from mmdit.pictures import to_unit
+from mmdit.predicting import Predicting
 from mmdit.profiles import Profile
+from mmdit.ranges import Conditionings
 from mmdit.recognise import Component
 from quant.convert import is_quantized, quantize_
 from quant.recipe import Recipe
-from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick
-
-_SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+from samplers import SOLVERS, Step, gaussian, only_x0, pick
 
 
-class Verbs:
+class Verbs(Predicting):
     """Models under a profile, and what is done with them; `mmdit.Pipeline` adds loading and the call that does all.
 
     Args:
@@ -164,47 +164,10 @@ class Verbs:
         noise = gaussian(shape, generators(seed, generator, count), dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
-    def predict(
-        self, x: Tensor, sigma: float | Tensor, conditionings: Sequence[Conditioning | Half], *, step: int | None = None
-    ) -> list[Tensor]:
-        """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning, in one batch.
-
-        Conditionings of different lengths, or that leave out different layers, go through one after the other.
-
-        Args:
-            x: [b, c, h, w].
-            sigma: its noise level.
-            conditionings: of b prompts each; `mmdit.passes.Half` says more than a bare one.
-            step: for `watchers`.
-        """
-        halves = [one if isinstance(one, Half) else Half(one) for one in conditionings]
-        if len({(half.conditioning.context.shape, half.skip_layers) for half in halves}) > 1:
-            return [self.predict(x, sigma, [half], step=step)[0] for half in halves]
-        self._enter("transformer")
-        times, (rows, columns), patch = len(halves), x.shape[2:], self.transformer.config.patch_size
-        filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
-        sigma = float(sigma)
-        level = torch.tensor(sigma, dtype=_SIGMA_DTYPES[self.profile.sigma_dtype], device=x.device)
-        for watcher in self.watchers:
-            watcher(Pass(step, sigma, tuple(halves), len(x)))
-        velocity = self.transformer(
-            torch.cat([filled] * times).to(self.dtype),
-            (level * 1000).float().expand(times * len(x)),
-            torch.cat([half.conditioning.context for half in halves]),
-            torch.cat([half.conditioning.pooled for half in halves]),
-            skip_layers=halves[0].skip_layers,
-        )[..., :rows, :columns]
-        known = sigma if self.profile.sigma_dtype == "float32" else float(level)
-        return [x - known * part for part in velocity.to(x.dtype).chunk(times)]
-
-    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float | Tensor], list[Tensor]]:
-        """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
-        return lambda x, sigma: self.predict(x, sigma, conditionings)
-
     def sample(
         self,
-        cond: Conditioning,
-        uncond: Conditioning | None,
+        cond: Conditionings,
+        uncond: Conditionings | None,
         noise: Tensor,
         *,
         num_inference_steps: int | None = None,
@@ -212,27 +175,34 @@ class Verbs:
         sampler: str | None = None,
         schedule: str | None = None,
         sigmas: Sequence[float] | Tensor | None = None,
+        guidance: Guidance | None = None,
     ) -> Iterator[Step]:
         """The steps from noise to latent; change `step.x` and the solver goes on from there.
 
         Args:
-            cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance.
+            cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance. Each may
+                be several `mmdit.Ranged`, which count for parts of the way.
             noise: [b, c, h, w], see `noise`.
             num_inference_steps, guidance_scale, sampler, schedule: None is the profile's.
             sigmas: see `levels`.
+            guidance: more than classifier-free guidance; None is that alone.
 
         Raises:
-            ValueError: an unknown name, or no step.
+            ValueError: an unknown name, no step, or guidance that cannot be: the message says why.
         """
         solver, levels = self._solver(sampler), self.levels(num_inference_steps, schedule, sigmas)
-        scale = self._scale(guidance_scale)
-        guided = self.profile.reads_negative(scale)
-        if guided and uncond is None:
-            raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
-        count = _Count()
-        predict = partial(_predict_at, self, count)
-        denoise = only_x0(cfg(predict, Half(cond), Half(uncond, "uncond") if guided and uncond else None, scale))
-        steps = solver(denoise, noise.to(torch.promote_types(noise.dtype, torch.float32)), levels)
+        scale, count = self._scale(guidance_scale), _Count()
+        guided = self._guided(
+            partial(_predict_at, self, count),
+            cond,
+            uncond,
+            scale,
+            guidance=guidance,
+            sampler=sampler,
+            levels=levels,
+            pictures=len(noise),
+        )
+        steps = solver(only_x0(guided), noise.to(torch.promote_types(noise.dtype, torch.float32)), levels)
         return self._counted(steps, count)
 
     def levels(

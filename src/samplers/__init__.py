@@ -1,25 +1,64 @@
 """Flow-matching samplers: schedules, solvers, guidance, noise. A leaf: imports torch and numpy and nothing of ours."""
 
-from samplers.guidance import Guided, cfg, only_x0
+from samplers.guidance import (
+    Guide,
+    Guided,
+    Mix,
+    Predict,
+    Weaker,
+    Within,
+    averaged,
+    cfg,
+    guide,
+    one_by_one,
+    only_x0,
+    plain,
+    projected,
+    rescaled,
+    takes_uncond,
+    zero_init,
+    zero_star,
+)
 from samplers.names import pick
 from samplers.noise import gaussian
 from samplers.schedules import SCHEDULES, checked_sigmas, shifted, sigmas
 from samplers.solvers import SOLVERS, Denoise, Solver, Step, dpmpp_2m, euler
+from samplers.windows import Window, first_steps, gap, level_at, percents, steps_inside
 
 __all__ = [
     "SCHEDULES",
     "SOLVERS",
     "Denoise",
+    "Guide",
     "Guided",
+    "Mix",
+    "Predict",
     "Solver",
     "Step",
+    "Weaker",
+    "Window",
+    "Within",
+    "averaged",
     "cfg",
     "checked_sigmas",
     "dpmpp_2m",
     "euler",
+    "first_steps",
+    "gap",
     "gaussian",
+    "guide",
+    "level_at",
+    "one_by_one",
     "only_x0",
+    "percents",
     "pick",
+    "plain",
+    "projected",
+    "rescaled",
     "shifted",
     "sigmas",
+    "steps_inside",
+    "takes_uncond",
+    "zero_init",
+    "zero_star",
 ]
