@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, get_args, get_type_hints
+from typing import Any, Self, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -33,7 +33,6 @@ from samplers import (
     zero_star,
 )
 
-Kind = Literal["cfg", "apg", "zero_star"]
 _MIXES: dict[str, Callable[[Guidance, float], Mix]] = {
     "cfg": lambda _, scale: plain(scale),
     "apg": lambda one, scale: projected(scale, eta=one.eta, threshold=one.threshold, momentum=one.momentum),
@@ -45,13 +44,14 @@ _MIXES: dict[str, Callable[[Guidance, float], Mix]] = {
 class Guidance:
     """What is done beside, or in the place of, plain classifier-free guidance at `guidance_scale`; all of it composes.
 
-    None is the profile's.
+    None is the profile's. Formulas and papers are with `samplers.plain` ("cfg"), `samplers.projected` ("apg"),
+    `samplers.zero_star`, `samplers.zero_init`, `samplers.rescaled`, `samplers.guide` (interval) and `samplers.Weaker`.
 
     Raises:
         ValueError: a value is out of its range; the message names it.
     """
 
-    kind: Kind = "cfg"  # how cond and uncond are mixed: `samplers.plain`, `samplers.projected`, `samplers.zero_star`
+    kind: str = "cfg"  # how cond and uncond are mixed: "cfg", "apg" or "zero_star"
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels, above the first up to the second, where they are mixed
     rescale: float = 0.0  # see `samplers.rescaled`; the paper's is 0.7
     eta: float = 0.0  # of "apg", as are the next two
@@ -210,7 +210,7 @@ def with_skip_layers(guidance: Guidance | None, layers: Sequence[int] | None, *r
         ValueError: something is given twice, or without layers.
     """
     names = ("skip_guidance_layers", *(f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")))
-    values = zip(names, (layers, *rest), strict=True)
+    values = zip(names, (None if layers is None else tuple(layers), *rest), strict=True)
     given: dict[str, Any] = {name: value for name, value in values if value is not None}
     if not given:
         return guidance
@@ -272,7 +272,7 @@ def _read(word: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"True": True, "False": False}[text]
-        if parts and all(isinstance(one, str) for one in parts):
+        if kind is str:
             return text
         if parts and type(None) not in parts:
             return tuple(parts[0](part) for part in text.split(",")) if text else ()

@@ -34,7 +34,7 @@ from mmdit.memory import explained
 from mmdit.pictures import OutputType, convert_output
 from mmdit.png import Settings
 from mmdit.profiles import Profile, is_known
-from mmdit.ranges import Ranged
+from mmdit.ranges import Ranged, ranges
 from mmdit.recognise import Component
 from mmdit.texts import Asked, Texts, settings_of
 from mmdit.verbs import Verbs
@@ -244,6 +244,9 @@ class Pipeline(Verbs):
         self._solver(sampler)
         levels = self.levels(num_inference_steps, schedule, sigmas)
         self._check_guidance(guidance, scale, sampler, levels)
+        for texts in pairs:
+            if texts is not None and texts.encoded:
+                ranges(texts.name, texts.encoded, levels, self.shift, len(texts))
         self._rules(max_sequence_length)
         if vae_tile is not None:
             whole("vae_tile", vae_tile, 1)
