@@ -55,8 +55,8 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels, above the first up to the second, where they are mixed
     rescale: float = 0.0  # see `samplers.rescaled`; the paper's is 0.7
     eta: float = 0.0  # of "apg", as are the next two
-    threshold: float = 0.0  # the paper's are 2.5 to 15, for its sizes of latents
-    momentum: float = 0.0  # the paper's are -0.5 and -0.75
+    threshold: float = 0.0  # 15 in diffusers' guider, 5 in ComfyUI's node; 0 is none
+    momentum: float = 0.0  # the paper's is negative, such as -0.5
     zero_init: int = 0  # first steps without velocity; 1 with "zero_star" is CFG-Zero*
     skip_guidance_layers: tuple[int, ...] = ()  # of skip-layer guidance, as are the next five; 7, 8, 9 for SD3.5-Medium
     skip_layer_guidance_scale: float | None = None
