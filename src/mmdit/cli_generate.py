@@ -24,7 +24,7 @@ from mmdit.outputs import Output, outputs
 from mmdit.pipeline import DEMO, Pipeline
 from mmdit.png import FORMAT_VERSION, Settings, SettingsError, grid, read_settings
 from mmdit.profiles import Profile
-from samplers import SCHEDULES, SOLVERS, pick
+from samplers import SCHEDULES, SOLVERS, pick, takes_uncond
 
 Note = Callable[[str], None]
 Picture = tuple[str, int]  # prompt and seed
@@ -143,7 +143,8 @@ def _checked(ask: Namespace, before: Settings | None, note: Note) -> Profile:
     if before is not None:  # where a model does not say it, the shift is the profile's or the preset's of then
         profile = replace(profile, shift=before.shift)
     scale = profile.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
-    if ask.negative_prompt and not profile.reads_negative(scale):
+    reads = profile.reads_negative(scale) or takes_uncond(ask.sampler or profile.sampler)
+    if ask.negative_prompt and not reads:
         note(f"with profile {profile.name} the negative prompt is not read at guidance scale {scale:g}")
     return profile
 

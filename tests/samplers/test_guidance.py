@@ -63,7 +63,7 @@ def test_rescaled_cfg_equals_diffusers(share):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("threshold", [0.0, 2.0])
+@pytest.mark.parametrize("threshold", [0.0, 10.0])  # shortens some of the batch
 @pytest.mark.parametrize("momentum", [0.0, -0.5])
 def test_projected_guidance_equals_diffusers(eta, threshold, momentum):
     """Several calls, for what it remembers; diffusers' scale counts from 0 in the paper's formulation."""
