@@ -63,6 +63,10 @@ class Conditioning:
         prompts = tuple(prompt for prompt in self.prompts for _ in range(times))
         return Conditioning(context, pooled, spans, prompts)
 
+    def zeroed(self) -> Conditioning:
+        """As many tokens of zeros, and a pooled vector of zeros: ComfyUI's ConditioningZeroOut."""
+        return Conditioning(torch.zeros_like(self.context), torch.zeros_like(self.pooled))
+
 
 class _Tower(NamedTuple):
     """What SD3 takes from one CLIP tower, or from both."""

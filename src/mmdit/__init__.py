@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmdit.comparison import compare
     from mmdit.concepts import Concepts, concept_tokens
     from mmdit.config import MMDiTConfig
+    from mmdit.guides import Guidance
     from mmdit.labelled import Labelled
     from mmdit.listing import points
     from mmdit.maps import attention_maps
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mmdit.previews import preview
     from mmdit.profiles import PROFILES, Profile
     from mmdit.quantize import quantize_checkpoint
+    from mmdit.ranges import Ranged
     from mmdit.safetensors_file import CheckpointError
     from mmdit.spool import load_capture
     from mmdit.stages import Comparison
@@ -37,12 +39,14 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "Concepts",
+    "Guidance",
     "Labelled",
     "MMDiT",
     "MMDiTConfig",
     "Pipeline",
     "PipelineOutput",
     "Profile",
+    "Ranged",
     "__version__",
     "attention_maps",
     "calibrate",
@@ -73,6 +77,7 @@ _HOME = {
     "Comparison": "mmdit.stages",
     "Concepts": "mmdit.concepts",
     "Labelled": "mmdit.labelled",
+    "Guidance": "mmdit.guides",
     "MMDiT": "mmdit.model",
     "MMDiTConfig": "mmdit.config",
     "PROFILES": "mmdit.profiles",
@@ -82,6 +87,7 @@ _HOME = {
     "calibrate": "mmdit.calibration",
     "attention_maps": "mmdit.maps",
     "capture": "mmdit.captures",
+    "Ranged": "mmdit.ranges",
     "compare": "mmdit.comparison",
     "concept_tokens": "mmdit.concepts",
     "load_capture": "mmdit.spool",

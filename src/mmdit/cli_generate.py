@@ -18,6 +18,7 @@ from mmdit import __version__
 from mmdit.arguments import checked_quant, generators, profile_of, shift_for, whole
 from mmdit.cli import device_of, dtype_of
 from mmdit.cli_options import DTYPES
+from mmdit.guides import Guidance
 from mmdit.hub import is_repo_id
 from mmdit.outputs import Output, outputs
 from mmdit.pipeline import DEMO, Pipeline
@@ -36,6 +37,7 @@ TAKEN = {
     "width": "width",
     "steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
+    "guidance": "guidance",
     "sampler": "sampler",
     "schedule": "schedule",
     "shift": "shift",
@@ -135,7 +137,8 @@ def _checked(ask: Namespace, before: Settings | None, note: Note) -> Profile:
         raise ValueError(f"{error}. {said}") from error
     _check_model(ask, before)
     scale = profile.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
-    if ask.negative_prompt and not profile.reads_negative(scale):
+    reads = profile.reads_negative(scale) or pick(SOLVERS, ask.sampler or profile.sampler, "sampler").guided
+    if ask.negative_prompt and not reads:
         note(f"with profile {profile.name} the negative prompt is not read at guidance scale {scale:g}")
     return profile
 
@@ -146,6 +149,7 @@ def _check_values(ask: Namespace) -> Profile:
             whole(f"--{option.replace('_', '-')}", value, least)
     if ask.guidance_scale is not None and not math.isfinite(ask.guidance_scale):
         raise ValueError(f"--guidance-scale must be a finite number, got {ask.guidance_scale}")
+    Guidance.from_text(ask.guidance or "")
     generators(ask.seed, None, len(ask.seed))
     tables: dict[str, Iterable[str]] = {"sampler": SOLVERS, "schedule": SCHEDULES, "dtype": DTYPES}
     for option, table in tables.items():
@@ -210,6 +214,7 @@ def _drawn(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Itera
                 width=ask.width,
                 num_inference_steps=ask.steps,
                 guidance_scale=ask.guidance_scale,
+                guidance=Guidance.from_text(ask.guidance) if ask.guidance else None,
                 sampler=ask.sampler,
                 schedule=ask.schedule,
                 shift=ask.shift,

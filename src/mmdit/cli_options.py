@@ -83,6 +83,8 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     )
     scale = "how strongly the prompt counts; 1 turns guidance off (default: the profile's; diffusers: 7)"
     say("--guidance-scale", type=float, metavar="X", help=scale)
+    more = "what else guides, such as 'skip_guidance_layers=7,8,9' (SD3.5-Medium) or 'kind=apg momentum=-0.5'; a wrong "
+    say("--guidance", metavar="'NAME=VALUE ...'", help=f"{more}name lists all (default: nothing)")
     preset = "turbo, sd3_medium, sd3.5_medium, sd3.5_large, sd3.5_large_turbo: steps, guidance and sampler that suit "
     say("--preset", metavar="NAME", help=f"{preset}such a model (default: the profile's)")
     profile = "diffusers, comfyui, reference: whose defaults and small choices to follow (default: diffusers)"

@@ -18,7 +18,7 @@ from mmdit.sides import Side
 # Fields of a profile by the stages that they show in first; one that is not here is always named.
 _CONCERN = {
     # Both run with the same numbers and draw one picture; the shift in use is compared itself.
-    r"name|steps|guidance_scale|shift|one_seed|odd_latents": r"(?!)",
+    r"name|steps|guidance_scale|shift|one_seed|odd_latents|skip_.*": r"(?!)",
     r"schedule": r"sigmas|timesteps",
     r"first_level": r"step 0 input latent",
     r"second_last": r"sigmas|timesteps",

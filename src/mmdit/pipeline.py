@@ -11,7 +11,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from encoders import Conditioning
 from mmdit.arguments import (
     Generators,
     Offload,
@@ -33,13 +32,15 @@ from mmdit.callbacks import OnStepEnd, after_step
 from mmdit.checkpoint import part_of
 from mmdit.convert import write_checkpoint
 from mmdit.demo import EMBEDDED
+from mmdit.guides import Guidance, with_skip_layers
 from mmdit.hub import Variant, fetch, is_repo_id
 from mmdit.memory import explained
 from mmdit.pictures import OutputType, convert_output
 from mmdit.png import Settings
 from mmdit.profiles import Profile, is_known
+from mmdit.ranges import Ranged, ranges
 from mmdit.recognise import Component
-from mmdit.texts import Prompts, Texts, settings_of
+from mmdit.texts import Asked, Texts, settings_of
 from mmdit.verbs import Verbs
 from quant.recipe import Recipe
 
@@ -179,8 +180,8 @@ class Pipeline(Verbs):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Prompts | None = None,
-        negative_prompt: Prompts | None = None,
+        prompt: Asked | None = None,
+        negative_prompt: Asked | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -200,6 +201,11 @@ class Pipeline(Verbs):
         num_images_per_prompt: int = 1,
         max_sequence_length: int | None = None,
         callback_on_step_end: OnStepEnd | None = None,
+        skip_guidance_layers: Sequence[int] | None = None,
+        skip_layer_guidance_scale: float | None = None,
+        skip_layer_guidance_start: float | None = None,
+        skip_layer_guidance_stop: float | None = None,
+        guidance: Guidance | None = None,
         vae_tile: int | None = None,
         output_type: OutputType = "pil",
         progress: bool | None = None,
@@ -208,7 +214,8 @@ class Pipeline(Verbs):
 
         Args:
             prompt, negative_prompt: one or more; no negative prompt is an empty one. It counts where the profile runs
-                an unconditional pass, as a rule where guidance_scale is above 1.
+                an unconditional pass, as a rule where guidance_scale is above 1. Encoded already: the `Conditioning`
+                of all prompts, or several `mmdit.Ranged` of them, which count for parts of the way.
             height, width: in pixels, multiples of 16.
             num_inference_steps, guidance_scale, sampler, schedule: see `sample`.
             sigmas: see `levels`.
@@ -220,6 +227,9 @@ class Pipeline(Verbs):
             num_images_per_prompt: pictures of each prompt, in a row.
             max_sequence_length: T5 tokens.
             callback_on_step_end: called after every step, see `mmdit.callbacks.OnStepEnd`.
+            skip_guidance_layers: blocks of skip-layer guidance, 7, 8, 9 for SD3.5-Medium; the three that follow are its
+                scale and shares of the steps. As in diffusers, that profile leaves it out unless guidance_scale > 1.
+            guidance: all else that guides, see `mmdit.Guidance`.
             vae_tile: see `decode`.
             output_type: "pil", "pt" ([b, 3, h, w] in [0, 1]), "np" ([b, h, w, 3]) or "latent".
             progress: show a bar; None shows it in terminals and notebooks.
@@ -229,6 +239,8 @@ class Pipeline(Verbs):
             MemoryError: the device has too little memory; the message says what helps.
         """
         scale = self._scale(guidance_scale)
+        skip = (skip_layer_guidance_scale, skip_layer_guidance_start, skip_layer_guidance_stop)
+        guidance = with_skip_layers(guidance, skip_guidance_layers, *skip)
         asked = Texts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
         against = Texts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
         count = len(asked) * whole("num_images_per_prompt", num_images_per_prompt, 1)
@@ -243,6 +255,10 @@ class Pipeline(Verbs):
         )
         shift = shift_for(shift, self.shift, sides, self.transformer.config.patch_size)
         levels = self.levels(num_inference_steps, schedule, sigmas, shift, sampler)
+        self._check_guidance(guidance, scale, sampler, levels)
+        for texts in pairs:
+            if texts is not None and texts.encoded:
+                ranges(texts.name, texts.encoded, levels, shift, len(texts))
         self._rules(max_sequence_length)
         if vae_tile is not None:
             whole("vae_tile", vae_tile, 1)
@@ -250,20 +266,12 @@ class Pipeline(Verbs):
             drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
             noise = self._start(latents, drawn_by, count, height, width)
             cond, uncond = (
-                None if texts is None else self._read(texts, max_sequence_length).repeat(num_images_per_prompt)
+                None if texts is None else self._read(texts, max_sequence_length, num_images_per_prompt)
                 for texts in pairs
             )
             assert cond is not None
-            steps = self.sample(
-                cond,
-                uncond,
-                noise,
-                sigmas=levels,
-                guidance_scale=scale,
-                sampler=sampler,
-                shift=shift,
-                generator=drawn_by,
-            )
+            how: dict[str, Any] = {"guidance_scale": scale, "sampler": sampler, "guidance": guidance}
+            steps = self.sample(cond, uncond, noise, sigmas=levels, shift=shift, generator=drawn_by, **how)
             level = float(levels[0])
             for step in bar(steps, None if solver.own_steps else len(levels) - 1, progress):
                 if callback_on_step_end is not None:
@@ -275,6 +283,7 @@ class Pipeline(Verbs):
         if latents is not None or sigmas is not None or callback_on_step_end is not None:
             return PipelineOutput(images)
         settings = self._settings(num_inference_steps, scale, sampler, schedule, shift, max_sequence_length)
+        settings["guidance"] = "" if guidance is None else guidance.of(self.profile).to_text()
         rows, columns = latent.shape[2:]
         settings |= {"height": rows * self.vae.config.downscale, "width": columns * self.vae.config.downscale}
         seeds = own_seeds(seed, count, alone=self.profile.one_seed == "each_alone")
@@ -314,12 +323,12 @@ class Pipeline(Verbs):
             if self._turns is not None:
                 self._turns.leave()
 
-    def _read(self, texts: Texts, max_sequence_length: int | None) -> Conditioning:
-        if texts.prompts is None:
-            assert texts.embeds is not None
-            assert texts.pooled is not None
-            return Conditioning(texts.embeds, texts.pooled).to(self.device, self.dtype)
-        return self.encode(texts.prompts, max_sequence_length=max_sequence_length)
+    def _read(self, texts: Texts, max_sequence_length: int | None, times: int) -> list[Ranged]:
+        """What the transformer reads, each prompt `times` in a row."""
+        encoded = texts.encoded
+        if texts.prompts is not None:
+            encoded = (Ranged(self.encode(texts.prompts, max_sequence_length=max_sequence_length)),)
+        return [one.to(self.device, self.dtype).repeat(times) for one in encoded]
 
     def _start(
         self, latents: Tensor | None, drawn_by: Generators, count: int, height: int | None, width: int | None

@@ -23,7 +23,7 @@ from mmdit.pictures import png_path
 from mmdit.safetensors_file import replacing
 
 KEYWORD = "mmdit"
-FORMAT_VERSION = 1  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
+FORMAT_VERSION = 2  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
 _EXACT = 2**53  # up to here every whole number is a float
@@ -60,6 +60,7 @@ class Settings:
     dtype: str  # float32, bfloat16 ...
     quant: str | None  # recipe of float8; None is none
     device: str  # cpu, cuda ...: the kind, without a number
+    guidance: str = ""  # beside guidance_scale, as `mmdit.Guidance.from_text` reads it; since version 2
     library_version: str = __version__
     format_version: int = FORMAT_VERSION
 
@@ -80,6 +81,8 @@ class Settings:
             SettingsError: of a newer format; or keys are unknown or missing or of a wrong type, all of them listed.
         """
         _check_version(where, found)
+        if found["format_version"] < 2:
+            found = {"guidance": ""} | dict(found) | {"format_version": FORMAT_VERSION}
         names = _types()
         known = {name: value for name, value in found.items() if name in names}
         odd = [f"{name!r} is unknown" for name in found if name not in names]

@@ -44,6 +44,13 @@ class Profile:
     state_dtype: Literal["model", "float32"] = "model"  # the latent between steps: model's dtype (D), float32 (C, R)
     # When the negative prompt is read: guidance above 1 (D), any but 1 (C), always (R).
     uncond_pass: Literal["above_1", "unless_1", "always"] = "above_1"
+    # Skip-layer guidance, where layers are given: its scale 2.8 (D), 3 (C), 2.5 (R); from .01 to .2 of the steps, both
+    # outside (D, R), or from .01 to .15 of the noise levels, both inside (C); without an unconditional pass too (C, R).
+    skip_scale: float = 2.8
+    skip_start: float = 0.01
+    skip_stop: float = 0.2
+    skip_window: Literal["steps", "percents"] = "steps"
+    skip_alone: bool = False
     # Latents with an odd side: refused (D; in R they fail), or filled up from the other edge and cropped (C).
     odd_latents: Literal["refuse", "wrap"] = "refuse"
     to_uint8: Literal["round", "truncate"] = "round"  # pixels to 8 bits: round (D), truncate (C, R)
@@ -92,6 +99,10 @@ PROFILES: dict[str, Profile] = {
         second_last="left_out",
         state_dtype="float32",
         uncond_pass="unless_1",
+        skip_scale=3.0,
+        skip_stop=0.15,
+        skip_window="percents",
+        skip_alone=True,
         odd_latents="wrap",
         to_uint8="truncate",
     ),
@@ -107,6 +118,8 @@ PROFILES: dict[str, Profile] = {
         first_level="its_share",
         state_dtype="float32",
         uncond_pass="always",
+        skip_scale=2.5,
+        skip_alone=True,
         to_uint8="truncate",
     ),
 }

@@ -1,32 +1,33 @@
-"""What a call is asked to draw: prompts, or the embeddings that stand for them, and what to keep away from."""
+"""What a call is asked to draw: prompts, or what stands for them already encoded, and what to keep away from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor
 
-from encoders import checked_prompts
+from encoders import Conditioning, checked_prompts
 from mmdit.config import MMDiTConfig
 from mmdit.png import Settings
+from mmdit.ranges import Ranged
 
 Prompts = str | Sequence[str]
+Asked = Prompts | Conditioning | Sequence[Ranged]  # what a call takes for a prompt
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Prompts, or embeddings, or neither; `name` is the argument's."""
+    """Prompts, or conditionings of them, or neither; `name` is the argument's."""
 
     name: str
     prompts: list[str] | None = None
-    embeds: Tensor | None = None  # [b, n, context_dim]
-    pooled: Tensor | None = None  # [b, pooled_dim]
+    encoded: tuple[Ranged, ...] = ()
 
     @classmethod
-    def of(cls, name: str, prompts: Prompts | None, embeds: Tensor | None, pooled: Tensor | None) -> Self:
+    def of(cls, name: str, prompts: Asked | None, embeds: Tensor | None, pooled: Tensor | None) -> Self:
         """The arguments `name`, `name_embeds` and `pooled_name_embeds` of a call.
 
         Raises:
@@ -39,11 +40,17 @@ class Texts:
             raise ValueError(f"{there} are given without {lacking}; the model reads both")
         if embeds is not None and prompts is not None:
             raise ValueError(f"{name} and {name}_embeds are both given; give one of them")
-        return cls(name, None if prompts is None else checked_prompts(prompts, name.replace("_", " ")), embeds, pooled)
+        if embeds is not None and pooled is not None:
+            prompts = Conditioning(embeds, pooled)
+        if isinstance(prompts, Conditioning):
+            prompts = [Ranged(prompts)]
+        if encoded := _encoded(prompts):
+            return cls(name, None, encoded)
+        return cls(name, None if prompts is None else checked_prompts(cast(Prompts, prompts), name.replace("_", " ")))
 
     def __len__(self) -> int:
         """How many; 0 where neither is given."""
-        return len(self.prompts or ()) if self.embeds is None else len(self.embeds)
+        return len(self.encoded[0].conditioning) if self.encoded else len(self.prompts or ())
 
     def with_negatives(self, negatives: Texts, config: MMDiTConfig, *, read: bool) -> tuple[Texts, Texts | None]:
         """These, and as many negatives: empty prompts where none are given, None where none are read.
@@ -61,7 +68,7 @@ class Texts:
         if not read:
             return self, None
         count = len(self)
-        if negatives.embeds is None and len(negatives) <= 1:
+        if not negatives.encoded and len(negatives) <= 1:
             return self, Texts(negatives.name, (negatives.prompts or [""]) * count)
         negatives._check(config)
         if len(negatives) != count:
@@ -69,20 +76,33 @@ class Texts:
         return self, negatives
 
     def _check(self, config: MMDiTConfig) -> None:
-        if self.embeds is None or self.pooled is None:
-            return
-        found, pooled = list(self.embeds.shape), list(self.pooled.shape)
-        if len(found) != 3 or found[2] != config.context_dim or pooled != [found[0], config.pooled_dim]:
-            raise ValueError(
-                f"{self.name}_embeds have shape {found} and their pooled ones {pooled}, expected "
-                f"[b, tokens, {config.context_dim}] and [b, {config.pooled_dim}]"
-            )
+        for one in self.encoded:
+            found, pooled = list(one.conditioning.context.shape), list(one.conditioning.pooled.shape)
+            if len(found) != 3 or found[2] != config.context_dim or pooled != [len(self), config.pooled_dim]:
+                raise ValueError(
+                    f"{self.name}_embeds have shape {found} and their pooled ones {pooled}, expected "
+                    f"[b, tokens, {config.context_dim}] and [b, {config.pooled_dim}]"
+                )
+
+
+def _encoded(prompts: object) -> tuple[Ranged, ...]:
+    """The conditionings of a list of them; none of what has a string in it.
+
+    Raises:
+        TypeError: the list is of both.
+    """
+    parts = () if isinstance(prompts, str) or not isinstance(prompts, Sequence) else tuple(prompts)
+    encoded = tuple(one for one in parts if isinstance(one, Ranged))
+    if encoded and len(encoded) < len(parts):
+        other = next(type(one).__name__ for one in parts if not isinstance(one, Ranged))
+        raise TypeError(f"a list that stands for one prompt holds mmdit.Ranged and {other}; give Ranged alone")
+    return encoded
 
 
 def settings_of(
     pairs: tuple[Texts, Texts | None], per_prompt: int, seeds: Sequence[int | None], common: Mapping[str, Any]
 ) -> tuple[Settings, ...]:
-    """The settings of each picture of a call; none where embeddings took the place of a prompt.
+    """The settings of each picture of a call; none where something encoded took the place of a prompt.
 
     Args:
         pairs: what was asked for, and what to keep away from.

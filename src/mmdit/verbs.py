@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -29,21 +28,22 @@ from mmdit.arguments import (
     whole,
 )
 from mmdit.assemble import Parts
+from mmdit.guides import Guidance
 from mmdit.nonfinite import Call, check_finite
 from mmdit.offload import Turns
-from mmdit.passes import Drawing, Half, Pass, Planner, Watcher
+from mmdit.passes import Half, Planner, Watcher
 from mmdit.pictures import to_unit
+from mmdit.predicting import Predicting
 from mmdit.profiles import Profile
+from mmdit.ranges import Conditionings
 from mmdit.recognise import Component
 from mmdit.step_noise import solver_options
 from quant.convert import is_quantized, quantize_
 from quant.recipe import Recipe
-from samplers import SOLVERS, Step, cfg, gaussian, only_x0, pick
-
-_SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
+from samplers import SOLVERS, Step, gaussian, only_x0, pick
 
 
-class Verbs:
+class Verbs(Predicting):
     """Models under a profile, and what is done with them; `mmdit.Pipeline` adds loading and the call that does all.
 
     Args:
@@ -168,47 +168,10 @@ class Verbs:
         noise = gaussian(shape, drawn_by, dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
-    def predict(
-        self, x: Tensor, sigma: float | Tensor, conditionings: Sequence[Conditioning | Half], *, step: int | None = None
-    ) -> list[Tensor]:
-        """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning, in one batch.
-
-        Conditionings of different lengths, or that leave out different layers, go through one after the other.
-
-        Args:
-            x: [b, c, h, w].
-            sigma: its noise level.
-            conditionings: of b prompts each; `mmdit.passes.Half` says more than a bare one.
-            step: for `watchers`.
-        """
-        halves = [one if isinstance(one, Half) else Half(one) for one in conditionings]
-        if len({(half.conditioning.context.shape, half.skip_layers) for half in halves}) > 1:
-            return [self.predict(x, sigma, [half], step=step)[0] for half in halves]
-        self._enter("transformer")
-        times, (rows, columns), patch = len(halves), x.shape[2:], self.transformer.config.patch_size
-        filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
-        sigma = float(sigma)
-        level = torch.tensor(sigma, dtype=_SIGMA_DTYPES[self.profile.sigma_dtype], device=x.device)
-        for watcher in self.watchers:
-            watcher(Pass(step, sigma, tuple(halves), len(x)))
-        velocity = self.transformer(
-            torch.cat([filled] * times).to(self.dtype),
-            (level * 1000).float().expand(times * len(x)),
-            torch.cat([half.conditioning.context for half in halves]),
-            torch.cat([half.conditioning.pooled for half in halves]),
-            skip_layers=halves[0].skip_layers,
-        )[..., :rows, :columns]
-        known = sigma if self.profile.sigma_dtype == "float32" else float(level)
-        return [x - known * part for part in velocity.to(x.dtype).chunk(times)]
-
-    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float | Tensor], list[Tensor]]:
-        """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
-        return lambda x, sigma: self.predict(x, sigma, conditionings)
-
     def sample(
         self,
-        cond: Conditioning,
-        uncond: Conditioning | None,
+        cond: Conditionings,
+        uncond: Conditionings | None,
         noise: Tensor,
         *,
         num_inference_steps: int | None = None,
@@ -218,37 +181,43 @@ class Verbs:
         sigmas: Sequence[float] | Tensor | None = None,
         shift: Shift = None,
         generator: Generators = None,
+        guidance: Guidance | None = None,
     ) -> Iterator[Step]:
         """The steps from noise to latent; change `step.x` and the solver goes on from there.
 
         Args:
-            cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance.
+            cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance. Each may
+                be several `mmdit.Ranged`, which count for parts of the way.
             noise: [b, c, h, w], see `noise`.
             num_inference_steps, guidance_scale, sampler, schedule: None is the profile's.
             sigmas, shift: see `levels`; shift "resolution" is `samplers.resolution_shift` of the latent.
             generator: what drew `noise`: samplers that add noise go on with it, or with its seed, as the profile says.
+            guidance: more than classifier-free guidance; None is that alone.
 
         Raises:
-            ValueError: an unknown name, or no step.
+            ValueError: an unknown name, no step, or guidance that cannot be: the message says why.
             ImportError: ComfyUI's noise of *_sde samplers needs torchsde.
             FloatingPointError: a step gave what is not finite; its level and the first such layer are named.
         """
         solver, scale, count = self._solver(sampler), self._scale(guidance_scale), _Count()
         shift = shift_for(shift, self.shift, noise.shape[2:], self.transformer.config.patch_size)
         levels = self.levels(num_inference_steps, schedule, sigmas, shift, sampler)
-        guided = self._reads_negative(scale, sampler)
-        if guided and uncond is None:
-            raise ValueError(f"guidance_scale {scale} needs a conditioning to guide away from: give uncond")
-        asked, against = Half(cond), Half(uncond, "uncond") if guided and uncond else None
-        halves = (asked,) if against is None else (against, asked)
-        for planner in self.planners:
-            planner(Drawing(tuple(levels.tolist()), (halves,) * (len(levels) - 1), tuple(noise.shape)))
-        denoise = cfg(partial(_predict_at, self, count), asked, against, scale)
+        guided = self._guided(
+            partial(_predict_at, self, count),
+            cond,
+            uncond,
+            scale,
+            guidance=guidance,
+            sampler=sampler,
+            levels=levels,
+            shift=shift,
+            shape=tuple(noise.shape),
+        )
         x = noise.to(torch.promote_types(noise.dtype, torch.float32))
         if self.profile.first_level == "its_share":
             x = x * float(levels[0])
         options = solver_options(solver, x, levels, shift, generator, self.profile.step_noise)
-        steps = solver(denoise if solver.guided else only_x0(denoise), x, levels, **options)
+        steps = solver(guided if solver.guided else only_x0(guided), x, levels, **options)
         return self._counted(steps, count)
 
     def levels(
@@ -308,10 +277,6 @@ class Verbs:
 
     def _solver(self, sampler: str | None) -> samplers.Solver:
         return pick(SOLVERS, sampler or self.profile.sampler, "sampler")
-
-    def _reads_negative(self, scale: float, sampler: str | None) -> bool:
-        """Whether the unconditional pass runs: CFG++ needs it at every scale."""
-        return self.profile.reads_negative(scale) or self._solver(sampler).guided
 
     def _enter(self, *names: Component) -> None:
         """With `offload`, these models come to the device."""

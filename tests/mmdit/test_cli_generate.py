@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit import PROFILES, Pipeline, cli, cli_generate, cli_options, read_settings, save_png
+from mmdit import PROFILES, Guidance, Pipeline, cli, cli_generate, cli_options, read_settings, save_png
 from mmdit.cli import main
 from mmdit.cli_options import EXAMPLES
 from mmdit.outputs import Output
@@ -231,6 +231,7 @@ def test_what_is_given_beside_the_settings_wins(tiny, here, tiny_folders):
         "width": ["--width", "16"],
         "num_inference_steps": ["--steps", "2"],
         "guidance_scale": ["--guidance-scale", "1.5"],
+        "guidance": ["--guidance", "rescale=0.5"],
         "sampler": ["--sampler", "dpmpp_2m"],
         "schedule": ["--schedule", "simple"],
         "shift": ["--shift", "2.5"],
@@ -357,12 +358,16 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
     words = "--height 16 --width 32 --steps 2 --guidance-scale 2 --sampler dpmpp_2m --schedule beta --shift 2"
     words += " --vae-tile 8"
     assert tiny(RED, "-n", BLUE, *words.split(), "--max-sequence-length", "9", "--seed", "4", "--quiet") == 0
+    words = "--height 16 --width 32 --steps 2 --guidance-scale 2 --sampler dpmpp_2m --schedule normal --vae-tile 8"
+    words = [*words.split(), "--guidance", "kind=apg momentum=-0.5"]
+    assert tiny(RED, "-n", BLUE, *words, "--max-sequence-length", "9", "--seed", "4", "--quiet") == 0
     assert seen == {
         "texts": ([RED], BLUE),
         "height": 16,
         "width": 32,
         "num_inference_steps": 2,
         "guidance_scale": 2.0,
+        "guidance": Guidance(kind="apg", momentum=-0.5),
         "sampler": "dpmpp_2m",
         "schedule": "beta",
         "shift": 2.0,
@@ -392,6 +397,9 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
         (["--vae-tile", "0"], "--vae-tile must be"),
         (["--max-sequence-length", "1"], "--max-sequence-length must be a whole number of at least 2"),
         (["--guidance-scale", "nan"], "--guidance-scale must be a finite number"),
+        (["--guidance", "momentun=1"], "unknown guidance setting 'momentun'; did you mean 'momentum'"),
+        (["--guidance", "rescale=x"], "guidance 'rescale=x': 'x' is no value of it"),
+        (["--guidance", "rescale=2"], "guidance rescale must be a number from 0 to 1, got 2.0"),
         (["--seed", "1", str(2**64)], "at most 64 bits"),
         (["-n", "\udc80"], "no Unicode text"),
         (["-o", "picture.jpg"], "must end in .png"),

@@ -143,12 +143,19 @@ def test_no_version(tmp_path, version):
 
 
 def test_newer_version(tmp_path):
-    newer = {**JSON, "format_version": 2, "library_version": "9.1", "later": 1}
+    version = FORMAT_VERSION + 1
+    newer = {**JSON, "format_version": version, "library_version": "9.1", "later": 1}
     path = other(tmp_path / "a.png", {KEYWORD: json.dumps(newer)})
-    said = ("format_version is 2", "'9.1'", f"reads up to {FORMAT_VERSION}", "update")
+    said = (f"format_version is {version}", "'9.1'", f"reads up to {FORMAT_VERSION}", "update")
     refuses(lambda: read_settings(path), path, *said, error=SettingsError)
     refuses(lambda: Settings.from_json(newer, path), path, *said, error=SettingsError)
-    refuses(lambda: replace(USED, format_version=2), *said[0:1], error=SettingsError)
+    refuses(lambda: replace(USED, format_version=version), *said[0:1], error=SettingsError)
+
+
+def test_older_version_is_filled_in():
+    older = {name: value for name, value in JSON.items() if name != "guidance"} | {"format_version": 1}
+    assert Settings.from_json(older) == replace(USED, guidance="")
+    refuses(lambda: Settings.from_json(older | {"format_version": 2}), "guidance is missing", error=SettingsError)
 
 
 @pytest.mark.parametrize(

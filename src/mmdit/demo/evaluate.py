@@ -1,5 +1,7 @@
 """How much of what prompts say the model draws: `python -m mmdit.demo.evaluate --prompts 64 --seeds 1`.
 
+`--table guidance` compares kinds of guidance, `--table steps` says how accuracy falls with few steps.
+
 Pictures come from the library's own `Pipeline`, are rounded to 8 bits as a saved file is, and are read by
 `mmdit.demo.score`, which never sees the prompt.
 """
@@ -28,9 +30,23 @@ from mmdit.demo.data import workers
 from mmdit.demo.grammar import KINDS, Statement
 from mmdit.demo.score import accuracies, macro_average, score_batch
 from mmdit.demo.sheet import contact_sheet
+from mmdit.guides import Guidance
 from mmdit.pipeline import Pipeline
+from samplers import SOLVERS, pick
 
-__all__ = ["MAIN", "SETTINGS", "Result", "Setting", "draw", "evaluate", "evaluate_all", "main", "markdown"]
+__all__ = [
+    "GUIDES",
+    "MAIN",
+    "SETTINGS",
+    "Result",
+    "Setting",
+    "draw",
+    "evaluate",
+    "evaluate_all",
+    "few_steps",
+    "main",
+    "markdown",
+]
 
 SEED = 20_260_101  # of the prompts
 _SCORED = 64  # pictures of one scoring task
@@ -47,6 +63,7 @@ class Setting:
     held_out: bool = True
     sampler: str | None = None  # None is the pipeline's
     schedule: str | None = None
+    how: Guidance | None = None
 
 
 MAIN = Setting("main: held-out prompts, 20 steps, guidance 4.5, T5 256")
@@ -61,6 +78,26 @@ SETTINGS: tuple[Setting, ...] = (  # in order of importance: an evaluation that 
     Setting("prompts as in training", held_out=False),
     Setting("50 steps", steps=50),
 )
+# The sizes of APG's threshold go with the latents: here 4096 numbers, in SDXL 65536.
+GUIDES: tuple[Setting, ...] = (
+    Setting("plain, 4.5"),
+    Setting("none", guidance=1.0),
+    Setting("plain, 12", guidance=12.0),
+    Setting("rescaled 0.7, 4.5", how=Guidance(rescale=0.7)),
+    Setting("rescaled 0.7, 12", guidance=12.0, how=Guidance(rescale=0.7)),
+    Setting("APG, 4.5", how=Guidance(kind="apg", threshold=4.0, momentum=-0.5)),
+    Setting("APG, 12", guidance=12.0, how=Guidance(kind="apg", threshold=4.0, momentum=-0.5)),
+    Setting("interval 0.2 to 0.9, 4.5", how=Guidance(interval=(0.2, 0.9))),
+    Setting("interval 0 to 0.9, 4.5", how=Guidance(interval=(0.0, 0.9))),
+    Setting("CFG-Zero*, 4.5", how=Guidance(kind="zero_star", zero_init=1)),
+    Setting("CFG-Zero* without zero-init, 4.5", how=Guidance(kind="zero_star")),
+    Setting("skip layer 1, 4.5", how=Guidance(skip_guidance_layers=(1,))),
+    Setting("skip layer 2, 4.5", how=Guidance(skip_guidance_layers=(2,))),
+    Setting("perturbed layer 1, 4.5", how=Guidance(perturbed_layers=(1,), perturbed_scale=1.0)),
+    Setting("perturbed layer 2, 4.5", how=Guidance(perturbed_layers=(2,), perturbed_scale=1.0)),
+    Setting("perturbed layer 2 alone", guidance=1.0, how=Guidance(perturbed_layers=(2,))),
+)
+FEW = (1, 2, 3, 4, 6, 8, 12, 20)
 
 
 @dataclass(frozen=True)
@@ -98,6 +135,7 @@ def draw(
             sampler=setting.sampler,
             schedule=setting.schedule,
             generator=drawn_by,
+            guidance=setting.how,
         )
         yield (255 * pipe.decode(last.x)).round().to(torch.uint8).cpu()
 
@@ -185,6 +223,22 @@ def markdown(results: Sequence[Result], left_out: Sequence[str], pipe: Pipeline)
     return "\n".join(lines) + "\n"
 
 
+def few_steps(solvers: Sequence[str]) -> tuple[Setting, ...]:
+    """Each solver with 1 to 20 steps, without guidance, as Turbo models draw, and with it.
+
+    Raises:
+        ValueError: there is no such solver.
+    """
+    for sampler in solvers:
+        pick(SOLVERS, sampler, "sampler")
+    return tuple(
+        Setting(f"{sampler}, {steps} steps, guidance {guidance:g}", steps, guidance, sampler=sampler)
+        for sampler in solvers
+        for guidance in (1.0, 4.5)
+        for steps in FEW
+    )
+
+
 def write_sheet(pipe: Pipeline, path: Path, setting: Setting = MAIN, count: int = 32) -> None:
     """A contact sheet of held-out prompts, seeds 0, 1, ..."""
     texts = make_prompts(count, SEED + 1, held_out=True)
@@ -199,27 +253,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", type=Path, default=EMBEDDED, help="model folder")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt")
-    parser.add_argument("--rows", type=int, default=1, help=f"rows of the table, of {len(SETTINGS)}")
+    tables = ("main", "guidance", "steps")
+    parser.add_argument("--table", choices=tables, default="main", help="what its rows compare (default: %(default)s)")
+    rows = f"of the table (default: 1 of {len(SETTINGS)} for main, all for others)"
+    parser.add_argument("--rows", type=int, default=None, help=rows)
+    parser.add_argument("--samplers", nargs="+", default=["euler", "dpmpp_2m"], help="of --table steps")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no row that would end later")
     parser.add_argument("--workers", type=int, default=None, help="scoring processes; all cores unless given")
-    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of table, numbers, contact sheet")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), help="folder of table and numbers")
     args = parser.parse_args(arguments)
     pipe = Pipeline.from_pretrained(args.model, device=args.device, dtype=getattr(torch, args.dtype))
+    settings = {"main": SETTINGS, "guidance": GUIDES, "steps": few_steps(args.samplers)}[args.table]
+    rows_of = args.rows or (1 if args.table == "main" else len(settings))
     with workers(args.workers) as pool:
         evaluate_all(
             pipe,
             args.out,
-            SETTINGS[: args.rows],
+            settings[:rows_of],
             prompts=args.prompts,
             seeds=args.seeds,
             batch=args.batch,
             pool=pool,
             seconds=60 * args.minutes,
         )
-    write_sheet(pipe, args.out / "contact_sheet.png")
+    if args.table == "main":
+        write_sheet(pipe, args.out / "contact_sheet.png")
     print((args.out / "evaluation.md").read_text(encoding="utf-8"))  # noqa: T201
     return 0
 
@@ -239,7 +300,8 @@ def _verdicts(pictures: np.ndarray, prompts: list[str]) -> list[dict[Statement, 
 
 
 def _cost(setting: Setting) -> float:
-    return (1.0 if setting.guidance > 1 else 0.5) * setting.steps
+    passes = (2 if setting.guidance > 1 else 1) + bool(setting.how and setting.how.perturbed_layers)
+    return 0.5 * passes * setting.steps
 
 
 if __name__ == "__main__":

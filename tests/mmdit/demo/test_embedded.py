@@ -1,5 +1,7 @@
 """The embedded model: it draws what its prompt says, and diffusers draws the same with it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from mmdit.cli import main
 from mmdit.convert import convert
 from mmdit.demo import EMBEDDED
 from mmdit.demo.captions import training_captions
-from mmdit.demo.evaluate import Setting, evaluate
+from mmdit.demo.evaluate import FEW, GUIDES, Setting, draw, evaluate, few_steps
 from mmdit.demo.export import MAX_BYTES
 from mmdit.demo.scenes import render, sample
 from mmdit.demo.score import check, parse_batch, statements, symbolic
@@ -32,6 +34,16 @@ def test_64_held_out_prompts(pipe):
     result = evaluate(pipe, Setting("fixed prompts", steps=12, t5="77"), 64, 1, batch=16)
     assert sum(count for _, count in result.by_kind.values()) > 500
     assert result.macro >= 0.90, result.by_kind
+
+
+def test_rows_of_guidance_and_of_few_steps_draw(pipe):
+    """Each kind of guidance gives a picture of its own at three steps, but that layers are skipped at later ones."""
+    pictures = [next(iter(draw(pipe, [PROMPT], [1], replace(row, steps=3, t5="77"), 1))) for row in GUIDES]
+    assert len({picture.numpy().tobytes() for picture in pictures}) == len(GUIDES) - 2
+    rows = few_steps(["euler", "dpmpp_2m"])
+    assert [row.steps for row in rows if row.guidance == 1 and row.sampler == "dpmpp_2m"] == list(FEW)
+    with pytest.raises(ValueError, match="did you mean 'euler'"):
+        few_steps(["eular"])
 
 
 def test_other_words_other_picture(pipe):
