@@ -112,35 +112,11 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Measure steps on random weights, ours and others', in one run; or samplers on the embedded model."""
-    if options.what == "samplers":
-        from mmdit.cli_bench import benched
+    """Measure: steps, layers or whole pictures on random weights, or samplers on the embedded model."""
+    from mmdit.cli_bench import BENCHES
 
-        for line in benched(options):
-            print(line, flush=True)
-        return 0
-    import torch
-
-    from mmdit.bench import bench as measure
-    from mmdit.bench import save, table, work_of
-
-    sizes = {"size": options.size, "text": options.text, "batch": options.batch}
-    work, rows = work_of(options.model, **sizes), []
-    for row in measure(
-        options.model,
-        **sizes,
-        recipes=options.quant,
-        against=options.against,
-        compiled=not options.eager,
-        repeats=options.repeats,
-        device=device_of(options.device),
-        dtype=getattr(torch, options.dtype),
-    ):
-        rows.append(row)
-        _note(f"{row.name}: {row.milliseconds:.1f} ms")
-        if options.output is not None:
-            save(Path(options.output), work, rows)
-    print(table(work, rows))
+    for line in BENCHES[options.what](options, _note):
+        print(line, flush=True)
     return 0
 
 
@@ -235,5 +211,5 @@ def _parser() -> argparse.ArgumentParser:
     command(quantize, "write a checkpoint in float8, for here and for ComfyUI")
     command(verify, "compare your weights with diffusers")
     command(compare, "find the first stage at which two pipelines differ, and why")
-    command(bench, "measure time and memory of a step, beside other libraries; or samplers: bench samplers")
+    command(bench, "measure a step, its layers, a whole picture, or samplers; beside other libraries")
     return parser

@@ -1,14 +1,16 @@
-"""What `mmdit bench samplers` does: a plan from the options, and the measures one after the other."""
+"""What `mmdit bench` does: steps, layers, pictures, samplers; each yields the lines to print."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+from mmdit import bench, bench_layers, bench_picture
 from mmdit.arguments import whole
 from mmdit.bench_samplers import MEASURES, Plan, measure
 from mmdit.cli import device_of, dtype_of
@@ -17,8 +19,54 @@ from mmdit.demo.data import workers
 from mmdit.pipeline import Pipeline
 from samplers import pick
 
+Note = Callable[[str], None]
 
-def benched(options: Namespace) -> Iterator[str]:
+
+def _steps(options: Namespace, note: Note) -> Iterator[str]:
+    sizes = {"size": options.size, "text": options.text, "batch": options.batch}
+    work, rows = bench.work_of(options.model, **sizes), []
+    for row in bench.bench(
+        options.model,
+        **sizes,
+        recipes=options.quant,
+        against=options.against,
+        compiled=not options.eager,
+        repeats=options.repeats,
+        **_where(options),
+    ):
+        rows.append(row)
+        note(f"{row.name}: {row.milliseconds:.1f} ms")
+        if options.output is not None:
+            bench.save(Path(options.output), work, rows)
+    yield bench.table(work, rows)
+
+
+def _layers(options: Namespace, note: Note) -> Iterator[str]:
+    shapes = bench_layers.shapes_of(options.model, options.size, options.text, options.batch)
+    yield bench_layers.table(list(bench_layers.layers(shapes, options.quant, **_where(options))))
+
+
+def _picture(options: Namespace, note: Note) -> Iterator[str]:
+    rows = []
+    for row in bench_picture.pictures(
+        options.model,
+        options.quant,
+        steps=options.steps,
+        size=options.size,
+        compiled=not options.eager,
+        against=options.against,
+        **_where(options),
+    ):
+        rows.append(row)
+        note(f"{row.name}: {row.seconds['picture']:.2f} s")
+    yield bench_picture.table(rows)
+
+
+def _where(options: Namespace) -> dict[str, Any]:
+    return {"device": device_of(options.device), "dtype": dtype_of(options.dtype)}
+
+
+def _samplers(options: Namespace, note: Note) -> Iterator[str]:
     """Measure; yields a line for each file that is written.
 
     Args:
@@ -59,3 +107,6 @@ def _plan(options: Namespace) -> Plan:
         batch=options.batch,
         minutes=options.minutes,
     )
+
+
+BENCHES = {"steps": _steps, "layers": _layers, "picture": _picture, "samplers": _samplers}

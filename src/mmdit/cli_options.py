@@ -194,25 +194,48 @@ def compare(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(parser: argparse.ArgumentParser) -> None:
-    """What to measure."""
+    """What to measure: by itself, a step."""
     parser.set_defaults(what="steps")
-    more = parser.add_subparsers(title="instead of a step", metavar="samplers")
-    said = "what samplers cost and give on the embedded model, as numbers, tables and plots in a folder"
-    _bench_samplers(more.add_parser("samplers", help=said, description=f"{said[0].upper()}{said[1:]}."))
-    parser.add_argument("--model", default="large", help="large, medium or demo; random weights (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=1024, help="of the picture in pixels (default: %(default)s)")
-    parser.add_argument("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
+    more = parser.add_subparsers(title="instead of a step", metavar="layers, picture, samplers")
+    for name, add, said in (
+        ("layers", _bench_layers, "each Linear of a block by itself, and native against emulated float8"),
+        ("picture", _bench_picture, "a whole picture with all models: seconds by stage, and memory"),
+        ("samplers", _bench_samplers, "what samplers cost and give on the embedded model, in tables and plots"),
+    ):
+        add(more.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}."))
+    _add_sizes(parser, "fp8", "fp8-static")
+    say = parser.add_argument
+    say("--batch", type=int, default=2, help="samples of a step (default: 2, the halves of guidance)")
+    say("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
+    say("--against", nargs="*", default=[], metavar="PEER", help="diffusers, torchao: in the same run")
+    say("--eager", action="store_true", help="leave out the rows with compiled blocks")
+    say("--repeats", type=int, default=20, help="steps of which the median is taken")
+    say("-o", "--output", metavar="FILE.json", help="all numbers as JSON")
+
+
+def _add_sizes(parser: argparse.ArgumentParser, *recipes: str) -> None:
+    say = parser.add_argument
+    say("--model", default="large", help="large, medium or demo; random weights (default: %(default)s)")
+    say("--size", type=int, default=1024, help="of the picture in pixels (default: %(default)s)")
+    names = f"float8 recipes; NAME+exact sums without fast accumulation (default: {' '.join(recipes)})"
+    say("--quant", nargs="*", default=list(recipes), metavar="NAME", help=names)
+    say("--device", help="(default: cuda where there is one)")
+    say("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+
+
+def _bench_layers(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(what="layers")
+    _add_sizes(parser, "fp8", "fp8-tensor")
     parser.add_argument("--batch", type=int, default=2, help="samples of a step (default: 2, the halves of guidance)")
-    fp8 = ["fp8", "fp8-static"]
-    parser.add_argument(
-        "--quant", nargs="*", default=fp8, metavar="NAME", help=f"float8 recipes (default: {' '.join(fp8)})"
-    )
-    parser.add_argument("--against", nargs="*", default=[], metavar="PEER", help="diffusers, torchao: in the same run")
+    parser.add_argument("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
+
+
+def _bench_picture(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(what="picture")
+    _add_sizes(parser, "fp8")
+    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--against", nargs="*", default=[], metavar="PEER", help="diffusers: in the same run")
     parser.add_argument("--eager", action="store_true", help="leave out the rows with compiled blocks")
-    parser.add_argument("--repeats", type=int, default=20, help="steps of which the median is taken")
-    parser.add_argument("--device", help="(default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
-    parser.add_argument("-o", "--output", metavar="FILE.json", help="all numbers as JSON")
 
 
 def _bench_samplers(parser: argparse.ArgumentParser) -> None:

@@ -52,3 +52,15 @@ def test_unknown_names():
     for arguments in ({"model": "huge"}, {"recipes": ["fp9"]}, {"against": ["peer"]}):
         with pytest.raises(ValueError, match="is unknown; known are"):
             next(bench(**arguments, device="cpu"))
+
+
+def test_layers_and_pictures(capsys):
+    few = ["--model", "demo", "--size", "64", "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", "layers", "--text", "20", "--quant", "fp8", *few]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + 8  # four Linears of either stream
+    assert all("| fp8 | emulated | " in row and row.endswith("| inf | inf |") for row in rows[2:])
+    assert main(["bench", "picture", "--eager", "--steps", "1", "--against", "diffusers", *few]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    names = [row.split("|")[1].strip() for row in rows[2:]]
+    assert names == ["mmdit float32 eager", "mmdit fp8 eager", "diffusers float32 eager, no text encoders"]

@@ -1,7 +1,8 @@
 """What each float8 recipe costs in quality: `python -m mmdit.demo.fp8_quality --out FOLDER`.
 
-Every recipe draws the same prompts from the same noise as bfloat16 does. A row says how much of what prompts state is
-in the pictures, how close they are to those of bfloat16, and how their distribution lies to that of rendered scenes.
+Every recipe draws the same prompts from the same noise as the model that is not quantized. A row says how much of what
+prompts state is in the pictures, how close they are to its pictures, and how their distribution lies to that of
+rendered scenes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Row:
 
 
 ROWS = (
-    Row("bfloat16", None),
+    Row("not quantized", None),
     Row("weight-only, per row", "fp8-weight-only"),
     Row("dynamic, per tensor", "fp8-tensor"),
     Row("dynamic, per token and row", "fp8"),
@@ -80,7 +81,7 @@ class Quality:
 
     name: str
     accuracy: float
-    accuracy_ratio: tuple[float, float, float]  # to bfloat16: value, low, high
+    accuracy_ratio: tuple[float, float, float]  # to the model that is not quantized: value, low, high
     psnr: float  # median over pictures, dB
     ssim: float  # mean
     block_snr: float  # mean over blocks and streams, dB
@@ -193,7 +194,7 @@ def quality(
     seconds: float,
     device: str,
 ) -> Quality:
-    """Hold the pictures of a row against those of bfloat16; differences of pictures are taken on `device`."""
+    """Hold the pictures of a row against those not quantized; differences of pictures are taken on `device`."""
     closeness = []
     for pair in zip(drawn.pictures.split(128), base.pictures.split(128), strict=True):
         a, b = (pictures.to(device).float() / 255 for pictures in pair)
@@ -237,7 +238,7 @@ def tally(verdicts: Sequence[dict[Any, bool]]) -> tuple[Tensor, Tensor]:
 def markdown(found: Sequence[Quality]) -> str:
     """The table, and for the layers that static scales serve worst, how much of the gap to theory others close."""
     lines = [
-        "| recipe | statements | to bf16 | PSNR dB | SSIM | blocks dB | Fréchet to bf16 |",
+        "| recipe | statements | to not quantized | PSNR dB | SSIM | blocks dB | Fréchet to not quantized |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in found:

@@ -75,12 +75,12 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
 
 
 def test_the_table_of_recipes(tmp_path, capsys):
-    """Small numbers, every kind of column: bfloat16 is equal to itself, float8 is near and not equal."""
+    """Small numbers, every kind of column: what is not quantized is equal to itself, float8 is near and not equal."""
     few = ["--prompts", "3", "--seeds", "1", "--pictures", "4", "--batch", "4", "--calibration", "1", "--workers", "1"]
     rows = ["--rows", "0", "4", "6", "--dtype", "float32", "--device", "cpu", "--steps", "8"]
     assert fp8_quality.main([*few, *rows, "--out", str(tmp_path)]) == 0
     table = (tmp_path / "fp8_quality.md").read_text().splitlines()
-    assert "| bfloat16 | " in table[2]
+    assert "| not quantized | " in table[2]
     assert "1.000 (1.000 to 1.000) | inf | 1.0000 | inf | 1.000 (1.000 to 1.000) |" in table[2]
     assert all(math.inf not in (float(cell) for cell in row.split("|")[4:7]) for row in table[3:5])
     assert "static + mean folding" in table[4]
