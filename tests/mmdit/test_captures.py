@@ -1,7 +1,6 @@
 """Captures: the right values under the right labels, nothing left behind, and never more than the budget."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from mmdit.addresses import Address, Word
 from mmdit.attention_rows import pattern_rows
 from mmdit.passes import Drawing, Half, Pass
 from quant.convert import quantize_
-from samplers import SOLVERS, Step
 
 X = "joint_blocks.1.x_block"
 POST = f"{X}.resid_post"
@@ -23,20 +21,6 @@ POST = f"{X}.resid_post"
 @pytest.fixture(scope="module")
 def demo():
     return mmdit.Pipeline.demo()
-
-
-def heun(denoise, x, sigmas):
-    """Two calls a step but in the last."""
-    levels = sigmas.tolist()
-    for i, (sigma, following) in enumerate(pairwise(levels)):
-        denoised = denoise(x, sigma)
-        slope = (x - denoised) / sigma
-        there = x + slope * (following - sigma)
-        if following:
-            slope = (slope + (there - denoise(there, following)) / following) / 2
-        step = Step(i, following, x + slope * (following - sigma), denoised)
-        yield step
-        x = step.x
 
 
 @pytest.mark.parametrize("name", ["sd3-medium", "sd3.5-medium"])
@@ -199,8 +183,7 @@ def test_words_are_found_in_each_prompt_and_encoder(demo):
         drawn_with(demo, prompts, POST, half="cond", tokens="circle")
 
 
-def test_a_solver_with_several_calls_a_step(demo, monkeypatch):
-    monkeypatch.setitem(SOLVERS, "heun", heun)
+def test_a_solver_with_several_calls_a_step(demo):
     with mmdit.capture(demo, POST, half="cond", reduce=reducers.norm()) as seen:
         drawn(demo, sampler="heun")
     found, levels = seen.labelled(POST), demo.levels(3).tolist()

@@ -356,10 +356,7 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "__call__", call)
     words = "--height 16 --width 32 --steps 2 --guidance-scale 2 --sampler dpmpp_2m --schedule beta --shift 2"
-    words += " --vae-tile 8"
-    assert tiny(RED, "-n", BLUE, *words.split(), "--max-sequence-length", "9", "--seed", "4", "--quiet") == 0
-    words = "--height 16 --width 32 --steps 2 --guidance-scale 2 --sampler dpmpp_2m --schedule normal --vae-tile 8"
-    words = [*words.split(), "--guidance", "kind=apg momentum=-0.5"]
+    words = [*words.split(), "--vae-tile", "8", "--guidance", "kind=apg momentum=-0.5"]
     assert tiny(RED, "-n", BLUE, *words, "--max-sequence-length", "9", "--seed", "4", "--quiet") == 0
     assert seen == {
         "texts": ([RED], BLUE),
