@@ -230,7 +230,7 @@ def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:
         TypeError: one is not a string.
     """
     if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
-        raise TypeError(f"{what} is {type(prompts).__name__}, expected str or a list of str: {prompts!r}")
+        raise TypeError(f"{what} is {type(prompts).__name__}, expected str or a list of str: {repr(prompts)[:80]}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError(f"the batch of {what}s is empty; give at least one {what}, which may be an empty string")

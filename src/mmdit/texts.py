@@ -15,7 +15,7 @@ from mmdit.png import Settings
 from mmdit.ranges import Ranged
 
 Prompts = str | Sequence[str]
-Asked = Prompts | Conditioning | Sequence[Ranged]  # what a call takes for a prompt
+Asked = Prompts | Conditioning | Ranged | Sequence[Ranged]  # what a call takes for a prompt
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Texts:
             prompts = Conditioning(embeds, pooled)
         if isinstance(prompts, Conditioning):
             prompts = [Ranged(prompts)]
+        if isinstance(prompts, Ranged):
+            prompts = [prompts]
         if encoded := _encoded(prompts):
             return cls(name, None, encoded)
         return cls(name, None if prompts is None else checked_prompts(cast(Prompts, prompts), name.replace("_", " ")))

@@ -434,3 +434,11 @@ def test_ranges_that_cannot_be(pipes, silent, monkeypatch):
     refuses(sampled(cond.repeat(2), cond), "cond is of 2 prompts, the noise of 1 pictures", error=ValueError)
     refuses(lambda: silent([*parts, "a"], **SMALL), "holds mmdit.Ranged and str; give Ranged alone", error=TypeError)
     refuses(lambda: Ranged(cond, 0.5, 0.5), "Ranged start 0.5 and stop 0.5", error=ValueError)
+
+
+def test_one_range_may_stand_alone(pipes):
+    pipe = pipes["diffusers"]
+    how = {"seed": 1, "num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent"}
+    cond = pipe.encode("a")
+    drawn = [pipe(prompt, **how).images for prompt in (Ranged(cond), [Ranged(cond)], cond, "a")]
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
