@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mmdit.comparison import compare
     from mmdit.concepts import Concepts, concept_tokens
     from mmdit.config import MMDiTConfig
+    from mmdit.float8_inside import float8_blame, float8_errors
     from mmdit.guides import Guidance
     from mmdit.labelled import Labelled
     from mmdit.listing import points
@@ -53,6 +54,8 @@ __all__ = [
     "capture",
     "compare",
     "concept_tokens",
+    "float8_blame",
+    "float8_errors",
     "load_capture",
     "load_clip",
     "load_mmdit",
@@ -90,6 +93,8 @@ _HOME = {
     "Ranged": "mmdit.ranges",
     "compare": "mmdit.comparison",
     "concept_tokens": "mmdit.concepts",
+    "float8_blame": "mmdit.float8_inside",
+    "float8_errors": "mmdit.float8_inside",
     "load_capture": "mmdit.spool",
     "load_clip": "mmdit.checkpoint",
     "load_mmdit": "mmdit.checkpoint",

@@ -126,7 +126,7 @@ def _recipe(recipe: Recipe | str) -> Recipe:
 def _selected(linears: Mapping[str, nn.Linear], select: str | Sequence[str] | None) -> list[str]:
     """Names in the order of the module, each once."""
     if select is None:
-        return [name for name in linears if not _kept(name)]
+        return [name for name in linears if not kept(name)]
     patterns = [select] if isinstance(select, str) else select
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linears):
@@ -135,7 +135,8 @@ def _selected(linears: Mapping[str, nn.Linear], select: str | Sequence[str] | No
     return [name for name in linears if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _kept(name: str) -> str | None:
+def kept(name: str) -> str | None:
+    """The pattern of `KEPT` that a Linear of this name falls under, which `quantize_` leaves alone; None for none."""
     return next((pattern for pattern in KEPT if fnmatchcase(name, pattern)), None)
 
 
@@ -169,8 +170,8 @@ def _input_scales(
 def _layer(name: str, linear: nn.Linear) -> Layer:
     weight, shape = linear.weight, (linear.out_features, linear.in_features)
     if not isinstance(weight, Float8Tensor):
-        kept = _kept(name)
-        why = f"kept: {kept}" if kept else "not selected"
+        pattern = kept(name)
+        why = f"kept: {pattern}" if pattern else "not selected"
         return Layer(name, shape, None, None, str(weight.dtype).removeprefix("torch."), why, weight.nbytes)
     runs, why = backend_of(weight.recipe, weight.device, weight.dtype, shape)
     if weight.recipe.activation == "static" and weight.input_scale is None:
