@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test test-all notebooks check lint format clean
 
 demo: $(VENV)/.installed
 	mkdir -p out
@@ -12,6 +12,13 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
+
+# The same with the notebooks at full size, half an hour more on two cores.
+test-all: $(VENV)/.test
+	MMDIT_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
+
+notebooks: $(VENV)/.notebooks
+	$(BIN)/python notebooks/render.py
 
 check: lint test
 
@@ -38,6 +45,10 @@ $(VENV)/.test: $(VENV)/.installed
 
 $(VENV)/.dev: $(VENV)/.test
 	$(INSTALL) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.notebooks: $(VENV)/.installed
+	$(INSTALL) --editable ".[notebooks]"
 	touch $@
 
 clean:
