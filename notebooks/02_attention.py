@@ -53,7 +53,7 @@ plots.heat_maps(picture, {f"circle, step {i}": circle[i] for i in shown})
 
 # %%
 shares = maps.shares.float().mean(dim=tuple(range(2, maps.shares.ndim - 1)))  # passes, blocks, quadrants
-plots.layer_step_grid(shares[..., 1].T if shares.ndim == 3 else shares, label="share that patches give to text")
+plots.layer_step_grid(shares[..., 1], label="share that patches give to text")
 
 # %%
 peak = {word: maps.words[word][:, :, 0].flatten(2).amax(-1).mean(0) for word in WORDS}

@@ -44,7 +44,7 @@ print(quant.quantize_(pipe.transformer, "fp8"))
 # %%
 errors = mmdit.float8_errors(pipe, PROMPT, original, **HOW)
 print(errors)
-plots.layer_step_grid(errors.grid("snr"), label="SNR of the output, dB")
+plots.layer_step_grid(errors.grid("snr").T, label="SNR of the output, dB")
 
 # %% [markdown]
 # ## Which layer changes the picture most

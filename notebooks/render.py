@@ -1,5 +1,6 @@
 """Run the notebooks and write them with their pictures: `make notebooks`, or `python notebooks/render.py [NAME ...]`."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def render(source: Path) -> Path:
     notebook = jupytext.read(source)
     settings = nbformat.v4.new_code_cell(FIGURES, metadata={"tags": ["settings"]})
     notebook.cells.insert(0, settings)
+    os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # no bars and hints among the pictures
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
     notebook.cells.remove(settings)
     target = HERE / "rendered" / f"{source.stem}.ipynb"
