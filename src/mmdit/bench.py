@@ -294,7 +294,8 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     step(inputs)
-    _wait(device)
+    if cuda:
+        torch.cuda.synchronize(device)
     first = time.perf_counter() - start
     step(inputs)
     times = [_once(step, inputs, device) for _ in range(repeats)]
@@ -345,8 +346,3 @@ def _once(step: Step, inputs: Inputs, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
