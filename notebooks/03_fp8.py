@@ -44,7 +44,7 @@ print(quant.quantize_(pipe.transformer, "fp8"))
 # %%
 errors = mmdit.float8_errors(pipe, PROMPT, original, **HOW)
 print(errors)
-plots.layer_step_grid(errors.grid("snr").T, label="SNR of the output, dB")
+plots.layer_step_grid(errors.grid("snr").T, label="SNR of the output, dB", down="layer")
 
 # %% [markdown]
 # ## Which layer changes the picture most
@@ -52,7 +52,9 @@ plots.layer_step_grid(errors.grid("snr").T, label="SNR of the output, dB")
 
 # %%
 pipe = load()
-some = [name for name, _ in quant.linears_of(pipe.transformer) if ".attn." in name or ".mlp." in name]
+some = [
+    name for name, _ in quant.linears_of(pipe.transformer) if name.startswith("joint_blocks") and "adaLN" not in name
+]
 blame = mmdit.float8_blame(pipe, PROMPT, "fp8", layers=some[::8] if QUICK else some, **HOW)
 figure, axis = plt.subplots(figsize=(5, 5))
 axis.barh(list(blame)[:12][::-1], list(blame.values())[:12][::-1], color="#0072B2")

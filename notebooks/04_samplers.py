@@ -2,7 +2,8 @@
 # # Samplers: trajectories and error
 #
 # A sampler solves dx/dsigma = v from noise (sigma 1) to a picture (sigma 0). The flow is the same for all; what differs is
-# where they land with few calls of the model.
+# where they land with few calls of the model. (Ancestral and SDE samplers add fresh noise: they end in other pictures, and
+# have no error against one truth.)
 
 # %%
 import os
@@ -16,7 +17,7 @@ import samplers
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
 COUNTS = (4, 8) if QUICK else (4, 6, 8, 12, 20, 32)
 FINE = 10 if QUICK else 100
-NAMES = ("euler", "heun", "dpmpp_2m", "flow_dpmpp_2m", "seeds_3")
+NAMES = ("euler", "heun", "dpmpp_2m", "flow_dpmpp_2m", "deis")
 PROMPT = "a large red circle above a blue star, on a white background"
 torch.set_grad_enabled(False)
 
