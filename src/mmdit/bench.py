@@ -12,7 +12,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,7 @@ def bench(
     recipes: Sequence[str] = ("fp8", "fp8-static"),
     against: Sequence[str] = (),
     compiled: bool = True,
+    only: Sequence[str] = ("*",),
     repeats: int = 20,
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
@@ -137,12 +140,13 @@ def bench(
         recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off).
         against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row.
         compiled: whether to measure with compiled blocks too.
+        only: globs over names of rows; others are left out.
         repeats: steps of which the median is taken.
         device, dtype: of the models.
         seconds: no row is started after so many.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, a glob that matches no row.
         ImportError: a peer is not installed.
     """
     plain = [name.removesuffix("+exact") for name in recipes]
@@ -153,9 +157,10 @@ def bench(
     inputs = Inputs.random(config, size, text, batch, device, dtype)
     work = work_of(model, size=size, text=text, batch=batch)
     start = time.monotonic()
-    for name, build in _rows(config, recipes, against, compiled, device, dtype):
+    for name, build in _chosen(dict(_rows(config, recipes, against, compiled, device, dtype)), only):
         if time.monotonic() - start < seconds:
-            yield _timed(name, build, inputs, work, repeats, device)
+            with _own_compiler_settings():
+                yield _timed(name, build, inputs, work, repeats, device)
 
 
 def work_of(model: str = "large", *, size: int = 1024, text: int = 333, batch: int = 2) -> Work:
@@ -208,6 +213,25 @@ def _rows(
             yield f"diffusers {word} {suffix}", partial(theirs, float8=False)
         if "torchao" in against:
             yield f"diffusers + torchao float8 {suffix}", partial(theirs, float8=True)
+
+
+def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Build]]:
+    for glob in only:
+        if not any(fnmatchcase(name, glob) for name in rows):
+            raise ValueError(f"{glob!r} matches no row; there are {', '.join(rows)}")
+    return [(name, build) for name, build in rows.items() if any(fnmatchcase(name, glob) for glob in only)]
+
+
+@contextmanager
+def _own_compiler_settings() -> Iterator[None]:
+    """What a row changes of the compiler's settings, as torchao does for good, ends with the row."""
+    import torch._inductor.config as settings
+
+    before = settings.save_config()
+    try:
+        yield
+    finally:
+        settings.load_config(before)
 
 
 def _ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any, dtype: torch.dtype) -> Any:
@@ -289,7 +313,7 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
     if cuda:
         torch.cuda.empty_cache()
     model, step = build()
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    weights = bytes_of(model)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
@@ -309,6 +333,17 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
     rate = flops / median / 1e9
     spread = quarters[2] - quarters[0]
     return Timed(name, median, spread, peak / 1e9, weights / 1e9, first, rate, parts_of(kernels), kernels[:15])
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Of all weights as they are stored; a quantized one may say of itself what it stands for."""
+    return sum(_stored(tensor) for tensor in model.state_dict().values())
+
+
+def _stored(tensor: Any) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def kernels_of(run: Callable[[], object]) -> list[tuple[str, int, float]]:

@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from encoders import VAE, CLIPText, T5Encoder, Tokenizers
 from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.assemble import Parts
-from mmdit.bench import MODELS, fill, quantized
+from mmdit.bench import MODELS, bytes_of, fill, quantized
 from mmdit.configs import to_diffusers
 from mmdit.demo import EMBEDDED
 from mmdit.model import MMDiT
@@ -117,7 +116,7 @@ def _ours(model: str, recipe: str | None, compiled: bool, device: torch.device, 
 def _drawn(name: str, build: Callable[[], Pipeline], steps: int, size: int, device: torch.device) -> Drawn:
     _emptied(device)
     pipe = build()
-    weights = sum(_bytes(part) for part in pipe.models.values())
+    weights = sum(bytes_of(part) for part in pipe.models.values())
     found = Drawn(name, weights_gb=weights / 1e9)
     for _ in range(2):
         watch = _Watch(device, found)
@@ -188,7 +187,7 @@ def _theirs(model: str, steps: int, size: int, device: torch.device, dtype: torc
     embeddings |= {f"negative_{key}": torch.zeros_like(value) for key, value in embeddings.items()}
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.5, "height": size, "width": size}
     found = Drawn(f"diffusers {str(dtype).removeprefix('torch.')} eager, no text encoders")
-    found.weights_gb = (_bytes(transformer) + _bytes(vae)) / 1e9
+    found.weights_gb = (bytes_of(transformer) + bytes_of(vae)) / 1e9
     for _ in range(2):
         watch = _Watch(device, found)
         latent = watch("steps", lambda: pipe(**embeddings, **settings, output_type="latent").images)
@@ -201,7 +200,3 @@ def _emptied(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -31,6 +31,7 @@ def _steps(options: Namespace, note: Note) -> Iterator[str]:
         recipes=options.quant,
         against=options.against,
         compiled=not options.eager,
+        only=options.only,
         repeats=options.repeats,
         **_where(options),
     ):

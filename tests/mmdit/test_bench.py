@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit import MMDiT
-from mmdit.bench import MODELS, Inputs, Work, bench
+from mmdit.bench import MODELS, Inputs, Work, bench, bytes_of
 from mmdit.cli import main
+from quant import quantize_
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -46,6 +47,37 @@ def test_every_row_is_measured(tmp_path, capsys):
     assert rows[1]["weights_gb"] < rows[0]["weights_gb"]
     assert rows[0]["weights_gb"] == pytest.approx(rows[2]["weights_gb"], rel=0.02)
     assert "TFLOP a step" in capsys.readouterr().out
+
+
+def test_rows_by_name():
+    few = {"model": "demo", "size": 64, "text": 20, "repeats": 1, "device": "cpu", "dtype": torch.float32}
+    found = bench(**few, compiled=False, recipes=["fp8"], against=["diffusers"], only=["*fp8*", "diffusers*"])
+    assert [row.name for row in found] == ["mmdit fp8 eager", "diffusers float32 eager"]
+    with pytest.raises(ValueError, match="'fp8' matches no row; there are mmdit float32 eager, "):
+        next(bench(**few, only=["fp8"]))
+
+
+def test_a_row_keeps_its_compiler_settings_to_itself(monkeypatch):
+    from torch._inductor import config
+
+    def build(*_, **__):
+        seen.append(config.coordinate_descent_tuning)
+        config.coordinate_descent_tuning = True  # as torchao's quantize_ does
+        return torch.nn.Linear(2, 2), lambda inputs: None
+
+    seen = []
+    monkeypatch.setattr("mmdit.bench._ours", build)
+    few = {"model": "demo", "size": 64, "text": 20, "repeats": 1, "device": "cpu", "recipes": ["fp8"]}
+    list(bench(**few, compiled=False))
+    assert seen == [False, False]
+    assert not config.coordinate_descent_tuning
+
+
+def test_bytes_are_those_stored():
+    linear = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    assert bytes_of(linear) == 2 * 64 * 64 + 2 * 64
+    quantize_(linear, "fp8")
+    assert bytes_of(linear) == 64 * 64 + 4 * 64 + 2 * 64
 
 
 def test_unknown_names():
