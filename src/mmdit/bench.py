@@ -33,7 +33,7 @@ MODELS: dict[str, MMDiTConfig] = {
     "medium": MMDiTConfig(24, 1536, 4096, 2048, 384, dual_attention_blocks=tuple(range(13))),
     "demo": MMDiTConfig(4, 256, 256, 192, 32, sample_size=16),
 }
-PEERS = ("diffusers", "torchao")
+PEERS = ("diffusers", "torchao", "torchao-tuned")
 # Words in names of kernels, of cuBLAS, CUTLASS, cuDNN and others.
 _KINDS = {"attention": ("flash", "fmha", "sdpa", "attention"), "matmul": ("gemm", "nvjet", "cutlass", "xmma", "_mm")}
 
@@ -138,7 +138,8 @@ def bench(
         text: tokens, 333 with T5 at 256.
         batch: samples of a step; 2 are the halves of the guidance.
         recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off).
-        against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row.
+        against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row, "torchao-tuned" the
+            same with the compiler settings that torchao asks for (minutes of compiling more).
         compiled: whether to measure with compiled blocks too.
         only: globs over names of rows; others are left out.
         repeats: steps of which the median is taken.
@@ -213,6 +214,8 @@ def _rows(
             yield f"diffusers {word} {suffix}", partial(theirs, float8=False)
         if "torchao" in against:
             yield f"diffusers + torchao float8 {suffix}", partial(theirs, float8=True)
+        if "torchao-tuned" in against and mode:
+            yield f"diffusers + torchao float8 {suffix}, tuned", partial(theirs, float8=True, tuned=True)
 
 
 def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Build]]:
@@ -224,7 +227,7 @@ def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Buil
 
 @contextmanager
 def _own_compiler_settings() -> Iterator[None]:
-    """What a row changes of the compiler's settings, as torchao does for good, ends with the row."""
+    """What a row changes of the compiler's settings, as torchao may do, ends with the row."""
     import torch._inductor.config as settings
 
     before = settings.save_config()
@@ -246,7 +249,9 @@ def _ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: An
     return model, lambda inputs: model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
 
 
-def _theirs(config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, dtype: torch.dtype) -> Any:
+def _theirs(
+    config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, dtype: torch.dtype, tuned: bool = False
+) -> Any:
     try:
         from diffusers import SD3Transformer2DModel
     except ImportError as error:
@@ -270,7 +275,7 @@ def _theirs(config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, d
             raise ImportError("--against torchao needs torchao: pip install torchao") from error
         their_quantize(
             model,
-            Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+            Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=tuned),
             filter_fn=lambda layer, name: (
                 isinstance(layer, nn.Linear) and "transformer_blocks" in name and "norm1" not in name
             ),

@@ -207,7 +207,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
     say = parser.add_argument
     say("--batch", type=int, default=2, help="samples of a step (default: 2, the halves of guidance)")
     say("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
-    say("--against", nargs="*", default=[], metavar="PEER", help="diffusers, torchao: in the same run")
+    say("--against", nargs="*", default=[], metavar="PEER", help="diffusers, torchao, torchao-tuned: in the same run")
     say("--eager", action="store_true", help="leave out the rows with compiled blocks")
     say("--only", nargs="+", default=["*"], metavar="GLOB", help="rows by name, such as '*compiled' (default: all)")
     say("--repeats", type=int, default=20, help="steps of which the median is taken")
