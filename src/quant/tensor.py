@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -151,9 +154,12 @@ class Float8Tensor(Tensor):
         return cls(parts["qdata"], parts["scale"], parts.get("input_scale"), recipe, dtype)
 
     def _stable_hash_for_caching(self) -> str:
-        """All that compiled code depends on: by it torch finds code again, in other processes too."""
+        """All that compiled code depends on: by it torch finds code again, in other processes too.
+
+        Without the digest, who changes this package would go on running what it was.
+        """
         parts = [(tuple(part.shape), part.stride(), part.dtype, part.device) for part in self._parts]
-        return repr((self.recipe, self.dtype, parts))
+        return repr((_source(), self.recipe, self.dtype, parts))
 
     def _replace(self, **parts: Any) -> Float8Tensor:
         """A new tensor with these parts in place of its own."""
@@ -250,6 +256,13 @@ def _check_parts(qdata: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtyp
             f"scale per {recipe.granularity} of shape {list(scale.shape)}, {scale.dtype}, for codes of shape "
             f"{list(qdata.shape)}; expected torch.float32, {[*qdata.shape[:-1], 1] if dims else []}"
         )
+
+
+@cache
+def _source() -> str:
+    """A digest of this package's code."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return blake2b(b"\0".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
 
 
 def _rebuilt(

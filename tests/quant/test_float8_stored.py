@@ -257,3 +257,10 @@ def test_compiled_code_is_found_again_for_the_same_kind_only():
         static,
     ]
     assert len({text, *(other._stable_hash_for_caching() for other in others)}) == len(others) + 1
+
+
+def test_compiled_code_of_another_state_of_the_package_is_not_found(monkeypatch):
+    q = quantized(8, 8)
+    text = q._stable_hash_for_caching()
+    monkeypatch.setattr("quant.tensor._source", lambda: "edited")
+    assert q._stable_hash_for_caching() != text
