@@ -8,12 +8,13 @@ from operator import index
 from typing import Literal, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit.config import MMDiTConfig
 from mmdit.pictures import OUTPUT_TYPES
 from mmdit.profiles import PRESETS, PROFILES, Profile
 from quant.recipe import RECIPES, Recipe
+from quant.tensor import Float8Tensor
 from samplers import pick, resolution_shift
 
 Offload = Literal["stages"]
@@ -46,6 +47,16 @@ def checked_quant(quant: str | Recipe | None) -> Recipe | None:
             f"quant={quant!r} needs scales of the activations: load without quant, then mmdit.quantize_static"
         )
     return recipe
+
+
+def check_float8(transformer: nn.Module, recipe: Recipe, name: str) -> None:
+    """Raise ValueError for a transformer that is float8 already under another recipe than this."""
+    found = {weight.recipe for weight in transformer.parameters() if isinstance(weight, Float8Tensor)}
+    if found and found != {recipe}:
+        raise ValueError(
+            f"{name or 'the pipeline'}: the transformer is float8 already ({', '.join(map(quant_name, found))}) and "
+            f"quant= asks for {quant_name(recipe)}; leave quant out, or give a 16-bit file"
+        )
 
 
 def quant_name(recipe: Recipe) -> str:

@@ -25,7 +25,7 @@ from mmdit.lazy import LazyTensor
 from mmdit.locate import Found, locate
 from mmdit.recognise import TITLES, Component
 from mmdit.safetensors_file import CheckpointError
-from quant.convert import KEPT, linears_of
+from quant.convert import kept, linears_of
 from quant.file_formats import FLOAT8
 from quant.recipe import RECIPES, Recipe
 from quant.scaling import DTYPES, scale_of, to_codes
@@ -33,6 +33,9 @@ from quant.stored import checked_input_scale
 from samplers import pick
 
 Linear = tuple[Component, str]  # model and name
+# What is quantized unless `select` says otherwise, as `Pipeline(quant=)` does. ComfyUI reads no scales of CLIP in SD3.
+USUAL: tuple[Component, ...] = ("transformer", "t5")
+OTHER_FILES = (".safetensor", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 PIECE = 2**22  # weights that are rounded at a time: their float32 copies stay small
 
 
@@ -66,19 +69,21 @@ def quantize_checkpoint(
     twice, for its scale and for its codes. With one scale per weight, the files load in ComfyUI too.
 
     Args:
-        source: a file or folder; all models in it are written, and quantized if they have Linears.
+        source: a file or folder; all models in it are written.
         target: a .safetensors file, which gets official names; or a folder, in the layout of the source's.
         recipe: or the name of one of `quant.RECIPES`.
         spelling: of scales; "comfyui-old" (`scaled_fp8`, `scale_weight`) has one per weight, and no E5M2.
-        select: globs over names of Linears, with their model ("t5.*") or without; None takes all but
-            `quant.convert.KEPT`, and leaves models alone that are float8 already.
+        select: globs over names of Linears, with their model ("t5.*") or without; None takes those of transformer and
+            T5 but `quant.convert.KEPT` (where there is neither, those of CLIP), and leaves models alone that are float8
+            already.
         input_scales: by such names, for recipes with static activations.
         progress: show a bar; None shows it in terminals and notebooks.
 
     Raises:
         FileExistsError: there is something at `target`.
         CheckpointError: the source is broken, incomplete or float8 already, or a weight is not finite.
-        ValueError: the spelling cannot hold the recipe, a glob matches nothing, input scales are missing.
+        ValueError: the spelling cannot hold the recipe, a glob matches nothing, input scales are missing, of no Linear
+            or for a recipe without them.
     """
     recipe, target = _checked(recipe, spelling), Path(target)
     if target.exists():
@@ -87,8 +92,9 @@ def quantize_checkpoint(
     layout = _layout(found, target)
     parts = _parts(found)
     linears = {part.component: [name for name, _ in linears_of(empty(part))] for part in parts}
-    chosen = _chosen(parts, linears, select)
-    scales = _input_scales(chosen, recipe, input_scales or {})
+    every = {(component, name) for component, names in linears.items() for name in names}
+    chosen = _chosen(parts, every, select)
+    scales = _input_scales(every, chosen, recipe, input_scales or {})
     total = len(chosen) + sum(len(part.tensors) for part in parts)
     with _ticking(total, progress) as tick:
         quantized = [_quantized(part, chosen, recipe, scales, tick) for part in parts]
@@ -117,6 +123,8 @@ def _checked(recipe: Recipe | str, spelling: Spelling) -> Recipe:
 def _layout(found: Found, target: Path) -> str:
     if target.suffix == ".safetensors":
         return "single"
+    if target.suffix.lower() in OTHER_FILES:
+        raise ValueError(f"{target} would be a folder of that name: end it in .safetensors for a file")
     if found.layout not in OUT_LAYOUTS:
         raise ValueError(f"{found.path} is one file, so {target} must be one too: end it in .safetensors")
     return found.layout
@@ -131,14 +139,12 @@ def _parts(found: Found) -> list[Part]:
     return parts
 
 
-def _chosen(
-    parts: Sequence[Part], linears: Mapping[Component, Sequence[str]], select: str | Sequence[str] | None
-) -> set[Linear]:
+def _chosen(parts: Sequence[Part], every: set[Linear], select: str | Sequence[str] | None) -> set[Linear]:
     """The Linears to quantize, as component and name."""
-    every = {(part.component, name) for part in parts for name in linears[part.component]}
     patterns = [select] if isinstance(select, str) else select
     if patterns is None:
-        chosen = {(where, name) for where, name in every if not any(fnmatchcase(name, kept) for kept in KEPT)}
+        usual = [part.component for part in parts if part.component in USUAL] or [part.component for part in parts]
+        chosen = {(where, name) for where, name in every if where in usual and kept(name) is None}
     else:
         chosen = {linear for pattern in patterns for linear in _matches(pattern, every)}
     done = [part for part in parts if part.dtypes & set(FLOAT8) and any(where == part.component for where, _ in chosen)]
@@ -151,9 +157,8 @@ def _chosen(
     for part in done:
         warnings.warn(f"{part.source}: the {TITLES[part.component]} is float8 already and stays as it is", stacklevel=3)
     if not left:
-        raise CheckpointError(
-            f"{', '.join(str(part.source) for part in parts)}: nothing to quantize, there is no Linear"
-        )
+        why = "there is no Linear" if not every else "select= names none"
+        raise CheckpointError(f"{', '.join(str(part.source) for part in parts)}: nothing to quantize, {why}")
     return left
 
 
@@ -167,9 +172,16 @@ def _matches(pattern: str, every: set[Linear]) -> set[Linear]:
     return found
 
 
-def _input_scales(chosen: set[Linear], recipe: Recipe, given: Mapping[str, Tensor]) -> dict[Linear, Tensor]:
+def _input_scales(
+    every: set[Linear], chosen: set[Linear], recipe: Recipe, given: Mapping[str, Tensor]
+) -> dict[Linear, Tensor]:
     if recipe.activation != "static":
+        if given:
+            raise ValueError(f"input_scales are for static activations; the recipe has {recipe.activation!r}")
         return {}
+    known = {name for where, linear in every for name in (linear, f"{where}.{linear}")}
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"input_scales name {len(unknown)} that are no Linears of the file, first {unknown[0]!r}")
     found = {(where, name): given.get(f"{where}.{name}", given.get(name)) for where, name in chosen}
     if without := sorted(linear for linear, scale in found.items() if scale is None):
         raise ValueError(

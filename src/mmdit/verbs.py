@@ -19,6 +19,7 @@ from mmdit.arguments import (
     Offload,
     Shift,
     cells,
+    check_float8,
     checked_offload,
     checked_quant,
     generators,
@@ -53,7 +54,8 @@ class Verbs(Predicting):
         offload: "stages" keeps the models where they are; text encoders, transformer and VAE take turns on `device`.
         device: for `offload`.
         quant: a name of `quant.RECIPES` or a `quant.Recipe`: the Linears of transformer and T5 become float8, but for
-            `quant.convert.KEPT`. What was quantized when it was loaded stays as it is.
+            `quant.convert.KEPT`. What was float8 when it was loaded stays as it is; a transformer under another recipe
+            is an error.
         name: what the settings of a picture call the model.
     """
 
@@ -77,6 +79,7 @@ class Verbs(Predicting):
         recipe = checked_quant(quant)
         self.quant = None if recipe is None else quant_name(recipe)
         if recipe is not None:
+            check_float8(self.transformer, recipe, name)
             for model in (self.transformer, self.t5):
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)

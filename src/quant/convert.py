@@ -60,15 +60,16 @@ def quantize_(
         input_scales: positive numbers by module name, for recipes with static activations.
 
     Raises:
-        ValueError: a glob that matches nothing, a weight that is quantized already, not finite or no float, a static
-            recipe without an input scale for a layer, input scales of no layer or for another recipe. The module is
-            then unchanged.
+        ValueError: a glob that matches nothing; a weight that is quantized already, not finite, no float, computed
+            (`parametrizations`) or shared with another layer; a static recipe without an input scale for a layer; input
+            scales of no layer or for another recipe. The module is then unchanged.
     """
     recipe = _recipe(recipe)
     linears = dict(linears_of(module))
     chosen = _selected(linears, select)
     for name in chosen:
-        _check_weight(name, linears[name].weight)
+        _check_weight(name, linears[name])
+    _check_ties(module, {name: linears[name] for name in chosen})
     scales = _input_scales(linears, chosen, recipe, input_scales or {})
     for name in chosen:
         linear = linears[name]
@@ -140,13 +141,27 @@ def kept(name: str) -> str | None:
     return next((pattern for pattern in KEPT if fnmatchcase(name, pattern)), None)
 
 
-def _check_weight(name: str, weight: Tensor) -> None:
+def _check_weight(name: str, linear: nn.Linear) -> None:
+    if "weight" not in linear._parameters:
+        raise ValueError(
+            f"{name}.weight is no parameter, it is computed: remove the parametrization first, which leaves its value"
+        )
+    weight = linear.weight
     if isinstance(weight, Float8Tensor):
         raise ValueError(f"{name!r} is quantized already; dequantize_ first to change its recipe")
     try:
         check_values(weight)
     except ValueError as error:
         raise ValueError(f"{name}.weight: {error}") from error
+
+
+def _check_ties(module: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
+    """Of a weight that two layers share, each would get its own."""
+    names = {id(linear.weight): f"{name}.weight".lstrip(".") for name, linear in chosen.items()}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = names.get(id(parameter), name)
+        if first != name:
+            raise ValueError(f"{name} and {first} are one parameter: leave both out by select=, or give each a copy")
 
 
 def _input_scales(

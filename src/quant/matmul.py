@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -162,6 +163,10 @@ def _autocast(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
     return x.to(lower), None if bias is None else bias.to(lower), lower
 
 
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def _check_operands(x: Tensor, qdata: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
     if x.dtype != dtype:
         raise ValueError(f"the input is {x.dtype}, but the float8 weight stands for {dtype}; cast one of them")
@@ -218,7 +223,8 @@ def _emulated(
 ) -> Tensor:
     """The products of codes are exact in float32 (and in TF32); their sum and the scaled result are rounded."""
     wide = torch.promote_types(dtype, torch.float32)
-    sums = from_codes(codes, recipe.activation_format, wide) @ from_codes(qdata, recipe.format, wide).t()
+    with _no_autocast(codes.device.type):  # in float16 the sums would overflow
+        sums = from_codes(codes, recipe.activation_format, wide) @ from_codes(qdata, recipe.format, wide).t()
     # The weight's scale first: it is seldom extreme, so inputs near the ends of float32 neither over- nor underflow.
     y = sums * scale.to(wide).reshape(-1 if scale.ndim else ()) * x_scale.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)

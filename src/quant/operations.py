@@ -69,6 +69,10 @@ def _set_data(self: Tensor, data: Tensor) -> None:
     self.snr, self._shares_scale = data.snr, data._shares_scale
 
 
+def _set_requires_grad(self: Tensor, value: bool) -> None:
+    """`tensor.requires_grad = True` is `requires_grad_`: nothing."""
+
+
 FUNCTIONS |= {
     torch.nn.functional.linear: _linear,
     torch.matmul: _matmul,
@@ -80,6 +84,7 @@ FUNCTIONS |= {
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
 }
 
 # Operations that move, copy and cut.
@@ -199,7 +204,9 @@ def _copy(func: Any, into: Tensor, source: Tensor, non_blocking: bool = False) -
     source = _like(into, source)
     func(into.qdata.view(torch.uint8), source.qdata.view(torch.uint8), non_blocking)
     func(into.scale, source.scale, non_blocking)
-    if into.input_scale is not None and source.input_scale is not None:
+    if source.input_scale is not None:
+        if into.input_scale is None:
+            into.input_scale = torch.empty_like(source.input_scale, device=into.device)
         func(into.input_scale, source.input_scale, non_blocking)
     into.snr = source.snr
     return into

@@ -22,7 +22,7 @@ from quant.scaling import DTYPES
 from quant.stored import Stored, checked_input_scale, checked_scale, recipe_of, stored_weights
 from quant.tensor import Float8Tensor
 
-OWN = "mmdit_quant"
+OWN, VERSION = "mmdit_quant", 1
 _NAMES = {FORMAT_OF[dtype]: name for name, dtype in FORMATS.items()}
 
 
@@ -101,7 +101,7 @@ def metadata_of(kinds: Mapping[str, Kind]) -> dict[str, str]:
     }
     return {
         HEADER: json.dumps({"format_version": "1.0", "layers": layers}, sort_keys=True),
-        OWN: json.dumps({"version": 1, "weights": own}, sort_keys=True),
+        OWN: json.dumps({"version": VERSION, "weights": own}, sort_keys=True),
     }
 
 
@@ -121,13 +121,17 @@ def kinds_in(metadata: Mapping[str, str]) -> dict[str, Kind]:
         ValueError: it is not the expected JSON.
     """
     try:
-        weights = json.loads(metadata.get(OWN, '{"weights": {}}'))["weights"]
-        return {key: _kind(said) for key, said in weights.items()}
+        entry = json.loads(metadata.get(OWN, '{"weights": {}}'))
+        newer = entry.get("version", VERSION) > VERSION
+        kinds = {} if newer else {key: _kind(said) for key, said in entry["weights"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{OWN} is not the expected JSON, {{"weights": {{key: {{"dtype": ..., "recipe": {{...}}}}}}}} '
             f"({type(error).__name__}: {error})"
         ) from error
+    if newer:
+        raise ValueError(f"{OWN} has version {entry['version']}, this is {VERSION}: a newer mmdit-lab wrote the file")
+    return kinds
 
 
 def merge_metadata(shards: Iterable[Mapping[str, str]]) -> dict[str, str]:

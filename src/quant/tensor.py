@@ -59,7 +59,7 @@ class Float8Tensor(Tensor):
     def __init__(
         self, qdata: Tensor, scale: Tensor, input_scale: Tensor | None, recipe: Recipe, dtype: torch.dtype
     ) -> None:
-        _check_parts(qdata, scale, recipe, dtype)
+        _check_parts(qdata, scale, input_scale, recipe, dtype)
         self.qdata, self.scale, self.input_scale, self.recipe = qdata, scale, input_scale, recipe
         self.snr, self._shares_scale = None, False
 
@@ -140,7 +140,11 @@ class Float8Tensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Codes as bytes, because pickle knows no float8."""
         parts = (self.qdata.view(torch.uint8), self.scale, self.input_scale, self.recipe, self.dtype)
-        return _rebuilt, (*parts, self.snr, isinstance(self, nn.Parameter))
+        return _rebuilt, (*parts, self.snr, isinstance(self, nn.Parameter), self._shares_scale)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: there is no memory with the values."""
+        raise NotImplementedError("dlpack of a Float8Tensor; give dequantize(), or qdata and scale")
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Recipe, torch.dtype]]:
         names = ["qdata", "scale"] + ([] if self.input_scale is None else ["input_scale"])
@@ -238,13 +242,16 @@ def _amax(tensor: Tensor, granularity: Granularity) -> Tensor:
 
 
 def checked_input_scale(scale: Tensor, name: str = "input_scale") -> Tensor:
-    """A scale of activations as float32 (); raise ValueError unless it is one positive number."""
+    """A scale of activations as float32 (); raise ValueError unless it is one positive number in float32."""
+    scale = scale.detach().float()  # where a small one is 0
     if scale.numel() != 1 or not 0 < float(scale) < float("inf"):
-        raise ValueError(f"{name}: an input scale is one positive number; got {scale.flatten().tolist()[:3]}")
-    return scale.detach().float().reshape(())
+        raise ValueError(
+            f"{name}: an input scale is one positive number, also in float32; got {scale.flatten().tolist()[:3]}"
+        )
+    return scale.reshape(())
 
 
-def _check_parts(qdata: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtype) -> None:
+def _check_parts(qdata: Tensor, scale: Tensor, input_scale: Tensor | None, recipe: Recipe, dtype: torch.dtype) -> None:
     if qdata.dtype not in (DTYPES[recipe.format], torch.uint8):
         raise ValueError(f"codes are {qdata.dtype}, expected {DTYPES[recipe.format]} or torch.uint8")
     if dtype not in LOGICAL:
@@ -255,6 +262,10 @@ def _check_parts(qdata: Tensor, scale: Tensor, recipe: Recipe, dtype: torch.dtyp
         raise ValueError(
             f"scale per {recipe.granularity} of shape {list(scale.shape)}, {scale.dtype}, for codes of shape "
             f"{list(qdata.shape)}; expected torch.float32, {[*qdata.shape[:-1], 1] if dims else []}"
+        )
+    if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.ndim):
+        raise ValueError(
+            f"an input scale of shape {list(input_scale.shape)}, {input_scale.dtype}; expected [], torch.float32"
         )
 
 
@@ -273,10 +284,11 @@ def _rebuilt(
     dtype: torch.dtype,
     snr: float | None,
     is_parameter: bool,
+    shares_scale: bool = False,
 ) -> Tensor:
     qdata = codes.view(DTYPES[recipe.format]) if has_float8(codes.device) else codes
     tensor = Float8Tensor(qdata, scale, input_scale, recipe, dtype)
-    tensor.snr = snr
+    tensor.snr, tensor._shares_scale = snr, shares_scale
     return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 

@@ -1,10 +1,14 @@
 """`quant=` of a pipeline: one word, both large models, every mix of dtypes; settings and command line keep it."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from mmdit import Pipeline
 from mmdit.cli import main
+from mmdit.demo import EMBEDDED
+from mmdit.quantize import quantize_checkpoint
 from quant.convert import is_quantized, quantize_
 from quant.recipe import RECIPES, Recipe
 
@@ -48,6 +52,20 @@ def test_recipes_that_cannot_be_a_word():
     with pytest.raises(ValueError, match="needs scales of the activations"):
         Pipeline.demo(quant="fp8-static")
     assert Pipeline.demo(quant=Recipe(format="e5m2", activation="none", granularity="tensor")).quant == "custom"
+
+
+def test_a_file_that_is_float8_already(tmp_path):
+    """Its own recipe may be asked for again; another is no other word for it."""
+    file = tmp_path / "a.safetensors"
+    with pytest.warns(UserWarning, match="a scale per row"):
+        quantize_checkpoint(EMBEDDED, file, "fp8", progress=False)
+    load = partial(Pipeline.from_single_file, file, tokenizers=EMBEDDED)
+    assert torch.equal(
+        load().transformer.joint_blocks[0].x_block.mlp.fc1.weight,
+        load(quant="fp8").transformer.joint_blocks[0].x_block.mlp.fc1.weight,
+    )
+    with pytest.raises(ValueError, match=r"a\.safetensors.*float8 already \(fp8\) and quant= asks for fp8-tensor"):
+        load(quant="fp8-tensor")
 
 
 def test_a_quantized_picture_is_drawn_again_from_its_file(tmp_path):

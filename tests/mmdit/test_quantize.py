@@ -112,6 +112,16 @@ def test_static_recipes_need_input_scales(official, tmp_path):
     target = tmp_path / "a.safetensors"
     said = "static activations need an input scale for every layer; 25 have none, first 'transformer.joint_blocks.0."
     refuses(lambda: quantize(official, target, "fp8-static"), said, "run mmdit.calibrate", error=ValueError)
+    refuses(
+        lambda: quantize(official, target, input_scales={"a": torch.tensor(1.0)}),
+        "input_scales are for static activations; the recipe has 'tensor'",
+        error=ValueError,
+    )
+    refuses(
+        lambda: quantize(official, target, "fp8-static", input_scales={"a": torch.tensor(1.0)}),
+        "input_scales name 1 that are no Linears of the file, first 'a'",
+        error=ValueError,
+    )
     model = load_mmdit(official)
     names = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
     scales = {name: torch.tensor(0.1 + i) for i, name in enumerate(names)}
@@ -133,7 +143,8 @@ def test_a_folder_keeps_its_layout(tiny_folders, tmp_path, spelling):
     quantize(source, target, spelling=spelling)
     ours, wanted = Pipeline.from_pretrained(target), Pipeline.from_pretrained(source)
     for name, model in wanted.models.items():
-        quantize_(model, "fp8-tensor")
+        if name in ("transformer", "t5"):
+            quantize_(model, "fp8-tensor")
         same(ours.models[name], model)
     tensors = load_file(target / "transformer" / "diffusion_pytorch_model.safetensors")
     end = "scale_weight" if spelling == "comfyui-old" else "weight_scale"
@@ -202,7 +213,17 @@ def test_scaled_models_are_respelled(tiny_folders, tmp_path):
         quantize(one, two)
     same(load_t5(two), load_t5(one))
     assert not any("scale_weight" in key or "scaled_fp8" in key for key in load_file(two))
-    assert isinstance(load_clip(two, "l").get_parameter("text_model.encoder.layers.0.mlp.fc1.weight"), Float8Tensor)
+    assert isinstance(load_mmdit(two).joint_blocks[0].x_block.mlp.fc1.weight, Float8Tensor)
+
+
+def test_clip_is_quantized_where_it_is_named_or_alone(tiny_folders, tmp_path):
+    source, weight = tiny_folders[VARIANT], "text_model.encoder.layers.0.mlp.fc1.weight"
+    quantize(source, tmp_path / "named.safetensors", select="clip_l.*fc1")
+    quantize(source / "text_encoder", tmp_path / "alone.safetensors")
+    for name in ("named", "alone"):
+        assert isinstance(load_clip(tmp_path / f"{name}.safetensors", "l").get_parameter(weight), Float8Tensor)
+    quantize(source, tmp_path / "usual.safetensors")
+    assert type(load_clip(tmp_path / "usual.safetensors", "l").get_parameter(weight)) is torch.nn.Parameter
 
 
 # All or nothing.
@@ -248,6 +269,10 @@ def test_what_cannot_be_asked_for(official, tiny_folders, tmp_path):
         lambda: quantize(official, tmp_path / "folder"), "is one file, so", "end it in .safetensors", error=ValueError
     )
     refuses(lambda: quantize(tiny_folders[VARIANT] / "vae", target), "nothing to quantize, there is no Linear")
+    refuses(lambda: quantize(tiny_folders[VARIANT], target, select=[]), "nothing to quantize, select= names none")
+    refuses(
+        lambda: quantize(tiny_folders[VARIANT], tmp_path / "a.safetensor"), "end it in .safetensors", error=ValueError
+    )
     with pytest.warns(
         UserWarning, match="a scale per row, which we read and ComfyUI does not: use recipe='fp8-tensor'"
     ):

@@ -106,6 +106,10 @@ def test_what_is_refused_changes_nothing():
     whole["blocks"][1].proj.weight = nn.Parameter(torch.ones(16, 16, dtype=torch.int8), requires_grad=False)
     some = model()
     quantize_(some, select="blocks.1.proj")
+    tied = model()
+    tied["blocks"][1].proj.weight = tied["blocks"][0].proj.weight
+    computed = model()
+    nn.utils.parametrizations.weight_norm(computed["blocks"][1].proj)
     missing = {key: value for key, value in STATIC.items() if key != "blocks.1.proj"}
     for each, arguments, *said in (
         (
@@ -118,6 +122,9 @@ def test_what_is_refused_changes_nothing():
         (bad, ("fp8",), "blocks.1.proj.weight: 2 of 256 values are not finite"),
         (whole, ("fp8",), "blocks.1.proj.weight", "torch.int8"),
         (some, ("fp8",), "'blocks.1.proj' is quantized already"),
+        (tied, ("fp8",), "blocks.0.proj.weight and blocks.1.proj.weight are one parameter"),
+        (tied, ("fp8", "blocks.0.*"), "blocks.1.proj.weight and blocks.0.proj.weight are one parameter"),
+        (computed, ("fp8",), "blocks.1.proj.weight is no parameter, it is computed"),
         (net, ("fp8-static",), "4 have none, first 'blocks.0.qkv'", "mmdit.calibrate"),
         (net, ("fp8-static", None, missing), "1 have none, first 'blocks.1.proj'"),
         (
@@ -128,6 +135,7 @@ def test_what_is_refused_changes_nothing():
         ),
         (net, ("fp8", None, STATIC), "for static activations; the recipe has 'token'"),
         (net, ("fp8-static", None, STATIC | {"blocks.1.proj": torch.zeros(())}), "blocks.1.proj", "positive"),
+        (net, ("fp8-static", None, STATIC | {"blocks.1.proj": torch.tensor(1e-50).double()}), "blocks.1.proj", "[0.0]"),
         (net, ("fp8-static", None, STATIC | {"blocks.1.proj": torch.ones(16)}), "blocks.1.proj", "one positive number"),
     ):
         recipe, select, scales = (*arguments, None, None)[:3]

@@ -106,6 +106,15 @@ def test_copies_are_equal(name):
         assert (twin.qdata.data_ptr() == original.qdata.data_ptr()) == (name in ("copy", "between processes"))
 
 
+@pytest.mark.parametrize("name", ["copy", "between processes"])
+def test_copies_in_the_same_memory_know_what_shares_their_scale(name):
+    q = quantized(6, 8, granularity="tensor")
+    before = q.clone()
+    with pytest.raises(NotImplementedError, match="scale is that of other parts"):
+        COPIES[name](q[2:4]).copy_(100 * torch.ones(2, 8))
+    assert torch.equal(q, before)
+
+
 def test_shared_memory():
     net = nn.Sequential(nn.Linear(8, 4))
     net[0].weight = nn.Parameter(quantized(4, 8, granularity="tensor", activation="static"))
@@ -177,6 +186,11 @@ def test_state_dict_is_copied():
             two[0].weight.qdata.float(),
             Float8Tensor.quantize(plain[0].weight, recipe=two[0].weight.recipe).qdata.float(),
         )
+    without = quantize_all(nets(1)[0], granularity="tensor", activation="static")
+    without[0].weight.input_scale = None
+    without.load_state_dict(one.state_dict())  # the input scale comes along
+    assert torch.equal(without(x), one(x))
+    assert without[0].weight.input_scale is not one[0].weight.input_scale
     plain.load_state_dict(one.state_dict())
     assert type(plain[0].weight) is nn.Parameter
     assert torch.equal(plain[0].weight, one[0].weight.dequantize())
@@ -190,6 +204,8 @@ def test_it_is_never_trained():
     net = nn.Sequential(nn.Linear(8, 4))
     net[0].weight = weight
     assert not net.requires_grad_(True)[0].weight.requires_grad
+    net[0].weight.requires_grad = True
+    assert not net[0].weight.requires_grad
     assert net[0].bias.requires_grad
     assert weight.is_leaf
 
@@ -235,6 +251,11 @@ def test_an_unknown_operation_names_itself(name, mode):
         call(q)
     assert says in str(caught.value)
     assert torch.equal(q, before)
+
+
+def test_nobody_gets_its_memory_as_if_it_held_the_values():
+    with pytest.raises(NotImplementedError, match="dlpack of a Float8Tensor; give dequantize"):
+        torch.from_dlpack(quantized(6, 8))
 
 
 def test_compiled_code_is_found_again_for_the_same_kind_only():

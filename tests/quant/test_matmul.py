@@ -270,11 +270,22 @@ def test_autocast_is_that_of_a_plain_layer(name):
     with torch.autocast("cpu", torch.bfloat16):
         for each in (x, x.bfloat16(), x.half()):
             y = F.linear(each, q, bias)
-            assert torch.equal(y, F.linear(each.bfloat16(), low, bias.bfloat16()))
+            with torch.autocast("cpu", enabled=False):
+                assert torch.equal(y, F.linear(each.bfloat16(), low, bias.bfloat16()))
             assert y.dtype == F.linear(each, torch.randn(16, 32)).dtype == torch.bfloat16
         assert F.linear(x.double(), q.double()).dtype == torch.float64
         with torch.autocast("cpu", enabled=False):
             assert F.linear(x, q, bias).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_sums_do_not_overflow_under_autocast(name):
+    """Those of 2048 products of codes are past the largest float16."""
+    q, x = weight_of(RECIPES_OF_ALL[name], 16, 2048).half(), torch.randn(5, 2048).half()
+    with torch.autocast("cpu", torch.float16):
+        y = F.linear(x, q)
+    assert y.isfinite().all()
+    assert torch.equal(y, F.linear(x, q))
 
 
 def test_inference_mode_and_no_grad():
