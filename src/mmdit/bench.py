@@ -11,7 +11,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -150,10 +150,9 @@ def bench(
         ValueError: an unknown name, a glob that matches no row.
         ImportError: a peer is not installed.
     """
-    plain = [name.removesuffix("+exact") for name in recipes]
-    for names, known in ((plain, RECIPES), (against, PEERS), ([model], MODELS)):
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
+    check_names((model,), MODELS)
+    check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
+    check_names(against, PEERS)
     device, config = torch.device(device), MODELS[model]
     inputs = Inputs.random(config, size, text, batch, device, dtype)
     work = work_of(model, size=size, text=text, batch=batch)
@@ -162,6 +161,12 @@ def bench(
         if time.monotonic() - start < seconds:
             with _own_compiler_settings():
                 yield _timed(name, build, inputs, work, repeats, device)
+
+
+def check_names(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError for the first that is not known."""
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
 
 
 def work_of(model: str = "large", *, size: int = 1024, text: int = 333, batch: int = 2) -> Work:

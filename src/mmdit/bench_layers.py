@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.bench import MODELS
+from mmdit.bench import MODELS, check_names
 from mmdit.model import MMDiT
 from quant.convert import linears_of, snr
 from quant.matmul import backend_of, quantize_activation
@@ -44,7 +44,8 @@ class Measured:
 
 
 def shapes_of(model: str = "large", size: int = 1024, text: int = 333, batch: int = 2) -> list[Shape]:
-    """The Linears of a step that float8 recipes quantize, each shape once."""
+    """The Linears of a step that float8 recipes quantize, each shape once; ValueError for an unknown model."""
+    check_names((model,), MODELS)
     config = MODELS[model]
     with torch.device("meta"):
         blocks = MMDiT(config).joint_blocks
@@ -70,9 +71,13 @@ def layers(
 
     Args:
         shapes: see `shapes_of`.
-        recipes: names of `quant.RECIPES`, without static activations.
+        recipes: names of `quant.RECIPES` that scale activations anew in every call.
         device, dtype: where and in what.
+
+    Raises:
+        ValueError: another recipe.
     """
+    check_names(recipes, [name for name, recipe in RECIPES.items() if recipe.activation in ("token", "tensor")])
     generator = torch.Generator(device).manual_seed(0)
     for shape in shapes:
         x, weight, bias = (

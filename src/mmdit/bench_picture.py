@@ -16,11 +16,12 @@ from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.assemble import Parts
-from mmdit.bench import MODELS, bytes_of, fill, quantized
+from mmdit.bench import MODELS, bytes_of, check_names, fill, quantized
 from mmdit.configs import to_diffusers
 from mmdit.demo import EMBEDDED
 from mmdit.model import MMDiT
 from mmdit.pipeline import Pipeline
+from quant.recipe import RECIPES
 
 PROMPT = "a large red circle above a blue star, on a white background"
 
@@ -58,7 +59,13 @@ def pictures(
         compiled: whether to draw with compiled blocks too.
         against: ("diffusers",) adds its pipeline, eager, with the same embeddings and without text encoders.
         device, dtype: of all models.
+
+    Raises:
+        ValueError: an unknown name.
     """
+    check_names((model,), MODELS)
+    check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
+    check_names(against, ("diffusers",))
     device = torch.device(device)
     word = str(dtype).removeprefix("torch.")
     for mode in (False, True) if compiled else (False,):

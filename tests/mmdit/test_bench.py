@@ -86,6 +86,16 @@ def test_unknown_names():
             next(bench(**arguments, device="cpu"))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["layers", "--model", "huge"], ["layers", "--quant", "fp8-static"], ["picture", "--quant", "fp9"]]
+    + [["picture", "--against", "torchao"]],
+)
+def test_unknown_names_on_the_command_line(arguments, capsys):
+    assert main(["bench", *arguments, "--device", "cpu"]) == 1
+    assert f"'{arguments[-1]}' is unknown; known are " in capsys.readouterr().err
+
+
 def test_layers_and_pictures(capsys):
     few = ["--model", "demo", "--size", "64", "--device", "cpu", "--dtype", "float32"]
     assert main(["bench", "layers", "--text", "20", "--quant", "fp8", *few]) == 0
