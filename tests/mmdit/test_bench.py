@@ -88,8 +88,12 @@ def test_unknown_names():
 
 @pytest.mark.parametrize(
     "arguments",
-    [["layers", "--model", "huge"], ["layers", "--quant", "fp8-static"], ["picture", "--quant", "fp9"]]
-    + [["picture", "--against", "torchao"]],
+    [
+        ["layers", "--model", "huge"],
+        ["layers", "--quant", "fp8-static"],
+        ["picture", "--quant", "fp9"],
+        ["picture", "--against", "torchao"],
+    ],
 )
 def test_unknown_names_on_the_command_line(arguments, capsys):
     assert main(["bench", *arguments, "--device", "cpu"]) == 1
