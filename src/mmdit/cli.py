@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,18 @@ USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, FloatingPointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 1 after an error, 130 after Ctrl-C, or 2 for wrong usage (argparse)."""
+    """Run a command; the exit code is 0, or 1 after an error, 2 for wrong usage (argparse), 130 after Ctrl-C, 141 where
+    nobody reads on (`| head`).
+    """
     options = _parser().parse_args(arguments)
     try:
         with _warnings_shown_by(_silent if getattr(options, "quiet", False) else _note):
-            return int(options.run(options))
+            code = int(options.run(options))
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at exit
+        return 141
     except (*USER_ERRORS, RuntimeError) as error:
         if options.debug or not _is_for_users(error):
             raise

@@ -149,7 +149,7 @@ def quantize(parser: argparse.ArgumentParser) -> None:
     say("--recipe", default="fp8-tensor", metavar="NAME", help=recipes)
     spelling = "how scales are written: comfyui, or comfyui-old for versions of before late 2025 (default: %(default)s)"
     say("--spelling", default="comfyui", metavar="NAME", help=spelling)
-    select = "names of Linears, such as 'joint_blocks.*' or 't5.*' (default: all but embedders, adaLN, final layer)"
+    select = "names of Linears, such as 'joint_blocks.*' or 't5.*' (default: the large ones of transformer and T5)"
     say("--select", nargs="+", metavar="GLOB", help=select)
     static = parser.add_argument_group("calibration, for fp8-static")
     static.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line, some tens")

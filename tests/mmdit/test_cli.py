@@ -143,3 +143,11 @@ def test_what_quantize_refuses(tmp_path, capsys, arguments, says):
     assert main(command) == 1
     assert says in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_a_reader_that_stops_is_no_error():
+    command = [sys.executable, "-m", "mmdit", "inspect", str(EMBEDDED)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 141
