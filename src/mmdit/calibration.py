@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from encoders import checked_prompts
 from mmdit.blocks import JointBlock
+from mmdit.hooks import refuse_compiled
 from mmdit.model import MMDiT
 from mmdit.pipeline import Pipeline
 from quant.convert import Report, quantize_
 from quant.folds import Fold, Rows, corrected_bias, fold_mean, fold_scale, smoothing
 from quant.observers import Observed, observe
-from quant.recipe import Recipe
+from quant.recipe import RECIPES, Recipe
 from quant.scaling import scale_of
 from quant.tensor import Float8Tensor
+from samplers import pick
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,12 @@ class Calibration:
     steps: int
 
     def amax(self, percentile: float = 100.0) -> dict[str, Tensor]:
-        """The largest absolute value each Linear read, or that percentile of them, float32 ()."""
+        """The largest absolute value each Linear read, or that percentile of them, float32 ().
+
+        Raises:
+            ValueError: a Linear read nothing, or see `quant.Observed.percentile`.
+        """
+        _check_all_ran(self)
         return {name: seen.percentile(percentile) for name, seen in self.observed.items()}
 
 
@@ -48,18 +55,18 @@ def calibrate(
     """Draw the prompts and count what the Linears of the transformer read, both halves of the guidance together.
 
     Args:
-        pipe: with a transformer that is not quantized; nothing of it changes.
+        pipe: with a transformer that is neither quantized nor compiled; nothing of it changes.
         prompts: some tens, like those that will be drawn.
         num_inference_steps, guidance_scale, height, width: as they will be drawn; None is the profile's.
         seed: of the first picture; the others have those that follow.
         batch: pictures at once.
 
     Raises:
-        ValueError: the transformer is quantized already, or a Linear read values that are not finite.
+        ValueError: the transformer is quantized already or compiled, or a Linear read values that are not finite.
     """
     prompts = checked_prompts(prompts)
-    if done := [name for name, weight in pipe.transformer.named_parameters() if isinstance(weight, Float8Tensor)]:
-        raise ValueError(f"the transformer is quantized already ({len(done)} weights): calibrate before quantizing")
+    _refuse_quantized(pipe.transformer)
+    refuse_compiled(pipe.transformer, "the transformer")
     with observe(pipe.transformer) as observed:
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
@@ -120,7 +127,12 @@ def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: 
 
     Returns:
         How many tensors were changed so.
+
+    Raises:
+        ValueError: the model is quantized already, or a Linear read nothing in the calibration; it is then unchanged.
     """
+    _refuse_quantized(model)
+    _check_all_ran(seen)
     count = 0
     for place in folds_of(model):
         readers = [seen.observed[name] for name in place.consumers]
@@ -164,8 +176,9 @@ def quantize_static(
         percentile: of the absolute values, which the scales reach; 100 is all of them.
 
     Raises:
-        ValueError: see `calibrate` and `quant.quantize_`.
+        ValueError: a recipe that is unknown or not static; see `calibrate` and `quant.quantize_`.
     """
+    recipe = _static(recipe)
     seen = calibrate(pipe, prompts, num_inference_steps, **settings)
     if smooth is not None or mean:
         fold(pipe.transformer, seen, smooth=smooth, mean=mean)
@@ -181,9 +194,14 @@ def quantize_calibrated(
     bias: bool = False,
     percentile: float = 100.0,
 ) -> Report:
-    """Quantize with the scales of a calibration of this model as it is; see `quantize_static`."""
+    """Quantize with the scales of a calibration of this model as it is; see `quantize_static`.
+
+    Raises:
+        ValueError: a recipe that is unknown or not static, a Linear that read nothing; see `quant.quantize_`.
+    """
+    recipe = _static(recipe)
     before = dict(model.state_dict())
-    scales = {name: scale_of(amax, "e4m3") for name, amax in seen.amax(percentile).items()}
+    scales = {name: scale_of(amax, recipe.activation_format) for name, amax in seen.amax(percentile).items()}
     report = quantize_(model, recipe, input_scales=scales)
     if bias:
         correct_biases(model, before, seen)
@@ -211,3 +229,29 @@ def _load(model: MMDiT, changed: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in changed.items():
             model.get_parameter(key).copy_(value)
+
+
+def _static(recipe: Recipe | str) -> Recipe:
+    recipe = recipe if isinstance(recipe, Recipe) else pick(RECIPES, recipe, "recipe")
+    if recipe.activation != "static":
+        raise ValueError(
+            f"calibration is for static activations; the recipe has {recipe.activation!r}: give one with "
+            "activation='static', such as 'fp8-static', or use quant.quantize_"
+        )
+    return recipe
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if done := [name for name, weight in model.named_parameters() if isinstance(weight, Float8Tensor)]:
+        raise ValueError(
+            f"the transformer is quantized already ({len(done)} weights): calibrate and fold before quantizing"
+        )
+
+
+def _check_all_ran(seen: Calibration) -> None:
+    if idle := [name for name, observed in seen.observed.items() if not observed.rows]:
+        first = ", ".join(idle[:3]) + (f", and {len(idle) - 3} more" if len(idle) > 3 else "")
+        raise ValueError(
+            f"{len(idle)} of {len(seen.observed)} Linears read nothing in the calibration and have no range: {first}. "
+            "Calibrate again with every block running: none of them skipped, replaced or compiled"
+        )

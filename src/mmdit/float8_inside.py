@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.hooks import refuse_compiled
 from mmdit.passes import Pass
 from mmdit.pipeline import Pipeline
 from quant.codec import FLOAT8_FORMATS
@@ -43,6 +44,8 @@ class LayerErrors(list[LayerError]):
 
     def grid(self, field: str = "snr") -> Tensor:
         """One field as float64 [layers, steps]."""
+        if not self:
+            return torch.zeros(0, 0, dtype=torch.float64)
         rows = [[float(getattr(one, field)) for one in self if one.layer == name] for name in self.layers]
         return torch.tensor(rows, dtype=torch.float64)
 
@@ -60,16 +63,17 @@ def float8_errors(pipe: Pipeline, prompt: str | Sequence[str], original: nn.Modu
     """Draw with a quantized transformer and measure each float8 Linear from what it reads.
 
     Args:
-        pipe: with a quantized transformer (`quant.quantize_`, `mmdit.quantize_static`).
+        pipe: with a quantized transformer (`quant.quantize_`, `mmdit.quantize_static`) that is not compiled.
         prompt, settings: of the drawing.
         original: the transformer before that, such as a `copy.deepcopy` of it.
 
     Raises:
-        ValueError: no Linear of the transformer is float8.
+        ValueError: no Linear of the transformer is float8, or a part of it is compiled.
     """
     layers = {name: one for name, one in linears_of(pipe.transformer) if isinstance(one.weight, Float8Tensor)}
     if not layers:
         raise ValueError("no Linear of the transformer is float8: quantize it first, with quant.quantize_")
+    refuse_compiled(pipe.transformer, "the transformer")
     before, seen = dict(linears_of(original)), dict[tuple[str, int], list[LayerError]]()
     step = [0]
 

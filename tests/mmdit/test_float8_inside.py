@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmdit
+from mmdit.float8_inside import LayerErrors
 from quant import RECIPES, quantize_
 from quant.tensor import Float8Tensor
 
@@ -51,6 +52,12 @@ def test_weight_only_has_no_shares_of_activations(demo):
     assert 25 < one.snr < 40
 
 
+def test_no_rows_print_as_a_header():
+    errors = LayerErrors()
+    assert errors.grid().shape == (0, 0)
+    assert "SNR dB" in repr(errors)
+
+
 def test_blame_finds_the_planted_layer_and_puts_all_back(demo):
     names = [f"joint_blocks.{i}.x_block.attn.proj" for i in range(3)]
     scales = {name: torch.tensor(0.05) for name in names} | {names[1]: torch.tensor(1e-4)}  # which saturates
@@ -84,5 +91,8 @@ def test_what_cannot_be_asked(demo):
     with pytest.raises(ValueError, match="'nothing' is no Linear"):
         mmdit.float8_blame(demo, "a", layers=["nothing"])
     quantize_(demo.transformer, RECIPES["fp8"])
+    demo.transformer.joint_blocks[2].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"joint_blocks.2 is compiled \(torch.compile\)"):
+        mmdit.float8_errors(demo, "a", demo.transformer, **FEW)
     with pytest.raises(ValueError, match="quantized already"):
         mmdit.float8_blame(demo, "a")

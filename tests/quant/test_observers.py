@@ -1,5 +1,8 @@
 """What `observe` counts, against numpy; it changes nothing and leaves nothing."""
 
+from fractions import Fraction
+from math import ceil
+
 import numpy as np
 import pytest
 import torch
@@ -26,17 +29,49 @@ def test_statistics_are_those_of_all_rows_together():
     assert float(seen.amax) == np.abs(rows).max().astype(np.float32)
 
 
-@pytest.mark.parametrize("share", [1.0, 37.0, 50.0, 90.0, 99.0, 99.9, 100.0])
-def test_percentiles_to_two_percent(share):
+@pytest.mark.parametrize("large", [1e4, 1e38])
+def test_sums_are_in_float64(large):
+    """In float32 a small mean is lost among large values that cancel, and sums and squares of the largest overflow."""
+    batches = [large * (-1) ** i + torch.randn(64, 3) * (large / 1e6) for i in range(100)]
+    seen = Observed(3, torch.device("cpu"))
+    for batch in batches:
+        seen.add(batch)
+    rows = torch.cat(batches).double()
+    torch.testing.assert_close(seen.mean, rows.mean(0).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen.rms, rows.square().mean(0).sqrt().float(), rtol=1e-6, atol=0)
+
+
+def spread() -> torch.Tensor:
     x = torch.randn(4000, 6) * torch.logspace(-6, 6, 6)
     x[:500, 0] = 0
+    return x
+
+
+READ = {
+    "spread": spread,
+    "huge": lambda: 1e13 + 9e13 * torch.rand(2000, 6),
+    "largest": lambda: torch.full((50, 6), torch.finfo(torch.float32).max),
+    "tiny": lambda: 1e-37 * torch.rand(2000, 6),
+    "powers of two": lambda: 2.0 ** torch.arange(-120, 120).reshape(-1, 6),
+    "mostly zero": lambda: torch.randn(2000, 6) * (torch.rand(2000, 6) > 0.9),
+    "zero": lambda: torch.zeros(10, 6),
+}
+
+
+@pytest.mark.parametrize("share", [1.0, 37.0, 50.0, 90.0, 99.0, 99.9, 100.0])
+@pytest.mark.parametrize("read", READ)
+def test_percentiles_are_not_too_small_and_nearly_right(read, share):
+    x = READ[read]()
     seen = Observed(6, torch.device("cpu"))
     seen.add(x)
-    wanted = np.percentile(x.abs().numpy(), share, method="inverted_cdf")
+    wanted = float(x.abs().flatten().sort().values[ceil(Fraction(str(share)) * x.numel() / 100) - 1])
     found = float(seen.percentile(share))
-    assert wanted <= found * (1 + 1e-6)
-    assert found <= wanted * 2 ** (1 / 32) * (1 + 1e-6) or wanted == 0
-    assert found <= float(seen.amax)
+    assert wanted <= found <= min(wanted * (1 + 1 / 64) + (0 if wanted == 0 else 2**-132), float(x.abs().max()))
+
+
+def test_what_is_not_finite_in_float32():
+    with pytest.raises(ValueError, match="1 of 6 values are not finite"):
+        Observed(6, torch.device("cpu")).add(torch.tensor([1e300, 0, 0, 0, 0, 0], dtype=torch.float64))
 
 
 def test_observing_changes_no_bit_and_leaves_no_hook():
@@ -50,6 +85,22 @@ def test_observing_changes_no_bit_and_leaves_no_hook():
     net(x)
     assert seen["0"].rows == 9
     assert not any(part._forward_pre_hooks for part in net)
+
+
+def test_inputs_given_by_keyword_are_counted():
+    net, x = model(), torch.randn(9, 6)
+    with observe(net) as seen:
+        net[0](input=x)
+    assert seen["0"].rows == 9
+    assert torch.equal(seen["0"].channel_amax, x.abs().amax(0))
+
+
+def test_what_is_compiled_is_refused():
+    part, whole = model(), model()
+    part[2].compile(backend="eager")
+    for net, name in ((part, "2"), (torch.compile(whole, backend="eager"), "the module")):
+        with pytest.raises(ValueError, match=rf"{name} is compiled \(torch.compile\)"), observe(net):
+            pass
 
 
 def test_an_error_inside_leaves_no_hook():
