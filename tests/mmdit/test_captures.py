@@ -216,7 +216,8 @@ def test_halves_of_different_lengths_run_apart(demo):
     with torch.no_grad(), mmdit.capture(demo.transformer, name) as alone:
         time = torch.tensor([1000 * levels[0]] * 2)
         demo.transformer(demo.noise(1, count=2), time, uncond.context, uncond.pooled)
-    assert torch.equal(seen.labelled(name, half="uncond").values[0], alone[name][0])
+    found, wanted = seen.labelled(name, half="uncond").values[0], alone[name][0]
+    assert tiny.error(found, wanted) < 1e-5  # memory at other places may add in another order
 
 
 def test_predictions_outside_of_a_drawing_are_counted(demo):

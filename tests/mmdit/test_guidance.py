@@ -183,7 +183,7 @@ def test_a_perturbed_half_runs_apart_and_differs(pipes):
         (None, ("perturbed",)),
     ]
     plain, other, again = found["x0"]
-    assert torch.equal(plain, again)
+    assert tiny.error(again, plain) < 1e-12  # places in a batch are not equal to the bit on every processor
     assert tiny.error(other, plain) > 1e-4
 
 
