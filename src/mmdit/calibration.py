@@ -16,7 +16,7 @@ from mmdit.model import MMDiT
 from mmdit.pipeline import Pipeline
 from quant.convert import Report, quantize_
 from quant.folds import Fold, Rows, corrected_bias, fold_mean, fold_scale, smoothing
-from quant.observers import Observed, observe
+from quant.observers import Observed, check_percentile, observe
 from quant.recipe import RECIPES, Recipe
 from quant.scaling import scale_of
 from quant.tensor import Float8Tensor
@@ -176,9 +176,11 @@ def quantize_static(
         percentile: of the absolute values, which the scales reach; 100 is all of them.
 
     Raises:
-        ValueError: a recipe that is unknown or not static; see `calibrate` and `quant.quantize_`.
+        ValueError: a recipe that is unknown or not static, a percentile that is none; see `calibrate` and
+            `quant.quantize_`.
     """
     recipe = _static(recipe)
+    check_percentile(percentile)
     seen = calibrate(pipe, prompts, num_inference_steps, **settings)
     if smooth is not None or mean:
         fold(pipe.transformer, seen, smooth=smooth, mean=mean)

@@ -71,14 +71,19 @@ class Observed:
         Raises:
             ValueError: not above 0 and at most 100.
         """
-        if not 0 < share <= 100:
-            raise ValueError(f"a percentile is above 0 and at most 100, got {share}")
+        check_percentile(share)
         if share == 100:
             return self.amax
         wanted = ceil(share * self.rows * len(self.channel_amax) / 100)
         place = int(torch.searchsorted(self._counts.cumsum(0), wanted))
         upper = torch.tensor(place * _BIN, dtype=torch.int32, device=self._counts.device).view(torch.float32)
         return torch.minimum(self.amax, upper)
+
+
+def check_percentile(share: float) -> None:
+    """Raise ValueError unless it is above 0 and at most 100."""
+    if not 0 < share <= 100:
+        raise ValueError(f"a percentile is above 0 and at most 100, got {share}")
 
 
 @contextmanager
