@@ -254,5 +254,5 @@ def test_a_wrong_percentile_is_refused_before_anything_is_folded():
     pipe = Pipeline.demo()
     before = copied(pipe.transformer)
     with pytest.raises(ValueError, match="a percentile is above 0 and at most 100, got 0"):
-        quantize_static(pipe, PROMPTS[0], **SMALL, smooth=0.5, percentile=0)
+        quantize_static(pipe, PROMPTS[0], **SMALL, smooth=0.5, percentile=0.0)
     assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
