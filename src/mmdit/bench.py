@@ -11,28 +11,23 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from mmdit.bench_models import MODELS, Built, Inputs, Step, bytes_of, check_names, ours, theirs
 from mmdit.config import MMDiTConfig
-from mmdit.configs import to_diffusers
 from mmdit.model import MMDiT
-from quant.convert import linears_of, quantize_
+from quant.convert import linears_of
 from quant.recipe import RECIPES
 
-MODELS: dict[str, MMDiTConfig] = {
-    "large": MMDiTConfig(38, 2432, 4096, 2048, 192),
-    "medium": MMDiTConfig(24, 1536, 4096, 2048, 384, dual_attention_blocks=tuple(range(13))),
-    "demo": MMDiTConfig(4, 256, 256, 192, 32, sample_size=16),
-}
+Build = Callable[[], Built]
 PEERS = ("diffusers", "torchao", "torchao-tuned")
 # Words in names of kernels, of cuBLAS, CUTLASS, cuDNN and others.
 _KINDS = {"attention": ("flash", "fmha", "sdpa", "attention"), "matmul": ("gemm", "nvjet", "cutlass", "xmma", "_mm")}
@@ -89,32 +84,6 @@ class Timed:
     kernels: list[tuple[str, int, float]]  # those that take longest: name, how often, milliseconds
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Of a step: both halves of the guidance in one batch."""
-
-    latent: Tensor
-    timestep: Tensor
-    context: Tensor
-    pooled: Tensor
-
-    @classmethod
-    def random(cls, config: MMDiTConfig, size: int, text: int, batch: int, device: Any, dtype: torch.dtype) -> Inputs:
-        """Normal numbers of the sizes of a picture of `size` pixels and `text` tokens."""
-        generator = torch.Generator(device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-        cells = size // 8
-        return cls(
-            draw(batch, config.in_channels, cells, cells),
-            torch.full((batch,), 500.0, device=device),
-            draw(batch, text, config.context_dim),
-            draw(batch, config.pooled_dim),
-        )
-
-
 def bench(
     model: str = "large",
     *,
@@ -147,12 +116,14 @@ def bench(
         seconds: no row is started after so many.
 
     Raises:
-        ValueError: an unknown name, a glob that matches no row.
+        ValueError: an unknown name, a glob that matches no row, a peer that has none.
         ImportError: a peer is not installed.
     """
     check_names((model,), MODELS)
     check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
     check_names(against, PEERS)
+    if "torchao-tuned" in against and not compiled:
+        raise ValueError("torchao-tuned has compiled blocks only: leave it out, or measure compiled blocks too")
     device, config = torch.device(device), MODELS[model]
     inputs = Inputs.random(config, size, text, batch, device, dtype)
     work = work_of(model, size=size, text=text, batch=batch)
@@ -161,12 +132,6 @@ def bench(
         if time.monotonic() - start < seconds:
             with _own_compiler_settings():
                 yield _timed(name, build, inputs, work, repeats, device)
-
-
-def check_names(names: Iterable[str], known: Collection[str]) -> None:
-    """Raise ValueError for the first that is not known."""
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
 
 
 def work_of(model: str = "large", *, size: int = 1024, text: int = 333, batch: int = 2) -> Work:
@@ -200,10 +165,6 @@ def save(path: Path, work: Work, found: Sequence[Timed]) -> None:
     path.write_text(json.dumps({"work": asdict(work), "rows": [asdict(one) for one in found]}, indent=1) + "\n")
 
 
-Step = Callable[[Inputs], Any]
-Build = Callable[[], tuple[nn.Module, Step]]
-
-
 def _rows(
     config: MMDiTConfig, recipes: Sequence[str], against: Sequence[str], compiled: bool, device: Any, dtype: torch.dtype
 ) -> Iterator[tuple[str, Build]]:
@@ -211,16 +172,16 @@ def _rows(
     modes = (False, True) if compiled else (False,)
     for mode in modes:
         suffix = "compiled" if mode else "eager"
-        ours, theirs = (partial(build, config, compiled=mode, device=device, dtype=dtype) for build in (_ours, _theirs))
-        yield f"mmdit {word} {suffix}", partial(ours, recipe=None)
+        mine, others = (partial(build, config, compiled=mode, device=device, dtype=dtype) for build in (ours, theirs))
+        yield f"mmdit {word} {suffix}", partial(mine, recipe=None)
         for recipe in recipes:
-            yield f"mmdit {recipe} {suffix}", partial(ours, recipe=recipe)
+            yield f"mmdit {recipe} {suffix}", partial(mine, recipe=recipe)
         if "diffusers" in against:
-            yield f"diffusers {word} {suffix}", partial(theirs, float8=False)
+            yield f"diffusers {word} {suffix}", partial(others, float8=False)
         if "torchao" in against:
-            yield f"diffusers + torchao float8 {suffix}", partial(theirs, float8=True)
+            yield f"diffusers + torchao float8 {suffix}", partial(others, float8=True)
         if "torchao-tuned" in against and mode:
-            yield f"diffusers + torchao float8 {suffix}, tuned", partial(theirs, float8=True, tuned=True)
+            yield f"diffusers + torchao float8 {suffix}, tuned", partial(others, float8=True, tuned=True)
 
 
 def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Build]]:
@@ -240,80 +201,6 @@ def _own_compiler_settings() -> Iterator[None]:
         yield
     finally:
         settings.load_config(before)
-
-
-def _ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any, dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
-        model = MMDiT(config)
-    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
-    if recipe is not None:
-        quantized(model, recipe)
-    if compiled:
-        for block in model.joint_blocks:
-            block.compile(fullgraph=True)
-    return model, lambda inputs: model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
-
-
-def _theirs(
-    config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, dtype: torch.dtype, tuned: bool = False
-) -> Any:
-    try:
-        from diffusers import SD3Transformer2DModel
-    except ImportError as error:
-        raise ImportError('--against diffusers needs diffusers: pip install "mmdit-lab[test]"') from error
-    with torch.device("meta"):
-        settings = {key: value for key, value in to_diffusers("transformer", config).items() if not key.startswith("_")}
-        model = SD3Transformer2DModel(**settings)
-    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
-    if compiled:
-        model.fuse_qkv_projections()
-        for block in model.transformer_blocks:  # what it leaves behind would count as memory
-            for attention in filter(None, (block.attn, getattr(block, "attn2", None))):
-                for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
-                    if hasattr(attention, name):
-                        delattr(attention, name)
-    if float8:
-        try:
-            from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
-            from torchao.quantization import quantize_ as their_quantize
-        except ImportError as error:
-            raise ImportError("--against torchao needs torchao: pip install torchao") from error
-        their_quantize(
-            model,
-            Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=tuned),
-            filter_fn=lambda layer, name: (
-                isinstance(layer, nn.Linear) and "transformer_blocks" in name and "norm1" not in name
-            ),
-        )
-    if compiled:
-        for block in model.transformer_blocks:  # what compile_repeated_blocks does where a model names its blocks
-            block.compile(fullgraph=True)
-
-    def step(inputs: Inputs) -> Any:
-        return model(inputs.latent, inputs.context, inputs.pooled, inputs.timestep, return_dict=False)[0]
-
-    return model, step
-
-
-def quantized(model: nn.Module, name: str) -> None:
-    """Quantize in place by a name of `bench`; scales of static activations are made up: time is the same."""
-    recipe = RECIPES[name.removesuffix("+exact")]
-    recipe = replace(recipe, fast_accum=recipe.fast_accum and not name.endswith("+exact"))
-    scale = torch.tensor(6 / 448)
-    scales = {linear: scale for linear, _ in linears_of(model)} if recipe.activation == "static" else None
-    quantize_(model, recipe, input_scales=scales)
-
-
-@torch.no_grad()
-def fill(model: nn.Module) -> None:
-    """Weights as a trained model's are spread, without a pass over the CPU."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
-            continue
-        if tensor.ndim < 2:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.0)
-        else:
-            tensor.normal_(std=0.02)
 
 
 @torch.no_grad()
@@ -343,17 +230,6 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
     rate = flops / median / 1e9
     spread = quarters[2] - quarters[0]
     return Timed(name, median, spread, peak / 1e9, weights / 1e9, first, rate, parts_of(kernels), kernels[:15])
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Of all weights as they are stored; a quantized one may say of itself what it stands for."""
-    return sum(_stored(tensor) for tensor in model.state_dict().values())
-
-
-def _stored(tensor: Any) -> int:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.nbytes)
-    return sum(_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def kernels_of(run: Callable[[], object]) -> list[tuple[str, int, float]]:

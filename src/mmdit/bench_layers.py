@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.bench import MODELS, check_names
+from mmdit.bench_models import MODELS, check_names
 from mmdit.model import MMDiT
 from quant.convert import linears_of, snr
 from quant.matmul import backend_of, quantize_activation

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encoders import Conditioning, TokenSpan
 from encoders.conditioning import EncoderName
-from mmdit.bench import MODELS, Inputs, fill
+from mmdit.bench_models import MODELS, Inputs, fill
 from mmdit.map_columns import Direction
 from mmdit.map_results import AttentionMaps
 from mmdit.maps import Heads, attention_maps
@@ -90,7 +90,7 @@ def cost(
     """Measure `rounds` drawings without and with maps; times are medians.
 
     Args:
-        model: one of `mmdit.bench.MODELS`.
+        model: one of `mmdit.bench_models.MODELS`.
         words: of two tokens each, in CLIP and in T5.
         steps: of a drawing; the transformer only, both halves in one batch.
         blocks, heads, directions, quadrants: see `mmdit.attention_maps`.

@@ -16,7 +16,7 @@ from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.assemble import Parts
-from mmdit.bench import MODELS, bytes_of, check_names, fill, quantized
+from mmdit.bench_models import MODELS, bytes_of, check_names, fill, quantized
 from mmdit.configs import to_diffusers
 from mmdit.demo import EMBEDDED
 from mmdit.model import MMDiT
@@ -53,7 +53,7 @@ def pictures(
     of official size (for the embedded model's size, by itself).
 
     Args:
-        model: one of `mmdit.bench.MODELS`.
+        model: one of `mmdit.bench_models.MODELS`.
         recipes: names as in `mmdit.bench.bench`; they quantize transformer and T5.
         steps, size: of the picture.
         compiled: whether to draw with compiled blocks too.

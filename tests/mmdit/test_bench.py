@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit import MMDiT
-from mmdit.bench import MODELS, Inputs, Work, bench, bytes_of
+from mmdit.bench import Work, bench
+from mmdit.bench_models import MODELS, Inputs, bytes_of
 from mmdit.cli import main
 from quant import quantize_
 
@@ -57,6 +58,11 @@ def test_rows_by_name():
         next(bench(**few, only=["fp8"]))
 
 
+def test_a_peer_without_a_row_is_refused():
+    with pytest.raises(ValueError, match="torchao-tuned has compiled blocks only"):
+        next(bench("demo", against=["torchao-tuned"], compiled=False, device="cpu"))
+
+
 def test_a_row_keeps_its_compiler_settings_to_itself(monkeypatch):
     from torch._inductor import config
 
@@ -66,7 +72,7 @@ def test_a_row_keeps_its_compiler_settings_to_itself(monkeypatch):
         return torch.nn.Linear(2, 2), lambda inputs: None
 
     seen = []
-    monkeypatch.setattr("mmdit.bench._ours", build)
+    monkeypatch.setattr("mmdit.bench.ours", build)
     few = {"model": "demo", "size": 64, "text": 20, "repeats": 1, "device": "cpu", "recipes": ["fp8"]}
     list(bench(**few, compiled=False))
     assert seen == [False, False]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmdit import MMDiT, MMDiTConfig, Pipeline, attention_maps, map_columns
-from mmdit.bench import Inputs
 from mmdit.bench_maps import Loop
+from mmdit.bench_models import Inputs
 from mmdit.maps import _several
 from mmdit.passes import Half
 from mmdit.word_tokens import SPECIAL, token_positions, words_of

@@ -212,6 +212,13 @@ def test_parts_that_do_not_go_together():
     refuses(
         lambda: Float8Tensor(codes, row, None, e5m2, torch.float32), "codes are torch.float8_e4m3fn", error=ValueError
     )
+    for input_scale, said in ((torch.ones(4), "shape [4]"), (torch.tensor(1.0).double(), "torch.float64")):
+        refuses(
+            lambda: Float8Tensor(codes, one, input_scale, tensor_, torch.float32),  # noqa: B023
+            "an input scale of",
+            said,
+            error=ValueError,
+        )
     refuses(lambda: Float8Tensor(codes, row, None, rows, TORCH["e4m3"]), "stands for", "float8", error=ValueError)
 
 

@@ -278,3 +278,11 @@ def test_metadata_of_shards_are_one():
     assert json.loads(merged[HEADER])["layers"].keys() == {"a", "b"}
     with pytest.raises(ValueError, match="_quantization_metadata is not the expected JSON"):
         merge_metadata([{HEADER: "{}"}, {HEADER: "{}"}])
+
+
+def test_a_file_of_a_newer_version_is_refused():
+    tensors, metadata = pack({"a.weight": Float8Tensor.quantize(torch.ones(2, 4))})
+    entry = json.loads(metadata[OWN])
+    metadata |= {OWN: json.dumps(entry | {"version": 2})}
+    with pytest.raises(ValueError, match="mmdit_quant has version 2, this is 1: a newer mmdit-lab wrote the file"):
+        unpack(tensors, metadata)
