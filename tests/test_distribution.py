@@ -14,7 +14,7 @@ PACKAGES = ("encoders", "mmdit", "quant", "samplers")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 REFERENCES = {"diffusers", "transformers"}
 # Modules whose job is the comparison with the references; they import them inside functions.
-COMPARERS = {"verify.py", "traces.py", "bench.py", "bench_picture.py", "cli_compare.py"}
+COMPARERS = {"verify.py", "traces.py", "bench_models.py", "bench_picture.py", "cli_compare.py"}
 
 
 def imported(file: Path, *, top_level_only: bool = False) -> set[str]:
