@@ -22,8 +22,8 @@ MANIFEST = "sd3.5_large.safetensors"
 
 def make(path: Path) -> Path:
     """A file with the official keys and shapes and random fp16 numbers."""
-    from mmdit.lazy import LazyTensor
-    from mmdit.safetensors_file import write_tensors
+    from mmdit.checkpoints.lazy import LazyTensor
+    from mmdit.checkpoints.safetensors_io import write_tensors
 
     if not path.exists():
         shapes = {key: entry["shape"] for key, entry in golden.manifest(MANIFEST)["tensors"].items()}
@@ -56,7 +56,7 @@ def plain_read_kept(path: Path) -> int:
 
 def read_and_cast(path: Path) -> int:
     """Every tensor of the file read and cast, nothing else."""
-    from mmdit.safetensors_file import read_header
+    from mmdit.checkpoints.safetensors_io import read_header
 
     kept = []
     with path.open("rb", buffering=0) as file:
@@ -96,9 +96,9 @@ def peak_anonymous(stop: threading.Event, peak: list[int]) -> None:
 
 
 def measure(name: str, path: Path) -> dict:
-    import mmdit.checkpoint  # imports are not what is measured
+    import mmdit.checkpoints.load  # imports are not what is measured
 
-    assert mmdit.checkpoint
+    assert mmdit.checkpoints.load
     stop, peak = threading.Event(), [0]
     watcher = threading.Thread(target=peak_anonymous, args=(stop, peak))
     watcher.start()

@@ -21,7 +21,7 @@ def anonymous() -> int:
 
 def quantize(source: Path, target: Path) -> int:
     """What `mmdit quantize` does."""
-    from mmdit.quantize import quantize_checkpoint
+    from mmdit.checkpoints.quantize import quantize_checkpoint
 
     return quantize_checkpoint(source, target, "fp8-tensor", progress=False).layers
 
@@ -37,11 +37,11 @@ ACTIONS = {"quantize": quantize, "load": load}
 
 
 def measure(name: str, source: Path, target: Path) -> dict:
-    import mmdit.quantize
-    from mmdit.checkpoint import empty, open_part
-    from mmdit.locate import locate
+    import mmdit.checkpoints.quantize
+    from mmdit.checkpoints.load import empty, open_part
+    from mmdit.checkpoints.locate import locate
 
-    assert mmdit.quantize
+    assert mmdit.checkpoints.quantize
     empty(open_part(locate(source), "transformer"))  # imports are not what is measured, and torch has some on first use
     stop, peak, before = threading.Event(), [0], anonymous()
     watcher = threading.Thread(target=measure_loading.peak_anonymous, args=(stop, peak))

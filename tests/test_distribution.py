@@ -14,7 +14,27 @@ PACKAGES = ("encoders", "mmdit", "quant", "samplers")
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 REFERENCES = {"diffusers", "transformers"}
 # Modules whose job is the comparison with the references; they import them inside functions.
-COMPARERS = {"verify.py", "traces.py", "bench_models.py", "bench_picture.py", "cli_compare.py"}
+COMPARERS = {
+    "mmdit/parity/verify.py",
+    "mmdit/parity/traces.py",
+    "mmdit/bench/random_models.py",
+    "mmdit/bench/picture.py",
+    "mmdit/cli/compare.py",
+}
+# The rooms of `src/mmdit`: a room imports only rooms of lines above its own; rooms of one line do not see each other.
+LAYERS = (
+    ("_version", "embedded", "utils"),
+    ("models",),
+    ("checkpoints",),
+    ("runtime",),
+    ("pipeline",),
+    ("inspection", "parity"),
+    ("demo",),
+    ("bench",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+LEAVES = ("encoders", "quant", "samplers")
 
 
 def imported(file: Path, *, top_level_only: bool = False) -> set[str]:
@@ -38,16 +58,90 @@ def test_leaves_import_none_of_ours(leaf):
         assert imported(file) & set(PACKAGES) <= {leaf}, file
 
 
+def modules() -> dict[str, Path]:
+    """Every module of ours, by dotted name; a package goes by the name of its folder."""
+    names = {path: ".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in SOURCES}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def edges() -> dict[str, set[str]]:
+    """Which modules of ours each one names in an import, also inside functions and under TYPE_CHECKING."""
+    known = modules()
+    found: dict[str, set[str]] = {}
+    for name, path in known.items():
+        targets: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= inner if inner <= set(known) else inner | {node.module or ""}
+        found[name] = (targets & set(known)) - {name}
+    return found
+
+
+def room(name: str) -> str:
+    """The room of a module of `mmdit`."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def test_rooms_import_only_those_before_them():
+    order = {name: index for index, line in enumerate(LAYERS) for name in line}
+    assert {room(name) for name in modules() if name.split(".")[0] == "mmdit"} == set(order)
+    wrong = [
+        f"{source} imports {target}"
+        for source, targets in edges().items()
+        for target in targets
+        if source.startswith("mmdit.") and target.split(".")[0] == "mmdit"
+        if room(source) != room(target) and order[room(target)] >= order[room(source)]
+    ]
+    assert sorted(wrong) == []
+
+
+def test_rooms_have_at_most_eight_levels():
+    """The longest chain of rooms that import each other."""
+    targets: dict[str, set[str]] = {}
+    for source, found in edges().items():
+        if source.startswith("mmdit."):
+            inner = {room(target) for target in found if target.split(".")[0] == "mmdit"}
+            targets.setdefault(room(source), set()).update(inner - {room(source)})
+    levels = 0
+    while targets:
+        levels += 1
+        free = {name for name, needs in targets.items() if not needs & set(targets)}
+        assert free
+        targets = {name: needs for name, needs in targets.items() if name not in free}
+    assert levels <= 8
+
+
+def test_models_import_no_leaf():
+    wrong = [
+        f"{source} imports {target}"
+        for source, targets in edges().items()
+        for target in targets
+        if source.startswith("mmdit.models") and target.split(".")[0] in LEAVES
+    ]
+    assert wrong == []
+
+
+def test_no_circle():
+    left = {source: set(targets) for source, targets in edges().items() if source != "mmdit"}
+    while free := [name for name, targets in left.items() if not targets & set(left)]:
+        for name in free:
+            del left[name]
+    assert left == {}
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT / "src")))
 def test_run_time_needs_no_reference(file):
-    allowed = REFERENCES if file.name in COMPARERS else set()
+    allowed = REFERENCES if file.relative_to(ROOT / "src").as_posix() in COMPARERS else set()
     assert imported(file, top_level_only=True) & REFERENCES == set()
     assert imported(file) & REFERENCES <= allowed
 
 
 def test_model_code_does_not_name_quantization():
-    for name in ("model", "blocks", "layers", "config"):
-        text = (ROOT / "src" / "mmdit" / f"{name}.py").read_text(encoding="utf-8").lower()
+    for file in (ROOT / "src" / "mmdit" / "models").glob("*.py"):
+        text = file.read_text(encoding="utf-8").lower()
         assert "quant" not in text
         assert "float8" not in text
 

@@ -4,34 +4,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdit import reducers as reducers
-    from mmdit.budget import BudgetError
-    from mmdit.calibration import Calibration, calibrate, quantize_static
-    from mmdit.captured import Captured
-    from mmdit.captures import capture
-    from mmdit.checkpoint import load_clip, load_mmdit, load_t5, load_vae
-    from mmdit.comparison import compare
-    from mmdit.concepts import Concepts, concept_tokens
-    from mmdit.config import MMDiTConfig
-    from mmdit.float8_inside import float8_blame, float8_errors
-    from mmdit.guides import Guidance
-    from mmdit.labelled import Labelled
-    from mmdit.listing import points
-    from mmdit.maps import attention_maps
-    from mmdit.model import MMDiT
-    from mmdit.patches import patch
-    from mmdit.pipeline import Pipeline, PipelineOutput
-    from mmdit.png import read_settings, save_png
-    from mmdit.previews import preview
-    from mmdit.profiles import PROFILES, Profile
-    from mmdit.quantize import quantize_checkpoint
-    from mmdit.ranges import Ranged
-    from mmdit.safetensors_file import CheckpointError
-    from mmdit.spool import load_capture
-    from mmdit.stages import Comparison
-    from mmdit.sweeps import sweep
+    from mmdit._version import __version__ as __version__
+    from mmdit.checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
+    from mmdit.checkpoints.quantize import quantize_checkpoint
+    from mmdit.checkpoints.safetensors_io import CheckpointError
+    from mmdit.inspection import plots as plots
+    from mmdit.inspection import reducers as reducers
+    from mmdit.inspection.attention_maps import attention_maps
+    from mmdit.inspection.budget import BudgetError
+    from mmdit.inspection.capture import capture
+    from mmdit.inspection.captured import Captured
+    from mmdit.inspection.concepts import Concepts, concept_tokens
+    from mmdit.inspection.float8 import float8_blame, float8_errors
+    from mmdit.inspection.labelled import Labelled
+    from mmdit.inspection.listing import points
+    from mmdit.inspection.patch import patch
+    from mmdit.inspection.spool import load_capture
+    from mmdit.inspection.sweep import sweep
+    from mmdit.models.config import MMDiTConfig
+    from mmdit.models.mmdit import MMDiT
+    from mmdit.parity.compare import compare
+    from mmdit.parity.report import Comparison
+    from mmdit.pipeline.calibration import Calibration, calibrate, quantize_static
+    from mmdit.pipeline.guidance import Guidance
+    from mmdit.pipeline.pipeline import Pipeline, PipelineOutput
+    from mmdit.pipeline.previews import preview
+    from mmdit.pipeline.profiles import PROFILES, Profile
+    from mmdit.pipeline.ranges import Ranged
+    from mmdit.pipeline.settings import read_settings, save_png
 
-__version__ = "0.1.0"
 __all__ = [
     "PROFILES",
     "BudgetError",
@@ -71,49 +72,50 @@ __all__ = [
     "sweep",
 ]
 
-_SUBMODULES = ("reducers",)  # that are used as mmdit.reducers.norm()
+_SUBMODULES = {"plots": "mmdit.inspection.plots", "reducers": "mmdit.inspection.reducers"}
 _HOME = {
-    "Calibration": "mmdit.calibration",
-    "BudgetError": "mmdit.budget",
-    "Captured": "mmdit.captured",
-    "CheckpointError": "mmdit.safetensors_file",
-    "Comparison": "mmdit.stages",
-    "Concepts": "mmdit.concepts",
-    "Labelled": "mmdit.labelled",
-    "Guidance": "mmdit.guides",
-    "MMDiT": "mmdit.model",
-    "MMDiTConfig": "mmdit.config",
-    "PROFILES": "mmdit.profiles",
-    "Pipeline": "mmdit.pipeline",
-    "PipelineOutput": "mmdit.pipeline",
-    "Profile": "mmdit.profiles",
-    "calibrate": "mmdit.calibration",
-    "attention_maps": "mmdit.maps",
-    "capture": "mmdit.captures",
-    "Ranged": "mmdit.ranges",
-    "compare": "mmdit.comparison",
-    "concept_tokens": "mmdit.concepts",
-    "float8_blame": "mmdit.float8_inside",
-    "float8_errors": "mmdit.float8_inside",
-    "load_capture": "mmdit.spool",
-    "load_clip": "mmdit.checkpoint",
-    "load_mmdit": "mmdit.checkpoint",
-    "load_t5": "mmdit.checkpoint",
-    "load_vae": "mmdit.checkpoint",
-    "patch": "mmdit.patches",
-    "points": "mmdit.listing",
-    "preview": "mmdit.previews",
-    "quantize_checkpoint": "mmdit.quantize",
-    "quantize_static": "mmdit.calibration",
-    "read_settings": "mmdit.png",
-    "save_png": "mmdit.png",
-    "sweep": "mmdit.sweeps",
+    "__version__": "mmdit._version",
+    "Calibration": "mmdit.pipeline.calibration",
+    "BudgetError": "mmdit.inspection.budget",
+    "Captured": "mmdit.inspection.captured",
+    "CheckpointError": "mmdit.checkpoints.safetensors_io",
+    "Comparison": "mmdit.parity.report",
+    "Concepts": "mmdit.inspection.concepts",
+    "Labelled": "mmdit.inspection.labelled",
+    "Guidance": "mmdit.pipeline.guidance",
+    "MMDiT": "mmdit.models.mmdit",
+    "MMDiTConfig": "mmdit.models.config",
+    "PROFILES": "mmdit.pipeline.profiles",
+    "Pipeline": "mmdit.pipeline.pipeline",
+    "PipelineOutput": "mmdit.pipeline.pipeline",
+    "Profile": "mmdit.pipeline.profiles",
+    "calibrate": "mmdit.pipeline.calibration",
+    "attention_maps": "mmdit.inspection.attention_maps",
+    "capture": "mmdit.inspection.capture",
+    "Ranged": "mmdit.pipeline.ranges",
+    "compare": "mmdit.parity.compare",
+    "concept_tokens": "mmdit.inspection.concepts",
+    "float8_blame": "mmdit.inspection.float8",
+    "float8_errors": "mmdit.inspection.float8",
+    "load_capture": "mmdit.inspection.spool",
+    "load_clip": "mmdit.checkpoints.load",
+    "load_mmdit": "mmdit.checkpoints.load",
+    "load_t5": "mmdit.checkpoints.load",
+    "load_vae": "mmdit.checkpoints.load",
+    "patch": "mmdit.inspection.patch",
+    "points": "mmdit.inspection.listing",
+    "preview": "mmdit.pipeline.previews",
+    "quantize_checkpoint": "mmdit.checkpoints.quantize",
+    "quantize_static": "mmdit.pipeline.calibration",
+    "read_settings": "mmdit.pipeline.settings",
+    "save_png": "mmdit.pipeline.settings",
+    "sweep": "mmdit.inspection.sweep",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
-        return import_module(f"mmdit.{name}")
+        return import_module(_SUBMODULES[name])
     if name not in _HOME:
         raise AttributeError(f"module 'mmdit' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

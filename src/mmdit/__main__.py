@@ -1,5 +1,5 @@
 """`python -m mmdit`."""
 
-from mmdit.cli import main
+from mmdit.cli.app import main
 
 raise SystemExit(main())

@@ -1,8 +1,13 @@
 """FP8 for researchers: tensor type, recipes, backends and file formats. A leaf: imports torch and nothing of ours."""
 
+import quant.operations as _operations  # noqa: F401  it fills the tables of quant.dispatch
 from quant.codec import decode, encode
-from quant.convert import Layer, Report, dequantize_, is_quantized, linears_of, quantize_, report, snr
-from quant.file_formats import (
+from quant.matmul import backend_of
+from quant.observers import Observed, observe
+from quant.packing import pack, unpack
+from quant.quantize import Layer, Report, dequantize_, is_quantized, linears_of, quantize_, report, snr
+from quant.recipe import RECIPES, Recipe
+from quant.spellings import (
     FLOAT8,
     Scales,
     check_formats,
@@ -12,10 +17,6 @@ from quant.file_formats import (
     format_in,
     layers_in,
 )
-from quant.matmul import backend_of
-from quant.observers import Observed, observe
-from quant.packing import pack, unpack
-from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
 
 __all__ = [

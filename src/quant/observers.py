@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from quant.convert import _selected, linears_of
+from quant.quantize import _selected, linears_of
 
 # Bins of the histogram of |x| are ranges of float32 patterns: 64 to an octave, so that a percentile is right to 1.6 %.
 _BIN: Final = 2**17  # patterns in one

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quant.dispatch import FUNCTIONS, implements
 from quant.matmul import linear
 from quant.scaling import DTYPES, has_float8
-from quant.tensor import FUNCTIONS, OPERATIONS, Float8Tensor
+from quant.tensor import Float8Tensor
 
 aten = torch.ops.aten
 
@@ -90,27 +91,19 @@ FUNCTIONS |= {
 # Operations that move, copy and cut.
 
 
-def _implements(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(operation: Callable[..., Any]) -> Callable[..., Any]:
-        OPERATIONS.update(dict.fromkeys(functions, operation))
-        return operation
-
-    return register
-
-
-@_implements(aten.clone.default)
+@implements(aten.clone.default)
 def _clone(func: Any, x: Float8Tensor, **kwargs: Any) -> Float8Tensor:
     return x._map(lambda part: func(part, **kwargs))
 
 
-@_implements(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+@implements(aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _alias(func: Any, x: Float8Tensor) -> Float8Tensor:
     same = x._view(func(x.qdata), func(x.scale))
     same.snr = x.snr
     return same
 
 
-@_implements(aten._to_copy.default)
+@implements(aten._to_copy.default)
 def _to_copy(
     func: Any, x: Float8Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
 ) -> Float8Tensor:
@@ -126,12 +119,12 @@ def _to_copy(
     return x._map(moved, dtype)
 
 
-@_implements(aten.t.default, aten.transpose.int, aten.permute.default)
+@implements(aten.t.default, aten.transpose.int, aten.permute.default)
 def _transposed(func: Any, x: Float8Tensor, *dims: Any) -> Float8Tensor:
     return x._view(func(x.qdata, *dims), func(x.scale, *dims) if x.scale.ndim else x.scale)
 
 
-@_implements(aten.view.default, aten._unsafe_view.default)
+@implements(aten.view.default, aten._unsafe_view.default)
 def _view(func: Any, x: Float8Tensor, size: Sequence[int]) -> Float8Tensor:
     """Any shape under one scale; with one per row, those that keep rows whole."""
     qdata = func(x.qdata, size)
@@ -144,7 +137,7 @@ def _view(func: Any, x: Float8Tensor, size: Sequence[int]) -> Float8Tensor:
     return x._view(qdata, func(x.scale, [*qdata.shape[:-1], 1]))
 
 
-@_implements(aten.slice.Tensor, aten.select.int)
+@implements(aten.slice.Tensor, aten.select.int)
 def _cut(func: Any, x: Float8Tensor, dim: int = 0, *where: Any, **kwargs: Any) -> Float8Tensor:
     scale = x.scale
     if scale.ndim and scale.shape[dim] == x.shape[dim]:
@@ -154,7 +147,7 @@ def _cut(func: Any, x: Float8Tensor, dim: int = 0, *where: Any, **kwargs: Any) -
     return x._view(func(x.qdata, dim, *where, **kwargs), scale)
 
 
-@_implements(aten.split.Tensor, aten.split_with_sizes.default)
+@implements(aten.split.Tensor, aten.split_with_sizes.default)
 def _split(func: Any, x: Float8Tensor, sizes: Any, dim: int = 0) -> list[Float8Tensor]:
     pieces = func(x.qdata, sizes, dim)
     whole = not x.scale.ndim or x.scale.shape[dim] != x.shape[dim]
@@ -162,7 +155,7 @@ def _split(func: Any, x: Float8Tensor, sizes: Any, dim: int = 0) -> list[Float8T
     return [x._view(qdata, scale) for qdata, scale in zip(pieces, scales, strict=True)]
 
 
-@_implements(aten.cat.default)
+@implements(aten.cat.default)
 def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Float8Tensor:
     """Codes stay as they are; rows keep their scales, and tensors with different single scales get one per row."""
     parts = [tensor for tensor in tensors if isinstance(tensor, Float8Tensor)]
@@ -190,7 +183,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
-@_implements(aten.copy_.default)
+@implements(aten.copy_.default)
 def _copy(func: Any, into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """From a Float8Tensor of the same kind its codes; from any other tensor new codes and a new scale."""
     if not isinstance(into, Float8Tensor):
@@ -226,7 +219,7 @@ def _like(into: Float8Tensor, source: Tensor) -> Float8Tensor:
     return quantized
 
 
-@_implements(aten.equal.default)
+@implements(aten.equal.default)
 def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
     """Whether codes, scales and what they stand for are the same."""
     if not (isinstance(a, Float8Tensor) and isinstance(b, Float8Tensor)):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quant.file_formats import FORMAT_OF, FORMATS, HEADER, NOTE, layers_in, weight_of
 from quant.recipe import Recipe
 from quant.scaling import DTYPES
+from quant.spellings import FORMAT_OF, FORMATS, HEADER, NOTE, layers_in, weight_of
 from quant.stored import Stored, checked_input_scale, checked_scale, recipe_of, stored_weights
 from quant.tensor import Float8Tensor
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant.file_formats import (
+from quant.recipe import Granularity, Recipe
+from quant.spellings import (
     FORMAT_OF,
     HEADER,
     MARKER,
@@ -26,7 +27,6 @@ from quant.file_formats import (
     positive,
     weight_of,
 )
-from quant.recipe import Granularity, Recipe
 
 
 class Stored(NamedTuple):

@@ -16,12 +16,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from quant.dispatch import FUNCTIONS, OPERATIONS
 from quant.recipe import Format, Granularity, Recipe
 from quant.scaling import DTYPES, has_float8, scale_of, to_codes, values_of
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}  # of torch, instead of which ours are called
-OPERATIONS: dict[Any, Callable[..., Any]] = {}  # of aten, called with the operation itself and its arguments
 
 
 class Float8Tensor(Tensor):
@@ -293,5 +292,3 @@ def _rebuilt(
 
 
 torch.serialization.add_safe_globals([_rebuilt, Recipe])  # torch.load(weights_only=True) may build these
-
-import quant.operations  # noqa: E402, F401  fills the tables

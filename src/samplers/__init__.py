@@ -1,10 +1,6 @@
 """Flow-matching samplers: schedules, solvers, guidance, noise. A leaf: imports torch and numpy and nothing of ours."""
 
 from samplers.guidance import (
-    Guide,
-    Guided,
-    Mix,
-    Predict,
     Weaker,
     Within,
     averaged,
@@ -21,9 +17,10 @@ from samplers.guidance import (
 from samplers.names import pick
 from samplers.noise import BrownianTree, Fresh, Noise, gaussian
 from samplers.schedules import SCHEDULES, checked_sigmas, resolution_shift, shifted, sigmas
-from samplers.solvers import SOLVERS, Denoise, Solver, Step, solvers_markdown
+from samplers.solvers import SOLVERS, Solver, solvers_markdown
 from samplers.solvers.exponential import dpmpp_2m
 from samplers.solvers.first_order import euler
+from samplers.types import Denoise, Guide, Guided, Mix, Predict, Step
 from samplers.windows import Window, first_steps, gap, level_at, percents, steps_inside
 
 __all__ = [

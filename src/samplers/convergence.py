@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from samplers.guidance import Guided
-from samplers.solvers import SOLVERS, Solver, Step
+from samplers.solvers import SOLVERS, Solver
 from samplers.solvers.common import at_half_log_snr, half_log_snr
+from samplers.types import Guided, Step
 
 SHARES, MEANS, SPREADS = (0.4, 0.6), (-0.8, 0.9), (0.5, 0.4)  # of the two humps
 START, END = 0.9, 0.1

@@ -7,27 +7,14 @@ is x - x0 up to the factor 1 / sigma; that factor cancels in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from samplers.solvers import Denoise
+from samplers.types import Denoise, Guide, Guided, Mix, Predict
 from samplers.windows import ALWAYS, Window
-
-Predict = Callable[[Tensor, float, Sequence[Any]], list[Tensor]]
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, x0 with the prompt, x0 without it) -> x0
-
-
-class Guided(NamedTuple):
-    """The combined prediction and the unconditional one that it was made with, where one ran."""
-
-    x0: Tensor
-    uncond: Tensor | None
-
-
-Guide = Callable[[Tensor, float], Guided]
 
 
 class Within(NamedTuple):

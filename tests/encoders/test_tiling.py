@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from encoders import VAE, VAEConfig, decode_tiled, tiling
 from encoders.tiling import Moments
 from mmdit import load_vae
-from mmdit.demo import EMBEDDED
+from mmdit.embedded import EMBEDDED
 from refusals import refuses
 
 SEAM = 40  # pixels; a side of tiles that divides neither side of the picture

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from float8_law import TORCH, decoded
 from quant import matmul
-from quant.convert import report
 from quant.matmul import backend_of
+from quant.quantize import report
 from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
 from refusals import refuses

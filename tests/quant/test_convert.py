@@ -12,7 +12,7 @@ from encoders.clip import CLIPConfig, CLIPText
 from encoders.t5 import T5Config, T5Encoder
 from float8_law import codes_by_law, decoded, scale_by_law
 from mmdit import Pipeline
-from quant.convert import KEPT, dequantize_, is_quantized, linears_of, quantize_, report, snr
+from quant.quantize import KEPT, dequantize_, is_quantized, linears_of, quantize_, report, snr
 from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
 from refusals import refuses

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quant.convert import snr
 from quant.matmul import backend_of, quantize_activation
+from quant.quantize import snr
 from quant.recipe import RECIPES
 from quant.scaling import scale_of, to_codes
 from quant.tensor import Float8Tensor

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 from torch import nn
 
-from quant.convert import quantize_
 from quant.packing import HEADER, OWN, merge_metadata, pack, unpack
+from quant.quantize import quantize_
 from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
 

@@ -1,10 +1,5 @@
-"""The embedded model and its world: scenes of simple shapes, their captions, a scorer that reads pictures, tokenizers.
+"""The embedded model's world: scenes of simple shapes, captions, a scorer that reads pictures, tokenizers, training."""
 
-`EMBEDDED` is the model's folder, which `Pipeline.demo()` loads. Nothing else is imported here, so `import mmdit` stays
-light: `from mmdit.demo import scenes, captions, score, vocab`.
-"""
+from mmdit.embedded import EMBEDDED
 
-from pathlib import Path
-from typing import Final
-
-EMBEDDED: Final = Path(__file__).parent / "weights"
+__all__ = ["EMBEDDED"]

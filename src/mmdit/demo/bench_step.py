@@ -24,9 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdit.assemble import Parts
-from mmdit.checkpoint import load_vae
-from mmdit.demo import EMBEDDED
+from mmdit.checkpoints.load import load_vae
+from mmdit.checkpoints.load_pipeline import Parts
 from mmdit.demo.captions import training_captions
 from mmdit.demo.data import tokenize
 from mmdit.demo.progress import Ema, Journal
@@ -35,6 +34,7 @@ from mmdit.demo.run import Run
 from mmdit.demo.scenes import render, sample
 from mmdit.demo.train_mmdit import Batch, Batches, Engine, flow_loss, make_optimizer
 from mmdit.demo.trainee import T5Form, initial_parts, save_compiled, trainee_of
+from mmdit.embedded import EMBEDDED
 
 __all__ = ["main"]
 

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit.arguments import generators
-from mmdit.assemble import Parts
-from mmdit.demo import EMBEDDED
+from mmdit.checkpoints.load_pipeline import Parts
 from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.data import workers
 from mmdit.demo.grammar import KINDS, Statement
 from mmdit.demo.score import accuracies, macro_average, score_batch
 from mmdit.demo.sheet import contact_sheet
-from mmdit.guides import Guidance
-from mmdit.pipeline import Pipeline
+from mmdit.embedded import EMBEDDED
+from mmdit.pipeline.arguments import generators
+from mmdit.pipeline.guidance import Guidance
+from mmdit.pipeline.pipeline import Pipeline
 from samplers import SOLVERS, pick
 
 __all__ = [

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mmdit.assemble import Parts
-from mmdit.pipeline import Pipeline
+from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.pipeline.pipeline import Pipeline
 
 __all__ = ["MAX_BYTES", "cast_copy", "export", "write_pieces"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
-from mmdit.config import MMDiTConfig
 from mmdit.demo.vocab import SIZE
+from mmdit.models.config import MMDiTConfig
 
 __all__ = ["FULL", "SMOKE", "Architecture", "Recipe", "T5Mix"]
 

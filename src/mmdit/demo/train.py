@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from mmdit.assemble import Parts, from_folder
-from mmdit.checkpoint import load_vae
-from mmdit.demo import EMBEDDED
+from mmdit.checkpoints.load import load_vae
+from mmdit.checkpoints.load_pipeline import Parts, from_folder
 from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
@@ -31,7 +30,8 @@ from mmdit.demo.run import Run
 from mmdit.demo.train_mmdit import Batches, Engine, rehearse, train_mmdit
 from mmdit.demo.train_vae import latents_of, train_vae
 from mmdit.demo.trainee import QUICK, REGIONS, initial_parts, load_compiled, save_compiled
-from mmdit.pipeline import Pipeline
+from mmdit.embedded import EMBEDDED
+from mmdit.pipeline.pipeline import Pipeline
 
 __all__ = ["main", "train"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdit.assemble import Parts
+from mmdit.checkpoints.load_pipeline import Parts
 from mmdit.demo.data import TokenTable, tokenize
 from mmdit.demo.progress import Budget, Ema, Every, learning_rate, mean_of, save_whole
 from mmdit.demo.run import Run

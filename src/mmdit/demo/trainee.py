@@ -20,11 +20,11 @@ from encoders.t5 import Block as T5Block
 from encoders.t5 import Stack as T5Stack
 from encoders.t5 import T5Encoder, relative_buckets
 from encoders.vae import VAE, ResnetBlock
-from mmdit.assemble import Parts
-from mmdit.blocks import JointBlock
+from mmdit.checkpoints.load_pipeline import Parts
 from mmdit.demo.data import TokenTable, own_tokenizers
 from mmdit.demo.recipe import Architecture
-from mmdit.model import MMDiT
+from mmdit.models.blocks import JointBlock
+from mmdit.models.mmdit import MMDiT
 
 __all__ = [
     "QUICK",

@@ -4,7 +4,7 @@ A solver calls `denoise(x, sigma)`, which gives the predicted picture x0, and kn
 It leaves gradients as the caller has them: a graph grows only where weights or latents ask for one.
 """
 
-from samplers.solvers.common import Denoise, Step
 from samplers.solvers.table import SOLVERS, Solver, solvers_markdown
+from samplers.types import Denoise, Step
 
 __all__ = ["SOLVERS", "Denoise", "Solver", "Step", "solvers_markdown"]

@@ -10,7 +10,8 @@ from math import log, sqrt
 import numpy as np
 from torch import Tensor
 
-from samplers.solvers.common import Denoise, Interval, Step, below_one, mixed, slope, toward, walk
+from samplers.solvers.common import Interval, below_one, mixed, slope, toward, walk
+from samplers.types import Denoise, Step
 
 # Adams-Bashforth for equal steps, by the number of slopes; the latest comes first.
 EQUAL_STEPS = (

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import expm1, sqrt
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from samplers.noise import Fresh, Noise
-from samplers.solvers.common import Interval, Step, ancestral, slope, toward, walk
+from samplers.solvers.common import Interval, ancestral, slope, toward, walk
 from samplers.solvers.exponential import res_step
 from samplers.solvers.first_order import posterior
+from samplers.types import Guided, Step
 
-if TYPE_CHECKING:
-    from samplers.guidance import Guided
-
-DenoiseGuided = Callable[[Tensor, float], "Guided"]
+DenoiseGuided = Callable[[Tensor, float], Guided]
 
 
 def uncond_of(guided: Guided) -> Tensor:

@@ -8,24 +8,13 @@ picture: on a flow that is the same ODE, because dx/dsigma = (x - x0) / sigma in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, expm1, inf, log, sqrt
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Denoise = Callable[[Tensor, float], Tensor]
-
-
-@dataclass
-class Step:
-    """What a solver shows after a step. Changing `x` changes what it goes on from."""
-
-    i: int
-    sigma: float  # the level of x: sigmas[i + 1], but for solvers that choose levels of their own
-    x: Tensor
-    denoised: Tensor  # the prediction at the step's beginning, sigmas[i], that the step was made with
+from samplers.types import Step
 
 
 class Interval(NamedTuple):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from samplers.solvers.common import Denoise, Step, phi_1, slope
+from samplers.solvers.common import phi_1, slope
+from samplers.types import Denoise, Step
 
 
 def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:

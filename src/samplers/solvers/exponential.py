@@ -10,9 +10,7 @@ from torch import Tensor
 
 from samplers.noise import Fresh, Noise
 from samplers.solvers.common import (
-    Denoise,
     Interval,
-    Step,
     ancestral,
     at_half_log_snr,
     below_one,
@@ -23,6 +21,7 @@ from samplers.solvers.common import (
     toward,
     walk,
 )
+from samplers.types import Denoise, Step
 
 
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:

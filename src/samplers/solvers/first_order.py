@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from samplers.noise import Fresh, Noise
-from samplers.solvers.common import Denoise, Interval, Step, ancestral, descent, slope, toward, walk
+from samplers.solvers.common import Interval, ancestral, descent, slope, toward, walk
+from samplers.types import Denoise, Step
 
 
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:

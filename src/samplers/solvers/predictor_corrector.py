@@ -14,16 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from samplers.noise import Fresh, Noise
-from samplers.solvers.common import (
-    Denoise,
-    Interval,
-    Step,
-    at_percent,
-    below_one,
-    comfyui_start,
-    half_log_snr,
-    mixed,
-)
+from samplers.solvers.common import Interval, at_percent, below_one, comfyui_start, half_log_snr, mixed
+from samplers.types import Denoise, Step
 
 LAST = 0.001  # the level that ComfyUI puts in the place of 0 for UniPC
 

@@ -9,18 +9,8 @@ from math import sqrt
 from torch import Tensor
 
 from samplers.noise import Fresh, Noise
-from samplers.solvers.common import (
-    Denoise,
-    Interval,
-    Step,
-    at_half_log_snr,
-    descent,
-    half_log_snr,
-    mixed,
-    slope,
-    toward,
-    walk,
-)
+from samplers.solvers.common import Interval, at_half_log_snr, descent, half_log_snr, mixed, slope, toward, walk
+from samplers.types import Denoise, Step
 
 
 def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:

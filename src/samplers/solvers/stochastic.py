@@ -9,18 +9,9 @@ import torch
 from torch import Tensor
 
 from samplers.noise import Fresh, Noise
-from samplers.solvers.common import (
-    Denoise,
-    Interval,
-    Step,
-    at_half_log_snr,
-    below_one,
-    comfyui_start,
-    half_log_snr,
-    phi_2,
-    walk,
-)
+from samplers.solvers.common import Interval, at_half_log_snr, below_one, comfyui_start, half_log_snr, phi_2, walk
 from samplers.solvers.exponential import decayed
+from samplers.types import Denoise, Step
 
 POINTS = 200  # of the sums of ER-SDE
 

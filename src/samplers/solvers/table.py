@@ -19,7 +19,7 @@ from samplers.solvers import (
     runge_kutta,
     stochastic,
 )
-from samplers.solvers.common import Step
+from samplers.types import Step
 
 
 @dataclass(frozen=True)

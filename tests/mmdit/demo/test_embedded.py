@@ -8,14 +8,14 @@ import torch
 
 import tiny
 from mmdit import Pipeline, load_vae
-from mmdit.cli import main
-from mmdit.convert import convert
-from mmdit.demo import EMBEDDED
+from mmdit.checkpoints.write import convert
+from mmdit.cli.app import main
 from mmdit.demo.captions import training_captions
 from mmdit.demo.evaluate import FEW, GUIDES, Setting, draw, evaluate, few_steps
 from mmdit.demo.export import MAX_BYTES
 from mmdit.demo.scenes import render, sample
 from mmdit.demo.score import check, parse_batch, statements, symbolic
+from mmdit.embedded import EMBEDDED
 
 PROMPT = "a large red circle above a blue star, on a white background"
 

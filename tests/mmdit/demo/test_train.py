@@ -16,9 +16,8 @@ from encoders import Conditioner, TextRules
 from encoders.clip import CLIPConfig, CLIPText
 from encoders.t5 import T5Config, T5Encoder
 from encoders.vae import VAE, VAEConfig
-from mmdit.checkpoint import load_vae
-from mmdit.config import MMDiTConfig
-from mmdit.demo import EMBEDDED, evaluate, recipe, train, trainee
+from mmdit.checkpoints.load import load_vae
+from mmdit.demo import evaluate, recipe, train, trainee
 from mmdit.demo.data import LENGTH, TokenTable, make_dataset, own_tokenizers, tokenize
 from mmdit.demo.export import PIECE, write_pieces
 from mmdit.demo.progress import Budget, Ema, Journal, learning_rate
@@ -27,8 +26,10 @@ from mmdit.demo.run import Run
 from mmdit.demo.train_mmdit import Batches, Engine, draw_form, flow_loss, make_optimizer
 from mmdit.demo.train_vae import fold_scale, vae_loss
 from mmdit.demo.vocab import SIZE
-from mmdit.model import MMDiT
-from mmdit.pipeline import Pipeline
+from mmdit.embedded import EMBEDDED
+from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.pipeline import Pipeline
 
 TINY = Architecture(
     MMDiTConfig(depth=2, hidden_size=64, context_dim=256, pooled_dim=192, pos_embed_size=32, sample_size=16),

@@ -1,0 +1,317 @@
+"""What each float8 recipe costs in quality: `python -m mmdit.bench.fp8_quality --out FOLDER`.
+
+Every recipe draws the same prompts from the same noise as the model that is not quantized. A row says how much of what
+prompts state is in the pictures, how close they are to its pictures, and how their distribution lies to that of
+rendered scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit.bench.metrics import bootstrap, features, frechet_distance, psnr, ssim
+from mmdit.demo.captions import prompts as make_prompts
+from mmdit.demo.data import workers
+from mmdit.demo.evaluate import MAIN, SEED, Setting, draw
+from mmdit.demo.grammar import KINDS
+from mmdit.demo.scenes import render, sample
+from mmdit.demo.score import accuracies, macro_average, score_batch
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.calibration import calibrate, fold, quantize_calibrated
+from mmdit.pipeline.pipeline import Pipeline
+from quant.quantize import linears_of, quantize_, snr
+from quant.recipe import Recipe
+
+THEORY = 28.5  # dB of float8 activations and weights on normal data
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe, with the options of `quantize_static`."""
+
+    name: str
+    recipe: str | Recipe | None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def static(self) -> bool:
+        """Whether it needs a calibration."""
+        return self.recipe == "fp8-static"
+
+
+ROWS = (
+    Row("not quantized", None),
+    Row("weight-only, per row", "fp8-weight-only"),
+    Row("dynamic, per tensor", "fp8-tensor"),
+    Row("dynamic, per token and row", "fp8"),
+    Row("static, per tensor", "fp8-static"),
+    Row("static + smoothing 0.5", "fp8-static", {"smooth": 0.5}),
+    Row("static + mean folding", "fp8-static", {"mean": True}),
+    Row("static + bias correction", "fp8-static", {"bias": True}),
+    Row("static + percentile 99.99", "fp8-static", {"percentile": 99.99}),
+    Row("static + mean, smoothing, bias", "fp8-static", {"smooth": 0.5, "mean": True, "bias": True}),
+    Row("E5M2, weight-only", "fp8-e5m2"),
+    Row("E5M2 weights, dynamic", Recipe(format="e5m2")),
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of a row, uint8 [n, 3, h, w], and what is computed of each."""
+
+    pictures: Tensor
+    verdicts: list[dict[Any, bool]]
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A line of the table; intervals are of 95 %."""
+
+    name: str
+    accuracy: float
+    accuracy_ratio: tuple[float, float, float]  # to the model that is not quantized: value, low, high
+    psnr: float  # median over pictures, dB
+    ssim: float  # mean
+    block_snr: float  # mean over blocks and streams, dB
+    frechet_ratio: tuple[float, float, float]
+    layers: dict[str, float]  # SNR of each Linear's output from its own inputs, dB
+    seconds: float
+
+
+def built(
+    row: Row, device: str, dtype: torch.dtype, calibration: Sequence[str], steps: int = MAIN.steps
+) -> tuple[MMDiT, Pipeline]:
+    """The transformer before its weights are rounded, and the pipeline with the quantized one."""
+    pipe = Pipeline.demo(device=device, dtype=dtype)
+    options = dict(row.options)
+    smooth, mean = options.pop("smooth", None), options.pop("mean", False)
+    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": MAIN.guidance, "batch": 32}
+    seen = calibrate(pipe, calibration, **settings) if row.static else None
+    if seen is not None and (smooth is not None or mean):
+        fold(pipe.transformer, seen, smooth=smooth, mean=mean)
+        seen = calibrate(pipe, calibration, **settings)
+    before = copy.deepcopy(pipe.transformer)
+    if seen is not None:
+        quantize_calibrated(pipe.transformer, seen, **options)
+    elif row.recipe is not None:
+        quantize_(pipe.transformer, row.recipe)
+    return before, pipe
+
+
+@torch.no_grad()
+def inner_snr(before: MMDiT, after: MMDiT, pipe: Pipeline, texts: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """What signal rounding leaves inside, in dB: the mean over block outputs; each Linear from its own inputs.
+
+    Both models see pictures of the prompts' own kind under noise at three levels.
+    """
+    scenes = render(sample(len(texts), 5)).to(pipe.device, pipe.dtype)
+    latent = pipe.vae.encode(2 * scenes - 1).mode()
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(latent.shape, generator=generator).to(latent)
+    read = pipe.encode(texts)
+    sums: dict[str, list[float]] = {}
+    for sigma in (0.9, 0.6, 0.3):
+        x = sigma * noise + (1 - sigma) * latent
+        call = (x, torch.full((len(x),), 1000 * sigma, device=x.device), read.context, read.pooled)
+        inputs, blocks = _traced(before, call)
+        _, other_blocks = _traced(after, call)
+        for name, value in blocks.items():
+            sums.setdefault(f"block {name}", []).append(snr(value, other_blocks[name]))
+        for name, seen in inputs.items():
+            linears = before.get_submodule(name), after.get_submodule(name)
+            outputs = [linear(seen) for linear in linears]
+            sums.setdefault(name, []).append(snr(*outputs))
+    means = {name: statistics.fmean(values) for name, values in sums.items()}
+    of_blocks = [value for name, value in means.items() if name.startswith("block ")]
+    return statistics.fmean(of_blocks), {name: value for name, value in means.items() if not name.startswith("block ")}
+
+
+def _traced(model: MMDiT, call: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of the Linears that are float8 in some recipe, and both outputs of every block."""
+    inputs: dict[str, Tensor] = {}
+    blocks: dict[str, Tensor] = {}
+
+    def keep_input(name: str) -> Any:
+        return lambda _, args: inputs.__setitem__(name, args[0])
+
+    def keep_outputs(name: str) -> Any:
+        return lambda _, __, outputs: blocks.update(
+            {
+                f"{name} {stream}": part
+                for stream, part in zip(("context", "x"), outputs, strict=True)
+                if part is not None
+            }
+        )
+
+    chosen = {name: linear for name, linear in linears_of(model) if "attn" in name or "mlp.fc" in name}
+    handles = [linear.register_forward_pre_hook(keep_input(name)) for name, linear in chosen.items()]
+    handles += [block.register_forward_hook(keep_outputs(str(i))) for i, block in enumerate(model.joint_blocks)]
+    try:
+        model(*call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs, blocks
+
+
+def pictures_of(pipe: Pipeline, texts: Sequence[str], scored: int, batch: int, pool: Any, setting: Setting) -> Drawn:
+    """Draw every prompt from the noise of its number; score the first `scored` pictures."""
+    parts = list(draw(pipe, texts, range(len(texts)), setting, batch))
+    pictures = torch.cat(parts)
+    chunks = range(0, scored, 64)
+    waiting = [
+        pool.submit(
+            _scored, pictures[first : min(first + 64, scored)].numpy(), list(texts[first : min(first + 64, scored)])
+        )
+        for first in chunks
+    ]
+    found = torch.cat([features(pipe.vae, part.float() / 255) for part in pictures.split(batch)])
+    return Drawn(pictures, [verdict for future in waiting for verdict in future.result()], found)
+
+
+def _scored(pictures: Any, texts: list[str]) -> list[dict[Any, bool]]:
+    return score_batch(torch.from_numpy(pictures).float() / 255, texts)
+
+
+def quality(
+    row: Row,
+    drawn: Drawn,
+    base: Drawn,
+    rendered: Tensor,
+    inner: tuple[float, dict[str, float]],
+    seconds: float,
+    device: str,
+) -> Quality:
+    """Hold the pictures of a row against those not quantized; differences of pictures are taken on `device`."""
+    closeness = []
+    for pair in zip(drawn.pictures.split(128), base.pictures.split(128), strict=True):
+        a, b = (pictures.to(device).float() / 255 for pictures in pair)
+        closeness.append((psnr(a, b).cpu(), ssim(a, b).cpu()))
+    ratios, similar = (torch.cat(parts) for parts in zip(*closeness, strict=True))
+
+    counts = [tally(one.verdicts) for one in (drawn, base)]
+
+    def accuracy_ratio(indices: Tensor) -> float:
+        ours, its = (float((right[indices].sum(0) / said[indices].sum(0)).nanmean()) for right, said in counts)
+        return ours / its
+
+    def frechet_ratio(indices: Tensor) -> float:
+        return frechet_distance(drawn.features[indices], rendered) / frechet_distance(base.features[indices], rendered)
+
+    scored, every = len(drawn.verdicts), len(drawn.features)
+    return Quality(
+        row.name,
+        macro_average(accuracies(drawn.verdicts)),
+        (accuracy_ratio(torch.arange(scored)), *bootstrap(accuracy_ratio, scored, times=300)),
+        float(ratios.median()),
+        float(similar.mean()),
+        inner[0],
+        (frechet_ratio(torch.arange(every)), *bootstrap(frechet_ratio, every, times=300)),
+        inner[1],
+        seconds,
+    )
+
+
+def tally(verdicts: Sequence[dict[Any, bool]]) -> tuple[Tensor, Tensor]:
+    """How many statements of each kind hold in each picture, and how many there are: float64 [pictures, kinds]."""
+    counts = torch.zeros(2, len(verdicts), len(KINDS), dtype=torch.float64)
+    for i, verdict in enumerate(verdicts):
+        for statement, holds in verdict.items():
+            kind = KINDS.index(statement.kind)
+            counts[0, i, kind] += holds
+            counts[1, i, kind] += 1
+    return counts[0], counts[1]
+
+
+def markdown(found: Sequence[Quality]) -> str:
+    """The table, and for the layers that static scales serve worst, how much of the gap to theory others close."""
+    lines = [
+        "| recipe | statements | to not quantized | PSNR dB | SSIM | blocks dB | Fréchet to not quantized |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in found:
+        accuracy, frechet = (
+            f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (one.accuracy_ratio, one.frechet_ratio)
+        )
+        lines.append(
+            f"| {one.name} | {100 * one.accuracy:.1f} | {accuracy} | {one.psnr:.1f} | {one.ssim:.4f} | "
+            f"{one.block_snr:.1f} | {frechet} |"
+        )
+    static = next((one for one in found if one.name == "static, per tensor"), None)
+    if static is not None:
+        lines += ["", *_worst_layers(static, [one for one in found if one.name.startswith(("static +", "dynamic"))])]
+    return "\n".join(lines) + "\n"
+
+
+def _worst_layers(static: Quality, others: Sequence[Quality]) -> Iterator[str]:
+    worst = {name: value for name, value in static.layers.items() if value <= THEORY - 1}
+    yield f"Layers that static per tensor leaves 1 dB or more under {THEORY} dB: {len(worst)} of {len(static.layers)}."
+    if not worst or not others:
+        return
+    yield "\n| layer | static dB | best dB | with | of the gap |\n| --- | --- | --- | --- | --- |"
+    for name, value in sorted(worst.items(), key=lambda item: item[1]):
+        best = max(others, key=lambda other: other.layers[name])
+        closed = (best.layers[name] - value) / (THEORY - value)
+        yield f"| {name} | {value:.1f} | {best.layers[name]:.1f} | {best.name} | {100 * closed:.0f} % |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mmdit.bench.fp8_quality", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("fp8_quality"), help="folder of table and numbers")
+    parser.add_argument("--prompts", type=int, default=512, help="held-out prompts that are scored")
+    parser.add_argument("--seeds", type=int, default=4, help="pictures of each")
+    parser.add_argument(
+        "--pictures", type=int, default=4000, help="for the Fréchet distance, the scored ones among them"
+    )
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows; 0 is needed"
+    )
+    parser.add_argument("--steps", type=int, default=MAIN.steps)
+    parser.add_argument("--calibration", type=int, default=32, help="prompts, of no held-out combination")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--workers", type=int, default=None)
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    count = -(-max(args.pictures, args.prompts * args.seeds) // args.seeds)
+    texts = [text for text in make_prompts(count, SEED, held_out=True) for _ in range(args.seeds)]
+    calibration = make_prompts(args.calibration, SEED + 7, held_out=False)
+    setting = replace(MAIN, steps=args.steps)
+    found: list[Quality] = []
+    base: Drawn | None = None
+    rendered: Tensor | None = None
+    with workers(args.workers) as pool:
+        for row in (ROWS[i] for i in args.rows):
+            start = time.monotonic()
+            before, pipe = built(row, args.device, getattr(torch, args.dtype), calibration, args.steps)
+            drawn = pictures_of(pipe, texts, args.prompts * args.seeds, args.batch, pool, setting)
+            base = base or drawn
+            if rendered is None:
+                scenes = render(sample(len(texts), 11))
+                rendered = torch.cat([features(pipe.vae, part) for part in scenes.split(args.batch)])
+            inner = inner_snr(before, pipe.transformer, pipe, calibration)
+            seconds = time.monotonic() - start
+            found.append(quality(row, drawn, base, rendered, inner, seconds, args.device))
+            (args.out / "fp8_quality.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+            (args.out / "fp8_quality.md").write_text(markdown(found), encoding="utf-8")
+            print(f"{row.name}: {found[-1].seconds:.0f} s", flush=True)  # noqa: T201
+    print((args.out / "fp8_quality.md").read_text(encoding="utf-8"))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

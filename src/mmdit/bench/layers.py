@@ -1,0 +1,145 @@
+"""Every Linear shape of a block by itself: time in 16 bits and in float8, and native against emulated float8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdit.bench.random_models import MODELS, check_names
+from mmdit.models.mmdit import MMDiT
+from quant.matmul import backend_of, quantize_activation
+from quant.quantize import linears_of, snr
+from quant.recipe import RECIPES
+from quant.tensor import Float8Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Linear [out, in] that reads so many tokens, and how many of a step's are alike."""
+
+    name: str
+    rows: int
+    out: int
+    width: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One shape under one recipe; times in milliseconds, 0 on a CPU."""
+
+    shape: Shape
+    recipe: str
+    runs: str  # the backend
+    plain: float  # 16-bit matmul
+    float8: float  # rounding of the activations and matmul
+    rounding: float  # of the activations alone
+    snr: float  # of the backend against the emulated one, dB
+    snr_fast: float  # the same with fast accumulation
+
+
+def shapes_of(model: str = "large", size: int = 1024, text: int = 333, batch: int = 2) -> list[Shape]:
+    """The Linears of a step that float8 recipes quantize, each shape once; ValueError for an unknown model."""
+    check_names((model,), MODELS)
+    config = MODELS[model]
+    with torch.device("meta"):
+        blocks = MMDiT(config).joint_blocks
+    image = (size // 8 // config.patch_size) ** 2
+    counts: dict[tuple[str, int, int, int], int] = {}
+    for name, linear in linears_of(blocks):
+        if "adaLN" not in name:
+            _, stream, part = name.split(".", 2)
+            rows = batch * (image if stream == "x_block" else text)
+            key = f"{stream}.{part}", rows, linear.out_features, linear.in_features
+            counts[key] = counts.get(key, 0) + 1
+    return [Shape(*key, count) for key, count in counts.items()]
+
+
+def layers(
+    shapes: Sequence[Shape],
+    recipes: Sequence[str] = ("fp8", "fp8-tensor"),
+    *,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[Measured]:
+    """Measure on normal numbers, with weights of standard deviation 0.02 and one channel in a hundred ten times larger.
+
+    Args:
+        shapes: see `shapes_of`.
+        recipes: names of `quant.RECIPES` that scale activations anew in every call.
+        device, dtype: where and in what.
+
+    Raises:
+        ValueError: another recipe.
+    """
+    check_names(recipes, [name for name, recipe in RECIPES.items() if recipe.activation in ("token", "tensor")])
+    generator = torch.Generator(device).manual_seed(0)
+    for shape in shapes:
+        x, weight, bias = (
+            torch.randn(size, generator=generator, device=device, dtype=dtype)
+            for size in ((shape.rows, shape.width), (shape.out, shape.width), (shape.out,))
+        )
+        x[:, ::100] *= 10
+        for name in recipes:
+            yield _measured(shape, name, x, 0.02 * weight, bias)
+
+
+def _measured(shape: Shape, name: str, x: Tensor, weight: Tensor, bias: Tensor) -> Measured:
+    recipe = RECIPES[name]
+    exact, fast, emulated = (
+        Float8Tensor.quantize(weight, recipe=replace(recipe, **settings))
+        for settings in ({"fast_accum": False}, {"fast_accum": True}, {"backend": "emulated"})
+    )
+    truth = F.linear(x, emulated, bias)
+    return Measured(
+        shape,
+        name,
+        backend_of(recipe, x.device, x.dtype, (shape.out, shape.width))[0],
+        timed(lambda: F.linear(x, weight, bias), x.device),
+        timed(lambda: F.linear(x, exact, bias), x.device),
+        timed(lambda: quantize_activation(x, recipe, None, as_bytes=False), x.device),
+        snr(truth, F.linear(x, exact, bias)),
+        snr(truth, F.linear(x, fast, bias)),
+    )
+
+
+def timed(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Milliseconds of the GPU's work alone, without what the CPU takes to launch it: a replayed graph; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    run()  # outside of the graph: libraries set themselves up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            run()
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / repeats)
+    return median(times[1:])
+
+
+def table(found: Sequence[Measured]) -> str:
+    """A row per shape and recipe; rates are of operations alone."""
+    lines = [
+        "| layer | tokens x out x in | times | recipe | runs | 16 bit ms | float8 ms | of it rounding | TFLOP/s | "
+        "to emulated, dB | fast, dB |",
+        "| --- " * 11 + "|",
+    ]
+    for one in found:
+        shape, multiply = one.shape, one.float8 - one.rounding
+        rate = 2e-9 * shape.rows * shape.out * shape.width / multiply if multiply > 0 else 0.0
+        size = f"{shape.rows} x {shape.out} x {shape.width}"
+        times = f"{one.plain:.3f} | {one.float8:.3f} | {one.rounding:.3f} | {rate:.0f}"
+        said = f"{shape.name} | {size} | {shape.count} | {one.recipe} | {one.runs}"
+        lines.append(f"| {said} | {times} | {one.snr:.1f} | {one.snr_fast:.1f} |")
+    return "\n".join(lines)

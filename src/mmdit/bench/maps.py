@@ -1,0 +1,209 @@
+"""What attention maps cost in time and memory: `python -m mmdit.bench.maps --model large --words 5 --steps 20`.
+
+Random weights and inputs, as in `mmdit bench`. The same steps run without and with maps, in turn; outputs are compared
+bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from encoders import Conditioning, TokenSpan
+from encoders.conditioning import EncoderName
+from mmdit.bench.random_models import MODELS, Inputs, fill
+from mmdit.inspection.attention_maps import Heads, attention_maps
+from mmdit.inspection.map_columns import Direction
+from mmdit.inspection.map_results import AttentionMaps
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.passes import Half, Pass, Watcher
+
+CLIP = 77  # tokens before those of T5
+TOKENS = 2  # of a word, for each encoder
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Without maps and with them; memory is None where the device does not count it."""
+
+    plain_seconds: float
+    maps_seconds: float
+    extra_bytes: int | None  # peak with maps less peak without
+    kept_bytes: int
+    equal: bool  # outputs of all steps, bit by bit
+    how: str  # where the log-sum-exp came from
+
+    @property
+    def ratio(self) -> float:
+        """Of the times."""
+        return self.maps_seconds / self.plain_seconds
+
+
+class Loop:
+    """The transformer on both halves of the guidance, a step after another: all that a pipeline would do with it."""
+
+    def __init__(self, model: MMDiT, inputs: Inputs, words: int) -> None:
+        self.transformer, self.inputs = model, inputs
+        self.watchers: list[Watcher] = []
+        prompt, spans = _prompt(words)
+        uncond, cond = inputs.context.split(1)
+        pooled = inputs.pooled.split(1)
+        self.halves = (
+            Half(Conditioning(uncond, pooled[0], ((),), ("",)), "uncond"),
+            Half(Conditioning(cond, pooled[1], (spans,), (prompt,))),
+        )
+
+    def run(self, steps: int) -> list[Tensor]:
+        """The velocity of each step."""
+        found = []
+        for step in range(steps):
+            for watcher in self.watchers:
+                watcher(Pass(step, 1 - step / steps, self.halves, 1))
+            inputs = self.inputs
+            found.append(self.transformer(inputs.latent, inputs.timestep, inputs.context, inputs.pooled))
+        return found
+
+
+@torch.inference_mode()
+def cost(
+    model: str,
+    *,
+    words: int = 5,
+    steps: int = 20,
+    blocks: Sequence[int] | None = None,
+    heads: Heads = "mean",
+    directions: Sequence[Direction] = ("i2t",),
+    quadrants: bool = True,
+    size: int = 1024,
+    text: int = 333,
+    rounds: int = 3,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Cost:
+    """Measure `rounds` drawings without and with maps; times are medians.
+
+    Args:
+        model: one of `mmdit.bench.random_models.MODELS`.
+        words: of two tokens each, in CLIP and in T5.
+        steps: of a drawing; the transformer only, both halves in one batch.
+        blocks, heads, directions, quadrants: see `mmdit.attention_maps`.
+        size, text: pixels a side, and text tokens.
+        rounds: drawings of each kind.
+        device, dtype: of the model.
+    """
+    device, config = torch.device(device), MODELS[model]
+    if text < CLIP + TOKENS * words:
+        raise ValueError(f"{words} words need a text of at least {CLIP + TOKENS * words} tokens, got {text}")
+    with torch.inference_mode(False), torch.device("meta"):
+        transformer = MMDiT(config)
+    with torch.inference_mode(False):
+        fill(transformer.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    loop = Loop(transformer, Inputs.random(config, size, text, 2, device, dtype), words)
+    loop.run(1)
+    plain, watched = [], []
+    for _ in range(rounds):
+        plain.append(_measured(loop, steps, device))
+        with attention_maps(loop, blocks=blocks, heads=heads, direction=directions, quadrants=quadrants) as maps:
+            watched.append(_measured(loop, steps, device))
+    same = all(torch.equal(a, b) for a, b in zip(plain[-1].outputs, watched[-1].outputs, strict=True))
+    peaks = [max(one.peak for one in kind) for kind in (watched, plain)] if device.type == "cuda" else None
+    return Cost(
+        statistics.median(one.seconds for one in plain),
+        statistics.median(one.seconds for one in watched),
+        None if peaks is None else peaks[0] - peaks[1],
+        maps.nbytes,
+        same,
+        _how(maps),
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    peak: int  # bytes above what was there before
+    outputs: list[Tensor]
+
+
+def _measured(loop: Loop, steps: int, device: torch.device) -> _Run:
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    start = time.perf_counter()
+    outputs = loop.run(steps)
+    if cuda:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - start
+    return _Run(seconds, torch.cuda.max_memory_allocated(device) - before if cuda else 0, outputs)
+
+
+def _prompt(words: int) -> tuple[str, tuple[TokenSpan, ...]]:
+    """A prompt of so many words, and the tokens that stand for them."""
+    prompt, spans = "", list[TokenSpan]()
+    for i in range(words):
+        start, prompt = len(prompt), f"{prompt}word{i} "
+        firsts: dict[EncoderName, int] = {"clip_l": 1, "clip_g": 1, "t5": CLIP}
+        spans += [
+            TokenSpan(first + TOKENS * i + j, encoder, start, len(prompt) - 1)
+            for encoder, first in firsts.items()
+            for j in range(TOKENS)
+        ]
+    return prompt, tuple(spans)
+
+
+def _how(maps: AttentionMaps) -> str:
+    return ", ".join(f"{source} (kernel {call.kernel}, {call.keys[2]} keys)" for call, source in maps.how.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m mmdit.bench.maps", description=__doc__)
+    parser.add_argument("--model", default="large", choices=MODELS)
+    parser.add_argument("--words", type=int, default=5, help="of two tokens each")
+    parser.add_argument("--blocks", nargs="+", default=["all"], help="numbers, or all")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--heads", default="mean", choices=get_args(Heads))
+    parser.add_argument("--directions", nargs="+", default=["i2t"], choices=get_args(Direction))
+    parser.add_argument("--no-quadrants", action="store_true")
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=333)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    args = parser.parse_args(arguments)
+    found = cost(
+        args.model,
+        words=args.words,
+        steps=args.steps,
+        blocks=None if args.blocks == ["all"] else [int(block) for block in args.blocks],
+        heads=args.heads,
+        directions=args.directions,
+        quadrants=not args.no_quadrants,
+        size=args.size,
+        text=args.text,
+        rounds=args.rounds,
+        device=args.device,
+        dtype=getattr(torch, args.dtype),
+    )
+    extra = "not counted on this device" if found.extra_bytes is None else f"{found.extra_bytes / 1e9:.3f} GB"
+    for line in (
+        f"without maps  {found.plain_seconds:.3f} s for {args.steps} steps",
+        f"with maps     {found.maps_seconds:.3f} s, {found.ratio:.3f} times",
+        f"extra peak    {extra}; maps and quadrants keep {found.kept_bytes / 1e9:.3f} GB",
+        f"outputs       {'equal bit by bit' if found.equal else 'DIFFER'}",
+        f"log-sum-exp   {found.how}",
+    ):
+        print(line)  # noqa: T201
+    return 0 if found.equal else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,269 @@
+"""How long a step takes and what it holds, beside what must be computed and moved: `mmdit bench`.
+
+All rows run in one process on the same random weights and inputs: ours in 16 bits and float8, eager and with compiled
+blocks, and, where asked for, diffusers and torchao. A step is the transformer on both halves of the guidance as one
+batch. Weights are random, because time and memory do not depend on their values.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdit.bench.random_models import MODELS, Built, Inputs, Step, bytes_of, check_names, ours, theirs
+from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
+from quant.quantize import linears_of
+from quant.recipe import RECIPES
+
+Build = Callable[[], Built]
+PEERS = ("diffusers", "torchao", "torchao-tuned")
+# Words in names of kernels, of cuBLAS, CUTLASS, cuDNN and others.
+_KINDS = {"attention": ("flash", "fmha", "sdpa", "attention"), "matmul": ("gemm", "nvjet", "cutlass", "xmma", "_mm")}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step must do at least."""
+
+    linear_flops: float  # of Linears in the blocks, which float8 makes quicker
+    other_flops: float  # attention, and Linears once per picture
+    weight_bytes: float  # read once, 2 bytes each
+    tokens: int
+
+    @classmethod
+    def of(cls, model: MMDiT, size: int, text: int, batch: int) -> Work:
+        """Counted from the model: 2 operations per weight and token; 4 per pair of tokens and channel in attention."""
+        config = model.config
+        image = (size // 8 // config.patch_size) ** 2
+        linear = other = 0.0
+        for name, layer in linears_of(model):
+            flops = 2.0 * layer.in_features * layer.out_features * _rows_of(name, image, text) * batch
+            if "joint_blocks" in name and "adaLN" not in name:
+                linear += flops
+            else:
+                other += flops
+        other += 4.0 * batch * config.depth * config.hidden_size * (image + text) ** 2
+        other += 4.0 * batch * len(config.dual_attention_blocks) * config.hidden_size * image**2
+        size_of = sum(parameter.numel() for parameter in model.parameters())
+        return cls(linear, other, 2.0 * size_of, image + text)
+
+
+def _rows_of(layer: str, image: int, text: int) -> int:
+    """Tokens of a sample that a Linear reads; 1 for what reads the conditioning vector."""
+    if "adaLN" in layer:
+        return 1
+    if ".x_block." in layer or layer == "final_layer.linear":
+        return image
+    return text if ".context_block." in layer or layer == "context_embedder" else 1
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A row of the table."""
+
+    name: str
+    milliseconds: float  # median of a step
+    spread: float  # from the first to the third quartile
+    peak_gb: float  # of the device's memory, weights included
+    weights_gb: float
+    first_seconds: float  # the first step, with compiling
+    teraflops: float  # of all operations of a step, a second
+    parts: dict[str, float]  # milliseconds of the device in a step: "attention", "matmul", "rest"; empty on a CPU
+    kernels: list[tuple[str, int, float]]  # those that take longest: name, how often, milliseconds
+
+
+def bench(
+    model: str = "large",
+    *,
+    size: int = 1024,
+    text: int = 333,
+    batch: int = 2,
+    recipes: Sequence[str] = ("fp8", "fp8-static"),
+    against: Sequence[str] = (),
+    compiled: bool = True,
+    only: Sequence[str] = ("*",),
+    repeats: int = 20,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = float("inf"),
+) -> Iterator[Timed]:
+    """Measure all rows, one after the other; each frees its memory.
+
+    Args:
+        model: one of `MODELS`.
+        size: of the picture in pixels.
+        text: tokens, 333 with T5 at 256.
+        batch: samples of a step; 2 are the halves of the guidance.
+        recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off).
+        against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row, "torchao-tuned" the
+            same with the compiler settings that torchao asks for (minutes of compiling more).
+        compiled: whether to measure with compiled blocks too.
+        only: globs over names of rows; others are left out.
+        repeats: steps of which the median is taken.
+        device, dtype: of the models.
+        seconds: no row is started after so many.
+
+    Raises:
+        ValueError: an unknown name, a glob that matches no row, a peer that has none.
+        ImportError: a peer is not installed.
+    """
+    check_names((model,), MODELS)
+    check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
+    check_names(against, PEERS)
+    if "torchao-tuned" in against and not compiled:
+        raise ValueError("torchao-tuned has compiled blocks only: leave it out, or measure compiled blocks too")
+    device, config = torch.device(device), MODELS[model]
+    inputs = Inputs.random(config, size, text, batch, device, dtype)
+    work = work_of(model, size=size, text=text, batch=batch)
+    start = time.monotonic()
+    for name, build in _chosen(dict(_rows(config, recipes, against, compiled, device, dtype)), only):
+        if time.monotonic() - start < seconds:
+            with _own_compiler_settings():
+                yield _timed(name, build, inputs, work, repeats, device)
+
+
+def work_of(model: str = "large", *, size: int = 1024, text: int = 333, batch: int = 2) -> Work:
+    """What a step of `bench` must do."""
+    with torch.device("meta"):
+        return Work.of(MMDiT(MODELS[model]), size, text, batch)
+
+
+def table(work: Work, found: Sequence[Timed]) -> str:
+    """The rows beside the counted work; ratios are to the first row."""
+    flops = work.linear_flops + work.other_flops
+    lines = [
+        f"{flops / 1e12:.2f} TFLOP a step ({work.linear_flops / 1e12:.2f} in Linears of the blocks), "
+        f"{work.weight_bytes / 1e9:.2f} GB of 16-bit weights, {work.tokens} tokens a sample",
+        "",
+        "| | ms a step | to the first | quartiles | TFLOP/s | attention, matmul, rest | peak GB | weights | first s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in found:
+        ratio = one.milliseconds / found[0].milliseconds
+        parts = ", ".join(f"{value:.1f}" for value in one.parts.values()) or "-"
+        lines.append(
+            f"| {one.name} | {one.milliseconds:.2f} | {ratio:.3f} | {one.spread:.2f} | {one.teraflops:.0f} | {parts} | "
+            f"{one.peak_gb:.2f} | {one.weights_gb:.2f} | {one.first_seconds:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def save(path: Path, work: Work, found: Sequence[Timed]) -> None:
+    """All numbers as JSON."""
+    path.write_text(json.dumps({"work": asdict(work), "rows": [asdict(one) for one in found]}, indent=1) + "\n")
+
+
+def _rows(
+    config: MMDiTConfig, recipes: Sequence[str], against: Sequence[str], compiled: bool, device: Any, dtype: torch.dtype
+) -> Iterator[tuple[str, Build]]:
+    word = str(dtype).removeprefix("torch.")
+    modes = (False, True) if compiled else (False,)
+    for mode in modes:
+        suffix = "compiled" if mode else "eager"
+        mine, others = (partial(build, config, compiled=mode, device=device, dtype=dtype) for build in (ours, theirs))
+        yield f"mmdit {word} {suffix}", partial(mine, recipe=None)
+        for recipe in recipes:
+            yield f"mmdit {recipe} {suffix}", partial(mine, recipe=recipe)
+        if "diffusers" in against:
+            yield f"diffusers {word} {suffix}", partial(others, float8=False)
+        if "torchao" in against:
+            yield f"diffusers + torchao float8 {suffix}", partial(others, float8=True)
+        if "torchao-tuned" in against and mode:
+            yield f"diffusers + torchao float8 {suffix}, tuned", partial(others, float8=True, tuned=True)
+
+
+def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Build]]:
+    for glob in only:
+        if not any(fnmatchcase(name, glob) for name in rows):
+            raise ValueError(f"{glob!r} matches no row; there are {', '.join(rows)}")
+    return [(name, build) for name, build in rows.items() if any(fnmatchcase(name, glob) for glob in only)]
+
+
+@contextmanager
+def _own_compiler_settings() -> Iterator[None]:
+    """What a row changes of the compiler's settings, as torchao may do, ends with the row."""
+    import torch._inductor.config as settings
+
+    before = settings.save_config()
+    try:
+        yield
+    finally:
+        settings.load_config(before)
+
+
+@torch.no_grad()
+def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, device: torch.device) -> Timed:
+    cuda = device.type == "cuda"
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    model, step = build()
+    weights = bytes_of(model)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    step(inputs)
+    if cuda:
+        torch.cuda.synchronize(device)
+    first = time.perf_counter() - start
+    step(inputs)
+    times = [_once(step, inputs, device) for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated(device) if cuda else 0
+    quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
+    median = statistics.median(times)
+    flops = work.linear_flops + work.other_flops
+    kernels = kernels_of(lambda: step(inputs)) if cuda else []
+    del model, step
+    torch.compiler.reset()
+    rate = flops / median / 1e9
+    spread = quarters[2] - quarters[0]
+    return Timed(name, median, spread, peak / 1e9, weights / 1e9, first, rate, parts_of(kernels), kernels[:15])
+
+
+def kernels_of(run: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """Name, count and milliseconds of each kernel of the GPU, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    found = [
+        (event.key, int(event.count), event.self_device_time_total / 1000)
+        for event in profile.key_averages()
+        if event.self_device_time_total > 0
+    ]
+    return sorted(found, key=lambda kernel: -kernel[2])
+
+
+def parts_of(kernels: Sequence[tuple[str, int, float]]) -> dict[str, float]:
+    """Milliseconds by what kernels do, as far as their names say."""
+    parts = dict.fromkeys((*_KINDS, "rest"), 0.0) if kernels else {}
+    for name, _, milliseconds in kernels:
+        kinds = [kind for kind, words in _KINDS.items() if any(word in name.lower() for word in words)]
+        kind = kinds[0] if kinds and not name.startswith("triton") else "rest"  # the compiler names what it fused
+        parts[kind] += milliseconds
+    return parts
+
+
+def _once(step: Step, inputs: Inputs, device: torch.device) -> float:
+    """Milliseconds of a step, by the device's own clock where it has one."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step(inputs)
+        return 1000 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step(inputs)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)

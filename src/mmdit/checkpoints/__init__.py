@@ -1,0 +1,1 @@
+"""Files and models: find, read, map, write, quantize, download."""

@@ -1,0 +1,167 @@
+"""The float8 of checkpoint files: scales taken in on reading, and spelled out on writing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmdit.checkpoints.components import UNUSED, Model
+from mmdit.checkpoints.lazy import LazyTensor
+from mmdit.checkpoints.lazy_codes import Codes, agree
+from mmdit.checkpoints.safetensors_io import CheckpointError
+from quant.packing import Kind, kinds_in, layer_of, metadata_of, note_key, note_of, scale_keys
+from quant.spellings import (
+    FLOAT8,
+    HEADER,
+    MARKER,
+    Scales,
+    check_formats,
+    dequantize,
+    layers_in,
+    weight_of,
+)
+from quant.stored import Stored, recipe_of, stored_weights
+
+Float8 = Literal["keep", "dequantize"]
+Spelling = Literal["comfyui", "comfyui-old"]
+Tensors = dict[str, LazyTensor]
+
+
+def absorb_scales(
+    source: Path, model: Model, stored: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+) -> tuple[Tensors, Scales]:
+    """The tensors of a model of a file, which know their scales, and how these were spelled.
+
+    Scales and notes are read, and nothing else.
+
+    Args:
+        source: what errors name.
+        model: one that the file holds.
+        stored, metadata: of the file.
+
+    Raises:
+        CheckpointError: scales that are no positive numbers, do not fit their weights, are too many or too few.
+    """
+    tensors = {name: stored[key] for name, key in model.keys.items()}
+    names = {key: name for name, key in model.keys.items()}
+    try:
+        header = layers_in(metadata)
+        check_formats(header, {key: lazy.dtype for key, lazy in stored.items()})
+        notes = {layer_of(names[key]): header[layer_of(key)] for key in map(weight_of, header) if key in names}
+        kinds = {names[key]: kind for key, kind in kinds_in(metadata).items() if key in names}
+        scales, found = stored_weights(
+            {key: lazy.shape for key, lazy in tensors.items()},
+            {key: lazy.dtype for key, lazy in tensors.items()},
+            lambda key: tensors[key].read(),
+            notes,
+            {key: kind.recipe for key, kind in kinds.items()},
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    absorbed = {key: lazy for key, lazy in tensors.items() if key not in scales.keys and not UNUSED.fullmatch(key)}
+    for key, said in found.items():
+        absorbed[key] = _scaled(key, tensors[key], said, kinds.get(key))
+    if not found:
+        absorbed = {key: _plain(key, lazy) for key, lazy in absorbed.items()}
+    return absorbed, scales
+
+
+def disagreeing(tensors: Mapping[str, LazyTensor], merges: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Of weights that become one, those whose parts have other scales or rules for their (common) input.
+
+    Args:
+        tensors: as `absorb_scales` gives them.
+        merges: names of tensors that are put together.
+    """
+    found = []
+    for names in merges:
+        codes = [tensors[name].codes for name in names if name in tensors]
+        known = [each for each in codes if each is not None]
+        if len(known) == len(codes) > 1 and len({each.dtype for each in known}) == 1 and not agree(known):
+            found.append(names)
+    return found
+
+
+def spelled(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> Tensors:
+    """The tensors of a model as a file holds them: codes, scales, and what ComfyUI looks for.
+
+    Float8 that had no scales is written without.
+
+    Raises:
+        ValueError: the older spelling has no way to say it.
+    """
+    kept = _kept(tensors)
+    found = dict(tensors)
+    for key, codes in kept.items():
+        found[key] = LazyTensor(codes.shape, codes.dtype, partial(_codes, codes.load), codes)
+        scale, input_scale = scale_keys(key, older=spelling == "comfyui-old")
+        found[scale] = LazyTensor.of(codes.scale)
+        if codes.input_scale is not None:
+            found[input_scale] = LazyTensor.of(codes.input_scale)
+        if spelling == "comfyui":  # beside the header, whose names are wrong once a loader has cut their prefix
+            note = json.dumps(note_of(codes.recipe)).encode()
+            found[note_key(key)] = LazyTensor.of(torch.frombuffer(bytearray(note), dtype=torch.uint8))
+    if spelling == "comfyui-old" and kept:
+        found[MARKER] = _marker(kept)
+    return found
+
+
+def metadata_in(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> dict[str, str]:
+    """What a file with these tensors says in its metadata."""
+    metadata = metadata_of({key: Kind(codes.recipe, codes.logical) for key, codes in _kept(tensors).items()})
+    if spelling == "comfyui-old":
+        metadata.pop(HEADER, None)  # where it is, ComfyUI looks for the newer spelling
+    return metadata
+
+
+def _kept(tensors: Mapping[str, LazyTensor]) -> dict[str, Codes]:
+    return {key: lazy.codes for key, lazy in tensors.items() if lazy.codes is not None and not lazy.codes.plain}
+
+
+def _marker(kept: Mapping[str, Codes]) -> LazyTensor:
+    """What says that float8 is scaled, once for all: its dtype is theirs, two elements widen all weights."""
+    if rows := [key for key, codes in kept.items() if codes.scale.ndim]:
+        raise ValueError(f"the older spelling has one scale per weight, but {rows[0]!r} has one per row: use 'comfyui'")
+    if other := [key for key, codes in kept.items() if codes.dtype != torch.float8_e4m3fn]:
+        raise ValueError(
+            f"the older spelling is read as E4M3 whatever it says, but {other[0]!r} is E5M2: use 'comfyui'"
+        )
+    widened = {codes.recipe.activation != "static" for codes in kept.values()}
+    if len(widened) > 1:
+        raise ValueError(
+            "the older spelling has no way to say that only some layers have an input scale: use 'comfyui'"
+        )
+    return LazyTensor.of(torch.zeros(2 if widened.pop() else 0, dtype=torch.float8_e4m3fn))
+
+
+def _codes(load: Callable[[torch.device], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    assert dtype in FLOAT8, "codes are written as they are"
+    return load(device)
+
+
+def _scaled(name: str, lazy: LazyTensor, said: Stored, kind: Kind | None) -> LazyTensor:
+    def load(dtype: torch.dtype, device: torch.device) -> Tensor:
+        return dequantize(lazy.read(device=device), said.scale.to(device), name, dtype)
+
+    codes = Codes(lazy.shape, partial(_stored, lazy), said.scale, said.input_scale, said.recipe)
+    codes = codes if kind is None else replace(codes, logical=kind.dtype)
+    return LazyTensor(lazy.shape, lazy.dtype, load, codes)
+
+
+def _plain(name: str, lazy: LazyTensor) -> LazyTensor:
+    if lazy.dtype not in FLOAT8 or not lazy.shape:
+        return lazy
+    one = torch.ones(())
+    recipe = recipe_of(lazy.dtype, one, name, static=False)
+    return replace(lazy, codes=Codes(lazy.shape, partial(_stored, lazy), one, None, recipe, plain=True))
+
+
+def _stored(lazy: LazyTensor, device: torch.device) -> Tensor:
+    return lazy.read(device=device)

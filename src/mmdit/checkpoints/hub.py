@@ -1,0 +1,271 @@
+"""Checkpoints from the Hugging Face Hub: exactly the files that the loader reads, in the hub's own cache.
+
+Needs huggingface_hub (`pip install "mmdit-lab[hub]"`), which is imported only when something is fetched.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmdit.checkpoints.describe import NEEDED, WHERE
+from mmdit.checkpoints.locate import DIFFUSERS_FOLDERS, TOKENIZERS, locate, read_json
+
+Variant = Literal["fp16"]
+
+# The hub's own rule: at most 96 ASCII letters, digits, "_", "-" and ".", the last two neither at an end nor doubled;
+# that ".safetensors" is a file is ours.
+_NAME = r"\w(?:[\w.-]{0,94}\w)?"
+_REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.(?:git|safetensors)$){_NAME}/{_NAME}", re.ASCII)
+_INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
+_TEXT_ENCODERS = ("clip_l", "clip_g", "t5")  # the names of the official files hold these
+_TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", *_TOKENIZER_CONFIGS)
+_CLIP_ENOUGH = (
+    {"vocab.json", "merges.txt", "tokenizer_config.json"},
+    {"vocab.json", "merges.txt", "special_tokens_map.json"},
+    {"tokenizer.json"},
+)
+_T5_ENOUGH = ({"tokenizer.json"}, {"spiece.model"})
+_TRANSFORMER = "SD3Transformer2DModel"
+_INSTEAD = {"stabilityai/stable-diffusion-3-medium": "stabilityai/stable-diffusion-3-medium-diffusers"}
+
+
+class HubError(RuntimeError):
+    """A repository on the hub cannot be used; the message says in one sentence why, and what to do."""
+
+
+def is_repo_id(text: str | Path) -> bool:
+    """Whether a text names a repository on the hub: "owner/name", and no such path exists."""
+    return isinstance(text, str) and _REPOSITORY.fullmatch(text) is not None and not Path(text).exists()
+
+
+def fetch(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    variant: Variant | None = None,
+    cache_dir: str | Path | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """Download what a pipeline needs of a repository, and no more; the folder that holds it.
+
+    What is in the cache already is not downloaded again, and an interrupted download goes on where it stopped.
+    Without a network (or with HF_HUB_OFFLINE=1) a complete cache is enough.
+
+    Args:
+        repo_id: "owner/name".
+        revision: a branch, tag or commit; None is the main branch.
+        token: None takes the one of `hf auth login` or HF_TOKEN, False none.
+        variant: "fp16" prefers the files of half precision where a repository has both.
+        cache_dir: None is the hub's own, see HF_HOME.
+        endpoint: None is HF_ENDPOINT, else https://huggingface.co.
+
+    Raises:
+        ValueError: `repo_id` is none.
+        HubError: huggingface_hub is not installed; there is no such repository or revision; it may not be read; the
+            hub cannot be reached and the cache is incomplete; or the repository holds no complete pipeline.
+        mmdit.CheckpointError: a downloaded file is broken, see `mmdit.checkpoints.locate.locate`.
+    """
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
+    api = _library(repo_id).HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
+    with _explained(repo_id, revision, api.endpoint):
+        commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
+        chosen = needed(_files(api, repo_id, commit, cache_dir), variant=variant, repository=repo_id)
+        small = [name for name in chosen if not name.endswith(".safetensors")]
+        for names in (small, chosen):  # another kind of model is refused before its gigabytes are there
+            patterns = [glob.escape(name) for name in names]
+            folder = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache_dir, allow_patterns=patterns))
+            _check_kind(folder, repo_id)
+    _check_read(folder, chosen)
+    return folder
+
+
+def needed(names: Iterable[str], *, variant: Variant | None = None, repository: str = "the repository") -> list[str]:
+    """The files of a repository that the loader reads: of the diffusers layout if complete, else of the official one.
+
+    Of each model one variant: without `variant` the plain one, as the loader does; of T5 in the official layout the
+    one of 16 bits. Never pickles.
+
+    Args:
+        names: all files of the repository, as paths with "/".
+        variant: "fp16" prefers the files of half precision, for each model that has them.
+        repository: what messages call it.
+
+    Raises:
+        HubError: neither layout is complete (what is missing), or no model has the variant.
+    """
+    names = frozenset(names)
+    diffusers, official = _diffusers(names, variant), _official(names)
+    choice = official if diffusers.missing and not official.missing else diffusers
+    if choice.missing:
+        lacks = diffusers.missing if _INDEX in names else official.missing
+        raise HubError(
+            f"{repository} holds no complete Stable Diffusion 3 as .safetensors (pickles are never opened); "
+            f"missing: {', '.join(lacks)}" + (f"; take {_INSTEAD[repository]}" if repository in _INSTEAD else "")
+        )
+    if variant is not None and not any(variant in name for name in choice.files):
+        raise HubError(f"{repository} has no {variant} files; leave out variant={variant!r}")
+    return sorted(choice.files)
+
+
+@dataclass
+class _Choice:
+    """Files of one layout, and what it lacks."""
+
+    files: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+    def take(self, files: Collection[str], what: str) -> None:
+        """Add files; where there are none, say what is missing."""
+        self.files += files
+        self.missing += () if files else (what,)
+
+
+def _diffusers(names: frozenset[str], variant: Variant | None) -> _Choice:
+    choice = _Choice()
+    choice.take(names & {_INDEX}, _INDEX)
+    for component, folder in DIFFUSERS_FOLDERS.items():
+        if component in NEEDED or any(name.startswith(f"{folder}/") for name in names):
+            choice.take(_weights(names, folder, variant), f"{folder}/ (a complete set of .safetensors)")
+    _add_small_files(choice, names, t5=any(name.startswith(f"{DIFFUSERS_FOLDERS['t5']}/") for name in names))
+    return choice
+
+
+def _official(names: frozenset[str]) -> _Choice:
+    choice = _Choice()
+    root = sorted(name for name in names if re.fullmatch(r"[^/]+\.safetensors", name))
+    main = [name for name in root if name.startswith("sd3") and "incl_clips" not in name] or root
+    among = f" where it has {', '.join(main)}" if main else ""
+    choice.take(main if len(main) == 1 else [], f"one transformer (sd3*.safetensors){among}")
+    texts = [name for name in names if re.fullmatch(r"(text_encoders|clip)/[^/]+\.safetensors", name)]
+    for component in _TEXT_ENCODERS:
+        files = _widest(name for name in texts if component in name)
+        if component in NEEDED or files:
+            choice.take(files, WHERE[component][0])
+    # Whether the file of the transformer holds the VAE as well, its name does not say.
+    choice.files += _widest(name for name in names if re.fullmatch(r"vae/[^/]+\.safetensors", name))
+    _add_small_files(choice, names, t5=any("t5" in name for name in texts))
+    return choice
+
+
+def _add_small_files(choice: _Choice, names: frozenset[str], *, t5: bool) -> None:
+    """Configs, where there are any, and the tokenizers."""
+    configs = {_SCHEDULER, *(f"{folder}/config.json" for folder in DIFFUSERS_FOLDERS.values())}
+    choice.files += names & configs
+    for folder in TOKENIZERS if t5 else TOKENIZERS[:2]:
+        here = {file for file in _TOKENIZER_FILES if f"{folder}/{file}" in names}
+        enough = any(files <= here for files in (_T5_ENOUGH if folder == TOKENIZERS[2] else _CLIP_ENOUGH))
+        choice.take([f"{folder}/{file}" for file in here] if enough else [], WHERE[folder][0])
+
+
+def _weights(names: frozenset[str], folder: str, variant: Variant | None) -> list[str]:
+    """The weights of a component, in the order that `locate.weights_in` prefers; [] if incomplete."""
+    for stem in _WEIGHT_STEMS:
+        for mark in ("", ".fp16") if variant is None else (f".{variant}", ""):
+            index, single = f"{folder}/{stem}.safetensors.index{mark}.json", f"{folder}/{stem}{mark}.safetensors"
+            if index in names and (shards := _shards(names, f"{folder}/{stem}{mark}")):
+                return [index, *shards]
+            if single in names:
+                return [single]
+    return []
+
+
+def _shards(names: frozenset[str], stem: str) -> list[str]:
+    """All shards of a file, [] if some are missing."""
+    numbered = re.compile(re.escape(stem) + r"-\d+-of-(\d+)\.safetensors")
+    sets: dict[str, list[str]] = {}
+    for name in names:
+        if match := numbered.fullmatch(name):
+            sets.setdefault(match[1], []).append(name)
+    return [name for total, shards in sets.items() if len(shards) == int(total) for name in shards]
+
+
+def _widest(files: Iterable[str]) -> list[str]:
+    """One of several variants: not float8 if there is another, and a plain name before one that says fp16."""
+    return sorted(files, key=lambda name: ("fp8" in name, len(name), name))[:1]
+
+
+def _library(repo_id: str) -> Any:
+    """huggingface_hub, imported when it is needed."""
+    try:
+        import huggingface_hub.errors  # noqa: PLC0415
+    except ImportError as error:
+        raise HubError(f'{repo_id} can be fetched with huggingface_hub only: pip install "mmdit-lab[hub]"') from error
+    if not hasattr(huggingface_hub, "get_cached_repo_tree"):
+        version = huggingface_hub.__version__
+        raise HubError(f'huggingface_hub {version} is too old to fetch {repo_id}: pip install -U "mmdit-lab[hub]"')
+    return huggingface_hub
+
+
+def _files(api: Any, repo_id: str, commit: str, cache_dir: str | Path | None) -> list[str]:
+    """All files of a commit: as the cache has noted them, else as the hub lists them."""
+    hub = _library(repo_id)
+    try:
+        return [file.path for file in hub.get_cached_repo_tree(repo_id, revision=commit, cache_dir=cache_dir)]
+    except hub.errors.CachedRepoTreeNotFoundError:
+        return api.list_repo_files(repo_id, revision=commit)
+
+
+def _check_kind(folder: Path, repo_id: str) -> None:
+    """Raise HubError where model_index.json says that this is no Stable Diffusion 3."""
+    if (folder / _INDEX).is_file():
+        kind = read_json(folder / _INDEX).get("transformer")
+        if not isinstance(kind, list) or _TRANSFORMER not in kind:
+            raise HubError(
+                f"{repo_id} is no Stable Diffusion 3: its {_INDEX} says transformer = {kind}, expected {_TRANSFORMER}"
+            )
+
+
+def _check_read(folder: Path, chosen: Collection[str]) -> None:
+    """Raise HubError where the cache holds more than was chosen, of other downloads, and that would be read instead."""
+    read = {file.relative_to(folder).as_posix() for file in locate(folder).weights.values()}
+    if others := sorted(read - set(chosen)):
+        raise HubError(
+            f"{folder} holds {', '.join(others)} of another download, which would be read instead of what was chosen; "
+            "delete it there, or give another cache_dir"
+        )
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None, endpoint: str) -> Iterator[None]:
+    """Turn the errors of huggingface_hub into one sentence each."""
+    errors = _library(repo_id).errors
+    neither = "" if Path(repo_id).exists() else ", and there is no local folder of that name"
+    log_in = "log in with `hf auth login` or give token="
+    broken = (OSError, RuntimeError, errors.RevisionResolutionError, errors.HTTPError)  # hf_xet raises RuntimeError
+    gated = f"{repo_id} may not be read: accept its licence on {endpoint}/{repo_id}, then {log_in}"
+    try:
+        yield
+    except HubError:
+        raise
+    except errors.GatedRepoError as error:
+        raise HubError(gated) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{endpoint} has no revision {revision!r} of {repo_id}{neither}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{endpoint} has no repository {repo_id} that you may see{neither}; if it is private or gated, {log_in}"
+        ) from error
+    except broken as error:
+        causes = _causes(error)
+        if any(getattr(getattr(cause, "response", None), "status_code", None) in (401, 403) for cause in causes):
+            raise HubError(gated) from error
+        first = f"{type(causes[-1]).__name__}: {causes[-1]}".partition("\n")[0]
+        raise HubError(
+            f"{repo_id} could not be downloaded from {endpoint}, and what is in the cache is incomplete ({first})"
+        ) from error
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it was raised from, the first cause last."""
+    return [error] if error.__cause__ is None else [error, *_causes(error.__cause__)]

@@ -1,0 +1,275 @@
+"""Writing a checkpoint with its Linears in float8, tensor by tensor: `mmdit quantize`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from mmdit.checkpoints.components import TITLES, Component
+from mmdit.checkpoints.describe import unknown
+from mmdit.checkpoints.float8 import Spelling
+from mmdit.checkpoints.lazy import LazyTensor
+from mmdit.checkpoints.lazy_codes import Codes
+from mmdit.checkpoints.load import Part, check_tensors, empty, open_part
+from mmdit.checkpoints.locate import Found, locate
+from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.checkpoints.write import OUT_LAYOUTS, tokenizers_of, write_checkpoint
+from mmdit.utils import bar
+from quant.quantize import kept, linears_of
+from quant.recipe import RECIPES, Recipe
+from quant.scaling import DTYPES, scale_of, to_codes
+from quant.spellings import FLOAT8
+from quant.stored import checked_input_scale
+from samplers import pick
+
+Linear = tuple[Component, str]  # model and name
+# What is quantized unless `select` says otherwise, as `Pipeline(quant=)` does. ComfyUI reads no scales of CLIP in SD3.
+USUAL: tuple[Component, ...] = ("transformer", "t5")
+OTHER_FILES = (".safetensor", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
+PIECE = 2**22  # weights that are rounded at a time: their float32 copies stay small
+
+
+class Quantized(NamedTuple):
+    """What was written."""
+
+    path: Path
+    layers: int  # that are in float8 now
+    linears: int  # of all models
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        before, after = self.bytes_before / 1e9, self.bytes_after / 1e9
+        return f"{self.path}: {self.layers} of {self.linears} Linears in float8, {before:.3f} -> {after:.3f} GB"
+
+
+def quantize_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe | str,
+    *,
+    spelling: Spelling = "comfyui",
+    select: str | Sequence[str] | None = None,
+    input_scales: Mapping[str, Tensor] | None = None,
+    progress: bool | None = None,
+) -> Quantized:
+    """Write the checkpoint at `source`, of any layout, with Linears in float8; everything else stays byte for byte.
+
+    Codes and scales are those of `quant.Float8Tensor.quantize`. One tensor at a time is in memory; a weight is read
+    twice, for its scale and for its codes. With one scale per weight, the files load in ComfyUI too.
+
+    Args:
+        source: a file or folder; all models in it are written.
+        target: a .safetensors file, which gets official names; or a folder, in the layout of the source's.
+        recipe: or the name of one of `quant.RECIPES`.
+        spelling: of scales; "comfyui-old" (`scaled_fp8`, `scale_weight`) has one per weight, and no E5M2.
+        select: globs over names of Linears, with their model ("t5.*") or without; None takes those of transformer and
+            T5 but `quant.quantize.KEPT` (where there is neither, those of CLIP), and leaves models alone that are
+            float8 already.
+        input_scales: by such names, for recipes with static activations.
+        progress: show a bar; None shows it in terminals and notebooks.
+
+    Raises:
+        FileExistsError: there is something at `target`.
+        CheckpointError: the source is broken, incomplete or float8 already, or a weight is not finite.
+        ValueError: the spelling cannot hold the recipe, a glob matches nothing, input scales are missing, of no Linear
+            or for a recipe without them.
+    """
+    recipe, target = _checked(recipe, spelling), Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; give another place, or remove it first")
+    found = locate(source)
+    layout = _layout(found, target)
+    parts = _parts(found)
+    linears = {part.component: [name for name, _ in linears_of(empty(part))] for part in parts}
+    every = {(component, name) for component, names in linears.items() for name in names}
+    chosen = _chosen(parts, every, select)
+    scales = _input_scales(every, chosen, recipe, input_scales or {})
+    total = len(chosen) + sum(len(part.tensors) for part in parts)
+    with _ticking(total, progress) as tick:
+        quantized = [_quantized(part, chosen, recipe, scales, tick) for part in parts]
+        shift = 3.0 if found.shift is None else found.shift
+        tokenizers = tokenizers_of(found, parts)
+        write_checkpoint(quantized, target, layout, shift=shift, tokenizers=tokenizers, spelling=spelling)
+    return Quantized(target, len(chosen), sum(map(len, linears.values())), _bytes(parts), _bytes_at(target))
+
+
+def _checked(recipe: Recipe | str, spelling: Spelling) -> Recipe:
+    recipe = recipe if isinstance(recipe, Recipe) else pick(RECIPES, recipe, "recipe")
+    pick(dict.fromkeys(get_args(Spelling)), spelling, "spelling")
+    if spelling == "comfyui-old" and (recipe.granularity, recipe.format) != ("tensor", "e4m3"):
+        raise ValueError(
+            "spelling='comfyui-old' is for E4M3 with one scale per weight, but the recipe is "
+            f"{recipe.format.upper()} with one per {recipe.granularity}: use recipe='fp8-tensor', or spelling='comfyui'"
+        )
+    if recipe.granularity == "row":
+        warnings.warn(
+            "this recipe has a scale per row, which we read and ComfyUI does not: use recipe='fp8-tensor' for it",
+            stacklevel=3,
+        )
+    return recipe
+
+
+def _layout(found: Found, target: Path) -> str:
+    if target.suffix == ".safetensors":
+        return "single"
+    if target.suffix.lower() in OTHER_FILES:
+        raise ValueError(f"{target} would be a folder of that name: end it in .safetensors for a file")
+    if found.layout not in OUT_LAYOUTS:
+        raise ValueError(f"{found.path} is one file, so {target} must be one too: end it in .safetensors")
+    return found.layout
+
+
+def _parts(found: Found) -> list[Part]:
+    if not found.weights:
+        raise CheckpointError(unknown(found))
+    parts = [open_part(found, component) for component in found.weights]
+    for part in parts:
+        check_tensors(part, empty(part))
+    return parts
+
+
+def _chosen(parts: Sequence[Part], every: set[Linear], select: str | Sequence[str] | None) -> set[Linear]:
+    """The Linears to quantize, as component and name."""
+    patterns = [select] if isinstance(select, str) else select
+    if patterns is None:
+        usual = [part.component for part in parts if part.component in USUAL] or [part.component for part in parts]
+        chosen = {(where, name) for where, name in every if where in usual and kept(name) is None}
+    else:
+        chosen = {linear for pattern in patterns for linear in _matches(pattern, every)}
+    done = [part for part in parts if part.dtypes & set(FLOAT8) and any(where == part.component for where, _ in chosen)]
+    left = {(where, name) for where, name in chosen if where not in [part.component for part in done]}
+    if done and (patterns is not None or not left):
+        raise CheckpointError(
+            f"{done[0].source}: the {TITLES[done[0].component]} is float8 already ({done[0].scales.spelling}), and to "
+            "round it again would lose more: quantize the 16- or 32-bit file of the same model"
+        )
+    for part in done:
+        warnings.warn(f"{part.source}: the {TITLES[part.component]} is float8 already and stays as it is", stacklevel=3)
+    if not left:
+        why = "there is no Linear" if not every else "select= names none"
+        raise CheckpointError(f"{', '.join(str(part.source) for part in parts)}: nothing to quantize, {why}")
+    return left
+
+
+def _matches(pattern: str, every: set[Linear]) -> set[Linear]:
+    found = {
+        (where, name) for where, name in every if fnmatchcase(name, pattern) or fnmatchcase(f"{where}.{name}", pattern)
+    }
+    if not found:
+        such = ", ".join(".".join(linear) for linear in sorted(every)[:3])
+        raise ValueError(f"{pattern!r} matches none of {len(every)} Linears, such as {such}")
+    return found
+
+
+def _input_scales(
+    every: set[Linear], chosen: set[Linear], recipe: Recipe, given: Mapping[str, Tensor]
+) -> dict[Linear, Tensor]:
+    if recipe.activation != "static":
+        if given:
+            raise ValueError(f"input_scales are for static activations; the recipe has {recipe.activation!r}")
+        return {}
+    known = {name for where, linear in every for name in (linear, f"{where}.{linear}")}
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"input_scales name {len(unknown)} that are no Linears of the file, first {unknown[0]!r}")
+    found = {(where, name): given.get(f"{where}.{name}", given.get(name)) for where, name in chosen}
+    if without := sorted(linear for linear, scale in found.items() if scale is None):
+        raise ValueError(
+            f"static activations need an input scale for every layer; {len(without)} have none, first "
+            f"{'.'.join(without[0])!r}: run mmdit.calibrate and give what it finds as input_scales"
+        )
+    return {
+        linear: checked_input_scale(scale.detach().cpu(), ".".join(linear))
+        for linear, scale in found.items()
+        if scale is not None
+    }
+
+
+def _quantized(
+    part: Part,
+    chosen: set[Linear],
+    recipe: Recipe,
+    input_scales: Mapping[Linear, Tensor],
+    tick: Callable[[], None],
+) -> Part:
+    """The part with float8 in place of the chosen weights; their scales are found here, their codes when written."""
+    tensors = dict(part.tensors)
+    for key, lazy in part.tensors.items():
+        linear = part.component, key.removesuffix(".weight")
+        if key.endswith(".weight") and linear in chosen:
+            # All scales are made before a weight is read: between weights they would be holes in the heap.
+            scale = torch.empty((lazy.shape[0], 1) if recipe.granularity == "row" else ())
+            load = partial(_codes, lazy, scale, recipe)
+            codes = Codes(lazy.shape, load, scale, input_scales.get(linear), recipe, logical=lazy.dtype)
+            tensors[key] = replace(lazy, codes=codes)
+    for key, lazy in tensors.items():
+        if lazy.codes is not None and lazy is not part.tensors[key]:
+            lazy.codes.scale.copy_(_scale(part.source, key, lazy, recipe))
+            tick()
+    return replace(part, tensors={key: _counted(lazy, tick) for key, lazy in tensors.items()})
+
+
+def _scale(source: Path, key: str, lazy: LazyTensor, recipe: Recipe) -> Tensor:
+    weight = lazy.read()
+    low, high = weight.aminmax(dim=-1, keepdim=True) if recipe.granularity == "row" else weight.aminmax()
+    amax = torch.maximum(-low, high)
+    if not amax.isfinite().all():
+        bad = int((~weight.isfinite()).sum())
+        raise CheckpointError(
+            f"{source}: {bad} of {weight.numel()} numbers of {key} are not finite; float8 keeps finite ones only"
+        )
+    return scale_of(amax, recipe.format)
+
+
+def _codes(lazy: LazyTensor, scale: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
+    weight = lazy.read(device=device)
+    codes = torch.empty(lazy.shape, dtype=DTYPES[recipe.format], device=device)
+    rows = max(1, PIECE // weight.shape[1])
+    for i in range(0, len(weight), rows):
+        part = slice(i, i + rows)
+        codes[part] = to_codes(weight[part], scale[part] if scale.ndim else scale, recipe.format)
+    return codes
+
+
+def _counted(lazy: LazyTensor, tick: Callable[[], None]) -> LazyTensor:
+    """The same, and `tick` is called when it is first read."""
+    once = iter([tick])
+
+    def load(dtype: torch.dtype, device: torch.device) -> Tensor:
+        next(once, lambda: None)()
+        return lazy.load(dtype, device)
+
+    def load_codes(device: torch.device) -> Tensor:
+        assert lazy.codes is not None
+        next(once, lambda: None)()
+        return lazy.codes.load(device)
+
+    return replace(lazy, load=load, codes=lazy.codes and replace(lazy.codes, load=load_codes))
+
+
+@contextmanager
+def _ticking(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
+    """A bar that is one step further after each call."""
+    ticks = bar(repeat(None, total), total, progress)
+    yield lambda: next(ticks, None)
+    for _ in ticks:  # to the end, past what the layout has no place for
+        pass
+
+
+def _bytes(parts: Sequence[Part]) -> int:
+    return sum(lazy.nbytes for part in parts for lazy in part.tensors.values())
+
+
+def _bytes_at(target: Path) -> int:
+    files = [target] if target.is_file() else target.rglob("*.safetensors")
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,5 @@
+"""The command line: arguments become calls."""
+
+from mmdit.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,108 @@
+"""Where `mmdit generate` writes: names of pictures and of their grid, checked before anything is drawn."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from PIL import Image
+
+from mmdit.pipeline.images import png_path
+from mmdit.pipeline.settings import save_png
+
+DEFAULT = Path("picture.png")
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file or a numbered row of files.
+
+    Args:
+        path: of a single picture; several are path-0, path-1 ..., with equally many digits.
+        count: pictures.
+        keep: whether files that exist are kept. Then the next free number is taken.
+    """
+
+    path: Path
+    count: int = 1
+    keep: bool = False
+
+    def names(self) -> Iterator[Path]:
+        """The names in their order; endless where files that exist are kept, because other programs take names too."""
+        first = self._next_free() if self.keep else 0
+        numbers = itertools.count(first) if self.keep else range(self.count)
+        width = len(str(first + self.count - 1))
+        row = (self.path.with_stem(f"{self.path.stem}-{number:0{width}}") for number in numbers)
+        if self.count > 1:
+            return row
+        return itertools.chain([self.path], row if self.keep else ())
+
+    def write(self, name: Iterator[Path], image: Image.Image, settings: Mapping[str, Any]) -> Path:
+        """Write a picture to the next of `names`, which is an iterator of them."""
+        if not self.keep:
+            return save_png(image, next(name), settings)
+        path = next(path for path in name if _claimed(path))
+        try:
+            return save_png(image, path, settings)
+        except BaseException:
+            path.unlink()  # what was claimed is empty
+            raise
+
+    def check(self, option: str) -> None:
+        """Raise ValueError for what cannot be written: another ending, a folder, a place without permission."""
+        png_path(self.path)
+        if not self.keep and (taken := [path for path in self.names() if path.is_dir()]):
+            raise ValueError(f"{option}: {taken[0]} is a folder; name a file")
+        above = self.path.absolute().parent
+        folder = next(path for path in (above, *above.parents) if path.exists())  # missing ones are made
+        if not folder.is_dir():
+            raise ValueError(f"{option} {self.path}: {folder} is a file, expected a folder")
+        try:
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise ValueError(f"{option} {self.path}: nothing can be written to {folder} ({error.strerror})") from error
+
+    def _next_free(self) -> int:
+        """The number after the highest that is in use; a single picture begins with the name without one."""
+        numbered = re.compile(rf"{re.escape(self.path.stem)}-(\d+){re.escape(self.path.suffix)}")
+        matches = (numbered.fullmatch(path.name) for path in self.path.parent.iterdir())
+        return max((int(match[1]) for match in matches if match), default=0 if self.count == 1 else -1) + 1
+
+
+def outputs(output: str | None, grid: str | None, count: int) -> tuple[Output, Output | None]:
+    """Where pictures and their grid go.
+
+    Args:
+        output: of the command line; None is `DEFAULT` in the current folder, and nothing there is overwritten.
+        grid: None for none, "" for a name derived from the output.
+        count: pictures.
+
+    Raises:
+        ValueError: it cannot be written there.
+    """
+    path = DEFAULT if output is None else Path(output)
+    pictures = Output(path, count, keep=output is None)
+    pictures.check("--output")
+    if grid is None:
+        return pictures, None
+    sheet = Output(Path(grid)) if grid else Output(path.with_stem(f"{path.stem}-grid"), keep=output is None)
+    if sheet.path.suffix.lower() != ".png":
+        raise ValueError(f"--grid {grid!r} must be a file that ends in .png; prompts go before --grid")
+    sheet.check("--grid")
+    if sheet.path.absolute() in {name.absolute() for name in itertools.islice(pictures.names(), count)}:
+        raise ValueError(f"--grid {sheet.path} is where a picture goes; give another name")
+    return pictures, sheet
+
+
+def _claimed(path: Path) -> bool:
+    """Make an empty file, which no other program can do with this name at the same time; False if it exists."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

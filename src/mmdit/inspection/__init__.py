@@ -1,0 +1,1 @@
+"""Look inside and change: points, capture, patch, attention maps, float8 errors."""

@@ -1,0 +1,312 @@
+"""Addresses: which steps, noise levels, halves, samples, heads and tokens of a point are meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from encoders import Conditioning
+from mmdit.inspection.points import Point
+from mmdit.inspection.words import Encoder, token_positions
+from mmdit.pipeline.passes import Drawing, Half
+
+Numbers = int | slice | Sequence[int]  # negative ones count from the end
+
+
+class Word(NamedTuple):
+    """Text tokens of a word of the prompt, written as in `mmdit.attention_maps`, as "clip", "t5" or "all" read it."""
+
+    text: str
+    encoder: Encoder = "all"
+
+
+# Numbers of tokens, words of the prompt, or a mask of the picture's patches, bool [rows, columns]
+Tokens = Numbers | str | Word | Sequence[str | Word | int] | Tensor
+
+
+class Label(NamedTuple):
+    """Which run of a model a value is of.
+
+    `run` counts drawings (0 before the first), `step` the steps that the solver has finished; outside of a drawing it
+    counts calls. `call` counts those of one half in one step: a solver may make several.
+    """
+
+    run: int
+    step: int
+    call: int
+    sigma: float | None  # None where the model has no noise level
+    half: str | None  # None where there are no halves
+
+
+class Rows(NamedTuple):
+    """The rows of a model's batch that belong together: the samples of one half."""
+
+    label: Label
+    first: int  # row
+    samples: int
+    conditioning: Conditioning | None
+    steps: int | None  # of the drawing
+
+
+class Picked(NamedTuple):
+    """A part of a value [b, axes]: which rows, and which places along each axis."""
+
+    rows: tuple[int, ...]
+    samples: tuple[int, ...]
+    axes: tuple[str, ...]
+    places: tuple[Tensor | None, ...]  # [n], or [samples, n] where they differ; None: all
+
+    @property
+    def labels(self) -> dict[str, tuple[int, ...]]:
+        """What is where along the narrowed axes, if it is the same for all samples."""
+        pairs = zip(self.axes, self.places, strict=True)
+        return {axis: tuple(one.tolist()) for axis, one in pairs if one is not None and one.ndim == 1}
+
+    def within(self, rows: Rows) -> Picked:
+        """The same part of what holds the rows of the half alone."""
+        return self._replace(rows=tuple(row - rows.first for row in self.rows))
+
+    def read(self, value: Tensor) -> Tensor:
+        """[samples, axes]: the part; a view where all of some neighbouring rows are meant."""
+        value = self.read_rows(value)
+        for i, places in enumerate(self.places):
+            value = taken(value, i + 1, places)
+        return value
+
+    def read_rows(self, value: Tensor) -> Tensor:
+        """The rows alone."""
+        first, count = self.rows[0], len(self.rows)
+        if self.rows == tuple(range(first, first + count)):
+            return value[first : first + count]
+        return value[torch.tensor(self.rows, device=value.device)]
+
+    def write(self, value: Tensor, part: Tensor) -> Tensor:
+        """A copy of the whole with another part; all else keeps its bits."""
+        last = max((i + 1 for i, one in enumerate(self.places) if one is not None), default=0)
+        index = [_mesh(torch.tensor(self.rows), 0, last)]
+        for i, one in enumerate(self.places[:last]):
+            index.append(_mesh(torch.arange(value.shape[i + 1]) if one is None else one, i + 1, last))
+        changed = value.clone()
+        changed[tuple(one.to(value.device) for one in index)] = part.to(value.dtype)
+        return changed
+
+
+def taken(value: Tensor, axis: int, places: Tensor | None) -> Tensor:
+    """The places [n] along an axis, or [samples, n] for each sample its own; None: all."""
+    if places is None:
+        return value
+    places = places.to(value.device)
+    if places.ndim == 1:
+        return value.index_select(axis, places)
+    shape = [1] * value.ndim
+    shape[0], shape[axis] = places.shape
+    return value.take_along_dim(places.view(shape), dim=axis)
+
+
+@dataclass(frozen=True)
+class Address:
+    """What is meant of a point; None means all.
+
+    Args:
+        steps: of a drawing; of models that are called outside of one, the number of the call.
+        sigmas: lowest and highest noise level, both included.
+        half: "cond", "uncond", ..., or several.
+        samples: pictures of the batch.
+        heads: of attention.
+        tokens: see `Tokens`; of an attention pattern, those that are read (its columns).
+        queries: those of an attention pattern that read (its rows); written like tokens.
+        channels: of the last dimension.
+    """
+
+    steps: Numbers | None = None
+    sigmas: tuple[float, float] | None = None
+    half: str | Sequence[str] | None = None
+    samples: Numbers | None = None
+    heads: Numbers | None = None
+    tokens: Tokens | None = None
+    queries: Tokens | None = None
+    channels: Numbers | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a range of levels that holds none."""
+        if self.sigmas is not None and not self.sigmas[0] <= self.sigmas[1]:
+            raise ValueError(f"sigmas are the lowest and the highest level, got {self.sigmas}")
+
+    @property
+    def has_words(self) -> bool:
+        """Whether words of the prompt are named."""
+        return _has_words(self.tokens) or _has_words(self.queries)
+
+    def check(self, point: Point, name: str, *, drawn: bool) -> None:
+        """Raise ValueError where the point does not have what the address narrows.
+
+        Args:
+            point: called `name`.
+            drawn: whether a pipeline says of each call which halves and noise level it has.
+        """
+        if not drawn and (self.half is not None or self.sigmas is not None):
+            what = "sigmas" if self.half is None else "half"
+            raise ValueError(
+                f"{what}= narrows passes of a pipeline's transformer; {name!r} is not of one: give the pipeline"
+            )
+        for argument in _AXES:
+            if getattr(self, argument) is not None and _axis(point, argument) not in point.axes:
+                raise ValueError(f"{argument}= is given, but {name!r} has none: it is [batch, {', '.join(point.axes)}]")
+        for argument in ("tokens", "queries"):
+            if _has_words(getattr(self, argument)) and point.stream not in ("text", "joint"):
+                raise ValueError(
+                    f"{argument}={getattr(self, argument)!r} names words; the tokens of {name!r} are not the prompt's"
+                )
+
+    def meets(self, label: Label, steps: int | None) -> bool:
+        """Whether a run of a model is meant."""
+        if self.half is not None and label.half not in ([self.half] if isinstance(self.half, str) else self.half):
+            return False
+        if self.sigmas is not None and not (
+            label.sigma is not None and self.sigmas[0] <= label.sigma <= self.sigmas[1]
+        ):
+            return False
+        return self.steps is None or label.step in wanted_steps(self.steps, steps, label.step)
+
+    def meant(self, drawing: Drawing) -> list[tuple[Label, Half]]:
+        """The steps and halves of a drawing that are meant.
+
+        Raises:
+            ValueError: there is none.
+        """
+        steps = len(drawing.levels) - 1
+        every = [
+            (Label(0, i, 0, drawing.levels[i], half.name), half) for i in range(steps) for half in drawing.halves[i]
+        ]
+        found = [(label, half) for label, half in every if self.meets(label, steps)]
+        if not found:
+            halves = ", ".join(dict.fromkeys(repr(half.name) for _, half in every))
+            raise ValueError(
+                f"this drawing has {steps} steps from sigma {drawing.levels[0]:.3g} to {drawing.levels[-2]:.3g} and "
+                f"halves {halves}; steps={self.steps}, sigmas={self.sigmas}, half={self.half!r} meet none of them"
+            )
+        return found
+
+    def pick(self, point: Point, shape: torch.Size, rows: Rows) -> Picked:
+        """The part of a value of that shape, [b, axes].
+
+        Raises:
+            ValueError: a number is out of range, or a word is not in a prompt or not of as many tokens in each.
+        """
+        samples = _numbers(self.samples, rows.samples, "samples")
+        axes = zip(point.axes, shape[1:], strict=True)
+        places = tuple(self._along(axis, size, point, rows, samples) for axis, size in axes)
+        return Picked(tuple(rows.first + sample for sample in samples), tuple(samples), point.axes, places)
+
+    def _along(self, axis: str, size: int, point: Point, rows: Rows, samples: list[int]) -> Tensor | None:
+        """The places along an axis: [n], or [samples, n] where they differ."""
+        argument = next((name for name in _AXES if _axis(point, name) == axis), None)
+        wanted = None if argument is None else getattr(self, argument)
+        if wanted is None:
+            return None
+        if argument in ("tokens", "queries"):
+            return _tokens(wanted, size, rows, samples, argument)
+        return torch.tensor(_numbers(wanted, size, f"{axis}s"))
+
+
+_AXES = {"heads": "head", "tokens": "token", "queries": "query", "channels": "channel"}
+
+
+def _axis(point: Point, argument: str) -> str:
+    """The axis that an argument narrows."""
+    return "key" if (argument, point.layout) == ("tokens", "pattern") else _AXES[argument]
+
+
+def wanted_steps(steps: Numbers, total: int | None, step: int) -> Sequence[int]:
+    """The numbers of steps; `total` is needed for negative ones and else only bounds a slice.
+
+    Raises:
+        ValueError: they count from an end that is not known.
+    """
+    if isinstance(steps, slice):
+        ends = (steps.start or 0, steps.stop or 0)
+        if total is None and min(ends) < 0:
+            raise ValueError(f"steps={steps} counts from the end, which is known within a drawing only")
+        return range(*steps.indices(step + 1 if total is None else total))
+    given = [steps] if isinstance(steps, int) else list(steps)
+    if total is None and min(given, default=0) < 0:
+        raise ValueError(f"steps={steps} counts from the end, which is known within a drawing only")
+    return [one + (total or 0) if one < 0 else one for one in given]
+
+
+def _numbers(wanted: Numbers | None, size: int, what: str) -> list[int]:
+    if wanted is None or isinstance(wanted, slice):
+        found = list(range(size))[wanted or slice(None)]
+    else:
+        given = [wanted] if isinstance(wanted, int) else [int(one) for one in wanted]
+        if outside := [one for one in given if not -size <= one < size]:
+            raise ValueError(f"{what} {outside} do not exist; there are {size}")
+        found = [one % size for one in given]
+    if not found:
+        raise ValueError(f"{what}={wanted} is none of the {size}")
+    return found
+
+
+def _has_words(tokens: object) -> bool:
+    if isinstance(tokens, str | Word):
+        return True
+    return isinstance(tokens, Sequence) and any(isinstance(one, str | Word) for one in tokens)
+
+
+def _tokens(wanted: Tokens, size: int, rows: Rows, samples: list[int], what: str) -> Tensor:
+    if isinstance(wanted, Tensor):
+        return _masked(wanted, size, what)
+    if not _has_words(wanted):
+        return torch.tensor(_numbers(wanted, size, what))  # type: ignore[arg-type] # no words in it
+    if rows.conditioning is None:
+        raise ValueError(
+            f"{what}={wanted!r} names words, which takes the conditioning of a pipeline: give token numbers"
+        )
+    several = isinstance(wanted, Sequence) and not isinstance(wanted, str | Word)
+    places = [_of_prompt(wanted if several else [wanted], size, rows, sample) for sample in samples]  # type: ignore[arg-type, list-item]
+    if len({len(one) for one in places}) > 1:
+        raise ValueError(
+            f"{what}={wanted!r} are {', '.join(str(len(one)) for one in places)} tokens in samples {samples}; values "
+            "of different sizes do not stack: narrow with samples=, or name an encoder with mmdit.Word"
+        )
+    return torch.tensor(places[0] if all(one == places[0] for one in places) else places)
+
+
+def _of_prompt(wanted: Sequence[str | Word | int], size: int, rows: Rows, sample: int) -> list[int]:
+    assert rows.conditioning is not None
+    found: list[int] = []
+    for one in wanted:
+        if isinstance(one, int):
+            found += _numbers(one, size, "tokens")
+            continue
+        word = Word(one) if isinstance(one, str) else one
+        places = token_positions(rows.conditioning, sample, word.text, word.encoder)
+        if not places:
+            prompt = rows.conditioning.prompts[sample]
+            raise ValueError(
+                f"the prompt {prompt!r} (half {rows.label.half!r}, sample {sample}) has no token of {word.text!r} for "
+                f"encoder {word.encoder!r}: narrow with half= and samples="
+            )
+        found += places
+    return list(dict.fromkeys(found))
+
+
+def _masked(mask: Tensor, size: int, what: str) -> Tensor:
+    if mask.dtype == torch.bool:
+        if mask.numel() != size:
+            raise ValueError(f"{what} is a mask of {list(mask.shape)}, but there are {size} tokens")
+        return torch.tensor(_numbers(mask.flatten().nonzero().flatten().tolist(), size, what))
+    return torch.tensor(_numbers(mask.flatten().tolist(), size, what))
+
+
+def _mesh(places: Tensor, axis: int, last: int) -> Tensor:
+    """Shaped to broadcast over the axes up to `last`; [samples, n] also along the first."""
+    sizes = [1] * (last + 1)
+    if places.ndim == 2:
+        sizes[0] = len(places)
+    sizes[axis] = places.shape[-1]
+    return places.reshape(sizes)

@@ -1,0 +1,166 @@
+"""How many bytes a capture will keep, known before a model runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.inspection.addresses import Address, Label, Rows, taken
+from mmdit.inspection.dry_run import Sizes, rehearse
+from mmdit.inspection.hooks import Target, Tracker
+from mmdit.inspection.reducers import Reducer, View, reduced_pattern
+from mmdit.inspection.views import Passing, shown
+from mmdit.pipeline.passes import Drawing, Half
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+class BudgetError(ValueError):
+    """A capture would keep more than its budget; nothing of what would exceed it was kept or run."""
+
+
+class Kept(NamedTuple):
+    """What is kept of a value: [samples, axes]."""
+
+    value: Tensor
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[int, ...]]  # along narrowed axes
+    samples: tuple[int, ...]
+
+
+def bytes_of(budget: int | float | str | None) -> int | None:
+    """A number of bytes, written as one or as "500 MB".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if budget is None:
+        return None
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgt]?b?)\s*", str(budget).lower())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"budget must be a number of bytes, or like '500 MB' or '2 GB'; got {budget!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def kept_value(
+    target: Target,
+    passing: Passing,
+    rows: Rows,
+    text_tokens: int,
+    address: Address,
+    reducer: Reducer | None,
+) -> Kept:
+    """What a capture keeps of a value that passes; it may still be a view of that."""
+    point = target.point
+    if point.layout == "pattern":
+        return _kept_pattern(target, passing, rows, text_tokens, address, reducer)
+    value = shown(point, passing)
+    picked = address.pick(point, value.shape, rows)
+    value = picked.read(value)
+    if reducer is None:
+        return Kept(value, point.axes, picked.labels, picked.samples)
+    value, axes = reducer(value, View(point.axes, text_tokens))
+    return Kept(value, axes, picked.labels, picked.samples)
+
+
+def _kept_pattern(
+    target: Target, passing: Passing, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
+) -> Kept:
+    q, k = passing.args[:2]
+    shape = torch.Size((*q.shape[:3], k.shape[2]))
+    picked = address.pick(target.point, shape, rows)
+    heads, queries, keys = picked.places
+    q, k = (taken(picked.read_rows(part), 1, heads) for part in (q, k))
+    q, every = taken(q, 2, queries), torch.arange(q.shape[2]) if queries is None else queries
+    view = View(target.point.axes, text_tokens, every, every, keys)
+    value, axes = reduced_pattern(reducer, q, k, view)
+    return Kept(value, axes, picked.labels, picked.samples)
+
+
+class Forecast:
+    """What a capture will keep of each call: computed on the meta device, by the code that will do it.
+
+    Args:
+        address: what is meant.
+        reducer_of: by target.
+        dtype: of what is kept; None: as computed.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        reducer_of: Callable[[Target], Reducer | None],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.address, self.reducer_of, self.dtype = address, reducer_of, dtype
+        self._found: dict[tuple[object, ...], dict[str, int]] = {}
+        self.last: dict[tuple[int, str], str] = {}  # by model and entry: which of its targets passes last
+
+    def of_call(self, some: Sequence[Target], sizes: Sizes, rows: Rows) -> dict[str, int]:
+        """Bytes by point, of the rows of one half in a call of these targets' model."""
+        sizes, rows = sizes._replace(batch=rows.samples), rows._replace(first=0)
+        prompts = rows.conditioning.prompts if rows.conditioning is not None and self.address.has_words else ()
+        key = (id(some[0].model), some[0].entry, sizes, prompts)
+        if key not in self._found:
+            self._found[key] = self._rehearsed(some, sizes, rows)
+        return self._found[key]
+
+    def of_drawing(
+        self, some: Sequence[Target], drawing: Drawing, wanted: Sequence[tuple[Label, Half]]
+    ) -> dict[str, int]:
+        """Bytes by point of a drawing, with one call of the transformer in each wanted step and half."""
+        total, counted = dict.fromkeys((target.name for target in some), 0), set()
+        samples, _, height, width = drawing.shape
+        for label, half in wanted:
+            sizes = Sizes(samples, height, width, half.conditioning.context.shape[1])
+            one = self.of_call(some, sizes, Rows(label, 0, samples, half.conditioning, len(drawing.levels) - 1))
+            for target in some:
+                reducer, place = self.reducer_of(target), (target.name, half.name)
+                if reducer is None or not reducer.running or place not in counted:
+                    total[target.name] += one[target.name]
+                counted.add(place)
+        return total
+
+    def _rehearsed(self, some: Sequence[Target], sizes: Sizes, rows: Rows) -> dict[str, int]:
+        found: dict[str, int] = {}
+
+        def note(target: Target, passing: Passing, _: Tracker) -> None:
+            reducer = self.reducer_of(target)
+            value = kept_value(target, passing, rows, sizes.text_tokens, self.address, reducer).value
+            dtype = value.dtype if self.dtype is None or (reducer is not None and reducer.exact) else self.dtype
+            found[target.name] = prod(value.shape) * dtype.itemsize
+
+        rehearse(some[0].model, some, sizes, note)
+        self.last[id(some[0].model), some[0].entry] = list(found)[-1]
+        return found
+
+
+def check_drawing(
+    forecast: dict[str, int], steps: Sequence[int], kept: int, budget: int | None, *, running: bool
+) -> None:
+    """Raise BudgetError where a drawing would take more than is left, with what would fit."""
+    needed = sum(forecast.values())
+    if budget is None or kept + needed <= budget:
+        return
+    left, largest = budget - kept, max(forecast, key=lambda name: forecast[name])
+    fitting = 0 if running else int(len(steps) * left / needed)
+    fits = [f"{fitting} of the {len(steps)} steps (steps=)"] if fitting else []
+    if (points := int(len(forecast) * left / needed)) > 0:
+        fits.append(f"about {points} of the {len(forecast)} points")
+    fits.append("dtype=torch.float16, a part (half=, samples=, heads=, tokens=), or a reducer (reduce=)")
+    raise BudgetError(
+        f"this capture would keep {size(needed)} ({len(forecast)} points x {len(steps)} steps; the largest is "
+        f"{largest!r} with {size(forecast[largest])}){f' beside {size(kept)} that are there' if kept else ''}, "
+        f"and the budget is {size(budget)}. What fits: {'; '.join(fits)}. Or give a larger budget="
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    unit = next(unit for unit in ("TB", "GB", "MB", "kB", "") if count >= _UNITS[unit.lower()] or not unit)
+    return f"{count / _UNITS[unit.lower()]:.3g} {unit}" if unit else f"{count} bytes"

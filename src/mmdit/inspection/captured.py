@@ -1,0 +1,204 @@
+"""What a capture has kept: tensors by point, with labels for step, noise level, half, sample and all else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.checkpoints.lazy import LazyTensor
+from mmdit.inspection.addresses import Label
+from mmdit.inspection.budget import size
+from mmdit.inspection.hooks import plain
+from mmdit.inspection.labelled import Labelled
+
+
+class Entry(NamedTuple):
+    """A value of one call: [samples, axes]."""
+
+    label: Label
+    samples: tuple[int, ...]
+    value: Tensor | LazyTensor
+
+    def read(self) -> Tensor:
+        """From memory or file."""
+        return self.value.read() if isinstance(self.value, LazyTensor) else self.value
+
+
+@dataclass
+class Series:
+    """All of one point."""
+
+    axes: tuple[str, ...] = ()  # after the sample
+    labels: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    running: bool = False  # all samples and calls of a half are one
+    reduced: bool = False
+    entries: list[Entry] = field(default_factory=list)
+
+
+class Captured(Mapping[str, Tensor]):
+    """Values by the name of their point: `seen["joint_blocks.2.x_block.resid_post"]`.
+
+    A value is [steps, halves, samples, axes of the point]; without halves where one was asked for by name, or where
+    the model has none. Of a running reducer it is [halves, axes]. `labelled` says what is where.
+
+    Args:
+        names: of the points that were asked for.
+        one_half: whether one half was asked for by name.
+    """
+
+    def __init__(self, names: Sequence[str], *, one_half: bool = False) -> None:
+        self.names, self.one_half = tuple(names), one_half
+        self.series: dict[str, Series] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.labelled(name).values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.series)
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{name}: {len(one.entries)} calls of {list(one.entries[0].value.shape)} [sample, {', '.join(one.axes)}]"
+            for name, one in self.series.items()
+        ]
+        return "\n".join([*lines, f"{len(self.series)} of {len(self.names)} points: {size(self.nbytes)}"])
+
+    @property
+    def nbytes(self) -> int:
+        """Of all values, in memory or file."""
+        return sum(entry.value.nbytes for one in self.series.values() for entry in one.entries)
+
+    def of(self, name: str) -> Series:
+        """All of one point, call by call.
+
+        Raises:
+            KeyError: it was not asked for, or never passed.
+        """
+        name = plain(name)
+        if name in self.series:
+            return self.series[name]
+        if name in self.names:
+            raise KeyError(f"{name!r} was never passed at the address that was asked for: did the model run inside?")
+        nearest = ", ".join(get_close_matches(name, self.names, cutoff=0))
+        raise KeyError(f"{name!r} was not captured; nearest of {len(self.names)} are {nearest}")
+
+    def labelled(self, name: str, *, half: str | None = None, run: int | None = None) -> Labelled:
+        """A value with names for its dimensions and labels along them.
+
+        Args:
+            name: of the point.
+            half: this one alone, and no dimension for halves.
+            run: of this drawing alone.
+
+        Raises:
+            KeyError: see `of`.
+            ValueError: calls differ in shape or halves, and do not stack.
+        """
+        one = self.of(name)
+        entries = [e for e in one.entries if half in (None, e.label.half) and run in (None, e.label.run)]
+        if not entries:
+            halves = ", ".join(map(repr, dict.fromkeys(entry.label.half for entry in one.entries)))
+            raise ValueError(f"{name!r} was captured of halves {halves}, not of half={half!r}, run={run!r}")
+        grid = _Grid(name, entries)
+        without_halves = half is not None or self.one_half or grid.halves == [None]
+        value = grid.stacked(without_halves=without_halves)
+        axes: dict[str, tuple[Any, ...]] = {} if one.running else {"step": tuple(time.step for time in grid.times)}
+        if not without_halves:
+            axes["half"] = tuple(grid.halves)
+        if one.running:
+            value = value.squeeze(0).squeeze(0 if without_halves else 1)
+        else:
+            axes["sample"] = entries[0].samples
+        notes = {} if one.running else {what: ("step", tuple(getattr(t, what) for t in grid.times)) for what in _NOTES}
+        for axis, length in zip(one.axes, value.shape[len(axes) :], strict=True):
+            axes[axis] = one.labels.get(axis, tuple(range(length)))
+        return Labelled(value, axes, notes)
+
+    def at(self, name: str, label: Label) -> Entry:
+        """The value of a point in the call that a label stands for; of a capture of one call, that one.
+
+        Raises:
+            KeyError: see `of`.
+            ValueError: there is none.
+        """
+        entries = [entry for entry in self.of(name).entries if entry.label.half in (label.half, None)]
+        same = [entry for entry in entries if entry.label[1:3] == label[1:3]]
+        if same or len(entries) == 1:
+            return (same or entries)[0]
+        raise ValueError(
+            f"the capture holds no {name!r} of step {label.step}, call {label.call}, half {label.half!r}; it holds "
+            f"{len(self.of(name).entries)} others: capture the same steps and halves"
+        )
+
+    def gradients(self, metric: Tensor) -> Captured:
+        """d metric / d value for everything that was captured with `grad=True`; zeros where it does not count.
+
+        Args:
+            metric: a scalar that was computed from the model's output, inside or outside of the capture.
+
+        Raises:
+            ValueError: the values were captured without grad.
+        """
+        places = [(name, entry) for name, one in self.series.items() for entry in one.entries]
+        values = [entry.read() for _, entry in places]
+        if not all(value.requires_grad for value in values):
+            raise ValueError("gradients need a capture with grad=True")
+        found = torch.autograd.grad(metric, values, retain_graph=True, allow_unused=True, materialize_grads=True)
+        out = Captured(self.names, one_half=self.one_half)
+        for (name, entry), gradient in zip(places, found, strict=True):
+            one = self.series[name]
+            into = out.series.setdefault(name, Series(one.axes, one.labels))
+            into.entries.append(entry._replace(value=gradient))
+        return out
+
+    def add(self, name: str, like: Callable[[], Series], entry: Entry) -> None:
+        """One more value."""
+        if name not in self.series:
+            self.series[name] = like()
+        self.series[name].entries.append(entry)
+
+
+_NOTES = ("sigma", "call", "run")
+
+
+class _Grid:
+    """Entries by time and half."""
+
+    def __init__(self, name: str, entries: Sequence[Entry]) -> None:
+        self.name = name
+        self.entries = {(_time(entry.label), entry.label.half): entry for entry in entries}
+        self.times = list({_time(entry.label): entry.label for entry in entries}.values())
+        self.halves = list(dict.fromkeys(entry.label.half for entry in entries))
+
+    def stacked(self, *, without_halves: bool) -> Tensor:
+        """[steps, halves, samples, ...]."""
+        rows = []
+        for time in self.times:
+            some = [self.entries.get((_time(time), half)) for half in self.halves]
+            if any(entry is None for entry in some):
+                self._refuse(f"step {time.step} ran only some of the halves {self.halves}")
+            rows.append([entry.read() for entry in some if entry is not None])
+        if len(shapes := {tuple(value.shape) for row in rows for value in row}) > 1:
+            self._refuse(f"values have shapes {', '.join(str(list(shape)) for shape in shapes)}")
+        if len({entry.samples for entry in self.entries.values()}) > 1:
+            self._refuse("samples differ")
+        value = torch.stack([torch.stack(row) for row in rows])
+        return value[:, 0] if without_halves and len(self.halves) == 1 else value
+
+    def _refuse(self, why: str) -> None:
+        raise ValueError(
+            f"{self.name!r} does not stack: {why}. Take a half, seen.labelled({self.name!r}, half=...), or the calls "
+            "one by one, seen.of(name).entries"
+        )
+
+
+def _time(label: Label) -> tuple[int, int, int]:
+    return label.run, label.step, label.call

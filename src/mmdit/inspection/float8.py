@@ -1,0 +1,167 @@
+"""Float8 seen from inside: what each layer loses at each step, and which layer changed the picture most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.pipeline.passes import Pass
+from mmdit.pipeline.pipeline import Pipeline
+from mmdit.runtime.compiled import refuse_compiled
+from quant.codec import FLOAT8_FORMATS
+from quant.matmul import quantize_activation
+from quant.quantize import kept, linears_of, quantize_, snr
+from quant.scaling import from_codes
+from quant.tensor import Float8Tensor
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What one Linear loses in one step; shares are of its input's numbers, NaN for weight-only recipes."""
+
+    layer: str
+    step: int
+    amax: float  # of the input
+    saturated: float  # share that the scale maps beyond the largest code
+    underflown: float  # share that is not zero and becomes zero
+    snr: float  # of the output against that of the weight before quantization, from the same input, dB
+
+
+class LayerErrors(list[LayerError]):
+    """A row per layer and step; prints the mean over steps of each layer, the worst first."""
+
+    @property
+    def layers(self) -> list[str]:
+        """Names, in the order of the model."""
+        return list(dict.fromkeys(one.layer for one in self))
+
+    def grid(self, field: str = "snr") -> Tensor:
+        """One field as float64 [layers, steps]."""
+        if not self:
+            return torch.zeros(0, 0, dtype=torch.float64)
+        rows = [[float(getattr(one, field)) for one in self if one.layer == name] for name in self.layers]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    def __repr__(self) -> str:
+        means = {name: self.grid(name).mean(1) for name in ("snr", "amax", "saturated", "underflown")}
+        lines = [f"{'layer':44} {'SNR dB':>7} {'amax':>9} {'saturated':>9} {'underflown':>10}"]
+        for i in means["snr"].argsort().tolist():
+            shares = f"{means['saturated'][i]:9.2%} {means['underflown'][i]:10.2%}"
+            lines.append(f"{self.layers[i]:44} {means['snr'][i]:7.1f} {means['amax'][i]:9.3g} {shares}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def float8_errors(pipe: Pipeline, prompt: str | Sequence[str], original: nn.Module, **settings: Any) -> LayerErrors:
+    """Draw with a quantized transformer and measure each float8 Linear from what it reads.
+
+    Args:
+        pipe: with a quantized transformer (`quant.quantize_`, `mmdit.quantize_static`) that is not compiled.
+        prompt, settings: of the drawing.
+        original: the transformer before that, such as a `copy.deepcopy` of it.
+
+    Raises:
+        ValueError: no Linear of the transformer is float8, or a part of it is compiled.
+    """
+    layers = {name: one for name, one in linears_of(pipe.transformer) if isinstance(one.weight, Float8Tensor)}
+    if not layers:
+        raise ValueError("no Linear of the transformer is float8: quantize it first, with quant.quantize_")
+    refuse_compiled(pipe.transformer, "the transformer")
+    before, seen = dict(linears_of(original)), dict[tuple[str, int], list[LayerError]]()
+    step = [0]
+
+    def watcher(one: Pass) -> None:
+        step[0] = one.step or 0
+
+    def measure(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        found = _measured(name, step[0], args[0], output, layer, before[name])
+        seen.setdefault((name, step[0]), []).append(found)
+
+    handles = [layer.register_forward_hook(partial(measure, name)) for name, layer in layers.items()]
+    pipe.watchers.append(watcher)
+    try:
+        pipe(prompt, **settings | {"output_type": "latent"})
+    finally:
+        pipe.watchers.remove(watcher)
+        for handle in handles:
+            handle.remove()
+    steps = sorted({number for _, number in seen})
+    return LayerErrors(_mean(seen[name, number]) for name in layers for number in steps)
+
+
+@torch.no_grad()
+def float8_blame(
+    pipe: Pipeline,
+    prompt: str | Sequence[str],
+    recipe: Any = "fp8",
+    *,
+    layers: Sequence[str] | None = None,
+    input_scales: dict[str, Tensor] | None = None,
+    **settings: Any,
+) -> dict[str, float]:
+    """Quantize one Linear at a time and draw: PSNR in dB of the pictures to those of none, the lowest first.
+
+    Args:
+        pipe: with a transformer that is not quantized; every weight is put back, whatever happens.
+        prompt, settings: of the drawing; without a seed, 0.
+        recipe: of `quant.quantize_`.
+        layers: names of Linears; None takes those that `quantize_` would.
+        input_scales: for recipes with static activations.
+
+    Raises:
+        ValueError: the transformer is quantized already, or a name is none of its Linears.
+    """
+    settings = {"seed": 0} | settings | {"output_type": "pt"}
+    every = dict(linears_of(pipe.transformer))
+    if done := [name for name, layer in every.items() if isinstance(layer.weight, Float8Tensor)]:
+        raise ValueError(f"the transformer is quantized already ({len(done)} Linears): take one that is not")
+    if unknown := [name for name in layers or () if name not in every]:
+        raise ValueError(f"{unknown[0]!r} is no Linear of the transformer, such as {next(iter(every))!r}")
+    scales = input_scales or {}
+    truth = pipe(prompt, **settings).images
+    found = {}
+    for name in layers if layers is not None else [name for name in every if kept(name) is None]:
+        with _restored(every[name]):
+            quantize_(pipe.transformer, recipe, [name], input_scales={k: v for k, v in scales.items() if k == name})
+            error = (pipe(prompt, **settings).images.double() - truth.double()).square().mean()
+        found[name] = float(-10 * error.log10())
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _measured(name: str, step: int, x: Tensor, output: Tensor, layer: nn.Linear, before: nn.Linear) -> LayerError:
+    weight = layer.weight
+    assert isinstance(weight, Float8Tensor)
+    wanted = F.linear(x, before.weight.to(x), None if before.bias is None else before.bias.to(x))
+    saturated = underflown = float("nan")
+    if weight.recipe.activation != "none":
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scale = quantize_activation(rows, weight.recipe, weight.input_scale, as_bytes=False)
+        largest = FLOAT8_FORMATS[weight.recipe.activation_format].largest
+        saturated = float(((rows.float() / scale).abs() > largest * (1 + 1e-6)).float().mean())
+        zero = from_codes(codes, weight.recipe.activation_format) == 0
+        underflown = float((zero & (rows != 0)).float().mean())
+    return LayerError(name, step, float(x.abs().max()), saturated, underflown, snr(wanted, output))
+
+
+def _mean(found: Sequence[LayerError]) -> LayerError:
+    """Of several calls in a step: the largest amax, means of all else."""
+    first, count = found[0], len(found)
+    shares = (sum(getattr(one, field) for one in found) / count for field in ("saturated", "underflown", "snr"))
+    return LayerError(first.layer, first.step, max(one.amax for one in found), *shares)
+
+
+@contextmanager
+def _restored(layer: nn.Linear) -> Iterator[None]:
+    weight = layer.weight
+    try:
+        yield
+    finally:
+        layer.weight = weight

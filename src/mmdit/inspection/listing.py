@@ -1,0 +1,121 @@
+"""The points of a model with their shapes, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from encoders import VAE
+from mmdit.inspection.attention_rows import pattern
+from mmdit.inspection.dry_run import Sizes, rehearse
+from mmdit.inspection.hooks import TRANSFORMER, Inspected, Target, Tracker, models_of, selected
+from mmdit.inspection.points import Stream
+from mmdit.inspection.views import Passing, shown
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.steps import Verbs
+from mmdit.utils import whole
+
+
+class Row(NamedTuple):
+    """One point in a listing."""
+
+    name: str
+    axes: tuple[str, ...]  # of the shape, after the batch
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int  # of one call of the model
+
+
+class PointList(list[Row]):
+    """The points of a model; prints as a table."""
+
+    def __repr__(self) -> str:
+        header = ("point", "axes", "shape", "dtype", "MB a call")
+        rows = [header, *map(_cells, self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{len(self)} points: {sum(row.bytes for row in self) / 1e6:.1f} MB a call"])
+
+    @property
+    def names(self) -> list[str]:
+        """Of all points."""
+        return [row.name for row in self]
+
+
+def points(
+    model: Inspected,
+    patterns: str | Sequence[str] = "*",
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    text_tokens: int | None = None,
+    batch: int = 1,
+    stream: Stream | None = None,
+) -> PointList:
+    """What can be looked into, with shapes and bytes for a picture of a size; nothing is computed.
+
+    Attention patterns count as if all rows were kept, in float32.
+
+    Args:
+        model: a pipeline (names then begin with "transformer.", "clip_l.", "t5.", "vae.", ...) or one of its models.
+        patterns: globs over names.
+        height, width: of the picture in pixels; None is what the model draws by default (1024 for a VAE alone).
+        text_tokens: that the transformer reads, or the text encoder that is listed; None is their default.
+        batch: rows of the model's batch. In a pipeline with guidance each picture takes two in the transformer.
+        stream: "text", "image" or "joint" (where both meet): of the transformer's points.
+
+    Raises:
+        ValueError: a glob that matches nothing, or a size that does not fit.
+    """
+    targets = selected(model, patterns, stream)
+    sizes, found = _sizes(model, height, width, text_tokens, batch), {}
+
+    def note(target: Target, passing: Passing, _: Tracker) -> None:
+        point = target.point
+        value = pattern(*passing.args[:2]) if point.layout == "pattern" else shown(point, passing)
+        found[target.name] = Row(target.name, point.axes, tuple(value.shape), value.dtype, value.nbytes)
+
+    for one in models_of(model).values():
+        if some := [target for target in targets if target.model is one]:
+            rehearse(one, some, sizes, note)
+    transformer = model.transformer if isinstance(model, Verbs) else None
+    fronts = [TRANSFORMER if target.model is transformer else "" for target in targets]
+    rows = [found[target.name] for target in targets]
+    return PointList(row._replace(name=front + row.name) for front, row in zip(fronts, rows, strict=True))
+
+
+def _sizes(model: Inspected, height: int | None, width: int | None, text_tokens: int | None, batch: int) -> Sizes:
+    transformer = model.transformer if isinstance(model, Verbs) else model
+    cell = (
+        model.vae.config.downscale
+        if isinstance(model, Verbs)
+        else model.config.downscale
+        if isinstance(model, VAE)
+        else 8
+    )
+    default = (transformer.config.sample_size or 128) if isinstance(transformer, MMDiT) else 1024 // cell
+    sides = [
+        default if side is None else _cells_of(side, name, cell)
+        for name, side in (("height", height), ("width", width))
+    ]
+    clip, t5 = 77, 256
+    if isinstance(model, Verbs):
+        clip, t5 = model.profile.text.clip_length, model.profile.text.t5_length
+    texts = (clip + t5, clip, t5) if text_tokens is None else (text_tokens,) * 3
+    if isinstance(model, Verbs):
+        texts = (texts[0], clip, t5)
+    whole("batch", batch, 1)
+    return Sizes(batch, *sides, *(whole("text_tokens", one, 1) for one in texts))
+
+
+def _cells_of(pixels: int, name: str, cell: int) -> int:
+    if pixels % cell or pixels < cell:
+        raise ValueError(f"{name} must be a multiple of {cell} pixels, got {pixels}")
+    return pixels // cell
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    axes, shape = ", ".join(row.axes), "x".join(map(str, row.shape))
+    return row.name, axes, shape, str(row.dtype).removeprefix("torch."), f"{row.bytes / 1e6:.3f}"

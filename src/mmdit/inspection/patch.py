@@ -1,0 +1,304 @@
+"""Changing what passes inside of models while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.inspection.addresses import Address, Label, Numbers, Picked, Rows, Tokens
+from mmdit.inspection.attention_rows import pattern
+from mmdit.inspection.captured import Captured
+from mmdit.inspection.hooks import (
+    Inspected,
+    Target,
+    Tracker,
+    check_address,
+    hooked,
+    listening,
+    plain,
+    selected,
+    targets_of,
+)
+from mmdit.inspection.points import Stream
+from mmdit.inspection.views import Passing, put_back, shown
+from mmdit.pipeline.passes import Drawing
+from mmdit.pipeline.steps import Verbs
+from samplers import pick
+
+Ablation = Literal["zero", "mean", "resample"]
+
+
+class At(NamedTuple):
+    """Where a change is made."""
+
+    name: str  # of the point
+    label: Label
+    axes: tuple[str, ...]  # after the samples
+    picked: Picked  # out of `whole`
+    whole: Tensor  # [samples, axes]: of the half, not narrowed
+    before: Tensor | None  # what the block read, of the same rows; of `resid_post` points
+
+
+# (the part that is meant [samples, axes], where) -> what takes its place
+Change = Callable[[Tensor, At], Tensor]
+
+
+@contextmanager
+def patch(
+    model: Inspected,
+    patterns: str | Sequence[str],
+    *,
+    replace: Tensor | Captured | None = None,
+    ablate: Ablation | None = None,
+    source: Captured | None = None,
+    scale: int | float | Tensor | None = None,
+    add: Tensor | int | float | None = None,
+    swap: tuple[int, int] | None = None,
+    skip: bool = False,
+    apply: Callable[[Tensor], Tensor] | None = None,
+    steps: Numbers | None = None,
+    sigmas: tuple[float, float] | None = None,
+    half: str | Sequence[str] | None = None,
+    samples: Numbers | None = None,
+    heads: Numbers | None = None,
+    tokens: Tokens | None = None,
+    queries: Tokens | None = None,
+    channels: Numbers | None = None,
+    stream: Stream | None = None,
+) -> Iterator[None]:
+    """Within it, the points have other values; everything is as it was afterwards, whatever happens.
+
+        with mmdit.patch(pipe, "joint_blocks.1.x_block.attn.z", ablate="zero", heads=[2], steps=slice(0, 5)):
+            pipe("a red circle", seed=1)
+
+    What is not addressed keeps its bits. Of several patches and captures on one point, the one that was entered first
+    comes first. A patched attention pattern (`attend.pattern`) is not normalised again.
+
+    Args:
+        model, patterns, stream: see `mmdit.capture`; with `skip`, patterns name blocks ("joint_blocks.3").
+        replace: values that broadcast to [samples, axes]; or a capture of another run, at the same points, steps and
+            halves (of one call, it is used in every step; of one sample, for every sample).
+        ablate: "zero"; "mean" over samples and tokens; "resample": the value of the sample before, in the same batch.
+        source: of the mean, or of what is resampled: a capture of other runs.
+        scale: factor.
+        add: a direction, such as [channels], times a strength.
+        swap: two samples of the batch change places.
+        skip: blocks pass on what they read. They compute nevertheless: `skip_layers` of the transformer is faster.
+        apply: a function of the value, [samples, axes].
+        steps, sigmas, half, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
+
+    Raises:
+        ValueError: not one operation, a glob that matches nothing, a compiled model, an address that does not fit or is
+            never met, or values of another shape.
+    """
+    change = _change(replace, ablate, source, scale, add, swap, skip, apply)
+    address = Address(steps, sigmas, half, samples, heads, tokens, queries, channels)
+    targets = selected(model, _blocks(model, patterns) if skip else patterns, stream)
+    for target in targets:
+        check_address(model, target, address)
+        if target.point.layout == "by_head":
+            raise ValueError(
+                f"{target.name!r} is computed from z: patch {target.name.replace('out_by_head', 'z')!r} instead"
+            )
+    patcher = _Patcher(model, targets, address, change)
+    with ExitStack() as stack:
+        if isinstance(model, Verbs):
+            stack.enter_context(listening(model.planners, patcher.plan))
+        stack.enter_context(hooked(model, targets, patcher.handle, patcher.began))
+        yield
+    if patcher.ran and not patcher.applied:
+        raise ValueError(f"the model ran, but the patch was never applied: its address was not met: {address}")
+
+
+class _Patcher:
+    """What a patch does when models run."""
+
+    def __init__(self, model: Inspected, targets: Sequence[Target], address: Address, change: Change) -> None:
+        self.targets, self.address, self.change = targets, address, change
+        self.transformer = model.transformer if isinstance(model, Verbs) else None
+        self.ran, self.applied = False, False
+
+    def plan(self, drawing: Drawing) -> None:
+        """A drawing begins: is the patch for any of it?"""
+        if all(target.model is self.transformer for target in self.targets):
+            self.address.meant(drawing)
+
+    def began(self, *_: object) -> None:
+        """A model runs."""
+        self.ran = True
+
+    def handle(self, target: Target, passing: Passing, tracker: Tracker) -> None:
+        """A point is passed."""
+        for rows in tracker.rows:
+            if self.address.meets(rows.label, rows.steps):
+                self.applied = True
+                change = _patch_pattern if target.point.layout == "pattern" else _patch_value
+                change(target, passing, rows, self.address, self.change)
+
+
+def _patch_value(target: Target, passing: Passing, rows: Rows, address: Address, change: Change) -> None:
+    point = target.point
+    value = shown(point, passing)
+    picked = address.pick(point, value.shape, rows)
+    within = slice(rows.first, rows.first + rows.samples)
+    before = passing.args[point.argument][within] if point.name.endswith("resid_post") else None
+    at = At(target.name, rows.label, point.axes, picked.within(rows), value[within], before)
+    put_back(point, passing, picked.write(value, _checked(change, picked.read(value), at)))
+
+
+def _patch_pattern(target: Target, passing: Passing, rows: Rows, address: Address, change: Change) -> None:
+    """z = pattern x v anew, for the heads and queries that are meant."""
+    within = slice(rows.first, rows.first + rows.samples)
+    q, k, v = (part[within] for part in passing.args[:3])
+    whole = pattern(q, k)
+    picked = address.pick(target.point, torch.Size((len(passing.output), *whole.shape[1:])), rows)
+    local = picked.within(rows)
+    at = At(target.name, rows.label, target.point.axes, local, whole, None)
+    z = local.write(whole, _checked(change, local.read(whole), at)) @ v.to(whole.dtype)
+    of_z = picked._replace(axes=("head", "token", "channel"), places=(*picked.places[:2], None))
+    passing.put(target.point, of_z.write(passing.output, of_z.within(rows).read(z)))
+
+
+def _checked(change: Change, part: Tensor, at: At) -> Tensor:
+    """What takes the part's place, of its shape."""
+    found = change(part, at)
+    try:
+        return found.to(part.device).expand_as(part)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{at.name!r} at step {at.label.step} is {list(part.shape)} [sample, {', '.join(at.axes)}]; "
+            f"{list(found.shape)} does not broadcast to that"
+        ) from error
+
+
+def _change(
+    replace: Tensor | Captured | None,
+    ablate: Ablation | None,
+    source: Captured | None,
+    scale: int | float | Tensor | None,
+    add: Tensor | int | float | None,
+    swap: tuple[int, int] | None,
+    skip: bool,
+    apply: Callable[[Tensor], Tensor] | None,
+) -> Change:
+    """The one operation that is given."""
+    given = {"replace": replace, "ablate": ablate, "scale": scale, "add": add, "swap": swap, "apply": apply}
+    names = [name for name, value in given.items() if value is not None] + ["skip"] * skip
+    if len(names) != 1:
+        raise ValueError(
+            f"a patch does one thing: give one of {', '.join(given)}, skip; got {', '.join(names) or 'none'}"
+        )
+    if source is not None and ablate not in ("mean", "resample"):
+        raise ValueError(
+            "source= is for ablate='mean' and ablate='resample'; to put in a capture's values give replace="
+        )
+    if ablate is not None:
+        return _ablation(ablate, source)
+    if isinstance(replace, Captured):
+        return _from_capture(replace)
+    if swap is not None:
+        return _swapped(*swap)
+    operations: dict[str, Change] = {
+        "replace": lambda part, _: torch.as_tensor(replace, dtype=part.dtype, device=part.device),
+        "scale": lambda part, _: part * _like(scale, part),
+        "add": lambda part, _: part + _like(add, part),
+        "skip": _skipped,
+        "apply": lambda part, _: apply(part),  # type: ignore[misc] # it is given
+    }
+    return operations[names[0]]
+
+
+def _ablation(how: Ablation, source: Captured | None) -> Change:
+    if how == "resample" and source is not None:
+        return _from_capture(source)
+    means: Change = lambda _, at: at.picked.read(_mean(at, source))  # noqa: E731
+    table: dict[str, Change] = {"zero": lambda part, _: torch.zeros_like(part), "mean": means, "resample": _resampled}
+    return pick(table, how, "ablation")
+
+
+def _mean(at: At, source: Captured | None) -> Tensor:
+    """Over samples and tokens, in the shape of the whole."""
+    value = at.whole if source is None else _of_source(source, at).to(at.whole)
+    dims = [0] + [i + 1 for i, axis in enumerate(at.axes) if axis in ("token", "query", "row", "column")]
+    if value.shape[1:] != at.whole.shape[1:]:
+        raise ValueError(
+            f"the capture has {list(value.shape[1:])} for {at.name!r}, which is {list(at.whole.shape[1:])}"
+        )
+    return value.mean(dims, keepdim=True).expand_as(at.whole)
+
+
+def _resampled(_: Tensor, at: At) -> Tensor:
+    if len(at.whole) < 2:
+        raise ValueError(
+            "ablate='resample' takes another sample of the batch, which has one: draw several, or give source="
+        )
+    return at.picked.read(at.whole.roll(1, dims=0))
+
+
+def _swapped(one: int, other: int) -> Change:
+    def change(part: Tensor, at: At) -> Tensor:
+        if not max(one, other) < len(at.whole):
+            raise ValueError(f"swap={one, other}, but there are {len(at.whole)} samples")
+        order = list(range(len(at.whole)))
+        order[one], order[other] = other, one
+        return at.picked.read(at.whole[order])
+
+    return change
+
+
+def _skipped(part: Tensor, at: At) -> Tensor:
+    if at.before is None or at.before.shape != at.whole.shape:
+        raise ValueError(f"{at.name!r} cannot be skipped: what goes in has another shape than what comes out")
+    return at.picked.read(at.before)
+
+
+def _from_capture(source: Captured) -> Change:
+    def change(part: Tensor, at: At) -> Tensor:
+        value = _of_source(source, at).to(part)
+        if value.shape[1:] == at.whole.shape[1:]:
+            return at.picked._replace(rows=tuple(range(len(at.picked.rows)))).read(value)
+        return value
+
+    return change
+
+
+def _of_source(source: Captured, at: At) -> Tensor:
+    """The captured value of the same call, for the samples that are meant."""
+    if source.of(at.name).reduced:
+        raise ValueError(f"{at.name!r} was captured with a reducer: its values cannot be put back")
+    entry = source.at(at.name, at.label)
+    value = entry.read()
+    if len(entry.samples) == 1:
+        return value.expand(len(at.picked.samples), *value.shape[1:])
+    if missing := [sample for sample in at.picked.samples if sample not in entry.samples]:
+        raise ValueError(f"the capture of {at.name!r} has samples {list(entry.samples)}, not {missing[0]}")
+    return value[[entry.samples.index(sample) for sample in at.picked.samples]]
+
+
+def _like(value: object, part: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=part.dtype, device=part.device)
+
+
+def _blocks(model: Inspected, patterns: str | Sequence[str]) -> list[str]:
+    """The points after the blocks that patterns name, instead of them."""
+    given = [patterns] if isinstance(patterns, str) else list(patterns)
+    ends = [name for name in targets_of(model) if name.endswith(".resid_post")]
+    found = []
+    for one in map(plain, given):
+        block = one.removesuffix(".resid_post")
+        found.append(matching := [end for end in ends if any(fnmatchcase(b, block) for b in _names(end))])
+        if not matching:
+            blocks = ", ".join(dict.fromkeys(_names(end)[-1] for end in ends[:6]))
+            raise ValueError(f"{one!r} matches no block; blocks are {blocks}, ...")
+    return [name for some in found for name in some]
+
+
+def _names(end: str) -> list[str]:
+    """What the block that ends there is called: one stream's part of it, and the whole."""
+    part = end.removesuffix(".resid_post")
+    return [part, part.removesuffix(".context_block").removesuffix(".x_block")]

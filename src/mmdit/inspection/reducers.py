@@ -1,0 +1,264 @@
+"""What is kept of a value instead of all of it. Reducers run inside the layer; attention patterns pass row by row.
+
+Each takes [b, axes] and gives [b, fewer axes]. `running` joins all calls into one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.inspection.addresses import taken
+from mmdit.inspection.attention_rows import pattern_rows
+
+Merge = Callable[[Tensor, Tensor], Tensor]
+
+
+class View(NamedTuple):
+    """What a reducer is shown: names of the dimensions after the batch; and of attention patterns, which rows."""
+
+    axes: tuple[str, ...]
+    text_tokens: int = 0  # that come before the image's where both meet
+    queries: Tensor | None = None  # numbers of the tokens that the rows are of; None: no pattern
+    all_queries: Tensor | None = None  # of the whole pattern, which comes in blocks of rows
+    keys: Tensor | None = None  # numbers of the tokens that the columns are of
+
+    def axis(self, name: str) -> int:
+        """The dimension of that name, the batch counted.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in self.axes:
+            raise ValueError(f"there is no {name!r} to reduce in [batch, {', '.join(self.axes)}]")
+        return self.axes.index(name) + 1
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """What becomes of a value.
+
+    Args:
+        name: for errors and files.
+        apply: [b, axes] to another tensor [b, ...] and the names of its dimensions after the batch.
+        join: how results of blocks of rows of an attention pattern become one, where the rows are reduced away.
+        merge: how results of several samples and calls become one; None: they do not.
+        labels: of places along dimensions that the reducer makes.
+        exact: the result is kept in its own dtype.
+        running: merge samples and calls.
+    """
+
+    name: str
+    apply: Callable[[Tensor, View], tuple[Tensor, tuple[str, ...]]]
+    join: Merge | None = None
+    merge: Merge | None = None
+    labels: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    exact: bool = False
+    running: bool = False
+
+    def __call__(self, value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        return self.apply(value, view)
+
+
+def reduced_pattern(reducer: Reducer | None, q: Tensor, k: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+    """A reducer's result for the pattern of queries and keys, [b, heads, n, d]; only some rows exist at a time.
+
+    Args:
+        reducer: None gives the pattern.
+        q, k: of attention. All keys count, `view.keys` are those that are shown.
+        view: of the pattern; its `all_queries` are the rows of q.
+
+    Raises:
+        ValueError: the reducer cannot do without all rows at once.
+    """
+    assert view.all_queries is not None
+    parts: list[Tensor] = []
+    axes = view.axes
+    for first, block in pattern_rows(q, k):
+        numbers = view.all_queries[..., first : first + block.shape[2]]
+        rows = taken(block, 3, view.keys)
+        part, axes = (rows, view.axes) if reducer is None else reducer(rows, view._replace(queries=numbers))
+        if "query" in axes or not parts:
+            parts.append(part)
+        elif reducer is None or reducer.join is None:
+            raise ValueError(f"{reducer and reducer.name} needs all rows of an attention pattern, which come in blocks")
+        else:
+            parts = [reducer.join(parts[0], part)]
+    return (torch.cat(parts, dim=axes.index("query") + 1) if "query" in axes else parts[0]), axes
+
+
+def mean(*names: str) -> Reducer:
+    """Averaged over these dimensions: `mean("head")`, `mean("token", "channel")`."""
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        rows = 1.0
+        if view.queries is not None and view.all_queries is not None and "query" in names:
+            rows = view.queries.shape[-1] / view.all_queries.shape[-1]  # so that blocks add up
+        out = value.mean([view.axis(name) for name in names])
+        return (out if rows == 1 else out * rows), _without(view, *names)
+
+    return Reducer(f"mean({', '.join(names)})", apply, join=torch.add)
+
+
+def norm(name: str = "channel", order: float = 2.0) -> Reducer:
+    """The vector norm along a dimension, in float32 or wider."""
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        return torch.linalg.vector_norm(_wide(value), order, dim=view.axis(name)), _without(view, name)
+
+    return Reducer(f"norm({name}, {order})", apply)
+
+
+def entropy() -> Reducer:
+    """-sum p log p of each row of an attention pattern, in nats: 0 where one token is read, log n where all are."""
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        return torch.special.entr(value).sum(view.axis("key")), _without(view, "key")
+
+    return Reducer("entropy", apply)
+
+
+def top_k(k: int, name: str | None = None) -> Reducer:
+    """The k largest values along a dimension (None: the last), and their places: [..., "part": value, place; "rank"].
+
+    In float32, which holds places exactly.
+    """
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        along = name or view.axes[-1]
+        value = value.movedim(view.axis(along), -1)
+        if k > value.shape[-1]:
+            raise ValueError(f"top_k({k}) of {value.shape[-1]} along {along!r}")
+        values, places = value.topk(k)
+        return torch.stack([values.float(), places.float()], dim=-2), (*_without(view, along), "part", "rank")
+
+    return Reducer(f"top_k({k})", apply, labels={"part": ("value", "place")}, exact=True)
+
+
+QUADRANTS = ("text reads text", "text reads image", "image reads text", "image reads image")
+
+
+def quadrants() -> Reducer:
+    """Who reads whom, by head: in which shares the queries of text, and those of the image, read the two."""
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        if view.queries is None or view.all_queries is None or view.queries.ndim > 1:
+            raise ValueError("quadrants are of an attention pattern, such as joint_blocks.0.attend.pattern")
+        query, text = view.axis("query"), view.text_tokens
+        keys = torch.arange(value.shape[view.axis("key")]) if view.keys is None else view.keys
+        found = []
+        for reads_text in (True, False):
+            rows = value.index_select(query, _places((view.queries < text) == reads_text, value.device))
+            total = int(((view.all_queries < text) == reads_text).sum())
+            for of_text in (True, False):
+                some = rows.index_select(view.axis("key"), _places((keys < text) == of_text, value.device))
+                found.append(some.sum((query, view.axis("key"))) / max(total, 1))
+        return torch.stack(found, dim=-1), (*_without(view, "query", "key"), "quadrant")
+
+    return Reducer("quadrants", apply, join=torch.add, labels={"quadrant": QUADRANTS})
+
+
+def max_abs(name: str = "channel") -> Reducer:
+    """The largest absolute value at each place along a dimension: outlier channels."""
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        others = [view.axis(other) for other in view.axes if other != name]
+        view.axis(name)
+        return (value.abs().amax(others) if others else value.abs()), (name,)
+
+    return Reducer(f"max_abs({name})", apply, join=torch.maximum, merge=torch.maximum)
+
+
+MOMENTS = ("count", "mean", "variance")
+
+
+def moments(name: str = "channel") -> Reducer:
+    """Count, mean and variance (not Bessel's) at each place along a dimension, [b, "moment", name], in float64."""
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        rows = value.movedim(view.axis(name), -1).flatten(1, -2) if value.ndim > 2 else value.unsqueeze(1)
+        rows = rows.double()
+        variance, average = torch.var_mean(rows, dim=1, correction=0)
+        return torch.stack([torch.full_like(average, rows.shape[1]), average, variance], dim=1), ("moment", name)
+
+    labels = {"moment": MOMENTS}
+    return Reducer(f"moments({name})", apply, join=_joint_moments, merge=_joint_moments, labels=labels, exact=True)
+
+
+def histogram(edges: Sequence[float] | Tensor) -> Reducer:
+    """How many values lie below the first edge, between each two, above the last: [b, edges + 1].
+
+    An edge counts with those below it.
+    """
+    borders = torch.as_tensor(edges, dtype=torch.float64)
+    if borders.ndim != 1 or not len(borders) or bool((borders.diff() <= 0).any()):
+        raise ValueError(f"edges must be a list of rising numbers, got {edges}")
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        places = torch.bucketize(value.flatten(1).double(), borders.to(value.device))
+        counts = torch.zeros(len(value), len(borders) + 1, dtype=torch.int64, device=value.device)
+        return counts.scatter_add(1, places, torch.ones_like(places)), ("bin",)
+
+    ends = (float("-inf"), *borders.tolist(), float("inf"))
+    labels = {"bin": tuple(pairwise(ends))}
+    return Reducer("histogram", apply, join=torch.add, merge=torch.add, labels=labels, exact=True)
+
+
+def chain(*reducers: Reducer) -> Reducer:
+    """One after the other; only the last may take away the rows of an attention pattern."""
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        for i, reducer in enumerate(reducers):
+            value, axes = reducer(value, view)
+            if view.queries is not None and "query" not in axes and i < len(reducers) - 1:
+                raise ValueError(f"{reducer.name} takes away the rows of an attention pattern: it must come last")
+            view = view._replace(axes=axes)
+        return value, view.axes
+
+    last = reducers[-1]
+    labels = {name: of for reducer in reducers for name, of in reducer.labels.items()}
+    return replace(last, name=" + ".join(reducer.name for reducer in reducers), apply=apply, labels=labels)
+
+
+def running(reducer: Reducer) -> Reducer:
+    """The same over all samples and calls of a half: one result that does not grow.
+
+    Raises:
+        ValueError: of a reducer whose results do not add up: those that do are max_abs, moments and histogram.
+    """
+    if reducer.merge is None:
+        raise ValueError(f"results of {reducer.name} do not join; those of max_abs, moments and histogram do")
+    merge = reducer.merge
+
+    def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
+        found, axes = reducer(value, view)
+        return reduce(merge, found.unbind()).unsqueeze(0), axes
+
+    return replace(reducer, name=f"running {reducer.name}", apply=apply, running=True)
+
+
+def _joint_moments(a: Tensor, b: Tensor) -> Tensor:
+    """Of two groups, the moments along the last dimension but one (Chan, Golub & LeVeque 1979)."""
+    (n, mean_a, var_a), (m, mean_b, var_b) = a.unbind(-2), b.unbind(-2)
+    count, gap = n + m, mean_b - mean_a
+    average = mean_a + gap * (m / count)
+    variance = (n * var_a + m * var_b) / count + gap.square() * (n * m / count.square())
+    return torch.stack([count, average, variance], dim=-2)
+
+
+def _without(view: View, *names: str) -> tuple[str, ...]:
+    return tuple(axis for axis in view.axes if axis not in names)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _places(mask: Tensor, device: torch.device) -> Tensor:
+    return mask.nonzero().flatten().to(device)

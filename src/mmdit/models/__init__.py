@@ -1,0 +1,1 @@
+"""The nn.Modules of the MMDiT and their configs, and nothing else."""

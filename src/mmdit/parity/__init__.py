@@ -1,0 +1,1 @@
+"""Does it compute the same? compare and verify."""

@@ -1,0 +1,125 @@
+"""What a comparison found: a table for people, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from mmdit.parity.measure import Shape
+
+_HEADER = ("stage", "a", "b", "error", "limit", "max", "carried", "")
+_LEGEND = (
+    "error: |a - b| / |b| of the stage alone, from the same inputs; limit: what rounding explains of it;\n"
+    "max: the largest |a - b| of the stage alone; carried: |a - b| / |b| of the two whole runs, with all before it."
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One comparison."""
+
+    name: str
+    shape_a: Shape | None  # None: this side has no such stage
+    shape_b: Shape | None
+    relative: float  # |a - b| / |b| with both computed from the same inputs; inf where it cannot be said
+    maximum: float  # the largest |a - b|, likewise
+    tolerance: float  # the largest `relative` that rounding explains
+    ok: bool
+    note: str
+    carried: float  # |a - b| / |b| of the two whole runs: this stage's error and all before it
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All stages in the order of computation."""
+
+    a: str
+    b: str
+    settings: str
+    stages: tuple[Stage, ...]
+    explanation: tuple[str, ...]  # of the stages beyond rounding, as far as it is known
+
+    @property
+    def first(self) -> Stage | None:
+        """The first stage beyond rounding."""
+        return next((stage for stage in self.stages if not stage.ok), None)
+
+    def to_json(self) -> str:
+        """Everything as strict JSON; numbers that are not finite are null."""
+        content = asdict(self) | {"first": None if self.first is None else self.first.name}
+        return json.dumps(_finite(content), allow_nan=False, indent=1)
+
+    def __str__(self) -> str:
+        """A table and the verdict; stages that agree are summed up by layer and block."""
+        rows = [_HEADER, *map(_row, _folded(self.stages))]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
+        return "\n".join([f"a: {self.a}", f"b: {self.b}", self.settings, "", *table, "", _LEGEND, "", *self._verdict()])
+
+    def _verdict(self) -> list[str]:
+        first = self.first
+        if first is None:
+            return [f"All {len(self.stages)} stages agree within rounding."]
+        failed = [stage.name for stage in self.stages if not stage.ok]
+        found = first.note or f"relative error {first.relative:.1e}, rounding explains {first.tolerance:.1e}"
+        more = f" and {len(failed) - 12} more" if len(failed) > 12 else ""
+        why = self.explanation or ("nothing known: look at the code of these stages, or at hooks and patches on them",)
+        return [
+            f"First stage beyond rounding: {first.name}: {found}",
+            f"Beyond rounding are {len(failed)} of {len(self.stages)}: {', '.join(failed[:12])}{more}",
+            "What explains it:",
+            *(f"  {line}" for line in why),
+        ]
+
+
+def _row(stage: Stage) -> tuple[str, ...]:
+    a, b = ("-" if shape is None else "x".join(map(str, shape)) for shape in (stage.shape_a, stage.shape_b))
+    numbers = (f"{value:.1e}" for value in (stage.relative, stage.tolerance, stage.maximum, stage.carried))
+    return (stage.name, a, "=" if a == b else b, *numbers, "" if stage.ok else f"BEYOND  {stage.note}".rstrip())
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        yield cell.rjust(width) if 3 <= i < len(row) - 1 else cell.ljust(width)
+
+
+def _folded(stages: Sequence[Stage]) -> Iterator[Stage]:
+    """Layers, blocks, and steps that were not looked into, as one row where they agree."""
+    looked = {stage.name.split()[1] for stage in stages if stage.name.endswith(" guided")}
+
+    def group(stage: Stage) -> str | None:
+        layer = re.match(r"(.* )(?=(layer|block) \d+)", stage.name)
+        step = re.match(r"step (\d+) ", stage.name)
+        if not stage.ok or not (layer or step):
+            return stage.name
+        if layer:
+            return layer[1]
+        return "" if step and step[1] not in looked else stage.name
+
+    for prefix, members in groupby(stages, key=group):
+        first, *more = members
+        yield _sum(first, more, prefix or "") if more else first
+
+
+def _sum(first: Stage, more: Sequence[Stage], prefix: str) -> Stage:
+    every = (first, *more)
+    name = f"{first.name} … {more[-1].name.removeprefix(prefix)} ({len(every)})"
+    largest = {
+        field: max(getattr(stage, field) for stage in every)
+        for field in ("relative", "maximum", "tolerance", "carried")
+    }
+    return replace(first, name=name, **largest)
+
+
+def _finite(value: Any) -> Any:
+    """For JSON, which has no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,168 @@
+"""Looking into a run of a pipeline: every stage is passed through a function that may keep, measure or replace it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmdit.checkpoints.components import Component
+
+# (name of the stage, its value with the batch first) -> what the pipeline goes on with
+Tap = Callable[[str, Tensor], Tensor]
+Change = Callable[[Tensor], Tensor]
+Argument = int | str  # of a module's call: a position or a keyword
+
+
+class Job(NamedTuple):
+    """What both pipelines draw."""
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance: float
+    seed: int
+    sampler: str | None  # of ours; None: each profile's own
+    height: int
+    width: int
+    looked: frozenset[int]  # steps whose blocks are looked into
+
+
+class Modules(NamedTuple):
+    """Where a pipeline keeps what is looked into; the same names on both sides, those of the official files."""
+
+    encoders: Mapping[Component, nn.Module]
+    transformer: nn.Module
+    latent: Argument  # of the transformer, as are the three that follow
+    timestep: Argument
+    context: Argument
+    pooled: Argument
+    embedders: Mapping[str, nn.Module]
+    blocks: nn.ModuleList  # each gives (context or None, x)
+    x: Argument  # of a block
+    vector: Argument  # of a block: the embedded timestep + pooled text
+    final: nn.Module
+    decoder: nn.Module
+    decoder_parts: Mapping[str, nn.Module]
+
+
+@dataclass
+class Run:
+    """Where a run has got to, which is what stages are named by."""
+
+    tap: Tap
+    job: Job
+    prompt: str = ""  # "prompt" or "negative", while it is encoded
+    step: int = 0
+    tokens: dict[Component, int] = field(default_factory=dict)  # in a row that an encoder reads of this prompt
+    halves: dict[str, Tensor] = field(default_factory=dict)  # the contexts of "uncond" and "cond"
+    batch: list[str] = field(default_factory=list)  # which half each row of the transformer's batch is
+
+    def named(self, name: str) -> Change:
+        """Tap under this name."""
+        return lambda value: self.tap(name, value)
+
+    def of_text(self, name: str) -> Change:
+        """Tap under the name and the prompt that is being encoded."""
+        return lambda value: self.tap(f"{self.prompt} {name}", value)
+
+    def in_step(self, name: str) -> Change:
+        """Tap under the name and the step, if this step is looked into."""
+        return lambda value: self.tap(f"step {self.step} {name}", value) if self.step in self.job.looked else value
+
+    def ids(self, encoder: Component) -> Change:
+        """Tap what an encoder reads, and note how long it is."""
+
+        def change(ids: Tensor) -> Tensor:
+            ids = self.tap(f"{self.prompt} {encoder} tokens", ids)
+            self.tokens[encoder] = ids.shape[1]
+            return ids
+
+        return change
+
+    def contexts(self, context: Tensor) -> Tensor:
+        """Tap what the transformer reads of the prompts, and note which row is of which."""
+        context = self.in_step("input context")(context)
+        known = [(half, of_prompt[0].to(context)) for half, of_prompt in self.halves.items()]
+        self.batch = [next((half for half, one in known if torch.equal(one, row)), "other") for row in context]
+        return context
+
+    def velocity(self, value: Tensor) -> Tensor:
+        """Tap the transformer's output of every step, each half by itself."""
+        halves = zip(self.batch, value.split(1), strict=True)
+        return torch.cat([self.tap(f"step {self.step} velocity {half}", row) for half, row in halves])
+
+
+@contextmanager
+def tapped(modules: Modules, run: Run) -> Iterator[None]:
+    """Pass the stages of all calls inside through the run's tap; nothing stays behind."""
+    with ExitStack() as stack:
+        for handle in _hooks(modules, run):
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def kept(*owners: object) -> Iterator[None]:
+    """Give objects back the attributes that they had: those set inside, on the instances, vanish."""
+    before = [dict(vars(owner)) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, attributes in zip(owners, before, strict=True):
+            vars(owner).clear()
+            vars(owner).update(attributes)
+
+
+def _hooks(modules: Modules, run: Run) -> Iterator[RemovableHandle]:
+    for name, encoder in modules.encoders.items():
+        yield from _encoder_hooks(name, encoder, run)
+    yield _before(modules.transformer, modules.timestep, run.named("timesteps"))
+    yield _before(modules.transformer, modules.latent, run.in_step("input latent"))
+    yield _before(modules.transformer, modules.context, run.contexts)
+    yield _before(modules.transformer, modules.pooled, run.in_step("input pooled"))
+    for what, module in modules.embedders.items():
+        yield _after(module, run.in_step(what))
+    yield _before(modules.blocks[0], modules.x, run.in_step("patches + position"))
+    yield _before(modules.blocks[0], modules.vector, run.in_step("timestep + pooled"))
+    for i, block in enumerate(modules.blocks):
+        yield _after(block, run.in_step(f"block {i} context"), run.in_step(f"block {i} x"))
+    yield _after(modules.final, run.in_step("final_layer"))
+    yield _after(modules.transformer, run.velocity)
+    yield _before(modules.decoder, 0, run.named("vae latent"))
+    for what, module in modules.decoder_parts.items():
+        yield _after(module, run.named(f"vae {what}"))
+
+
+def _encoder_hooks(name: Component, encoder: nn.Module, run: Run) -> Iterator[RemovableHandle]:
+    layers = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
+    yield _before(encoder, 0, run.ids(name))
+    yield _before(layers[0], 0, run.of_text(f"{name} embedding"))
+    for i, layer in enumerate(layers):
+        yield _after(layer, run.of_text(f"{name} layer {i}"))
+
+
+def _before(module: nn.Module, argument: Argument, change: Change) -> RemovableHandle:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(argument, str):
+            return args, kwargs | {argument: change(kwargs[argument])}
+        return (*args[:argument], change(args[argument]), *args[argument + 1 :]), kwargs
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _after(module: nn.Module, *changes: Change) -> RemovableHandle:
+    """One change for each of the first tensors of the output; None passes."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return changes[0](output)
+        parts = zip(output, changes, strict=False)
+        return (*(part if part is None else change(part) for part, change in parts), *output[len(changes) :])
+
+    return module.register_forward_hook(hook, prepend=True)  # before those of transformers, which collect outputs

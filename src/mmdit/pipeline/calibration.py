@@ -1,0 +1,259 @@
+"""Calibration: what the transformer's Linears read while prompts are drawn, and quantization with what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encoders import checked_prompts
+from mmdit.models.blocks import JointBlock
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.pipeline import Pipeline
+from mmdit.runtime.compiled import refuse_compiled
+from quant.folds import Fold, Rows, corrected_bias, fold_mean, fold_scale, smoothing
+from quant.observers import Observed, check_percentile, observe
+from quant.quantize import Report, quantize_
+from quant.recipe import RECIPES, Recipe
+from quant.scaling import scale_of
+from quant.tensor import Float8Tensor
+from samplers import pick
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was seen: statistics by the name of the transformer's Linear, and of what they were taken."""
+
+    observed: Mapping[str, Observed] = field(repr=False)
+    prompts: tuple[str, ...]
+    steps: int
+
+    def amax(self, percentile: float = 100.0) -> dict[str, Tensor]:
+        """The largest absolute value each Linear read, or that percentile of them, float32 ().
+
+        Raises:
+            ValueError: a Linear read nothing, or see `quant.Observed.percentile`.
+        """
+        _check_all_ran(self)
+        return {name: seen.percentile(percentile) for name, seen in self.observed.items()}
+
+
+def calibrate(
+    pipe: Pipeline,
+    prompts: str | Sequence[str],
+    num_inference_steps: int | None = None,
+    *,
+    guidance_scale: float | None = None,
+    seed: int = 0,
+    batch: int = 4,
+    height: int | None = None,
+    width: int | None = None,
+) -> Calibration:
+    """Draw the prompts and count what the Linears of the transformer read, both halves of the guidance together.
+
+    Args:
+        pipe: with a transformer that is neither quantized nor compiled; nothing of it changes.
+        prompts: some tens, like those that will be drawn.
+        num_inference_steps, guidance_scale, height, width: as they will be drawn; None is the profile's.
+        seed: of the first picture; the others have those that follow.
+        batch: pictures at once.
+
+    Raises:
+        ValueError: the transformer is quantized already or compiled, or a Linear read values that are not finite.
+    """
+    prompts = checked_prompts(prompts)
+    _refuse_quantized(pipe.transformer)
+    refuse_compiled(pipe.transformer, "the transformer")
+    with observe(pipe.transformer) as observed:
+        for first in range(0, len(prompts), batch):
+            some = prompts[first : first + batch]
+            seeds = [seed + first + k for k in range(len(some))]
+            pipe(
+                some,
+                seed=seeds,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                output_type="latent",
+            )
+    return Calibration(observed, tuple(prompts), len(pipe.levels(num_inference_steps)) - 1)
+
+
+def folds_of(model: MMDiT) -> Iterator[Fold]:
+    """Every tensor between Linears of the model that a scale or a mean can be moved out of.
+
+    Inputs of qkv and of fc1 come from adaLN's shift and scale rows. The input of attention's proj is a mean of values,
+    so it is made by the v rows of qkv; where both streams meet, by those of both. The input of fc2 comes out of the
+    GELU and stays as it is.
+    """
+    width = model.config.hidden_size
+    for i, block in enumerate(model.joint_blocks):
+        assert isinstance(block, JointBlock)
+        streams = {"context_block": block.context_block, "x_block": block.x_block}
+        values, projections = [], []
+        for stream, part in streams.items():
+            name = f"joint_blocks.{i}.{stream}"
+            yield Fold(_adaln(name, 0, width), (f"{name}.attn.qkv",))
+            values.append(Rows(f"{name}.attn.qkv", 2 * width, 3 * width))
+            if part.chunks > 2:
+                yield Fold(_adaln(name, 3, width), (f"{name}.mlp.fc1",))
+                projections.append(f"{name}.attn.proj")
+            if part.chunks > 6:
+                yield Fold(_adaln(name, 6, width), (f"{name}.attn2.qkv",))
+                yield Fold((Rows(f"{name}.attn2.qkv", 2 * width, 3 * width),), (f"{name}.attn2.proj",))
+        yield Fold(tuple(values), tuple(projections))
+
+
+def _adaln(stream: str, first: int, width: int) -> tuple[Rows, Rows]:
+    linear = f"{stream}.adaLN_modulation.1"
+    return (
+        Rows(linear, first * width, (first + 1) * width),
+        Rows(linear, (first + 1) * width, (first + 2) * width, "gain"),
+    )
+
+
+def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: bool = False) -> int:
+    """Move means, then scales, out of what the Linears read; the model computes the same up to rounding.
+
+    Args:
+        model: changed in place.
+        seen: calibration of this model as it is; afterwards it is out of date.
+        smooth: strength of `quant.folds.smoothing`, 0.5 as a rule; None leaves scales where they are.
+        mean: whether to take out the calibrated mean of each channel.
+
+    Returns:
+        How many tensors were changed so.
+
+    Raises:
+        ValueError: the model is quantized already, or a Linear read nothing in the calibration; it is then unchanged.
+    """
+    _refuse_quantized(model)
+    _check_all_ran(seen)
+    count = 0
+    for place in folds_of(model):
+        readers = [seen.observed[name] for name in place.consumers]
+        rows = sum(reader.rows for reader in readers)
+        average = sum(reader.mean * (reader.rows / rows) for reader in readers)
+        assert isinstance(average, Tensor)
+        state = dict(model.state_dict())
+        if mean:
+            _load(model, fold_mean(state, place, average))
+            state = dict(model.state_dict())
+        if smooth is not None:
+            # About what is left of the range once the mean is out; good enough for a factor.
+            amax = torch.stack([reader.channel_amax for reader in readers]).amax(0)
+            amax = (amax - average.abs()).clamp(min=0) if mean else amax
+            weights = [state[f"{name}.weight"] for name in place.consumers]
+            _load(model, fold_scale(state, place, smoothing(amax, weights, smooth)))
+        count += 1
+    return count
+
+
+def quantize_static(
+    pipe: Pipeline,
+    prompts: str | Sequence[str],
+    num_inference_steps: int | None = None,
+    *,
+    recipe: Recipe | str = "fp8-static",
+    smooth: float | None = None,
+    mean: bool = False,
+    bias: bool = False,
+    percentile: float = 100.0,
+    **settings: Any,
+) -> Report:
+    """Calibrate the transformer and quantize it with static scales; each option works alone.
+
+    Args:
+        pipe: its transformer is changed in place.
+        prompts, num_inference_steps, settings: see `calibrate`.
+        recipe: one with static activations.
+        smooth, mean: see `fold`; the scales are then calibrated once more.
+        bias: take back by the biases what rounding the weights adds on average.
+        percentile: of the absolute values, which the scales reach; 100 is all of them.
+
+    Raises:
+        ValueError: a recipe that is unknown or not static, a percentile that is none; see `calibrate` and
+            `quant.quantize_`.
+    """
+    recipe = _static(recipe)
+    check_percentile(percentile)
+    seen = calibrate(pipe, prompts, num_inference_steps, **settings)
+    if smooth is not None or mean:
+        fold(pipe.transformer, seen, smooth=smooth, mean=mean)
+        seen = calibrate(pipe, prompts, num_inference_steps, **settings)
+    return quantize_calibrated(pipe.transformer, seen, recipe, bias=bias, percentile=percentile)
+
+
+def quantize_calibrated(
+    model: MMDiT,
+    seen: Calibration,
+    recipe: Recipe | str = "fp8-static",
+    *,
+    bias: bool = False,
+    percentile: float = 100.0,
+) -> Report:
+    """Quantize with the scales of a calibration of this model as it is; see `quantize_static`.
+
+    Raises:
+        ValueError: a recipe that is unknown or not static, a Linear that read nothing; see `quant.quantize_`.
+    """
+    recipe = _static(recipe)
+    before = dict(model.state_dict())
+    scales = {name: scale_of(amax, recipe.activation_format) for name, amax in seen.amax(percentile).items()}
+    report = quantize_(model, recipe, input_scales=scales)
+    if bias:
+        correct_biases(model, before, seen)
+    return report
+
+
+@torch.no_grad()
+def correct_biases(model: MMDiT, before: Mapping[str, Tensor], seen: Calibration) -> None:
+    """Change the biases of quantized Linears so that their output keeps its mean; see `quant.folds.corrected_bias`.
+
+    Args:
+        model: quantized.
+        before: its state before that.
+        seen: calibration of it before that.
+    """
+    for name, observed in seen.observed.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        weight: Tensor = linear.weight
+        if isinstance(weight, Float8Tensor) and linear.bias is not None:
+            linear.bias.copy_(corrected_bias(linear.bias, before[f"{name}.weight"], weight.dequantize(), observed.mean))
+
+
+def _load(model: MMDiT, changed: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in changed.items():
+            model.get_parameter(key).copy_(value)
+
+
+def _static(recipe: Recipe | str) -> Recipe:
+    recipe = recipe if isinstance(recipe, Recipe) else pick(RECIPES, recipe, "recipe")
+    if recipe.activation != "static":
+        raise ValueError(
+            f"calibration is for static activations; the recipe has {recipe.activation!r}: give one with "
+            "activation='static', such as 'fp8-static', or use quant.quantize_"
+        )
+    return recipe
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if done := [name for name, weight in model.named_parameters() if isinstance(weight, Float8Tensor)]:
+        raise ValueError(
+            f"the transformer is quantized already ({len(done)} weights): calibrate and fold before quantizing"
+        )
+
+
+def _check_all_ran(seen: Calibration) -> None:
+    if idle := [name for name, observed in seen.observed.items() if not observed.rows]:
+        first = ", ".join(idle[:3]) + (f", and {len(idle) - 3} more" if len(idle) > 3 else "")
+        raise ValueError(
+            f"{len(idle)} of {len(seen.observed)} Linears read nothing in the calibration and have no range: {first}. "
+            "Calibrate again with every block running: none of them skipped, replaced or compiled"
+        )

@@ -1,0 +1,78 @@
+"""Where a drawing stopped being finite: the predictions of the step are made once more, and every layer is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mmdit.pipeline.passes import Half
+from samplers import Step
+
+
+class Call(NamedTuple):
+    """What a solver asked the model for."""
+
+    x: Tensor
+    sigma: float
+    halves: Sequence[Half]
+
+
+PredictAgain = Callable[[Tensor, float, Sequence[Half]], Sequence[Tensor]]
+
+
+def check_finite(step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> None:
+    """Raise FloatingPointError where the latent after a step is not finite; it names step, level and first layer.
+
+    Args:
+        step: the step that was just made.
+        calls: the calls of the model in this step.
+        predict: makes the predictions of a call again, and tells nobody of it.
+        transformer: the model whose layers are watched while it does.
+    """
+    if bool(torch.isfinite(step.x).all()):
+        return
+    bad = f"{int((~torch.isfinite(step.x)).sum())} of {step.x.numel()} values that are not finite"
+    level = f"from sigma {calls[0].sigma:g} to" if calls else "to sigma"
+    raise FloatingPointError(f"step {step.i} {level} {step.sigma:g} gave {bad}: {_reason(calls, predict, transformer)}")
+
+
+def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> str:
+    for call in calls:
+        if not torch.isfinite(call.x).all():
+            return f"what the model was given at sigma {call.sigma:g} was not finite already"
+        with _first_bad(transformer) as names, torch.no_grad():
+            predictions = predict(*call)
+        if names:
+            return (
+                f"at sigma {call.sigma:g} the first layer with such an output is {names[0]}; "
+                "look at its weights and its inputs, or use a wider dtype (float16 ends at 65504)"
+            )
+        if any(not torch.isfinite(one).all() for one in predictions):
+            return f"at sigma {call.sigma:g} all layers are finite, and the prediction made from them is not"
+    return "all predictions of the step are finite, so the sampler, its noise or the guidance made them so"
+
+
+@contextmanager
+def _first_bad(model: nn.Module) -> Iterator[list[str]]:
+    """The names of layers with an output that is not finite, in the order in which they finish; hooks are removed."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+                found.append(name or type(module).__name__)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,281 @@
+"""How the predictions of a step are combined, as settings: what `pipe(prompt, guidance=Guidance(...))` takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, get_args, get_type_hints
+
+from torch import Tensor
+
+from mmdit.pipeline.passes import Half
+from mmdit.pipeline.profiles import Profile
+from mmdit.pipeline.ranges import Ranged
+from mmdit.utils import whole
+from samplers import (
+    Guide,
+    Mix,
+    Predict,
+    Weaker,
+    Window,
+    Within,
+    averaged,
+    first_steps,
+    guide,
+    one_by_one,
+    percents,
+    pick,
+    plain,
+    projected,
+    steps_inside,
+    zero_init,
+    zero_star,
+)
+
+_MIXES: dict[str, Callable[[Guidance, float], Mix]] = {
+    "cfg": lambda _, scale: plain(scale),
+    "apg": lambda one, scale: projected(scale, eta=one.eta, threshold=one.threshold, momentum=one.momentum),
+    "zero_star": lambda _, scale: zero_star(scale),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """What is done beside, or in the place of, plain classifier-free guidance at `guidance_scale`; all of it composes.
+
+    None is the profile's. Formulas and papers are with `samplers.plain` ("cfg"), `samplers.projected` ("apg"),
+    `samplers.zero_star`, `samplers.zero_init`, `samplers.rescaled`, `samplers.guide` (interval) and `samplers.Weaker`.
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+    """
+
+    kind: str = "cfg"  # how cond and uncond are mixed: "cfg", "apg" or "zero_star"
+    interval: tuple[float, float] = (0.0, 1.0)  # noise levels, above the first up to the second, where they are mixed
+    rescale: float = 0.0  # see `samplers.rescaled`; the paper's is 0.7
+    eta: float = 0.0  # of "apg", as are the next two
+    threshold: float = 0.0  # 15 in diffusers' guider, 5 in ComfyUI's node; 0 is none
+    momentum: float = 0.0  # the paper's is negative, such as -0.5
+    zero_init: int = 0  # first steps without velocity; 1 with "zero_star" is CFG-Zero*
+    skip_guidance_layers: tuple[int, ...] = ()  # of skip-layer guidance, as are the next five; 7, 8, 9 for SD3.5-Medium
+    skip_layer_guidance_scale: float | None = None
+    skip_layer_guidance_start: float | None = None  # shares of the way, counted as the profile counts
+    skip_layer_guidance_stop: float | None = None
+    skip_layer_rescale: float = 0.0  # the rescaling_scale of ComfyUI's SkipLayerGuidanceDiT
+    perturbed_layers: tuple[int, ...] = ()  # of perturbed attention, see `mmdit.pipeline.passes.perturbed`
+    perturbed_scale: float = 3.0
+    perturbed_interval: tuple[float, float] = (0.0, 1.0)
+    sequential: bool = False  # a pass for each conditioning, for less memory
+
+    def __post_init__(self) -> None:
+        pick(_MIXES, self.kind, "guidance kind")
+        for name in ("skip_guidance_layers", "perturbed_layers"):
+            object.__setattr__(self, name, _layers(name, getattr(self, name)))
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and least <= value <= most):
+                raise ValueError(f"guidance {name} must be a number from {least:g} to {most:g}, got {value}")
+        for name in ("interval", "perturbed_interval"):
+            object.__setattr__(self, name, _interval(name, getattr(self, name)))
+        whole("guidance zero_init", self.zero_init, 0)
+        start, stop = self.skip_layer_guidance_start, self.skip_layer_guidance_stop
+        if start is not None and stop is not None:
+            _check_order(start, stop)
+
+    def of(self, profile: Profile) -> Self:
+        """With the profile's numbers where skip-layer guidance leaves them to it."""
+        if not self.skip_guidance_layers:
+            return self
+        ours = (self.skip_layer_guidance_scale, self.skip_layer_guidance_start, self.skip_layer_guidance_stop)
+        theirs = (profile.skip_scale, profile.skip_start, profile.skip_stop)
+        scale, start, stop = (its if own is None else own for own, its in zip(ours, theirs, strict=True))
+        _check_order(start, stop)
+        return replace(
+            self, skip_layer_guidance_scale=scale, skip_layer_guidance_start=start, skip_layer_guidance_stop=stop
+        )
+
+    def check(self, profile: Profile, scale: float, *, mixed: bool, depth: int, steps: int) -> None:
+        """Raise ValueError, before any model runs, for what cannot be done in a drawing.
+
+        Args:
+            profile, scale: of the drawing.
+            mixed: whether an unconditional pass runs.
+            depth: blocks of the transformer.
+            steps: of the solver.
+        """
+        for name in ("skip_guidance_layers", "perturbed_layers"):
+            if outside := [i for i in getattr(self, name) if i >= depth]:
+                raise ValueError(f"{name} {outside} do not exist; this model has layers 0 to {depth - 1}")
+        if self.zero_init >= steps:
+            raise ValueError(f"guidance zero_init {self.zero_init} leaves none of {steps} steps; give less")
+        if not mixed and (alone := list(self._about_uncond())):
+            raise ValueError(
+                f"guidance {alone[0]} is about the unconditional pass, which profile {profile.name!r} does not run at "
+                f"guidance_scale {scale:g}; give another scale"
+            )
+        self.of(profile)
+
+    def build(
+        self,
+        predict: Predict,
+        cond: Sequence[Ranged],
+        uncond: Sequence[Ranged] | None,
+        scale: float,
+        *,
+        profile: Profile,
+        levels: Tensor,
+        shift: float,
+        read_uncond: bool = False,
+    ) -> Guide:
+        """What a solver calls, for one drawing; windows become noise levels here.
+
+        Args:
+            predict: of `Half`s.
+            cond, uncond: with the ranges where they count.
+            scale: of the mix.
+            profile: how skip-layer guidance counts.
+            levels, shift: of the drawing.
+            read_uncond: see `samplers.guide`.
+        """
+        own = self.of(profile)
+        found = guide(
+            averaged(one_by_one(predict) if self.sequential else predict),
+            _halves(cond, shift, "cond"),
+            None if uncond is None else _halves(uncond, shift, "uncond"),
+            _MIXES[self.kind](self, scale),
+            window=_between(self.interval),
+            weaker=list(own._weaker(cond, profile, levels, shift, mixed=uncond is not None)),
+            rescale=self.rescale,
+            read_uncond=read_uncond,
+        )
+        return zero_init(found, first_steps(levels, self.zero_init)) if self.zero_init else found
+
+    def to_text(self) -> str:
+        """What is not at its default, as `from_text` reads it: "kind=apg momentum=-0.5 perturbed_layers=1,2"."""
+        return " ".join(
+            f"{field.name}={_written(value)}"
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        )
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """From words NAME=VALUE; several numbers with commas between them.
+
+        Raises:
+            ValueError: an unknown name, the same name twice, or a value that is none.
+        """
+        found: dict[str, Any] = {}
+        types = get_type_hints(cls)
+        for word in text.split():
+            name, equals, value = word.partition("=")
+            kind = pick(types, name, "guidance setting")
+            if not equals or name in found:
+                raise ValueError(f"guidance {word!r}: expected {name}=VALUE, once")
+            found[name] = _read(word, value, kind)
+        return cls(**found)
+
+    def _about_uncond(self) -> Iterator[str]:
+        """What makes no sense where only cond is predicted."""
+        if self.kind != "cfg":
+            yield f"kind={self.kind!r}"
+        if self.interval != (0.0, 1.0):
+            yield f"interval={self.interval}"
+        if self.rescale and not (self.skip_guidance_layers or self.perturbed_layers):
+            yield f"rescale={self.rescale}"
+
+    def _weaker(
+        self, cond: Sequence[Ranged], profile: Profile, levels: Tensor, shift: float, *, mixed: bool
+    ) -> Iterator[Weaker]:
+        if self.skip_guidance_layers and (mixed or profile.skip_alone):
+            start, stop, scale = (getattr(self, f"skip_layer_guidance_{name}") for name in ("start", "stop", "scale"))
+            steps = profile.skip_window == "steps"
+            window = steps_inside(levels, start, stop) if steps else percents(start, stop, shift)
+            skipping = _halves(cond, shift, "skip", skip_layers=self.skip_guidance_layers)
+            yield Weaker(skipping, scale, window, self.skip_layer_rescale)
+        if self.perturbed_layers:
+            perturbed = _halves(cond, shift, "perturbed", perturbed_layers=self.perturbed_layers)
+            yield Weaker(perturbed, self.perturbed_scale, _between(self.perturbed_interval))
+
+
+def with_skip_layers(guidance: Guidance | None, layers: Sequence[int] | None, *rest: float | None) -> Guidance | None:
+    """The settings with skip-layer guidance as diffusers' arguments of the same names say it.
+
+    Args:
+        guidance: None is plain.
+        layers, rest: skip_guidance_layers, and scale, start and stop; None is not given.
+
+    Raises:
+        ValueError: something is given twice, or without layers.
+    """
+    names = ("skip_guidance_layers", *(f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")))
+    values = zip(names, (None if layers is None else tuple(layers), *rest), strict=True)
+    given: dict[str, Any] = {name: value for name, value in values if value is not None}
+    if not given:
+        return guidance
+    base = guidance or Guidance()
+    if twice := [name for name in given if getattr(base, name) not in (None, ())]:
+        raise ValueError(f"{twice[0]} is given, and in guidance too; give one of them")
+    found = replace(base, **given)
+    if not found.skip_guidance_layers and layers is None:
+        raise ValueError(f"{next(iter(given))} is given without skip_guidance_layers; say which layers to skip")
+    return found
+
+
+# Numbers of `Guidance`, with the least and the most that each can be.
+_RANGES = (
+    ("rescale", 0, 1),
+    ("eta", -math.inf, math.inf),
+    ("threshold", 0, math.inf),
+    ("momentum", -math.inf, math.inf),
+    ("skip_layer_guidance_scale", -math.inf, math.inf),
+    ("skip_layer_guidance_start", 0, 1),
+    ("skip_layer_guidance_stop", 0, 1),
+    ("skip_layer_rescale", 0, 10),
+    ("perturbed_scale", -math.inf, math.inf),
+)
+
+
+def _halves(ranges: Sequence[Ranged], shift: float, name: str, **change: tuple[int, ...]) -> list[Within]:
+    return [Within(Half(one.conditioning, name, **change), one.window(shift)) for one in ranges]
+
+
+def _between(interval: tuple[float, float]) -> Window:
+    """An interval of noise levels as a window; up to 1 is up to the first, whatever a solver makes of it."""
+    low, high = interval
+    return Window(math.inf if high == 1 else high, low if low else -math.inf)
+
+
+def _layers(name: str, layers: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted({whole(f"{name}[{i}]", layer, 0) for i, layer in enumerate(layers)}))
+
+
+def _interval(name: str, interval: Sequence[float]) -> tuple[float, float]:
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance {name} must be two noise levels 0 <= low < high <= 1, got {interval}")
+    return float(interval[0]), float(interval[1])
+
+
+def _check_order(start: float, stop: float) -> None:
+    if start > stop:
+        raise ValueError(f"skip_layer_guidance_start {start} is after skip_layer_guidance_stop {stop}")
+
+
+def _written(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _read(word: str, text: str, kind: Any) -> Any:
+    """A value of a field that has this type."""
+    parts = get_args(kind)
+    try:
+        if kind is bool:
+            return {"True": True, "False": False}[text]
+        if kind is str:
+            return text
+        if parts and type(None) not in parts:
+            return tuple(parts[0](part) for part in text.split(",")) if text else ()
+        return int(text) if kind is int else float(text)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"guidance {word!r}: {text!r} is no value of it") from error

@@ -1,0 +1,339 @@
+"""From a prompt to a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from mmdit.checkpoints.components import Component
+from mmdit.checkpoints.hub import Variant, fetch, is_repo_id
+from mmdit.checkpoints.load import part_of
+from mmdit.checkpoints.load_pipeline import from_file, from_folder
+from mmdit.checkpoints.write import write_checkpoint
+from mmdit.embedded import EMBEDDED
+from mmdit.pipeline.arguments import (
+    Generators,
+    Offload,
+    Shift,
+    check_draws_nothing,
+    check_latents,
+    check_output_type,
+    checked_offload,
+    checked_quant,
+    generators,
+    own_seeds,
+    profile_of,
+    shift_for,
+)
+from mmdit.pipeline.callbacks import OnStepEnd, after_step
+from mmdit.pipeline.guidance import Guidance, with_skip_layers
+from mmdit.pipeline.images import OutputType, convert_output
+from mmdit.pipeline.memory import explained
+from mmdit.pipeline.profiles import Profile, is_known
+from mmdit.pipeline.prompts import Asked, Texts, settings_of
+from mmdit.pipeline.ranges import Ranged, ranges
+from mmdit.pipeline.settings import Settings
+from mmdit.pipeline.steps import Verbs
+from mmdit.utils import bar, whole
+from quant.recipe import Recipe
+
+DEMO = "demo"  # what settings call the embedded model
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a call drew.
+
+    `images`: a list of PIL pictures, an array [b, h, w, 3], a tensor [b, 3, h, w] in [0, 1], or latents.
+    `settings`: how each was drawn, for `mmdit.save_png`; empty where they could not say it: with given embeddings,
+    latents, sigmas or a callback.
+    """
+
+    images: Any
+    settings: tuple[Settings, ...] = ()
+
+
+class Pipeline(Verbs):
+    """Stable Diffusion 3 / 3.5: text encoders, transformer, solver and VAE.
+
+    `pipe("a cat").images[0]` draws; `encode`, `noise`, `predict`, `sample` and `decode` are the same in steps.
+    The parts are plain attributes: `transformer`, `vae`, `clip_l`, `clip_g`, `t5`, `tokenizers`, `profile`.
+    """
+
+    @classmethod
+    def demo(
+        cls,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+    ) -> Self:
+        """Load the embedded model: 128 x 128 pictures of 1 to 4 shapes, as prompts of a small grammar say.
+
+        "a large red circle above a blue star, on a white background": 7 shapes, 8 colours, 2 sizes, 6 backgrounds,
+        counts and relations; `mmdit.demo.captions` makes more.
+
+        Args:
+            device, dtype, quant, profile, preset, offload: see `from_pretrained`; stored is float16.
+        """
+        pipe = cls.from_pretrained(
+            EMBEDDED, device=device, dtype=dtype, quant=quant, profile=profile, preset=preset, offload=offload
+        )
+        pipe.name = DEMO
+        return pipe
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        variant: Variant | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Self:
+        """Load a folder in the official, diffusers or ComfyUI layout, or a repository of the Hugging Face Hub.
+
+        Args:
+            folder: of the checkpoint, or "owner/name" of a repository, of which what is needed is downloaded.
+            device: where all models go, or, with `offload`, take turns.
+            dtype: None keeps what is stored.
+            quant: float8 for transformer and T5: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
+            profile: whose behaviour to follow, see `mmdit.PROFILES`.
+            preset: settings that go with a model, such as "turbo"; see `mmdit.pipeline.profiles.PRESETS`.
+            offload: "stages" loads to the CPU; text encoders, transformer and VAE take turns on the device.
+            revision, token, variant, cache_dir: of a repository, see `mmdit.checkpoints.hub.fetch`.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
+            mmdit.checkpoints.hub.HubError: the repository cannot be had; why, and what to do.
+        """
+        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
+        rest |= {"offload": checked_offload(offload), "device": device}
+        path = Path(folder)
+        if is_repo_id(folder):
+            path = fetch(str(folder), revision=revision, token=token, variant=variant, cache_dir=cache_dir)
+        elif given := [k for k, v in (("revision", revision), ("variant", variant)) if v is not None]:
+            raise ValueError(f"{given[0]} is for a repository of the hub, but {folder} is none")
+        name = f"./{folder}" if str(folder) == DEMO else str(folder)
+        return cls(from_folder(path, "cpu" if offload else device, dtype), name=name, **rest)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        clip_l: str | Path | None = None,
+        clip_g: str | Path | None = None,
+        t5: str | Path | None = None,
+        vae: str | Path | None = None,
+        tokenizers: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+    ) -> Self:
+        """Load a single file, with text encoders inside, given here, or lying beside it in `text_encoders/`.
+
+        Args:
+            path: of a safetensors file that holds the transformer.
+            clip_l, clip_g, t5, vae: files or folders to take these from.
+            tokenizers: the folder that holds tokenizer, tokenizer_2 and tokenizer_3; looked for beside the file.
+            device, dtype, quant, profile, preset, offload: see `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
+        """
+        others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
+        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
+        rest |= {"offload": checked_offload(offload), "device": device}
+        return cls(from_file(path, others, tokenizers, "cpu" if offload else device, dtype), name=str(path), **rest)
+
+    def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
+        """Write all models and tokenizers; the folder must not exist yet.
+
+        Raises:
+            FileExistsError: it exists.
+        """
+        parts = [part_of(name, model) for name, model in self.models.items()]
+        return write_checkpoint(parts, folder, layout, shift=self.shift, tokenizers=self.tokenizers.save)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Asked | None = None,
+        negative_prompt: Asked | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        shift: Shift = None,
+        seed: int | Sequence[int] | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        max_sequence_length: int | None = None,
+        callback_on_step_end: OnStepEnd | None = None,
+        skip_guidance_layers: Sequence[int] | None = None,
+        skip_layer_guidance_scale: float | None = None,
+        skip_layer_guidance_start: float | None = None,
+        skip_layer_guidance_stop: float | None = None,
+        guidance: Guidance | None = None,
+        vae_tile: int | None = None,
+        output_type: OutputType = "pil",
+        progress: bool | None = None,
+    ) -> PipelineOutput:
+        """Draw. Names and defaults are diffusers' own; everything that is None is the profile's.
+
+        Args:
+            prompt, negative_prompt: one or more; no negative prompt is an empty one. It counts where the profile runs
+                an unconditional pass, as a rule where guidance_scale is above 1. Encoded already: the `Conditioning`
+                of all prompts, or several `mmdit.Ranged` of them, which count for parts of the way.
+            height, width: in pixels, multiples of 16.
+            num_inference_steps, guidance_scale, sampler, schedule: see `sample`.
+            sigmas: see `levels`.
+            shift: of the schedule, or "resolution"; see `sample`.
+            seed, generator: see `noise`; samplers that add noise on the way take it from there too.
+            latents: instead of noise, [b, c, h/8, w/8].
+            prompt_embeds, pooled_prompt_embeds: instead of prompts, context [b, n, context_dim] and [b, pooled_dim]
+                of `encode`; likewise the negative ones.
+            num_images_per_prompt: pictures of each prompt, in a row.
+            max_sequence_length: T5 tokens.
+            callback_on_step_end: called after every step, see `mmdit.pipeline.callbacks.OnStepEnd`.
+            skip_guidance_layers: blocks of skip-layer guidance, 7, 8, 9 for SD3.5-Medium; the three that follow are its
+                scale and shares of the steps. As in diffusers, that profile leaves it out unless guidance_scale > 1.
+            guidance: all else that guides, see `mmdit.Guidance`.
+            vae_tile: see `decode`.
+            output_type: "pil", "pt" ([b, 3, h, w] in [0, 1]), "np" ([b, h, w, 3]) or "latent".
+            progress: show a bar; None shows it in terminals and notebooks.
+
+        Raises:
+            ValueError, TypeError: an argument is wrong; the message says what was found and expected.
+            MemoryError: the device has too little memory; the message says what helps.
+        """
+        scale = self._scale(guidance_scale)
+        skip = (skip_layer_guidance_scale, skip_layer_guidance_start, skip_layer_guidance_stop)
+        guidance = with_skip_layers(guidance, skip_guidance_layers, *skip)
+        asked = Texts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        against = Texts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
+        count = len(asked) * whole("num_images_per_prompt", num_images_per_prompt, 1)
+        pairs = asked.with_negatives(against, self.transformer.config, read=self._reads_negative(scale, sampler))
+        # What is wrong is said before anything is drawn.
+        check_output_type(output_type)
+        solver = self._solver(sampler)
+        if latents is not None and not solver.is_stochastic:
+            check_draws_nothing(seed=seed, generator=generator)
+        sides = (
+            latents.shape[2:] if latents is not None else (self._cells(height, "height"), self._cells(width, "width"))
+        )
+        shift = shift_for(shift, self.shift, sides, self.transformer.config.patch_size)
+        levels = self.levels(num_inference_steps, schedule, sigmas, shift, sampler)
+        self._check_guidance(guidance, scale, sampler, levels)
+        for texts in pairs:
+            if texts is not None and texts.encoded:
+                ranges(texts.name, texts.encoded, levels, shift, len(texts))
+        self._rules(max_sequence_length)
+        if vae_tile is not None:
+            whole("vae_tile", vae_tile, 1)
+        with self._drawing(f"{count} pictures at once"):
+            drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
+            noise = self._start(latents, drawn_by, count, height, width)
+            cond, uncond = (
+                None if texts is None else self._read(texts, max_sequence_length, num_images_per_prompt)
+                for texts in pairs
+            )
+            assert cond is not None
+            how: dict[str, Any] = {"guidance_scale": scale, "sampler": sampler, "guidance": guidance}
+            steps = self.sample(cond, uncond, noise, sigmas=levels, shift=shift, generator=drawn_by, **how)
+            level = float(levels[0])
+            for step in bar(steps, None if solver.own_steps else len(levels) - 1, progress):
+                if callback_on_step_end is not None:
+                    after_step(callback_on_step_end, self, step, level)
+                level = step.sigma
+            latent = step.x.to(self.dtype)
+            pictures = latent if output_type == "latent" else self.decode(latent, tile=vae_tile)
+            images = convert_output(pictures, output_type, self.profile.to_uint8)
+        if latents is not None or sigmas is not None or callback_on_step_end is not None:
+            return PipelineOutput(images)
+        settings = self._settings(num_inference_steps, scale, sampler, schedule, shift, max_sequence_length)
+        settings["guidance"] = "" if guidance is None else guidance.of(self.profile).to_text()
+        rows, columns = latent.shape[2:]
+        settings |= {"height": rows * self.vae.config.downscale, "width": columns * self.vae.config.downscale}
+        seeds = own_seeds(seed, count, alone=self.profile.one_seed == "each_alone")
+        return PipelineOutput(images, settings_of(pairs, num_images_per_prompt, seeds, settings))
+
+    def _settings(
+        self,
+        steps: int | None,
+        scale: float,
+        sampler: str | None,
+        schedule: str | None,
+        shift: float,
+        max_sequence_length: int | None,
+    ) -> dict[str, Any]:
+        """What the settings of all pictures of a call have in common."""
+        return {
+            "num_inference_steps": steps or self.profile.steps,
+            "guidance_scale": float(scale),
+            "sampler": sampler or self.profile.sampler,
+            "schedule": schedule or self.profile.schedule,
+            "shift": float(shift),
+            "profile": self.profile.name if is_known(self.profile) else f"{self.profile.name}, changed",
+            "max_sequence_length": max_sequence_length,
+            "model": self.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "quant": self.quant,
+            "device": self.device.type,
+        }
+
+    @contextmanager
+    def _drawing(self, what: str) -> Iterator[None]:
+        """Explain running out of memory; with `offload`, leave nothing on the device, whatever happens."""
+        try:
+            with explained(self.models, what):
+                yield
+        finally:
+            if self._turns is not None:
+                self._turns.leave()
+
+    def _read(self, texts: Texts, max_sequence_length: int | None, times: int) -> list[Ranged]:
+        """What the transformer reads, each prompt `times` in a row."""
+        encoded = texts.encoded
+        if texts.prompts is not None:
+            encoded = (Ranged(self.encode(texts.prompts, max_sequence_length=max_sequence_length)),)
+        return [one.to(self.device, self.dtype).repeat(times) for one in encoded]
+
+    def _start(
+        self, latents: Tensor | None, drawn_by: Generators, count: int, height: int | None, width: int | None
+    ) -> Tensor:
+        if latents is None:
+            return self.noise(count=count, height=height, width=width, generator=drawn_by)
+        cell = self.vae.config.downscale
+        check_latents(latents, count, self.transformer.config, cell, self._unit, height, width)
+        return latents.to(self.device)

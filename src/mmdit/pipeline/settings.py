@@ -1,0 +1,278 @@
+"""Pictures with their settings: a PNG that says in a text chunk how it was drawn, and pictures side by side.
+
+The chunk is called "mmdit" and holds strict JSON. It is ASCII (other characters as escapes) in a tEXt chunk, which no
+program that copies text chunks can spoil. It is parsed again before it is written, so what is written can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any, NoReturn, Self, get_args, get_type_hints
+
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+from mmdit._version import __version__
+from mmdit.pipeline.images import png_path
+from mmdit.utils import replacing
+
+KEYWORD = "mmdit"
+FORMAT_VERSION = 2  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
+_EXACT = 2**53  # up to here every whole number is a float
+_JSON = "give Unicode strings, finite numbers, bools, None, and lists and dicts of these"
+# What Pillow raises for broken files, of which some are not OSError.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class SettingsError(ValueError):
+    """Settings cannot be written or read; the message says where, what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How one picture was drawn, with nothing left to a default.
+
+    Raises:
+        SettingsError: a value has the wrong type, is not finite or not Unicode text; all of them are listed.
+    """
+
+    prompt: str
+    negative_prompt: str
+    seed: int | None  # None: drawn from a generator, given latents or a seed of a whole batch, so not from its own
+    height: int  # pixels
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    schedule: str
+    shift: float
+    profile: str  # its name
+    max_sequence_length: int | None  # T5 tokens; None is the profile's number
+    model: str  # as the user named it, or "demo"
+    dtype: str  # float32, bfloat16 ...
+    quant: str | None  # recipe of float8; None is none
+    device: str  # cpu, cuda ...: the kind, without a number
+    guidance: str = ""  # beside guidance_scale, as `mmdit.Guidance.from_text` reads it; since version 2
+    library_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if mistakes := _mistakes(vars(self)):
+            raise SettingsError(f"settings: {'; '.join(mistakes)}")
+        _check_version("settings", vars(self))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `save_png` writes: strings, finite numbers and None by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any], where: str | Path = "settings") -> Self:
+        """What `to_json` gave, or `read_settings` read; `where` is the file that errors name. 7 does for 7.0.
+
+        Raises:
+            SettingsError: of a newer format; or keys are unknown or missing or of a wrong type, all of them listed.
+        """
+        _check_version(where, found)
+        if found["format_version"] < 2:
+            found = {"guidance": ""} | dict(found) | {"format_version": FORMAT_VERSION}
+        names = _types()
+        known = {name: value for name, value in found.items() if name in names}
+        odd = [f"{name!r} is unknown" for name in found if name not in names]
+        odd += [f"{name} is missing" for name in names if name not in found]
+        expected = [f"expected are {', '.join(names)}"] if odd else []
+        if mistakes := [*odd, *_mistakes(known), *expected]:
+            raise SettingsError(f"{where}: {'; '.join(mistakes)}. {_ORIGINAL}")
+        known |= {name: float(value) for name, value in known.items() if float in names[name]}
+        return cls(**known)
+
+
+def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
+    """Write a picture with its settings; it appears under its name only when it is complete.
+
+    Args:
+        image: of a mode that PNG has (RGB, RGBA, L ...); its pixels are kept as they are.
+        path: ends in .png.
+        settings: `Settings.to_json()`, or other JSON values by name; `format_version` must be among them.
+
+    Raises:
+        ValueError: another ending.
+        SettingsError: a value that JSON does not keep (NaN, a tuple, a lone surrogate ...), or no known version.
+    """
+    path = png_path(path)
+    _check_version(path, settings)
+    info = PngInfo()
+    info.add_text(KEYWORD, _written(path, settings))
+    with replacing(path) as part:
+        image.save(part, format="png", pnginfo=info)
+    return path
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that `save_png` put into a picture.
+
+    Raises:
+        OSError: the file cannot be opened.
+        SettingsError: it is no PNG or a broken one, has no settings of ours (whose it has instead is said), or they are
+            no strict JSON object or of a newer format.
+    """
+    path = Path(path)
+    texts = _texts(path)
+    if KEYWORD not in texts:
+        raise SettingsError(f"{path} has no {KEYWORD!r} chunk with settings; {_instead(texts)}")
+    try:
+        found = _parsed(texts[KEYWORD])
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"{path}: the {KEYWORD!r} chunk is not strict JSON ({error}). {_ORIGINAL}") from error
+    if not isinstance(found, dict):
+        raise SettingsError(
+            f"{path}: the {KEYWORD!r} chunk is a JSON {type(found).__name__}, expected an object. {_ORIGINAL}"
+        )
+    _check_version(path, found)
+    return found
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Pictures of one size side by side, row by row, in RGB; cells that are left over are black.
+
+    Args:
+        images: at least one.
+        columns: None is the smallest square that holds all.
+
+    Raises:
+        ValueError: no picture, pictures of several sizes, or no column.
+    """
+    if not images:
+        raise ValueError("no pictures for a grid; give at least one")
+    if other := [i for i, image in enumerate(images) if image.size != images[0].size]:
+        sizes = [f"{width} x {height}" for width, height in (images[0].size, images[other[0]].size)]
+        raise ValueError(f"picture 0 is {sizes[0]}, picture {other[0]} is {sizes[1]}; a grid takes one size")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    across = min(columns or math.isqrt(len(images) - 1) + 1, len(images))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (across * width, -(-len(images) // across) * height))
+    for i, image in enumerate(images):
+        sheet.paste(image.convert("RGB"), (i % across * width, i // across * height))
+    return sheet
+
+
+@cache
+def _types() -> dict[str, tuple[type, ...]]:
+    """What each setting may be; a whole number does for a float."""
+    hints = get_type_hints(Settings)
+    return {name: (float, int) if hint is float else get_args(hint) or (hint,) for name, hint in hints.items()}
+
+
+def _mistakes(values: Mapping[str, Any]) -> list[str]:
+    return [said for name, value in values.items() if (said := _mistake(name, value, _types()[name]))]
+
+
+def _mistake(name: str, value: Any, types: tuple[Any, ...]) -> str | None:
+    found = f"{name} is {_shown(value)}"
+    if isinstance(value, bool) or not isinstance(value, types):
+        wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+        return f"{found} ({type(value).__name__}), expected {wanted}"
+    if isinstance(value, str) and (lone := [letter for letter in value if "\ud800" <= letter <= "\udfff"]):
+        return f"{found}, which holds the lone surrogate U+{ord(lone[0]):X} and is no Unicode text; leave it out"
+    if float in types and not _is_finite(value):
+        return f"{found}, expected a finite float"
+    return None
+
+
+def _is_finite(number: float | int) -> bool:
+    return math.isfinite(number) if isinstance(number, float) else abs(number) <= _EXACT
+
+
+def _shown(value: object) -> str:
+    """The value in at most a line."""
+    try:
+        return shortened(value)
+    except ValueError:  # Python refuses to print whole numbers of thousands of digits
+        return f"a long {type(value).__name__}"
+
+
+def _check_version(where: str | Path, settings: Mapping[str, Any]) -> None:
+    version = settings.get("format_version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise SettingsError(f"{where}: format_version is {_shown(version)}, expected {FORMAT_VERSION}. {_ORIGINAL}")
+    if version > FORMAT_VERSION:
+        raise SettingsError(
+            f"{where}: format_version is {_shown(version)} (library_version "
+            f"{_shown(settings.get('library_version'))}), mmdit-lab {__version__} reads up to {FORMAT_VERSION}; "
+            "update it"
+        )
+
+
+def _written(path: Path, settings: Mapping[str, Any]) -> str:
+    for name, value in settings.items():
+        try:
+            back = _parsed(json.dumps({name: value}, allow_nan=False, sort_keys=True))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SettingsError(f"{path}: setting {_odd(name, value)} ({error}); {_JSON}") from error
+        if back != {name: value}:
+            raise SettingsError(f"{path}: setting {_odd(name, value)} (it comes back as {_shown(back)}); {_JSON}")
+    return json.dumps(dict(settings), allow_nan=False, sort_keys=True)
+
+
+def _odd(name: object, value: Any) -> str:
+    return f"{_shown(name)} is {_shown(value)}, which JSON does not keep"
+
+
+def _parsed(text: str) -> Any:
+    """Strict JSON: each key once, finite numbers, Unicode text; ValueError or RecursionError for other."""
+    found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
+    json.dumps(found, ensure_ascii=False).encode()  # an escape can spell a lone surrogate, and UTF-8 cannot
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits} is beyond every float")
+    return number
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """All text chunks of a PNG, by keyword."""
+    with path.open("rb") as file:
+        if (start := file.read(len(_SIGNATURE))) != _SIGNATURE:
+            raise SettingsError(
+                f"{path} is not a PNG: it begins with {start!r}, a PNG with {_SIGNATURE!r}. {_ORIGINAL}"
+            )
+        file.seek(0)
+        try:
+            with Image.open(file, formats=["PNG"]) as picture:
+                assert isinstance(picture, PngImageFile)
+                return dict(picture.text)  # reads to the end: some programs move text behind the pixels
+        except _BROKEN as error:
+            raise SettingsError(f"{path} is a broken PNG ({error}); copy or download it again") from error
+
+
+def _instead(texts: Mapping[str, str]) -> str:
+    """Whose text chunks these are, and what to do with them."""
+    if comfy := [repr(name) for name in ("prompt", "workflow") if name in texts]:
+        return f"it looks like one of ComfyUI, with {' and '.join(comfy)}: open it there"
+    if "parameters" in texts:
+        return "it looks like one of AUTOMATIC1111's web UI, with 'parameters': open it there under PNG Info"
+    found = ", ".join(map(repr, texts)) or "none"
+    return f"text chunks that it has: {found}. {_ORIGINAL}"

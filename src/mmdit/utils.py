@@ -1,0 +1,53 @@
+"""Small helpers that every room may use: files, arguments, memory, progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+_CPU_WORDS = ("tried to allocate", "allocate memory", "size calculation overflowed", "multiplication overflow")
+Item = TypeVar("Item")
+
+
+def bar(items: Iterable[Item], total: int | None, shown: bool | None) -> Iterator[Item]:
+    """The items, counted by a bar; None shows it in terminals and notebooks and not in files and pipes."""
+    if shown is None:
+        shown = "ipykernel" in sys.modules or sys.stderr.isatty()
+    yield from tqdm(items, total=total, disable=not shown)
+
+
+def whole(name: str, value: int, least: int) -> int:
+    """The value of an argument that counts something."""
+    if not isinstance(value, int) or not least <= value < 2**63:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; it takes the place of `path` at the end, and is removed if the writing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch says so of the CPU in a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in _CPU_WORDS)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())

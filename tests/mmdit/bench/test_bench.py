@@ -1,0 +1,118 @@
+"""The bench counts what a step must do and measures every row it names; times themselves are not tested."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdit import MMDiT
+from mmdit.bench.random_models import MODELS, Inputs, bytes_of
+from mmdit.bench.step import Work, bench
+from mmdit.cli.app import main
+from quant import quantize_
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_work_is_what_torch_counts(name):
+    """All matrix products and attention of a step; torch counts the patch convolution too, which is left out."""
+    config, size, text = MODELS[name], 128, 154
+    with torch.device("meta"):
+        model = MMDiT(config)
+    inputs = Inputs(
+        *(torch.empty(shape, device="meta") for shape in ((2, 16, 16, 16), (2,), (2, text, config.context_dim))),
+        torch.empty(2, config.pooled_dim, device="meta"),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
+    patches = 2 * 2 * 64 * 64 * config.hidden_size
+    work = Work.of(model, size, text, 2)
+    assert work.linear_flops + work.other_flops == pytest.approx(counter.get_total_flops() - patches, rel=1e-3)
+    assert work.tokens == 64 + text
+
+
+def test_large_is_as_large_as_it_is():
+    with torch.device("meta"):
+        work = Work.of(MMDiT(MODELS["large"]), 1024, 333, 2)
+    assert work.weight_bytes / 1e9 == pytest.approx(16.1, abs=0.1)
+    assert work.linear_flops / 1e12 == pytest.approx(47.7, abs=0.1)
+
+
+def test_every_row_is_measured(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    few = ["--model", "demo", "--size", "64", "--text", "20", "--repeats", "2", "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", *few, "--eager", "--quant", "fp8", "--against", "diffusers", "--output", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["mmdit float32 eager", "mmdit fp8 eager", "diffusers float32 eager"]
+    assert all(row["milliseconds"] > 0 for row in rows)
+    assert rows[1]["weights_gb"] < rows[0]["weights_gb"]
+    assert rows[0]["weights_gb"] == pytest.approx(rows[2]["weights_gb"], rel=0.02)
+    assert "TFLOP a step" in capsys.readouterr().out
+
+
+def test_rows_by_name():
+    few = {"model": "demo", "size": 64, "text": 20, "repeats": 1, "device": "cpu", "dtype": torch.float32}
+    found = bench(**few, compiled=False, recipes=["fp8"], against=["diffusers"], only=["*fp8*", "diffusers*"])
+    assert [row.name for row in found] == ["mmdit fp8 eager", "diffusers float32 eager"]
+    with pytest.raises(ValueError, match="'fp8' matches no row; there are mmdit float32 eager, "):
+        next(bench(**few, only=["fp8"]))
+
+
+def test_a_peer_without_a_row_is_refused():
+    with pytest.raises(ValueError, match="torchao-tuned has compiled blocks only"):
+        next(bench("demo", against=["torchao-tuned"], compiled=False, device="cpu"))
+
+
+def test_a_row_keeps_its_compiler_settings_to_itself(monkeypatch):
+    from torch._inductor import config
+
+    def build(*_, **__):
+        seen.append(config.coordinate_descent_tuning)
+        config.coordinate_descent_tuning = True  # as torchao's quantize_ does
+        return torch.nn.Linear(2, 2), lambda inputs: None
+
+    seen = []
+    monkeypatch.setattr("mmdit.bench.step.ours", build)
+    few = {"model": "demo", "size": 64, "text": 20, "repeats": 1, "device": "cpu", "recipes": ["fp8"]}
+    list(bench(**few, compiled=False))
+    assert seen == [False, False]
+    assert not config.coordinate_descent_tuning
+
+
+def test_bytes_are_those_stored():
+    linear = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    assert bytes_of(linear) == 2 * 64 * 64 + 2 * 64
+    quantize_(linear, "fp8")
+    assert bytes_of(linear) == 64 * 64 + 4 * 64 + 2 * 64
+
+
+def test_unknown_names():
+    for arguments in ({"model": "huge"}, {"recipes": ["fp9"]}, {"against": ["peer"]}):
+        with pytest.raises(ValueError, match="is unknown; known are"):
+            next(bench(**arguments, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["layers", "--model", "huge"],
+        ["layers", "--quant", "fp8-static"],
+        ["picture", "--quant", "fp9"],
+        ["picture", "--against", "torchao"],
+    ],
+)
+def test_unknown_names_on_the_command_line(arguments, capsys):
+    assert main(["bench", *arguments, "--device", "cpu"]) == 1
+    assert f"'{arguments[-1]}' is unknown; known are " in capsys.readouterr().err
+
+
+def test_layers_and_pictures(capsys):
+    few = ["--model", "demo", "--size", "64", "--device", "cpu", "--dtype", "float32"]
+    assert main(["bench", "layers", "--text", "20", "--quant", "fp8", *few]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + 8  # four Linears of either stream
+    assert all("| fp8 | emulated | " in row and row.endswith("| inf | inf |") for row in rows[2:])
+    assert main(["bench", "picture", "--eager", "--steps", "1", "--against", "diffusers", *few]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    names = [row.split("|")[1].strip() for row in rows[2:]]
+    assert names == ["mmdit float32 eager", "mmdit fp8 eager", "diffusers float32 eager, no text encoders"]

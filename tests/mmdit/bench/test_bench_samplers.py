@@ -1,0 +1,93 @@
+"""`mmdit bench samplers` measures what it says, and writes all of it; the numbers themselves are for its user."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import samplers
+from mmdit import Pipeline
+from mmdit.bench import samplers as bench_samplers
+from mmdit.bench.samplers import MEASURES, Plan, errors, measure
+from mmdit.cli.app import main
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.demo()
+
+
+def test_errors_fall_with_steps_and_calls_are_counted(pipe):
+    plan = Plan(samplers=("euler", "heun", "dpmpp_2m_sde", "lcm", "euler_cfg_pp"), steps=(2, 4), prompts=1, fine=8)
+    found = {(point.sampler, point.steps): point for point in errors(pipe, plan)}
+    assert {name for name, _ in found} == {"euler", "heun", "dpmpp_2m_sde"}
+    assert [found[name, 4].calls for name in ("euler", "heun", "dpmpp_2m_sde")] == [4, 7, 4]
+    assert found["euler", 4].error < found["euler", 2].error
+
+
+def test_the_exact_run_has_no_error(pipe):
+    plan = Plan(samplers=("heun",), steps=(2,), prompts=1, fine=2)
+    assert [point.error for point in errors(pipe, plan)] == [0]
+
+
+def test_everything_is_written(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pipe)
+    monkeypatch.setattr(bench_samplers, "orders_markdown", lambda: "| orders |")
+    monkeypatch.chdir(tmp_path)
+    words = ["--samplers", "euler", "euler_ancestral", "--schedules", "normal", "beta", "--steps", "1", "2"]
+    small = ["--prompts", "1", "--fine", "2", "--device", "cpu", "-o", "found"]
+    assert main(["bench", "samplers", "--measure", *MEASURES, *words, *small]) == 0
+    said = capsys.readouterr().out.splitlines()
+    written = {path.name for path in (tmp_path / "found").iterdir()}
+    assert {line.removeprefix("wrote found/") for line in said if line.startswith("wrote ")} == written
+    kinds = {"error": "json md png", "accuracy": "json md png", "steps": "json md png", "page": "png", "orders": "md"}
+    assert written == {f"{name}.{kind}" for name in MEASURES for kind in kinds[name].split()}
+    accuracy = json.loads((tmp_path / "found" / "accuracy.json").read_text())
+    cells = [(one["row"], one["column"]) for one in accuracy["rows"]]
+    assert cells == [(a, b) for a in ("euler", "euler_ancestral") for b in ("normal", "beta")]
+    assert all(0 <= one["macro"] <= 1 for one in accuracy["rows"])
+    assert accuracy["about"]["schedules"] == ["normal", "beta"]
+    steps = json.loads((tmp_path / "found" / "steps.json").read_text())
+    assert [one["column"] for one in steps["rows"]] == ["1", "2"] * 2
+    for name in written:
+        if name.endswith(".png"):
+            Image.open(tmp_path / "found" / name).verify()
+    assert "| euler |" in (tmp_path / "found" / "steps.md").read_text()
+
+
+def test_time_that_is_over_starts_nothing_more(pipe, tmp_path):
+    plan = Plan(samplers=("euler", "heun"), schedules=("normal",), steps=(1,), prompts=1, minutes=1e-6)
+    measure("accuracy", lambda: pipe, plan, tmp_path)
+    assert len(json.loads((tmp_path / "accuracy.json").read_text())["rows"]) <= 1
+
+
+def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    for words, said in {
+        ("--measure", "eror"): "unknown measure 'eror'; did you mean 'error'",
+        ("--samplers", "eular"): "unknown sampler 'eular'; did you mean 'euler'",
+        ("--schedules", "norma"): "unknown schedule 'norma'; did you mean 'normal'",
+        ("--steps", "0"): "--steps must be a whole number of at least 1, got 0",
+        ("--prompts", "0"): "--prompts must be a whole number of at least 1, got 0",
+    }.items():
+        assert main(["bench", "samplers", *words]) == 1
+        assert said in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "samplers", "--measure", "accuracy"]) == 1
+    assert 'plots need matplotlib, which is not installed: pip install "mmdit-lab[plots]"' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ode_of_the_bench_is_that_of_the_pipeline(pipe):
+    """The end of euler in `errors` is what `Pipeline.sample` ends at."""
+    plan = Plan(samplers=("euler",), steps=(2,), prompts=1)
+    denoise, noise = bench_samplers._ode(pipe, plan)
+    text = bench_samplers.make_prompts(1, bench_samplers.SEED, held_out=True)
+    with torch.no_grad():
+        *_, ours = samplers.euler(denoise, noise, samplers.sigmas("normal", 2))
+        both = pipe.encode(text), pipe.encode("")
+        *_, theirs = pipe.sample(*both, noise, num_inference_steps=2, guidance_scale=4.5)
+    torch.testing.assert_close(ours.x, theirs.x, rtol=0, atol=1e-5)

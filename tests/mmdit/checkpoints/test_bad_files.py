@@ -1,0 +1,190 @@
+"""Checkpoint files and folders that cannot be used: what the error says, and that nothing is half loaded."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+import golden
+from mmdit import Pipeline, load_mmdit
+from mmdit.checkpoints.describe import describe
+from mmdit.checkpoints.safetensors_io import read_header
+from refusals import refuses
+
+# Files that are not safetensors, or broken ones.
+
+
+def raw(path, header, data=b"", length=None):
+    """A file with this header, which may be any JSON value or any bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "pt", "bin", "safetensors"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_pickles(tmp_path, ending, zipped):
+    path = tmp_path / f"model.{ending}"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
+    for load in (load_mmdit, Pipeline.from_single_file, describe):
+        said = refuses(lambda load=load: load(path), path, "pickles can run code and are never opened")
+        assert "Use the .safetensors file of the same model" in said
+
+
+@pytest.mark.parametrize("folders", [["."], ["transformer", "vae"], ["models/checkpoints"]], ids=str)
+def test_folder_of_pickles(tmp_path, folders):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        torch.save({}, tmp_path / folder / "diffusion_pytorch_model.bin")
+    for load in (load_mmdit, Pipeline.from_pretrained, describe):
+        refuses(
+            lambda load=load: load(tmp_path),
+            tmp_path,
+            "only pickles (diffusion_pytorch_model.bin",
+            "can run code",
+            "all as .safetensors",
+        )
+
+
+@pytest.mark.parametrize(
+    ("begin", "said"),
+    [
+        (b"GGUF\x03\0\0\0", "is a GGUF file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"\x80\x05\x95\x10\0\0\0\0\0", "is a Python pickle"),
+        (b"\xff" * 20, "claim a header of 18446744073709551615 bytes, 100000000 are the most"),
+        (struct.pack("<Q", 100_000_001) + b"{}", "claim a header of 100000001 bytes"),
+    ],
+    ids=lambda value: value[:12].decode("latin-1") if isinstance(value, bytes) else "",
+)
+def test_files_of_other_kinds(tmp_path, begin, said):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(begin)
+    refuses(lambda: read_header(path), path, said, "Use the .safetensors file")
+
+
+def test_truncated_anywhere(tmp_path):
+    whole, path = save({"a": torch.ones(3), "b": torch.zeros(2, dtype=torch.float16)}, {"m": "n"}), tmp_path / "f"
+    path.write_bytes(whole)
+    assert len(read_header(path).entries) == 2
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        said = refuses(lambda: read_header(path), f"{path} is truncated", "download it again")
+        assert str(length if not 8 <= length < len(whole) - 16 else length - 8) in said
+
+
+A, B = entry(), entry(offsets=(8, 16))
+BROKEN_HEADERS = {
+    "header longer than the file": ({"a": A}, 8, {"length": 5000}, "the header takes 5000 bytes, the file has"),
+    "duplicate key": (b'{"a": 1, "b": 2, "a": 3}', 8, {}, "the header names 'a' twice"),
+    "duplicate word": (b'{"a": {"dtype": "F32", "dtype": "F32"}}', 8, {}, "the header names 'dtype' twice"),
+    "duplicate metadata": (b'{"__metadata__": {}, "__metadata__": {}}', 0, {}, "names '__metadata__' twice"),
+    "overlap": ({"a": A, "b": entry(offsets=(4, 12))}, 12, {}, "'b' overlaps 'a'"),
+    "same place": ({"a": A, "b": A}, 8, {}, "'b' overlaps 'a'"),
+    "gap": ({"a": A, "b": entry(offsets=(12, 20))}, 20, {}, "'b' leaves a gap after 'a'"),
+    "gap at the start": ({"a": entry(offsets=(4, 12))}, 12, {}, "'a' leaves a gap after the header"),
+    "trailing bytes": ({"a": A}, 11, {}, "3 bytes follow the last tensor"),
+    "missing bytes": ({"a": A, "b": B}, 13, {}, "(3 missing); download it again"),
+    "shape against bytes": ({"a": entry((3,))}, 8, {}, "'a' is F32 [3], which takes 12 bytes, but its offsets span 8"),
+    "offsets backwards": ({"a": entry(offsets=(8, 0))}, 8, {}, "takes 8 bytes, but its offsets span -8"),
+    "unknown dtype": ({"a": entry(dtype="F31")}, 8, {}, "'a' has dtype 'F31' (unknown); read are U64, I64, F64"),
+    "odd dtype": ({"a": entry(dtype=["F32"])}, 8, {}, "'a' has dtype \"['F32']\" (unknown)"),
+    "packed dtype": ({"a": entry(dtype="F8_E8M0")}, 8, {}, "MX and NVFP4; use a float8 or 16-bit file"),
+    "negative offsets": ({"a": entry(offsets=(-8, 0))}, 8, {}, "offsets [-8, 0], expected counts"),
+    "float offsets": ({"a": entry(offsets=(0.0, 8.0))}, 8, {}, "offsets [0.0, 8.0], expected counts"),
+    "bool offsets": ({"a": entry((True,), (False, 4))}, 4, {}, "shape [True] and offsets [False, 4], expected counts"),
+    "huge shape": ({"a": entry((0, 2**63), (0, 0))}, 0, {}, "shape [0, 9223372036854775808]"),
+    "one offset": ({"a": entry(offsets=(8,))}, 8, {}, "header entry of 'a' is {"),
+    "no shape": ({"a": {"dtype": "F32"}}, 8, {}, "expected dtype, shape and two data_offsets"),
+    "entry is a number": ({"a": 3}, 8, {}, "header entry of 'a' is 3, expected dtype, shape"),
+    "entry is null": ({"a": None}, 8, {}, "header entry of 'a' is None"),
+    "malformed JSON": (b'{"a": ', 8, {}, "the header is not valid JSON ("),
+    "no text": (b"{\xff\xfe}", 8, {}, "the header is not valid JSON ('utf-8' codec"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16-le"), 8, {}, "the header is not valid JSON ("),
+    "endless number": (b'{"a": ' + b"9" * 5000 + b"}", 8, {}, "the header is not valid JSON ("),
+    "endless nesting": (b'{"a": ' + b"[" * 200_000, 8, {}, "the header is not valid JSON ("),
+    "list": ([A], 8, {}, "the header is a JSON list, expected an object"),
+    "string": ("a", 8, {}, "the header is a JSON str, expected an object"),
+    "metadata list": ({"__metadata__": ["a"]}, 0, {}, "__metadata__ is a JSON list, expected an object"),
+    "metadata number": ({"__metadata__": {"a": "b", "c": 4}}, 0, {}, "must map strings to strings, but 'c' is 4"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_HEADERS)
+def test_broken_header(tmp_path, case):
+    header, size, more, said = BROKEN_HEADERS[case]
+    path = raw(tmp_path / "model.safetensors", header, b"\0" * size, **more)
+    refuses(lambda: read_header(path), path, said)
+
+
+# Sound files of other models.
+
+LORAS = {
+    "diffusers peft": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
+    "peft default": "transformer.transformer_blocks.0.attn.to_q.lora_B.default.weight",
+    "flash-sd3": "base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight",
+    "OneTrainer": "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
+    "text encoder": "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha",
+    "SimpleTuner": "lycoris_transformer_blocks_0_attn_to_q.lokr_w1",
+    "kohya": "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight",
+    "generic": "diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_up.weight",
+    "old diffusers": "transformer_blocks.0.attn.processor.to_q_lora.up.weight",
+    "linear layer": "transformer.transformer_blocks.0.attn.to_q.lora_linear_layer.up.weight",
+    "dotted": "transformer_blocks.0.attn.to_q.lora.down.weight",
+    "LoHa": "diffusion_model.joint_blocks.0.x_block.attn.qkv.hada_w1_a",
+    "difference": "diffusion_model.joint_blocks.0.x_block.attn.qkv.diff_b",
+    "T5 and CLIP": "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight",
+}
+UNET, FLUX = "model.diffusion_model.input_blocks.0.0.weight", "double_blocks.0.img_attn.qkv.weight"
+VAE_4 = "first_stage_model.decoder.up.0.block.0.conv1.weight"
+FOREIGN = {f"LoRA, {name}": ([key], "a LoRA (weights to add to a model") for name, key in LORAS.items()} | {
+    "SD1.5": ([UNET, VAE_4, "cond_stage_model.transformer.text_model.a"], "a Stable Diffusion 1.x checkpoint"),
+    "SD2": ([UNET, VAE_4, "cond_stage_model.model.ln_final.bias"], "a Stable Diffusion 2 checkpoint"),
+    "SDXL": ([UNET, VAE_4, "conditioner.embedders.0.a"], "a Stable Diffusion XL checkpoint"),
+    "SDXL UNet": ([UNET, "model.diffusion_model.label_emb.0.0.bias"], "a Stable Diffusion XL checkpoint"),
+    "SD1.5 UNet": ([UNET], "a UNet of Stable Diffusion 1.x or 2"),
+    "SD1.5 UNet, diffusers": (["down_blocks.0.attentions.0.proj_in.bias"], "a UNet of Stable Diffusion 1.x or 2"),
+    "SDXL UNet, diffusers": (["down_blocks.1.attentions.0.a", "add_embedding.a"], "a Stable Diffusion XL checkpoint"),
+    "Flux": ([FLUX, "single_blocks.0.linear1.weight"], "a Flux checkpoint"),
+    "Flux, prefix": ([f"model.diffusion_model.{FLUX}"], "a Flux checkpoint"),
+    "Flux, diffusers": (
+        ["transformer_blocks.0.attn.add_q_proj.weight", "single_transformer_blocks.0.attn.to_q.weight"],
+        "a Flux checkpoint",
+    ),
+    "SD1.5 ControlNet": (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+    "SDXL ControlNet, diffusers": (["controlnet_cond_embedding.conv_in.bias", "add_embedding.a"], "a ControlNet"),
+    "InstantX ControlNet": (
+        ["transformer_blocks.0.attn.add_q_proj.weight", "controlnet_blocks.0.bias"],
+        "a ControlNet",
+    ),
+    "official ControlNet": (list(golden.manifest("sd3.5_large_controlnet.safetensors")["tensors"]), "a ControlNet"),
+    "diffusers ControlNet": (list(golden.manifest("diffusers.sd3.5_large.controlnet")["tensors"]), "a ControlNet"),
+    "anything": (["b", "a"], "no model known here (first keys: a, b)"),
+    "nothing": ([], "no model known here"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_other_models_are_named(tmp_path, case):
+    keys, name = FOREIGN[case]
+    path = tmp_path / "other.safetensors"
+    save_file({key: torch.zeros(1) for key in keys}, path)
+    for load in (load_mmdit, Pipeline.from_single_file):
+        refuses(
+            lambda load=load: load(path),
+            f"{path} holds no transformer (MMDiT) of SD3; it looks like {name}",
+            "Give a file or folder that holds the transformer",
+        )
+    refuses(lambda: load_mmdit(tmp_path), f"{tmp_path} holds no transformer of SD3", f"other.safetensors ({name}")
+
+
+def test_inspecting_other_models_names_them(tmp_path):
+    save_file({LORAS["kohya"]: torch.zeros(1)}, tmp_path / "lora.safetensors")
+    refuses(lambda: describe(tmp_path / "lora.safetensors"), tmp_path / "lora.safetensors", "it looks like a LoRA")

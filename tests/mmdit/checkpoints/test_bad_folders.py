@@ -1,0 +1,207 @@
+"""Folders that lack something or contradict themselves: what the error says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tiny
+from mmdit import Pipeline, load_mmdit, load_vae
+from mmdit.checkpoints.describe import describe
+from mmdit.checkpoints.write import convert
+from refusals import refuses, weights
+
+LORA = {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.zeros(1)}
+HUB = "stabilityai/stable-diffusion-3.5-large"
+
+
+@pytest.fixture
+def folder(tiny_folders, tmp_path):
+    """A diffusers folder to break."""
+    return shutil.copytree(tiny_folders["sd3.5-medium"], tmp_path / "model")
+
+
+def shard(folder):
+    """The transformer of a folder in two shards with their index."""
+    place = folder / "transformer"
+    convert(place, folder.parent / "sharded", "diffusers", max_shard_bytes=3_000_000)
+    (place / "diffusion_pytorch_model.safetensors").unlink()
+    for file in (folder.parent / "sharded" / "transformer").iterdir():
+        shutil.copy(file, place / file.name)
+    return place / "diffusion_pytorch_model.safetensors.index.json"
+
+
+def test_shards(folder):
+    index = shard(folder)
+    assert load_mmdit(folder).config.depth == tiny.DEPTH
+    parts, whole = sorted(index.parent.glob("*-of-*.safetensors")), json.loads(index.read_text())
+    first = min(key for key, file in whole["weight_map"].items() if file == parts[0].name)
+
+    index.write_text(json.dumps(whole | {"weight_map": whole["weight_map"] | {"more": parts[0].name}}))
+    refuses(lambda: load_mmdit(folder), index, f"1 tensors differ between index and {parts[0].name}: 'more' is only in")
+    index.write_text(json.dumps({"weight_map": {k: v for k, v in whole["weight_map"].items() if k != first}}))
+    refuses(lambda: load_mmdit(folder), index, f"{first!r} is only in the shard", "download both again")
+    index.write_text(json.dumps(whole))
+    parts[0].unlink()
+    refuses(lambda: load_mmdit(folder), index, f"names the shard {parts[0].name}, which is not beside it; download it")
+    for text in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        refuses(
+            lambda: load_mmdit(index), f"{index} is no shard index: it has no weight_map", "Give a .safetensors file"
+        )
+    index.write_text("{")
+    refuses(lambda: load_mmdit(index), f"{index} is not valid JSON")
+    index.unlink()
+    refuses(
+        lambda: load_mmdit(folder), "Shards need their index: download diffusion_pytorch_model.safetensors.index.json"
+    )
+
+
+CONFIGS = {
+    "depth": ("transformer", {"num_layers": 4}, "transformer (MMDiT) says num_layers = 4, its tensors say 3"),
+    "norm": ("transformer", {"qk_norm": None}, "says qk_norm = None, its tensors say 'rms_norm'"),
+    "second attention": (
+        "transformer",
+        {"dual_attention_layers": []},
+        "says dual_attention_layers = [], its tensors say [0, 1]",
+    ),
+    "sample size": ("transformer", {"sample_size": "big"}, "says sample_size = 'big', expected a whole number above 0"),
+    "VAE widths": (
+        "vae",
+        {"block_out_channels": [32, 64]},
+        "VAE says block_out_channels = [32, 64], its tensors say [32",
+    ),
+    "VAE groups": ("vae", {"norm_num_groups": 0}, "VAE says norm_num_groups = 0, expected a whole number above 0"),
+    "VAE groups that do not divide": (
+        "vae",
+        {"norm_num_groups": 48},
+        "widths [32, 32, 64, 64] are not multiples of the 48",
+    ),
+    "VAE scale": ("vae", {"scaling_factor": "1.5"}, "VAE says scaling_factor = '1.5', expected a number above 0"),
+    "VAE shift": ("vae", {"shift_factor": None}, "VAE says shift_factor = None, expected a number"),
+    "CLIP width": (
+        "text_encoder",
+        {"hidden_size": 768},
+        "CLIP-L text encoder says hidden_size = 768, its tensors say 64",
+    ),
+    "CLIP heads": ("text_encoder", {"num_attention_heads": 5}, "width 64 is not a multiple of its 5 heads"),
+    "CLIP activation": (
+        "text_encoder",
+        {"hidden_act": "relu"},
+        "says hidden_act = 'relu', expected 'quick_gelu' or 'gelu'",
+    ),
+    "T5 layers": ("text_encoder_3", {"num_layers": 24}, "T5 encoder says num_layers = 24, its tensors say 2"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_config_json_that_contradicts_the_tensors(folder, case):
+    name, changes, said = CONFIGS[case]
+    tiny.rewrite_config(folder, name, **changes)
+    refuses(lambda: Pipeline.from_pretrained(folder), weights(folder, name), said)
+
+
+def test_config_json_that_is_none(folder):
+    for text, said in (("[]", "holds a JSON list, expected an object"), ("{", "is not valid JSON")):
+        (folder / "vae" / "config.json").write_text(text)
+        refuses(lambda: load_vae(folder), folder / "vae" / "config.json", said)
+    (folder / "vae" / "config.json").unlink()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"shift": "3"}')
+    refuses(lambda: Pipeline.from_pretrained(folder), folder, "shift = '3', expected a number above 0")
+
+
+MISSING = {
+    "tokenizer": ["tokenizer: tokenizer/ (vocab.json, merges.txt, tokenizer_config.json)"],
+    "tokenizer_3": ["tokenizer_3: tokenizer_3/ (tokenizer.json or spiece.model)"],
+    "text_encoder": ["clip_l: text_encoder/"],
+    "vae": ["vae: vae/"],
+    "text_encoder_2": ["clip_g: text_encoder_2/"],
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_missing_part_of_a_folder(folder, name):
+    shutil.rmtree(folder / name)
+    said = [f"{folder} is not enough for a picture", *MISSING[name], f"of {HUB}"]
+    message = refuses(lambda: Pipeline.from_pretrained(folder), *said, f"-> {folder / name}")
+    assert len(message.splitlines()) == 2
+    assert MISSING[name][0] in describe(folder)
+
+
+def test_missing_tokenizer_files(folder):
+    (folder / "tokenizer_2" / "merges.txt").unlink()
+    (folder / "tokenizer_2" / "tokenizer.json").unlink(missing_ok=True)
+    refuses(
+        lambda: Pipeline.from_pretrained(folder),
+        f"tokenizer files are missing in {folder}",
+        "tokenizer_2/: no merges.txt",
+        f"hf download {HUB}",
+        f"--local-dir {folder}",
+        error=FileNotFoundError,
+    )
+
+
+def test_missing_beside_a_single_file(tiny_folders, tmp_path):
+    path = convert(tiny_folders["sd3.5-medium"] / "transformer", tmp_path / "in" / "a.safetensors", "single")
+    message = refuses(
+        lambda: Pipeline.from_single_file(path),
+        f"{path} is not enough for a picture: it has transformer. Missing:",
+        f"clip_l: text_encoders/clip_l.safetensors of {HUB} -> {tmp_path}/in/text_encoders",
+        "or pass clip_l=",
+        f"tokenizer_2/ (vocab.json, merges.txt, tokenizer_config.json) of {HUB} -> {tmp_path}/in",
+        "or pass tokenizers=",
+    )
+    assert len(message.splitlines()) == 6
+    refuses(
+        lambda: Pipeline.from_single_file(path, tokenizers=tmp_path / "no"),
+        f"tokenizers={tmp_path / 'no'} is no folder; expected one that holds tokenizer, tokenizer_2, tokenizer_3",
+        error=FileNotFoundError,
+    )
+    lora = tmp_path / "lora.safetensors"
+    save_file(LORA, lora)
+    refuses(lambda: Pipeline.from_single_file(path, vae=lora), f"{lora} holds no VAE of SD3; it looks like a LoRA")
+
+
+def test_two_of_a_kind(folder, tmp_path):
+    official = convert(folder, tmp_path / "official", "official")
+    main = next(official.glob("*.safetensors"))
+    clip = official / "text_encoders" / "clip_l.safetensors"
+    other = shutil.copy(clip, clip.with_name("clip_l_other.safetensors"))
+    refuses(lambda: Pipeline.from_pretrained(official), "2 files are the CLIP-L text encoder", clip, other, "keep one")
+    assert Pipeline.from_single_file(main, clip_l=other).clip_l is not None
+    shutil.copy(main, official / "second.safetensors")
+    refuses(lambda: load_mmdit(official), f"{official} holds 2 transformers", "second.safetensors; give one of these")
+
+
+def test_models_that_do_not_go_together(folder):
+    from transformers import T5Config, T5EncoderModel
+
+    shutil.rmtree(folder / "text_encoder_3")
+    config = T5Config(
+        d_model=128, d_kv=64, d_ff=64, num_layers=1, num_heads=2, vocab_size=99, feed_forward_proj="gated-gelu"
+    )
+    T5EncoderModel(config).save_pretrained(folder / "text_encoder_3")
+    refuses(
+        lambda: Pipeline.from_pretrained(folder),
+        weights(folder, "text_encoder_3"),
+        "this T5 encoder has 128 channels, but the transformer of",
+        "takes 256; they are not of the same model",
+    )
+
+
+def test_paths_that_are_not_there(tmp_path):
+    gone = tmp_path / "gone.safetensors"
+    for load in (load_mmdit, Pipeline.from_single_file, describe):
+        refuses(
+            lambda load=load: load(gone), f"{gone} does not exist; expected a safetensors file", error=FileNotFoundError
+        )
+    refuses(lambda: load_mmdit(tmp_path), f"{tmp_path} holds no transformer of SD3. Expected are sd3*.safetensors with")
+    refuses(
+        lambda: load_mmdit(HUB),
+        f"{HUB} does not exist",
+        f"hf download {HUB} --local-dir stable-diffusion-3.5-large",
+        "pip install huggingface_hub",
+        error=FileNotFoundError,
+    )
