@@ -53,7 +53,7 @@ print(mmdit.points(pipe, "joint_blocks.1.x_block.*", height=128, width=128))
 
 # %%
 every = "joint_blocks.*.x_block.resid_post"
-with mmdit.capture(pipe, every, half="cond", reduce=mmdit.inspection.reducers.norm()) as seen:
+with mmdit.capture(pipe, every, branch="cond", reduce=mmdit.reducers.norm()) as seen:
     pipe(PROMPT, seed=7, num_inference_steps=STEPS, guidance_scale=4.5)
 norms = torch.stack([seen[f"joint_blocks.{i}.x_block.resid_post"].float().mean((1, 2)) for i in range(4)])
 plots.layer_step_grid(norms.T, label="norm of the residual stream, mean over tokens")

@@ -48,7 +48,7 @@ shown = range(0, len(circle), max(1, len(circle) // 5))
 plots.heat_maps(picture, {f"circle, step {i}": circle[i] for i in shown})
 
 # %% [markdown]
-# ## How much each half reads of the other
+# ## How much each stream reads of the other
 # Of all that the picture's patches read (I2I, I2T) and all that the text reads (T2I, T2T), the share that is text.
 
 # %%

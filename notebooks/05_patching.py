@@ -59,9 +59,9 @@ def swapped(first, second, measure):
         row = []
         for i in range(pipe.transformer.config.depth):
             name = f"joint_blocks.{i}.context_block.resid_pre"
-            with mmdit.capture(pipe, name, half="cond") as seen:
+            with mmdit.capture(pipe, name, branch="cond") as seen:
                 drawn(second, seed)
-            with mmdit.patch(pipe, name, replace=seen, half="cond"):
+            with mmdit.patch(pipe, name, replace=seen, branch="cond"):
                 row.append((measure(drawn(first, seed)) - ends[0]) / (ends[1] - ends[0]))
         rows.append(row)
     return torch.tensor(rows)

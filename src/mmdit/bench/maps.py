@@ -23,7 +23,7 @@ from mmdit.inspection.attention_maps import Heads, attention_maps
 from mmdit.inspection.map_columns import Direction
 from mmdit.inspection.map_results import AttentionMaps
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.passes import Half, Pass, Watcher
+from mmdit.pipeline.passes import Branch, Pass, Watcher
 
 CLIP = 77  # tokens before those of T5
 TOKENS = 2  # of a word, for each encoder
@@ -47,7 +47,7 @@ class Cost:
 
 
 class Loop:
-    """The transformer on both halves of the guidance, a step after another: all that a pipeline would do with it."""
+    """The transformer on both branches of the guidance, a step after another: all that a pipeline would do with it."""
 
     def __init__(self, model: MMDiT, inputs: Inputs, words: int) -> None:
         self.transformer, self.inputs = model, inputs
@@ -55,9 +55,9 @@ class Loop:
         prompt, spans = _prompt(words)
         uncond, cond = inputs.context.split(1)
         pooled = inputs.pooled.split(1)
-        self.halves = (
-            Half(Conditioning(uncond, pooled[0], ((),), ("",)), "uncond"),
-            Half(Conditioning(cond, pooled[1], (spans,), (prompt,))),
+        self.branches = (
+            Branch(Conditioning(uncond, pooled[0], ((),), ("",)), "uncond"),
+            Branch(Conditioning(cond, pooled[1], (spans,), (prompt,))),
         )
 
     def run(self, steps: int) -> list[Tensor]:
@@ -65,7 +65,7 @@ class Loop:
         found = []
         for step in range(steps):
             for watcher in self.watchers:
-                watcher(Pass(step, 1 - step / steps, self.halves, 1))
+                watcher(Pass(step, 1 - step / steps, self.branches, 1))
             inputs = self.inputs
             found.append(self.transformer(inputs.latent, inputs.timestep, inputs.context, inputs.pooled))
         return found
@@ -92,7 +92,7 @@ def cost(
     Args:
         model: one of `mmdit.bench.random_models.MODELS`.
         words: of two tokens each, in CLIP and in T5.
-        steps: of a drawing; the transformer only, both halves in one batch.
+        steps: of a drawing; the transformer only, both branches in one batch.
         blocks, heads, directions, quadrants: see `mmdit.attention_maps`.
         size, text: pixels a side, and text tokens.
         rounds: drawings of each kind.

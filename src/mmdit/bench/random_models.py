@@ -30,7 +30,7 @@ def check_names(names: Iterable[str], known: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of a step: both halves of the guidance in one batch."""
+    """Of a step: both branches of the guidance in one batch."""
 
     latent: Tensor
     timestep: Tensor

@@ -26,7 +26,7 @@ from torch import Tensor
 from mmdit.bench.sampler_plots import curves, heat_map, needs_matplotlib, page
 from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.evaluate import SEED, Setting, evaluate
-from mmdit.pipeline.passes import Half
+from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.pipeline import Pipeline
 from samplers import SOLVERS, Solver, cfg, only_x0, pick, sigmas
 from samplers.convergence import orders_markdown
@@ -111,7 +111,7 @@ def errors(pipe: Pipeline, plan: Plan) -> Iterator[Point]:
 def _ode(pipe: Pipeline, plan: Plan) -> tuple[Callable[[Tensor, float], Tensor], Tensor]:
     """The guided prediction for some prompts, and the noise to start from."""
     texts = make_prompts(plan.prompts or 4, SEED, held_out=True)
-    cond, uncond = (Half(one) for one in (pipe.encode(texts), pipe.encode([""] * len(texts))))
+    cond, uncond = (Branch(one) for one in (pipe.encode(texts), pipe.encode([""] * len(texts))))
     noise = pipe.noise(list(range(len(texts))), count=len(texts))
     return only_x0(cfg(pipe.predict, cond, uncond, plan.guidance)), noise.to(
         torch.promote_types(noise.dtype, torch.float32)

@@ -1,7 +1,7 @@
 """How long a step takes and what it holds, beside what must be computed and moved: `mmdit bench`.
 
 All rows run in one process on the same random weights and inputs: ours in 16 bits and float8, eager and with compiled
-blocks, and, where asked for, diffusers and torchao. A step is the transformer on both halves of the guidance as one
+blocks, and, where asked for, diffusers and torchao. A step is the transformer on both branches of the guidance as one
 batch. Weights are random, because time and memory do not depend on their values.
 """
 
@@ -105,7 +105,7 @@ def bench(
         model: one of `MODELS`.
         size: of the picture in pixels.
         text: tokens, 333 with T5 at 256.
-        batch: samples of a step; 2 are the halves of the guidance.
+        batch: samples of a step; 2 are the branches of the guidance.
         recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off).
         against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row, "torchao-tuned" the
             same with the compiler settings that torchao asks for (minutes of compiling more).

@@ -205,7 +205,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
         add(more.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}."))
     _add_sizes(parser, "fp8", "fp8-static")
     say = parser.add_argument
-    say("--batch", type=int, default=2, help="samples of a step (default: 2, the halves of guidance)")
+    say("--batch", type=int, default=2, help="samples of a step (default: 2, the branches of guidance)")
     say("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
     say("--against", nargs="*", default=[], metavar="PEER", help="diffusers, torchao, torchao-tuned: in the same run")
     say("--eager", action="store_true", help="leave out the rows with compiled blocks")
@@ -227,7 +227,7 @@ def _add_sizes(parser: argparse.ArgumentParser, *recipes: str) -> None:
 def _bench_layers(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(what="layers")
     _add_sizes(parser, "fp8", "fp8-tensor")
-    parser.add_argument("--batch", type=int, default=2, help="samples of a step (default: 2, the halves of guidance)")
+    parser.add_argument("--batch", type=int, default=2, help="samples of a step (default: 2, the branches of guidance)")
     parser.add_argument("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
 
 

@@ -1,4 +1,4 @@
-"""Addresses: which steps, noise levels, halves, samples, heads and tokens of a point are meant."""
+"""Addresses: which steps, noise levels, branches, samples, heads and tokens of a point are meant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from encoders import Conditioning
 from mmdit.inspection.points import Point
 from mmdit.inspection.words import Encoder, token_positions
-from mmdit.pipeline.passes import Drawing, Half
+from mmdit.pipeline.passes import Branch, Drawing
 
 Numbers = int | slice | Sequence[int]  # negative ones count from the end
 
@@ -32,18 +32,18 @@ class Label(NamedTuple):
     """Which run of a model a value is of.
 
     `run` counts drawings (0 before the first), `step` the steps that the solver has finished; outside of a drawing it
-    counts calls. `call` counts those of one half in one step: a solver may make several.
+    counts calls. `call` counts those of one branch in one step: a solver may make several.
     """
 
     run: int
     step: int
     call: int
     sigma: float | None  # None where the model has no noise level
-    half: str | None  # None where there are no halves
+    branch: str | None  # None where there are no branches
 
 
 class Rows(NamedTuple):
-    """The rows of a model's batch that belong together: the samples of one half."""
+    """The rows of a model's batch that belong together: the samples of one branch."""
 
     label: Label
     first: int  # row
@@ -67,7 +67,7 @@ class Picked(NamedTuple):
         return {axis: tuple(one.tolist()) for axis, one in pairs if one is not None and one.ndim == 1}
 
     def within(self, rows: Rows) -> Picked:
-        """The same part of what holds the rows of the half alone."""
+        """The same part of what holds the rows of the branch alone."""
         return self._replace(rows=tuple(row - rows.first for row in self.rows))
 
     def read(self, value: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Address:
     Args:
         steps: of a drawing; of models that are called outside of one, the number of the call.
         sigmas: lowest and highest noise level, both included.
-        half: "cond", "uncond", ..., or several.
+        branch: "cond", "uncond", ..., or several.
         samples: pictures of the batch.
         heads: of attention.
         tokens: see `Tokens`; of an attention pattern, those that are read (its columns).
@@ -124,7 +124,7 @@ class Address:
 
     steps: Numbers | None = None
     sigmas: tuple[float, float] | None = None
-    half: str | Sequence[str] | None = None
+    branch: str | Sequence[str] | None = None
     samples: Numbers | None = None
     heads: Numbers | None = None
     tokens: Tokens | None = None
@@ -146,10 +146,10 @@ class Address:
 
         Args:
             point: called `name`.
-            drawn: whether a pipeline says of each call which halves and noise level it has.
+            drawn: whether a pipeline says of each call which branches and noise level it has.
         """
-        if not drawn and (self.half is not None or self.sigmas is not None):
-            what = "sigmas" if self.half is None else "half"
+        if not drawn and (self.branch is not None or self.sigmas is not None):
+            what = "sigmas" if self.branch is None else "branch"
             raise ValueError(
                 f"{what}= narrows passes of a pipeline's transformer; {name!r} is not of one: give the pipeline"
             )
@@ -164,7 +164,9 @@ class Address:
 
     def meets(self, label: Label, steps: int | None) -> bool:
         """Whether a run of a model is meant."""
-        if self.half is not None and label.half not in ([self.half] if isinstance(self.half, str) else self.half):
+        if self.branch is not None and label.branch not in (
+            [self.branch] if isinstance(self.branch, str) else self.branch
+        ):
             return False
         if self.sigmas is not None and not (
             label.sigma is not None and self.sigmas[0] <= label.sigma <= self.sigmas[1]
@@ -172,22 +174,24 @@ class Address:
             return False
         return self.steps is None or label.step in wanted_steps(self.steps, steps, label.step)
 
-    def meant(self, drawing: Drawing) -> list[tuple[Label, Half]]:
-        """The steps and halves of a drawing that are meant.
+    def meant(self, drawing: Drawing) -> list[tuple[Label, Branch]]:
+        """The steps and branches of a drawing that are meant.
 
         Raises:
             ValueError: there is none.
         """
-        steps = len(drawing.levels) - 1
+        steps = len(drawing.sigmas) - 1
         every = [
-            (Label(0, i, 0, drawing.levels[i], half.name), half) for i in range(steps) for half in drawing.halves[i]
+            (Label(0, i, 0, drawing.sigmas[i], branch.name), branch)
+            for i in range(steps)
+            for branch in drawing.branches[i]
         ]
-        found = [(label, half) for label, half in every if self.meets(label, steps)]
+        found = [(label, branch) for label, branch in every if self.meets(label, steps)]
         if not found:
-            halves = ", ".join(dict.fromkeys(repr(half.name) for _, half in every))
+            branches = ", ".join(dict.fromkeys(repr(branch.name) for _, branch in every))
             raise ValueError(
-                f"this drawing has {steps} steps from sigma {drawing.levels[0]:.3g} to {drawing.levels[-2]:.3g} and "
-                f"halves {halves}; steps={self.steps}, sigmas={self.sigmas}, half={self.half!r} meet none of them"
+                f"this drawing has {steps} steps from sigma {drawing.sigmas[0]:.3g} to {drawing.sigmas[-2]:.3g} and "
+                f"branches {branches}; steps={self.steps}, sigmas={self.sigmas}, branch={self.branch!r} meet none"
             )
         return found
 
@@ -288,8 +292,8 @@ def _of_prompt(wanted: Sequence[str | Word | int], size: int, rows: Rows, sample
         if not places:
             prompt = rows.conditioning.prompts[sample]
             raise ValueError(
-                f"the prompt {prompt!r} (half {rows.label.half!r}, sample {sample}) has no token of {word.text!r} for "
-                f"encoder {word.encoder!r}: narrow with half= and samples="
+                f"the prompt {prompt!r} (branch {rows.label.branch!r}, sample {sample}) has no token of {word.text!r} "
+                f"for encoder {word.encoder!r}: narrow with branch= and samples="
             )
         found += places
     return list(dict.fromkeys(found))

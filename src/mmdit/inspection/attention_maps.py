@@ -39,7 +39,7 @@ def attention_maps(
     *,
     blocks: int | Collection[int] | None = None,
     steps: int | Collection[int] | None = None,
-    half: str = "cond",
+    branch: str = "cond",
     heads: Heads = "mean",
     direction: Direction | Sequence[Direction] = "i2t",
     encoder: Encoder | Sequence[Encoder] = "all",
@@ -63,7 +63,7 @@ def attention_maps(
             its second occurrence; "<bos>", "<eos>" and "<pad>" are the tokens around. None is every word of the
             prompts, () none.
         blocks, steps: numbers; None is all.
-        half: of guidance, "cond" or "uncond".
+        branch: of guidance, "cond" or "uncond".
         heads: their mean, or each.
         direction: "i2t", which word does this patch read: the share of each patch's attention that goes to the word;
             "t2i", where does this word look: the share of the word's attention, the mean over its tokens, that goes to
@@ -85,7 +85,7 @@ def attention_maps(
     maps = AttentionMaps(numbers, *asked, each_head=heads == "each")
     wanted = (words,) if isinstance(words, str) else None if words is None else tuple(words)
     allowed = {steps} if isinstance(steps, int) else steps
-    recorder = _Recorder(model, maps, wanted, allowed, half, quadrants=quadrants, dtype=dtype, device=device)
+    recorder = _Recorder(model, maps, wanted, allowed, branch, quadrants=quadrants, dtype=dtype, device=device)
     with ExitStack() as stack:
         pipe.watchers.append(recorder.announced)
         stack.callback(pipe.watchers.remove, recorder.announced)
@@ -107,13 +107,13 @@ class _Recorder:
         maps: AttentionMaps,
         words: tuple[str, ...] | None,
         steps: Collection[int] | None,
-        half: str,
+        branch: str,
         *,
         quadrants: bool,
         dtype: torch.dtype,
         device: torch.device | str | None,
     ) -> None:
-        self.model, self.maps, self.words, self.steps, self.half = model, maps, words, steps, half
+        self.model, self.maps, self.words, self.steps, self.branch = model, maps, words, steps, branch
         self.quadrants, self.dtype, self.device = quadrants, dtype, device
         self.log_sum_exp = LogSumExp()
         maps.how = self.log_sum_exp.found
@@ -130,18 +130,18 @@ class _Recorder:
         told, self.told, self.now = self.told, None, None
         if told is None:
             raise RuntimeError(
-                "the transformer was called without pipe.predict, so it is not known which rows are of which half; "
+                "the transformer was called without pipe.predict, so it is not known which rows are of which branch; "
                 "inside of attention_maps draw with the pipeline, or tell its watchers of each call yourself"
             )
-        read = next((half.conditioning for half in told.halves if half.name == self.half), None)
+        read = next((branch.conditioning for branch in told.branches if branch.name == self.branch), None)
         if read is None or (self.steps is not None and told.step not in self.steps):
-            names = " and ".join(half.name for half in told.halves)
+            names = " and ".join(branch.name for branch in told.branches)
             self.maps.others[f"{names} in step {told.step}"] = None
             return
         latent, patch = args[0] if args else kwargs["latent"], self.model.config.patch_size
         self._fit((latent.shape[2] // patch, latent.shape[3] // patch), read)
         mixes = self._mixes(read)
-        self.now = _Running(read.context.shape[1], told.rows(self.half), mixes, self._empty(told))
+        self.now = _Running(read.context.shape[1], told.rows(self.branch), mixes, self._empty(told))
         self.maps.passes.append(self.now.seen)
 
     def attend(self, block: int, forward: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from mmdit.inspection.dry_run import Sizes, rehearse
 from mmdit.inspection.hooks import Target, Tracker
 from mmdit.inspection.reducers import Reducer, View, reduced_pattern
 from mmdit.inspection.views import Passing, shown
-from mmdit.pipeline.passes import Drawing, Half
+from mmdit.pipeline.passes import Branch, Drawing
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -102,7 +102,7 @@ class Forecast:
         self.last: dict[tuple[int, str], str] = {}  # by model and entry: which of its targets passes last
 
     def of_call(self, some: Sequence[Target], sizes: Sizes, rows: Rows) -> dict[str, int]:
-        """Bytes by point, of the rows of one half in a call of these targets' model."""
+        """Bytes by point, of the rows of one branch in a call of these targets' model."""
         sizes, rows = sizes._replace(batch=rows.samples), rows._replace(first=0)
         prompts = rows.conditioning.prompts if rows.conditioning is not None and self.address.has_words else ()
         key = (id(some[0].model), some[0].entry, sizes, prompts)
@@ -111,16 +111,16 @@ class Forecast:
         return self._found[key]
 
     def of_drawing(
-        self, some: Sequence[Target], drawing: Drawing, wanted: Sequence[tuple[Label, Half]]
+        self, some: Sequence[Target], drawing: Drawing, wanted: Sequence[tuple[Label, Branch]]
     ) -> dict[str, int]:
-        """Bytes by point of a drawing, with one call of the transformer in each wanted step and half."""
+        """Bytes by point of a drawing, with one call of the transformer in each wanted step and branch."""
         total, counted = dict.fromkeys((target.name for target in some), 0), set()
         samples, _, height, width = drawing.shape
-        for label, half in wanted:
-            sizes = Sizes(samples, height, width, half.conditioning.context.shape[1])
-            one = self.of_call(some, sizes, Rows(label, 0, samples, half.conditioning, len(drawing.levels) - 1))
+        for label, branch in wanted:
+            sizes = Sizes(samples, height, width, branch.conditioning.context.shape[1])
+            one = self.of_call(some, sizes, Rows(label, 0, samples, branch.conditioning, len(drawing.sigmas) - 1))
             for target in some:
-                reducer, place = self.reducer_of(target), (target.name, half.name)
+                reducer, place = self.reducer_of(target), (target.name, branch.name)
                 if reducer is None or not reducer.running or place not in counted:
                     total[target.name] += one[target.name]
                 counted.add(place)
@@ -152,7 +152,7 @@ def check_drawing(
     fits = [f"{fitting} of the {len(steps)} steps (steps=)"] if fitting else []
     if (points := int(len(forecast) * left / needed)) > 0:
         fits.append(f"about {points} of the {len(forecast)} points")
-    fits.append("dtype=torch.float16, a part (half=, samples=, heads=, tokens=), or a reducer (reduce=)")
+    fits.append("dtype=torch.float16, a part (branch=, samples=, heads=, tokens=), or a reducer (reduce=)")
     raise BudgetError(
         f"this capture would keep {size(needed)} ({len(forecast)} points x {len(steps)} steps; the largest is "
         f"{largest!r} with {size(forecast[largest])}){f' beside {size(kept)} that are there' if kept else ''}, "

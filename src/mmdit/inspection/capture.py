@@ -37,7 +37,7 @@ def capture(
     *,
     steps: Numbers | None = None,
     sigmas: tuple[float, float] | None = None,
-    half: str | Sequence[str] | None = None,
+    branch: str | Sequence[str] | None = None,
     samples: Numbers | None = None,
     heads: Numbers | None = None,
     tokens: Tokens | None = None,
@@ -54,16 +54,16 @@ def capture(
 ) -> Iterator[Captured]:
     """Within it, what passes the points is kept; the hooks are gone afterwards, whatever happens.
 
-        with mmdit.capture(pipe, "joint_blocks.*.x_block.resid_post", steps=[0, 10], half="cond") as seen:
+        with mmdit.capture(pipe, "joint_blocks.*.x_block.resid_post", steps=[0, 10], branch="cond") as seen:
             pipe("a red circle", seed=1)
         seen["joint_blocks.2.x_block.resid_post"]  # [steps, samples, tokens, channels]
 
     Args:
         model: a pipeline, or one of its models; with a model alone each call counts as a step.
         patterns: globs over the names that `mmdit.points` lists; "transformer." may be left out.
-        steps, sigmas, half, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
+        steps, sigmas, branch, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
         stream: "text", "image" or "joint": those of the points.
-        reduce: what is kept instead, see `mmdit.inspection.reducers`; or reducers by glob, the first that fits.
+        reduce: what is kept instead, see `mmdit.reducers`; or reducers by glob, the first that fits.
         dtype: of what is kept; None: as computed.
         device: where it is kept.
         to: a .safetensors file to write to instead of memory; complete or not there. `mmdit.load_capture` reads it.
@@ -78,14 +78,14 @@ def capture(
         ValueError: a glob that matches nothing, a model that is compiled, an address that does not fit.
         BudgetError: before anything is run that would exceed the budget.
     """
-    address = Address(steps, sigmas, half, samples, heads, tokens, queries, channels)
+    address = Address(steps, sigmas, branch, samples, heads, tokens, queries, channels)
     targets = selected(model, patterns, stream)
     for target in targets:
         check_address(model, target, address)
     reducers = _reducers(targets, reduce)
     if grad and (reducers or to or any(target.point.layout in DERIVED for target in targets)):
         raise ValueError("grad=True keeps values as they pass: no reduce=, no to=, and no pattern or out_by_head")
-    seen = Captured([target.name for target in targets], one_half=isinstance(half, str))
+    seen = Captured([target.name for target in targets], one_branch=isinstance(branch, str))
     with ExitStack() as stack:
         spool = None if to is None else stack.enter_context(Spool(to))
         recorder = _Recorder(model, targets, address, reducers, seen, spool)
@@ -136,7 +136,7 @@ class _Recorder:
         self.transformer = model.transformer if isinstance(model, Verbs) else None
         self.final = max(targets, key=_rank)  # the entry that runs last
         self.last_step: int | None = None  # of the drawing that is under way
-        self.halves_left: set[str | None] = set()
+        self.branches_left: set[str | None] = set()
         self.kept = 0  # bytes
 
     def plan(self, drawing: Drawing) -> None:
@@ -146,7 +146,7 @@ class _Recorder:
             return
         wanted = self.address.meant(drawing)
         steps = sorted({label.step for label, _ in wanted})
-        self.last_step, self.halves_left = steps[-1], {label.half for label, _ in wanted if label.step == steps[-1]}
+        self.last_step, self.branches_left = steps[-1], {label.branch for label, _ in wanted if label.step == steps[-1]}
         needed = self.forecast.of_drawing(some, drawing, wanted)
         running = all(name in self.reducers and self.reducers[name].running for name in needed)
         check_drawing(needed, steps, self.kept, self.budget, running=running)
@@ -221,7 +221,7 @@ class _Recorder:
 
     def _running(self, target: Target, rows: Rows) -> Entry | None:
         entries = self.seen.series[target.name].entries if target.name in self.seen.series else []
-        return next((entry for entry in entries if entry.label.half == rows.label.half), None)
+        return next((entry for entry in entries if entry.label.branch == rows.label.branch), None)
 
     def _fit(self, more: int, target: Target) -> None:
         """Count what is about to be kept; what was computed before should never let it come to an error here."""
@@ -248,8 +248,8 @@ class _Recorder:
         """Whether no later call of the model is wanted."""
         steps, step = self.address.steps, rows.label.step
         if rows.steps is not None:
-            self.halves_left -= {rows.label.half} if step == self.last_step else set()
-            return not self.halves_left
+            self.branches_left -= {rows.label.branch} if step == self.last_step else set()
+            return not self.branches_left
         if isinstance(steps, slice) and steps.stop is not None:
             return step >= steps.stop - 1
         return step >= (0 if steps is None else max(wanted_steps(steps, None, step), default=0))

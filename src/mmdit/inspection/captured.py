@@ -1,4 +1,4 @@
-"""What a capture has kept: tensors by point, with labels for step, noise level, half, sample and all else."""
+"""What a capture has kept: tensors by point, with labels for step, noise level, branch, sample and all else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Series:
 
     axes: tuple[str, ...] = ()  # after the sample
     labels: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    running: bool = False  # all samples and calls of a half are one
+    running: bool = False  # all samples and calls of a branch are one
     reduced: bool = False
     entries: list[Entry] = field(default_factory=list)
 
@@ -43,16 +43,16 @@ class Series:
 class Captured(Mapping[str, Tensor]):
     """Values by the name of their point: `seen["joint_blocks.2.x_block.resid_post"]`.
 
-    A value is [steps, halves, samples, axes of the point]; without halves where one was asked for by name, or where
-    the model has none. Of a running reducer it is [halves, axes]. `labelled` says what is where.
+    A value is [steps, branches, samples, axes of the point]; without branches where one was asked for by name, or where
+    the model has none. Of a running reducer it is [branches, axes]. `labelled` says what is where.
 
     Args:
         names: of the points that were asked for.
-        one_half: whether one half was asked for by name.
+        one_branch: whether one branch was asked for by name.
     """
 
-    def __init__(self, names: Sequence[str], *, one_half: bool = False) -> None:
-        self.names, self.one_half = tuple(names), one_half
+    def __init__(self, names: Sequence[str], *, one_branch: bool = False) -> None:
+        self.names, self.one_branch = tuple(names), one_branch
         self.series: dict[str, Series] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -90,31 +90,31 @@ class Captured(Mapping[str, Tensor]):
         nearest = ", ".join(get_close_matches(name, self.names, cutoff=0))
         raise KeyError(f"{name!r} was not captured; nearest of {len(self.names)} are {nearest}")
 
-    def labelled(self, name: str, *, half: str | None = None, run: int | None = None) -> Labelled:
+    def labelled(self, name: str, *, branch: str | None = None, run: int | None = None) -> Labelled:
         """A value with names for its dimensions and labels along them.
 
         Args:
             name: of the point.
-            half: this one alone, and no dimension for halves.
+            branch: this one alone, and no dimension for branches.
             run: of this drawing alone.
 
         Raises:
             KeyError: see `of`.
-            ValueError: calls differ in shape or halves, and do not stack.
+            ValueError: calls differ in shape or branches, and do not stack.
         """
         one = self.of(name)
-        entries = [e for e in one.entries if half in (None, e.label.half) and run in (None, e.label.run)]
+        entries = [e for e in one.entries if branch in (None, e.label.branch) and run in (None, e.label.run)]
         if not entries:
-            halves = ", ".join(map(repr, dict.fromkeys(entry.label.half for entry in one.entries)))
-            raise ValueError(f"{name!r} was captured of halves {halves}, not of half={half!r}, run={run!r}")
+            branches = ", ".join(map(repr, dict.fromkeys(entry.label.branch for entry in one.entries)))
+            raise ValueError(f"{name!r} was captured of branches {branches}, not of branch={branch!r}, run={run!r}")
         grid = _Grid(name, entries)
-        without_halves = half is not None or self.one_half or grid.halves == [None]
-        value = grid.stacked(without_halves=without_halves)
+        without_branches = branch is not None or self.one_branch or grid.branches == [None]
+        value = grid.stacked(without_branches=without_branches)
         axes: dict[str, tuple[Any, ...]] = {} if one.running else {"step": tuple(time.step for time in grid.times)}
-        if not without_halves:
-            axes["half"] = tuple(grid.halves)
+        if not without_branches:
+            axes["branch"] = tuple(grid.branches)
         if one.running:
-            value = value.squeeze(0).squeeze(0 if without_halves else 1)
+            value = value.squeeze(0).squeeze(0 if without_branches else 1)
         else:
             axes["sample"] = entries[0].samples
         notes = {} if one.running else {what: ("step", tuple(getattr(t, what) for t in grid.times)) for what in _NOTES}
@@ -129,13 +129,13 @@ class Captured(Mapping[str, Tensor]):
             KeyError: see `of`.
             ValueError: there is none.
         """
-        entries = [entry for entry in self.of(name).entries if entry.label.half in (label.half, None)]
+        entries = [entry for entry in self.of(name).entries if entry.label.branch in (label.branch, None)]
         same = [entry for entry in entries if entry.label[1:3] == label[1:3]]
         if same or len(entries) == 1:
             return (same or entries)[0]
         raise ValueError(
-            f"the capture holds no {name!r} of step {label.step}, call {label.call}, half {label.half!r}; it holds "
-            f"{len(self.of(name).entries)} others: capture the same steps and halves"
+            f"the capture holds no {name!r} of step {label.step}, call {label.call}, branch {label.branch!r}; it holds "
+            f"{len(self.of(name).entries)} others: capture the same steps and branches"
         )
 
     def gradients(self, metric: Tensor) -> Captured:
@@ -152,7 +152,7 @@ class Captured(Mapping[str, Tensor]):
         if not all(value.requires_grad for value in values):
             raise ValueError("gradients need a capture with grad=True")
         found = torch.autograd.grad(metric, values, retain_graph=True, allow_unused=True, materialize_grads=True)
-        out = Captured(self.names, one_half=self.one_half)
+        out = Captured(self.names, one_branch=self.one_branch)
         for (name, entry), gradient in zip(places, found, strict=True):
             one = self.series[name]
             into = out.series.setdefault(name, Series(one.axes, one.labels))
@@ -170,32 +170,32 @@ _NOTES = ("sigma", "call", "run")
 
 
 class _Grid:
-    """Entries by time and half."""
+    """Entries by time and branch."""
 
     def __init__(self, name: str, entries: Sequence[Entry]) -> None:
         self.name = name
-        self.entries = {(_time(entry.label), entry.label.half): entry for entry in entries}
+        self.entries = {(_time(entry.label), entry.label.branch): entry for entry in entries}
         self.times = list({_time(entry.label): entry.label for entry in entries}.values())
-        self.halves = list(dict.fromkeys(entry.label.half for entry in entries))
+        self.branches = list(dict.fromkeys(entry.label.branch for entry in entries))
 
-    def stacked(self, *, without_halves: bool) -> Tensor:
-        """[steps, halves, samples, ...]."""
+    def stacked(self, *, without_branches: bool) -> Tensor:
+        """[steps, branches, samples, ...]."""
         rows = []
         for time in self.times:
-            some = [self.entries.get((_time(time), half)) for half in self.halves]
+            some = [self.entries.get((_time(time), branch)) for branch in self.branches]
             if any(entry is None for entry in some):
-                self._refuse(f"step {time.step} ran only some of the halves {self.halves}")
+                self._refuse(f"step {time.step} ran only some of the branches {self.branches}")
             rows.append([entry.read() for entry in some if entry is not None])
         if len(shapes := {tuple(value.shape) for row in rows for value in row}) > 1:
             self._refuse(f"values have shapes {', '.join(str(list(shape)) for shape in shapes)}")
         if len({entry.samples for entry in self.entries.values()}) > 1:
             self._refuse("samples differ")
         value = torch.stack([torch.stack(row) for row in rows])
-        return value[:, 0] if without_halves and len(self.halves) == 1 else value
+        return value[:, 0] if without_branches and len(self.branches) == 1 else value
 
     def _refuse(self, why: str) -> None:
         raise ValueError(
-            f"{self.name!r} does not stack: {why}. Take a half, seen.labelled({self.name!r}, half=...), or the calls "
+            f"{self.name!r} does not stack: {why}. Take a branch, seen.labelled({self.name!r}, branch=...), or calls "
             "one by one, seen.of(name).entries"
         )
 

@@ -33,20 +33,22 @@ class Concepts:
         self._calls: dict[tuple[str | None, int], int] = {}
         self._grid = (0, 0)
 
-    def maps(self, half: str | None = "cond") -> Labelled:
+    def maps(self, branch: str | None = "cond") -> Labelled:
         """The share of each concept in each patch, the mean over calls: [block, sample, concept, row, column].
 
         Args:
-            half: of guidance; None of a model that was called without a pipeline.
+            branch: of guidance; None of a model that was called without a pipeline.
 
         Raises:
-            ValueError: nothing ran of that half.
+            ValueError: nothing ran of that branch.
         """
-        halves = list(dict.fromkeys(one for one, _ in self._sums))
-        if half not in halves:
-            raise ValueError(f"no maps of half {half!r}; there are some of {', '.join(map(repr, halves)) or 'none'}")
-        blocks = [block for block in self.blocks if (half, block) in self._sums]
-        values = torch.stack([self._sums[half, block] / self._calls[half, block] for block in blocks])
+        branches = list(dict.fromkeys(one for one, _ in self._sums))
+        if branch not in branches:
+            raise ValueError(
+                f"no maps of branch {branch!r}; there are some of {', '.join(map(repr, branches)) or 'none'}"
+            )
+        blocks = [block for block in self.blocks if (branch, block) in self._sums]
+        values = torch.stack([self._sums[branch, block] / self._calls[branch, block] for block in blocks])
         axes: dict[str, tuple[Any, ...]] = {"block": tuple(blocks), "sample": tuple(range(values.shape[1]))}
         places = {"row": tuple(range(self._grid[0])), "column": tuple(range(self._grid[1]))}
         return Labelled(values.unflatten(-1, self._grid), axes | {"concept": self.names} | places)
@@ -59,9 +61,9 @@ class Concepts:
             )
         self._grid = grid
 
-    def add(self, half: str | None, block: int, shares: Tensor) -> None:
+    def add(self, branch: str | None, block: int, shares: Tensor) -> None:
         """One more call's [samples, concepts, patches]."""
-        key = half, block
+        key = branch, block
         self._sums[key] = shares if key not in self._sums else self._sums[key] + shares
         self._calls[key] = self._calls.get(key, 0) + 1
 
@@ -131,7 +133,7 @@ def concept_tokens(
         for rows in tracker.rows:
             if address.meets(rows.label, rows.steps):
                 z = passing.output[rows.first : rows.first + rows.samples].detach()
-                found.add(rows.label.half, _number(target), _shares(z, tracker.text_tokens, len(vectors)))
+                found.add(rows.label.branch, _number(target), _shares(z, tracker.text_tokens, len(vectors)))
 
     with ExitStack() as stack:
         stack.enter_context(_with_concepts(transformer, vectors))

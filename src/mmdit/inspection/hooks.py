@@ -20,7 +20,7 @@ from mmdit.inspection.encoder_points import clip_points, t5_points, vae_points
 from mmdit.inspection.points import Point, Side, Stream, point_table
 from mmdit.inspection.views import Passing
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.passes import Drawing, Half, Pass
+from mmdit.pipeline.passes import Branch, Drawing, Pass
 from mmdit.pipeline.steps import Verbs
 from mmdit.runtime.compiled import refuse_compiled
 
@@ -60,30 +60,30 @@ class Tracker:
     def enter(self, batch: int, text_tokens: int) -> None:
         """The entry runs, on that many rows."""
         told, self._told, self.text_tokens = self._told, None, text_tokens
-        if told is not None and len(told.halves) * told.samples != batch:
+        if told is not None and len(told.branches) * told.samples != batch:
             raise RuntimeError(
-                f"the pipeline announced {len(told.halves)} halves of {told.samples} samples, but its transformer runs "
+                f"{len(told.branches)} branches of {told.samples} samples were announced, but the transformer runs "
                 f"on {batch} rows: whose they are is not known"
             )
         if told is None:
             step = self._count(None)
             self.rows = (Rows(Label(self._run, step, 0, None, None), 0, batch, None, None),)
         else:
-            halves = enumerate(told.halves)
-            self.rows = tuple(self._of_half(told, i * told.samples, half) for i, half in halves)
+            branches = enumerate(told.branches)
+            self.rows = tuple(self._of_branch(told, i * told.samples, branch) for i, branch in branches)
 
     def leave(self) -> None:
         """It has run."""
         self.rows = ()
 
-    def _of_half(self, told: Pass, first: int, half: Half) -> Rows:
+    def _of_branch(self, told: Pass, first: int, branch: Branch) -> Rows:
         if told.step is None:
-            step, call, steps = self._count(half.name), 0, None
+            step, call, steps = self._count(branch.name), 0, None
         else:
-            step, call = told.step, self._count(self._run, told.step, half.name)
-            steps = None if self.drawing is None else len(self.drawing.levels) - 1
-        label = Label(self._run, step, call, told.sigma, half.name)
-        return Rows(label, first, told.samples, half.conditioning, steps)
+            step, call = told.step, self._count(self._run, told.step, branch.name)
+            steps = None if self.drawing is None else len(self.drawing.sigmas) - 1
+        label = Label(self._run, step, call, told.sigma, branch.name)
+        return Rows(label, first, told.samples, branch.conditioning, steps)
 
     def _count(self, *what: object) -> int:
         """How many of these there were before."""

@@ -1,4 +1,4 @@
-"""A tensor whose every place has a name: which step, half, sample, head, token."""
+"""A tensor whose every place has a name: which step, branch, sample, head, token."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Labelled:
     def sel(self, **wanted: Any) -> Labelled:
         """The part at these labels: a list or tuple keeps its dimension, a single label (of one place) drops it.
 
-        `found.sel(step=3, half="cond")`, `found.sel(token=[2, 5])`; notes work too: `found.sel(call=0)`.
+        `found.sel(step=3, branch="cond")`, `found.sel(token=[2, 5])`; notes work too: `found.sel(call=0)`.
 
         Raises:
             ValueError: there is no such dimension or label.

@@ -51,7 +51,7 @@ class AttentionMaps:
         self.passes: list[Seen] = []
         self.grid = (0, 0)  # patches of the picture: rows, columns
         self.text = 0  # text tokens
-        self.others: dict[str, None] = {}  # halves and steps of passes that were not asked for
+        self.others: dict[str, None] = {}  # branches and steps of passes that were not asked for
         self.how: Mapping[Call, Source] = {}
 
     @property

@@ -40,7 +40,7 @@ class At(NamedTuple):
     label: Label
     axes: tuple[str, ...]  # after the samples
     picked: Picked  # out of `whole`
-    whole: Tensor  # [samples, axes]: of the half, not narrowed
+    whole: Tensor  # [samples, axes]: of the branch, not narrowed
     before: Tensor | None  # what the block read, of the same rows; of `resid_post` points
 
 
@@ -63,7 +63,7 @@ def patch(
     apply: Callable[[Tensor], Tensor] | None = None,
     steps: Numbers | None = None,
     sigmas: tuple[float, float] | None = None,
-    half: str | Sequence[str] | None = None,
+    branch: str | Sequence[str] | None = None,
     samples: Numbers | None = None,
     heads: Numbers | None = None,
     tokens: Tokens | None = None,
@@ -82,7 +82,7 @@ def patch(
     Args:
         model, patterns, stream: see `mmdit.capture`; with `skip`, patterns name blocks ("joint_blocks.3").
         replace: values that broadcast to [samples, axes]; or a capture of another run, at the same points, steps and
-            halves (of one call, it is used in every step; of one sample, for every sample).
+            branches (of one call, it is used in every step; of one sample, for every sample).
         ablate: "zero"; "mean" over samples and tokens; "resample": the value of the sample before, in the same batch.
         source: of the mean, or of what is resampled: a capture of other runs.
         scale: factor.
@@ -90,14 +90,14 @@ def patch(
         swap: two samples of the batch change places.
         skip: blocks pass on what they read. They compute nevertheless: `skip_layers` of the transformer is faster.
         apply: a function of the value, [samples, axes].
-        steps, sigmas, half, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
+        steps, sigmas, branch, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
 
     Raises:
         ValueError: not one operation, a glob that matches nothing, a compiled model, an address that does not fit or is
             never met, or values of another shape.
     """
     change = _change(replace, ablate, source, scale, add, swap, skip, apply)
-    address = Address(steps, sigmas, half, samples, heads, tokens, queries, channels)
+    address = Address(steps, sigmas, branch, samples, heads, tokens, queries, channels)
     targets = selected(model, _blocks(model, patterns) if skip else patterns, stream)
     for target in targets:
         check_address(model, target, address)

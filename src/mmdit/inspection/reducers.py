@@ -227,7 +227,7 @@ def chain(*reducers: Reducer) -> Reducer:
 
 
 def running(reducer: Reducer) -> Reducer:
-    """The same over all samples and calls of a half: one result that does not grow.
+    """The same over all samples and calls of a branch: one result that does not grow.
 
     Raises:
         ValueError: of a reducer whose results do not add up: those that do are max_abs, moments and histogram.

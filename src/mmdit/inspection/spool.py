@@ -67,7 +67,7 @@ class Spool:
                 tensors[f"{name}/{i}"] = value if isinstance(value, LazyTensor) else LazyTensor.of(value.detach().cpu())
             entries = [[list(entry.label), list(entry.samples)] for entry in one.entries]
             notes.append([name, list(one.axes), _plain(one.labels), one.running, one.reduced, entries])
-        about = {"names": list(captured.names), "one_half": captured.one_half, "series": notes}
+        about = {"names": list(captured.names), "one_branch": captured.one_branch, "series": notes}
         write_tensors(self.target, tensors, {"format": _FORMAT, "capture": json.dumps(about)})
         captured.series = load_capture(self.target).series
 
@@ -85,7 +85,7 @@ def load_capture(path: str | Path) -> Captured:
             f"{path} is not a capture: it has format {metadata.get('format')!r}, expected {_FORMAT!r}"
         )
     about = json.loads(metadata["capture"])
-    found = Captured(about["names"], one_half=about["one_half"])
+    found = Captured(about["names"], one_branch=about["one_branch"])
     for name, axes, labels, running, reduced, entries in about["series"]:
         known = [
             Entry(Label(*label), tuple(samples), tensors[f"{name}/{i}"]) for i, (label, samples) in enumerate(entries)

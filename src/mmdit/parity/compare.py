@@ -132,7 +132,7 @@ def _run(side: Side, job: Job, noise: Tensor, tap: Tap) -> None:
     with tapped(side.modules, run):
         cond = _text(side, run, "prompt", job.prompt)
         uncond = _text(side, run, "negative", job.negative_prompt)
-        run.halves = {"uncond": uncond.context, "cond": cond.context}
+        run.branches = {"uncond": uncond.context, "cond": cond.context}
         tap("noise", side.noise(job))
         pixels = tap("pixels", side.draw(run, cond, uncond, noise).float())
         if pixels.isfinite().all():

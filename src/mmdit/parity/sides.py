@@ -148,8 +148,8 @@ class OurSide(Side):
     def draw(self, run: Run, cond: Conditioning, uncond: Conditioning, noise: Tensor) -> Tensor:
         pipe, job, x = self.pipe, run.job, noise.to(self.pipe.device, self.pipe.dtype)
         with kept(pipe):
-            levels = pipe.levels
-            vars(pipe)["levels"] = lambda *args, **kwargs: run.tap("sigmas", levels(*args, **kwargs))
+            sigmas = pipe.sigmas
+            vars(pipe)["sigmas"] = lambda *args, **kwargs: run.tap("sigmas", sigmas(*args, **kwargs))
             settings: Any = {"num_inference_steps": job.steps, "guidance_scale": job.guidance}
             settings |= {} if job.sampler is None else {"sampler": job.sampler}
             settings["generator"] = torch.Generator().manual_seed(job.seed)  # of samplers that add noise on the way

@@ -60,8 +60,8 @@ class Run:
     prompt: str = ""  # "prompt" or "negative", while it is encoded
     step: int = 0
     tokens: dict[Component, int] = field(default_factory=dict)  # in a row that an encoder reads of this prompt
-    halves: dict[str, Tensor] = field(default_factory=dict)  # the contexts of "uncond" and "cond"
-    batch: list[str] = field(default_factory=list)  # which half each row of the transformer's batch is
+    branches: dict[str, Tensor] = field(default_factory=dict)  # the contexts of "uncond" and "cond"
+    batch: list[str] = field(default_factory=list)  # which branch each row of the transformer's batch is
 
     def named(self, name: str) -> Change:
         """Tap under this name."""
@@ -88,14 +88,14 @@ class Run:
     def contexts(self, context: Tensor) -> Tensor:
         """Tap what the transformer reads of the prompts, and note which row is of which."""
         context = self.in_step("input context")(context)
-        known = [(half, of_prompt[0].to(context)) for half, of_prompt in self.halves.items()]
-        self.batch = [next((half for half, one in known if torch.equal(one, row)), "other") for row in context]
+        known = [(branch, of_prompt[0].to(context)) for branch, of_prompt in self.branches.items()]
+        self.batch = [next((branch for branch, one in known if torch.equal(one, row)), "other") for row in context]
         return context
 
     def velocity(self, value: Tensor) -> Tensor:
-        """Tap the transformer's output of every step, each half by itself."""
-        halves = zip(self.batch, value.split(1), strict=True)
-        return torch.cat([self.tap(f"step {self.step} velocity {half}", row) for half, row in halves])
+        """Tap the transformer's output of every step, each branch by itself."""
+        branches = zip(self.batch, value.split(1), strict=True)
+        return torch.cat([self.tap(f"step {self.step} velocity {branch}", row) for branch, row in branches])
 
 
 @contextmanager

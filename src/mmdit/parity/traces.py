@@ -44,7 +44,7 @@ def trace_ours(pipe: Pipeline, job: Job) -> Trace:
     conditioning = _our_text(pipe, job, trace)
     noise = pipe.noise(SEED, height=job.height, width=job.width)
     _put(trace, "noise", "latents", noise)
-    _put(trace, "schedule", "sigmas", pipe.levels(job.steps))
+    _put(trace, "schedule", "sigmas", pipe.sigmas(job.steps))
     _our_forward(pipe, job, trace, noise, conditioning)
     _our_sampling(pipe, job, trace, noise, conditioning)
     return trace

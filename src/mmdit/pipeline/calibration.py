@@ -52,7 +52,7 @@ def calibrate(
     height: int | None = None,
     width: int | None = None,
 ) -> Calibration:
-    """Draw the prompts and count what the Linears of the transformer read, both halves of the guidance together.
+    """Draw the prompts and count what the Linears of the transformer read, both branches of the guidance together.
 
     Args:
         pipe: with a transformer that is neither quantized nor compiled; nothing of it changes.
@@ -80,7 +80,7 @@ def calibrate(
                 width=width,
                 output_type="latent",
             )
-    return Calibration(observed, tuple(prompts), len(pipe.levels(num_inference_steps)) - 1)
+    return Calibration(observed, tuple(prompts), len(pipe.sigmas(num_inference_steps)) - 1)
 
 
 def folds_of(model: MMDiT) -> Iterator[Fold]:

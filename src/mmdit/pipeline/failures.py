@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmdit.pipeline.passes import Half
+from mmdit.pipeline.passes import Branch
 from samplers import Step
 
 
@@ -19,10 +19,10 @@ class Call(NamedTuple):
 
     x: Tensor
     sigma: float
-    halves: Sequence[Half]
+    branches: Sequence[Branch]
 
 
-PredictAgain = Callable[[Tensor, float, Sequence[Half]], Sequence[Tensor]]
+PredictAgain = Callable[[Tensor, float, Sequence[Branch]], Sequence[Tensor]]
 
 
 def check_finite(step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Self, get_args, get_type_hints
 
 from torch import Tensor
 
-from mmdit.pipeline.passes import Half
+from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.ranges import Ranged
 from mmdit.utils import whole
@@ -131,7 +131,7 @@ class Guidance:
         """What a solver calls, for one drawing; windows become noise levels here.
 
         Args:
-            predict: of `Half`s.
+            predict: of `Branch`s.
             cond, uncond: with the ranges where they count.
             scale: of the mix.
             profile: how skip-layer guidance counts.
@@ -141,8 +141,8 @@ class Guidance:
         own = self.of(profile)
         found = guide(
             averaged(one_by_one(predict) if self.sequential else predict),
-            _halves(cond, shift, "cond"),
-            None if uncond is None else _halves(uncond, shift, "uncond"),
+            _branches(cond, shift, "cond"),
+            None if uncond is None else _branches(uncond, shift, "uncond"),
             _MIXES[self.kind](self, scale),
             window=_between(self.interval),
             weaker=list(own._weaker(cond, profile, levels, shift, mixed=uncond is not None)),
@@ -192,10 +192,10 @@ class Guidance:
             start, stop, scale = (getattr(self, f"skip_layer_guidance_{name}") for name in ("start", "stop", "scale"))
             steps = profile.skip_window == "steps"
             window = steps_inside(levels, start, stop) if steps else percents(start, stop, shift)
-            skipping = _halves(cond, shift, "skip", skip_layers=self.skip_guidance_layers)
+            skipping = _branches(cond, shift, "skip", skip_layers=self.skip_guidance_layers)
             yield Weaker(skipping, scale, window, self.skip_layer_rescale)
         if self.perturbed_layers:
-            perturbed = _halves(cond, shift, "perturbed", perturbed_layers=self.perturbed_layers)
+            perturbed = _branches(cond, shift, "perturbed", perturbed_layers=self.perturbed_layers)
             yield Weaker(perturbed, self.perturbed_scale, _between(self.perturbed_interval))
 
 
@@ -237,8 +237,8 @@ _RANGES = (
 )
 
 
-def _halves(ranges: Sequence[Ranged], shift: float, name: str, **change: tuple[int, ...]) -> list[Within]:
-    return [Within(Half(one.conditioning, name, **change), one.window(shift)) for one in ranges]
+def _branches(ranges: Sequence[Ranged], shift: float, name: str, **change: tuple[int, ...]) -> list[Within]:
+    return [Within(Branch(one.conditioning, name, **change), one.window(shift)) for one in ranges]
 
 
 def _between(interval: tuple[float, float]) -> Window:

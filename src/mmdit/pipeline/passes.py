@@ -16,10 +16,10 @@ from encoders import Conditioning
 from mmdit.models.mmdit import MMDiT
 
 
-class Half(NamedTuple):
+class Branch(NamedTuple):
     """One conditioning of a step, its name in guidance, and how the transformer is changed for it.
 
-    Halves with the same number of text tokens and the same change share a batch.
+    Branches with the same number of text tokens and the same change share a batch.
     """
 
     conditioning: Conditioning
@@ -29,13 +29,13 @@ class Half(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Equal for halves that can share a batch."""
+        """Equal for branches that can share a batch."""
         return (self.conditioning.context.shape, self.skip_layers, self.perturbed_layers)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A run of the transformer within a drawing. Its batch holds `samples` rows of each half, one half after another.
+    """A run of the transformer within a drawing. The batch holds `samples` rows of each branch in turn.
 
     `step` counts steps that the solver has finished, so that all calls of a step have one number; None outside of
     `sample`.
@@ -43,27 +43,27 @@ class Pass:
 
     step: int | None
     sigma: float
-    halves: tuple[Half, ...]
+    branches: tuple[Branch, ...]
     samples: int
 
-    def rows(self, half: str) -> slice:
-        """The rows of the first half of that name.
+    def rows(self, branch: str) -> slice:
+        """The rows of the first branch of that name.
 
         Raises:
             KeyError: there is none.
         """
-        for i, one in enumerate(self.halves):
-            if one.name == half:
+        for i, one in enumerate(self.branches):
+            if one.name == branch:
                 return slice(i * self.samples, (i + 1) * self.samples)
-        raise KeyError(f"this pass has no half {half!r}, but {', '.join(one.name for one in self.halves)}")
+        raise KeyError(f"this pass has no branch {branch!r}, but {', '.join(one.name for one in self.branches)}")
 
 
 @dataclass(frozen=True)
 class Drawing:
     """What `sample` is about to do: known before the transformer runs, so that what it will take can be computed."""
 
-    levels: tuple[float, ...]  # of the steps, and 0
-    halves: tuple[tuple[Half, ...], ...]  # of each step
+    sigmas: tuple[float, ...]  # the noise levels of the steps, and 0
+    branches: tuple[tuple[Branch, ...], ...]  # of each step
     shape: tuple[int, ...]  # of the latents
 
 

@@ -253,7 +253,7 @@ class Pipeline(Verbs):
             latents.shape[2:] if latents is not None else (self._cells(height, "height"), self._cells(width, "width"))
         )
         shift = shift_for(shift, self.shift, sides, self.transformer.config.patch_size)
-        levels = self.levels(num_inference_steps, schedule, sigmas, shift, sampler)
+        levels = self.sigmas(num_inference_steps, schedule, sigmas, shift, sampler)
         self._check_guidance(guidance, scale, sampler, levels)
         for texts in pairs:
             if texts is not None and texts.encoded:

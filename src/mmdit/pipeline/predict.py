@@ -14,7 +14,7 @@ from encoders import Conditioning
 from mmdit.checkpoints.components import Component
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.guidance import Guidance
-from mmdit.pipeline.passes import Drawing, Half, Pass, Planner, Watcher, perturbed
+from mmdit.pipeline.passes import Branch, Drawing, Pass, Planner, Watcher, perturbed
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.ranges import Conditionings, ranges
 from samplers import Guide, Predict, Solver
@@ -32,7 +32,12 @@ class Predicting(ABC):
     planners: list[Planner]  # told what a drawing will do before it does anything
 
     def predict(
-        self, x: Tensor, sigma: float | Tensor, conditionings: Sequence[Conditioning | Half], *, step: int | None = None
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        conditionings: Sequence[Conditioning | Branch],
+        *,
+        step: int | None = None,
     ) -> list[Tensor]:
         """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning.
 
@@ -41,38 +46,40 @@ class Predicting(ABC):
         Args:
             x: [b, c, h, w].
             sigma: its noise level.
-            conditionings: of b prompts each; `mmdit.pipeline.passes.Half` says more than a bare one.
+            conditionings: of b prompts each; `mmdit.pipeline.passes.Branch` says more than a bare one.
             step: for `watchers`.
         """
-        halves = [one if isinstance(one, Half) else Half(one) for one in conditionings]
+        branches = [one if isinstance(one, Branch) else Branch(one) for one in conditionings]
         batches: dict[tuple[object, ...], list[int]] = {}
-        for place, half in enumerate(halves):
-            batches.setdefault(half.kind, []).append(place)
+        for place, branch in enumerate(branches):
+            batches.setdefault(branch.kind, []).append(place)
         found: dict[int, Tensor] = {}
         for places in batches.values():
-            together = self._predict_together(x, float(sigma), tuple(halves[place] for place in places), step)
+            together = self._predict_together(x, float(sigma), tuple(branches[place] for place in places), step)
             found |= zip(places, together, strict=True)
-        return [found[place] for place in range(len(halves))]
+        return [found[place] for place in range(len(branches))]
 
     def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float | Tensor], list[Tensor]]:
         """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
         return lambda x, sigma: self.predict(x, sigma, conditionings)
 
-    def _predict_together(self, x: Tensor, sigma: float, halves: tuple[Half, ...], step: int | None) -> list[Tensor]:
-        """The pictures of halves that share a batch."""
+    def _predict_together(
+        self, x: Tensor, sigma: float, branches: tuple[Branch, ...], step: int | None
+    ) -> list[Tensor]:
+        """The pictures of branches that share a batch."""
         self._enter("transformer")
-        first, times = halves[0], len(halves)
+        first, times = branches[0], len(branches)
         (rows, columns), patch = x.shape[2:], self.transformer.config.patch_size
         filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
         level = torch.tensor(sigma, dtype=_SIGMA_DTYPES[self.profile.sigma_dtype], device=x.device)
         for watcher in self.watchers:
-            watcher(Pass(step, sigma, halves, len(x)))
+            watcher(Pass(step, sigma, branches, len(x)))
         with perturbed(self.transformer, first.perturbed_layers, first.conditioning.context.shape[1]):
             velocity = self.transformer(
                 torch.cat([filled] * times).to(self.transformer.pos_embed.dtype),
                 (level * 1000).float().expand(times * len(x)),
-                torch.cat([half.conditioning.context for half in halves]),
-                torch.cat([half.conditioning.pooled for half in halves]),
+                torch.cat([branch.conditioning.context for branch in branches]),
+                torch.cat([branch.conditioning.pooled for branch in branches]),
                 skip_layers=first.skip_layers,
             )[..., :rows, :columns]
         known = sigma if self.profile.sigma_dtype == "float32" else float(level)
@@ -105,7 +112,7 @@ class Predicting(ABC):
         """What a solver calls; its `only_x0` is what most of them take.
 
         Args:
-            predict: of `Half`s.
+            predict: of `Branch`s.
             cond, uncond: see `Verbs.sample`.
             scale, guidance, sampler, levels, shift: of the drawing.
             shape: of the noise.
@@ -140,13 +147,13 @@ class Predicting(ABC):
         """With `offload`, these models come to the device."""
 
 
-def _rehearsed(build: Callable[[Predict], Guide], levels: Tensor) -> Iterator[tuple[Half, ...]]:
-    """The halves of each step, as the guidance asks for them; a guide of its own, since some remember."""
-    asked: list[Half] = []
+def _rehearsed(build: Callable[[Predict], Guide], levels: Tensor) -> Iterator[tuple[Branch, ...]]:
+    """The branches of each step, as the guidance asks for them; a guide of its own, since some remember."""
+    asked: list[Branch] = []
 
-    def predict(x: Tensor, sigma: float, halves: Sequence[Half]) -> list[Tensor]:
-        asked.extend(halves)
-        return [x] * len(halves)
+    def predict(x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
+        asked.extend(branches)
+        return [x] * len(branches)
 
     guide = build(predict)
     for sigma in levels[:-1].tolist():

@@ -3,7 +3,7 @@
 D is diffusers 0.42.1, `StableDiffusion3Pipeline`; C is ComfyUI 0.3.64, `comfy/samplers.py`, `comfy/sd.py`, `nodes.py`;
 R is Stability-AI/sd3.5, `sd3_infer.py` and `sd3_impls.py`. Two disagreements are no fields, because the results are
 equal up to rounding: the order of tokens in attention (here context first, as R and C) and of the conditional and the
-unconditional half of a batch (here unconditional first, as D).
+unconditional branch of a batch (here unconditional first, as D).
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from mmdit.pipeline.arguments import (
 from mmdit.pipeline.failures import Call, check_finite
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.images import to_unit
-from mmdit.pipeline.passes import Half, Planner, Watcher
+from mmdit.pipeline.passes import Branch, Planner, Watcher
 from mmdit.pipeline.predict import Predicting
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.ranges import Conditionings
@@ -204,7 +204,7 @@ class Verbs(Predicting):
         """
         solver, scale, count = self._solver(sampler), self._scale(guidance_scale), _Count()
         shift = shift_for(shift, self.shift, noise.shape[2:], self.transformer.config.patch_size)
-        levels = self.levels(num_inference_steps, schedule, sigmas, shift, sampler)
+        levels = self.sigmas(num_inference_steps, schedule, sigmas, shift, sampler)
         guided = self._guided(
             partial(_predict_at, self, count),
             cond,
@@ -223,7 +223,7 @@ class Verbs(Predicting):
         steps = solver(guided if solver.guided else only_x0(guided), x, levels, **options)
         return self._counted(steps, count)
 
-    def levels(
+    def sigmas(
         self,
         num_inference_steps: int | None = None,
         schedule: str | None = None,
@@ -295,11 +295,11 @@ class Verbs(Predicting):
             yield step
             count.step, count.calls = step.i + 1, []
 
-    def _predict_unwatched(self, x: Tensor, sigma: float, halves: Sequence[Half]) -> Sequence[Tensor]:
+    def _predict_unwatched(self, x: Tensor, sigma: float, branches: Sequence[Branch]) -> Sequence[Tensor]:
         """`predict`, of which no watcher is told."""
         watchers, self.watchers = self.watchers, []
         try:
-            return self.predict(x, sigma, halves)
+            return self.predict(x, sigma, branches)
         finally:
             self.watchers = watchers
 
@@ -324,6 +324,6 @@ class _Count:
     calls: list[Call] = field(default_factory=list)
 
 
-def _predict_at(verbs: Verbs, count: _Count, x: Tensor, sigma: float, halves: Sequence[Half]) -> list[Tensor]:
-    count.calls.append(Call(x, sigma, halves))
-    return verbs.predict(x, sigma, halves, step=count.step)
+def _predict_at(verbs: Verbs, count: _Count, x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
+    count.calls.append(Call(x, sigma, branches))
+    return verbs.predict(x, sigma, branches, step=count.step)

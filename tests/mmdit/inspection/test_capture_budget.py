@@ -21,9 +21,9 @@ def demo():
 
 CASES = {
     "whole": {},
-    "half": {"half": "cond", "steps": [0, 2]},
+    "branch": {"branch": "cond", "steps": [0, 2]},
     "dtype": {"dtype": torch.float16, "tokens": [1, 2, 3]},
-    "word": {"half": "cond", "tokens": "circle", "stream": "text"},
+    "word": {"branch": "cond", "tokens": "circle", "stream": "text"},
     "norm": {"reduce": reducers.norm()},
     "running": {"reduce": reducers.running(reducers.moments())},
 }
@@ -79,7 +79,7 @@ def test_budgets_are_written_like_this(budget, wanted):
 def test_to_disk_and_back(demo, tmp_path):
     path = tmp_path / "deep" / "seen.safetensors"
     keep = {
-        "half": "cond",
+        "branch": "cond",
         "reduce": {"*pattern": reducers.quadrants(), "*mlp.post": reducers.running(reducers.moments())},
     }
     points = ["joint_blocks.0.attend.pattern", "joint_blocks.0.x_block.mlp.post", POST]
@@ -113,7 +113,7 @@ def test_stop_after_the_last_wanted_point(demo):
             ran.append("after")
         assert ran == ["block"]  # of step 0; step 1 ends before it
         assert seen[POST].shape[:2] == (2, 2)
-        with mmdit.capture(demo, POST, half="cond", stop=True) as seen:
+        with mmdit.capture(demo, POST, branch="cond", stop=True) as seen:
             drawn(demo, output_type="pt")
         assert seen.labelled(POST).labels("step") == (0, 1, 2)
         assert "vae" not in ran

@@ -11,7 +11,7 @@ from inspected import CONFIG, PATCHES, TEXT, drawn, drawn_with, encoded, inputs,
 from mmdit import reducers
 from mmdit.inspection.addresses import Address, Word
 from mmdit.inspection.attention_rows import pattern_rows
-from mmdit.pipeline.passes import Drawing, Half, Pass
+from mmdit.pipeline.passes import Branch, Drawing, Pass
 from quant.quantize import quantize_
 
 X = "joint_blocks.1.x_block"
@@ -105,52 +105,52 @@ def test_pattern_in_blocks_of_rows_is_the_dense_one():
     assert half.dtype == torch.float32
 
 
-def test_a_drawing_is_the_same_and_halves_are_told_apart(demo):
+def test_a_drawing_is_the_same_and_branches_are_told_apart(demo):
     plain = drawn(demo)
     with untouched(demo), mmdit.capture(demo, [POST, f"{X}.attn.q"]) as seen:
         assert torch.equal(drawn(demo), plain)
     cond, uncond = encoded(demo, "a red circle"), encoded(demo, "")
-    levels = demo.levels(3).tolist()
+    levels = demo.sigmas(3).tolist()
     found = seen.labelled(POST)
-    assert found.dims == ("step", "half", "sample", "token", "channel")
-    assert found.labels("half") == ("uncond", "cond")
+    assert found.dims == ("step", "branch", "sample", "token", "channel")
+    assert found.labels("branch") == ("uncond", "cond")
     assert found.labels("sigma") == tuple(levels[:3])
     noise = demo.noise(1)
-    for half, read in (("cond", cond), ("uncond", uncond)):
+    for branch, read in (("cond", cond), ("uncond", uncond)):
         with mmdit.capture(demo.transformer, POST) as alone, torch.no_grad():
             demo.transformer(noise, torch.tensor([1000.0 * levels[0]]), read.context, read.pooled)
-        torch.testing.assert_close(found.sel(step=0, half=half).values, alone[POST][0], rtol=1e-4, atol=1e-4)
-    difference = found.sel(step=0, half="cond").values - found.sel(step=0, half="uncond").values
+        torch.testing.assert_close(found.sel(step=0, branch=branch).values, alone[POST][0], rtol=1e-4, atol=1e-4)
+    difference = found.sel(step=0, branch="cond").values - found.sel(step=0, branch="uncond").values
     assert difference.abs().max() > 0.1
 
 
 def test_addresses_narrow(demo):
     with untouched(demo), mmdit.capture(demo, [f"{X}.attn.z", "joint_blocks.1.attend.pattern"]) as whole:
         drawn(demo, ["a red circle", "a blue star"])
-    narrow = {"steps": [0, -1], "half": "cond", "samples": 1, "heads": [3, 1], "tokens": slice(2, 5)}
+    narrow = {"steps": [0, -1], "branch": "cond", "samples": 1, "heads": [3, 1], "tokens": slice(2, 5)}
     with mmdit.capture(demo, ["transformer." + f"{X}.attn.z", "*1.attend.pattern"], **narrow) as seen:
         drawn(demo, ["a red circle", "a blue star"])
-    wanted = whole.labelled(f"{X}.attn.z").sel(step=[0, 2], half="cond", sample=[1], head=[3, 1], token=[2, 3, 4])
+    wanted = whole.labelled(f"{X}.attn.z").sel(step=[0, 2], branch="cond", sample=[1], head=[3, 1], token=[2, 3, 4])
     assert torch.equal(seen[f"{X}.attn.z"], wanted.values)
     assert seen.labelled(f"transformer.{X}.attn.z").axes == dict(wanted.axes)
-    columns = whole.labelled("joint_blocks.1.attend.pattern").sel(step=[0, 2], half="cond", sample=[1], head=[3, 1])
+    columns = whole.labelled("joint_blocks.1.attend.pattern").sel(step=[0, 2], branch="cond", sample=[1], head=[3, 1])
     found = seen.labelled("joint_blocks.1.attend.pattern")
     torch.testing.assert_close(found.values, columns.sel(key=[2, 3, 4]).values)
     assert found.labels("key") == (2, 3, 4)
 
 
 def test_levels_queries_channels_and_masks_narrow(demo):
-    levels = demo.levels(3).tolist()
+    levels = demo.sigmas(3).tolist()
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2, 3] = mask[4, 0] = True
-    with mmdit.capture(demo, POST, half="cond") as whole:
+    with mmdit.capture(demo, POST, branch="cond") as whole:
         drawn(demo)
-    with mmdit.capture(demo, POST, half="cond", sigmas=(0.0, levels[1]), tokens=mask, channels=[7]) as seen:
+    with mmdit.capture(demo, POST, branch="cond", sigmas=(0.0, levels[1]), tokens=mask, channels=[7]) as seen:
         drawn(demo)
     assert torch.equal(seen[POST], whole[POST][1:, :, [19, 32]][..., [7]])
-    with mmdit.capture(demo, "*0.attend.pattern", steps=0, half="cond", queries=[5, 150]) as rows:
+    with mmdit.capture(demo, "*0.attend.pattern", steps=0, branch="cond", queries=[5, 150]) as rows:
         drawn(demo)
-    with mmdit.capture(demo, "*0.attend.pattern", steps=0, half="cond") as every:
+    with mmdit.capture(demo, "*0.attend.pattern", steps=0, branch="cond") as every:
         drawn(demo)
     (name,) = every
     torch.testing.assert_close(rows[name], every[name][:, :, :, [5, 150]])
@@ -160,9 +160,9 @@ def test_levels_queries_channels_and_masks_narrow(demo):
 def test_words_are_found_in_each_prompt_and_encoder(demo):
     context = "joint_blocks.1.context_block.resid_post"
     prompts = ["a red circle", "a blue star above a red circle"]
-    with mmdit.capture(demo, context, half="cond", steps=0) as whole:
+    with mmdit.capture(demo, context, branch="cond", steps=0) as whole:
         drawn(demo, prompts)
-    with mmdit.capture(demo, context, half="cond", steps=0, tokens="circle") as seen:
+    with mmdit.capture(demo, context, branch="cond", steps=0, tokens="circle") as seen:
         drawn(demo, prompts)
     read = encoded(demo, prompts)
     for sample, prompt in enumerate(prompts):
@@ -170,23 +170,23 @@ def test_words_are_found_in_each_prompt_and_encoder(demo):
         places = sorted({span.position for span in read.spans[sample] if span.start == start and span.stop > start})
         assert len(places) == 2  # CLIP-L and CLIP-G share one, T5 has its own
         assert torch.equal(seen[context][0, sample], whole[context][0, sample, places])
-    with mmdit.capture(demo, context, half="cond", steps=0, tokens=Word("circle", "t5")) as one:
+    with mmdit.capture(demo, context, branch="cond", steps=0, tokens=Word("circle", "t5")) as one:
         drawn(demo, prompts)
     assert torch.equal(one[context][0, :, 0], seen[context][0, :, 1])
-    with pytest.raises(ValueError, match=r"the prompt '' \(half 'uncond', sample 0\) has no token of 'circle'"):
+    with pytest.raises(ValueError, match=r"the prompt '' \(branch 'uncond', sample 0\) has no token of 'circle'"):
         drawn_with(demo, prompts, context, tokens="circle")
     with pytest.raises(ValueError, match="1, 2 tokens in samples"):
         drawn_with(
-            demo, ["a red circle", "a red star above a red circle"], context, half="cond", tokens=Word("red", "t5")
+            demo, ["a red circle", "a red star above a red circle"], context, branch="cond", tokens=Word("red", "t5")
         )
     with pytest.raises(ValueError, match=r"names words; the tokens of .* are not the prompt's"):
-        drawn_with(demo, prompts, POST, half="cond", tokens="circle")
+        drawn_with(demo, prompts, POST, branch="cond", tokens="circle")
 
 
 def test_a_solver_with_several_calls_a_step(demo):
-    with mmdit.capture(demo, POST, half="cond", reduce=reducers.norm()) as seen:
+    with mmdit.capture(demo, POST, branch="cond", reduce=reducers.norm()) as seen:
         drawn(demo, sampler="heun")
-    found, levels = seen.labelled(POST), demo.levels(3).tolist()
+    found, levels = seen.labelled(POST), demo.sigmas(3).tolist()
     assert found.labels("step") == (0, 0, 1, 1, 2)
     assert found.labels("call") == (0, 1, 0, 1, 0)
     assert found.labels("sigma") == (levels[0], levels[1], levels[1], levels[2], levels[2])
@@ -194,29 +194,29 @@ def test_a_solver_with_several_calls_a_step(demo):
     once = 3 * 64 * 4
     with (
         pytest.raises(mmdit.BudgetError, match="the next call, of step 1, would add 256 bytes to the 768 bytes"),
-        mmdit.capture(demo, POST, half="cond", reduce=reducers.norm(), budget=once) as part,
+        mmdit.capture(demo, POST, branch="cond", reduce=reducers.norm(), budget=once) as part,
     ):
         drawn(demo, sampler="heun")
     assert part.nbytes == once
 
 
-def test_halves_of_different_lengths_run_apart(demo):
+def test_branches_of_different_lengths_run_apart(demo):
     cond, uncond = encoded(demo, ["a red circle"] * 2), encoded(demo, ["", ""])
     uncond = replace(uncond, context=uncond.context[:, :80])
     name = "joint_blocks.1.context_block.resid_post"
     with untouched(demo), mmdit.capture(demo, [name, POST]) as seen, torch.no_grad():
         list(demo.sample(cond, uncond, demo.noise(1, count=2), num_inference_steps=2, guidance_scale=3.0))
-    assert seen.labelled(name, half="cond").values.shape == (2, 2, 93, 256)
-    assert seen.labelled(name, half="uncond").values.shape == (2, 2, 80, 256)
+    assert seen.labelled(name, branch="cond").values.shape == (2, 2, 93, 256)
+    assert seen.labelled(name, branch="uncond").values.shape == (2, 2, 80, 256)
     assert seen.labelled(POST).labels("call") == (0, 0)
     assert seen[POST].shape == (2, 2, 2, 64, 256)
-    with pytest.raises(ValueError, match=r"does not stack: values have shapes .*half=\.\.\."):
+    with pytest.raises(ValueError, match=r"does not stack: values have shapes .*branch=\.\.\."):
         seen[name]
-    levels = demo.levels(2).tolist()
+    levels = demo.sigmas(2).tolist()
     with torch.no_grad(), mmdit.capture(demo.transformer, name) as alone:
         time = torch.tensor([1000 * levels[0]] * 2)
         demo.transformer(demo.noise(1, count=2), time, uncond.context, uncond.pooled)
-    found, wanted = seen.labelled(name, half="uncond").values[0], alone[name][0]
+    found, wanted = seen.labelled(name, branch="uncond").values[0], alone[name][0]
     assert tiny.error(found, wanted) < 1e-5  # memory at other places may add in another order
 
 
@@ -224,31 +224,31 @@ def test_predictions_outside_of_a_drawing_are_counted(demo):
     cond = encoded(demo, "a red circle")
     with torch.no_grad(), mmdit.capture(demo, POST) as seen:
         for sigma in (0.9, 0.5):
-            demo.predict(demo.noise(1), sigma, [Half(cond), Half(cond, "skip", (2,))])
+            demo.predict(demo.noise(1), sigma, [Branch(cond), Branch(cond, "skip", (2,))])
         demo.transformer(demo.noise(1), torch.tensor([300.0]), cond.context, cond.pooled)
     labels = [entry.label for entry in seen.of(POST).entries]
-    assert [(label.step, label.sigma, label.half) for label in labels] == [
+    assert [(label.step, label.sigma, label.branch) for label in labels] == [
         (0, 0.9, "cond"),
         (0, 0.9, "skip"),
         (1, 0.5, "cond"),
         (1, 0.5, "skip"),
         (0, None, None),
     ]
-    with pytest.raises(KeyError, match="was never passed"), mmdit.capture(demo, POST, half="skip") as never:
+    with pytest.raises(KeyError, match="was never passed"), mmdit.capture(demo, POST, branch="skip") as never:
         demo.predict(demo.noise(1), 0.5, [cond])
         never[POST]
 
 
-def test_halves_may_differ_by_step(demo):
-    """A drawing says of each step which halves run; a pass on other rows than were announced is refused."""
-    cond, uncond = Half(encoded(demo, "a red circle")), Half(encoded(demo, ""), "uncond")
+def test_branches_may_differ_by_step(demo):
+    """A drawing says of each step which branches run; a pass on other rows than were announced is refused."""
+    cond, uncond = Branch(encoded(demo, "a red circle")), Branch(encoded(demo, ""), "uncond")
     drawing = Drawing((1.0, 0.5, 0.25, 0.0), ((uncond, cond), (cond,), (cond,)), (1, 16, 16, 16))
-    meant = Address(half="uncond").meant(drawing)
-    assert [(label.step, label.sigma, half) for label, half in meant] == [(0, 1.0, uncond)]
-    assert [label.step for label, _ in Address(half="cond", steps=-1).meant(drawing)] == [2]
-    with pytest.raises(ValueError, match="meet none of them"):
-        Address(half="uncond", sigmas=(0.0, 0.5)).meant(drawing)
-    text, said = cond.conditioning, "announced 2 halves of 1 samples, but its transformer runs on 1 rows"
+    meant = Address(branch="uncond").meant(drawing)
+    assert [(label.step, label.sigma, branch) for label, branch in meant] == [(0, 1.0, uncond)]
+    assert [label.step for label, _ in Address(branch="cond", steps=-1).meant(drawing)] == [2]
+    with pytest.raises(ValueError, match="meet none"):
+        Address(branch="uncond", sigmas=(0.0, 0.5)).meant(drawing)
+    text, said = cond.conditioning, "announced 2 branches of 1 samples, but its transformer runs on 1 rows"
     with untouched(demo), mmdit.capture(demo, POST), pytest.raises(RuntimeError, match=said):
         for watcher in demo.watchers:
             watcher(Pass(0, 1.0, (uncond, cond), 1))
@@ -265,8 +265,8 @@ def test_encoders_and_vae_count_calls(demo):
     with mmdit.capture(demo.clip_l, "*layers.1.resid_post") as alone:
         encoded(demo, "a red circle")
     assert torch.equal(alone["text_model.encoder.layers.1.resid_post"][0], seen[names[0]][0])
-    with pytest.raises(ValueError, match="half= narrows passes of a pipeline's transformer"):
-        drawn_with(demo, "a red circle", names, half="cond")
+    with pytest.raises(ValueError, match="branch= narrows passes of a pipeline's transformer"):
+        drawn_with(demo, "a red circle", names, branch="cond")
 
 
 def test_nested_captures_and_maps_work(demo):
@@ -334,8 +334,8 @@ def test_quantized_models(demo):
 def test_wrong_addresses_are_explained(demo):
     for address, said in (
         ({"heads": 1}, r"heads= is given, but .* has none: it is \[batch, token, channel\]"),
-        ({"steps": [7]}, "this drawing has 3 steps .* meet none of them"),
-        ({"half": "skip"}, "halves 'uncond', 'cond'; .*half='skip' meet none"),
+        ({"steps": [7]}, "this drawing has 3 steps .* meet none"),
+        ({"branch": "skip"}, "branches 'uncond', 'cond'; .*branch='skip' meet none"),
         ({"samples": [2]}, r"samples \[2\] do not exist; there are 1"),
         ({"tokens": [64]}, r"tokens \[64\] do not exist; there are 64"),
         ({"sigmas": (0.5, 0.1)}, "sigmas are the lowest and the highest level"),

@@ -22,7 +22,7 @@ def test_nothing_reads_them(monkeypatch):
         torch.testing.assert_close(small(*inputs()), plain, rtol=1e-12, atol=1e-12)
     assert left_behind(small) == []
     assert torch.equal(small(*inputs()), plain)
-    found = concepts.maps(half=None)
+    found = concepts.maps(branch=None)
     assert found.dims == ("block", "sample", "concept", "row", "column")
     assert found.values.shape == (3, 2, 3, 2, 3)
     torch.testing.assert_close(found.values.sum(2), torch.ones(3, 2, 2, 3).double())
@@ -42,7 +42,7 @@ def test_they_read_the_image_and_themselves():
     torch.testing.assert_close(z[:, :, TEXT:last], pattern @ v[:, :, TEXT:])
     flat = z.transpose(1, 2).flatten(2)
     shares = (flat[:, TEXT:last] @ flat[:, last:].transpose(1, 2)).softmax(1)
-    torch.testing.assert_close(concepts.maps(half=None).sel(block=1).values.flatten(2), shares)
+    torch.testing.assert_close(concepts.maps(branch=None).sel(block=1).values.flatten(2), shares)
 
 
 def test_what_was_entered_before_sees_text_and_image_alone():
@@ -65,7 +65,7 @@ def test_words_of_a_pipeline(demo):
     assert found.labels("concept") == tuple(words)
     assert found.labels("block") == (0, 2)
     assert found.values.shape == (2, 1, 3, 8, 8)
-    with pytest.raises(ValueError, match="no maps of half 'skip'; there are some of 'uncond', 'cond'"):
+    with pytest.raises(ValueError, match="no maps of branch 'skip'; there are some of 'uncond', 'cond'"):
         concepts.maps("skip")
 
 

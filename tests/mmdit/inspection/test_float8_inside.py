@@ -35,7 +35,7 @@ def test_errors_are_those_by_hand(demo):
         assert one.amax == float(x.abs().max())
         assert one.saturated == pytest.approx(float((x.abs() > 448 * scale * (1 + 1e-6)).float().mean()), abs=1e-6)
         assert one.saturated > 0
-        small = (x.abs() <= scale * 2**-10) & (x != 0)  # half of the smallest code becomes the even one, zero
+        small = (x.abs() <= scale * 2**-10) & (x != 0)  # branch of the smallest code becomes the even one, zero
         assert one.underflown == pytest.approx(float(small.float().mean()), abs=1e-5)
         wanted = original.get_submodule(NAME)(x)
         noise = (output - wanted).double().square().sum()

@@ -11,7 +11,7 @@ from mmdit.bench.random_models import Inputs
 from mmdit.inspection import map_columns
 from mmdit.inspection.attention_maps import _several
 from mmdit.inspection.words import SPECIAL, token_positions, words_of
-from mmdit.pipeline.passes import Half
+from mmdit.pipeline.passes import Branch
 from refusals import refuses
 
 PROMPTS = ["a red circle above a blue star", "a small ring, on white"]
@@ -110,7 +110,7 @@ def test_the_mean_over_heads(wide, both):
     )
     assert list(maps.axes) == ["step", "block", "sample", "row", "column"]
     assert maps.words["circle"].shape == tuple(map(len, maps.axes.values())) == (2, 4, 2, 6, 8)
-    assert maps.sigmas == wide.levels(2)[:2].tolist()
+    assert maps.sigmas == wide.sigmas(2)[:2].tolist()
 
 
 def test_blocks_of_heads_are_the_whole(wide, both, monkeypatch):
@@ -236,23 +236,23 @@ def test_what_has_no_heat_map(both, demo):
     with attention_maps(demo, "circle") as empty:
         refuses(lambda: empty.words["circle"], "was not asked for", error=KeyError)
         refuses(lambda: empty.quadrants, "nothing was watched", error=ValueError)
-    other = draw_with(demo, "circle", half="skip")
+    other = draw_with(demo, "circle", branch="skip")
     refuses(lambda: other.quadrants, "passes of uncond and cond in step 0", error=ValueError)
 
 
-def test_the_unconditional_half(demo):
+def test_the_unconditional_branch(demo):
     against = "a green cross"
-    with attention_maps(demo, "cross", half="uncond") as maps:
+    with attention_maps(demo, "cross", branch="uncond") as maps:
         draw(demo, PROMPTS[:1], negative_prompt=against)
     with attention_maps(demo, "cross") as other:
         draw(demo, [against], negative_prompt=PROMPTS[0])
     torch.testing.assert_close(maps.words["cross"][0], other.words["cross"][0], rtol=1e-4, atol=1e-7)
 
 
-def test_blocks_that_a_half_leaves_out(demo):
+def test_blocks_that_a_branch_leaves_out(demo):
     read = demo.encode(PROMPTS[0])
-    with attention_maps(demo, "circle", half="skip") as maps, torch.no_grad():
-        demo.predict(demo.noise(1), 0.7, [Half(read), Half(read, "skip", (1,))])
+    with attention_maps(demo, "circle", branch="skip") as maps, torch.no_grad():
+        demo.predict(demo.noise(1), 0.7, [Branch(read), Branch(read, "skip", (1,))])
     found = maps.words["circle"]
     assert found.shape[:2] == (1, 4)
     assert found.isnan().flatten(2).all(2).tolist() == [[False, True, False, False]]

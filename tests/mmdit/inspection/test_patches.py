@@ -45,7 +45,7 @@ def test_identity_patches_are_bit_equal(demo):
     assert len(names) > 350
     with untouched(demo), mmdit.patch(demo, names, apply=lambda value: value):
         assert torch.equal(drawn(demo), plain)
-    with mmdit.patch(demo, "*.attn.z", scale=1.0, heads=[1], tokens=[2, 3], half="cond", steps=slice(1, None)):
+    with mmdit.patch(demo, "*.attn.z", scale=1.0, heads=[1], tokens=[2, 3], branch="cond", steps=slice(1, None)):
         assert torch.equal(drawn(demo), plain)
     with mmdit.patch(demo, "*.attend.pattern", apply=lambda value: value):
         torch.testing.assert_close(drawn(demo), plain, rtol=1e-4, atol=1e-4)
@@ -112,7 +112,7 @@ def test_operations_do_what_they_say(small):
 
 
 def test_swapped_samples_swap_what_follows(small):
-    """With the same noise level and pooled text for both, all of the second half of the model goes along."""
+    """With the same noise level and pooled text for both, all of the second branch of the model goes along."""
     latent, time, context, pooled = inputs()
     given = latent, time[:1].expand(2), context, pooled[:1].expand(2, -1)
     plain = small(*given)
@@ -128,9 +128,9 @@ def test_values_of_another_run_lead_to_its_output(small):
         wanted = small(*other)
     torch.testing.assert_close(changed(small, both, given=ours, replace=seen), wanted)
     torch.testing.assert_close(changed(small, both, given=ours, ablate="resample", source=seen), wanted)
-    half = changed(small, both, given=ours, replace=seen, samples=[1])
-    torch.testing.assert_close(half[1], wanted[1])
-    assert torch.equal(half[0], small(*ours)[0])
+    branch = changed(small, both, given=ours, replace=seen, samples=[1])
+    torch.testing.assert_close(branch[1], wanted[1])
+    assert torch.equal(branch[0], small(*ours)[0])
     mean = value_of(small, both[0].replace("*", "x_block"), given=ours)
     with mmdit.patch(small, POST, ablate="mean", source=seen):
         found = value_of(small, POST, given=ours)
@@ -195,15 +195,18 @@ def test_blocks_of_encoders_and_vae(demo):
         assert not torch.equal(demo.decode(latent), plain)
 
 
-def test_halves_and_steps_of_a_drawing(demo):
+def test_branches_and_steps_of_a_drawing(demo):
     seen = {}
-    for name, operation in {"plain": {"scale": 1.0}, "patched": {"ablate": "zero", "half": "cond", "steps": 1}}.items():
+    for name, operation in {
+        "plain": {"scale": 1.0},
+        "patched": {"ablate": "zero", "branch": "cond", "steps": 1},
+    }.items():
         with untouched(demo), mmdit.patch(demo, POST, **operation), mmdit.capture(demo, POST) as seen[name]:
             drawn(demo)
     plain, patched = (seen[name].labelled(POST) for name in ("plain", "patched"))
     assert torch.equal(plain.sel(step=0).values, patched.sel(step=0).values)
-    assert torch.equal(plain.sel(step=1, half="uncond").values, patched.sel(step=1, half="uncond").values)
-    assert patched.sel(step=1, half="cond").values.abs().max() == 0
+    assert torch.equal(plain.sel(step=1, branch="uncond").values, patched.sel(step=1, branch="uncond").values)
+    assert patched.sel(step=1, branch="cond").values.abs().max() == 0
     assert not torch.equal(plain.sel(step=2).values, patched.sel(step=2).values)
 
 
@@ -211,9 +214,9 @@ def test_words_and_another_prompts_drawing(demo):
     """The tokens of a word, taken from a drawing in which the word is another."""
     settings = {"guidance_scale": 1.0}
     after = "joint_blocks.0.context_block.resid_post"
-    with mmdit.capture(demo, after, tokens="blue", half="cond") as seen:
+    with mmdit.capture(demo, after, tokens="blue", branch="cond") as seen:
         drawn(demo, "a blue circle", **settings)
-    with mmdit.patch(demo, after, replace=seen, tokens="red", half="cond"), mmdit.capture(demo, after) as found:
+    with mmdit.patch(demo, after, replace=seen, tokens="red", branch="cond"), mmdit.capture(demo, after) as found:
         drawn(demo, "a red circle", **settings)
     places = [1 + 1, 77 + 1]  # "a" is first, of CLIP after its start
     assert torch.equal(found[after][:, 0][:, :, places], seen[after])
@@ -267,7 +270,7 @@ def test_wrong_patches_are_explained(small, demo):
     refuse("is computed from z: patch .*attn.z' instead", points=f"{X}.attn.out_by_head", scale=2.0)
     refuse("swap=", swap=(0, 5))
     refuse("the patch was never applied", scale=2.0, steps=[3])
-    with mmdit.capture(small, Z, reduce=mmdit.inspection.reducers.norm()) as seen:
+    with mmdit.capture(small, Z, reduce=mmdit.reducers.norm()) as seen:
         small(*inputs())
     refuse("was captured with a reducer", replace=seen)
     with mmdit.capture(small, Z) as seen:

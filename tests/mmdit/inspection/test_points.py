@@ -77,9 +77,9 @@ def test_points_of_encoders_fit_together(demo):
     blocks = [name.removesuffix(".update") for name in value if name.endswith(".update") and "attn" not in name]
     for one in blocks:
         torch.testing.assert_close(value[f"{one}.resid_pre"] + value[f"{one}.update"], value[f"{one}.resid_post"])
-    for half in ("encoder", "decoder"):
-        before = value[f"vae.{half}.mid.block_1.resid_post"] + value[f"vae.{half}.mid.attn_1.update"]
-        torch.testing.assert_close(before, value[f"vae.{half}.mid.block_2.resid_pre"])
+    for branch in ("encoder", "decoder"):
+        before = value[f"vae.{branch}.mid.block_1.resid_post"] + value[f"vae.{branch}.mid.attn_1.update"]
+        torch.testing.assert_close(before, value[f"vae.{branch}.mid.block_2.resid_pre"])
 
 
 def test_listing_prints_as_a_table(demo):

@@ -69,7 +69,7 @@ VALUES = {  # what changes, what is said
     "steps negative": ({"num_inference_steps": -4}, "num_inference_steps must be a whole number of at least 1, got -4"),
     "steps 2.5": ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number of at least 1, got 2.5"),
     "no pictures": ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number of at least 1, got 0"),
-    "half a picture": ({"num_images_per_prompt": 0.5}, "num_images_per_prompt must be a whole number of at least 1"),
+    "branch a picture": ({"num_images_per_prompt": 0.5}, "num_images_per_prompt must be a whole number of at least 1"),
     "pictures beyond 64 bits": ({"num_images_per_prompt": 2**63}, "num_images_per_prompt must be a whole number of at"),
     "no tokens": ({"max_sequence_length": 1}, "max_sequence_length must be a whole number of at least 2, got 1"),
     "empty batch": (

@@ -70,13 +70,13 @@ def imagined(model: MMDiT) -> tuple[Calibration, dict[str, torch.Tensor]]:
     return Calibration(observed, ("none",), 1), rows
 
 
-def test_calibration_counts_every_token_of_both_halves(tiny_folders):
+def test_calibration_counts_every_token_of_both_branches(tiny_folders):
     pipe = load(tiny_folders, "sd3.5-medium")
     wanted = draw(pipe)
     seen = calibrate(pipe, PROMPTS, 2, height=32, width=32, batch=2)
     chosen = [name for name, _ in linears_of(pipe.transformer) if "block" in name and "adaLN" not in name]
     assert list(seen.observed) == chosen
-    tokens = 2 * 2 * len(PROMPTS)  # steps, halves, pictures
+    tokens = 2 * 2 * len(PROMPTS)  # steps, branches, pictures
     assert seen.observed["joint_blocks.0.x_block.attn.qkv"].rows == tokens * 4
     assert seen.observed["joint_blocks.0.context_block.attn.qkv"].rows == tokens * 333
     assert torch.equal(draw(pipe), wanted)

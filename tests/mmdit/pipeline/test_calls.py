@@ -95,7 +95,7 @@ def test_custom_sigmas(pipe, theirs):
 @torch.no_grad()
 def test_a_loop_of_ones_own_takes_levels_as_they_are(pipe):
     """Euler by hand from `levels` and `predictor`, without a warning, is what `sample` does."""
-    cond, uncond, levels = pipe.encode(PROMPTS[0]), pipe.encode(""), pipe.levels(3)
+    cond, uncond, levels = pipe.encode(PROMPTS[0]), pipe.encode(""), pipe.sigmas(3)
     predict, x = pipe.predictor([uncond, cond]), pipe.noise(3, height=32, width=48)
     for level, following in pairwise(levels):
         u, c = predict(x, level)
@@ -106,8 +106,8 @@ def test_a_loop_of_ones_own_takes_levels_as_they_are(pipe):
 
 @torch.no_grad()
 def test_latents_in_and_out(pipe):
-    """Stopping half way and going on from the latents is the same as going through."""
-    levels, whole = pipe.levels(4), pipe(PROMPTS[0], seed=3, **(SMALL | {"num_inference_steps": 4})).images
+    """Stopping branch way and going on from the latents is the same as going through."""
+    levels, whole = pipe.sigmas(4), pipe(PROMPTS[0], seed=3, **(SMALL | {"num_inference_steps": 4})).images
     cond, uncond = pipe.encode(PROMPTS[0]), pipe.encode("")
     first = torch.cat([levels[:3], torch.zeros(1, dtype=torch.float64)])
     *_, at_two, _ = pipe.sample(cond, uncond, pipe.noise(3, height=32, width=48), sigmas=first)

@@ -10,7 +10,7 @@ import tiny
 from float64 import references_in_float64
 from mmdit import PROFILES, Guidance, Pipeline, Ranged
 from mmdit.models.layers import Attend
-from mmdit.pipeline.passes import AttendSelf, Half, perturbed
+from mmdit.pipeline.passes import AttendSelf, Branch, perturbed
 from refusals import refuses
 from samplers import level_at
 
@@ -36,9 +36,9 @@ def seeded(seed: int) -> torch.Generator:
 
 @torch.no_grad()
 def watched(pipe: Pipeline, call) -> list[tuple[int, tuple[str, ...]]]:
-    """Step and halves of each pass that a call makes."""
+    """Step and branches of each pass that a call makes."""
     seen = []
-    pipe.watchers.append(lambda one: seen.append((one.step, tuple(half.name for half in one.halves))))
+    pipe.watchers.append(lambda one: seen.append((one.step, tuple(branch.name for branch in one.branches))))
     try:
         call()
     finally:
@@ -71,8 +71,8 @@ def test_skip_layers_equal_diffusers(pipes, theirs, settings, skipping):
         return
     found = {}
     passes = watched(pipe, lambda: found.update(ours=pipe(PROMPTS, "green", seed=3, **settings).images))
-    halves = ("cond",) if settings["guidance_scale"] == 1 else ("uncond", "cond")
-    expected = [[(i, halves)] + [(i, ("skip",))] * (i in skipping) for i in range(6)]
+    branches = ("cond",) if settings["guidance_scale"] == 1 else ("uncond", "cond")
+    expected = [[(i, branches)] + [(i, ("skip",))] * (i in skipping) for i in range(6)]
     assert passes == [one for several in expected for one in several]
     with references_in_float64():
         wanted = theirs(PROMPTS, negative_prompt=["green"] * 2, generator=seeded(3), **settings).images
@@ -88,13 +88,13 @@ def test_skip_layers_of_comfyui_by_formula(pipes, scale, rescale):
     """Levels from 1 % to 15 % of the way, scale 3, also without an unconditional pass; std rescaling of the picture."""
     pipe = pipes["comfyui"]
     how = Guidance(skip_guidance_layers=(0, 1), skip_layer_rescale=rescale)
-    levels, settings = pipe.levels(20)[[*range(5), 10, 20]], {"height": 32, "width": 48, "output_type": "latent"}
+    levels, settings = pipe.sigmas(20)[[*range(5), 10, 20]], {"height": 32, "width": 48, "output_type": "latent"}
     settings |= {"sigmas": levels, "guidance_scale": scale, "guidance": how, "seed": 3}
     found = pipe(PROMPTS[0], "green", **settings).images
     cond, uncond, x = pipe.encode(PROMPTS[0]), pipe.encode("green"), pipe.noise(3, height=32, width=48)
     skipped = 0
     for level, following in pairwise(levels.tolist()):
-        c, u, s = pipe.predict(x, level, [cond, uncond, Half(cond, "skip", (0, 1))])
+        c, u, s = pipe.predict(x, level, [cond, uncond, Branch(cond, "skip", (0, 1))])
         x0 = u + (c - u) * scale
         if level_at(0.01, 3.0) >= level >= level_at(0.15, 3.0):
             skipped += 1
@@ -110,7 +110,7 @@ def test_skip_layers_of_the_reference_are_its_steps_and_scale(pipes):
     pipe, cond = pipes["reference"], pipes["reference"].encode("a")
     noise, how = pipe.noise(1, height=32, width=32), Guidance(skip_guidance_layers=(1,))
     passes = watched(pipe, lambda: list(pipe.sample(cond, cond, noise, num_inference_steps=10, guidance=how)))
-    assert [step for step, halves in passes if halves == ("skip",)] == [1]
+    assert [step for step, branches in passes if branches == ("skip",)] == [1]
     settled = how.of(pipe.profile)
     assert (settled.skip_layer_guidance_scale, settled.skip_layer_guidance_stop) == (2.5, 0.2)
     defaults = [(p.skip_scale, p.skip_start, p.skip_stop, p.skip_window) for p in PROFILES.values()]
@@ -173,12 +173,12 @@ def test_blocks_have_their_own_attention_back_whatever_happens(pipes):
     assert not any("forward" in vars(module) for module in own.values())
 
 
-def test_a_perturbed_half_runs_apart_and_differs(pipes):
+def test_a_perturbed_branch_runs_apart_and_differs(pipes):
     pipe = pipes["diffusers"]
     cond, x = pipe.encode("a"), pipe.noise(1, height=32, width=32)
     found = {}
-    halves = [Half(cond), Half(cond, "perturbed", (), (0,)), Half(cond, "uncond")]
-    assert watched(pipe, lambda: found.update(x0=pipe.predict(x, 0.7, halves))) == [
+    branches = [Branch(cond), Branch(cond, "perturbed", (), (0,)), Branch(cond, "uncond")]
+    assert watched(pipe, lambda: found.update(x0=pipe.predict(x, 0.7, branches))) == [
         (None, ("cond", "uncond")),
         (None, ("perturbed",)),
     ]
@@ -211,7 +211,7 @@ def test_the_negative_of_comfyuis_workflow_by_formula(pipes):
         pipe, lambda: found.update(steps=list(pipe.sample(cond, negative, noise, sigmas=levels, guidance_scale=4.0)))
     )
     assert tiny.error(found["steps"][-1].x, x) <= 1e-6
-    assert [len(halves) for _, halves in passes] == [2, 2, 3, 2]
+    assert [len(branches) for _, branches in passes] == [2, 2, 3, 2]
     called = pipe(cond, negative, latents=noise, sigmas=levels, guidance_scale=4.0, output_type="latent")
     assert torch.equal(called.images, found["steps"][-1].x.double())
 
@@ -233,7 +233,7 @@ def test_encoded_prompts_of_a_call(pipes):
 # ---- everything together
 
 
-def test_halves_share_a_batch_unless_they_run_one_by_one(pipes):
+def test_branches_share_a_batch_unless_they_run_one_by_one(pipes):
     pipe, few = pipes["comfyui"], SMALL | {"num_inference_steps": 2, "output_type": "latent", "seed": 1}
     how = {"skip_guidance_layers": (1,), "skip_layer_guidance_stop": 1.0, "perturbed_layers": (0,)}
     found = {}
@@ -241,14 +241,14 @@ def test_halves_share_a_batch_unless_they_run_one_by_one(pipes):
     first = [(0, ("uncond", "cond")), (0, ("perturbed",))]
     assert together == [*first, (1, ("uncond", "cond")), (1, ("skip",)), (1, ("perturbed",))]
     apart = watched(pipe, lambda: found.update(b=pipe("a", guidance=Guidance(**how, sequential=True), **few).images))
-    assert [halves for _, halves in apart] == [(half,) for _, halves in together for half in halves]
+    assert [branches for _, branches in apart] == [(branch,) for _, branches in together for branch in branches]
     assert tiny.error(found["b"], found["a"]) <= 1e-6
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["apg", "zero_star"])
 def test_a_drawing_with_all_of_it_by_formula(pipes, kind):
-    pipe, levels = pipes["comfyui"], pipes["comfyui"].levels(6)
+    pipe, levels = pipes["comfyui"], pipes["comfyui"].sigmas(6)
     how = Guidance(
         kind=kind, interval=(0.2, 0.97), rescale=0.5, eta=0.3, threshold=4.0, momentum=-0.5, zero_init=1,
         perturbed_layers=(0,), perturbed_scale=1.5, perturbed_interval=(0.0, 0.9),
@@ -257,7 +257,7 @@ def test_a_drawing_with_all_of_it_by_formula(pipes, kind):
     cond, uncond, x = pipe.encode(PROMPTS[0]), pipe.encode(""), pipe.noise(3, height=32, width=48)
     before, mixed = torch.zeros_like(x), 0
     for i, (level, following) in enumerate(pairwise(levels.tolist())):
-        c, u, p = pipe.predict(x, level, [cond, uncond, Half(cond, "perturbed", (), (0,))])
+        c, u, p = pipe.predict(x, level, [cond, uncond, Branch(cond, "perturbed", (), (0,))])
         x0 = c
         if 0.2 < level <= 0.97:
             mixed += i > 0
@@ -279,7 +279,7 @@ def test_a_drawing_with_all_of_it_by_formula(pipes, kind):
     assert tiny.error(found, x) <= 2e-6
 
 
-def test_turbo_is_one_pass_of_one_half_per_step(tiny_folders):
+def test_turbo_is_one_pass_of_one_branch_per_step(tiny_folders):
     for profile in ("diffusers", "comfyui"):
         pipe = Pipeline.from_pretrained(tiny_folders["sd3.5-large"], preset="turbo", profile=profile)
         passes = watched(pipe, lambda pipe=pipe: pipe("a", seed=1, height=32, width=32, output_type="latent"))
@@ -288,7 +288,7 @@ def test_turbo_is_one_pass_of_one_half_per_step(tiny_folders):
 
 def test_solvers_that_take_uncond_get_a_pass_at_every_scale(pipes):
     pipe, cond = pipes["diffusers"], pipes["diffusers"].encode("a")
-    x, levels = pipe.noise(1, height=32, width=32), pipe.levels(2)
+    x, levels = pipe.noise(1, height=32, width=32), pipe.sigmas(2)
     rest = {"guidance": None, "levels": levels, "shift": 3.0, "shape": (1, 16, 4, 6)}
     taken = pipe._guided(pipe.predict, cond, cond.zeroed(), 1.0, sampler="euler_cfg_pp", **rest)
     plain = pipe._guided(pipe.predict, cond, cond.zeroed(), 1.0, sampler="euler", **rest)

@@ -1,10 +1,10 @@
-"""What watchers are told of the transformer's passes, and halves that leave out layers."""
+"""What watchers are told of the transformer's passes, and branches that leave out layers."""
 
 import pytest
 import torch
 
 from mmdit import Pipeline
-from mmdit.pipeline.passes import Half
+from mmdit.pipeline.passes import Branch
 
 PROMPTS = ["a red circle", "a blue star"]
 
@@ -28,24 +28,24 @@ def test_a_pass_says_step_level_and_rows(demo):
             drawn(demo, guidance_scale=5.0)
     finally:
         demo.watchers.clear()
-    levels = demo.levels(2).tolist()
+    levels = demo.sigmas(2).tolist()
     assert [(one.step, one.sigma, one.samples) for one in seen] == [(0, levels[0], 2), (1, levels[1], 2)]
-    assert [[half.name for half in one.halves] for one in seen] == [["uncond", "cond"]] * 2
+    assert [[branch.name for branch in one.branches] for one in seen] == [["uncond", "cond"]] * 2
     assert (seen[0].rows("uncond"), seen[0].rows("cond")) == (slice(0, 2), slice(2, 4))
-    with pytest.raises(KeyError, match=r"no half 'skip', but uncond, cond"):
+    with pytest.raises(KeyError, match=r"no branch 'skip', but uncond, cond"):
         seen[0].rows("skip")
 
 
-def test_halves_that_skip_layers_run_apart(demo):
+def test_branches_that_skip_layers_run_apart(demo):
     read, x = demo.encode(PROMPTS[0]), demo.noise(1)
     passes = []
     demo.watchers.append(passes.append)
     try:
         with torch.no_grad():
-            plain, skipped = demo.predict(x, 0.7, [Half(read), Half(read, "skip", (1,))])
+            plain, skipped = demo.predict(x, 0.7, [Branch(read), Branch(read, "skip", (1,))])
     finally:
         demo.watchers.clear()
-    assert [one.halves[0].skip_layers for one in passes] == [(), (1,)]
+    assert [one.branches[0].skip_layers for one in passes] == [(), (1,)]
     with torch.no_grad():
         velocity = demo.transformer(x, torch.tensor([700.0]), read.context, read.pooled, skip_layers=(1,))
         torch.testing.assert_close(skipped, x - 0.7 * velocity, rtol=0, atol=1e-6)

@@ -139,7 +139,7 @@ def test_a_wrong_sigma_is_noticed(tiny_folders):
     folder = tiny_folders["sd3.5-large"]
     ours, theirs = Pipeline.from_pretrained(folder), tiny.load(folder)
     wanted = reference_steps(theirs, prompt=PROMPTS[0], generator=seeded(3), guidance_scale=5.0)
-    ours.levels = lambda *_: Pipeline.levels(ours, 5)[1:]
+    ours.sigmas = lambda *_: Pipeline.sigmas(ours, 5)[1:]
     noise = ours.noise(3, height=32, width=48)
     steps = ours.sample(ours.encode(PROMPTS[0]), ours.encode(""), noise, guidance_scale=5.0)
     assert tiny.error(next(iter(steps)).x, wanted[0]) > 1e-4
@@ -159,7 +159,7 @@ def test_a_loop_of_ones_own_draws_the_same(tiny_folders):
     """The verbs alone: predictor, guidance and Euler written out in a notebook."""
     pipe = Pipeline.from_pretrained(tiny_folders["sd3.5-medium"])
     predict = pipe.predictor([pipe.encode(PROMPTS[0]), pipe.encode("")])
-    x, levels = pipe.noise(4), pipe.levels(3).tolist()
+    x, levels = pipe.noise(4), pipe.sigmas(3).tolist()
     for sigma, following in pairwise(levels):
         given, without = predict(x, sigma)
         x = x + (x - (without + 7.0 * (given - without))) / sigma * (following - sigma)

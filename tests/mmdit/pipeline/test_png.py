@@ -116,7 +116,7 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
         (b"bytes", "bytes"),
         (np.int64(3), "int64"),
         ("a\ud800", "surrogates not allowed"),
-        ("\ud83d\ude00", "comes back as"),  # two halves would come back as one character
+        ("\ud83d\ude00", "comes back as"),  # two branches would come back as one character
         (10**5000, "digits"),
     ],
     ids=lambda value: type(value).__name__,

@@ -160,9 +160,9 @@ def test_conditionings_have_the_lengths_of_their_references(pipes):
 
 
 def test_defaults(pipes):
-    assert len(pipes["diffusers"].levels()) == 28 + 1
-    assert len(pipes["comfyui"].levels()) == 20 + 1
-    assert len(pipes["reference"].levels()) == 50 + 1
+    assert len(pipes["diffusers"].sigmas()) == 28 + 1
+    assert len(pipes["comfyui"].sigmas()) == 20 + 1
+    assert len(pipes["reference"].sigmas()) == 50 + 1
 
 
 def test_presets_are_defaults_that_arguments_override(tiny_folders, monkeypatch):
@@ -173,7 +173,7 @@ def test_presets_are_defaults_that_arguments_override(tiny_folders, monkeypatch)
         "a", seed=1, height=32, width=32, num_inference_steps=4, guidance_scale=1.0, output_type="latent"
     ).images
     assert torch.equal(drawn, wanted)
-    assert len(pipe.levels(9)) == 10
+    assert len(pipe.sigmas(9)) == 10
     assert PRESETS["sd3_medium"].applied(PROFILES["reference"]).shift == 1.0
     with pytest.raises(ValueError, match="unknown preset 'turbos'; did you mean 'turbo'"):
         Pipeline.from_pretrained(folder, preset="turbos")

@@ -178,10 +178,10 @@ def test_a_comparison_gives_both_sides_the_same_noise(pipe):
 @pytest.mark.parametrize("name", ["dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"])
 def test_comfyui_leaves_out_the_second_last_level(pipes, name):
     wanted = sigmas("simple", 7)
-    found = pipes["comfyui"].levels(6, "simple", sampler=name)
+    found = pipes["comfyui"].sigmas(6, "simple", sampler=name)
     assert torch.equal(found, torch.cat([wanted[:-2], wanted[-1:]]))
-    assert torch.equal(pipes["diffusers"].levels(6, "simple", sampler=name), sigmas("simple", 6))
-    assert torch.equal(pipes["comfyui"].levels(6, "simple", sampler="euler"), sigmas("simple", 6))
+    assert torch.equal(pipes["diffusers"].sigmas(6, "simple", sampler=name), sigmas("simple", 6))
+    assert torch.equal(pipes["comfyui"].sigmas(6, "simple", sampler="euler"), sigmas("simple", 6))
 
 
 def started(pipe, monkeypatch, **asked):
@@ -253,9 +253,9 @@ def test_steps_that_a_sampler_chooses_itself_are_told_as_they_are(pipe):
 def test_cfg_pp_gets_both_predictions_at_every_scale(pipe, name, scale, monkeypatch):
     passes, predict = [], Pipeline.predict
 
-    def counted(self, x, sigma, halves, **more):
-        passes.append(len(halves))
-        return predict(self, x, sigma, halves, **more)
+    def counted(self, x, sigma, branches, **more):
+        passes.append(len(branches))
+        return predict(self, x, sigma, branches, **more)
 
     monkeypatch.setattr(Pipeline, "predict", counted)
     a = pipe(PROMPT, "green", seed=3, sampler=name, guidance_scale=scale, **SMALL).images
