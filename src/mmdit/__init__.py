@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mmdit.pipeline.pipeline import Pipeline, PipelineOutput
     from mmdit.pipeline.previews import preview
     from mmdit.pipeline.profiles import PROFILES, Profile
-    from mmdit.pipeline.ranges import Ranged
+    from mmdit.pipeline.prompts import Ranged
     from mmdit.pipeline.settings import read_settings, save_png
 
 __all__ = [
@@ -92,7 +92,7 @@ _HOME = {
     "calibrate": "mmdit.pipeline.calibration",
     "attention_maps": "mmdit.inspection.attention_maps",
     "capture": "mmdit.inspection.capture",
-    "Ranged": "mmdit.pipeline.ranges",
+    "Ranged": "mmdit.pipeline.prompts",
     "compare": "mmdit.parity.compare",
     "concept_tokens": "mmdit.inspection.concepts",
     "float8_blame": "mmdit.inspection.float8",

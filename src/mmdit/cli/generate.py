@@ -19,10 +19,11 @@ from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.devices import device_of, dtype_of
 from mmdit.cli.options import DTYPES
 from mmdit.cli.outputs import Output, outputs
-from mmdit.pipeline.arguments import checked_quant, generators, profile_of, shift_for
+from mmdit.pipeline.arguments import checked_quant, profile_of, shift_for
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.pipeline import DEMO, Pipeline
 from mmdit.pipeline.profiles import Profile
+from mmdit.pipeline.seeds import generators
 from mmdit.pipeline.settings import FORMAT_VERSION, Settings, SettingsError, grid, read_settings
 from mmdit.utils import whole
 from samplers import SCHEDULES, SOLVERS, pick

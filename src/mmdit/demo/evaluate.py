@@ -29,9 +29,9 @@ from mmdit.demo.grammar import KINDS, Statement
 from mmdit.demo.score import accuracies, macro_average, score_batch
 from mmdit.demo.sheet import contact_sheet
 from mmdit.embedded import EMBEDDED
-from mmdit.pipeline.arguments import generators
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.pipeline.seeds import generators
 from samplers import SOLVERS, pick
 
 __all__ = [

@@ -24,7 +24,7 @@ from mmdit.inspection.spool import Spool
 from mmdit.inspection.views import Passing, put_back, shown
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Drawing
-from mmdit.pipeline.steps import Verbs
+from mmdit.pipeline.steps import PipelineSteps
 
 Reduce = Reducer | Mapping[str, Reducer] | None
 BUDGET = "4 GB"
@@ -92,7 +92,7 @@ def capture(
         recorder.dtype, recorder.device, recorder.grad = dtype, torch.device(device), grad
         recorder.budget, recorder.stop = bytes_of(budget), stop
         recorder.forecast.dtype = dtype
-        if isinstance(model, Verbs):
+        if isinstance(model, PipelineSteps):
             stack.enter_context(listening(model.planners, recorder.plan))
         try:
             with hooked(model, targets, recorder.handle, recorder.began):
@@ -133,7 +133,7 @@ class _Recorder:
         self.targets, self.address, self.reducers = targets, address, reducers
         self.seen, self.spool = seen, spool
         self.forecast = Forecast(address, lambda target: reducers.get(target.name), None)
-        self.transformer = model.transformer if isinstance(model, Verbs) else None
+        self.transformer = model.transformer if isinstance(model, PipelineSteps) else None
         self.final = max(targets, key=_rank)  # the entry that runs last
         self.last_step: int | None = None  # of the drawing that is under way
         self.branches_left: set[str | None] = set()

@@ -16,7 +16,7 @@ from mmdit.inspection.labelled import Labelled
 from mmdit.inspection.views import Passing
 from mmdit.inspection.words import token_positions
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.steps import Verbs
+from mmdit.pipeline.steps import PipelineSteps
 
 
 class Concepts:
@@ -170,7 +170,7 @@ def _vectors(model: Inspected, concepts: str | Sequence[str] | Tensor) -> tuple[
         names, vectors = [str(i) for i in range(len(concepts))], concepts
     else:
         names = [concepts] if isinstance(concepts, str) else list(concepts)
-        if not isinstance(model, Verbs):
+        if not isinstance(model, PipelineSteps):
             raise ValueError("words are read by a pipeline; with a model alone, give vectors [concepts, context_dim]")
         vectors = torch.stack([_vector(model, name) for name in names]) if names else torch.empty(0, 0)
     if len(names) < 2:
@@ -179,7 +179,7 @@ def _vectors(model: Inspected, concepts: str | Sequence[str] | Tensor) -> tuple[
 
 
 @torch.no_grad()
-def _vector(pipe: Verbs, word: str) -> Tensor:
+def _vector(pipe: PipelineSteps, word: str) -> Tensor:
     read = pipe.encode(word)
     places = token_positions(read, 0, word, "t5") or token_positions(read, 0, word, "clip")
     if not places:

@@ -21,10 +21,10 @@ from mmdit.inspection.points import Point, Side, Stream, point_table
 from mmdit.inspection.views import Passing
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, Drawing, Pass
-from mmdit.pipeline.steps import Verbs
+from mmdit.pipeline.steps import PipelineSteps
 from mmdit.runtime.compiled import refuse_compiled
 
-Inspected = nn.Module | Verbs  # one of our models, or a pipeline
+Inspected = nn.Module | PipelineSteps  # one of our models, or a pipeline
 TRANSFORMER = "transformer."  # what names of a pipeline's points may leave out
 
 
@@ -119,7 +119,7 @@ def points_of(model: nn.Module) -> dict[str, Point]:
 
 def models_of(inspected: Inspected) -> dict[Component | None, nn.Module]:
     """By component; a model alone has no component's name."""
-    return dict(inspected.models.items()) if isinstance(inspected, Verbs) else {None: inspected}
+    return dict(inspected.models.items()) if isinstance(inspected, PipelineSteps) else {None: inspected}
 
 
 def targets_of(inspected: Inspected) -> dict[str, Target]:
@@ -163,7 +163,7 @@ def selected(inspected: Inspected, patterns: str | Sequence[str], stream: Stream
 
 def check_address(inspected: Inspected, target: Target, address: Address) -> None:
     """Raise ValueError where a point does not have what the address narrows."""
-    drawn = isinstance(inspected, Verbs) and target.model is inspected.transformer
+    drawn = isinstance(inspected, PipelineSteps) and target.model is inspected.transformer
     address.check(target.point, target.name, drawn=drawn)
 
 
@@ -189,7 +189,7 @@ def hooked(
                 trackers[id(entry)] = tracker = Tracker()
                 for removable in _track(entry, tracker, began):
                     stack.callback(removable.remove)
-                if isinstance(inspected, Verbs) and entry is inspected.transformer:
+                if isinstance(inspected, PipelineSteps) and entry is inspected.transformer:
                     stack.enter_context(listening(inspected.watchers, tracker.watch))
                     stack.enter_context(listening(inspected.planners, tracker.plan))
         for (_, _, side), group in groupby(sorted(targets, key=_place), key=_place):

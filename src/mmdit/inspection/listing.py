@@ -14,7 +14,7 @@ from mmdit.inspection.hooks import TRANSFORMER, Inspected, Target, Tracker, mode
 from mmdit.inspection.points import Stream
 from mmdit.inspection.views import Passing, shown
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.steps import Verbs
+from mmdit.pipeline.steps import PipelineSteps
 from mmdit.utils import whole
 
 
@@ -80,17 +80,17 @@ def points(
     for one in models_of(model).values():
         if some := [target for target in targets if target.model is one]:
             rehearse(one, some, sizes, note)
-    transformer = model.transformer if isinstance(model, Verbs) else None
+    transformer = model.transformer if isinstance(model, PipelineSteps) else None
     fronts = [TRANSFORMER if target.model is transformer else "" for target in targets]
     rows = [found[target.name] for target in targets]
     return PointList(row._replace(name=front + row.name) for front, row in zip(fronts, rows, strict=True))
 
 
 def _sizes(model: Inspected, height: int | None, width: int | None, text_tokens: int | None, batch: int) -> Sizes:
-    transformer = model.transformer if isinstance(model, Verbs) else model
+    transformer = model.transformer if isinstance(model, PipelineSteps) else model
     cell = (
         model.vae.config.downscale
-        if isinstance(model, Verbs)
+        if isinstance(model, PipelineSteps)
         else model.config.downscale
         if isinstance(model, VAE)
         else 8
@@ -101,10 +101,10 @@ def _sizes(model: Inspected, height: int | None, width: int | None, text_tokens:
         for name, side in (("height", height), ("width", width))
     ]
     clip, t5 = 77, 256
-    if isinstance(model, Verbs):
+    if isinstance(model, PipelineSteps):
         clip, t5 = model.profile.text.clip_length, model.profile.text.t5_length
     texts = (clip + t5, clip, t5) if text_tokens is None else (text_tokens,) * 3
-    if isinstance(model, Verbs):
+    if isinstance(model, PipelineSteps):
         texts = (texts[0], clip, t5)
     whole("batch", batch, 1)
     return Sizes(batch, *sides, *(whole("text_tokens", one, 1) for one in texts))

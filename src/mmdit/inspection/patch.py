@@ -27,7 +27,7 @@ from mmdit.inspection.hooks import (
 from mmdit.inspection.points import Stream
 from mmdit.inspection.views import Passing, put_back, shown
 from mmdit.pipeline.passes import Drawing
-from mmdit.pipeline.steps import Verbs
+from mmdit.pipeline.steps import PipelineSteps
 from samplers import pick
 
 Ablation = Literal["zero", "mean", "resample"]
@@ -107,7 +107,7 @@ def patch(
             )
     patcher = _Patcher(model, targets, address, change)
     with ExitStack() as stack:
-        if isinstance(model, Verbs):
+        if isinstance(model, PipelineSteps):
             stack.enter_context(listening(model.planners, patcher.plan))
         stack.enter_context(hooked(model, targets, patcher.handle, patcher.began))
         yield
@@ -120,7 +120,7 @@ class _Patcher:
 
     def __init__(self, model: Inspected, targets: Sequence[Target], address: Address, change: Change) -> None:
         self.targets, self.address, self.change = targets, address, change
-        self.transformer = model.transformer if isinstance(model, Verbs) else None
+        self.transformer = model.transformer if isinstance(model, PipelineSteps) else None
         self.ran, self.applied = False, False
 
     def plan(self, drawing: Drawing) -> None:

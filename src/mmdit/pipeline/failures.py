@@ -1,8 +1,8 @@
-"""Where a drawing stopped being finite: the predictions of the step are made once more, and every layer is watched."""
+"""Why a drawing failed: it ran out of memory, or a step gave values that are not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,8 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mmdit.checkpoints.components import TITLES, Component
 from mmdit.pipeline.passes import Branch
+from mmdit.utils import is_out_of_memory, weight_bytes
 from samplers import Step
+
+
+@contextmanager
+def explained_memory_errors(models: Mapping[Component, nn.Module], what: str) -> Iterator[None]:
+    """Turn a failed allocation into a MemoryError that says what is in memory, what was asked for and what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        what_failed = (str(error) or type(error).__name__).splitlines()[0]
+        weights = ", ".join(f"{TITLES[name]} {weight_bytes(model) / 1e9:.2f} GB" for name, model in models.items())
+        raise MemoryError(
+            f"out of memory while drawing {what}. Weights: {weights}. What failed: {what_failed}. "
+            "What helps: a smaller height and width, fewer pictures at once (num_images_per_prompt), "
+            "weights in 16 bits (dtype=torch.bfloat16), models that take turns on the device (offload='stages'), "
+            "or decoding in tiles (vae_tile=512)"
+        ) from error
 
 
 class Call(NamedTuple):

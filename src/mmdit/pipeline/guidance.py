@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.profiles import Profile
-from mmdit.pipeline.ranges import Ranged
+from mmdit.pipeline.prompts import Ranged
 from mmdit.utils import whole
 from samplers import (
     Guide,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,32 +18,30 @@ from mmdit.checkpoints.load_pipeline import from_file, from_folder
 from mmdit.checkpoints.write import write_checkpoint
 from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.arguments import (
-    Generators,
     Offload,
     Shift,
-    check_draws_nothing,
     check_latents,
     check_output_type,
     checked_offload,
     checked_quant,
-    generators,
-    own_seeds,
     profile_of,
     shift_for,
 )
-from mmdit.pipeline.callbacks import OnStepEnd, after_step
+from mmdit.pipeline.failures import explained_memory_errors
 from mmdit.pipeline.guidance import Guidance, with_skip_layers
 from mmdit.pipeline.images import OutputType, convert_output
-from mmdit.pipeline.memory import explained
 from mmdit.pipeline.profiles import Profile, is_known
-from mmdit.pipeline.prompts import Asked, Texts, settings_of
-from mmdit.pipeline.ranges import Ranged, ranges
-from mmdit.pipeline.settings import Settings
-from mmdit.pipeline.steps import Verbs
+from mmdit.pipeline.prompts import Asked, Ranged, Texts, ranges
+from mmdit.pipeline.seeds import Generators, check_draws_nothing, generators, own_seeds
+from mmdit.pipeline.settings import Settings, settings_of
+from mmdit.pipeline.steps import PipelineSteps
 from mmdit.utils import bar, whole
 from quant.recipe import Recipe
+from samplers import Step
 
 DEMO = "demo"  # what settings call the embedded model
+# (pipeline, step index, timestep, {"latents": [b, c, h, w], "denoised": [b, c, h, w]}) -> None, or {"latents": others}
+OnStepEnd = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class PipelineOutput:
     settings: tuple[Settings, ...] = ()
 
 
-class Pipeline(Verbs):
+class Pipeline(PipelineSteps):
     """Stable Diffusion 3 / 3.5: text encoders, transformer, solver and VAE.
 
     `pipe("a cat").images[0]` draws; `encode`, `noise`, `predict`, `sample` and `decode` are the same in steps.
@@ -225,7 +223,7 @@ class Pipeline(Verbs):
                 of `encode`; likewise the negative ones.
             num_images_per_prompt: pictures of each prompt, in a row.
             max_sequence_length: T5 tokens.
-            callback_on_step_end: called after every step, see `mmdit.pipeline.callbacks.OnStepEnd`.
+            callback_on_step_end: called after every step, see `mmdit.OnStepEnd`.
             skip_guidance_layers: blocks of skip-layer guidance, 7, 8, 9 for SD3.5-Medium; the three that follow are its
                 scale and shares of the steps. As in diffusers, that profile leaves it out unless guidance_scale > 1.
             guidance: all else that guides, see `mmdit.Guidance`.
@@ -316,7 +314,7 @@ class Pipeline(Verbs):
     def _drawing(self, what: str) -> Iterator[None]:
         """Explain running out of memory; with `offload`, leave nothing on the device, whatever happens."""
         try:
-            with explained(self.models, what):
+            with explained_memory_errors(self.models, what):
                 yield
         finally:
             if self._turns is not None:
@@ -337,3 +335,30 @@ class Pipeline(Verbs):
         cell = self.vae.config.downscale
         check_latents(latents, count, self.transformer.config, cell, self._unit, height, width)
         return latents.to(self.device)
+
+
+def after_step(callback: OnStepEnd, pipe: object, step: Step, sigma: float) -> None:
+    """Call `callback` as diffusers does; latents that it returns are what the solver goes on from.
+
+    Args:
+        callback: see `OnStepEnd`; diffusers passes the latents alone, here the predicted picture is there too.
+        pipe: the pipeline.
+        step: just made.
+        sigma: the level that it started from; the timestep is 1000 times that.
+
+    Raises:
+        TypeError: the callback returned something else than a dict or None.
+        ValueError: it returned another key than latents, or latents of another shape.
+    """
+    given = {"latents": step.x, "denoised": step.denoised}
+    found = callback(pipe, step.i, 1000 * sigma, dict(given))
+    if found is None:
+        return
+    if not isinstance(found, dict):
+        raise TypeError(f"callback_on_step_end returned {type(found).__name__}, expected a dict or None")
+    if odd := sorted(set(found) - set(given)):
+        raise ValueError(f"callback_on_step_end returned {odd[0]!r}; what it can change is 'latents'")
+    latents = found.get("latents", step.x)
+    if latents.shape != step.x.shape:
+        raise ValueError(f"callback_on_step_end returned latents {list(latents.shape)}, expected {list(step.x.shape)}")
+    step.x = latents.to(step.x)

@@ -16,14 +16,14 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.passes import Branch, Drawing, Pass, Planner, Watcher, perturbed
 from mmdit.pipeline.profiles import Profile
-from mmdit.pipeline.ranges import Conditionings, ranges
+from mmdit.pipeline.prompts import Conditionings, ranges
 from samplers import Guide, Predict, Solver
 
 _SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class Predicting(ABC):
-    """What `mmdit.pipeline.steps.Verbs` predicts with."""
+    """What `mmdit.pipeline.steps.PipelineSteps` predicts with."""
 
     transformer: MMDiT
     profile: Profile
@@ -113,7 +113,7 @@ class Predicting(ABC):
 
         Args:
             predict: of `Branch`s.
-            cond, uncond: see `Verbs.sample`.
+            cond, uncond: see `PipelineSteps.sample`.
             scale, guidance, sampler, levels, shift: of the drawing.
             shape: of the noise.
         """

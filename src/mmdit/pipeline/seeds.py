@@ -1,15 +1,69 @@
-"""What a pipeline hands to a sampler beside the model: its shift, and noise as the profile draws it."""
+"""Seeds and generators: what draws the noise that a picture starts from, and the noise that samplers add."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from mmdit.pipeline.arguments import Generators
 from mmdit.pipeline.profiles import StepNoise
 from samplers import BrownianTree, Fresh, Noise, Solver
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def generators(
+    seed: int | Sequence[int] | None, generator: Generators, count: int, *, alone: bool = False
+) -> Generators:
+    """What draws the noise of `count` pictures.
+
+    Args:
+        seed, generator: one of them, or neither.
+        count: pictures.
+        alone: one seed for several pictures is that of each.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator are both given; give one of them")
+    if seed is None:
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise ValueError(
+                f"{len(generator)} generators for {count} pictures; give one, or a list of one per picture"
+            )
+        return generator
+    if isinstance(seed, SupportsIndex):
+        return [_seeded(seed) for _ in range(count)] if alone else _seeded(seed)
+    if not isinstance(seed, Sequence) or len(seed) != count:
+        found = f"{len(seed)} seeds" if isinstance(seed, Sequence) else f"seed {seed!r}"
+        raise ValueError(f"{found} for {count} pictures; give one whole number, or a list of one per picture")
+    return [_seeded(one) for one in seed]
+
+
+def check_draws_nothing(**sources: object) -> None:
+    """Raise ValueError if something to draw noise with is given beside latents."""
+    if given := [name for name, value in sources.items() if value is not None]:
+        raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw: give one of them")
+
+
+def own_seeds(seed: int | Sequence[int] | None, count: int, *, alone: bool) -> list[int | None]:
+    """The seed with which each of `count` pictures can be drawn again by itself; None where there is none.
+
+    Args:
+        seed: as it was given.
+        count: pictures.
+        alone: one seed for several pictures draws each as if alone.
+    """
+    if isinstance(seed, Sequence):
+        return [index(one) for one in seed]
+    return [index(seed) if seed is not None and (alone or count == 1) else None] * count
+
+
+def _seeded(seed: SupportsIndex) -> torch.Generator:
+    if not isinstance(seed, SupportsIndex) or not -(2**63) <= index(seed) < 2**64:
+        raise ValueError(f"a seed is a whole number of at most 64 bits, got {seed!r}")
+    return torch.Generator().manual_seed(index(seed))
 
 
 def solver_options(

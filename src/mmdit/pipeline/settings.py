@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, NoReturn, Self, get_args, get_type_hints
@@ -20,6 +21,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from mmdit._version import __version__
 from mmdit.pipeline.images import png_path
+from mmdit.pipeline.prompts import Texts
 from mmdit.utils import replacing
 
 KEYWORD = "mmdit"
@@ -92,6 +94,28 @@ class Settings:
             raise SettingsError(f"{where}: {'; '.join(mistakes)}. {_ORIGINAL}")
         known |= {name: float(value) for name, value in known.items() if float in names[name]}
         return cls(**known)
+
+
+def settings_of(
+    pairs: tuple[Texts, Texts | None], per_prompt: int, seeds: Sequence[int | None], common: Mapping[str, Any]
+) -> tuple[Settings, ...]:
+    """The settings of each picture of a call; none where something encoded took the place of a prompt.
+
+    Args:
+        pairs: what was asked for, and what to keep away from.
+        per_prompt: pictures of each prompt.
+        seeds: of each picture.
+        common: the other settings.
+    """
+    asked, against = pairs
+    if asked.prompts is None or (against is not None and against.prompts is None):
+        return ()
+    negatives = repeat("") if against is None or against.prompts is None else against.prompts
+    texts = [pair for pair in zip(asked.prompts, negatives, strict=False) for _ in range(per_prompt)]
+    return tuple(
+        Settings(prompt=prompt, negative_prompt=negative, seed=seed, **common)
+        for (prompt, negative), seed in zip(texts, seeds, strict=True)
+    )
 
 
 def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:

@@ -17,14 +17,12 @@ from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_pro
 from mmdit.checkpoints.components import Component
 from mmdit.checkpoints.load_pipeline import Parts
 from mmdit.pipeline.arguments import (
-    Generators,
     Offload,
     Shift,
     cells,
     check_float8,
     checked_offload,
     checked_quant,
-    generators,
     profile_of,
     quant_name,
     shift_for,
@@ -35,8 +33,8 @@ from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.passes import Branch, Planner, Watcher
 from mmdit.pipeline.predict import Predicting
 from mmdit.pipeline.profiles import Profile
-from mmdit.pipeline.ranges import Conditionings
-from mmdit.pipeline.seeds import solver_options
+from mmdit.pipeline.prompts import Conditionings
+from mmdit.pipeline.seeds import Generators, generators, solver_options
 from mmdit.runtime.offload import Turns
 from mmdit.utils import whole
 from quant.quantize import is_quantized, quantize_
@@ -44,7 +42,7 @@ from quant.recipe import Recipe
 from samplers import SOLVERS, Step, gaussian, only_x0, pick
 
 
-class Verbs(Predicting):
+class PipelineSteps(Predicting):
     """Models under a profile, and what is done with them; `mmdit.Pipeline` adds loading and the call that does all.
 
     Args:
@@ -324,6 +322,8 @@ class _Count:
     calls: list[Call] = field(default_factory=list)
 
 
-def _predict_at(verbs: Verbs, count: _Count, x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
+def _predict_at(
+    pipe: PipelineSteps, count: _Count, x: Tensor, sigma: float, branches: Sequence[Branch]
+) -> list[Tensor]:
     count.calls.append(Call(x, sigma, branches))
-    return verbs.predict(x, sigma, branches, step=count.step)
+    return pipe.predict(x, sigma, branches, step=count.step)
