@@ -6,7 +6,6 @@ its padding, so "wow!" is 2781, 0 there and 2781, 256 in CLIP-L's, although both
 """
 
 import base64
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from typing import Any, NamedTuple, Self
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
+
+from encoders.json_files import JSONError, parse_json
 
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _KNOWN_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", *_CONFIG_FILES)
@@ -95,11 +96,11 @@ class _Files:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file, {} when there is no such file."""
-        with self.blame(name):
-            value = json.loads(self.data.get(name, b"{}"))
-            if not isinstance(value, dict):
-                raise ValueError(f"not a JSON object but a {type(value).__name__}")
-            return value
+        try:
+            value: dict[str, Any] = parse_json(self.data.get(name, b"{}"), self.path / name, kind=dict)
+        except JSONError as error:
+            raise TokenizerFileError(str(error)) from error
+        return value
 
     @contextmanager
     def blame(self, name: str) -> Iterator[None]:

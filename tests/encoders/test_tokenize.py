@@ -554,7 +554,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
         (lambda v: v.update({"a": v["b"]}), r"vocab\.json: .*out of range or missing: \[64\]"),
         (lambda v: v.update({"a": -1}), r"vocab\.json: .*out of range or missing: \[-1, 64\]"),
         (lambda v: v.update({"a": "x"}), r"vocab\.json: TypeError"),
-        (list, r"vocab\.json: .*not a JSON object but a list"),
+        (list, r"vocab\.json .*array.*object"),
     ],
 )
 def test_a_bad_vocabulary_is_named(tiny_tokenizers: Path, change: Callable[[Any], Any], said: str) -> None:
@@ -582,10 +582,10 @@ def test_a_bad_merge_is_named(tiny_tokenizers: Path, line: str, said: str) -> No
 @pytest.mark.parametrize(
     "name", ["tokenizer/vocab.json", "tokenizer_2/tokenizer_config.json", "tokenizer_3/tokenizer.json"]
 )
-@pytest.mark.parametrize(("data", "said"), [(b'{"a": ', "Expecting value"), (b'{"\xff": 1}', "utf-8")])
+@pytest.mark.parametrize(("data", "said"), [(b'{"a": ', "line 1, column"), (b'{"\xff": 1}', "UTF-8")])
 def test_bad_json_is_named(tiny_tokenizers: Path, name: str, data: bytes, said: str) -> None:
     (tiny_tokenizers / name).write_bytes(data)
-    with pytest.raises(TokenizerFileError, match=f"{name}: .*{said}"):
+    with pytest.raises(TokenizerFileError, match=f"{name} .*{said}"):
         Tokenizers.from_folder(tiny_tokenizers)
 
 
