@@ -38,11 +38,13 @@ ACTIONS = {"quantize": quantize, "load": load}
 
 def measure(name: str, source: Path, target: Path) -> dict:
     import mmdit.checkpoints.quantize
-    from mmdit.checkpoints.load import empty, open_part
+    from mmdit.checkpoints.load import empty, open_model
     from mmdit.checkpoints.locate import locate
 
     assert mmdit.checkpoints.quantize
-    empty(open_part(locate(source), "transformer"))  # imports are not what is measured, and torch has some on first use
+    empty(
+        open_model(locate(source), "transformer")
+    )  # imports are not what is measured, and torch has some on first use
     stop, peak, before = threading.Event(), [0], anonymous()
     watcher = threading.Thread(target=measure_loading.peak_anonymous, args=(stop, peak))
     watcher.start()

@@ -17,7 +17,7 @@ from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.bench.random_models import MODELS, bytes_of, check_names, fill, quantized
 from mmdit.checkpoints.config_json import to_diffusers
-from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
@@ -104,7 +104,7 @@ def random_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Pip
     for part in (transformer, vae, clip_l, clip_g, t5):
         fill(part.to_empty(device=device).to(dtype).requires_grad_(False).eval())
     tokenizers = Tokenizers.from_folder(EMBEDDED)
-    return Pipeline(Parts(transformer, vae, clip_l, clip_g, t5, tokenizers, 3.0), name="random weights")
+    return Pipeline(Components(transformer, vae, clip_l, clip_g, t5, tokenizers, 3.0), name="random weights")
 
 
 def _ours(model: str, recipe: str | None, compiled: bool, device: torch.device, dtype: torch.dtype) -> Pipeline:

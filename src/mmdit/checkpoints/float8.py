@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from mmdit.checkpoints.components import UNUSED, Model
-from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.lazy_codes import Codes, agree
+from mmdit.checkpoints.lazy import Codes, LazyTensor, agree
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from quant.packing import Kind, kinds_in, layer_of, metadata_of, note_key, note_of, scale_keys
 from quant.spellings import (

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmdit.checkpoints.describe import NEEDED, WHERE
 from mmdit.checkpoints.locate import DIFFUSERS_FOLDERS, TOKENIZERS, locate, read_json
+from mmdit.checkpoints.official import NEEDED, WHERE
 
 Variant = Literal["fp16"]
 

@@ -1,9 +1,12 @@
-"""Tensors that are not there yet: a checkpoint can be mapped and checked before a byte of it is read."""
+"""Tensors that are not read yet: a checkpoint can be mapped and checked before a byte of its data is read.
+
+`LazyTensor` is any stored tensor, `Codes` the float8 one whose scales are known and whose codes are read on demand.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from math import prod
 from typing import Self
@@ -11,7 +14,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mmdit.checkpoints.lazy_codes import Codes, moved
+from quant.recipe import Granularity, Recipe
+from quant.scaling import DTYPES, has_float8
 from quant.spellings import FLOAT8
 from quant.tensor import Float8Tensor
 
@@ -74,3 +78,99 @@ def _common(dtypes: set[torch.dtype]) -> torch.dtype:
     """The dtype that holds numbers of all of these; float8 beside wider ones is widened."""
     wide = sorted(dtypes - set(FLOAT8), key=str)
     return reduce(torch.promote_types, wide) if wide else min(dtypes, key=str)
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """What a float8 tensor is made of; Linears can compute with matrices, [out, in]."""
+
+    shape: tuple[int, ...]
+    load: Callable[[torch.device], Tensor]  # the codes, of the recipe's float8 dtype
+    scale: Tensor  # float32, () or [out, 1] (or with more ones)
+    input_scale: Tensor | None  # float32, ()
+    recipe: Recipe
+    plain: bool = False  # the file stores no scale: it is 1
+    logical: torch.dtype = torch.bfloat16  # what it stands for, where the reader does not say
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the codes."""
+        return DTYPES[self.recipe.format]
+
+    def read(self, dtype: torch.dtype, device: torch.device) -> Float8Tensor:
+        """A weight that stands for `dtype`."""
+        codes = self.load(device if has_float8(device) else torch.device("cpu"))
+        if not has_float8(device):
+            codes = codes.view(torch.uint8).to(device)
+        input_scale = None if self.input_scale is None else self.input_scale.to(device)
+        return Float8Tensor(codes, self.scale.to(device), input_scale, self.recipe, dtype)
+
+    @classmethod
+    def of(cls, tensor: Float8Tensor) -> Self:
+        """Of a weight that is there already."""
+        dtype = DTYPES[tensor.recipe.format]
+
+        def load(device: torch.device) -> Tensor:
+            codes = tensor.qdata.to(device if tensor.qdata.dtype == dtype else "cpu")
+            return codes.view(dtype).to(device)
+
+        scales = (None if scale is None else scale.detach().cpu() for scale in (tensor.scale, tensor.input_scale))
+        scale, input_scale = scales
+        assert scale is not None
+        return cls(tuple(tensor.shape), load, scale, input_scale, tensor.recipe, logical=tensor.dtype)
+
+    @classmethod
+    def derived(
+        cls, operation: Callable[..., Tensor], shape: tuple[int, ...], parts: Sequence[Codes | None]
+    ) -> Self | None:
+        """What `operation`, which only moves elements around, makes of others; None where rows do not stay whole.
+
+        One scale of all parts stays one, different ones become one per row. Activations have one scale in a layer:
+        where the parts do not agree on it, they stay as they are (weight-only).
+        """
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or len({part.dtype for part in known}) > 1:
+            return None
+        scale = _derived_scale(operation, known)
+        if scale.ndim and scale.shape != _rows(shape):
+            return None
+        first, agreed = known[0], agree(known)
+        granularity: Granularity = "row" if scale.ndim else "tensor"
+        together = first.recipe if agreed else replace(first.recipe, activation="none", backend="auto")
+        recipe = replace(together, granularity=granularity)
+
+        def load(device: torch.device) -> Tensor:
+            return moved(operation, [part.load(device) for part in known])
+
+        plain, input_scale = all(part.plain for part in known), first.input_scale if agreed else None
+        return cls(shape, load, scale, input_scale, recipe, plain, first.logical)
+
+
+def agree(parts: Sequence[Codes]) -> bool:
+    """Whether the activations of all parts are treated alike, under the same scale."""
+    same = parts[0].input_scale
+    recipes = {replace(part.recipe, granularity="row") for part in parts}
+    return len(recipes) == 1 and all(
+        part.input_scale is same
+        or (part.input_scale is not None and same is not None and torch.equal(part.input_scale, same))
+        for part in parts
+    )
+
+
+def moved(operation: Callable[..., Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """What an operation that only moves elements around makes of tensors of one dtype, float8 too."""
+    dtype = parts[0].dtype
+    if dtype.itemsize > 1 or not dtype.is_floating_point:
+        return operation(*parts)
+    return operation(*(part.view(torch.uint8) for part in parts)).contiguous().view(dtype)
+
+
+def _derived_scale(operation: Callable[..., Tensor], parts: Sequence[Codes]) -> Tensor:
+    first = parts[0].scale
+    if not first.ndim and all(torch.equal(part.scale, first) for part in parts):
+        return first
+    return operation(*(part.scale.expand(_rows(part.shape)) for part in parts)).contiguous()
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[0], *[1] * (len(shape) - 1)

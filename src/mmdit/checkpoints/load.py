@@ -45,7 +45,7 @@ _T5_EMBEDDING, _T5_EMBEDDING_TWIN = "shared.weight", "encoder.embed_tokens.weigh
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredModel:
     """One model of a checkpoint, under official names and not read yet."""
 
     component: Component
@@ -116,7 +116,7 @@ def load_t5(
     return _load(path, "t5", device, dtype, float8)
 
 
-def open_part(found: Found, component: Component) -> Part:
+def open_model(found: Found, component: Component) -> StoredModel:
     """One model of a located checkpoint: names mapped, float8 scales read, config inferred, and no weight read.
 
     Raises:
@@ -146,24 +146,24 @@ def open_part(found: Found, component: Component) -> Part:
         ) from error
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    return Part(component, source, tensors, config, scales, stored_as)
+    return StoredModel(component, source, tensors, config, scales, stored_as)
 
 
-def part_of(component: Component, model: nn.Module) -> Part:
+def model_in_memory(component: Component, model: nn.Module) -> StoredModel:
     """A model in memory as a part that can be written."""
     tensors = {key: LazyTensor.of(tensor) for key, tensor in model.state_dict().items()}
     config: Any = model.config
-    return Part(component, Path("memory"), tensors, config, Scales("no float8"))
+    return StoredModel(component, Path("memory"), tensors, config, Scales("no float8"))
 
 
-def empty(part: Part) -> nn.Module:
+def empty(part: StoredModel) -> nn.Module:
     """The model of a part on the meta device: shapes and no weights."""
     make: Any = MODULES[part.component]
     with torch.device("meta"):
         return make(part.config)
 
 
-def build(part: Part, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep") -> Any:
+def build(part: StoredModel, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep") -> Any:
     """The model of a part, filled tensor by tensor on `device`, in eval mode; see `load_mmdit` for the arguments.
 
     Raises:
@@ -188,7 +188,7 @@ def build(part: Part, device: torch.device | str, dtype: torch.dtype | None, flo
     return model.eval().requires_grad_(False)
 
 
-def _compute_dtype(part: Part, dtype: torch.dtype | None, float8: Float8) -> torch.dtype:
+def _compute_dtype(part: StoredModel, dtype: torch.dtype | None, float8: Float8) -> torch.dtype:
     """The dtype that was asked for, else the one of what is not float8."""
     if dtype is not None:
         return dtype
@@ -216,7 +216,7 @@ def _warn_of_scales(source: Path, merges: list[tuple[str, ...]]) -> None:
         )
 
 
-def check_tensors(part: Part, model: nn.Module) -> None:
+def check_tensors(part: StoredModel, model: nn.Module) -> None:
     """Raise one CheckpointError that lists every tensor that is missing, unexpected, mis-shaped or not a number."""
     wanted = model.state_dict()
     shapes = [key for key in wanted if key in part.tensors and wanted[key].shape != part.tensors[key].shape]
@@ -236,10 +236,10 @@ def _load(
     path: str | Path, component: Component, device: torch.device | str, dtype: torch.dtype | None, float8: Float8
 ) -> Any:
     clip = component if component in ("clip_l", "clip_g") else None
-    return build(open_part(locate(path, clip=clip), component), device, dtype, float8)
+    return build(open_model(locate(path, clip=clip), component), device, dtype, float8)
 
 
-def _read(part: Part, key: str, device: torch.device, dtype: torch.dtype, kept: Collection[str]) -> Tensor:
+def _read(part: StoredModel, key: str, device: torch.device, dtype: torch.dtype, kept: Collection[str]) -> Tensor:
     lazy = part.tensors[key]
     try:
         if lazy.codes is not None and key in kept:
@@ -254,7 +254,7 @@ def _read(part: Part, key: str, device: torch.device, dtype: torch.dtype, kept: 
         ) from error
 
 
-def _size(part: Part, dtype: torch.dtype, kept: Collection[str]) -> str:
+def _size(part: StoredModel, dtype: torch.dtype, kept: Collection[str]) -> str:
     size = sum(prod(lazy.shape) * (1 if key in kept else dtype.itemsize) for key, lazy in part.tensors.items())
     return f"{size} bytes ({size / 1e9:.2f} GB)"
 
@@ -329,11 +329,11 @@ def _problem(what: str, keys: list[str]) -> str:
     return f"{len(keys)} {what}: {_some(keys)}" if keys else ""
 
 
-def _against(part: Part, key: str, wanted: Tensor) -> str:
+def _against(part: StoredModel, key: str, wanted: Tensor) -> str:
     return f"{_in_file(part, key)} {list(part.tensors[key].shape)} where {list(wanted.shape)} is expected"
 
 
-def _in_file(part: Part, key: str) -> str:
+def _in_file(part: StoredModel, key: str) -> str:
     """What the file calls a tensor; for a fused one, all that it is made of."""
     return " + ".join(part.stored_as.get(key, (key,)))
 

@@ -12,16 +12,16 @@ import torch
 
 from encoders import VAE, CLIPText, T5Encoder, Tokenizers
 from mmdit.checkpoints.components import TITLES, Component
-from mmdit.checkpoints.describe import how_to_get, missing
 from mmdit.checkpoints.float8 import Float8
-from mmdit.checkpoints.load import Part, build, open_part
+from mmdit.checkpoints.load import StoredModel, build, open_model
 from mmdit.checkpoints.locate import TOKENIZERS, Found, locate, with_neighbours
+from mmdit.checkpoints.official import how_to_get, missing
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.models.mmdit import MMDiT
 
 
 @dataclass
-class Parts:
+class Components:
     """What a pipeline is made of."""
 
     transformer: MMDiT
@@ -35,7 +35,7 @@ class Parts:
 
 def from_folder(
     folder: str | Path, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep"
-) -> Parts:
+) -> Components:
     """The models of a folder in the official, diffusers or ComfyUI layout; see `mmdit.load_mmdit` for the arguments.
 
     Raises:
@@ -52,7 +52,7 @@ def from_file(
     device: torch.device | str,
     dtype: torch.dtype | None,
     float8: Float8 = "keep",
-) -> Parts:
+) -> Components:
     """The models of a single file, of the files given beside it, and of those that lie next to it.
 
     Raises:
@@ -63,7 +63,7 @@ def from_file(
         if given is not None:
             there = locate(given, clip=component if component in ("clip_l", "clip_g") else None)
             if component not in there.weights:
-                open_part(there, component)  # says what the file is instead
+                open_model(there, component)  # says what the file is instead
             found.weights[component] = there.weights[component]
             found.configs |= {part: config for part, config in there.configs.items() if part == component}
     if tokenizers is not None:
@@ -75,10 +75,10 @@ def from_file(
     return _build(with_neighbours(found), device, dtype, float8)
 
 
-def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None, float8: Float8) -> Parts:
+def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None, float8: Float8) -> Components:
     if "transformer" not in found.weights:
-        open_part(found, "transformer")  # says what there is instead
-    parts = {name: open_part(found, name) for name in found.weights}
+        open_model(found, "transformer")  # says what there is instead
+    parts = {name: open_model(found, name) for name in found.weights}
     if without := missing(found):
         has = ", ".join(found.weights) or "no model of SD3"
         said = f"{found.path} is not enough for a picture: it has {has}. Missing:"
@@ -94,10 +94,10 @@ def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None, 
     _check_tokenizers(parts, tokenizers)
     shift = found.shift  # read before the weights, because it can be wrong
     models: dict[str, Any] = {name: build(part, device, dtype, float8) for name, part in parts.items()}
-    return Parts(**({"t5": None} | models), tokenizers=tokenizers, shift=shift)
+    return Components(**({"t5": None} | models), tokenizers=tokenizers, shift=shift)
 
 
-def _check_together(parts: Mapping[Component, Part]) -> None:
+def _check_together(parts: Mapping[Component, StoredModel]) -> None:
     """Raise CheckpointError where models that are sound alone do not go together."""
     config: dict[Component, Any] = {name: part.config for name, part in parts.items()}
     transformer, towers = config["transformer"], (config["clip_l"], config["clip_g"])
@@ -116,7 +116,7 @@ def _check_together(parts: Mapping[Component, Part]) -> None:
             )
 
 
-def _check_tokenizers(parts: Mapping[Component, Part], tokenizers: Tokenizers) -> None:
+def _check_tokenizers(parts: Mapping[Component, StoredModel], tokenizers: Tokenizers) -> None:
     """Raise CheckpointError where a tokenizer gives ids that its encoder has no row for."""
     pairs: list[tuple[Component, Any]] = [
         ("clip_l", tokenizers.clip_l),

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from mmdit.checkpoints.components import TITLES, Component
-from mmdit.checkpoints.describe import unknown
 from mmdit.checkpoints.float8 import Spelling
-from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.lazy_codes import Codes
-from mmdit.checkpoints.load import Part, check_tensors, empty, open_part
+from mmdit.checkpoints.lazy import Codes, LazyTensor
+from mmdit.checkpoints.load import StoredModel, check_tensors, empty, open_model
 from mmdit.checkpoints.locate import Found, locate
+from mmdit.checkpoints.official import unknown
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.checkpoints.write import OUT_LAYOUTS, tokenizers_of, write_checkpoint
 from mmdit.utils import bar
@@ -130,16 +129,16 @@ def _layout(found: Found, target: Path) -> str:
     return found.layout
 
 
-def _parts(found: Found) -> list[Part]:
+def _parts(found: Found) -> list[StoredModel]:
     if not found.weights:
         raise CheckpointError(unknown(found))
-    parts = [open_part(found, component) for component in found.weights]
+    parts = [open_model(found, component) for component in found.weights]
     for part in parts:
         check_tensors(part, empty(part))
     return parts
 
 
-def _chosen(parts: Sequence[Part], every: set[Linear], select: str | Sequence[str] | None) -> set[Linear]:
+def _chosen(parts: Sequence[StoredModel], every: set[Linear], select: str | Sequence[str] | None) -> set[Linear]:
     """The Linears to quantize, as component and name."""
     patterns = [select] if isinstance(select, str) else select
     if patterns is None:
@@ -196,12 +195,12 @@ def _input_scales(
 
 
 def _quantized(
-    part: Part,
+    part: StoredModel,
     chosen: set[Linear],
     recipe: Recipe,
     input_scales: Mapping[Linear, Tensor],
     tick: Callable[[], None],
-) -> Part:
+) -> StoredModel:
     """The part with float8 in place of the chosen weights; their scales are found here, their codes when written."""
     tensors = dict(part.tensors)
     for key, lazy in part.tensors.items():
@@ -266,7 +265,7 @@ def _ticking(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
         pass
 
 
-def _bytes(parts: Sequence[Part]) -> int:
+def _bytes(parts: Sequence[StoredModel]) -> int:
     return sum(lazy.nbytes for part in parts for lazy in part.tensors.values())
 
 

@@ -19,12 +19,12 @@ from encoders.clip import CLIPConfig
 from encoders.vae import VAEConfig
 from mmdit.checkpoints.components import PREFIXES, Component
 from mmdit.checkpoints.config_json import to_diffusers
-from mmdit.checkpoints.describe import file_stem, unknown
 from mmdit.checkpoints.float8 import Spelling, Tensors, metadata_in, spelled
 from mmdit.checkpoints.keymaps import mmdit_rules, to_theirs, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.load import Part, check_tensors, empty, open_part
+from mmdit.checkpoints.load import StoredModel, check_tensors, empty, open_model
 from mmdit.checkpoints.locate import DIFFUSERS_FOLDERS, TOKENIZERS, Found, locate
+from mmdit.checkpoints.official import file_stem, unknown
 from mmdit.checkpoints.safetensors_io import CheckpointError, write_tensors
 from mmdit.models.config import MMDiTConfig
 from samplers import pick
@@ -91,7 +91,7 @@ def convert(
     found = locate(source)
     if not found.weights:
         raise CheckpointError(unknown(found))
-    parts = [open_part(found, component) for component in found.weights]
+    parts = [open_model(found, component) for component in found.weights]
     for part in parts:
         check_tensors(part, empty(part))
     shift = 3.0 if found.shift is None else found.shift
@@ -107,7 +107,7 @@ def convert(
 
 
 def write_checkpoint(
-    parts: Sequence[Part],
+    parts: Sequence[StoredModel],
     target: str | Path,
     layout: str,
     *,
@@ -150,7 +150,7 @@ def write_checkpoint(
     return target
 
 
-def _warn_of_loss(parts: Sequence[Part], shift: float) -> None:
+def _warn_of_loss(parts: Sequence[StoredModel], shift: float) -> None:
     """Say which numbers have no place in a layout without config files."""
     lost = [] if shift == 3.0 else [f"the scheduler's shift {shift}"]
     for config in (part.config for part in parts):
@@ -162,18 +162,18 @@ def _warn_of_loss(parts: Sequence[Part], shift: float) -> None:
         warnings.warn(f"this layout has no place for {'; '.join(lost)}: readers will take defaults", stacklevel=4)
 
 
-def _cast(part: Part, dtype: torch.dtype) -> Part:
+def _cast(part: StoredModel, dtype: torch.dtype) -> StoredModel:
     return replace(part, tensors={key: lazy.as_dtype(dtype) for key, lazy in part.tensors.items()})
 
 
-def single_file(parts: Sequence[Part], spelling: Spelling) -> Tensors:
+def single_file(parts: Sequence[StoredModel], spelling: Spelling) -> Tensors:
     """All parts in one file, under the official prefixes; a text encoder alone has none, like the official files."""
     if len(parts) == 1 and parts[0].component in _TEXT_ENCODERS:
         return official(parts[0], spelling)
     return {_PREFIX_OF[part.component] + key: lazy for part in parts for key, lazy in official(part, spelling).items()}
 
 
-def _files(parts: Sequence[Part], places: tuple[str, str], spelling: Spelling) -> Plan:
+def _files(parts: Sequence[StoredModel], places: tuple[str, str], spelling: Spelling) -> Plan:
     """One file for transformer and VAE, one for each text encoder."""
     main_folder, text_folder = places
     main = [part for part in parts if part.component in ("transformer", "vae")]
@@ -186,7 +186,7 @@ def _files(parts: Sequence[Part], places: tuple[str, str], spelling: Spelling) -
     return plan
 
 
-def official(part: Part, spelling: Spelling) -> Tensors:
+def official(part: StoredModel, spelling: Spelling) -> Tensors:
     """The tensors as the official files hold them: T5's embedding twice, no projection of CLIP-L that does nothing."""
     tensors = dict(part.tensors)
     if part.component == "t5":
@@ -196,7 +196,7 @@ def official(part: Part, spelling: Spelling) -> Tensors:
     return spelled(tensors, spelling)
 
 
-def _diffusers(parts: Sequence[Part], max_shard_bytes: int, spelling: Spelling) -> Plan:
+def _diffusers(parts: Sequence[StoredModel], max_shard_bytes: int, spelling: Spelling) -> Plan:
     plan = Plan(spelling)
     for part in parts:
         stem = "diffusion_pytorch_model" if part.component in ("transformer", "vae") else "model"
@@ -214,7 +214,7 @@ def _diffusers(parts: Sequence[Part], max_shard_bytes: int, spelling: Spelling) 
     return plan
 
 
-def _theirs(part: Part) -> Tensors:
+def _theirs(part: StoredModel) -> Tensors:
     """The tensors under diffusers' names; CLIP-L gets the identity projection that its class needs."""
     if isinstance(part.config, MMDiTConfig):
         found, left = to_theirs(part.tensors, mmdit_rules(part.config.depth))
@@ -238,7 +238,7 @@ def _shards(tensors: Mapping[str, LazyTensor], most: int) -> list[dict[str, Lazy
     return shards
 
 
-def _small_files(parts: Sequence[Part], shift: float, *, has_tokenizers: bool) -> dict[str, dict[str, Any]]:
+def _small_files(parts: Sequence[StoredModel], shift: float, *, has_tokenizers: bool) -> dict[str, dict[str, Any]]:
     """config.json of every part, the scheduler's, and model_index.json."""
     texts = {
         f"{DIFFUSERS_FOLDERS[part.component]}/config.json": to_diffusers(part.component, part.config) for part in parts
@@ -266,7 +266,7 @@ def _write(plan: Plan, folder: Path, tokenizers: Callable[[Path], None] | None) 
         tokenizers(folder)
 
 
-def tokenizers_of(found: Found, parts: Sequence[Part]) -> Callable[[Path], None] | None:
+def tokenizers_of(found: Found, parts: Sequence[StoredModel]) -> Callable[[Path], None] | None:
     """What copies the tokenizers that go with the parts into a folder."""
     with_text = any(part.component in _TEXT_ENCODERS for part in parts)
     return partial(_copy_tokenizers, found.tokenizers) if with_text and found.tokenizers else None
@@ -290,12 +290,12 @@ def _replacing_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _main_stem(parts: Sequence[Part]) -> str:
+def _main_stem(parts: Sequence[StoredModel]) -> str:
     config = next((part.config for part in parts if isinstance(part.config, MMDiTConfig)), None)
     return "vae" if config is None else file_stem(config)
 
 
-def _dtype_name(part: Part) -> str:
+def _dtype_name(part: StoredModel) -> str:
     scaled = {lazy.codes.dtype for lazy in part.tensors.values() if lazy.codes is not None and not lazy.codes.plain}
     if scaled:
         return f"{_T5_DTYPES[scaled.pop()]}_scaled"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mmdit.checkpoints.load import load_vae
-from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.captions import training_captions
 from mmdit.demo.data import tokenize
 from mmdit.demo.progress import Ema, Journal
@@ -300,7 +300,7 @@ def _full_precision() -> Iterator[None]:
     torch.set_float32_matmul_precision("high")
 
 
-def _awake(parts: Parts, device: torch.device) -> Parts:
+def _awake(parts: Components, device: torch.device) -> Components:
     """What starts at zero gets small weights, or the gradient of nearly everything would be zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

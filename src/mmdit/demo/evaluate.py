@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.data import workers
 from mmdit.demo.grammar import KINDS, Statement
@@ -291,7 +291,7 @@ def _with_t5(pipe: Pipeline, setting: Setting) -> tuple[Pipeline, int | None]:
         return pipe, int(setting.t5)
     missing: Literal["zeros", "omit"] = "zeros" if setting.t5 == "zeros" else "omit"
     profile = replace(pipe.profile, text=replace(pipe.profile.text, missing_t5=missing))
-    parts = Parts(pipe.transformer, pipe.vae, pipe.clip_l, pipe.clip_g, None, pipe.tokenizers, pipe.shift)
+    parts = Components(pipe.transformer, pipe.vae, pipe.clip_l, pipe.clip_g, None, pipe.tokenizers, pipe.shift)
     return Pipeline(parts, profile=profile), None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.pipeline.pipeline import Pipeline
 
 __all__ = ["MAX_BYTES", "cast_copy", "export", "write_pieces"]
@@ -20,16 +20,16 @@ PIECE = 15 * 2**20
 ARCHIVE = "embedded.tar"
 
 
-def cast_copy(parts: Parts, device: torch.device | str, dtype: torch.dtype) -> Parts:
+def cast_copy(parts: Components, device: torch.device | str, dtype: torch.dtype) -> Components:
     """The parts on another device in another dtype, in eval mode; the given ones stay as they are."""
     models = {
         name: copy.deepcopy(getattr(parts, name)).to(device, dtype).eval().requires_grad_(False)
         for name in ("transformer", "vae", "clip_l", "clip_g", "t5")
     }
-    return Parts(**models, tokenizers=parts.tokenizers, shift=parts.shift)
+    return Components(**models, tokenizers=parts.tokenizers, shift=parts.shift)
 
 
-def export(parts: Parts, folder: Path) -> int:
+def export(parts: Components, folder: Path) -> int:
     """Write float16 weights in the official layout over what is at `folder`; returns the bytes of all files.
 
     Raises:

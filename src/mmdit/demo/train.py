@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mmdit.checkpoints.load import load_vae
-from mmdit.checkpoints.load_pipeline import Parts, from_folder
+from mmdit.checkpoints.load_pipeline import Components, from_folder
 from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
@@ -146,7 +146,7 @@ def _gathered(run: Run, gather: Callable[[], Dataset]) -> Dataset:
     return Dataset(data.scenes.to(run.device), data.tokens, data.per_scene)
 
 
-def _check(run: Run, parts: Parts) -> None:
+def _check(run: Run, parts: Components) -> None:
     """A quick evaluation during training; the numbers are for a person to judge."""
     recipe, setting = run.recipe, _capped(MAIN, run.recipe.most_eval_steps)
     result = evaluate(_pipeline(run, parts), setting, recipe.check_prompts, 1, batch=recipe.eval_batch, pool=run.pool)
@@ -154,13 +154,13 @@ def _check(run: Run, parts: Parts) -> None:
     run.journal.row("check", macro=result.macro, **shares, took=result.seconds)
 
 
-def _export(run: Run, parts: Parts) -> int:
+def _export(run: Run, parts: Components) -> int:
     size = export(parts, run.folder / "embedded")
     write_pieces(run.folder / "embedded", run.folder / "pieces")
     return size
 
 
-def _finish(run: Run, parts: Parts) -> Pipeline:
+def _finish(run: Run, parts: Components) -> Pipeline:
     """Export, load what was written, and evaluate that."""
     run.journal.row("export", bytes=_export(run, parts), left=run.left)
     dtype = torch.float32 if run.device.type == "cpu" else torch.float16
@@ -185,7 +185,7 @@ def _finish(run: Run, parts: Parts) -> Pipeline:
     return pipe
 
 
-def _pipeline(run: Run, parts: Parts) -> Pipeline:
+def _pipeline(run: Run, parts: Components) -> Pipeline:
     dtype = torch.float32 if run.device.type == "cpu" else torch.float16
     return Pipeline(cast_copy(parts, run.device, dtype))
 
@@ -194,7 +194,7 @@ def _capped(setting: Setting, most: int | None) -> Setting:
     return setting if most is None else replace(setting, steps=min(setting.steps, most))
 
 
-def _move(parts: Parts, device: torch.device) -> None:
+def _move(parts: Components, device: torch.device) -> None:
     for model in (parts.transformer, parts.vae, parts.clip_l, parts.clip_g, parts.t5):
         assert model is not None
         model.to(device).train().requires_grad_(True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.data import TokenTable, tokenize
 from mmdit.demo.progress import Budget, Ema, Every, learning_rate, mean_of, save_whole
 from mmdit.demo.run import Run
@@ -24,7 +24,7 @@ __all__ = ["Batch", "Batches", "Engine", "draw_form", "flow_loss", "make_optimiz
 
 _STATE = "mmdit.pt"
 _FORMS: tuple[T5Form, ...] = ("short", "long", "zeros", "omitted")
-Halfway = Callable[[Parts], object]
+Halfway = Callable[[Components], object]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Engine:
         backend: of torch.compile.
     """
 
-    def __init__(self, run: Run, parts: Parts, backend: str = "inductor") -> None:
+    def __init__(self, run: Run, parts: Components, backend: str = "inductor") -> None:
         self.run, self.trainee = run, trainee_of(parts)
         self.narrow, self.captures = "bf16" in run.quick, "graphs" in run.quick and run.device.type == "cuda"
         self.working = copy.deepcopy(self.trainee).bfloat16() if self.narrow else self.trainee
@@ -211,7 +211,14 @@ def rehearse(run: Run, engine: Engine) -> None:
 
 
 def train_mmdit(
-    run: Run, batches: Batches, engine: Engine, averaged: Parts, seconds: float, *, checked: Halfway, saved: Halfway
+    run: Run,
+    batches: Batches,
+    engine: Engine,
+    averaged: Components,
+    seconds: float,
+    *,
+    checked: Halfway,
+    saved: Halfway,
 ) -> None:
     """Train the engine's models, resumed from the state folder where it has a state.
 

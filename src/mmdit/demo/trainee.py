@@ -20,7 +20,7 @@ from encoders.t5 import Block as T5Block
 from encoders.t5 import Stack as T5Stack
 from encoders.t5 import T5Encoder, relative_buckets
 from encoders.vae import VAE, ResnetBlock
-from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.data import TokenTable, own_tokenizers
 from mmdit.demo.recipe import Architecture
 from mmdit.models.blocks import JointBlock
@@ -90,7 +90,7 @@ class Trainee(nn.Module):
         return self.t5(ids.long()).to(context.dtype)
 
 
-def trainee_of(parts: Parts) -> Trainee:
+def trainee_of(parts: Components) -> Trainee:
     """The trained four of a pipeline's parts, sharing their weights."""
     assert parts.clip_l and parts.clip_g and parts.t5, "the embedded model has all three"
     assert parts.tokenizers.t5 is not None, "the embedded model has a T5 tokenizer"
@@ -196,11 +196,11 @@ def load_compiled(folder: Path) -> int:
     return len(data)
 
 
-def initial_parts(architecture: Architecture, seed: int) -> Parts:
+def initial_parts(architecture: Architecture, seed: int) -> Components:
     """All five models at their starting weights on the CPU, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = Parts(
+        parts = Components(
             MMDiT(architecture.transformer),
             VAE(architecture.vae),
             CLIPText(architecture.clip_l),

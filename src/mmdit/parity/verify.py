@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from encoders import Tokenizers
-from mmdit.checkpoints.load import open_part
+from mmdit.checkpoints.load import open_model
 from mmdit.checkpoints.locate import Found, locate, open_weights, with_neighbours
 from mmdit.checkpoints.write import write_checkpoint
 from mmdit.parity.traces import GUIDANCE, Job, Trace, trace_ours, trace_theirs
@@ -280,7 +280,7 @@ def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
     assert found.tokenizers is not None, "our pipeline has read them"
     tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in found.weights)
     return write_checkpoint(
-        [open_part(found, component) for component in found.weights],
+        [open_model(found, component) for component in found.weights],
         target,
         "diffusers",
         shift=3.0 if found.shift is None else found.shift,

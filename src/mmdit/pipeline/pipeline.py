@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmdit.checkpoints.components import Component
 from mmdit.checkpoints.hub import Variant, fetch, is_repo_id
-from mmdit.checkpoints.load import part_of
+from mmdit.checkpoints.load import model_in_memory
 from mmdit.checkpoints.load_pipeline import from_file, from_folder
 from mmdit.checkpoints.write import write_checkpoint
 from mmdit.embedded import EMBEDDED
@@ -171,7 +171,7 @@ class Pipeline(PipelineSteps):
         Raises:
             FileExistsError: it exists.
         """
-        parts = [part_of(name, model) for name, model in self.models.items()]
+        parts = [model_in_memory(name, model) for name, model in self.models.items()]
         return write_checkpoint(parts, folder, layout, shift=self.shift, tokenizers=self.tokenizers.save)
 
     @torch.no_grad()

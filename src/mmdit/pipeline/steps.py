@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import samplers
 from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
 from mmdit.checkpoints.components import Component
-from mmdit.checkpoints.load_pipeline import Parts
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.pipeline.arguments import (
     Offload,
     Shift,
@@ -59,7 +59,7 @@ class PipelineSteps(Predicting):
 
     def __init__(
         self,
-        parts: Parts,
+        parts: Components,
         *,
         profile: str | Profile = "diffusers",
         preset: str | None = None,

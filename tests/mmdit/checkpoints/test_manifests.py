@@ -6,10 +6,10 @@ import torch
 import golden
 from mmdit.checkpoints import config_json
 from mmdit.checkpoints.components import split
-from mmdit.checkpoints.describe import variant
 from mmdit.checkpoints.keymaps import Concat, SwapHalves, count, mmdit_rules, to_ours, to_theirs, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.load import MODULES
+from mmdit.checkpoints.official import variant
 
 SINGLE_FILES = {
     "sd3_medium": ("SD3-Medium", 491),
