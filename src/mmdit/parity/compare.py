@@ -1,41 +1,29 @@
-"""Two pipelines over the same prompt and the same noise, stage by stage: where they differ beyond rounding, and why.
-
-How a fault is located: one side runs first, and the values of all its stages are kept. Then the other runs, and after
-every stage goes on with the kept value in place of its own. So both compute each stage from the same inputs: its error
-is its own, no error reaches the next stage, and every fault shows, not only the first. A second run of the other side,
-by itself, says how far the two drift apart in all.
-"""
+"""Two pipelines over the same prompt and the same noise, stage by stage: where they differ beyond rounding, and why."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from encoders import Conditioning
 from mmdit.checkpoints.components import Component
-from mmdit.parity.explain import component_of, differing_ids, explain
-from mmdit.parity.measure import Against, Kept, Score
-from mmdit.parity.report import Comparison, Stage
+from mmdit.parity.explain import component_of, explain
+from mmdit.parity.report import Comparison, Limits
+from mmdit.parity.runs import Runs, keep, measure
 from mmdit.parity.sides import OurSide, Side, side_of
-from mmdit.parity.taps import Job, Run, Tap, tapped
-from mmdit.runtime.precision import full_float32
+from mmdit.parity.taps import Job
 from mmdit.utils import whole
 
-T = TypeVar("T")
-
-_EXACT = 0.0  # ids are right or wrong, and so are the 8-bit levels of equal pixels
-# eps that a stage may be off by, from equal inputs: a block rounds some 16 times one after the other, which makes
-# 16**0.5 halves of eps; four times that for what layers make of it. Seen: 1.6 in blocks of full width with outliers of
-# 300, 2.8 in a pooled vector of the embedded model.
+_EXACT = 0.0  # token ids are right or wrong, and so are the 8-bit values of equal pixels
+# How many eps a stage may be off, from equal inputs. A block rounds about 16 times in a row, each time by half an eps,
+# which adds up to 16**0.5 halves; four times that for what layers make of it. Seen: 1.6 in blocks of full width with
+# outliers of 300, 2.8 in a pooled vector of the embedded model.
 _STAGE = 8
-_FLOAT32 = float(torch.finfo(torch.float32).eps)  # of sums, schedules, sinusoids and pixels, at every dtype
+_FLOAT32 = float(torch.finfo(torch.float32).eps)  # sums, schedules, sinusoids and pixels are float32 at every dtype
 
 
 @torch.no_grad()
@@ -56,20 +44,25 @@ def compare(
     """Compare two pipelines stage by stage: ours with other profiles, weights, dtypes or devices, or diffusers'.
 
     Both start from a's noise, rounded so that both hold the same numbers. One side runs once, and its values are kept
-    on the CPU; the other runs twice. In bfloat16 a fault below some 6 % of a stage passes for rounding: use float32.
+    on the CPU; the other side runs twice (see `mmdit.parity.runs`). In bfloat16 a fault of less than about 6 % of a
+    stage cannot be told from rounding; use float32 to find it.
 
     Args:
-        a, b: a `Pipeline`, or a live diffusers `StableDiffusion3Pipeline`, whose own scheduler then is its sampler.
-        prompt, negative_prompt: what both read.
-        num_inference_steps, guidance_scale: of both; None is a's profile's.
-        seed: of the noise.
-        sampler: of ours; None is each profile's.
-        steps: whose embeddings, blocks and guidance are looked into; negative numbers count from the end.
-        height, width: of the picture in pixels; None is a's default.
+        a, b: `Pipeline`s, or live diffusers `StableDiffusion3Pipeline`s, which sample with their own scheduler.
+        prompt, negative_prompt: The texts that both encode.
+        num_inference_steps, guidance_scale: Used by both sides; None takes those of a's profile.
+        seed: Seed of the starting noise.
+        sampler: Name of the sampler of our pipelines; None takes that of each profile.
+        steps: Numbers of the steps in which embeddings, blocks and guidance are compared; negative numbers count from
+            the end.
+        height, width: Size of the picture in pixels; None takes a's default.
+
+    Returns:
+        All stages with their errors and limits; printed, it is a table with a verdict.
 
     Raises:
-        TypeError: a or b is no such pipeline.
-        ValueError: a step that there is not, or latents of different shapes.
+        TypeError: a or b is not a pipeline of either kind.
+        ValueError: a step does not exist, or the two sides draw latents of different shapes.
     """
     sides = side_of(a), side_of(b)
     profile, size = sides[0].profile, sides[0].default_size
@@ -78,99 +71,18 @@ def compare(
     looked = _looked(steps, count)
     job = Job(prompt, negative_prompt, count, guidance, seed, sampler, height or size, width or size, looked)
     noise = _common_noise(*sides, job)
-    runs = _Runs.of(*sides, job, noise)
+    runs = _runs(*sides, job, noise)
     rounding, depth = _rounding(*sides), max(len(side.modules.blocks) for side in sides)
-    stages = tuple(_stage(name, runs, _tolerance(name, rounding, job, depth)) for name in runs.names)
+    stages = tuple(runs.stage(name, Limits(_tolerance(name, rounding, job, depth))) for name in runs.names)
     failed = [stage.name for stage in stages if not stage.ok]
-    return Comparison(str(sides[0]), str(sides[1]), _settings(job), stages, explain(*sides, failed, runs.tokens))
+    return Comparison(str(sides[0]), str(sides[1]), settings_of(job), stages, explain(*sides, failed, runs.tokens))
 
 
-class _Runs(NamedTuple):
-    """One side's values, and the other side measured against them: stage by stage, and in a whole run."""
-
-    kept: Kept
-    alone: Against
-    whole: Against
-    a_is_kept: bool
-
-    @classmethod
-    def of(cls, a: Side, b: Side, job: Job, noise: Tensor) -> _Runs:
-        """Run both; diffusers is the one that is kept, because it draws with no prompts of different lengths."""
-        a_is_kept = isinstance(b, OurSide) and not isinstance(a, OurSide)
-        first, second = (a, b) if a_is_kept else (b, a)
-        kept = Kept()
-        alone, whole_run = Against(kept, feed=True), Against(kept, feed=False)
-        with full_float32():
-            _run(first, job, noise, kept)
-            _run(second, job, noise, alone)
-            _run(second, job, noise, whole_run)
-        return cls(kept, alone, whole_run, a_is_kept)
-
-    def pair(self, measured: T, kept: T) -> tuple[T, T]:
-        """Of a, of b."""
-        return (kept, measured) if self.a_is_kept else (measured, kept)
-
-    @property
-    def names(self) -> list[str]:
-        """All stages: one side's in its order, and what only the other has after what it has before it."""
-        names = list(self.alone.scores)
-        for before, name in pairwise(["", *self.kept.rows]):
-            if name not in names:
-                names.insert(names.index(before) + 1 if before else 0, name)
-        return names
-
-    @property
-    def tokens(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Ids of a and of b, by stage."""
-        measured, kept = self.alone.ids.rows, self.kept.rows
-        shared = [name for name in measured if name.endswith(" tokens") and name in kept]
-        return {name: self.pair(measured[name][0], kept[name][0]) for name in shared}
-
-
-def _run(side: Side, job: Job, noise: Tensor, tap: Tap) -> None:
-    run = Run(tap, job)
-    with tapped(side.modules, run):
-        cond = _text(side, run, "prompt", job.prompt)
-        uncond = _text(side, run, "negative", job.negative_prompt)
-        run.branches = {"uncond": uncond.context, "cond": cond.context}
-        tap("noise", side.noise(job))
-        pixels = tap("pixels", side.draw(run, cond, uncond, noise).float())
-        if pixels.isfinite().all():
-            tap("uint8", side.eight_bits(pixels))
-
-
-def _text(side: Side, run: Run, which: str, prompt: str) -> Conditioning:
-    """What the transformer reads, each encoder's part tapped by itself."""
-    run.prompt, run.tokens = which, {}
-    found = side.encode(prompt)
-    length, (width, pooled_width) = _clip_tokens(side, run, found), _clip_l_widths(side, found)
-    of_clip, t5 = found.context[:, :length], found.context[:, length:]
-    channels = [
-        run.of_text("clip_l context")(of_clip[..., :width]),
-        run.of_text("clip_g context")(of_clip[..., width:]),  # with the zeros that fill the channels
-    ]
-    context = torch.cat([torch.cat(channels, dim=-1), run.of_text("t5 context")(t5)], dim=1)
-    pooled = [
-        run.of_text("clip_l pooled")(found.pooled[:, :pooled_width]),
-        run.of_text("clip_g pooled")(found.pooled[:, pooled_width:]),
-    ]
-    return replace(found, context=context, pooled=torch.cat(pooled, dim=-1))
-
-
-def _clip_tokens(side: Side, run: Run, found: Conditioning) -> int:
-    """How many tokens of the context are CLIP's; T5's, or those that stand for them, follow."""
-    rules = side.profile.text
-    missing = rules.t5_length if rules.missing_t5 == "zeros" else 0
-    return found.context.shape[1] - run.tokens.get("t5", missing)
-
-
-def _clip_l_widths(side: Side, found: Conditioning) -> tuple[int, int]:
-    """Channels of CLIP-L in the context and in the pooled vector; of a missing tower, what the other leaves."""
-    if "clip_l" in side.models:
-        config = side.config("clip_l")
-        return config["hidden_size"], config["projection_dim"]
-    rest = found.pooled.shape[-1] - side.config("clip_g")["projection_dim"] if "clip_g" in side.models else 0
-    return rest, rest
+def _runs(a: Side, b: Side, job: Job, noise: Tensor) -> Runs:
+    """Run both sides. diffusers' values are kept, because diffusers cannot take prompts of different lengths."""
+    a_is_kept = isinstance(b, OurSide) and not isinstance(a, OurSide)
+    first, second = (a, b) if a_is_kept else (b, a)
+    return measure(second, job, noise, keep(first, job, noise), a_is_kept=a_is_kept)
 
 
 def _common_noise(a: Side, b: Side, job: Job) -> Tensor:
@@ -191,7 +103,7 @@ def _looked(steps: Sequence[int], count: int) -> frozenset[int]:
 
 
 def _rounding(a: Side, b: Side) -> dict[Component, float]:
-    """What rounding explains of the relative error of a stage of each component, on the less precise side."""
+    """The relative error that rounding explains in a stage of each component, at the less precise of the two dtypes."""
     found = {}
     for component in {**a.models, **b.models}:
         sides = [side for side in (a, b) if component in side.models]
@@ -212,34 +124,12 @@ def _tolerance(name: str, rounding: Mapping[Component, float], job: Job, depth: 
     if step and int(step[1]) not in job.looked:
         return own * math.sqrt(depth)  # nothing was replaced inside: the blocks add up
     if re.fullmatch(r"step \d+ (guided|latent)", name):
-        return own * (1 + job.guidance / _STAGE)  # guidance takes 2 x scale - 1 times the halves of eps of both halves
+        return own * (1 + job.guidance / _STAGE)  # guidance multiplies the rounding of both branches by 2 x scale - 1
     return own
 
 
-def _stage(name: str, runs: _Runs, tolerance: float) -> Stage:
-    score, kept = runs.alone.scores.get(name), runs.kept.shape(name)
-    if score is None or kept is None:
-        shapes = runs.pair(None if score is None else score.shape, kept)
-        note = f"only {'b' if shapes[0] is None else 'a'} has it"
-        return Stage(name, *shapes, math.inf, math.inf, tolerance, ok=False, note=note, carried=math.inf)
-    base = runs.pair(0, 1)[1]
-    whole_run = runs.whole.scores.get(name, score)  # not there: a picture that is not finite has no 8 bits
-    relative, carried = score.relative(base), whole_run.relative(base)
-    ok = score.fits and len(score.shapes) == kept[0] and relative <= tolerance
-    shapes = runs.pair(whole_run.shape, kept)
-    return Stage(name, *shapes, relative, score.maximum, tolerance, ok, _note(name, runs, score), carried)
-
-
-def _note(name: str, runs: _Runs, score: Score) -> str:
-    finite = runs.pair(*score.finite)
-    if not all(finite):
-        return f"not finite in {' and '.join(who for who, good in zip('ab', finite, strict=True) if not good)}"
-    if name in runs.tokens:
-        return differing_ids(*runs.tokens[name])
-    return "" if score.fits else "shapes differ"
-
-
-def _settings(job: Job) -> str:
+def settings_of(job: Job) -> str:
+    """The job in one line, without its prompts."""
     looked = ", ".join(map(str, sorted(job.looked))) or "none"
     size = f"{job.height} x {job.width} pixels, {job.steps} steps, guidance {job.guidance:g}, seed {job.seed}"
     return f"{size}, sampler {job.sampler or 'of each'}; steps looked into: {looked}"

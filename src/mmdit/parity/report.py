@@ -1,4 +1,4 @@
-"""What a comparison found: a table for people, JSON for programs."""
+"""The result of a comparison: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,49 +8,63 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmdit.parity.measure import Shape
 
 _HEADER = ("stage", "a", "b", "error", "limit", "max", "carried", "")
 _LEGEND = (
-    "error: |a - b| / |b| of the stage alone, from the same inputs; limit: what rounding explains of it;\n"
-    "max: the largest |a - b| of the stage alone; carried: |a - b| / |b| of the two whole runs, with all before it."
+    "error: |a - b| / |b| of the stage alone, from the same inputs; limit: the largest error that rounding explains;\n"
+    "max: the largest |a - b| of the stage alone; carried: |a - b| / |b| of two whole runs, so with all earlier errors."
 )
+
+
+class Limits(NamedTuple):
+    """The largest relative errors of a stage that pass."""
+
+    alone: float  # both sides computed the stage from the same inputs
+    carried: float = math.inf  # two whole runs
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One comparison."""
+    """The comparison of one stage."""
 
     name: str
     shape_a: Shape | None  # None: this side has no such stage
     shape_b: Shape | None
-    relative: float  # |a - b| / |b| with both computed from the same inputs; inf where it cannot be said
-    maximum: float  # the largest |a - b|, likewise
-    tolerance: float  # the largest `relative` that rounding explains
+    relative: float  # |a - b| / |b|, both computed from the same inputs; inf for other shapes and non-finite numbers
+    maximum: float  # the largest |a - b|, both computed from the same inputs
+    tolerance: float  # the largest `relative` that passes
     ok: bool
     note: str
-    carried: float  # |a - b| / |b| of the two whole runs: this stage's error and all before it
+    carried: float  # |a - b| / |b| of two whole runs: the error of this stage and of all before it
+    carried_tolerance: float = math.inf  # the largest `carried` that passes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
-    """All stages in the order of computation."""
+    """All stages of a comparison in the order of computation; printed, a table and a verdict."""
 
     a: str
     b: str
     settings: str
     stages: tuple[Stage, ...]
-    explanation: tuple[str, ...]  # of the stages beyond rounding, as far as it is known
+    explanation: tuple[str, ...]  # reasons why stages differ beyond rounding, as far as they are known
+    reasons: tuple[str, ...] = ()  # why the limits are what they are, where they are fixed
 
     @property
     def first(self) -> Stage | None:
         """The first stage beyond rounding."""
         return next((stage for stage in self.stages if not stage.ok), None)
 
+    @property
+    def passed(self) -> bool:
+        """Whether every stage agrees within its limits."""
+        return self.first is None
+
     def to_json(self) -> str:
-        """Everything as strict JSON; numbers that are not finite are null."""
+        """All fields as strict JSON; numbers that are not finite are null."""
         content = asdict(self) | {"first": None if self.first is None else self.first.name}
         return json.dumps(_finite(content), allow_nan=False, indent=1)
 
@@ -59,22 +73,34 @@ class Comparison:
         rows = [_HEADER, *map(_row, _folded(self.stages))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = ["  ".join(_aligned(row, widths)).rstrip() for row in rows]
-        return "\n".join([f"a: {self.a}", f"b: {self.b}", self.settings, "", *table, "", _LEGEND, "", *self._verdict()])
+        head = [f"a: {self.a}", f"b: {self.b}", self.settings, ""]
+        return "\n".join([*head, *table, "", _LEGEND, *self.reasons, "", *self._verdict()])
+
+    def __repr__(self) -> str:
+        """Both sides, the number of stages, and the first that differs beyond rounding."""
+        failed = [stage for stage in self.stages if not stage.ok]
+        found = f"{len(failed)} beyond rounding, first {failed[0].name!r}" if failed else "all agree"
+        return f"Comparison(a={self.a!r}, b={self.b!r}, {len(self.stages)} stages: {found}; print it for the table)"
 
     def _verdict(self) -> list[str]:
         first = self.first
         if first is None:
-            return [f"All {len(self.stages)} stages agree within rounding."]
+            return [f"PASS: all {len(self.stages)} stages agree within rounding."]
         failed = [stage.name for stage in self.stages if not stage.ok]
-        found = first.note or f"relative error {first.relative:.1e}, rounding explains {first.tolerance:.1e}"
         more = f" and {len(failed) - 12} more" if len(failed) > 12 else ""
         why = self.explanation or ("nothing known: look at the code of these stages, or at hooks and patches on them",)
         return [
-            f"First stage beyond rounding: {first.name}: {found}",
-            f"Beyond rounding are {len(failed)} of {len(self.stages)}: {', '.join(failed[:12])}{more}",
+            f"FAIL: {len(failed)} of {len(self.stages)} stages differ beyond rounding: {', '.join(failed[:12])}{more}",
+            f"First stage beyond rounding: {first.name}: {first.note or _beyond(first)}",
             "What explains it:",
             *(f"  {line}" for line in why),
         ]
+
+
+def _beyond(stage: Stage) -> str:
+    if stage.relative > stage.tolerance:
+        return f"relative error {stage.relative:.1e}, rounding explains {stage.tolerance:.1e}"
+    return f"relative error {stage.carried:.1e} of the whole runs, rounding explains {stage.carried_tolerance:.1e}"
 
 
 def _row(stage: Stage) -> tuple[str, ...]:
@@ -89,7 +115,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def _folded(stages: Sequence[Stage]) -> Iterator[Stage]:
-    """Layers, blocks, and steps that were not looked into, as one row where they agree."""
+    """One row for layers, for blocks and for steps that were not looked into, where they agree."""
     looked = {stage.name.split()[1] for stage in stages if stage.name.endswith(" guided")}
 
     def group(stage: Stage) -> str | None:
@@ -117,7 +143,7 @@ def _sum(first: Stage, more: Sequence[Stage], prefix: str) -> Stage:
 
 
 def _finite(value: Any) -> Any:
-    """For JSON, which has no infinity."""
+    """The value with None for numbers that are not finite, because JSON has no infinity."""
     if isinstance(value, Mapping):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -15,7 +15,7 @@ from mmdit.checkpoints.components import UNUSED, Component
 from mmdit.checkpoints.config_json import to_diffusers
 from mmdit.checkpoints.keymaps import count, mmdit_rules, to_ours, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.parity.taps import Job, Modules, Run, kept
+from mmdit.parity.taps import Job, Modules, Run, restored_attributes
 from mmdit.pipeline.images import to_pil
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.profiles import PROFILES, Profile
@@ -147,7 +147,7 @@ class OurSide(Side):
 
     def draw(self, run: Run, cond: Conditioning, uncond: Conditioning, noise: Tensor) -> Tensor:
         pipe, job, x = self.pipe, run.job, noise.to(self.pipe.device, self.pipe.dtype)
-        with kept(pipe):
+        with restored_attributes(pipe):
             sigmas = pipe.sigmas
             vars(pipe)["sigmas"] = lambda *args, **kwargs: run.tap("sigmas", sigmas(*args, **kwargs))
             settings: Any = {"num_inference_steps": job.steps, "guidance_scale": job.guidance}
@@ -245,7 +245,7 @@ class TheirSide(Side):
             latent, run.step = run.tap(f"step {i} latent", tensors["latents"]), i + 1
             return {"latents": run.tap("final latent", latent) if run.step == pipe.num_timesteps else latent}
 
-        with kept(scheduler):
+        with restored_attributes(scheduler):
             scheduler.set_timesteps, scheduler.step = tapped_timesteps, tapped_step
             return pipe(
                 prompt_embeds=cond.context,

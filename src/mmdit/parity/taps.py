@@ -108,15 +108,17 @@ def tapped(modules: Modules, run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def kept(*owners: object) -> Iterator[None]:
-    """Give objects back the attributes that they had: those set inside, on the instances, vanish."""
-    before = [dict(vars(owner)) for owner in owners]
+def restored_attributes(owner: object) -> Iterator[None]:
+    """Restore the attributes of an object at the end: those that were set inside vanish or get their old value back."""
+    before = dict(vars(owner))
     try:
         yield
     finally:
-        for owner, attributes in zip(owners, before, strict=True):
-            vars(owner).clear()
-            vars(owner).update(attributes)
+        for name in vars(owner).keys() - before.keys():
+            delattr(owner, name)
+        for name, value in before.items():
+            if vars(owner).get(name, owner) is not value:  # no attribute of an object is the object itself
+                setattr(owner, name, value)
 
 
 def _hooks(modules: Modules, run: Run) -> Iterator[RemovableHandle]:

@@ -1,124 +1,90 @@
-"""A user's own weights, here and in diffusers: token ids, encoders, every block, sampler steps and pixels compared.
+"""A user's own weights, here and in diffusers: a comparison with fixed limits, from the prompt to the pixels.
 
-Each side runs from the prompts to the picture on its own, so an error shows first in the stage that makes it.
-Needs the extra `test`, for diffusers and transformers.
+`verify` is `compare` of our pipeline with diffusers' on the same weights. It holds every stage to a fixed limit instead
+of one that follows from the dtype, and latents and pixels of the two whole runs to limits of their own.
+It needs the extra `test`, which brings diffusers and transformers.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from encoders import Tokenizers
 from mmdit.checkpoints.load import open_model
 from mmdit.checkpoints.locate import Found, locate, open_weights, with_neighbours
 from mmdit.checkpoints.write import write_checkpoint
-from mmdit.parity.traces import GUIDANCE, Job, Trace, trace_ours, trace_theirs
+from mmdit.parity.compare import settings_of
+from mmdit.parity.report import Comparison, Limits
+from mmdit.parity.runs import keep, measure
+from mmdit.parity.sides import OurSide, TheirSide
+from mmdit.parity.taps import Job
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.runtime.precision import full_float32
+from mmdit.utils import whole
 from quant.quantize import dequantize_
 from quant.spellings import FLOAT8
 
 PROMPT, NEGATIVE = 'A photo of a red fox beside 3 blue birds, and a sign that says "wow!"', "blurry, Low quality"
 DTYPES = (torch.float32, torch.float64)
+GUIDANCE = 7.0  # diffusers' default
+SEED = 0
 
 
 class Limit(NamedTuple):
-    """The largest relative L2 error that passes, and why it is that."""
+    """The largest relative L2 error of a group of stages that passes, and the reason for it."""
 
     value: float
     reason: str
 
 
 _MODEL = "rounding of float32 layers; in float64 too, where diffusers computes parts in float32"
-LIMITS = {  # by group, in the order in which they are computed
-    "tokens": Limit(0, "ids are right or wrong"),
+LIMITS = {  # by group, in the order of computation; tokens of the negative prompt follow the prompt's last stage
+    "tokens": Limit(0.0, "token ids are right or wrong"),
     "encoders": Limit(1e-5, _MODEL),
     "conditioning": Limit(1e-5, "the encoders' outputs, only moved"),
-    "noise": Limit(0, "the same draws of the same generator"),
-    "schedule": Limit(1e-6, "diffusers keeps its levels in float32"),
+    "noise": Limit(0.0, "the same draws of the same generator"),
+    "schedule": Limit(1e-6, "diffusers keeps its sigmas in float32"),
     "embedders": Limit(1e-5, _MODEL),
     "blocks": Limit(1e-5, _MODEL),
     "velocity": Limit(1e-5, _MODEL),
-    "latents": Limit(1e-4, "each step adds the velocities' errors, times the guidance"),
-    "pixels": Limit(1e-4, "the last latent's error, and rounding in the VAE"),
+    "latents": Limit(1e-4, "per step, of whole runs: each step adds the velocities' errors, times the guidance"),
+    "vae": Limit(1e-5, _MODEL),
+    "pixels": Limit(1e-4, "of whole runs: the last latent's error, and rounding in the VAE"),
+    "uint8": Limit(0.0, "8-bit values of equal pixels are right or wrong"),
 }
 GROUPS = tuple(LIMITS)
-_STEP_FLOAT64 = 1e-6  # instead of 1e-4 for latents and pixels; diffusers' scheduler steps in float32
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One comparison."""
-
-    group: str  # one of GROUPS
-    name: str
-    error: float  # relative L2; inf where shapes differ, a number is not finite, or one side has nothing
-    limit: Limit
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the limit."""
-        return self.error <= self.limit.value
-
-
-@dataclass(frozen=True)
-class Report:
-    """All stages, in the order in which they are computed."""
-
-    subject: str
-    settings: tuple[str, ...]
-    stages: tuple[Stage, ...]
-
-    @property
-    def first_failure(self) -> Stage | None:
-        """The first stage beyond its tolerance; those after it inherit its error."""
-        return next((stage for stage in self.stages if not stage.passed), None)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every stage is within its tolerance."""
-        return self.first_failure is None
-
-    def text(self) -> str:
-        """Settings, a table of all stages, the reasons of the limits, and the verdict in the last lines."""
-        reasons = {stage.group: stage.limit.reason for stage in self.stages}
-        return "\n".join(
-            [
-                self.subject,
-                *(f"  {line}" for line in self.settings),
-                "",
-                f"{'stage':<32} {'error':>8}  {'limit':>7}",
-                *map(_row, self.stages),
-                "",
-                "Errors are relative L2. Limits:",
-                *(f"  {group:<13} {reason}" for group, reason in reasons.items()),
-                "",
-                *self._verdict(),
-            ]
-        )
-
-    def _verdict(self) -> list[str]:
-        first = self.first_failure
-        if first is None:
-            return [f"PASS: all {len(self.stages)} stages are within tolerance"]
-        failed = sum(not stage.passed for stage in self.stages)
-        found = first.note or f"error {first.error:.1e}, limit {first.limit.value:.0e}"
-        return [
-            f"FAIL: {failed} of {len(self.stages)} stages are beyond tolerance",
-            f"First: {first.group} {first.name}: {found}",
-            "Where it is only a few times the limit, run again in float64: rounding nearly vanishes, a fault stays.",
-        ]
+_WHOLE = (
+    "latents",
+    "pixels",
+)  # their limits are those of whole runs; from equal inputs they are held to that of layers
+_WHOLE_FLOAT64 = 1e-6  # instead of 1e-4; diffusers' scheduler steps in float32
+_BEFORE_SAMPLING = ("tokens", "encoders", "conditioning", "noise", "schedule")
+_PATTERNS = {
+    r"\w+ \w+ tokens": "tokens",
+    r"\w+ \w+ (embedding|layer \d+)": "encoders",
+    r"\w+ \w+ (context|pooled)": "conditioning",
+    r"noise": "noise",
+    r"sigmas|timesteps": "schedule",
+    r"step \d+ block .*": "blocks",
+    r"step \d+ (final_layer|velocity .*)": "velocity",
+    r"step \d+ (latent|guided)|final latent": "latents",
+    r"step \d+ .*": "embedders",
+    r"vae .*": "vae",
+    r"pixels": "pixels",
+    r"uint8": "uint8",
+}
+_ADVICE = (
+    "An error of only a few times its limit: run again in float64, where rounding nearly vanishes and a fault stays.",
+    "`mmdit compare PROMPT --model-a FOLDER --model-b DIFFUSERS_FOLDER --diffusers` says more: it holds both sides in "
+    "memory and compares their configs and weights.",
+)
 
 
 def verify(
@@ -131,132 +97,99 @@ def verify(
     steps: int = 3,
     size: int | tuple[int, int] | None = None,
     ours: Pipeline | None = None,
-) -> Report:
-    """Compare our pipeline with diffusers' `StableDiffusion3Pipeline` on the same weights, stage by stage.
+) -> Comparison:
+    """Compare our pipeline (a) with diffusers' `StableDiffusion3Pipeline` (b) on the same weights, stage by stage.
 
-    It takes the memory of one side's models at `dtype`: ours are freed before theirs are read. A checkpoint that
-    diffusers cannot read as it lies there is rewritten for it in a temporary folder, which takes its size on disk.
+    It takes the memory of one side's models at `dtype`: diffusers' are freed before ours are read. A checkpoint that
+    diffusers cannot read as it is is rewritten for it in a temporary folder, which takes its size on disk.
 
     Args:
-        folder: a checkpoint that is enough for a picture, in any layout; or a single file.
-        device: where both sides run.
-        dtype: float32 or float64. Stored weights of any dtype are widened to it without loss.
-        prompt, negative_prompt: what both sides read.
-        steps: of the sampler, with guidance.
-        size: of the picture in pixels: a side, or (height, width). None is 192 x 256, or less for a small model.
-        ours: our pipeline, where it is loaded already; it must be on `device` and in `dtype`.
+        folder: A checkpoint that is enough for a picture, in any layout; or a single file.
+        device: The device of both sides.
+        dtype: float32 or float64. Stored weights of any dtype are upcast to it without loss.
+        prompt, negative_prompt: The texts that both sides encode.
+        steps: Number of sampler steps, with guidance; layers are compared in the first and the last.
+        size: Size of the picture in pixels, a side or (height, width). None is 192 x 256, or less for a small model.
+        ours: Our pipeline, where it is loaded already; it must be on `device` and in `dtype`.
 
     Raises:
         ImportError: diffusers or transformers is missing; the message names the extra.
-        ValueError: a dtype whose rounding would hide faults, or a size that does not fit.
+        ValueError: a dtype whose rounding would hide faults, or a size that does not fit the model.
         FileNotFoundError, mmdit.CheckpointError: see `Pipeline.from_pretrained`.
     """
     diffusers, transformers = _libraries()
     _check_dtype(dtype, ours)
+    whole("steps", steps, 1)
     path = Path(folder)
-    with torch.no_grad(), full_float32():
-        job, found = _ours(path, ours, (prompt, negative_prompt), steps, size, device, dtype)
-        where = with_neighbours(locate(path))
-        with _for_diffusers(where, dtype) as (reference, how):
-            theirs = _load(diffusers, reference, job, has_t5="t5" in where.weights)
-            wanted = trace_theirs(theirs, job, found["noise", "latents"].to(job.device))
-    name = str(dtype).removeprefix("torch.")
+    found = with_neighbours(locate(path))
+    for component in found.weights:
+        open_model(found, component)  # our errors say more than those of diffusers
+    with _for_diffusers(found, dtype) as (reference, how):
+        theirs = TheirSide(_load(diffusers, reference, found, device, dtype))
+        height, width = _pixels(theirs.pipe, size)
+        job = Job(prompt, negative_prompt, steps, GUIDANCE, SEED, None, height, width, frozenset({0, steps - 1}))
+        noise = theirs.noise(job)
+        kept, name_b = keep(theirs, job, noise), str(theirs)
+        del theirs
+    side = OurSide(_loaded(path, device, dtype) if ours is None else ours)
+    runs = measure(side, job, noise, kept, a_is_kept=False)
     settings = (
-        f"{name} on {job.device}, {job.height} x {job.width} pixels, steps {steps}, guidance {GUIDANCE:g}",
+        settings_of(job),
         f"reference: diffusers {diffusers.__version__} with transformers {transformers.__version__}",
         f"its weights: {how}",
     )
-    return Report(f"verify {folder}", settings, compare_traces(found, wanted, dtype))
+    stages = tuple(runs.stage(name, limits_of(name, steps, dtype)) for name in runs.names)
+    explanation = () if all(stage.ok for stage in stages) else _ADVICE
+    return Comparison(str(side), name_b, "\n".join(settings), stages, explanation, _reasons())
 
 
-def compare_traces(ours: Trace, theirs: Trace, dtype: torch.dtype) -> tuple[Stage, ...]:
-    """A stage for everything that either side recorded, ordered by group."""
-    keys = sorted(ours | theirs, key=lambda key: GROUPS.index(key[0]))
-    return tuple(_stage(key, ours.get(key), theirs.get(key), dtype) for key in keys)
+def group_of(name: str) -> str:
+    """The group of a stage, which is one of `GROUPS`."""
+    return next(group for pattern, group in _PATTERNS.items() if re.fullmatch(pattern, name))
 
 
-def _stage(key: tuple[str, str], ours: Tensor | None, theirs: Tensor | None, dtype: torch.dtype) -> Stage:
-    group, name = key
-    limit = _limit(group, name, dtype)
-    if ours is None or theirs is None:
-        return Stage(group, name, math.inf, limit, f"only {'diffusers' if ours is None else 'we'} have it")
-    if ours.shape != theirs.shape:
-        note = f"shape {list(ours.shape)} here, {list(theirs.shape)} in diffusers"
-        return Stage(group, name, math.inf, limit, note)
-    error = _error(ours.double(), theirs.double())
-    return Stage(group, name, error, limit, _note(group, ours, theirs))
+def limits_of(name: str, steps: int, dtype: torch.dtype) -> Limits:
+    """The limits of a stage in a run of so many steps.
+
+    The errors of two whole runs are limited before sampling, where they have not grown, and for latents and pixels.
+    """
+    group = group_of(name)
+    limit = LIMITS[group].value
+    if group not in _WHOLE:
+        return Limits(limit, limit) if group in _BEFORE_SAMPLING else Limits(limit)
+    per_step = limit if dtype == torch.float32 else _WHOLE_FLOAT64
+    if group == "pixels":
+        return Limits(LIMITS["vae"].value, per_step)
+    step = re.match(r"step (\d+)", name)
+    return Limits(LIMITS["blocks"].value, per_step * (int(step[1]) + 1 if step else steps))
 
 
-def _limit(group: str, name: str, dtype: torch.dtype) -> Limit:
-    limit = LIMITS[group]
-    if group not in ("latents", "pixels"):
-        return limit
-    per_step = limit.value if dtype == torch.float32 else _STEP_FLOAT64
-    return limit._replace(value=per_step * (int(name.removeprefix("step ")) if group == "latents" else 1))
+def _reasons() -> tuple[str, ...]:
+    lines = (f"  {group:<13} {limit.value:<6.0e} {limit.reason}" for group, limit in LIMITS.items())
+    return ("Limits are fixed:", *lines)
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted|, where wanted is not zero; NaN is infinitely wrong."""
-    size = float(wanted.norm())
-    error = float((found - wanted).norm()) / (size or 1.0)
-    return error if math.isfinite(error) else math.inf
+def _loaded(path: Path, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
+    load = Pipeline.from_single_file if path.is_file() else Pipeline.from_pretrained
+    pipe = load(path, device=device, dtype=dtype)
+    for model in pipe.models.values():  # the reference has no float8
+        dequantize_(model)
+    return pipe
 
 
-def _note(group: str, ours: Tensor, theirs: Tensor) -> str:
-    """What an error does not say: which ids differ, and who has numbers that are not finite."""
-    odd = [who for who, values in (("here", ours), ("in diffusers", theirs)) if not values.isfinite().all()]
-    if odd:
-        return f"not finite {' and '.join(odd)}"
-    return _differing_ids(ours, theirs) if group == "tokens" else ""
-
-
-def _differing_ids(ours: Tensor, theirs: Tensor) -> str:
-    places = (ours != theirs).nonzero().tolist()
-    if not places:
-        return ""
-    row, column = places[0]
-    text = ("the prompt", "the negative prompt")[row]
-    pair = f"{int(ours[row, column])} here, {int(theirs[row, column])} in diffusers"
-    return f"{len(places)} of {ours.numel()} ids differ, the first at {column} of {text}: {pair}"
-
-
-def _row(stage: Stage) -> str:
-    mark = "ok" if stage.passed else f"BEYOND  {stage.note}".rstrip()
-    label = f"{stage.group:<13} {stage.name}"
-    return f"{label:<32} {stage.error:>8.1e}  {stage.limit.value:>7.0e}  {mark}"
-
-
-def _ours(
-    folder: Path,
-    pipe: Pipeline | None,
-    prompts: tuple[str, str],
-    steps: int,
-    size: int | tuple[int, int] | None,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> tuple[Job, Trace]:
-    """What to draw, and what we compute; a pipeline that is loaded here is freed on return."""
-    if pipe is None:
-        load = Pipeline.from_single_file if folder.is_file() else Pipeline.from_pretrained
-        pipe = load(folder, device=device, dtype=dtype)
-        for model in pipe.models.values():  # the reference has no float8
-            dequantize_(model)
-    job = Job(prompts, steps, *_pixels(pipe, size), pipe.device, dtype)
-    return job, trace_ours(pipe, job)
-
-
-def _pixels(pipe: Pipeline, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _pixels(pipe: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
     """Height and width; by default they differ, so that exchanged axes show."""
     if size is not None:
         return (size, size) if isinstance(size, int) else size
-    unit = pipe.vae.config.downscale * pipe.transformer.config.patch_size
-    side = min(256, pipe.transformer.config.max_pixels)
+    config = pipe.transformer.config
+    unit = pipe.vae_scale_factor * config.patch_size
+    side = min(256, config.pos_embed_max_size * unit)
     return side * 3 // 4 // unit * unit, side
 
 
 @contextmanager
 def _for_diffusers(found: Found, dtype: torch.dtype) -> Iterator[tuple[Path, str]]:
-    """A folder that diffusers reads, and how it came to be."""
+    """A folder that diffusers can read, and where its weights come from."""
     if _is_readable(found):
         yield found.path, "the same files"
         return
@@ -290,7 +223,7 @@ def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
 
 
 def _libraries() -> tuple[Any, Any]:
-    """diffusers and transformers, which nothing else in the library imports."""
+    """The modules diffusers and transformers, which are optional."""
     try:
         return import_module("diffusers"), import_module("transformers")
     except ImportError as error:
@@ -300,10 +233,10 @@ def _libraries() -> tuple[Any, Any]:
         ) from error
 
 
-def _load(diffusers: Any, folder: Path, job: Job, *, has_t5: bool) -> Any:
-    without = {} if has_t5 else {"text_encoder_3": None, "tokenizer_3": None}
+def _load(diffusers: Any, folder: Path, found: Found, device: torch.device | str, dtype: torch.dtype) -> Any:
+    without = {} if "t5" in found.weights else {"text_encoder_3": None, "tokenizer_3": None}
     load = diffusers.StableDiffusion3Pipeline.from_pretrained
-    pipe = load(folder, local_files_only=True, **without).to(job.device, job.dtype)
+    pipe = load(folder, local_files_only=True, **without).to(device, dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -311,8 +244,8 @@ def _load(diffusers: Any, folder: Path, job: Job, *, has_t5: bool) -> Any:
 def _check_dtype(dtype: torch.dtype, ours: Pipeline | None) -> None:
     if dtype not in DTYPES:
         raise ValueError(
-            f"verify runs in float32 or float64, got {dtype}: in 16 bits two right implementations differ by more than "
-            "a faulty one would. Stored 16-bit weights are widened without loss"
+            f"verify runs in float32 or float64, got {dtype}: in 16 bits two correct implementations differ by more "
+            "than a faulty one would. Stored 16-bit weights are upcast without loss"
         )
     if ours is not None and ours.dtype != dtype:
         raise ValueError(f"the given pipeline is in {ours.dtype}, verify was asked for {dtype}")

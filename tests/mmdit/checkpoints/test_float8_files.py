@@ -385,4 +385,4 @@ def test_verify_compares_the_values(tiny_folders, tmp_path):
     names = [name for name, part in pipe.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
     quantize_(pipe.transformer, "fp8-static", input_scales=dict.fromkeys(names, INPUT))
     report = verify(pipe.save_pretrained(tmp_path / "out"), size=(32, 48), steps=1)
-    assert report.passed, report.text()
+    assert report.passed, str(report)

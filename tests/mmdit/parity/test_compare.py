@@ -181,9 +181,9 @@ def test_a_run_that_is_looked_into_is_the_run(right, reference, side):
 
 @torch.no_grad()
 def run_of(side, job, noise, tap):
-    from mmdit.parity.compare import _run
+    from mmdit.parity.runs import run
 
-    _run(side, job, noise, tap)
+    run(side, job, noise, tap)
 
 
 @pytest.mark.parametrize(
