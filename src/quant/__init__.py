@@ -1,14 +1,14 @@
 """FP8 for researchers: tensor type, recipes, backends and file formats. A leaf: imports torch and nothing of ours."""
 
-import quant.operations as _operations  # noqa: F401  it fills the tables of quant.dispatch
+import quant.operations as _operations  # noqa: F401  (it fills the tables of quant.dispatch)
 from quant.codec import decode, encode
+from quant.formats import FLOAT8
 from quant.matmul import backend_of
 from quant.observers import Observed, observe
 from quant.packing import pack, unpack
 from quant.quantize import Layer, Report, dequantize_, is_quantized, linears_of, quantize_, report, snr
-from quant.recipe import RECIPES, Recipe
+from quant.recipe import RECIPES, Recipe, as_recipe
 from quant.spellings import (
-    FLOAT8,
     Scales,
     check_formats,
     check_scale_shape,
@@ -16,6 +16,7 @@ from quant.spellings import (
     find_scales,
     format_in,
     layers_in,
+    unread_quantization,
 )
 from quant.tensor import Float8Tensor
 
@@ -28,6 +29,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Scales",
+    "as_recipe",
     "backend_of",
     "check_formats",
     "check_scale_shape",
@@ -46,4 +48,5 @@ __all__ = [
     "report",
     "snr",
     "unpack",
+    "unread_quantization",
 ]

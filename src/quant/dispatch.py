@@ -1,14 +1,14 @@
-"""What torch calls on a `Float8Tensor`: two tables that `quant.operations` fills and `quant.tensor` looks into."""
+"""The operations of a `Float8Tensor`: two tables that `quant.operations` fills and `quant.tensor` looks into."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}  # functions of torch, in place of which ours are called
-OPERATIONS: dict[
-    Any, Callable[..., Any]
-] = {}  # operations of aten; ours are called with the operation and its arguments
+# Functions of torch, and the functions that are called in their place with the same arguments.
+FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+# Operations of aten, and the functions that are called in their place with the operation and its arguments.
+OPERATIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def implements(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

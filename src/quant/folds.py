@@ -1,7 +1,7 @@
 """Moving scales and means between Linears without changing what a model computes, and correcting biases.
 
-A fold names the Linears that read a tensor (consumers) and the rows that make it (producers). Both functions map
-`{key: tensor}` to the tensors that change; apply them with `load_state_dict(..., strict=False)`.
+A fold names the Linears that read a tensor (consumers) and the rows of Linears that compute it (producers). Both
+functions take a state dict and return its tensors that change; apply these with `load_state_dict(..., strict=False)`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a Linear, [start, stop), that make a tensor which others read, channel by channel.
+    """Rows [start, stop) of a Linear that compute a tensor between Linears, one row per channel.
 
-    "value": the rows are the tensor, or are added to it. "gain": one plus the rows multiplies it, like adaLN's scale.
+    Role "value": the rows are the tensor, or are added to it. Role "gain": the tensor is multiplied by one plus the
+    rows, as by adaLN's scale.
     """
 
     linear: str
@@ -29,22 +30,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Fold:
-    """A tensor between Linears: who makes it, who reads it (their input channels are its channels)."""
+    """A tensor between Linears: the rows that compute it, and the Linears whose input it is."""
 
     producers: tuple[Rows, ...]
     consumers: tuple[str, ...]
 
 
 def smoothing(channel_amax: Tensor, weights: Iterable[Tensor], strength: float = 0.5) -> Tensor:
-    """Factors per channel by which activations are divided and weights multiplied: both have smaller outliers then.
+    """Factors per channel, [in], by which activations are divided and weights multiplied, so that outliers shrink.
 
     s = amax(x)**strength / amax(W)**(1 - strength), then scaled to a geometric mean of 1; SmoothQuant, Xiao et al.
     2022, arXiv 2211.10438, equation 4.
 
     Args:
-        channel_amax: of the activations, [in].
-        weights: of the consumers, each [out, in].
-        strength: 0 leaves activations their range, 1 takes it all to the weights.
+        channel_amax: The largest absolute activation of each channel, [in].
+        weights: The weights of the consumers, each [out, in].
+        strength: How much of the activations' range moves to the weights: 0 is none of it, 1 all of it.
     """
     columns = torch.stack([weight.abs().amax(0).float() for weight in weights]).amax(0)
     least = torch.finfo(torch.float32).tiny
@@ -55,12 +56,15 @@ def smoothing(channel_amax: Tensor, weights: Iterable[Tensor], strength: float =
 
 
 def fold_scale(state: Mapping[str, Tensor], fold: Fold, factors: Tensor) -> dict[str, Tensor]:
-    """What changes when the tensor is divided by `factors` [channels] and its consumers make up for it.
+    """The weights and biases that divide a tensor by `factors` and multiply the consumers' weights by them.
 
     Args:
-        state: `{key: tensor}` with the weights and biases that the fold names.
-        fold: where.
-        factors: per channel, above zero.
+        state: A state dict with the weights and biases that the fold names.
+        fold: The producers and consumers of the tensor.
+        factors: Positive factors, [channels].
+
+    Returns:
+        The tensors that change, by key.
     """
     changed: dict[str, Tensor] = {}
     for rows in fold.producers:
@@ -76,11 +80,14 @@ def fold_scale(state: Mapping[str, Tensor], fold: Fold, factors: Tensor) -> dict
 
 
 def fold_mean(state: Mapping[str, Tensor], fold: Fold, mean: Tensor) -> dict[str, Tensor]:
-    """What changes when `mean` [channels] is taken from the tensor and its consumers make up: W (x - mean) + W mean.
+    """The biases that subtract `mean` from a tensor and add it back in the consumers: W (x - mean) + W mean.
 
     Args:
-        state, fold: see `fold_scale`.
-        mean: of the tensor, per channel.
+        state, fold: As in `fold_scale`.
+        mean: The mean of the tensor, [channels].
+
+    Returns:
+        The tensors that change, by key.
     """
     changed: dict[str, Tensor] = {}
     for rows in (rows for rows in fold.producers if rows.role == "value"):
@@ -94,15 +101,15 @@ def fold_mean(state: Mapping[str, Tensor], fold: Fold, mean: Tensor) -> dict[str
 
 
 def corrected_bias(bias: Tensor, weight: Tensor, quantized: Tensor, mean: Tensor) -> Tensor:
-    """The bias that takes back what rounding the weight adds on average: b - (W' - W) mean.
+    """The bias, [out], that cancels the mean error of a quantized weight: b - (W' - W) mean.
 
-    Nagel et al. 2019, arXiv 1906.04721, section 4.2, with means that were observed.
+    Nagel et al. 2019, arXiv 1906.04721, section 4.2, with observed means.
 
     Args:
-        bias: [out].
-        weight: [out, in], before.
-        quantized: [out, in], the values of its codes.
-        mean: of the input, [in].
+        bias: The bias of the Linear, [out].
+        weight: The weight before quantization, [out, in].
+        quantized: The dequantized weight, [out, in].
+        mean: The mean of the input, [in].
     """
     drift = (quantized.double() - weight.double()) @ mean.double()
     return (bias.double() - drift).to(bias.dtype)

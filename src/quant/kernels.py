@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.recipe import Format
-from quant.scaling import DTYPES, LARGEST, SMALLEST_SCALE
+from quant.formats import DTYPES, LARGEST, Format
+from quant.scaling import SMALLEST_SCALE
 
 _BLOCK = 4096  # values that a program of `_divide` rounds
 _PER_THREAD = 16  # values of a row that a thread holds

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.recipe import Format, Recipe
-from quant.scaling import DTYPES, from_codes, scale_of, to_codes, values_of
+from quant.formats import DTYPES, Format
+from quant.recipe import Recipe
+from quant.scaling import from_codes, scale_of, to_codes, values_of
 
 _HAS_TRITON = find_spec("triton") is not None
-LONG = 4096  # values of a row
-_SMALL = (
-    2**17
-)  # numbers of a result; for smaller ones of long sums cuBLAS has no fast accumulation under scales per row
-Runs = Literal["native", "emulated", "widened", "refused"]
+LONG = 4096  # values in a row; longer rows are quantized by one operation that a compiler does not split
+# Values of a result; cuBLAS has no fast accumulation for smaller results of long sums under scales per row.
+_SMALL = 2**17
+Runs = Literal["native", "emulated", "dequantized", "refused"]
 
 
 def linear(
@@ -30,27 +30,27 @@ def linear(
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> Tensor:
-    """x @ (qdata * scale).T + bias as the recipe says; gradients reach x and bias.
+    """x @ (qdata * scale).T + bias, [..., out], computed as the recipe says; gradients reach x and bias.
 
     Args:
-        x: [..., in]; under `torch.autocast` it is cast as for a plain weight.
-        qdata: codes, [out, in].
-        scale: float32, () or [out, 1].
-        input_scale: float32 (), for static activations.
-        bias: [out].
-        recipe: what to do with x, and which backend.
-        dtype: of the weight that the codes stand for; x and bias must have it.
+        x: The input, [..., in]; under `torch.autocast` it is cast as for a plain weight.
+        qdata: Codes of the weight, [out, in].
+        scale: Scale of the weight, float32, () or [out, 1].
+        input_scale: Scale of static activations, float32 ().
+        bias: The bias, [out].
+        recipe: How x is quantized, and which backend multiplies.
+        dtype: The logical dtype of the weight; x and bias must have it.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, the scales are not of output channels, a static recipe has no input
-            scale, or `native` cannot run here.
+        ValueError: Shapes or dtypes do not fit, the scales are not per output channel, a static recipe has no input
+            scale, or the recipe asks for `native` and it cannot run here.
     """
     x, bias, dtype = _autocast(x, bias, dtype)
     _check_operands(x, qdata, bias, dtype)
     if scale.ndim and scale.shape != (len(qdata), 1):
         raise ValueError(
-            f"scales of shape {list(scale.shape)} run along the sum of this product with a weight [out, in] of "
-            f"{list(qdata.shape)}; they can be taken out of it only one per output channel: use dequantize()"
+            f"scales of shape {list(scale.shape)} for a weight [out, in] of {list(qdata.shape)}: a product needs one "
+            "scale, or one per output channel, and these run along its sum; use dequantize()"
         )
     if recipe.activation == "static" and input_scale is None:
         raise ValueError("a recipe with static activations needs input scales: run mmdit.calibrate, or load them")
@@ -60,13 +60,19 @@ def linear(
 
 
 def backend_of(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> tuple[Runs, str]:
-    """Which backend multiplies a weight [out, in] there, and why: a pure function of its arguments.
+    """The backend that multiplies by a weight, and the reason: a pure function of its arguments.
 
-    `widened` is weight-only: the weight in x's dtype and torch's own matmul. `refused` is an explicit `native` where
-    that cannot run.
+    "dequantized" is weight-only: torch's own matmul with the dequantized weight. "refused" is an explicit `native` on a
+    device that cannot run it.
+
+    Args:
+        recipe: The recipe of the weight.
+        device: The device of the matmul.
+        dtype: The dtype of the input, which is the logical dtype of the weight.
+        shape: The shape of the weight, [out, in].
     """
     if recipe.activation == "none":
-        return "widened", "weight-only"
+        return "dequantized", "weight-only"
     if recipe.backend == "emulated":
         return "emulated", "asked for"
     if why_not := why_not_native(recipe, device, dtype, shape):
@@ -75,7 +81,7 @@ def backend_of(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: 
 
 
 def why_not_native(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str:
-    """Why `torch._scaled_mm` cannot multiply by a weight [out, in] there; empty where it can.
+    """Why `torch._scaled_mm` cannot multiply by a weight of shape [out, in]; empty where it can.
 
     Source: the checks in torch 2.11 to 2.13, aten/src/ATen/native/cuda/{ScaledBlas.cpp, RowwiseScaledMM.cu}.
     """
@@ -100,12 +106,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def quantize_activation(
     x: Tensor, recipe: Recipe, input_scale: Tensor | None, *, as_bytes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes [m, in] and scale of activations [m, in]: () for the whole, [m, 1] per token."""
+    """Codes [m, in] of activations [m, in] and their scale: () for all of them, or [m, 1] per token."""
     if not as_bytes and x.numel() and _has_kernels(x):
         if type(x) in (Tensor, nn.Parameter):
             return _by_kernels(x.contiguous(), recipe, input_scale)
-        # The compiler, whose tensors are of other types, fuses rounding with what made x; but of long rows it would
-        # compute that twice, once for the scale and once for the codes.
+        # Under the compiler, whose tensors have other types, rounding is fused with the operations that made x; but
+        # for long rows it would compute these twice, once for the scale and once for the codes.
         if recipe.activation == "token" and x.shape[1] > LONG:
             return rows_as_one(x, recipe.activation_format)
     if recipe.activation == "static":
@@ -127,7 +133,7 @@ def _has_kernels(x: Tensor) -> bool:
     "mmdit_quant::quantize_rows", mutates_args=(), schema="(Tensor x, str format) -> (Tensor, Tensor)"
 )
 def rows_as_one(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """`kernels.quantize_rows` as an operation that a compiler leaves whole."""
+    """`kernels.quantize_rows` as an operation that a compiler does not split."""
     from quant import kernels
 
     return kernels.quantize_rows(x.contiguous(), format)
@@ -153,9 +159,9 @@ def _by_kernels(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> tuple[
 
 
 def _autocast(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
-    """What `torch.autocast` makes of the operands of a plain `F.linear`; it leaves float64 as it is."""
+    """The operands as `torch.autocast` casts those of a plain `F.linear`; it leaves float64 alone."""
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises for meta
+    if device == "meta" or not torch.is_autocast_enabled(device):  # is_autocast_enabled raises for meta
         return x, bias, dtype
     if torch.float64 in (x.dtype, dtype):
         return x, bias, dtype
@@ -169,7 +175,7 @@ def _no_autocast(device: str) -> AbstractContextManager[object]:
 
 def _check_operands(x: Tensor, qdata: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
     if x.dtype != dtype:
-        raise ValueError(f"the input is {x.dtype}, but the float8 weight stands for {dtype}; cast one of them")
+        raise ValueError(f"the input is {x.dtype}, but the float8 weight's logical dtype is {dtype}; cast one of them")
     if not x.ndim or x.shape[-1] != qdata.shape[1]:
         raise ValueError(f"an input of shape {list(x.shape)} times a float8 weight [out, in] of {list(qdata.shape)}")
     if bias is not None and (bias.dtype != dtype or bias.shape != qdata.shape[:1]):
@@ -183,7 +189,7 @@ def _forward(
     runs, why = backend_of(recipe, x.device, x.dtype, (out, width))
     if runs == "refused":
         raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
-    if runs == "widened":
+    if runs == "dequantized":
         return F.linear(x, values_of(qdata, scale, recipe.format, x.dtype), bias)
     multiply = _native if runs == "native" and x.numel() else _emulated
     as_bytes = qdata.dtype == torch.uint8 and multiply is _emulated
@@ -201,11 +207,11 @@ def _native(
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> Tensor:
-    """By the device: rows of both operands contiguous, scales float32 of both per row or of neither."""
+    """The device's own matmul: operands have contiguous rows, and scales are per row for both or for neither."""
     if recipe.granularity == "row":
         x_scale, scale = x_scale.expand(len(codes), 1).contiguous(), scale.t().contiguous()
     weight = qdata.view(DTYPES[recipe.format]).contiguous().t()
-    rest = bias if dtype == torch.float32 else None  # it takes no bias for float32
+    rest = bias if dtype == torch.float32 else None  # _scaled_mm takes no bias for float32 results
     fused = None if dtype == torch.float32 else bias
     fast = recipe.fast_accum and len(codes) * len(qdata) >= _SMALL
     y = torch._scaled_mm(codes.contiguous(), weight, x_scale, scale, fused, out_dtype=dtype, use_fast_accum=fast)
@@ -225,13 +231,13 @@ def _emulated(
     wide = torch.promote_types(dtype, torch.float32)
     with _no_autocast(codes.device.type):  # in float16 the sums would overflow
         sums = from_codes(codes, recipe.activation_format, wide) @ from_codes(qdata, recipe.format, wide).t()
-    # The weight's scale first: it is seldom extreme, so inputs near the ends of float32 neither over- nor underflow.
+    # The weight's scale comes first: it is seldom extreme, so inputs near float32's limits do not over- or underflow.
     y = sums * scale.to(wide).reshape(-1 if scale.ndim else ()) * x_scale.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """Forward in float8, backward with the widened weight: gradients are not quantized."""
+    """Forward in float8, backward with the dequantized weight: gradients are not quantized."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Watching what Linears read, for static scales and for folds."""
+"""Statistics of the inputs of Linears, for static scales and for folds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from quant.quantize import _selected, linears_of
+from quant.quantize import _selected, check_module, linears_of
 
 # Bins of the histogram of |x| are ranges of float32 patterns: 64 to an octave, so that a percentile is right to 1.6 %.
 _BIN: Final = 2**17  # patterns in one
@@ -19,7 +19,7 @@ _BINS: Final = 0x7F800000 // _BIN + 1  # to infinity; the first holds zero and n
 
 
 class Observed:
-    """Statistics of what one Linear read, [rows, in] in all; sums are in float64."""
+    """Statistics of the inputs of one Linear, [rows, in] over all calls; sums are in float64."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.rows = 0
@@ -28,10 +28,13 @@ class Observed:
         self._counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Count rows in; values that are not finite in float32 are refused.
+        """Count the rows of one input.
+
+        Args:
+            x: The input, [..., in].
 
         Raises:
-            ValueError: there are such.
+            ValueError: A value is not finite in float32.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         size = rows.abs().float()
@@ -63,13 +66,16 @@ class Observed:
         return (self._squares / max(self.rows, 1)).sqrt().float()
 
     def percentile(self, share: float) -> Tensor:
-        """The absolute value that this percentage of all values do not exceed, float32 (); 0 before any were counted.
+        """The absolute value that `share` percent of all values do not exceed, float32 (); 0 before any were counted.
 
-        From a histogram: never too small, too large by at most 1/64 of it (2**-132 below 2**-126), never above amax;
-        exactly 0 where that many values are zero.
+        It comes from a histogram: never too small, too large by at most a 64th (by 2**-132 below 2**-126), never above
+        amax, and exactly 0 where that many values are zero.
+
+        Args:
+            share: A percentage, above 0 and at most 100.
 
         Raises:
-            ValueError: not above 0 and at most 100.
+            ValueError: The percentage is out of that range.
         """
         check_percentile(share)
         if share == 100:
@@ -81,22 +87,28 @@ class Observed:
 
 
 def check_percentile(share: float) -> None:
-    """Raise ValueError unless it is above 0 and at most 100."""
+    """Raise ValueError unless the percentage is above 0 and at most 100."""
     if not 0 < share <= 100:
         raise ValueError(f"a percentile is above 0 and at most 100, got {share}")
 
 
 @contextmanager
 def observe(module: nn.Module, select: str | Sequence[str] | None = None) -> Iterator[dict[str, Observed]]:
-    """Within it, what the selected Linears read is counted; the hooks are gone afterwards, whatever happens.
+    """Count the inputs of the selected Linears within the context; its hooks are removed on exit, also after an error.
 
     Args:
-        module: runs as ever: outputs are bit-equal.
-        select: globs over module names; None takes those that `quantize_` would.
+        module: Any model. Its outputs are bit-equal to those without observation.
+        select: Globs over module names; None takes the Linears that `quantize_` would.
+
+    Yields:
+        The statistics by module name, which fill up while the module runs.
 
     Raises:
-        ValueError: a part that is compiled; a glob that matches nothing; values that are not finite, in which layer.
+        ValueError: A part of the module is compiled; a glob matches nothing; or an input has values that are not finite
+            (the error names the layer).
+        TypeError: The module is no nn.Module.
     """
+    check_module(module)
     _refuse_compiled(module)
     every = dict(linears_of(module))
     linears = {name: every[name] for name in _selected(every, select)}

@@ -1,6 +1,6 @@
-"""What can be done with a `Float8Tensor`: products, and whatever moves, copies and cuts.
+"""The operations of a `Float8Tensor`: products, and operations that move, copy, cut and join values.
 
-`F.linear` and matrix products are found through `__torch_function__`, the rest as operations of aten.
+`F.linear` and matrix products arrive through `__torch_function__`, the others as operations of aten.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from quant.dispatch import FUNCTIONS, implements
+from quant.formats import DTYPES
 from quant.matmul import linear
-from quant.scaling import DTYPES, has_float8
-from quant.tensor import Float8Tensor
+from quant.scaling import has_float8
+from quant.tensor import NOT_TRAINED, Float8Tensor
 
 aten = torch.ops.aten
 
-# Products: `F.linear` and what is written with its transpose. Arguments are named as torch names them.
+# Products: `F.linear`, and matrix products through it. Arguments are named as torch names them.
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,7 +36,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor:
-    """input @ other is a linear layer with weight other transposed; a float8 input the weight of the transpose."""
+    """input @ other as a Linear whose weight is other.T; where input is the Float8Tensor, (other.T @ input.T).T."""
     if isinstance(other, Float8Tensor):
         if other.ndim != 2:
             raise NotImplementedError(f"matmul with a Float8Tensor of shape {list(other.shape)}; give a matrix")
@@ -61,9 +62,9 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: int | float = 1, 
 
 
 def _set_data(self: Tensor, data: Tensor) -> None:
-    """`tensor.data = other`: the parts too, which torch knows nothing of."""
+    """`tensor.data = other`, also for qdata and scales, of which torch knows nothing."""
     if not (isinstance(self, Float8Tensor) and isinstance(data, Float8Tensor)):
-        raise NotImplementedError("data of a Float8Tensor can be set to another one's only")
+        raise NotImplementedError("data of a Float8Tensor can only be set to another Float8Tensor")
     with torch._C.DisableTorchFunctionSubclass():
         Tensor.data.__set__(self, data)  # type: ignore[attr-defined]
     self.qdata, self.scale, self.input_scale, self.recipe = data.qdata, data.scale, data.input_scale, data.recipe
@@ -71,7 +72,9 @@ def _set_data(self: Tensor, data: Tensor) -> None:
 
 
 def _set_requires_grad(self: Tensor, value: bool) -> None:
-    """`tensor.requires_grad = True` is `requires_grad_`: nothing."""
+    """`tensor.requires_grad = value`; see `Float8Tensor.requires_grad_`."""
+    if value:
+        raise RuntimeError(NOT_TRAINED)
 
 
 FUNCTIONS |= {
@@ -88,7 +91,7 @@ FUNCTIONS |= {
     Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
 }
 
-# Operations that move, copy and cut.
+# Operations that move, copy, cut and join.
 
 
 @implements(aten.clone.default)
@@ -107,7 +110,7 @@ def _alias(func: Any, x: Float8Tensor) -> Float8Tensor:
 def _to_copy(
     func: Any, x: Float8Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
 ) -> Float8Tensor:
-    """A dtype changes what the tensor stands for, and no code; a device moves it."""
+    """A dtype changes the logical dtype and no qdata; a device moves qdata and scales."""
     kwargs.pop("memory_format", None)
 
     def moved(part: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ def _transposed(func: Any, x: Float8Tensor, *dims: Any) -> Float8Tensor:
 
 @implements(aten.view.default, aten._unsafe_view.default)
 def _view(func: Any, x: Float8Tensor, size: Sequence[int]) -> Float8Tensor:
-    """Any shape under one scale; with one per row, those that keep rows whole."""
+    """Any shape under one scale; under one scale per row, shapes that keep rows whole."""
     qdata = func(x.qdata, size)
     if not x.scale.ndim:
         return x._view(qdata, x.scale)
@@ -157,7 +160,7 @@ def _split(func: Any, x: Float8Tensor, sizes: Any, dim: int = 0) -> list[Float8T
 
 @implements(aten.cat.default)
 def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Float8Tensor:
-    """Codes stay as they are; rows keep their scales, and tensors with different single scales get one per row."""
+    """Join qdata as they are; rows keep their scales, and tensors with different single scales get one per row."""
     parts = [tensor for tensor in tensors if isinstance(tensor, Float8Tensor)]
     first, *others = parts
     if len(parts) < len(tensors) or not all(_joins(first, other) for other in others):
@@ -174,7 +177,7 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Float8Tensor:
 
 
 def _joins(a: Float8Tensor, b: Float8Tensor) -> bool:
-    """Whether codes of both can be in one tensor, as far as their scales allow."""
+    """Whether both can be in one tensor, but for their scales."""
     kinds = {(replace(part.recipe, granularity="row"), part.dtype, part.input_scale is None) for part in (a, b)}
     return len(kinds) == 1 and _same(a.input_scale, b.input_scale)
 
@@ -185,7 +188,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 @implements(aten.copy_.default)
 def _copy(func: Any, into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """From a Float8Tensor of the same kind its codes; from any other tensor new codes and a new scale."""
+    """From a Float8Tensor of the same kind, copy its qdata; from any other tensor, quantize its values."""
     if not isinstance(into, Float8Tensor):
         assert isinstance(source, Float8Tensor)
         wide = torch.promote_types(into.dtype, torch.float32) if into.is_floating_point() else torch.float32
@@ -206,7 +209,7 @@ def _copy(func: Any, into: Tensor, source: Tensor, non_blocking: bool = False) -
 
 
 def _like(into: Float8Tensor, source: Tensor) -> Float8Tensor:
-    """The source with codes and scales that fit into `into`."""
+    """The source as a Float8Tensor whose qdata and scales have the shapes of those of `into`."""
     if isinstance(source, Float8Tensor):
         alike = (source.shape, source.scale.shape, source.recipe.format)
         if alike == (into.shape, into.scale.shape, into.recipe.format):
@@ -221,7 +224,7 @@ def _like(into: Float8Tensor, source: Tensor) -> Float8Tensor:
 
 @implements(aten.equal.default)
 def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
-    """Whether codes, scales and what they stand for are the same."""
+    """Whether qdata, scales, recipe and logical dtype are the same."""
     if not (isinstance(a, Float8Tensor) and isinstance(b, Float8Tensor)):
         return False
     if (a.recipe, a.dtype, a.shape, len(a._parts)) != (b.recipe, b.dtype, b.shape, len(b._parts)):

@@ -1,9 +1,9 @@
 """State dicts with `Float8Tensor`s as plain tensors that safetensors can hold, and back without losing a bit.
 
-The spelling is ComfyUI's newer one: `<layer>.weight` (codes), `<layer>.weight_scale`, `<layer>.input_scale`, and the
-formats of layers in the metadata as `_quantization_metadata`. What it has no word for (how activations are treated
-beyond a static scale, what the codes stand for) is in an entry of our own, `mmdit_quant`; readers that do not know it
-widen the weight. With one scale per weight such files load in ComfyUI.
+The spelling is ComfyUI's newer one: `<layer>.weight` (qdata), `<layer>.weight_scale`, `<layer>.input_scale`, and the
+formats of layers in the metadata as `_quantization_metadata`. That spelling has no words for the rest of a recipe and
+for the logical dtype, so these are in a metadata entry of our own, `mmdit_quant`; readers that do not know the entry
+dequantize the weight. Files with one scale per weight load in ComfyUI.
 """
 
 from __future__ import annotations
@@ -16,31 +16,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from quant.formats import DTYPES, FILE_NAMES, FORMAT_OF
 from quant.recipe import Recipe
-from quant.scaling import DTYPES
-from quant.spellings import FORMAT_OF, FORMATS, HEADER, NOTE, layers_in, weight_of
-from quant.stored import Stored, checked_input_scale, checked_scale, recipe_of, stored_weights
+from quant.scaling import checked_input_scale
+from quant.spellings import HEADER, NOTE, layers_in, weight_of
+from quant.stored import Stored, checked_scale, recipe_of, stored_weights
 from quant.tensor import Float8Tensor
 
 OWN, VERSION = "mmdit_quant", 1
-_NAMES = {FORMAT_OF[dtype]: name for name, dtype in FORMATS.items()}
 
 
 class Kind(NamedTuple):
-    """What a packed weight is, beside its codes and scales."""
+    """Recipe and logical dtype of a packed weight, which our metadata entry keeps."""
 
     recipe: Recipe
-    dtype: torch.dtype  # what it stands for
+    dtype: torch.dtype
 
 
 def pack(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file, e.g. for `safetensors.torch.save_file(*pack(model.state_dict()), path)`.
+    """Plain tensors and metadata for a safetensors file, from which `unpack` makes the same state dict.
+
+    To write the file:
+
+        tensors, metadata = quant.pack(model.state_dict())
+        safetensors.torch.save_file(tensors, path, metadata)
 
     Args:
-        state_dict: Float8Tensors are taken apart, all other tensors stay what they are.
+        state_dict: Float8Tensors become qdata, scale and input scale under keys of their own; other tensors stay.
 
     Raises:
-        ValueError: a Float8Tensor that is transposed or lacks its input scale, or whose parts need a key that is taken.
+        ValueError: A Float8Tensor is transposed or lacks the input scale of its recipe, or a key that its parts need is
+            taken.
     """
     tensors = {key: tensor for key, tensor in state_dict.items() if not isinstance(tensor, Float8Tensor)}
     kinds, taken = {}, set[int]()
@@ -57,21 +63,22 @@ def pack(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 def unpack(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
-    """The state dict of a file in any spelling of scaled float8; what `pack` wrote comes back as it was.
+    """The state dict of a file in any spelling of scaled float8; a file that `pack` made comes back as it was.
 
-    Float8 tensors that have no scale stay what they are: which of them are weights of Linears, a state dict cannot say
-    (`mmdit.load_mmdit` can).
+    Float8 tensors without a scale stay plain float8 tensors, because a state dict does not say which of them are
+    weights of Linears (`mmdit.load_mmdit` knows).
 
     Args:
-        tensors, metadata: of a file.
-        dtype: what weights stand for of which our own entry in the metadata says nothing.
+        tensors, metadata: The tensors and the metadata of the file.
+        dtype: The logical dtype of weights that our own metadata entry does not name.
 
     Raises:
-        ValueError: scales and weights do not pair, a scale is no positive number, or the metadata say otherwise.
+        ValueError: Scales and weights do not pair, a scale is not a positive number, or the metadata contradict the
+            tensors.
     """
     kinds = kinds_in(metadata or {})
     if missing := sorted({part for key in kinds for part in (key, scale_keys(key)[0])} - tensors.keys()):
-        raise ValueError(f"{OWN} speaks of {missing[0]!r}, and there is no such tensor; the file is incomplete")
+        raise ValueError(f"{OWN} names {missing[0]!r}, and there is no such tensor; the file is incomplete")
     unspelled = {key: kind for key, kind in kinds.items() if not _is_weight(key)}
     apart = {part for key in unspelled for part in _keys(key)}
     rest = {key: tensor for key, tensor in tensors.items() if key not in apart}
@@ -91,7 +98,7 @@ def unpack(
 
 
 def metadata_of(kinds: Mapping[str, Kind]) -> dict[str, str]:
-    """The metadata of a file with these weights, by key; empty for none."""
+    """The metadata of a file with these float8 weights, by key; empty where there is none."""
     if not kinds:
         return {}
     layers = {layer_of(key): note_of(kind.recipe) for key, kind in kinds.items() if _is_weight(key)}
@@ -106,19 +113,19 @@ def metadata_of(kinds: Mapping[str, Kind]) -> dict[str, str]:
 
 
 def note_of(recipe: Recipe) -> dict[str, Any]:
-    """What ComfyUI is told of a layer.
+    """The note about a layer that ComfyUI reads.
 
-    Without a static scale it would round activations under a scale of 1, so that it is told to leave them be.
+    Without a static scale ComfyUI would round activations under a scale of 1, so the note asks for full precision.
     """
-    note: dict[str, Any] = {"format": _NAMES[recipe.format]}
+    note: dict[str, Any] = {"format": FILE_NAMES[recipe.format]}
     return note if recipe.activation == "static" else note | {"full_precision_matrix_mult": True}
 
 
 def kinds_in(metadata: Mapping[str, str]) -> dict[str, Kind]:
-    """`{key of a weight: what it is}` of our own entry; empty where there is none.
+    """Recipe and logical dtype of each weight, by key, from our own entry; empty where the file has none.
 
     Raises:
-        ValueError: it is not the expected JSON.
+        ValueError: The entry is not the expected JSON, or a newer version wrote it.
     """
     try:
         entry = json.loads(metadata.get(OWN, '{"weights": {}}'))
@@ -135,10 +142,10 @@ def kinds_in(metadata: Mapping[str, str]) -> dict[str, Kind]:
 
 
 def merge_metadata(shards: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The metadata of a file that is cut in shards: each speaks of its own layers.
+    """The metadata of a file in shards, of which each describes its own layers.
 
     Raises:
-        ValueError: an entry is not the expected JSON.
+        ValueError: An entry is not the expected JSON.
     """
     shards = list(shards)
     merged = {key: value for shard in shards for key, value in shard.items()}
@@ -154,7 +161,7 @@ def merge_metadata(shards: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def scale_keys(key: str, *, older: bool = False) -> tuple[str, str]:
-    """Where the scales of a weight and of its input are."""
+    """The keys of a weight's scale and of its input scale."""
     if not _is_weight(key):
         return f"{key}_scale", f"{key}_input_scale"
     names = ("scale_weight", "scale_input") if older else ("weight_scale", "input_scale")
@@ -163,12 +170,12 @@ def scale_keys(key: str, *, older: bool = False) -> tuple[str, str]:
 
 
 def layer_of(key: str) -> str:
-    """The name of the layer of a weight."""
+    """The name of the layer whose weight has this key."""
     return key.removesuffix("weight").removesuffix(".")
 
 
 def note_key(key: str) -> str:
-    """Where ComfyUI looks for what is said of the layer of a weight."""
+    """The key at which ComfyUI looks for the note of the layer whose weight has this key."""
     return key.removesuffix("weight") + NOTE
 
 
@@ -181,15 +188,15 @@ def _keys(key: str) -> tuple[str, ...]:
 
 
 def _parts(key: str, tensor: Float8Tensor, taken: set[int]) -> dict[str, Tensor]:
-    """Codes and scales, each with memory of its own: pieces of a split weight have one scale, which no file can hold.
+    """qdata and scales, each in memory of its own; safetensors refuses shared memory, and split weights share a scale.
 
-    `taken` are the addresses of memory that is used already; those of the parts are added.
+    `taken` holds the addresses of memory that other parts use; those of the new parts are added.
     """
     codes, scale = tensor.qdata, tensor.scale
     if scale.ndim and scale.shape != (*codes.shape[:-1], 1):
         raise ValueError(
-            f"{key!r} has scales of shape {list(scale.shape)} for codes of shape {list(codes.shape)}; what is packed "
-            "has one scale, or one per row: pack it as it was before it was transposed"
+            f"{key!r} has scales of shape {list(scale.shape)} for qdata of shape {list(codes.shape)}; only weights "
+            "with one scale or one per row are packed: pack the tensor before it is transposed"
         )
     if tensor.recipe.activation == "static" and tensor.input_scale is None:
         raise ValueError(f"{key!r} has static activations and no input scale: run mmdit.calibrate first")
@@ -205,10 +212,10 @@ def _parts(key: str, tensor: Float8Tensor, taken: set[int]) -> dict[str, Tensor]
 
 
 def _stored(key: str, tensors: Mapping[str, Tensor], own: Recipe) -> Stored:
-    """A weight under a name that only our own entry knows."""
+    """Scales and recipe of a weight whose key is not `<layer>.weight`, so that only our own entry names it."""
     codes, (scale_key, input_key) = tensors[key], scale_keys(key)
     if codes.dtype not in FORMAT_OF:
-        raise ValueError(f"{OWN} speaks of {key!r} as float8, but it is {codes.dtype}; the file was written wrongly")
+        raise ValueError(f"{OWN} names {key!r} as float8, but it is {codes.dtype}; the file was written wrongly")
     scale = checked_scale(tensors[scale_key], codes.shape, key, own.granularity)
     input_scale = checked_input_scale(tensors[input_key], key) if input_key in tensors else None
     return Stored(scale, input_scale, recipe_of(codes.dtype, scale, key, own, static=input_scale is not None))

@@ -1,4 +1,4 @@
-"""Quantizing the Linears of a model in place, taking that back, and saying what was done."""
+"""Quantizing the Linears of a model in place, dequantizing them, and reporting on them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from quant.matmul import backend_of
-from quant.recipe import RECIPES, Recipe
-from quant.tensor import Float8Tensor, check_values, checked_input_scale
+from quant.recipe import Recipe, as_recipe, recipe_name
+from quant.scaling import checked_input_scale
+from quant.tensor import Float8Tensor, check_values
 
-# What FP8 files keep in 16 bits: what runs once per picture or per step, and what is more sensitive than it is large.
+# Layers that FP8 files keep in 16 bits: they run once per picture or step, or are small and sensitive to rounding.
 KEPT = ("*embed*", "*adaLN_modulation*", "*final_layer*", "*norm*", "*text_projection*", "*relative_attention_bias*")
 
 
@@ -25,10 +26,10 @@ class Layer:
     name: str
     shape: tuple[int, int]  # [out, in]
     recipe: Recipe | None  # None: not quantized
-    snr: float | None  # of the weight in dB, where `quantize_` had the original
-    runs: str  # backend ("refused": it will raise), or the dtype of what is not quantized
-    why: str  # for the backend, or why it was skipped
-    bytes: int
+    snr: float | None  # signal-to-noise ratio of the weight in dB; None where `quantize_` did not measure it
+    runs: str  # the backend ("refused": the layer will raise), or the dtype of a weight that is not quantized
+    why: str  # the reason for the backend, or for skipping the layer
+    bytes: int  # of the weight with its scales
 
 
 class Report(list[Layer]):
@@ -51,20 +52,24 @@ def quantize_(
     *,
     input_scales: Mapping[str, Tensor] | None = None,
 ) -> Report:
-    """Replace the weights of Linears by `Float8Tensor`s, in place; the report says of each Linear what was done.
+    """Replace the weights of Linears by `Float8Tensor`s, in place.
 
     Args:
-        module: any model; its code stays as it is.
-        recipe: or the name of one of `RECIPES`.
-        select: globs over module names; each must match a Linear. None takes all but `KEPT`.
-        input_scales: positive numbers by module name, for recipes with static activations.
+        module: Any model, such as `pipe.transformer`.
+        recipe: A recipe, or the name of one in `RECIPES`.
+        select: Globs over module names; each must match a Linear. None takes all Linears but those in `KEPT`.
+        input_scales: The static scale of the activations by module name, for recipes with static activations.
+
+    Returns:
+        A report on every Linear of the module.
 
     Raises:
-        ValueError: a glob that matches nothing; a weight that is quantized already, not finite, no float, computed
-            (`parametrizations`) or shared with another layer; a static recipe without an input scale for a layer; input
-            scales of no layer or for another recipe. The module is then unchanged.
+        ValueError: A glob matches nothing; a weight is quantized already, not finite, not floating point, computed
+            (`parametrizations`) or shared with another layer; a layer has no input scale though the recipe is static;
+            or there are input scales for no layer or for another recipe. The module is then unchanged.
+        TypeError: The module is no nn.Module, or the recipe neither a recipe nor a name.
     """
-    recipe = _recipe(recipe)
+    recipe = as_recipe(recipe)
     linears = dict(linears_of(module))
     chosen = _selected(linears, select)
     for name in chosen:
@@ -80,11 +85,15 @@ def quantize_(
 
 
 def dequantize_(module: nn.Module, select: str | Sequence[str] | None = None) -> None:
-    """Replace float8 weights by plain ones of their values and logical dtype, in place.
+    """Replace float8 weights of Linears by plain ones with their values, in their logical dtype, in place.
 
     Args:
-        module: a model with quantized Linears.
-        select: globs over module names; None takes all.
+        module: A model with quantized Linears.
+        select: Globs over module names; None takes all.
+
+    Raises:
+        ValueError: A glob matches no Linear.
+        TypeError: The module is no nn.Module.
     """
     linears = dict(linears_of(module))
     names = linears if select is None else _selected(linears, select)
@@ -95,17 +104,52 @@ def dequantize_(module: nn.Module, select: str | Sequence[str] | None = None) ->
 
 
 def report(module: nn.Module) -> Report:
-    """What the Linears of a module are and on what they run."""
+    """A report on the Linears of a module: their recipes, and the backends that multiply them.
+
+    Raises:
+        TypeError: The module is no nn.Module.
+    """
     return Report(_layer(name, linear) for name, linear in linears_of(module))
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether any weight of the module is a `Float8Tensor`."""
+    """Whether any parameter of the module is a `Float8Tensor`.
+
+    Raises:
+        TypeError: The module is no nn.Module.
+    """
+    check_module(module)
     return any(isinstance(parameter, Float8Tensor) for parameter in module.parameters())
 
 
+def refuse_quantized(
+    module: nn.Module, name: str = "the module", instead: str = "take one that is not", *, unless: Recipe | None = None
+) -> None:
+    """Raise unless every parameter of the module is a plain tensor.
+
+    Args:
+        module: The module to check.
+        name: The name of the module in the error.
+        instead: What to do, for the error.
+        unless: A recipe under which weights may be quantized.
+
+    Raises:
+        ValueError: Weights of the module are quantized already, under another recipe than `unless`.
+    """
+    check_module(module)
+    recipes = [weight.recipe for weight in module.parameters() if isinstance(weight, Float8Tensor)]
+    if other := [recipe for recipe in recipes if recipe != unless]:
+        names = ", ".join(sorted({recipe_name(recipe) for recipe in other}))
+        raise ValueError(f"{name} is quantized already ({len(other)} weights: {names}): {instead}")
+
+
 def linears_of(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linears of a module by name."""
+    """Names and Linears of a module.
+
+    Raises:
+        TypeError: The module is no nn.Module.
+    """
+    check_module(module)
     return ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear))
 
 
@@ -116,16 +160,18 @@ def snr(signal: Tensor, approximation: Tensor) -> float:
     return float(10 * torch.log10(signal.square().sum() / noise)) if noise else float("inf")
 
 
-def _recipe(recipe: Recipe | str) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; known are {', '.join(RECIPES)}, or give a quant.Recipe")
-    return RECIPES[recipe]
+def check_module(module: object) -> None:
+    """Raise TypeError unless it is an nn.Module; the error names parts of the object that are modules."""
+    if isinstance(module, nn.Module):
+        return
+    attributes = vars(module) if hasattr(module, "__dict__") else {}
+    parts = [f".{name}" for name, part in attributes.items() if isinstance(part, nn.Module) and name.isidentifier()]
+    hint = f"; give one of its modules: {', '.join(parts[:5])}" if parts else ""
+    raise TypeError(f"expected an nn.Module, got {type(module).__name__}{hint}")
 
 
 def _selected(linears: Mapping[str, nn.Linear], select: str | Sequence[str] | None) -> list[str]:
-    """Names in the order of the module, each once."""
+    """The names of the selected Linears, in the order of the module."""
     if select is None:
         return [name for name in linears if not kept(name)]
     patterns = [select] if isinstance(select, str) else select
@@ -137,18 +183,17 @@ def _selected(linears: Mapping[str, nn.Linear], select: str | Sequence[str] | No
 
 
 def kept(name: str) -> str | None:
-    """The pattern of `KEPT` that a Linear of this name falls under, which `quantize_` leaves alone; None for none."""
+    """The pattern of `KEPT` that the name of a Linear matches, so that `quantize_` skips it; None where none does."""
     return next((pattern for pattern in KEPT if fnmatchcase(name, pattern)), None)
 
 
 def _check_weight(name: str, linear: nn.Linear) -> None:
     if "weight" not in linear._parameters:
         raise ValueError(
-            f"{name}.weight is no parameter, it is computed: remove the parametrization first, which leaves its value"
+            f"{name}.weight is no parameter but computed: remove the parametrization first, which keeps its value"
         )
     weight = linear.weight
-    if isinstance(weight, Float8Tensor):
-        raise ValueError(f"{name!r} is quantized already; dequantize_ first to change its recipe")
+    refuse_quantized(linear, repr(name), "call dequantize_ first to change its recipe")
     try:
         check_values(weight)
     except ValueError as error:
@@ -156,7 +201,7 @@ def _check_weight(name: str, linear: nn.Linear) -> None:
 
 
 def _check_ties(module: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
-    """Of a weight that two layers share, each would get its own."""
+    """Refuse weights that two layers share: they would no longer be shared."""
     names = {id(linear.weight): f"{name}.weight".lstrip(".") for name, linear in chosen.items()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         first = names.get(id(parameter), name)
@@ -167,13 +212,13 @@ def _check_ties(module: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
 def _input_scales(
     linears: Mapping[str, nn.Linear], chosen: Sequence[str], recipe: Recipe, scales: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Those of the chosen Linears, checked."""
+    """The input scales of the chosen Linears, checked."""
     if recipe.activation != "static":
         if scales:
             raise ValueError(f"input_scales are for static activations; the recipe has {recipe.activation!r}")
         return {}
     if unknown := [name for name in scales if name not in linears]:
-        raise ValueError(f"input_scales name {len(unknown)} that are no Linears of the module, first {unknown[0]!r}")
+        raise ValueError(f"input_scales has {len(unknown)} names of no Linear of the module, first {unknown[0]!r}")
     if without := [name for name in chosen if name not in scales]:
         raise ValueError(
             f"static activations need an input scale for every layer; {len(without)} have none, first {without[0]!r}: "

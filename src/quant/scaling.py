@@ -1,7 +1,7 @@
-"""Scales and codes: the arithmetic of float8 quantization, in the order that fixes every bit of it.
+"""Scales and qdata: the arithmetic of float8 quantization, in the order that fixes every bit of it.
 
 scale = max(amax / largest of the format, 2**-126) in float32, and 1 where everything is zero;
-code = round to nearest even of clamp(x / scale), by division. value = code * scale.
+qdata = round to nearest even of clamp(x / scale), by division. value = qdata * scale.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import torch
 from torch import Tensor
 
 from quant.codec import decode, encode
-from quant.recipe import Format
+from quant.formats import DTYPES, LARGEST, Format
 
-DTYPES: Final[dict[Format, torch.dtype]] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-LARGEST: Final[dict[Format, float]] = {"e4m3": 448.0, "e5m2": 57344.0}
 SMALLEST_SCALE: Final = 2.0**-126  # the smallest normal float32: below it division and GPUs' flushing disagree
 
 
 def scale_of(amax: Tensor, format: Format) -> Tensor:
     """The scale, float32 of the shape of `amax`, that maps the largest absolute value to the largest code.
 
-    NaN stays NaN and an infinity gives infinity: what is quantized with it then is NaN, or has that scale.
+    A NaN in `amax` gives the scale NaN, an infinity gives infinity.
     """
     # By a tensor: GPUs divide by a number through its reciprocal, which rounds once more.
     largest = torch.full((), LARGEST[format], dtype=torch.float32, device=amax.device)
@@ -31,20 +29,20 @@ def scale_of(amax: Tensor, format: Format) -> Tensor:
 
 
 def to_codes(x: Tensor, scale: Tensor, format: Format, *, as_bytes: bool = False) -> Tensor:
-    """The codes of x / scale; NaN stays NaN, what is beyond the largest code, an infinity too, becomes it.
+    """The codes of x / scale. NaN stays NaN; quotients beyond the largest code, and infinities, become that code.
 
     Args:
-        x: any shape and floating dtype.
+        x: Values of any shape and floating dtype.
         scale: float32, broadcasts to x.
-        format: of the codes.
-        as_bytes: uint8 by our own codec, for devices without float8 dtypes.
+        format: The format of the codes.
+        as_bytes: Whether to give uint8 by our own codec, for devices without float8 dtypes.
     """
     # In float64 for float64, so that there is one rounding; torch's own cast goes through float32.
     wide = x.to(torch.promote_types(x.dtype, torch.float32)) / scale
     if as_bytes or wide.dtype == torch.float64:
         codes = encode(wide, format)
         return codes if as_bytes else codes.view(DTYPES[format])
-    # The clamp is explicit: what a cast makes of overflow depends on the version of torch.
+    # The clamp is explicit, because the result of a cast that overflows depends on the version of torch.
     return wide.clamp(-LARGEST[format], LARGEST[format]).to(DTYPES[format])
 
 
@@ -60,5 +58,49 @@ def values_of(codes: Tensor, scale: Tensor, format: Format, dtype: torch.dtype) 
 
 
 def has_float8(device: torch.device) -> bool:
-    """Whether torch has float8 dtypes there; elsewhere codes are kept as uint8."""
+    """Whether torch has float8 dtypes on the device; elsewhere codes are kept as uint8."""
     return device.type in ("cpu", "cuda", "meta")
+
+
+def positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The scale in `dtype`, checked.
+
+    Args:
+        scale: One number or several.
+        name: The weight or layer that the error names.
+        what: What the scale is, for the error.
+        dtype: The dtype of the result, in which the scale must be positive.
+
+    Raises:
+        ValueError: The scale is not floating point, or a number of it is zero, negative or not finite.
+    """
+    if not scale.dtype.is_floating_point:
+        raise ValueError(f"{name}: {what} must be floating point, got {scale.dtype}")
+    factor = scale.detach().to(dtype)
+    bad = ~(factor.isfinite() & (factor > 0))
+    if bad.any():
+        raise ValueError(
+            f"{name}: {what} must be finite and above zero; {int(bad.sum())} are not, "
+            f"first {factor[bad][:3].tolist()} in {dtype}"
+        )
+    return factor
+
+
+def checked_input_scale(scale: Tensor | float, name: str = "input_scale") -> Tensor:
+    """The static scale of a layer's activations as float32 ().
+
+    Args:
+        scale: One number, as a tensor of any shape or as a Python number.
+        name: The layer or argument that the error names.
+
+    Raises:
+        ValueError: The scale is not one number, not floating point, or zero, negative or not finite in float32.
+        TypeError: The scale is neither a tensor nor a number.
+    """
+    if isinstance(scale, int | float) and not isinstance(scale, bool):
+        scale = torch.tensor(float(scale))
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"{name}: an input scale is one positive number or tensor; got {type(scale).__name__}")
+    if scale.numel() != 1:
+        raise ValueError(f"{name}: an input scale is one positive number; got a tensor of shape {list(scale.shape)}")
+    return positive(scale, name, "an input scale").reshape(())

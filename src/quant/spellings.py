@@ -1,4 +1,4 @@
-"""How float8 checkpoints spell their scales.
+"""How float8 checkpoints spell their scales, and which other quantizations there are, which we do not read.
 
 Three spellings are in use, all with value = stored * scale:
   ComfyUI, older: a marker `<prefix>scaled_fp8`, then `<layer>.scale_weight` and maybe `<layer>.scale_input`;
@@ -6,44 +6,108 @@ Three spellings are in use, all with value = stored * scale:
   `_quantization_metadata` in the file's metadata;
   NVIDIA ModelOpt: `<layer>.weight_scale`, `<layer>.input_scale`.
 A file with none of them is plain: value = stored.
-Activations are multiplied in float8 under a layer's input scale; where there is none, or where the marker has two
-elements or a layer says `full_precision_matrix_mult`, the weight is widened and they stay as they are. (ComfyUI takes 1
-for a scale that is not there.)
+A layer with an input scale rounds its activations to float8 under that scale. A layer without one, or where the marker
+has two elements or the layer says `full_precision_matrix_mult`, dequantizes its weight and leaves activations as they
+are. (ComfyUI takes 1 for an input scale that is missing.)
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.recipe import Format
+from quant.formats import DTYPES, FLOAT8, FORMAT_NAMED
+from quant.scaling import positive
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-FORMAT_OF: dict[torch.dtype, Format] = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 HEADER = "_quantization_metadata"
 MARKER, NOTE = "scaled_fp8", "comfy_quant"
 _WEIGHT_SCALES = ("scale_weight", "weight_scale")
 _INPUT_SCALES = ("scale_input", "input_scale")
+_NAME = 200  # characters of a file's words that an error repeats
 _INSTEAD = "use a float8 or 16-bit file of the model"
 _EMBEDDINGS = ("shared", "embed_tokens", "token_embedding", "position_embedding", "relative_attention_bias")
+# Keys by which other quantizations are known, and their names; the first that is found is named.
+_UNREAD: Final = (
+    (re.compile(r"\.quant_state\.bitsandbytes__nf4$"), "bitsandbytes NF4 (4 bits)"),
+    (re.compile(r"\.quant_state\.bitsandbytes__fp4$"), "bitsandbytes FP4 (4 bits)"),
+    (re.compile(r"\.quant_state(\.|$)|\.(nested_)?(absmax|quant_map)$"), "bitsandbytes (4 bits)"),
+    (re.compile(r"\.SCB$|\.weight_format$"), "bitsandbytes LLM.int8 (8-bit integers)"),
+    (re.compile(r"\.weight_scale_2$"), "NVFP4 (4 bits in blocks, with block scales)"),
+    (re.compile(r"\.(wscales|wtscale|wcscales)$"), "SVDQuant (4 bits)"),
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ (packed integers)"),
+    (re.compile(r"\.weight\._(data|scale|shift)$"), "optimum-quanto"),
+)
+_ANY_UNREAD: Final = re.compile("|".join(pattern.pattern for pattern, _ in _UNREAD))
+
+
+def unread_quantization(
+    dtypes: Mapping[str, torch.dtype],
+    metadata: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> str:
+    """What quantization a file has that is not read here: one sentence that names it, or "" where it has none.
+
+    Readers call it before they compare keys and shapes, because such weights have other shapes and dtypes and would be
+    called mis-shaped. It recognises bitsandbytes, NVFP4, MXFP8, 8-bit integers with scales, GPTQ, AWQ, SVDQuant,
+    optimum-quanto, formats that ComfyUI's metadata names, and whatever a config.json calls `quantization_config`. (GGUF
+    is a file format of its own.) It does not raise.
+
+    Args:
+        dtypes: The dtype of each tensor by its key, with or without prefix.
+        metadata: The file's metadata.
+        config: The model's config.json, parsed.
+    """
+    what = _unread_keys(dtypes) or _unread_layers(metadata or {}) or _unread_config(config or {})
+    return f"{what}, which is not read; {_INSTEAD}" if what else ""
+
+
+def _unread_keys(dtypes: Mapping[str, torch.dtype]) -> str:
+    suspects = [key for key in dtypes if _ANY_UNREAD.search(key)]
+    for pattern, name in _UNREAD if suspects else ():
+        if found := [key for key in suspects if pattern.search(key)]:
+            return f"{_some(found)}: quantized by {name}"
+    scales = {key: weight_of(key.rpartition(".")[0]) for key in dtypes if last_part(key) in _WEIGHT_SCALES}
+    if found := [key for key in scales if dtypes[key] in (torch.uint8, torch.float8_e8m0fnu)]:
+        return f"{_some(found)}: quantized by MXFP8 (float8 in blocks, with block scales)"
+    if found := [weight for weight in scales.values() if dtypes.get(weight) in (torch.int8, torch.uint8)]:
+        return f"{_some(found)}: quantized to 8-bit integers with scales"
+    return ""
+
+
+def _unread_layers(metadata: Mapping[str, str]) -> str:
+    try:
+        notes = layers_in(metadata)
+    except ValueError:  # `find_scales` and its callers say what is wrong with it
+        return ""
+    if found := [layer for layer, note in notes.items() if note.format not in FORMAT_NAMED]:
+        return f"{_some(found)}: quantized in the format {notes[found[0]].format!r}"
+    return ""
+
+
+def _unread_config(config: Mapping[str, Any]) -> str:
+    said = config.get("quantization_config")
+    if said is None:
+        return ""
+    method = said.get("quant_method") if isinstance(said, Mapping) else said
+    return f"config.json has a quantization_config of {str(method)[:80]!r}"
 
 
 @dataclass(frozen=True)
 class Scales:
-    """Which keys of a file are scales, and of what."""
+    """Which keys of a file are scales, and of which weights."""
 
-    spelling: str  # for people
+    spelling: str  # a name for people
     weights: dict[str, str] = field(default_factory=dict)  # key of the float8 weight -> key of its scale
     inputs: dict[str, str] = field(default_factory=dict)  # key of the float8 weight -> key of the input's scale
-    notes: frozenset[str] = frozenset()  # keys that hold no value: markers and per-layer JSON
-    full_precision: frozenset[str] = frozenset()  # keys of weights whose activations are said to stay as they are
+    notes: frozenset[str] = frozenset()  # keys of markers and per-layer JSON, which hold no value
+    full_precision: frozenset[str] = frozenset()  # keys of weights whose activations are not rounded, the file says
 
     @property
     def keys(self) -> set[str]:
@@ -52,7 +116,7 @@ class Scales:
 
 
 class Note(NamedTuple):
-    """What a file says of one layer, in its metadata or beside the weight."""
+    """The format that a file names for one layer, in its metadata or beside the weight."""
 
     format: str
     full_precision: bool = False
@@ -62,15 +126,15 @@ def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> S
     """Pair the scales of a model with their weights, by `{key: dtype}`.
 
     Args:
-        dtypes: of all tensors of the model.
-        scaled: whether the file says in its metadata that float8 weights have scales.
+        dtypes: The dtype of every tensor of the model.
+        scaled: Whether the file's metadata says that float8 weights have scales.
 
     Raises:
-        ValueError: a scale without a float8 weight, a float8 weight without a scale among scaled ones, two scales for
-            one weight, or a quantization other than float8.
+        ValueError: There is a scale without a float8 weight, a float8 weight without a scale among scaled ones, two
+            scales for one weight, or another quantization (see `unread_quantization`).
     """
-    if other := [key for key in dtypes if last_part(key) == "weight_scale_2"]:
-        raise ValueError(f"{_some(other)}: block scales of NVFP4, which is not read; {_INSTEAD}")
+    if other := unread_quantization(dtypes):
+        raise ValueError(other)
     notes = frozenset(key for key in dtypes if last_part(key) in (MARKER, NOTE))
     weights, inputs = _paired(dtypes, _WEIGHT_SCALES), _paired(dtypes, _INPUT_SCALES)
     noted = bool(scaled or notes)
@@ -89,10 +153,10 @@ def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> S
 
 
 def layers_in(metadata: Mapping[str, str]) -> dict[str, Note]:
-    """`{layer: what is said of it}` of a file's `_quantization_metadata`; empty where it has none.
+    """The notes of a file's `_quantization_metadata`, by layer; empty where the file has none.
 
     Raises:
-        ValueError: it is not the expected JSON.
+        ValueError: The entry is not the expected JSON.
     """
     if HEADER not in metadata:
         return {}
@@ -107,10 +171,10 @@ def layers_in(metadata: Mapping[str, str]) -> dict[str, Note]:
 
 
 def format_in(note: bytes) -> Note:
-    """What a layer's `comfy_quant` bytes say.
+    """The note in the bytes of a layer's `comfy_quant` tensor.
 
     Raises:
-        ValueError: it is not the expected JSON.
+        ValueError: The bytes are not the expected JSON.
     """
     try:
         return _note(json.loads(note))
@@ -119,20 +183,20 @@ def format_in(note: bytes) -> Note:
 
 
 def check_formats(notes: Mapping[str, Note], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Hold what a file says of its layers, `{layer: note}`, against its `{key: dtype}`.
+    """Compare the formats that a file names, `{layer: note}`, with the dtypes of its tensors, `{key: dtype}`.
 
     Raises:
-        ValueError: a format other than float8, or one that is not the weight's dtype.
+        ValueError: A format is not float8, or is not the dtype of the layer's weight.
     """
-    if other := sorted({note.format for note in notes.values() if note.format not in FORMATS}):
-        layers = [layer for layer, note in notes.items() if note.format not in FORMATS]
+    if other := sorted({note.format for note in notes.values() if note.format not in FORMAT_NAMED}):
+        layers = [layer for layer, note in notes.items() if note.format not in FORMAT_NAMED]
         raise ValueError(
-            f"quantization {', '.join(map(repr, other))} of {_some(layers)} is not read, only {', '.join(FORMATS)}; "
-            f"{_INSTEAD}"
+            f"quantization {', '.join(map(repr, other))} of {_some(layers)} is not read, only "
+            f"{', '.join(FORMAT_NAMED)}; {_INSTEAD}"
         )
     for layer, note in notes.items():
         found = dtypes.get(weight_of(layer))
-        if found is not FORMATS[note.format]:
+        if found is not DTYPES[FORMAT_NAMED[note.format]]:
             what = "there is no such weight" if found is None else f"that weight is {found}"
             raise ValueError(
                 f"{weight_of(layer)!r} is said to be {note.format}, but {what}; the file was written wrongly"
@@ -140,7 +204,7 @@ def check_formats(notes: Mapping[str, Note], dtypes: Mapping[str, torch.dtype]) 
 
 
 def weight_of(layer: str) -> str:
-    """The key of a layer's weight; a model that is one Linear has no name before it."""
+    """The key of a layer's weight; where the model is itself one Linear, `layer` is ""."""
     return f"{layer}.weight" if layer else "weight"
 
 
@@ -156,18 +220,18 @@ def check_scale_shape(weight: Sequence[int], scale: Sequence[int], name: str) ->
 
 
 def dequantize(stored: Tensor, scale: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """stored * scale, multiplied in float32 (float64 for float64) and then rounded to `dtype`.
+    """The values of a stored weight: stored * scale, multiplied in float32 (float64 for float64) and rounded once.
 
     That is what torch's own cast of the exact product gives, which goes through float32 too.
 
     Args:
-        stored: float8 codes, [out, in] or any shape.
-        scale: one number, or one per row as [out] or [..., out, 1].
-        name: what to call the weight in an error.
-        dtype: of the result.
+        stored: float8 tensor, [out, in] or any shape.
+        scale: One number, or one per row as [out] or [..., out, 1].
+        name: The name of the weight in an error.
+        dtype: The dtype of the result.
 
     Raises:
-        ValueError: the scale has another shape, or is zero, negative or not finite.
+        ValueError: The scale has another shape, or is zero, negative or not finite.
     """
     check_scale_shape(stored.shape, scale.shape, name)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -180,7 +244,7 @@ def dequantize(stored: Tensor, scale: Tensor, name: str, dtype: torch.dtype) -> 
 
 
 def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> dict[str, str]:
-    """`{weight key: scale key}` for scale keys with one of these last parts."""
+    """`{key of the weight: key of its scale}` for keys that end in one of these words."""
     found: dict[str, str] = {}
     for key in dtypes:
         layer, _, ending = key.rpartition(".")
@@ -197,29 +261,19 @@ def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> dict[s
 
 
 def along_rows(scale: Tensor, dims: int) -> Tensor:
-    """One number per row in the shape that multiplies a tensor of so many dimensions."""
+    """One number per row, reshaped to multiply a tensor of `dims` dimensions."""
     return scale.reshape(-1, *[1] * (dims - 1))
 
 
 def _note(said: Any) -> Note:
-    name, full = str(said["format"]), said.get("full_precision_matrix_mult", False)
+    name, full = str(said["format"])[:_NAME], said.get("full_precision_matrix_mult", False)
     if not isinstance(full, bool):
-        raise TypeError(f"full_precision_matrix_mult is {full!r}")
+        raise TypeError(f"full_precision_matrix_mult is a {type(full).__name__}")
     return Note(name, full)
 
 
-def positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A scale in `dtype`; ValueError, which calls it `what` of `name`, unless it is finite and above zero."""
-    if not scale.dtype.is_floating_point:
-        raise ValueError(f"{name}: {what} must be floating point, got {scale.dtype}")
-    factor = scale.to(dtype)
-    if bad := factor[~(factor.isfinite() & (factor > 0))].tolist():
-        raise ValueError(f"{name}: {what} must be finite and above zero; {len(bad)} are not, first {bad[:3]}")
-    return factor
-
-
 def _needs_scale(key: str, dtype: torch.dtype) -> bool:
-    """Weights of linears; norms and embeddings are stored plain in the files that are known."""
+    """Whether the key is a Linear's weight; norms and embeddings are stored plain in the known files."""
     layer, _, ending = key.rpartition(".")
     return (
         dtype in FLOAT8
@@ -230,10 +284,10 @@ def _needs_scale(key: str, dtype: torch.dtype) -> bool:
 
 
 def last_part(key: str) -> str:
-    """What comes after the last dot."""
+    """The part of a key after its last dot."""
     return key.rpartition(".")[2]
 
 
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return ", ".join(repr(key) for key in keys[:3]) + more
+    return ", ".join(repr(key[:_NAME]) for key in keys[:3]) + more

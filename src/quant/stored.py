@@ -1,4 +1,4 @@
-"""What a file says of its float8 weights beside their codes: checked scales, and the recipe to read them with."""
+"""The float8 weights of a file beside their qdata: checked scales, and the recipe with which they are read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from quant.formats import FORMAT_OF
 from quant.recipe import Granularity, Recipe
+from quant.scaling import checked_input_scale, positive
 from quant.spellings import (
-    FORMAT_OF,
     HEADER,
     MARKER,
     NOTE,
@@ -24,13 +25,14 @@ from quant.spellings import (
     find_scales,
     format_in,
     last_part,
-    positive,
     weight_of,
 )
 
+NOTE_BYTES = 4096  # of one `comfy_quant` tensor; those of ComfyUI have under 200
+
 
 class Stored(NamedTuple):
-    """What a file says of one float8 weight beside its codes."""
+    """Scales and recipe of one float8 weight of a file."""
 
     scale: Tensor  # float32, () or [out, 1]
     input_scale: Tensor | None  # float32, ()
@@ -44,18 +46,19 @@ def stored_weights(
     notes: Mapping[str, Note],
     recipes: Mapping[str, Recipe],
 ) -> tuple[Scales, dict[str, Stored]]:
-    """How the scales of a model are spelled, and `{key of a scaled weight: what stands beside its codes}`.
+    """How the scales of a model are spelled, and scales and recipe of every scaled weight by its key.
 
     Args:
-        shapes, dtypes: of all its tensors.
-        read: gives the tensor of a key; called for scales and notes.
-        notes: of the file's metadata, by layer.
-        recipes: of our own entry there, by the weight's key; a weight without one has what the spelling says.
+        shapes, dtypes: Shape and dtype of every tensor of the model, by key.
+        read: Gives the tensor of a key; called for scales and notes, after their sizes are checked.
+        notes: The notes of the file's metadata, by layer.
+        recipes: The recipes of our own metadata entry, by the weight's key; other weights have what the spelling says.
 
     Raises:
-        ValueError: see `find_scales`; a scale that is not one positive number, or one per row; or two places that say
-            different things of a weight.
+        ValueError: See `find_scales`; a scale is not one positive number, or one per row; or two places in the file
+            contradict each other.
     """
+    _check_note_sizes(shapes, dtypes)
     said = _said(dtypes, read, notes)
     check_formats(said, dtypes)
     scales = find_scales(dtypes, scaled=bool(notes))
@@ -65,6 +68,9 @@ def stored_weights(
     found = {}
     for weight, key in scales.weights.items():
         own, given = recipes.get(weight), scales.inputs.get(weight)
+        check_scale_shape(shapes[weight], shapes[key], weight)
+        if given is not None and prod(shapes[given]) != 1:
+            raise ValueError(f"{weight}: input scale of shape {list(shapes[given])}; expected one number")
         scale = checked_scale(read(key), shapes[weight], weight, None if own is None else own.granularity)
         input_scale = None if given is None else checked_input_scale(read(given), weight)
         static = input_scale is not None and weight not in full
@@ -73,17 +79,17 @@ def stored_weights(
 
 
 def recipe_of(codes: torch.dtype, scale: Tensor, name: str, own: Recipe | None = None, *, static: bool) -> Recipe:
-    """The recipe of a stored weight: of our own entry, else one that says no more than the spelling.
+    """The recipe of a stored weight: that of our own metadata entry, else the one that the spelling implies.
 
     Args:
-        codes: the dtype of its codes.
-        scale: as `checked_scale` gives it.
-        name: what to call the weight in an error.
-        own: what our own entry says.
-        static: whether its activations have a scale, that is used.
+        codes: The dtype of its qdata.
+        scale: Its scale, as `checked_scale` gives it.
+        name: The name of the weight in an error.
+        own: The recipe of our own entry.
+        static: Whether the file has a scale for its activations and does not ask for full precision.
 
     Raises:
-        ValueError: our own entry does not go with codes and scale.
+        ValueError: Our own entry contradicts qdata or scale.
     """
     granularity: Granularity = "row" if scale.ndim else "tensor"
     spelled = Recipe(FORMAT_OF[codes], granularity, activation="static" if static else "none")
@@ -102,13 +108,13 @@ def checked_scale(scale: Tensor, weight: Sequence[int], name: str, granularity: 
     """A weight's scale as float32, () or [..., out, 1].
 
     Args:
-        scale: as it is stored.
-        weight: the shape of the codes.
-        name: what to call the weight in an error.
-        granularity: of our own entry, which tells what one number for one row is.
+        scale: The scale as it is stored.
+        weight: The shape of the qdata.
+        name: The name of the weight in an error.
+        granularity: The granularity in our own entry; it decides what one number for a weight of one row is.
 
     Raises:
-        ValueError: the scale has another shape or dtype, or is zero, negative or not finite.
+        ValueError: The scale has another shape or dtype, or is zero, negative or not finite.
     """
     check_scale_shape(weight, scale.shape, name)
     scale, rows = positive(scale, name, "a scale"), (*weight[:-1], 1)
@@ -117,21 +123,17 @@ def checked_scale(scale: Tensor, weight: Sequence[int], name: str, granularity: 
     return scale.reshape(()) if scale.numel() == 1 else along_rows(scale, len(weight))
 
 
-def checked_input_scale(scale: Tensor, name: str) -> Tensor:
-    """The scale of a weight's input as float32 ().
-
-    Raises:
-        ValueError: it is not one number, or zero, negative or not finite.
-    """
-    if scale.numel() != 1:
-        raise ValueError(f"{name}: input scale of shape {list(scale.shape)}; expected one number")
-    return positive(scale, name, "an input scale").reshape(())
+def _check_note_sizes(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse notes too large for a layer's JSON before they are read."""
+    for key, shape in shapes.items():
+        if last_part(key) == NOTE and (size := prod(shape) * dtypes[key].itemsize) > NOTE_BYTES:
+            raise ValueError(f"{key!r} has {size} bytes; a layer's quantization note has at most {NOTE_BYTES}")
 
 
 def _said(
     dtypes: Mapping[str, torch.dtype], read: Callable[[str], Tensor], notes: Mapping[str, Note]
 ) -> dict[str, Note]:
-    """What metadata and tensors of bytes say of layers together."""
+    """The notes of the metadata together with those in `comfy_quant` tensors."""
     found = dict(notes)
     for key in dtypes:
         layer, _, ending = key.rpartition(".")

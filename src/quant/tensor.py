@@ -1,11 +1,12 @@
-"""`Float8Tensor`: float8 codes and their scale that stand in for a Linear's weight.
+"""`Float8Tensor`: float8 qdata and their scale in place of a Linear's weight.
 
-The tensor shows shape and dtype of the weight that it replaces (its logical dtype), and model code does not know of it.
-What can be done with it is in `quant.operations`; any other operation raises and names itself.
+The tensor has the shape and the dtype (its logical dtype) of the weight that it replaces, so that model code does not
+know of it. `quant.operations` holds the operations that it supports; any other operation raises and names itself.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -17,27 +18,30 @@ import torch
 from torch import Tensor, nn
 
 from quant.dispatch import FUNCTIONS, OPERATIONS
-from quant.recipe import Format, Granularity, Recipe
-from quant.scaling import DTYPES, has_float8, scale_of, to_codes, values_of
+from quant.formats import DTYPES, Format
+from quant.recipe import Granularity, Recipe
+from quant.scaling import checked_input_scale, has_float8, scale_of, to_codes, values_of
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Float8Tensor(Tensor):
-    """A matrix (or stack of matrices) as float8 codes and scale: value = qdata * scale.
+    """A weight, or a stack of weights, as float8 codes and their scale: value = qdata * scale.
 
-    It is not trained: `requires_grad` stays False, also where a Parameter or a module asks for it; gradients pass
-    through products to the other factor.
+    A Float8Tensor is not trained: the codes have no neighbours that a small gradient step would reach. Gradients pass
+    through products to the other factor, so biases, norms and adapters around it train. `requires_grad_(True)`,
+    `requires_grad = True` and `module.requires_grad_(True)` raise; `nn.Parameter(tensor)` and
+    `load_state_dict(assign=True)`, which ask for gradients by default, keep `requires_grad` False.
 
     Args:
-        qdata: codes, float8 of the recipe's format, or uint8 on devices that have no float8; [..., out, in].
+        qdata: The codes, [..., out, in]: float8 of the recipe's format, or uint8 on devices that have no float8.
         scale: float32, () for one scale, or [..., out, 1] for one per row.
-        input_scale: float32 (), the scale of activations; None where they get one in every call, or none.
-        recipe: how it is stored and multiplied.
-        dtype: what it stands for: the dtype of `dequantize()`.
+        input_scale: The scale of static activations, float32 (); None where activations get one in every call, or none.
+        recipe: How the weight is stored and multiplied.
+        dtype: The logical dtype: the dtype of `dequantize()`, and of inputs of a product.
 
     Raises:
-        ValueError: codes, scale and recipe do not go together.
+        ValueError: qdata, scale, input scale and recipe do not go together.
     """
 
     qdata: Tensor
@@ -45,7 +49,7 @@ class Float8Tensor(Tensor):
     input_scale: Tensor | None
     recipe: Recipe
     snr: float | None  # signal-to-noise ratio in dB, as `quantize_` measured it
-    _shares_scale: bool  # with values outside of this view
+    _shares_scale: bool  # whether values outside of this view have the same scale
 
     @staticmethod
     def __new__(
@@ -75,14 +79,15 @@ class Float8Tensor(Tensor):
         """The nearest codes under the smallest scale that reaches the largest value.
 
         Args:
-            tensor: [..., out, in], finite.
-            format, granularity: of the codes and of the scale.
-            recipe: instead of these two.
-            input_scale: for recipes with static activations, one positive number.
+            tensor: Finite values, [..., out, in].
+            format: The format of the codes.
+            granularity: The granularity of the scale.
+            recipe: A recipe, instead of format and granularity.
+            input_scale: The static scale of the activations, one positive number.
 
         Raises:
-            ValueError: values that are not finite, and how many; a scalar; a dtype that is no float; an input scale
-                that is no positive number.
+            ValueError: The tensor is a scalar, on the meta device, not floating point, or has values that are not
+                finite (the error says how many); or the input scale is not one positive number.
         """
         recipe = recipe or Recipe(format, granularity, activation="none")
         tensor = tensor.detach()
@@ -94,7 +99,11 @@ class Float8Tensor(Tensor):
         return cls(qdata, scale, input_scale, recipe, tensor.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """qdata * scale, multiplied in float32 (float64 for float64) and rounded once; None is the logical dtype."""
+        """The values qdata * scale, multiplied in float32 (float64 for float64) and rounded once.
+
+        Args:
+            dtype: The dtype of the result; None is the logical dtype.
+        """
         return values_of(self.qdata, self.scale, self.recipe.format, dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -107,7 +116,7 @@ class Float8Tensor(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Of codes and scales."""
+        """The bytes of qdata and scales."""
         return sum(part.nbytes for part in self._parts)
 
     @property
@@ -115,17 +124,23 @@ class Float8Tensor(Tensor):
         return [part for part in (self.qdata, self.scale, self.input_scale) if part is not None]
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Nothing, whatever is asked for; see the class."""
+        """Return self where gradients are not asked for, or only by a default of torch; see the class.
+
+        Raises:
+            RuntimeError: The caller asks for gradients.
+        """
+        if requires_grad and sys._getframe(1).f_code not in _ASK_BY_DEFAULT:
+            raise RuntimeError(NOT_TRAINED)
         return self
 
     def share_memory_(self) -> Self:
-        """Move codes and scales to memory that processes share."""
+        """Move qdata and scales to memory that processes share."""
         for part in self._parts:
             part.share_memory_()
         return self
 
     def is_shared(self) -> bool:
-        """Whether all of it is in shared memory."""
+        """Whether qdata and scales are in shared memory."""
         return all(part.is_shared() for part in self._parts)
 
     def pin_memory(self, device: Any = None) -> Float8Tensor:
@@ -133,16 +148,20 @@ class Float8Tensor(Tensor):
         return self._map(lambda part: part.pin_memory())
 
     def is_pinned(self, device: Any = None) -> bool:
-        """Whether all of it is in page-locked memory."""
+        """Whether qdata and scales are in page-locked memory."""
         return all(part.is_pinned() for part in self._parts)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Codes as bytes, because pickle knows no float8."""
+        """Pickle qdata as bytes, because pickle knows no float8."""
         parts = (self.qdata.view(torch.uint8), self.scale, self.input_scale, self.recipe, self.dtype)
         return _rebuilt, (*parts, self.snr, isinstance(self, nn.Parameter), self._shares_scale)
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: there is no memory with the values."""
+        """Refuse: no memory holds the values.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError("dlpack of a Float8Tensor; give dequantize(), or qdata and scale")
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Recipe, torch.dtype]]:
@@ -157,20 +176,20 @@ class Float8Tensor(Tensor):
         return cls(parts["qdata"], parts["scale"], parts.get("input_scale"), recipe, dtype)
 
     def _stable_hash_for_caching(self) -> str:
-        """All that compiled code depends on: by it torch finds code again, in other processes too.
+        """The key under which torch caches compiled code on disk: everything that such code depends on.
 
-        Without the digest, who changes this package would go on running what it was.
+        It contains a digest of this package's source, so that code compiled before an edit is not run after it.
         """
         parts = [(tuple(part.shape), part.stride(), part.dtype, part.device) for part in self._parts]
         return repr((_source(), self.recipe, self.dtype, parts))
 
     def _replace(self, **parts: Any) -> Float8Tensor:
-        """A new tensor with these parts in place of its own."""
+        """A new tensor in which `parts` replace its own."""
         mine = {name: getattr(self, name) for name in ("qdata", "scale", "input_scale", "recipe", "dtype")}
         return Float8Tensor(**(mine | parts))
 
     def _map(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> Float8Tensor:
-        """The same values, with `change` applied to every part."""
+        """A new tensor of the same values, with `change` applied to qdata and scales."""
         input_scale = None if self.input_scale is None else change(self.input_scale)
         new = self._replace(
             qdata=change(self.qdata), scale=change(self.scale), input_scale=input_scale, dtype=dtype or self.dtype
@@ -179,7 +198,7 @@ class Float8Tensor(Tensor):
         return new
 
     def _view(self, qdata: Tensor, scale: Tensor) -> Float8Tensor:
-        """A tensor of some of its memory; an inference tensor where this is one, as torch wants views to be."""
+        """A view; it is an inference tensor where this tensor is one, as torch requires of views."""
         with torch.inference_mode(self.is_inference()) if torch.is_inference_mode_enabled() else nullcontext():
             view = self._replace(qdata=qdata, scale=scale)
         fewer = qdata.numel() < self.qdata.numel() and scale.numel() == self.scale.numel()
@@ -207,7 +226,7 @@ class Float8Tensor(Tensor):
     ) -> Any:
         if func in OPERATIONS:
             return OPERATIONS[func](func, *args, **(kwargs or {}))
-        # Under inference_mode what torch composes of other operations arrives here whole.
+        # Under inference_mode, operations that torch composes of others arrive here undivided.
         composed = func.decompose(*args, **(kwargs or {}))
         if composed is NotImplemented:
             raise _UndefinedError(
@@ -216,12 +235,21 @@ class Float8Tensor(Tensor):
         return composed
 
 
+NOT_TRAINED = (
+    "a Float8Tensor is not trained, so it cannot require gradients. What trains: everything around it (biases, norms, "
+    "adapters; gradients pass through it), e.g. `for p in module.parameters(): p.requires_grad_(not isinstance(p, "
+    "quant.Float8Tensor))`; or the weight itself after quant.dequantize_(module), and quantize it again afterwards"
+)
+# Code of torch that asks for gradients because that is its default, without anybody wanting to train the tensor.
+_ASK_BY_DEFAULT = (nn.Parameter.__new__.__code__, nn.Module._load_from_state_dict.__code__)
+
+
 class _UndefinedError(NotImplementedError):
-    """An aten operation that Float8Tensor has not."""
+    """An aten operation that Float8Tensor does not support."""
 
 
 def check_values(tensor: Tensor) -> None:
-    """Raise ValueError unless it can be quantized: finite floats of at least one dimension."""
+    """Raise ValueError unless the tensor can be quantized: finite floats of at least one dimension."""
     if tensor.dtype not in LOGICAL or isinstance(tensor, Float8Tensor):
         what = "a Float8Tensor" if isinstance(tensor, Float8Tensor) else str(tensor.dtype)
         raise ValueError(f"a tensor to quantize has {', '.join(map(str, LOGICAL))}; got {what}")
@@ -240,26 +268,16 @@ def _amax(tensor: Tensor, granularity: Granularity) -> Tensor:
     return tensor.abs().amax() if granularity == "tensor" else tensor.abs().amax(dim=-1, keepdim=True)
 
 
-def checked_input_scale(scale: Tensor, name: str = "input_scale") -> Tensor:
-    """A scale of activations as float32 (); raise ValueError unless it is one positive number in float32."""
-    scale = scale.detach().float()  # where a small one is 0
-    if scale.numel() != 1 or not 0 < float(scale) < float("inf"):
-        raise ValueError(
-            f"{name}: an input scale is one positive number, also in float32; got {scale.flatten().tolist()[:3]}"
-        )
-    return scale.reshape(())
-
-
 def _check_parts(qdata: Tensor, scale: Tensor, input_scale: Tensor | None, recipe: Recipe, dtype: torch.dtype) -> None:
     if qdata.dtype not in (DTYPES[recipe.format], torch.uint8):
-        raise ValueError(f"codes are {qdata.dtype}, expected {DTYPES[recipe.format]} or torch.uint8")
+        raise ValueError(f"qdata are {qdata.dtype}, expected {DTYPES[recipe.format]} or torch.uint8")
     if dtype not in LOGICAL:
-        raise ValueError(f"a Float8Tensor stands for {', '.join(map(str, LOGICAL))}; got {dtype}")
+        raise ValueError(f"the logical dtype of a Float8Tensor is one of {', '.join(map(str, LOGICAL))}; got {dtype}")
     dims = qdata.ndim if recipe.granularity == "row" else 0
     fits = all(size in (1, rows) for size, rows in zip(scale.shape, qdata.shape, strict=False))
     if scale.dtype != torch.float32 or scale.ndim != dims or not fits:
         raise ValueError(
-            f"scale per {recipe.granularity} of shape {list(scale.shape)}, {scale.dtype}, for codes of shape "
+            f"scale per {recipe.granularity} of shape {list(scale.shape)}, {scale.dtype}, for qdata of shape "
             f"{list(qdata.shape)}; expected torch.float32, {[*qdata.shape[:-1], 1] if dims else []}"
         )
     if input_scale is not None and (input_scale.dtype != torch.float32 or input_scale.ndim):
@@ -270,8 +288,8 @@ def _check_parts(qdata: Tensor, scale: Tensor, input_scale: Tensor | None, recip
 
 @cache
 def _source() -> str:
-    """A digest of this package's code."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """A digest of this package's source, also of files in folders."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return blake2b(b"\0".join(file.read_bytes() for file in files), digest_size=16).hexdigest()
 
 

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant import codec
-from quant.codec import FLOAT8_FORMATS, Float8Format, decode, encode
+from quant.codec import decode, encode
+from quant.formats import FLOAT8_FORMATS, Float8Format
 from refusals import refuses
 
 FORMATS = ("e4m3", "e5m2")
@@ -383,4 +384,8 @@ def test_refused():
     refuses(lambda: encode(values.int(), "e4m3"), "torch.int32 is not supported", "torch.float16", error=ValueError)
     refuses(lambda: decode(values, "e4m3"), "codes are torch.float32, expected torch.uint8", error=ValueError)
     refuses(lambda: decode(CODES, "e4m3", torch.int32), "torch.int32 is not supported", error=ValueError)
-    refuses(lambda: Float8Format(4, 2, 0x3E, None, range(0x3F, 0x40)), "4 + 2 bits, expected 7", error=ValueError)
+    refuses(
+        lambda: Float8Format(4, 2, 0x3E, None, range(0x3F, 0x40), torch.uint8, "odd"),
+        "4 + 2 bits, expected 7",
+        error=ValueError,
+    )

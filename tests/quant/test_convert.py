@@ -130,7 +130,7 @@ def test_what_is_refused_changes_nothing():
         (
             net,
             ("fp8-static", None, STATIC | {"blocks.9.qkv": torch.ones(())}),
-            "1 that are no Linears",
+            "1 names of no Linear",
             "'blocks.9.qkv'",
         ),
         (net, ("fp8", None, STATIC), "for static activations; the recipe has 'token'"),

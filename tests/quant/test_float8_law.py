@@ -219,7 +219,7 @@ def test_parts_that_do_not_go_together():
             said,
             error=ValueError,
         )
-    refuses(lambda: Float8Tensor(codes, row, None, rows, TORCH["e4m3"]), "stands for", "float8", error=ValueError)
+    refuses(lambda: Float8Tensor(codes, row, None, rows, TORCH["e4m3"]), "logical dtype", "float8", error=ValueError)
 
 
 # Without float8 dtypes: codes as bytes.

@@ -60,7 +60,7 @@ def test_devices():
 
 def test_other_kinds_of_dtype_are_refused():
     for dtype in (torch.int32, torch.bool, torch.float8_e5m2, torch.complex64):
-        with pytest.raises(ValueError, match=f"stands for .*{dtype}"):
+        with pytest.raises(ValueError, match=f"logical dtype .*{dtype}"):
             quantized(4, 4).to(dtype)
 
 

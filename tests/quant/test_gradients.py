@@ -45,7 +45,7 @@ def test_gradients_reach_what_needs_them_only():
 
 
 @pytest.mark.parametrize("name", RECIPES_OF_ALL)
-def test_codes_are_kept_for_the_backward_pass_and_no_wide_weight(name):
+def test_codes_are_kept_for_the_backward_pass_and_no_dequantized_weight(name):
     q, x = weight_of(RECIPES_OF_ALL[name], 16, 32), torch.randn(5, 32, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -53,9 +53,9 @@ def test_codes_are_kept_for_the_backward_pass_and_no_wide_weight(name):
     assert {tensor.data_ptr() for tensor in kept} == {q.qdata.data_ptr(), q.scale.data_ptr()}
 
 
-def test_no_wide_weight_is_made_for_a_bias_alone(monkeypatch):
+def test_no_dequantized_weight_is_made_for_a_bias_alone(monkeypatch):
     q, bias = weight_of(Recipe(), 16, 32), torch.randn(16, requires_grad=True)
-    monkeypatch.setattr(matmul, "values_of", lambda *args: pytest.fail("widened"))
+    monkeypatch.setattr(matmul, "values_of", lambda *args: pytest.fail("dequantized"))
     F.linear(torch.randn(2, 3, 32), q, bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((16,), 6.0))
 
@@ -71,7 +71,7 @@ def test_gradients_by_other_ways():
     assert torch.equal(plain, again)
     assert torch.equal(plain, torch.func.grad(loss)(x.detach()))
     (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x)  # straight through: that of the widened weight
+    (second,) = torch.autograd.grad(first.sum(), x)  # straight through: that of the dequantized weight
     w = q.dequantize()
     torch.testing.assert_close(second, (2 * w.t() @ w).sum(0).expand(5, 32), rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,4 @@
-"""Products with float8 weights: emulated and widened against a float64 formula, spellings, accuracy, refusals.
+"""Products with float8 weights: emulated and weight-only against a float64 formula, spellings, accuracy, refusals.
 
 The formula takes codes and scales by the law of `float8_law`, so that what is left is the rounding of float32 sums and
 of the result. Its bound is the standard one: a sum of k products errs by at most k * 2^-24 of the sum of their sizes.
@@ -239,8 +239,8 @@ def test_noise_of_products(name):
 def test_operands_that_do_not_fit():
     q, x = weight_of(Recipe(), 16, 32), torch.randn(5, 32)
     for call, *said in (
-        (lambda: F.linear(x.half(), q), "the input is torch.float16", "stands for torch.float32"),
-        (lambda: F.linear(x, q.bfloat16()), "the input is torch.float32", "stands for torch.bfloat16"),
+        (lambda: F.linear(x.half(), q), "the input is torch.float16", "torch.float32"),
+        (lambda: F.linear(x, q.bfloat16()), "the input is torch.float32", "torch.bfloat16"),
         (lambda: F.linear(torch.randn(4, 16), q), "[4, 16]", "[16, 32]"),
         (lambda: F.linear(torch.randn(4, 64), q), "[4, 64]", "[16, 32]"),
         (lambda: F.linear(torch.randn(64), q), "[64]", "[16, 32]"),

@@ -197,8 +197,8 @@ def changed(**changes):
 
 
 BROKEN = {
-    "missing scale": ({"weight_scale": None}, "mmdit_quant speaks of 'a.weight_scale', and there is no such tensor"),
-    "missing weight": ({"weight": None}, "mmdit_quant speaks of 'a.weight', and there is no such tensor"),
+    "missing scale": ({"weight_scale": None}, "mmdit_quant names 'a.weight_scale', and there is no such tensor"),
+    "missing weight": ({"weight": None}, "mmdit_quant names 'a.weight', and there is no such tensor"),
     "missing input scale": ({"input_scale": None}, "'a.weight' is said to have static activations, but has no input"),
     "two scales": ({"scale_weight": HALF}, "'a.weight' has two scales, 'a.weight_scale' and 'a.scale_weight'"),
     "two input scales": ({"scale_input": HALF}, "'a.weight' has two scales, 'a.input_scale' and 'a.scale_input'"),
@@ -252,7 +252,7 @@ def test_own_entry_that_is_not_the_expected_json(text):
 
 def test_names_that_only_our_entry_knows_are_checked_too():
     tensors, metadata = pack({"w": quantized(3, 4)})
-    with pytest.raises(ValueError, match=r"mmdit_quant speaks of 'w' as float8, but it is torch\.float32"):
+    with pytest.raises(ValueError, match=r"mmdit_quant names 'w' as float8, but it is torch\.float32"):
         unpack(tensors | {"w": torch.zeros(3, 4)}, metadata)
     with pytest.raises(ValueError, match="w: a scale must be finite and above zero"):
         unpack(tensors | {"w_scale": torch.tensor(0.0)}, metadata)

@@ -14,7 +14,7 @@ from mmdit.checkpoints.locate import TOKENIZERS, Found, locate, with_neighbours
 from mmdit.checkpoints.official import how_to_get, missing, unknown, variant
 from mmdit.checkpoints.safetensors_io import NAMES, CheckpointError
 from mmdit.models.config import MMDiTConfig
-from quant.spellings import FLOAT8
+from quant.formats import FLOAT8
 
 _ACTIVATIONS = {
     "none": "as they are",

@@ -15,9 +15,9 @@ from torch import Tensor
 from mmdit.checkpoints.components import UNUSED, Model
 from mmdit.checkpoints.lazy import Codes, LazyTensor, agree
 from mmdit.checkpoints.safetensors_io import CheckpointError
+from quant.formats import FLOAT8
 from quant.packing import Kind, kinds_in, layer_of, metadata_of, note_key, note_of, scale_keys
 from quant.spellings import (
-    FLOAT8,
     HEADER,
     MARKER,
     Scales,

@@ -14,9 +14,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from quant.formats import DTYPES, FLOAT8
 from quant.recipe import Granularity, Recipe
-from quant.scaling import DTYPES, has_float8
-from quant.spellings import FLOAT8
+from quant.scaling import has_float8
 from quant.tensor import Float8Tensor
 
 Load = Callable[[torch.dtype, torch.device], Tensor]

@@ -27,8 +27,9 @@ from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.utils import is_out_of_memory
+from quant.formats import FLOAT8
 from quant.quantize import linears_of
-from quant.spellings import FLOAT8, Scales
+from quant.spellings import Scales
 
 Config = MMDiTConfig | VAEConfig | CLIPConfig | T5Config
 MODULES: dict[Component, type[nn.Module]] = {

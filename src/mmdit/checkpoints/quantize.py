@@ -24,11 +24,10 @@ from mmdit.checkpoints.official import unknown
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.checkpoints.write import OUT_LAYOUTS, tokenizers_of, write_checkpoint
 from mmdit.utils import bar
+from quant.formats import DTYPES, FLOAT8
 from quant.quantize import kept, linears_of
-from quant.recipe import RECIPES, Recipe
-from quant.scaling import DTYPES, scale_of, to_codes
-from quant.spellings import FLOAT8
-from quant.stored import checked_input_scale
+from quant.recipe import Recipe, as_recipe
+from quant.scaling import checked_input_scale, scale_of, to_codes
 from samplers import pick
 
 Linear = tuple[Component, str]  # model and name
@@ -104,7 +103,7 @@ def quantize_checkpoint(
 
 
 def _checked(recipe: Recipe | str, spelling: Spelling) -> Recipe:
-    recipe = recipe if isinstance(recipe, Recipe) else pick(RECIPES, recipe, "recipe")
+    recipe = as_recipe(recipe)
     pick(dict.fromkeys(get_args(Spelling)), spelling, "spelling")
     if spelling == "comfyui-old" and (recipe.granularity, recipe.format) != ("tensor", "e4m3"):
         raise ValueError(
@@ -188,7 +187,7 @@ def _input_scales(
             f"{'.'.join(without[0])!r}: run mmdit.calibrate and give what it finds as input_scales"
         )
     return {
-        linear: checked_input_scale(scale.detach().cpu(), ".".join(linear))
+        linear: checked_input_scale(scale, ".".join(linear)).cpu()
         for linear, scale in found.items()
         if scale is not None
     }

@@ -13,25 +13,30 @@ from mmdit.checkpoints.quantize import quantize_checkpoint
 from mmdit.cli.devices import device_of, dtype_of
 from mmdit.pipeline.calibration import calibrate
 from mmdit.pipeline.pipeline import Pipeline
-from quant.recipe import RECIPES
+from quant.recipe import as_recipe
 from quant.scaling import scale_of
-from samplers import pick
 
 
 def quantized(options: argparse.Namespace, note: Callable[[str], None]) -> str:
-    """Write the checkpoint and say what was done.
+    """Write the quantized checkpoint and return one line that says what was written.
 
     Raises:
-        ValueError: calibration is asked for and not needed, or needed and without prompts; see `quantize_checkpoint`.
+        ValueError: Prompts are given for a recipe without calibration, or missing for one with; see
+            `quantize_checkpoint`.
     """
-    recipe = pick(RECIPES, options.recipe, "recipe")
+    recipe = as_recipe(options.recipe)
     settings: dict[str, Any] = {"spelling": options.spelling, "select": options.select}
     static = recipe.activation == "static"
     if static and options.prompts is None:
-        raise ValueError(f"--recipe {options.recipe} needs --prompts FILE: scales are those of what is read in drawing")
+        raise ValueError(
+            f"--recipe {options.recipe} needs --prompts FILE, a text file with a prompt in each line: it scales "
+            "activations by the largest values that the transformer's Linears read while these prompts are drawn"
+        )
     if options.prompts is not None and not static:
-        raise ValueError(f"--prompts is for recipes with static scales, and {options.recipe} finds them by itself")
-    if Path(options.target).exists():  # said before an hour of drawing
+        raise ValueError(
+            f"--prompts is for recipes with static scales; {options.recipe} scales activations in every call"
+        )
+    if Path(options.target).exists():  # before an hour of drawing, not after it
         raise FileExistsError(f"{options.target} exists already; give another place, or remove it first")
     if options.prompts is not None:
         scales = input_scales(options, recipe.activation_format, note)
@@ -42,10 +47,10 @@ def quantized(options: argparse.Namespace, note: Callable[[str], None]) -> str:
 
 
 def input_scales(options: argparse.Namespace, format: Any, note: Callable[[str], None]) -> dict[str, Tensor]:
-    """Scales of what the transformer's Linears read while the prompts are drawn, by "transformer.<name>".
+    """The scale of the input of each of the transformer's Linears while the prompts are drawn, by "transformer.<name>".
 
     Raises:
-        ValueError: the file of prompts is empty.
+        ValueError: The file of prompts is empty.
     """
     lines = Path(options.prompts).read_text(encoding="utf-8").splitlines()
     prompts = [line.strip() for line in lines if line.strip()]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mmdit.pipeline.passes import Pass
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.compiled import refuse_compiled
-from quant.codec import FLOAT8_FORMATS
+from quant.formats import FLOAT8_FORMATS
 from quant.matmul import quantize_activation
-from quant.quantize import kept, linears_of, quantize_, snr
+from quant.quantize import kept, linears_of, quantize_, refuse_quantized, snr
 from quant.scaling import from_codes
 from quant.tensor import Float8Tensor
 
@@ -121,8 +121,7 @@ def float8_blame(
     """
     settings = {"seed": 0} | settings | {"output_type": "pt"}
     every = dict(linears_of(pipe.transformer))
-    if done := [name for name, layer in every.items() if isinstance(layer.weight, Float8Tensor)]:
-        raise ValueError(f"the transformer is quantized already ({len(done)} Linears): take one that is not")
+    refuse_quantized(pipe.transformer, "the transformer")
     if unknown := [name for name in layers or () if name not in every]:
         raise ValueError(f"{unknown[0]!r} is no Linear of the transformer, such as {next(iter(every))!r}")
     scales = input_scales or {}

@@ -29,7 +29,6 @@ from mmdit.parity.taps import Job
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.utils import whole
 from quant.quantize import dequantize_
-from quant.spellings import FLOAT8
 
 PROMPT, NEGATIVE = 'A photo of a red fox beside 3 blue birds, and a sign that says "wow!"', "blurry, Low quality"
 DTYPES = (torch.float32, torch.float64)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from math import inf
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmdit.models.config import MMDiTConfig
 from mmdit.pipeline.images import OUTPUT_TYPES
 from mmdit.pipeline.profiles import PRESETS, PROFILES, Profile
-from quant.recipe import RECIPES, Recipe
-from quant.tensor import Float8Tensor
+from quant.recipe import Recipe, as_recipe
 from samplers import pick, resolution_shift
 
 Offload = Literal["stages"]
@@ -38,27 +37,12 @@ def checked_quant(quant: str | Recipe | None) -> Recipe | None:
     """
     if quant is None:
         return None
-    recipe = quant if isinstance(quant, Recipe) else pick(RECIPES, quant, "quant")
+    recipe = as_recipe(quant, "quant")
     if recipe.activation == "static":
         raise ValueError(
             f"quant={quant!r} needs scales of the activations: load without quant, then mmdit.quantize_static"
         )
     return recipe
-
-
-def check_float8(transformer: nn.Module, recipe: Recipe, name: str) -> None:
-    """Raise ValueError for a transformer that is float8 already under another recipe than this."""
-    found = {weight.recipe for weight in transformer.parameters() if isinstance(weight, Float8Tensor)}
-    if found and found != {recipe}:
-        raise ValueError(
-            f"{name or 'the pipeline'}: the transformer is float8 already ({', '.join(map(quant_name, found))}) and "
-            f"quant= asks for {quant_name(recipe)}; leave quant out, or give a 16-bit file"
-        )
-
-
-def quant_name(recipe: Recipe) -> str:
-    """What settings call it: its name among `quant.RECIPES`, or "custom"."""
-    return next((name for name, known in RECIPES.items() if known == recipe), "custom")
 
 
 def check_output_type(output_type: str) -> None:

@@ -16,11 +16,12 @@ from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.compiled import refuse_compiled
 from quant.folds import Fold, Rows, corrected_bias, fold_mean, fold_scale, smoothing
 from quant.observers import Observed, check_percentile, observe
-from quant.quantize import Report, quantize_
-from quant.recipe import RECIPES, Recipe
+from quant.quantize import Report, quantize_, refuse_quantized
+from quant.recipe import Recipe, as_static_recipe
 from quant.scaling import scale_of
 from quant.tensor import Float8Tensor
-from samplers import pick
+
+_BEFORE = "calibrate and fold before quantizing"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def calibrate(
         ValueError: the transformer is quantized already or compiled, or a Linear read values that are not finite.
     """
     prompts = checked_prompts(prompts)
-    _refuse_quantized(pipe.transformer)
+    refuse_quantized(pipe.transformer, "the transformer", _BEFORE)
     refuse_compiled(pipe.transformer, "the transformer")
     with observe(pipe.transformer) as observed:
         for first in range(0, len(prompts), batch):
@@ -131,7 +132,7 @@ def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: 
     Raises:
         ValueError: the model is quantized already, or a Linear read nothing in the calibration; it is then unchanged.
     """
-    _refuse_quantized(model)
+    refuse_quantized(model, "the transformer", _BEFORE)
     _check_all_ran(seen)
     count = 0
     for place in folds_of(model):
@@ -179,7 +180,7 @@ def quantize_static(
         ValueError: a recipe that is unknown or not static, a percentile that is none; see `calibrate` and
             `quant.quantize_`.
     """
-    recipe = _static(recipe)
+    recipe = as_static_recipe(recipe)
     check_percentile(percentile)
     seen = calibrate(pipe, prompts, num_inference_steps, **settings)
     if smooth is not None or mean:
@@ -201,7 +202,7 @@ def quantize_calibrated(
     Raises:
         ValueError: a recipe that is unknown or not static, a Linear that read nothing; see `quant.quantize_`.
     """
-    recipe = _static(recipe)
+    recipe = as_static_recipe(recipe)
     before = dict(model.state_dict())
     scales = {name: scale_of(amax, recipe.activation_format) for name, amax in seen.amax(percentile).items()}
     report = quantize_(model, recipe, input_scales=scales)
@@ -231,23 +232,6 @@ def _load(model: MMDiT, changed: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for key, value in changed.items():
             model.get_parameter(key).copy_(value)
-
-
-def _static(recipe: Recipe | str) -> Recipe:
-    recipe = recipe if isinstance(recipe, Recipe) else pick(RECIPES, recipe, "recipe")
-    if recipe.activation != "static":
-        raise ValueError(
-            f"calibration is for static activations; the recipe has {recipe.activation!r}: give one with "
-            "activation='static', such as 'fp8-static', or use quant.quantize_"
-        )
-    return recipe
-
-
-def _refuse_quantized(model: nn.Module) -> None:
-    if done := [name for name, weight in model.named_parameters() if isinstance(weight, Float8Tensor)]:
-        raise ValueError(
-            f"the transformer is quantized already ({len(done)} weights): calibrate and fold before quantizing"
-        )
 
 
 def _check_all_ran(seen: Calibration) -> None:

@@ -20,11 +20,9 @@ from mmdit.pipeline.arguments import (
     Offload,
     Shift,
     cells,
-    check_float8,
     checked_offload,
     checked_quant,
     profile_of,
-    quant_name,
     shift_for,
 )
 from mmdit.pipeline.failures import Call, check_finite
@@ -37,8 +35,8 @@ from mmdit.pipeline.prompts import Conditionings
 from mmdit.pipeline.seeds import Generators, generators, solver_options
 from mmdit.runtime.offload import Turns
 from mmdit.utils import whole
-from quant.quantize import is_quantized, quantize_
-from quant.recipe import Recipe
+from quant.quantize import is_quantized, quantize_, refuse_quantized
+from quant.recipe import Recipe, recipe_name
 from samplers import SOLVERS, Step, gaussian, only_x0, pick
 
 
@@ -75,9 +73,14 @@ class PipelineSteps(Predicting):
         self.profile = profile_of(profile, preset)
         self.shift = self.profile.shift if parts.shift is None else parts.shift
         recipe = checked_quant(quant)
-        self.quant = None if recipe is None else quant_name(recipe)
+        self.quant = None if recipe is None else recipe_name(recipe)
         if recipe is not None:
-            check_float8(self.transformer, recipe, name)
+            refuse_quantized(
+                self.transformer,
+                f"{name or 'the pipeline'}: the transformer",
+                f"quant= asks for {recipe_name(recipe)}; leave quant out, or give a 16-bit file",
+                unless=recipe,
+            )
             for model in (self.transformer, self.t5):
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
