@@ -129,7 +129,7 @@ class Float8Tensor(Tensor):
         Raises:
             RuntimeError: The caller asks for gradients.
         """
-        if requires_grad and sys._getframe(1).f_code not in _ASK_BY_DEFAULT:
+        if requires_grad and not _asked_by_default():
             raise RuntimeError(NOT_TRAINED)
         return self
 
@@ -242,6 +242,14 @@ NOT_TRAINED = (
 )
 # Code of torch that asks for gradients because that is its default, without anybody wanting to train the tensor.
 _ASK_BY_DEFAULT = (nn.Parameter.__new__.__code__, nn.Module._load_from_state_dict.__code__)
+
+
+def _asked_by_default() -> bool:
+    """Whether torch asks; only the call stack tells `nn.Parameter(tensor)` from a user who wants to train."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code not in _ASK_BY_DEFAULT:
+        frame = frame.f_back
+    return frame.f_code in _ASK_BY_DEFAULT
 
 
 class _UndefinedError(NotImplementedError):

@@ -124,7 +124,7 @@ def test_what_is_refused_changes_nothing():
         (some, ("fp8",), "'blocks.1.proj' is quantized already"),
         (tied, ("fp8",), "blocks.0.proj.weight and blocks.1.proj.weight are one parameter"),
         (tied, ("fp8", "blocks.0.*"), "blocks.1.proj.weight and blocks.0.proj.weight are one parameter"),
-        (computed, ("fp8",), "blocks.1.proj.weight is no parameter, it is computed"),
+        (computed, ("fp8",), "blocks.1.proj.weight is no parameter"),
         (net, ("fp8-static",), "4 have none, first 'blocks.0.qkv'", "mmdit.calibrate"),
         (net, ("fp8-static", None, missing), "1 have none, first 'blocks.1.proj'"),
         (
@@ -134,7 +134,7 @@ def test_what_is_refused_changes_nothing():
             "'blocks.9.qkv'",
         ),
         (net, ("fp8", None, STATIC), "for static activations; the recipe has 'token'"),
-        (net, ("fp8-static", None, STATIC | {"blocks.1.proj": torch.zeros(())}), "blocks.1.proj", "positive"),
+        (net, ("fp8-static", None, STATIC | {"blocks.1.proj": torch.zeros(())}), "blocks.1.proj", "above zero"),
         (net, ("fp8-static", None, STATIC | {"blocks.1.proj": torch.tensor(1e-50).double()}), "blocks.1.proj", "[0.0]"),
         (net, ("fp8-static", None, STATIC | {"blocks.1.proj": torch.ones(16)}), "blocks.1.proj", "one positive number"),
     ):

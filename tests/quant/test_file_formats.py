@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from mmdit import CheckpointError, load_mmdit
-from quant import check_formats, dequantize, find_scales, format_in, layers_in
+from quant import check_formats, dequantize, find_scales, format_in, layers_in, unread_quantization
+from quant.stored import stored_weights
 
 E4M3, E5M2, F32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float32
 LAYER = "transformer_blocks.1.attn.to_k"
@@ -72,13 +73,94 @@ def test_scale_that_is_no_scale(value):
         ({"a.weight": E4M3, "a.weight_scale": F32, "b.weight": E4M3}, "'b.weight': float8 without a scale"),
         ({"a.weight": E4M3, "scaled_fp8": E4M3}, "'a.weight': float8 without a scale"),
         ({"a.weight": E4M3, "a.input_scale": F32}, "'a.weight': float8 without a scale"),
-        ({"a.weight": torch.uint8, "a.weight_scale": E4M3, "a.weight_scale_2": F32}, "NVFP4, which is not read; use"),
+        ({"a.weight": torch.uint8, "a.weight_scale": E4M3, "a.weight_scale_2": F32}, "NVFP4"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:40],
 )
 def test_scales_that_do_not_pair(dtypes, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         find_scales(dtypes)
+
+
+U8, I8 = torch.uint8, torch.int8
+UNREAD = {  # what a file has, and the name that the sentence must hold
+    "nf4": ({"a.weight": U8, "a.weight.absmax": U8, "a.weight.quant_state.bitsandbytes__nf4": U8}, {}, {}, "NF4"),
+    "fp4": ({"a.weight": U8, "a.weight.quant_map": F32, "a.weight.quant_state.bitsandbytes__fp4": U8}, {}, {}, "FP4"),
+    "nested": ({"a.weight": U8, "a.weight.nested_absmax": F32}, {}, {}, "bitsandbytes"),
+    "absmax": ({"a.weight": U8, "a.weight.absmax": F32}, {}, {}, "bitsandbytes"),
+    "int8": ({"a.weight": I8, "a.SCB": F32}, {}, {}, "LLM.int8"),
+    "int8 of ComfyUI": ({"a.weight": I8, "a.weight_scale": F32}, {}, {}, "8-bit integers"),
+    "nvfp4": ({"a.weight": U8, "a.weight_scale": E4M3, "a.weight_scale_2": F32}, {}, {}, "NVFP4"),
+    "mxfp8": ({"a.weight": E4M3, "a.weight_scale": U8}, {}, {}, "MXFP8"),
+    "mxfp8, e8m0": ({"a.weight": E4M3, "a.weight_scale": torch.float8_e8m0fnu}, {}, {}, "MXFP8"),
+    "gptq": ({"a.qweight": torch.int32, "a.scales": F32}, {}, {}, "GPTQ"),
+    "svdquant": ({"a.qweight": I8, "a.wscales": torch.bfloat16}, {}, {}, "SVDQuant"),
+    "quanto": ({"a.weight._data": I8, "a.weight._scale": F32}, {}, {}, "optimum-quanto"),
+    "header": ({"a.weight": E4M3}, {"_quantization_metadata": '{"layers": {"a": {"format": "mxfp8"}}}'}, {}, "'mxfp8'"),
+    "config": ({"a.weight": F32}, {}, {"quantization_config": {"quant_method": "torchao"}}, "'torchao'"),
+    "odd config": ({"a.weight": F32}, {}, {"quantization_config": ["x"]}, "quantization_config"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_other_quantizations_are_recognised(case, prefix):
+    dtypes, metadata, config, name = UNREAD[case]
+    dtypes = {prefix + key: dtype for key, dtype in dtypes.items()}
+    found = unread_quantization(dtypes, metadata, config)
+    assert name in found
+    assert "not read" in found
+    if not metadata and not config:
+        with pytest.raises(ValueError, match=name):
+            find_scales(dtypes)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        {"a.weight": E4M3, "a.weight_scale": F32, "a.input_scale": F32, "a.comfy_quant": U8},
+        {"a.weight": E5M2, "a.scale_weight": torch.float16, "scaled_fp8": E4M3},
+        {"a.weight": torch.bfloat16, "position_ids": torch.int64, "a.scale": F32, "model.absmax_pool.weight": F32},
+    ],
+)
+def test_quantizations_that_are_read_are_no_others(dtypes):
+    header = {"_quantization_metadata": '{"layers": {"a": {"format": "float8_e4m3fn"}}}'}
+    assert unread_quantization(dtypes, header, {"hidden_size": 4}) == ""
+
+
+def test_the_sentence_stays_short():
+    keys = {f"{'k' * 1000}{i}.weight_scale_2": F32 for i in range(1000)}
+    assert len(unread_quantization(keys)) < 1000
+    assert len(unread_quantization({}, {}, {"quantization_config": "x" * 10**6})) < 1000
+
+
+def test_sizes_are_checked_before_anything_is_read():
+    every = {"a.weight": E4M3, "a.weight_scale": F32, "a.comfy_quant": U8}
+    fine = {"a.weight": [4, 2], "a.weight_scale": [4, 1], "a.comfy_quant": [30], "a.input_scale": []}
+    for key, shape in (
+        ("a.comfy_quant", [2**28]),
+        ("a.weight_scale", [2**28]),
+        ("a.weight_scale", [2, 4]),
+        ("a.input_scale", [2**28]),
+        ("a.input_scale", [0]),
+    ):
+        dtypes = every | ({"a.input_scale": F32} if key == "a.input_scale" else {})
+        shapes = {name: fine[name] for name in dtypes} | {key: shape}
+        read = []
+
+        def get(name, shapes=shapes, dtypes=dtypes, read=read):
+            read.append(name)
+            return tensor_of(name, shapes, dtypes)
+
+        with pytest.raises(ValueError, match=r"bytes|shape"):
+            stored_weights(shapes, dtypes, get, {}, {})
+        assert key not in read
+
+
+def tensor_of(name, shapes, dtypes):
+    if name == "a.comfy_quant":
+        return note({"format": "float8_e4m3fn"})
+    return torch.ones(shapes[name], dtype=dtypes[name])
 
 
 def test_norms_and_embeddings_may_be_plain_among_scaled_ones():
@@ -165,7 +247,7 @@ BROKEN = {  # spelling, what changes beside one layer's weight (None: is left ou
     "negative": ("old", {"scale_weight": torch.tensor(-0.5)}, f"{WEIGHT}: a scale must be finite and above zero"),
     "NaN": ("new", {"weight_scale": torch.tensor(float("nan"))}, f"{WEIGHT}: a scale must be finite and above zero"),
     "shape": ("new", {"weight_scale": torch.ones(1, 128)}, "scale of shape [1, 128] for a weight of shape [128, 128]"),
-    "NVFP4": ("new", {"weight_scale_2": torch.tensor(1.0)}, "NVFP4, which is not read"),
+    "NVFP4": ("new", {"weight_scale_2": torch.tensor(1.0)}, "NVFP4"),
     "NVFP4 note": ("per layer", {"comfy_quant": note({"format": "nvfp4"})}, f"quantization 'nvfp4' of {LAYER!r}"),
     "odd note": ("per layer", {"comfy_quant": torch.zeros(3)}, "comfy_quant holds b'"),
     "wrong note": ("per layer", {"comfy_quant": note({"format": "float8_e5m2"})}, "said to be float8_e5m2, but that"),

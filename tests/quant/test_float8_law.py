@@ -191,7 +191,7 @@ def test_values_that_are_refused():
     refuses(lambda: Float8Tensor.quantize(torch.ones(2, 2, device="meta")), "meta", error=ValueError)
     refuses(lambda: Float8Tensor.quantize(quantized(4, 4)), "got a Float8Tensor", error=ValueError)
     for scale in (torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(math.nan), torch.tensor(math.inf), torch.ones(2)):
-        refuses(lambda: Float8Tensor.quantize(torch.ones(2, 2), input_scale=scale), "positive", error=ValueError)  # noqa: B023
+        refuses(lambda: Float8Tensor.quantize(torch.ones(2, 2), input_scale=scale), "input scale", error=ValueError)  # noqa: B023
 
 
 def test_parts_that_do_not_go_together():
@@ -210,7 +210,7 @@ def test_parts_that_do_not_go_together():
         refuses(lambda: Float8Tensor(codes, scale, None, recipe, torch.float32), said, error=ValueError)  # noqa: B023
     e5m2 = Recipe(format="e5m2", activation="none")
     refuses(
-        lambda: Float8Tensor(codes, row, None, e5m2, torch.float32), "codes are torch.float8_e4m3fn", error=ValueError
+        lambda: Float8Tensor(codes, row, None, e5m2, torch.float32), "qdata are torch.float8_e4m3fn", error=ValueError
     )
     for input_scale, said in ((torch.ones(4), "shape [4]"), (torch.tensor(1.0).double(), "torch.float64")):
         refuses(

@@ -196,18 +196,47 @@ def test_state_dict_is_copied():
     assert torch.equal(plain[0].weight, one[0].weight.dequantize())
 
 
-def test_it_is_never_trained():
+def test_whoever_asks_for_gradients_is_told_what_trains():
+    weight, tensor = nn.Parameter(quantized(4, 8)), quantized(4, 8)
+    net = nn.Sequential(nn.Linear(8, 4))
+    net[0].weight = weight
+    for ask in (
+        tensor.requires_grad_,
+        tensor.detach().requires_grad_,
+        weight.requires_grad_,
+        lambda: weight.requires_grad_(requires_grad=True),
+        lambda: setattr(tensor, "requires_grad", True),
+        lambda: setattr(weight, "requires_grad", True),
+        net.requires_grad_,
+        lambda: [parameter.requires_grad_() for parameter in net.parameters()],
+    ):
+        with pytest.raises(RuntimeError, match=r"not trained.*dequantize_"):
+            ask()
+    assert not tensor.requires_grad
+    assert not weight.requires_grad
+    for parameter in net.parameters():
+        parameter.requires_grad_(not isinstance(parameter, Float8Tensor))
+    assert net[0].bias.requires_grad
+
+
+def test_gradients_by_default_are_not_asked_for():
+    """Parameters and assigned state dicts want gradients unless told otherwise; freezing is always possible."""
     weight = nn.Parameter(quantized(4, 8))
     assert isinstance(weight, nn.Parameter)
     assert isinstance(weight, Float8Tensor)
-    assert not weight.requires_grad
-    net = nn.Sequential(nn.Linear(8, 4))
-    net[0].weight = weight
-    assert not net.requires_grad_(True)[0].weight.requires_grad
-    net[0].weight.requires_grad = True
-    assert not net[0].weight.requires_grad
-    assert net[0].bias.requires_grad
     assert weight.is_leaf
+    source, into = nn.Linear(8, 4), nn.Linear(8, 4)
+    source.weight = weight
+    assert into.weight.requires_grad
+    into.load_state_dict(source.state_dict(), assign=True)
+    kept = nn.Linear(8, 4)
+    kept.load_state_dict(source.state_dict(keep_vars=True), assign=True)
+    for layer in (source, into, kept, copy.deepcopy(source), into.double()):
+        assert type(layer.weight) is Float8Tensor
+        assert not layer.weight.requires_grad
+        layer.requires_grad_(False)
+        layer.weight.requires_grad = False
+        assert not layer.bias.requires_grad
 
 
 # What it cannot do.

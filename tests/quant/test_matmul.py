@@ -150,7 +150,7 @@ def test_scales_along_the_sum_are_never_taken_out():
         lambda: F.linear(x, stack.transpose(0, 2)[3]),
         lambda: F.linear(x, stack.permute(2, 0, 1)[3].t()),
     ):
-        refuses(call, "run along the sum", error=ValueError)
+        refuses(call, "run along its sum", error=ValueError)
     for part in (q[:, 2:9], q.t().t(), q[3:7], stack[3], stack.transpose(0, 1)[:, 3]):
         check(x[:, : part.shape[1]], part)
     one = weight_of(Recipe("e4m3", "tensor", "none"), 16, 16)

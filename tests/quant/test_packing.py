@@ -259,7 +259,7 @@ def test_names_that_only_our_entry_knows_are_checked_too():
 
 
 def test_what_cannot_be_packed():
-    with pytest.raises(ValueError, match=r"'a.weight' has scales of shape \[1, 3\] for codes of shape \[4, 3\]"):
+    with pytest.raises(ValueError, match=r"'a.weight' has scales of shape \[1, 3\] for qdata of shape \[4, 3\]"):
         pack({"a.weight": quantized(3, 4, recipe=Recipe(activation="none")).t()})
     with pytest.raises(ValueError, match=r"'a.weight' has static activations and no input scale: run mmdit.calibrate"):
         pack({"a.weight": quantized(3, 4, recipe=STATIC)})
