@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from encoders.precision import LayerNorm, Linear, upcast
+
 Activation = Literal["quick_gelu", "gelu"]
 
 
@@ -85,10 +87,11 @@ class CLIPText(nn.Module):
         self.config = config
         self.text_model = TextModel(config)
         if config.projection_dim is not None:
-            self.text_projection = nn.Linear(config.width, config.projection_dim, bias=False)
+            self.text_projection = Linear(config.width, config.projection_dim, bias=False)
 
-    def forward(self, ids: Int[Tensor, "b n"]) -> CLIPOutput:
-        penultimate, last = self.text_model(ids)
+    def forward(self, ids: Int[Tensor, "b n"], dtype: torch.dtype | None = None) -> CLIPOutput:
+        """Encode token ids; with a `dtype`, 16-bit weights compute in that (float32) in place of their own."""
+        penultimate, last = self.text_model(ids, dtype)
         # The end-of-text id is the largest of the vocabulary, and argmax finds its first place.
         pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
         projected = None if self.config.projection_dim is None else self.text_projection(pooled)
@@ -102,10 +105,12 @@ class TextModel(nn.Module):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.width)
+        self.final_layer_norm = LayerNorm(config.width)
 
-    def forward(self, ids: Int[Tensor, "b n"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
-        penultimate, last = self.encoder(self.embeddings(ids))
+    def forward(
+        self, ids: Int[Tensor, "b n"], dtype: torch.dtype | None = None
+    ) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
+        penultimate, last = self.encoder(self.embeddings(ids, dtype))
         return penultimate, self.final_layer_norm(last)
 
 
@@ -117,8 +122,9 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
 
-    def forward(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Int[Tensor, "b n"], dtype: torch.dtype | None = None) -> Float[Tensor, "b n d"]:
+        positions = self.position_embedding.weight[: ids.shape[1]]
+        return upcast(self.token_embedding(ids), dtype) + upcast(positions, dtype)
 
 
 class Encoder(nn.Module):
@@ -140,9 +146,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.layer_norm1 = LayerNorm(config.width)
         self.self_attn = Attention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.layer_norm2 = LayerNorm(config.width)
         self.mlp = Mlp(config)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -156,7 +162,7 @@ class Attention(nn.Module):
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(config.width, config.width) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(config.width, config.width) for _ in range(4))
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         q, k, v = (
@@ -171,9 +177,9 @@ class Mlp(nn.Module):
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_dim)
+        self.fc1 = Linear(config.width, config.mlp_dim)
         self.act = nn.GELU() if config.activation == "gelu" else QuickGELU()
-        self.fc2 = nn.Linear(config.mlp_dim, config.width)
+        self.fc2 = Linear(config.mlp_dim, config.width)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.fc2(self.act(self.fc1(x)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from encoders.chunks import Rows, read, to_the_shorter
 from encoders.clip import CLIPText
-from encoders.precision import in_float32
 from encoders.rules import TextRules
 from encoders.t5 import T5Encoder
 from encoders.tokenize import CLIPTokenizer, T5Tokenizer, Tokenizers
@@ -218,8 +216,7 @@ class Conditioner:
 
     def _run(self, model: CLIPText | T5Encoder, rows: Rows) -> Any:
         ids = torch.tensor(rows.ids(), device=next(model.parameters()).device)
-        with in_float32(model) if self.rules.encoder_dtype == "float32" else nullcontext():
-            return model(ids)
+        return model(ids, torch.float32) if self.rules.encoder_dtype == "float32" else model(ids)
 
 
 def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:

@@ -1,34 +1,34 @@
-"""Computing in float32 with weights that are stored in less."""
+"""Layers that can compute in float32 while their weights are stored in 16 bits.
+
+The dtype to compute in is an argument of an encoder's forward and, from there on, the dtype of the activations: a
+layer upcasts its own weights, which is exact, while it runs. No pass changes a module, so threads may share a model and
+an interrupt leaves nothing behind, and there is never a float32 copy of a whole model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
-class _Widening(dict[str, Any]):
-    """A module's parameters, each made float32 when it is looked up."""
-
-    def __getitem__(self, name: str) -> Any:
-        stored = super().__getitem__(name)
-        return stored.float() if stored is not None and stored.dtype in (torch.float16, torch.bfloat16) else stored
+def upcast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A float16 or bfloat16 tensor in `dtype` where that is wider; every other tensor, and with None any, as it is."""
+    is_narrow = tensor.dtype in (torch.float16, torch.bfloat16)
+    return tensor.to(dtype) if is_narrow and dtype in (torch.float32, torch.float64) else tensor
 
 
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Let a model compute in float32 inside; what it stores, its memory included, stays as it is.
+class Linear(nn.Linear):
+    """A Linear whose 16-bit weights are upcast to the dtype of its input [..., in_features]."""
 
-    A layer's weights are widened, which is exact, when the layer runs: there is never a float32 copy of the model.
-    """
-    stored = {module: module._parameters for module in model.modules()}
-    for module, parameters in stored.items():
-        module._parameters = _Widening(parameters)
-    try:
-        yield
-    finally:
-        for module, parameters in stored.items():
-            module._parameters = parameters
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else upcast(self.bias, x.dtype)
+        return F.linear(x, upcast(self.weight, x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm whose 16-bit weights are upcast to the dtype of its input [..., width]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = upcast(self.weight, x.dtype), upcast(self.bias, x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from encoders.precision import Linear, upcast
+
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -70,12 +72,17 @@ class T5Encoder(nn.Module):
         self.shared = nn.Embedding(config.vocabulary, config.width)
         self.encoder = Stack(config)
 
-    def forward(self, ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n d"]:
-        return self.encoder(self.shared(ids))
+    def forward(self, ids: Int[Tensor, "b n"], dtype: torch.dtype | None = None) -> Float[Tensor, "b n d"]:
+        """Encode token ids; with a `dtype`, 16-bit weights compute in that (float32) in place of their own."""
+        return self.encoder(upcast(self.shared(ids), dtype))
 
 
 class Stack(nn.Module):
-    """The blocks and the final norm (`encoder`). One table of relative biases, in block 0, serves all blocks."""
+    """The blocks and the final norm (`encoder`). One table of relative biases, in block 0, serves all blocks.
+
+    The dtype of the embeddings is the one to compute in. From here on it is the bias's, because the residual stream of
+    a float16 model is float32.
+    """
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -85,11 +92,11 @@ class Stack(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         table = cast(Tensor, self.get_submodule("block.0.layer.0.SelfAttention.relative_attention_bias").weight)
-        bias = position_bias(table, x.shape[1], self.max_distance)
+        bias = position_bias(upcast(table, x.dtype), x.shape[1], self.max_distance)
         x = widened(x)
         for block in self.block:
             x = block(x, bias)
-        return self.final_layer_norm(x)
+        return self.final_layer_norm(x, bias.dtype)
 
 
 class Block(nn.Module):
@@ -100,7 +107,7 @@ class Block(nn.Module):
         self.layer = nn.ModuleList([AttentionLayer(config, has_bias=has_bias), MlpLayer(config)])
 
     def forward(self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h n n"]) -> Float[Tensor, "b n d"]:
-        return self.layer[1](self.layer[0](x, bias))
+        return self.layer[1](self.layer[0](x, bias), bias.dtype)
 
 
 class AttentionLayer(nn.Module):
@@ -112,7 +119,7 @@ class AttentionLayer(nn.Module):
         self.SelfAttention = Attention(config, has_bias=has_bias)
 
     def forward(self, x: Float[Tensor, "b n d"], bias: Float[Tensor, "1 h n n"]) -> Float[Tensor, "b n d"]:
-        return x + self.SelfAttention(self.layer_norm(x), bias)
+        return x + self.SelfAttention(self.layer_norm(x, bias.dtype), bias)
 
 
 class MlpLayer(nn.Module):
@@ -123,8 +130,8 @@ class MlpLayer(nn.Module):
         self.layer_norm = RMSNorm(config.width)
         self.DenseReluDense = GatedMlp(config)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return x + self.DenseReluDense(self.layer_norm(x))
+    def forward(self, x: Float[Tensor, "b n d"], dtype: torch.dtype) -> Float[Tensor, "b n d"]:
+        return x + self.DenseReluDense(self.layer_norm(x, dtype))
 
 
 class Attention(nn.Module):
@@ -134,8 +141,8 @@ class Attention(nn.Module):
         super().__init__()
         inner = config.heads * config.head_dim
         self.heads = config.heads
-        self.q, self.k, self.v = (nn.Linear(config.width, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, config.width, bias=False)
+        self.q, self.k, self.v = (Linear(config.width, inner, bias=False) for _ in range(3))
+        self.o = Linear(inner, config.width, bias=False)
         if has_bias:
             self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
 
@@ -150,30 +157,32 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
-        self.wi_0 = nn.Linear(config.width, config.mlp_dim, bias=False)
-        self.wi_1 = nn.Linear(config.width, config.mlp_dim, bias=False)
+        self.wi_0 = Linear(config.width, config.mlp_dim, bias=False)
+        self.wi_1 = Linear(config.width, config.mlp_dim, bias=False)
         self.wo = WideLinear(config.mlp_dim, config.width, bias=False)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
-class WideLinear(nn.Linear):
+class WideLinear(Linear):
     """A Linear without bias that computes in float32 where its weight is float16."""
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
-        return F.linear(widened(x), widened(self.weight))
+        return super().forward(widened(x))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with weight, no bias, eps 1e-6; gives the weight's dtype whatever the stream's."""
+    """Root-mean-square norm with weight, no bias, eps 1e-6."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6).to(self.weight.dtype)
+    def forward(self, x: Float[Tensor, "b n d"], dtype: torch.dtype | None = None) -> Float[Tensor, "b n d"]:
+        """Normalize a residual stream of any dtype; the result has `dtype`, by default the weight's."""
+        normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
+        return normed.to(self.weight.dtype if dtype is None else dtype)
 
 
 def widened(x: Tensor) -> Tensor:
