@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmdit.bench import maps
 from mmdit.bench.maps import cost, main
 
 FEW = ["--model", "demo", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--rounds", "1", "--size", "64"]

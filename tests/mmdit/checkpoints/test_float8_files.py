@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import spellings
 import tiny
 from mmdit import CheckpointError, MMDiT, Pipeline, load_clip, load_mmdit, load_t5
+from mmdit.checkpoints import load
 from mmdit.checkpoints.describe import describe
 from mmdit.checkpoints.write import convert
 from mmdit.parity.verify import verify
