@@ -124,7 +124,7 @@ class Guidance:
         scale: float,
         *,
         profile: Profile,
-        levels: Tensor,
+        sigmas: Tensor,
         shift: float,
         read_uncond: bool = False,
     ) -> Guide:
@@ -135,7 +135,7 @@ class Guidance:
             cond, uncond: with the ranges where they count.
             scale: of the mix.
             profile: how skip-layer guidance counts.
-            levels, shift: of the drawing.
+            sigmas, shift: of the drawing.
             read_uncond: see `samplers.guide`.
         """
         own = self.of(profile)
@@ -145,11 +145,11 @@ class Guidance:
             None if uncond is None else _branches(uncond, shift, "uncond"),
             _MIXES[self.kind](self, scale),
             window=_between(self.interval),
-            weaker=list(own._weaker(cond, profile, levels, shift, mixed=uncond is not None)),
+            weaker=list(own._weaker(cond, profile, sigmas, shift, mixed=uncond is not None)),
             rescale=self.rescale,
             read_uncond=read_uncond,
         )
-        return zero_init(found, first_steps(levels, self.zero_init)) if self.zero_init else found
+        return zero_init(found, first_steps(sigmas, self.zero_init)) if self.zero_init else found
 
     def to_text(self) -> str:
         """What is not at its default, as `from_text` reads it: "kind=apg momentum=-0.5 perturbed_layers=1,2"."""
@@ -186,12 +186,12 @@ class Guidance:
             yield f"rescale={self.rescale}"
 
     def _weaker(
-        self, cond: Sequence[Ranged], profile: Profile, levels: Tensor, shift: float, *, mixed: bool
+        self, cond: Sequence[Ranged], profile: Profile, sigmas: Tensor, shift: float, *, mixed: bool
     ) -> Iterator[Weaker]:
         if self.skip_guidance_layers and (mixed or profile.skip_alone):
             start, stop, scale = (getattr(self, f"skip_layer_guidance_{name}") for name in ("start", "stop", "scale"))
             steps = profile.skip_window == "steps"
-            window = steps_inside(levels, start, stop) if steps else percents(start, stop, shift)
+            window = steps_inside(sigmas, start, stop) if steps else percents(start, stop, shift)
             skipping = _branches(cond, shift, "skip", skip_layers=self.skip_guidance_layers)
             yield Weaker(skipping, scale, window, self.skip_layer_rescale)
         if self.perturbed_layers:

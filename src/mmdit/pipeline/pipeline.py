@@ -25,13 +25,13 @@ from mmdit.pipeline.arguments import (
     checked_offload,
     checked_quant,
     profile_of,
-    shift_for,
 )
 from mmdit.pipeline.failures import explained_memory_errors
 from mmdit.pipeline.guidance import Guidance, with_skip_layers
 from mmdit.pipeline.images import OutputType, convert_output
+from mmdit.pipeline.plan import SamplingPlan
 from mmdit.pipeline.profiles import Profile, is_known
-from mmdit.pipeline.prompts import Asked, Ranged, Texts, ranges
+from mmdit.pipeline.prompts import PromptLike, Prompts, Ranged, checked_ranges
 from mmdit.pipeline.seeds import Generators, check_draws_nothing, generators, own_seeds
 from mmdit.pipeline.settings import Settings, settings_of
 from mmdit.pipeline.steps import PipelineSteps
@@ -177,8 +177,8 @@ class Pipeline(PipelineSteps):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Asked | None = None,
-        negative_prompt: Asked | None = None,
+        prompt: PromptLike | None = None,
+        negative_prompt: PromptLike | None = None,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -235,73 +235,80 @@ class Pipeline(PipelineSteps):
             ValueError, TypeError: an argument is wrong; the message says what was found and expected.
             MemoryError: the device has too little memory; the message says what helps.
         """
-        scale = self._scale(guidance_scale)
-        skip = (skip_layer_guidance_scale, skip_layer_guidance_start, skip_layer_guidance_stop)
-        guidance = with_skip_layers(guidance, skip_guidance_layers, *skip)
-        asked = Texts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
-        against = Texts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
-        count = len(asked) * whole("num_images_per_prompt", num_images_per_prompt, 1)
-        pairs = asked.with_negatives(against, self.transformer.config, read=self._reads_negative(scale, sampler))
-        # What is wrong is said before anything is drawn.
-        check_output_type(output_type)
-        solver = self._solver(sampler)
-        if latents is not None and not solver.is_stochastic:
-            check_draws_nothing(seed=seed, generator=generator)
-        sides = (
-            latents.shape[2:] if latents is not None else (self._cells(height, "height"), self._cells(width, "width"))
+        guidance = with_skip_layers(
+            guidance,
+            skip_guidance_layers,
+            skip_layer_guidance_scale,
+            skip_layer_guidance_start,
+            skip_layer_guidance_stop,
         )
-        shift = shift_for(shift, self.shift, sides, self.transformer.config.patch_size)
-        levels = self.sigmas(num_inference_steps, schedule, sigmas, shift, sampler)
-        self._check_guidance(guidance, scale, sampler, levels)
-        for texts in pairs:
-            if texts is not None and texts.encoded:
-                ranges(texts.name, texts.encoded, levels, shift, len(texts))
+        prompts = Prompts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
+        negatives = Prompts.of(
+            "negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds
+        )
+        prompts.check(self.transformer.config)
+        count = len(prompts) * whole("num_images_per_prompt", num_images_per_prompt, 1)
+        check_output_type(output_type)
         self._rules(max_sequence_length)
         if vae_tile is not None:
             whole("vae_tile", vae_tile, 1)
+        shape = self._shape(latents, count, height, width)
+        drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
+        plan = self._plan(
+            shape,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            schedule=schedule,
+            sigmas=sigmas,
+            shift=shift,
+            generator=drawn_by,
+            guidance=guidance,
+        )
+        if latents is not None and not plan.solver.is_stochastic:
+            check_draws_nothing(seed=seed, generator=generator)
+        pair = (prompts, negatives.for_each(len(prompts), self.transformer.config) if plan.uses_uncond else None)
+        for one in pair:
+            if one is not None and one.conditionings:
+                checked_ranges(one.name, one.conditionings, plan.sigmas, plan.shift, len(one))
         with self._drawing(f"{count} pictures at once"):
-            drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
             noise = self._start(latents, drawn_by, count, height, width)
             cond, uncond = (
-                None if texts is None else self._read(texts, max_sequence_length, num_images_per_prompt)
-                for texts in pairs
+                None if one is None else self._encoded(one, max_sequence_length, num_images_per_prompt) for one in pair
             )
             assert cond is not None
-            how: dict[str, Any] = {"guidance_scale": scale, "sampler": sampler, "guidance": guidance}
-            steps = self.sample(cond, uncond, noise, sigmas=levels, shift=shift, generator=drawn_by, **how)
-            level = float(levels[0])
-            for step in bar(steps, None if solver.own_steps else len(levels) - 1, progress):
-                if callback_on_step_end is not None:
-                    after_step(callback_on_step_end, self, step, level)
-                level = step.sigma
-            latent = step.x.to(self.dtype)
+            latent = self._latent(plan, self._steps(plan, cond, uncond, noise), callback_on_step_end, progress)
             pictures = latent if output_type == "latent" else self.decode(latent, tile=vae_tile)
             images = convert_output(pictures, output_type, self.profile.to_uint8)
         if latents is not None or sigmas is not None or callback_on_step_end is not None:
             return PipelineOutput(images)
-        settings = self._settings(num_inference_steps, scale, sampler, schedule, shift, max_sequence_length)
-        settings["guidance"] = "" if guidance is None else guidance.of(self.profile).to_text()
-        rows, columns = latent.shape[2:]
-        settings |= {"height": rows * self.vae.config.downscale, "width": columns * self.vae.config.downscale}
         seeds = own_seeds(seed, count, alone=self.profile.one_seed == "each_alone")
-        return PipelineOutput(images, settings_of(pairs, num_images_per_prompt, seeds, settings))
+        common = self._settings(plan, max_sequence_length)
+        return PipelineOutput(images, settings_of(pair, num_images_per_prompt, seeds, common))
 
-    def _settings(
-        self,
-        steps: int | None,
-        scale: float,
-        sampler: str | None,
-        schedule: str | None,
-        shift: float,
-        max_sequence_length: int | None,
-    ) -> dict[str, Any]:
+    def _latent(
+        self, plan: SamplingPlan, steps: Iterator[Step], callback: OnStepEnd | None, progress: bool | None
+    ) -> Tensor:
+        """Run the steps; the last latent, in the transformer's dtype."""
+        sigma = float(plan.sigmas[0])
+        for step in bar(steps, None if plan.solver.own_steps else len(plan.sigmas) - 1, progress):
+            if callback is not None:
+                after_step(callback, self, step, sigma)
+            sigma = step.sigma
+        return step.x.to(self.dtype)
+
+    def _settings(self, plan: SamplingPlan, max_sequence_length: int | None) -> dict[str, Any]:
         """What the settings of all pictures of a call have in common."""
+        rows, columns = plan.shape[2:]
         return {
-            "num_inference_steps": steps or self.profile.steps,
-            "guidance_scale": float(scale),
-            "sampler": sampler or self.profile.sampler,
-            "schedule": schedule or self.profile.schedule,
-            "shift": float(shift),
+            "height": rows * self.vae.config.downscale,
+            "width": columns * self.vae.config.downscale,
+            "num_inference_steps": plan.num_inference_steps,
+            "guidance_scale": float(plan.guidance_scale),
+            "guidance": plan.guidance.to_text(),
+            "sampler": plan.sampler,
+            "schedule": plan.schedule,
+            "shift": plan.shift,
             "profile": self.profile.name if is_known(self.profile) else f"{self.profile.name}, changed",
             "max_sequence_length": max_sequence_length,
             "model": self.name,
@@ -320,21 +327,28 @@ class Pipeline(PipelineSteps):
             if self._turns is not None:
                 self._turns.leave()
 
-    def _read(self, texts: Texts, max_sequence_length: int | None, times: int) -> list[Ranged]:
-        """What the transformer reads, each prompt `times` in a row."""
-        encoded = texts.encoded
-        if texts.prompts is not None:
-            encoded = (Ranged(self.encode(texts.prompts, max_sequence_length=max_sequence_length)),)
-        return [one.to(self.device, self.dtype).repeat(times) for one in encoded]
+    def _shape(self, latents: Tensor | None, count: int, height: int | None, width: int | None) -> tuple[int, ...]:
+        """The shape of the latents, [b, c, h, w]: of those given, or for pictures of this size."""
+        if latents is None:
+            return self._latent_shape(count, height, width)
+        cell = self.vae.config.downscale
+        check_latents(latents, count, self.transformer.config, cell, self._unit, height, width)
+        return tuple(latents.shape)
+
+    def _encoded(self, prompts: Prompts, max_sequence_length: int | None, times: int) -> list[Ranged]:
+        """The conditionings of prompts, each prompt `times` in a row."""
+        found = prompts.conditionings
+        if prompts.texts is not None:
+            found = (Ranged(self.encode(prompts.texts, max_sequence_length=max_sequence_length)),)
+        return [one.to(self.device, self.dtype).repeat(times) for one in found]
 
     def _start(
         self, latents: Tensor | None, drawn_by: Generators, count: int, height: int | None, width: int | None
     ) -> Tensor:
-        if latents is None:
-            return self.noise(count=count, height=height, width=width, generator=drawn_by)
-        cell = self.vae.config.downscale
-        check_latents(latents, count, self.transformer.config, cell, self._unit, height, width)
-        return latents.to(self.device)
+        """The latents to start from: those given, or noise."""
+        if latents is not None:
+            return latents.to(self.device)
+        return self.noise(count=count, height=height, width=width, generator=drawn_by)
 
 
 def after_step(callback: OnStepEnd, pipe: object, step: Step, sigma: float) -> None:

@@ -1,4 +1,4 @@
-"""What a call is asked to draw: prompts, or what stands for them already encoded, and what to keep away from."""
+"""What a call is asked to draw: prompts, or conditionings encoded from prompts, each for a part of the way."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from samplers import Window, gap, percents
 
 @dataclass(frozen=True)
 class Ranged:
-    """A conditioning from `start` to `stop` of the way, both inside, as ComfyUI's ConditioningSetTimestepRange counts.
+    """A conditioning that counts from `start` to `stop` of the way from noise to picture, both ends included.
 
-    The way is that of the even timesteps: 0.1 of it ends at noise level 0.964286 with shift 3, see `samplers.percents`.
-    Several of them stand for one conditioning; where they overlap, their predictions are averaged. The negative of
-    ComfyUI's workflow for SD3-Medium:
+    The way is that of the evenly spaced timesteps, as ComfyUI's ConditioningSetTimestepRange counts: 0.1 of it ends at
+    sigma 0.964286 with shift 3, see `samplers.percents`. Several ranges stand for one conditioning. Where they overlap,
+    their predictions are averaged. The negative prompt of ComfyUI's workflow for SD3-Medium:
 
         bad = pipe.encode("blurry")
         pipe(prompt, [Ranged(bad, 0.0, 0.1), Ranged(bad.zeroed(), 0.1, 1.0)])
@@ -38,108 +38,98 @@ class Ranged:
             raise ValueError(f"Ranged start {self.start} and stop {self.stop} must be 0 <= start < stop <= 1")
 
     def window(self, shift: float) -> Window:
-        """Its noise levels."""
+        """The sigmas at which the conditioning counts, in a schedule with this shift."""
         return percents(self.start, self.stop, shift)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Ranged:
-        """The same on another device or in another dtype."""
+        """The same range with its conditioning on another device or in another dtype."""
         return replace(self, conditioning=self.conditioning.to(device, dtype))
 
     def repeat(self, times: int) -> Ranged:
-        """Each prompt `times` in a row."""
+        """The same range with each prompt of its conditioning `times` in a row."""
         return replace(self, conditioning=self.conditioning.repeat(times))
 
 
-Conditionings = Conditioning | Sequence[Ranged]  # what stands for one conditioning
+ConditioningLike = Conditioning | Sequence[Ranged]  # what stands for one conditioning
+PromptLike = str | Sequence[str] | Conditioning | Ranged | Sequence[Ranged]  # what a call takes for its prompts
 
 
-def ranges(name: str, given: Conditionings, levels: Tensor, shift: float, pictures: int) -> tuple[Ranged, ...]:
-    """The argument `name` as ranges that hold at every level of a drawing.
+def checked_ranges(
+    name: str, given: ConditioningLike, sigmas: Tensor, shift: float, pictures: int
+) -> tuple[Ranged, ...]:
+    """The argument `name` as ranges that cover every sigma of a drawing.
+
+    Args:
+        name: of the argument, for errors.
+        given: a conditioning for the whole way, or several ranges.
+        sigmas: float64 [steps + 1], falling.
+        shift: of the schedule.
+        pictures: that are drawn; each conditioning must hold one prompt for each.
 
     Raises:
-        TypeError: it holds something else.
-        ValueError: it leaves levels without a conditioning, or holds other than one prompt per picture.
+        TypeError: something else than a conditioning or ranges is given.
+        ValueError: a sigma has no conditioning, or the number of prompts is not the number of pictures.
     """
     found = (Ranged(given),) if isinstance(given, Conditioning) else tuple(given)
     if other := [one for one in found if not isinstance(one, Ranged)]:
         raise TypeError(f"{name} holds {type(other[0]).__name__}, expected a Conditioning, or a list of mmdit.Ranged")
     for count in (len(one.conditioning) for one in found):
         if count != pictures:
-            raise ValueError(f"{name} is of {count} prompts, the noise of {pictures} pictures; give a prompt for each")
-    hole = gap([one.window(shift) for one in found], float(levels[0]), float(levels[-2]))
+            raise ValueError(f"{name} holds {count} prompts for {pictures} pictures; give one prompt for each picture")
+    hole = gap([one.window(shift) for one in found], float(sigmas[0]), float(sigmas[-2]))
     if hole is None:
         return found
     raise ValueError(
-        f"{name} has no conditioning from noise level {hole[0]:.6g} to {hole[1]:.6g}; let ranges meet, "
-        "the first from 0, the last to 1"
+        f"{name} has no conditioning from sigma {hole[0]:.6g} to {hole[1]:.6g}; let the ranges meet, the first from 0, "
+        "the last to 1"
     )
 
 
-Prompts = str | Sequence[str]
-Asked = Prompts | Conditioning | Ranged | Sequence[Ranged]  # what a call takes for a prompt
-
-
 @dataclass(frozen=True)
-class Texts:
-    """Prompts, or conditionings of them, or neither; `name` is the argument's."""
+class Prompts:
+    """The prompts of a call, or its negative prompts: texts, or conditionings in their place, or neither."""
 
-    name: str
-    prompts: list[str] | None = None
-    encoded: tuple[Ranged, ...] = ()
+    name: str  # of the argument: "prompt" or "negative_prompt"
+    texts: tuple[str, ...] | None = None
+    conditionings: tuple[Ranged, ...] = ()
 
     @classmethod
-    def of(cls, name: str, prompts: Asked | None, embeds: Tensor | None, pooled: Tensor | None) -> Self:
-        """The arguments `name`, `name_embeds` and `pooled_name_embeds` of a call.
+    def of(cls, name: str, given: PromptLike | None, embeds: Tensor | None, pooled: Tensor | None) -> Self:
+        """From the arguments `name`, `name_embeds` and `pooled_name_embeds` of a call.
 
         Raises:
-            ValueError: prompts and embeddings are both given, or one half of the embeddings.
+            ValueError: prompts and embeddings are both given, or only one of the two embeddings.
             TypeError: a prompt is not a string.
         """
         pooled_name = f"{'negative_' if name.startswith('negative') else ''}pooled_prompt_embeds"
         if (embeds is None) != (pooled is None):
             there, lacking = (f"{name}_embeds", pooled_name)[:: 1 if pooled is None else -1]
             raise ValueError(f"{there} are given without {lacking}; the model reads both")
-        if embeds is not None and prompts is not None:
+        if embeds is not None and given is not None:
             raise ValueError(f"{name} and {name}_embeds are both given; give one of them")
         if embeds is not None and pooled is not None:
-            prompts = Conditioning(embeds, pooled)
-        if isinstance(prompts, Conditioning):
-            prompts = [Ranged(prompts)]
-        if isinstance(prompts, Ranged):
-            prompts = [prompts]
-        if encoded := _encoded(prompts):
-            return cls(name, None, encoded)
-        return cls(name, None if prompts is None else checked_prompts(cast(Prompts, prompts), name.replace("_", " ")))
+            given = Conditioning(embeds, pooled)
+        if isinstance(given, Conditioning):
+            given = Ranged(given)
+        if isinstance(given, Ranged):
+            given = [given]
+        if conditionings := _ranges_in(given):
+            return cls(name, None, conditionings)
+        texts = None if given is None else checked_prompts(cast("str | Sequence[str]", given), name.replace("_", " "))
+        return cls(name, None if texts is None else tuple(texts))
 
     def __len__(self) -> int:
-        """How many; 0 where neither is given."""
-        return len(self.encoded[0].conditioning) if self.encoded else len(self.prompts or ())
+        """The number of prompts; 0 where nothing was given."""
+        return len(self.conditionings[0].conditioning) if self.conditionings else len(self.texts or ())
 
-    def with_negatives(self, negatives: Texts, config: MMDiTConfig, *, read: bool) -> tuple[Texts, Texts | None]:
-        """These, and as many negatives: empty prompts where none are given, None where none are read.
-
-        Raises:
-            TypeError: nothing is given to draw.
-            ValueError: numbers differ, or embeddings do not fit the model.
-        """
+    def check(self, config: MMDiTConfig) -> None:
+        """Raise TypeError where nothing was given, and ValueError where embeddings do not fit the transformer."""
         if not self:
             raise TypeError(
                 f"{self.name} is NoneType, expected str or a list of str: None (or give prompt_embeds and "
                 "pooled_prompt_embeds)"
             )
-        self._check(config)
-        if not read:
-            return self, None
-        count = len(self)
-        if not negatives.encoded and len(negatives) <= 1:
-            return self, Texts(negatives.name, (negatives.prompts or [""]) * count)
-        negatives._check(config)
-        if len(negatives) != count:
-            raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; give one, or one for each")
-        return self, negatives
-
-    def _check(self, config: MMDiTConfig) -> None:
-        for one in self.encoded:
+        for one in self.conditionings:
             found, pooled = list(one.conditioning.context.shape), list(one.conditioning.pooled.shape)
             if len(found) != 3 or found[2] != config.context_dim or pooled != [len(self), config.pooled_dim]:
                 raise ValueError(
@@ -147,16 +137,29 @@ class Texts:
                     f"[b, tokens, {config.context_dim}] and [b, {config.pooled_dim}]"
                 )
 
+    def for_each(self, count: int, config: MMDiTConfig) -> Prompts:
+        """These as the negative prompts of `count` prompts: one for each, and empty ones where none were given.
 
-def _encoded(prompts: object) -> tuple[Ranged, ...]:
-    """The conditionings of a list of them; none of what has a string in it.
+        Raises:
+            ValueError: the numbers differ, or embeddings do not fit the transformer.
+        """
+        if not self.conditionings and len(self) <= 1:
+            return Prompts(self.name, (self.texts or ("",)) * count)
+        self.check(config)
+        if len(self) != count:
+            raise ValueError(f"{len(self)} negative prompts for {count} prompts; give one, or one for each")
+        return self
+
+
+def _ranges_in(given: object) -> tuple[Ranged, ...]:
+    """The ranges of a list of them; none where there is no `Ranged` in it.
 
     Raises:
-        TypeError: the list is of both.
+        TypeError: the list holds `Ranged` and other things.
     """
-    parts = () if isinstance(prompts, str) or not isinstance(prompts, Sequence) else tuple(prompts)
-    encoded = tuple(one for one in parts if isinstance(one, Ranged))
-    if encoded and len(encoded) < len(parts):
+    parts = () if isinstance(given, str) or not isinstance(given, Sequence) else tuple(given)
+    ranged = tuple(one for one in parts if isinstance(one, Ranged))
+    if ranged and len(ranged) < len(parts):
         other = next(type(one).__name__ for one in parts if not isinstance(one, Ranged))
         raise TypeError(f"a list that stands for one prompt holds mmdit.Ranged and {other}; give Ranged alone")
-    return encoded
+    return ranged

@@ -67,14 +67,14 @@ def _seeded(seed: SupportsIndex) -> torch.Generator:
 
 
 def solver_options(
-    solver: Solver, x: Tensor, levels: Tensor, shift: float, generators: Generators, rule: StepNoise
+    solver: Solver, x: Tensor, sigmas: Tensor, shift: float, generators: Generators, rule: StepNoise
 ) -> dict[str, Any]:
     """The options of a solver in a drawing.
 
     Args:
         solver: of `samplers.SOLVERS`.
         x: what it starts from.
-        levels: its schedule.
+        sigmas: float64 [steps + 1], falling.
         shift: of the schedule.
         generators: what the starting noise was drawn with; None is torch's global state.
         rule: of the profile.
@@ -84,7 +84,7 @@ def solver_options(
     """
     options: dict[str, Any] = {"shift": shift} if solver.shift else {}
     if solver.is_stochastic:
-        options["noise"] = _continued(x, generators) if rule == "continued" else _again(solver, x, levels, generators)
+        options["noise"] = _continued(x, generators) if rule == "continued" else _again(solver, x, sigmas, generators)
     return options
 
 
@@ -92,13 +92,13 @@ def _continued(x: Tensor, generators: Generators) -> Noise:
     return Fresh(x, generators)
 
 
-def _again(solver: Solver, x: Tensor, levels: Tensor, generators: Generators) -> Noise:
+def _again(solver: Solver, x: Tensor, sigmas: Tensor, generators: Generators) -> Noise:
     """Noise from the seeds once more: of ComfyUI's two kinds."""
     seeds = _seeds(generators)
     if solver.noise == "path":
         if seeds is None:
             seeds = int(torch.randint(2**63 - 1, ()))
-        return BrownianTree(x, float(levels[levels > 0].min()), float(levels.max()), seeds)
+        return BrownianTree(x, float(sigmas[sigmas > 0].min()), float(sigmas.max()), seeds)
     if seeds is None:
         return Fresh(x)
     if isinstance(seeds, int):

@@ -21,7 +21,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from mmdit._version import __version__
 from mmdit.pipeline.images import png_path
-from mmdit.pipeline.prompts import Texts
+from mmdit.pipeline.prompts import Prompts
 from mmdit.utils import replacing
 
 KEYWORD = "mmdit"
@@ -97,21 +97,21 @@ class Settings:
 
 
 def settings_of(
-    pairs: tuple[Texts, Texts | None], per_prompt: int, seeds: Sequence[int | None], common: Mapping[str, Any]
+    pair: tuple[Prompts, Prompts | None], per_prompt: int, seeds: Sequence[int | None], common: Mapping[str, Any]
 ) -> tuple[Settings, ...]:
-    """The settings of each picture of a call; none where something encoded took the place of a prompt.
+    """The settings of each picture of a call; none where a conditioning was given instead of a prompt.
 
     Args:
-        pairs: what was asked for, and what to keep away from.
+        pair: the prompts and the negative prompts, None where no unconditional branch runs.
         per_prompt: pictures of each prompt.
         seeds: of each picture.
         common: the other settings.
     """
-    asked, against = pairs
-    if asked.prompts is None or (against is not None and against.prompts is None):
+    prompts, negatives = pair
+    if prompts.texts is None or (negatives is not None and negatives.texts is None):
         return ()
-    negatives = repeat("") if against is None or against.prompts is None else against.prompts
-    texts = [pair for pair in zip(asked.prompts, negatives, strict=False) for _ in range(per_prompt)]
+    against = repeat("") if negatives is None or negatives.texts is None else negatives.texts
+    texts = [both for both in zip(prompts.texts, against, strict=False) for _ in range(per_prompt)]
     return tuple(
         Settings(prompt=prompt, negative_prompt=negative, seed=seed, **common)
         for (prompt, negative), seed in zip(texts, seeds, strict=True)

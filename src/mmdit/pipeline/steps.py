@@ -1,18 +1,16 @@
-"""The steps of a drawing, one by one: encode, noise, predict, sample, decode."""
+"""A drawing step by step: encode, noise, predict, sample, decode."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-import samplers
 from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
 from mmdit.checkpoints.components import Component
 from mmdit.checkpoints.load_pipeline import Components
@@ -23,35 +21,35 @@ from mmdit.pipeline.arguments import (
     checked_offload,
     checked_quant,
     profile_of,
-    shift_for,
 )
 from mmdit.pipeline.failures import Call, check_finite
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.images import to_unit
-from mmdit.pipeline.passes import Branch, Planner, Watcher
-from mmdit.pipeline.predict import Predicting
+from mmdit.pipeline.passes import Branch, Pass, Planner, Watcher
+from mmdit.pipeline.plan import Progress, SamplingPlan, make_plan, resolve_sampler, resolve_sigmas
+from mmdit.pipeline.predict import predict_branches
 from mmdit.pipeline.profiles import Profile
-from mmdit.pipeline.prompts import Conditionings
-from mmdit.pipeline.seeds import Generators, generators, solver_options
+from mmdit.pipeline.prompts import ConditioningLike, Ranged
+from mmdit.pipeline.seeds import Generators, generators
 from mmdit.runtime.offload import Turns
 from mmdit.utils import whole
 from quant.quantize import is_quantized, quantize_, refuse_quantized
 from quant.recipe import Recipe, recipe_name
-from samplers import SOLVERS, Step, gaussian, only_x0, pick
+from samplers import Step, gaussian
 
 
-class PipelineSteps(Predicting):
-    """Models under a profile, and what is done with them; `mmdit.Pipeline` adds loading and the call that does all.
+class PipelineSteps:
+    """The models and a profile, with a method for each step of a drawing; `mmdit.Pipeline` adds loading and the call.
 
     Args:
         parts: the models.
-        profile: a name of `mmdit.PROFILES`, or a profile of one's own (`dataclasses.replace`).
-        preset: a name of `mmdit.pipeline.profiles.PRESETS`: steps, guidance, sampler and shift of a kind of model.
+        profile: a name of `mmdit.PROFILES`, or a profile of your own (`dataclasses.replace`).
+        preset: a name of `mmdit.PRESETS`: steps, guidance, sampler and shift of a kind of model.
         offload: "stages" keeps the models where they are; text encoders, transformer and VAE take turns on `device`.
-        device: for `offload`.
-        quant: a name of `quant.RECIPES` or a `quant.Recipe`: the Linears of transformer and T5 become float8, but for
-            `quant.quantize.KEPT`. What was float8 when it was loaded stays as it is; a transformer under another recipe
-            is an error.
+        device: where models compute with `offload`.
+        quant: a name of `quant.RECIPES` or a `quant.Recipe`. Linears of the transformer and of T5 are quantized to
+            float8, except those of `quant.quantize.KEPT`. A model that was float8 in its file stays as it is; if the
+            transformer's recipe in the file is another one, that is an error.
         name: what the settings of a picture call the model.
     """
 
@@ -84,8 +82,8 @@ class PipelineSteps(Predicting):
             for model in (self.transformer, self.t5):
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
-        self.watchers: list[Watcher] = []  # told of every pass of the transformer before it runs
-        self.planners: list[Planner] = []  # told of every drawing before its first pass
+        self.watchers: list[Watcher] = []  # called before every pass of the transformer
+        self.planners: list[Planner] = []  # called before the first pass of every drawing
         self._turns = None if checked_offload(offload) is None else Turns(device)
 
     @property
@@ -102,12 +100,12 @@ class PipelineSteps(Predicting):
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer computes."""
+        """The device that the transformer computes on."""
         return self.transformer.pos_embed.device if self._turns is None else self._turns.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
+        """The dtype that the transformer computes in."""
         return self.transformer.pos_embed.dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -121,11 +119,11 @@ class PipelineSteps(Predicting):
         return self
 
     def encode(self, prompts: str | Sequence[str], *, max_sequence_length: int | None = None) -> Conditioning:
-        """What the transformer reads of the prompts, on its device and in its dtype.
+        """Encode prompts with the text encoders; the result is on the transformer's device and in its dtype.
 
         Args:
             prompts: one or more.
-            max_sequence_length: T5 tokens; None is the profile's number.
+            max_sequence_length: number of T5 tokens; None is the profile's.
 
         Raises:
             ValueError, TypeError: no prompt, or one that is not a string.
@@ -153,29 +151,59 @@ class PipelineSteps(Predicting):
         width: int | None = None,
         generator: Generators = None,
     ) -> Float[Tensor, "b c h w"]:
-        """The latents to start from, in model space, drawn on the CPU (or on the generator's device).
+        """Noise to start from: latents of shape [b, c, h, w], in model space, drawn on the CPU.
 
         Args:
-            seed: one per picture, whose noise is then that of the seed alone; or one, which for several pictures means
-                what the profile says: parts of a single draw, or the same noise for each.
-            count: pictures.
-            height, width: of the picture in pixels, multiples of 16.
-            generator: instead of a seed; one, or one per picture.
+            seed: a whole number, or a list with one for each picture. A seed of a list draws the noise that it would
+                draw alone. One seed for several pictures draws what the profile says: all noise in a single draw, or
+                the same noise for each picture.
+            count: number of pictures, b.
+            height, width: of the pictures in pixels, multiples of 16; None is the model's own size.
+            generator: one, or a list with one for each picture, instead of seeds; noise is drawn on its device.
 
         Raises:
-            ValueError: a size does not fit, or seeds and pictures differ in number.
+            ValueError: a size is not possible, or the numbers of seeds and pictures differ.
         """
-        rows, columns = self._cells(height, "height"), self._cells(width, "width")
-        shape = (count, self.transformer.config.in_channels, rows, columns)
+        shape = self._latent_shape(count, height, width)
         dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
         drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
         noise = gaussian(shape, drawn_by, dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
+    def predict(
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        conditionings: Sequence[Conditioning | Branch],
+        *,
+        step: int | None = None,
+    ) -> list[Tensor]:
+        """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning.
+
+        Conditionings with the same number of text tokens share a batch of the transformer.
+
+        Args:
+            x: latents of shape [b, c, h, w], in model space.
+            sigma: the noise level of `x`, in [0, 1].
+            conditionings: each of b prompts. `mmdit.pipeline.passes.Branch` gives one a name or changes the transformer
+                for it.
+            step: the number of the step, for what looks inside (`mmdit.capture` and others). None counts each call of
+                `predict` as a step.
+
+        Returns:
+            One tensor [b, c, h, w] for each conditioning.
+        """
+        branches = [one if isinstance(one, Branch) else Branch(one) for one in conditionings]
+        return self._predict(x, float(sigma), branches, step, self.watchers)
+
+    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float | Tensor], list[Tensor]]:
+        """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
+        return lambda x, sigma: self.predict(x, sigma, conditionings)
+
     def sample(
         self,
-        cond: Conditionings,
-        uncond: Conditionings | None,
+        cond: ConditioningLike,
+        uncond: ConditioningLike | None,
         noise: Tensor,
         *,
         num_inference_steps: int | None = None,
@@ -187,42 +215,50 @@ class PipelineSteps(Predicting):
         generator: Generators = None,
         guidance: Guidance | None = None,
     ) -> Iterator[Step]:
-        """The steps from noise to latent; change `step.x` and the solver goes on from there.
+        """Draw, step by step, from noise to latents. Change `step.x`, and the solver goes on from there.
+
+        All arguments are checked before the first step is asked for.
 
         Args:
-            cond, uncond: of the prompts and the negative prompts, one per picture; no uncond without guidance. Each may
-                be several `mmdit.Ranged`, which count for parts of the way.
-            noise: [b, c, h, w], see `noise`.
-            num_inference_steps, guidance_scale, sampler, schedule: None is the profile's.
-            sigmas, shift: see `levels`; shift "resolution" is `samplers.resolution_shift` of the latent.
-            generator: what drew `noise`: samplers that add noise go on with it, or with its seed, as the profile says.
-            guidance: more than classifier-free guidance; None is that alone.
+            cond: the prompts, encoded, one for each picture; or several `mmdit.Ranged`, each for a part of the way.
+            uncond: the negative prompts, likewise; None where the profile runs no unconditional branch.
+            noise: what to start from, [b, c, h, w], of unit variance; see `noise`.
+            num_inference_steps: steps of the schedule. Like all that follows, None is the profile's default.
+            guidance_scale: weight of classifier-free guidance; 1 is none.
+            sampler: a name of `samplers.SOLVERS`.
+            schedule: a name of `samplers.SCHEDULES`.
+            sigmas: noise levels to use as they are, see `Pipeline.sigmas`.
+            shift: of the schedule, above 0; "resolution" is `samplers.resolution_shift` of the latents' size.
+            generator: what drew `noise`. Samplers that add noise go on with it, or with its seed, as the profile says.
+            guidance: settings beyond classifier-free guidance; None is that alone.
+
+        Returns:
+            An iterator of `samplers.Step`; `step.x` of the last one is the latent to decode.
 
         Raises:
-            ValueError: an unknown name, no step, or guidance that cannot be: the message says why.
-            ImportError: ComfyUI's noise of *_sde samplers needs torchsde.
-            FloatingPointError: a step gave what is not finite; its level and the first such layer are named.
+            ValueError: a name is unknown, a number is out of its range, or the guidance is not possible.
+            ImportError: the sampler's noise needs torchsde, which is not installed.
+            FloatingPointError: a step gave values that are not finite; its sigma and the first such layer are named.
         """
-        solver, scale, count = self._solver(sampler), self._scale(guidance_scale), _Count()
-        shift = shift_for(shift, self.shift, noise.shape[2:], self.transformer.config.patch_size)
-        levels = self.sigmas(num_inference_steps, schedule, sigmas, shift, sampler)
-        guided = self._guided(
-            partial(_predict_at, self, count),
-            cond,
-            uncond,
-            scale,
-            guidance=guidance,
+        plan = self._plan(
+            noise.shape,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             sampler=sampler,
-            levels=levels,
+            schedule=schedule,
+            sigmas=sigmas,
             shift=shift,
-            shape=tuple(noise.shape),
+            generator=generator,
+            guidance=guidance,
         )
-        x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        if self.profile.first_level == "its_share":
-            x = x * float(levels[0])
-        options = solver_options(solver, x, levels, shift, generator, self.profile.step_noise)
-        steps = solver(guided if solver.guided else only_x0(guided), x, levels, **options)
-        return self._counted(steps, count)
+        if not plan.uses_uncond:
+            uncond = None
+        elif uncond is None:
+            raise ValueError(
+                f"guidance_scale {plan.guidance_scale} needs a conditioning to guide away from: give uncond"
+            )
+        against = None if uncond is None else plan.ranges("uncond", uncond)
+        return self._steps(plan, plan.ranges("cond", cond), against, noise)
 
     def sigmas(
         self,
@@ -232,40 +268,74 @@ class PipelineSteps(Predicting):
         shift: float | None = None,
         sampler: str | None = None,
     ) -> Tensor:
-        """The noise levels of the steps, float64 [steps + 1].
+        """The noise levels of the steps, float64 [steps + 1], falling to 0.
 
         Args:
-            num_inference_steps, schedule: None is the profile's.
-            sigmas: instead of these, levels from at most 1 to 0, used as they are. (diffusers shifts a list of its
+            num_inference_steps: steps of the schedule; None is the profile's default.
+            schedule: a name of `samplers.SCHEDULES`; None is the profile's.
+            sigmas: levels from at most 1 to 0, used as they are instead of a schedule. (diffusers shifts a list of its
                 user's and appends the 0: `samplers.shifted` does that.)
-            shift, sampler: None is the model's, the profile's; for some ComfyUI leaves out the second-last level.
+            shift: of the schedule; None is the model's.
+            sampler: for some, ComfyUI leaves out the second-last level; None is the profile's.
 
         Raises:
             ValueError: no step, an unknown name, levels that do not fall from at most 1 to 0; or both are given.
         """
-        if sigmas is not None:
-            named = (("num_inference_steps", num_inference_steps), ("schedule", schedule))
-            if given := [name for name, value in named if value is not None]:
-                raise ValueError(f"sigmas and {given[0]} are both given; sigmas are all the steps: give one of them")
-            return samplers.checked_sigmas(sigmas)
-        steps = self.profile.steps if num_inference_steps is None else num_inference_steps
-        whole("num_inference_steps", steps, 1)
-        more = self.profile.second_last == "left_out" and self._solver(sampler).drops_second_last
+        solver = resolve_sampler(self.profile, sampler)[1]
         shift = self.shift if shift is None else shift
-        found = samplers.sigmas(schedule or self.profile.schedule, steps + more, shift=shift)
-        return torch.cat([found[:-2], found[-1:]]) if more else found
+        return resolve_sigmas(self.profile, solver, shift, num_inference_steps, schedule, sigmas)
 
     def decode(self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None) -> Float[Tensor, "b 3 h8 w8"]:
-        """The pictures of latents in model space, in [0, 1].
+        """The pictures of latents, [b, 3, 8 h, 8 w], in [0, 1].
 
         Args:
-            latent: of any picture size.
-            tile: decode in tiles of so many pixels a side, for less memory; see `encoders.decode_tiled`.
+            latent: latents of shape [b, c, h, w], in model space, of any size.
+            tile: decode in tiles of this many pixels a side, which takes less memory; see `encoders.decode_tiled`.
         """
         self._enter("vae")
         first = next(self.vae.parameters())
         latent = latent.to(first.device, first.dtype)
         return to_unit(self.vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile))
+
+    def _plan(self, shape: Sequence[int], **arguments: Any) -> SamplingPlan:
+        """The plan of a drawing of latents of this shape, by the arguments of `sample`."""
+        return make_plan(self.profile, self.transformer.config, shape, default_shift=self.shift, **arguments)
+
+    def _steps(
+        self, plan: SamplingPlan, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None, noise: Tensor
+    ) -> Iterator[Step]:
+        """The steps of a plan; whoever listens is told of the drawing before this returns."""
+        if self.planners:
+            drawing = plan.forecast(cond, uncond)
+            for planner in self.planners:
+                planner(drawing)
+        progress = Progress()
+
+        def predict(x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
+            progress.calls.append(Call(x, sigma, branches))
+            return self.predict(x, sigma, branches, step=progress.step)
+
+        steps = plan.steps(plan.guide(predict, cond, uncond), noise)
+        return self._checked(steps, plan.profile, progress)
+
+    def _checked(self, steps: Iterator[Step], profile: Profile, progress: Progress) -> Iterator[Step]:
+        """The steps, each finite, with latents in the dtype that the profile keeps (diffusers: the model's)."""
+        for step in steps:
+            if profile.state_dtype == "model":
+                step.x = step.x.to(self.dtype).to(step.x.dtype)
+            check_finite(step, progress.calls, partial(self._predict, step=None, watchers=()), self.transformer)
+            yield step
+            progress.step, progress.calls = step.i + 1, []
+
+    def _predict(
+        self, x: Tensor, sigma: float, branches: Sequence[Branch], step: int | None, watchers: Sequence[Watcher]
+    ) -> list[Tensor]:
+        def announce(batch: tuple[Branch, ...]) -> None:
+            self._enter("transformer")
+            for watcher in watchers:
+                watcher(Pass(step, sigma, batch, len(x)))
+
+        return predict_branches(self.transformer, self.profile, x, sigma, branches, announce)
 
     def _rules(self, max_sequence_length: int | None) -> TextRules:
         rules = self.profile.text
@@ -273,36 +343,19 @@ class PipelineSteps(Predicting):
             return rules
         return replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
 
-    def _scale(self, guidance_scale: float | None) -> float:
-        scale = self.profile.guidance_scale if guidance_scale is None else guidance_scale
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be a finite number, got {scale}")
-        return scale
-
-    def _solver(self, sampler: str | None) -> samplers.Solver:
-        return pick(SOLVERS, sampler or self.profile.sampler, "sampler")
-
     def _enter(self, *names: Component) -> None:
         """With `offload`, these models come to the device."""
         if self._turns is not None:
             self._turns.enter(model for name, model in self.models.items() if name in names)
 
-    def _counted(self, steps: Iterator[Step], count: _Count) -> Iterator[Step]:
-        """The steps, with their latents as the profile keeps them: diffusers rounds to the model's dtype."""
-        for step in steps:
-            if self.profile.state_dtype == "model":
-                step.x = step.x.to(self.dtype).to(step.x.dtype)
-            check_finite(step, count.calls, self._predict_unwatched, self.transformer)
-            yield step
-            count.step, count.calls = step.i + 1, []
-
-    def _predict_unwatched(self, x: Tensor, sigma: float, branches: Sequence[Branch]) -> Sequence[Tensor]:
-        """`predict`, of which no watcher is told."""
-        watchers, self.watchers = self.watchers, []
-        try:
-            return self.predict(x, sigma, branches)
-        finally:
-            self.watchers = watchers
+    def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """The shape [b, c, h, w] of the latents of pictures of this size in pixels; None is the model's own size."""
+        return (
+            count,
+            self.transformer.config.in_channels,
+            self._cells(height, "height"),
+            self._cells(width, "width"),
+        )
 
     def _cells(self, pixels: int | None, name: str) -> int:
         """The latent cells along a side of so many pixels."""
@@ -315,18 +368,3 @@ class PipelineSteps(Predicting):
     def _unit(self) -> int:
         """What the sides of a latent are multiples of."""
         return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
-
-
-@dataclass
-class _Count:
-    """How many steps a solver has finished, and what it has asked the model for since."""
-
-    step: int = 0
-    calls: list[Call] = field(default_factory=list)
-
-
-def _predict_at(
-    pipe: PipelineSteps, count: _Count, x: Tensor, sigma: float, branches: Sequence[Branch]
-) -> list[Tensor]:
-    count.calls.append(Call(x, sigma, branches))
-    return pipe.predict(x, sigma, branches, step=count.step)

@@ -288,10 +288,15 @@ def test_turbo_is_one_pass_of_one_branch_per_step(tiny_folders):
 
 def test_solvers_that_take_uncond_get_a_pass_at_every_scale(pipes):
     pipe, cond = pipes["diffusers"], pipes["diffusers"].encode("a")
-    x, levels = pipe.noise(1, height=32, width=32), pipe.sigmas(2)
-    rest = {"guidance": None, "levels": levels, "shift": 3.0, "shape": (1, 16, 4, 6)}
-    taken = pipe._guided(pipe.predict, cond, cond.zeroed(), 1.0, sampler="euler_cfg_pp", **rest)
-    plain = pipe._guided(pipe.predict, cond, cond.zeroed(), 1.0, sampler="euler", **rest)
+    x = pipe.noise(1, height=32, width=32)
+
+    def guide(sampler):
+        plan = pipe._plan(x.shape, num_inference_steps=2, guidance_scale=1.0, sampler=sampler)
+        assert plan.uses_uncond == (sampler == "euler_cfg_pp")
+        uncond = plan.ranges("uncond", cond.zeroed()) if plan.uses_uncond else None
+        return plan.guide(pipe.predict, plan.ranges("cond", cond), uncond)
+
+    taken, plain = guide("euler_cfg_pp"), guide("euler")
     found = {}
     assert watched(pipe, lambda: found.update(taken=taken(x, 0.7), plain=plain(x, 0.7))) == [
         (None, ("uncond", "cond")),
