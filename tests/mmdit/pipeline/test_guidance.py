@@ -432,11 +432,11 @@ def test_ranges_that_cannot_be(pipes, silent, monkeypatch):
     def sampled(one, other):
         return lambda: silent.sample(one, other, noise, guidance_scale=4.0)
 
-    refuses(sampled(cond, parts), "uncond has no conditioning from noise level 0.923077 to 0.875", error=ValueError)
-    refuses(sampled(parts[1:], cond), "cond has no conditioning from noise level 1 to 0.875", error=ValueError)
+    refuses(sampled(cond, parts), "uncond has no conditioning from sigma 0.923077 to 0.875", error=ValueError)
+    refuses(sampled(parts[1:], cond), "cond has no conditioning from sigma 1 to 0.875", error=ValueError)
     refuses(sampled(cond, []), "uncond has no conditioning", error=ValueError)
     refuses(lambda: silent(cond, parts, **SMALL), "negative_prompt has no conditioning", error=ValueError)
-    refuses(sampled(cond.repeat(2), cond), "cond is of 2 prompts, the noise of 1 pictures", error=ValueError)
+    refuses(sampled(cond.repeat(2), cond), "cond holds 2 prompts for 1 pictures", error=ValueError)
     refuses(lambda: silent([*parts, "a"], **SMALL), "holds mmdit.Ranged and str; give Ranged alone", error=TypeError)
     refuses(lambda: Ranged(cond, 0.5, 0.5), "Ranged start 0.5 and stop 0.5", error=ValueError)
 
