@@ -29,12 +29,12 @@ def inputs(seed=1, batch=2):
 
 
 def left_behind(*modules):
-    """Names of modules that still have hooks, or whose attention is not what it was."""
+    """Names of modules that still have hooks, or strategies in their attention."""
     return [
         name
         for module in modules
         for name, part in module.named_modules()
-        if part._forward_hooks or part._forward_pre_hooks or type(part).__name__ == "ConceptAttend"
+        if part._forward_hooks or part._forward_pre_hooks or getattr(part, "held", ())
     ]
 
 

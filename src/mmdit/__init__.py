@@ -13,13 +13,12 @@ if TYPE_CHECKING:
     from mmdit.inspection.attention_maps import attention_maps
     from mmdit.inspection.budget import BudgetError
     from mmdit.inspection.capture import capture
-    from mmdit.inspection.captured import Captured
+    from mmdit.inspection.captured import Captured, load_capture
     from mmdit.inspection.concepts import Concepts, concept_tokens
     from mmdit.inspection.float8 import float8_blame, float8_errors
     from mmdit.inspection.labelled import Labelled
     from mmdit.inspection.listing import points
     from mmdit.inspection.patch import patch
-    from mmdit.inspection.spool import load_capture
     from mmdit.inspection.sweep import sweep
     from mmdit.models.config import MMDiTConfig
     from mmdit.models.mmdit import MMDiT
@@ -97,7 +96,7 @@ _HOME = {
     "concept_tokens": "mmdit.inspection.concepts",
     "float8_blame": "mmdit.inspection.float8",
     "float8_errors": "mmdit.inspection.float8",
-    "load_capture": "mmdit.inspection.spool",
+    "load_capture": "mmdit.inspection.captured",
     "load_clip": "mmdit.checkpoints.load",
     "load_mmdit": "mmdit.checkpoints.load",
     "load_t5": "mmdit.checkpoints.load",

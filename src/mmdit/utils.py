@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 _CPU_WORDS = ("tried to allocate", "allocate memory", "size calculation overflowed", "multiplication overflow")
@@ -41,6 +41,24 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def taken(value: Tensor, axis: int, places: Tensor | None) -> Tensor:
+    """The part of a tensor at some places along an axis.
+
+    Args:
+        value: [samples, ...].
+        axis: along which `places` count.
+        places: whole numbers [n], or [samples, n] where each sample has its own; None takes all.
+    """
+    if places is None:
+        return value
+    places = places.to(value.device)
+    if places.ndim == 1:
+        return value.index_select(axis, places)
+    shape = [1] * value.ndim
+    shape[0], shape[axis] = places.shape
+    return value.take_along_dim(places.view(shape), dim=axis)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

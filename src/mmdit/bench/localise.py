@@ -26,8 +26,8 @@ from mmdit.demo.grammar import plural
 from mmdit.demo.shapes import COLOURS, SHAPES
 from mmdit.demo.vision import masks, parse
 from mmdit.inspection import plots
+from mmdit.inspection.attention import Direction
 from mmdit.inspection.attention_maps import attention_maps
-from mmdit.inspection.map_columns import Direction
 from mmdit.inspection.map_results import AttentionMaps
 from mmdit.inspection.words import Encoder, words_of
 from mmdit.pipeline.pipeline import Pipeline

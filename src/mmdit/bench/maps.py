@@ -19,8 +19,8 @@ from torch import Tensor
 from encoders import Conditioning, TokenSpan
 from encoders.conditioning import EncoderName
 from mmdit.bench.random_models import MODELS, Inputs, fill
+from mmdit.inspection.attention import Direction
 from mmdit.inspection.attention_maps import Heads, attention_maps
-from mmdit.inspection.map_columns import Direction
 from mmdit.inspection.map_results import AttentionMaps
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, Pass, Watcher

@@ -13,6 +13,7 @@ from encoders import Conditioning
 from mmdit.inspection.points import Point
 from mmdit.inspection.words import Encoder, token_positions
 from mmdit.pipeline.passes import Branch, Drawing
+from mmdit.utils import taken
 
 Numbers = int | slice | Sequence[int]  # negative ones count from the end
 
@@ -93,18 +94,6 @@ class Picked(NamedTuple):
         changed = value.clone()
         changed[tuple(one.to(value.device) for one in index)] = part.to(value.dtype)
         return changed
-
-
-def taken(value: Tensor, axis: int, places: Tensor | None) -> Tensor:
-    """The places [n] along an axis, or [samples, n] for each sample its own; None: all."""
-    if places is None:
-        return value
-    places = places.to(value.device)
-    if places.ndim == 1:
-        return value.index_select(axis, places)
-    shape = [1] * value.ndim
-    shape[0], shape[axis] = places.shape
-    return value.take_along_dim(places.view(shape), dim=axis)
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,24 @@
-"""Attention that also gives the log-sum-exp of every query's scores: with it, any one score is an exact probability.
+"""Attention patterns without holding them whole: some rows at a time, or some columns.
 
-softmax(s)_j = exp(s_j - lse), so that columns of the attention pattern need no [l, l] matrix.
+All of one pattern of a 1024 x 1024 picture of SD3.5 Large is 1.5 GB per block in 16 bits. Rows come in blocks
+(`pattern_rows`). Columns need no [l, l] matrix where attention also gives the log-sum-exp of the scores of every query,
+because softmax(s)_j = exp(s_j - lse) (`LogSumExp`, `word_maps`, `quadrant_masses`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Source = Literal["fused", "beside", "rows"]
+from mmdit.models.attention import Attended
+
+Source = Literal["fused", "beside", "rows", "pattern"]
+Direction = Literal["i2t", "t2i"]
+QUADRANTS = ("I2I", "I2T", "T2I", "T2T")  # who reads, and whom: image patches or text tokens
 BYTES = 2**26  # of scores that are held at once
 TOLERANCE = 1e-3  # of a kernel's log-sum-exp; other bases or scales are off by far more, rounding by far less
 _PROBED = 16  # queries whose log-sum-exp is checked
@@ -117,3 +123,97 @@ def _tried(q: Tensor, k: Tensor, v: Tensor) -> Source:
         return "rows"
     plain = F.scaled_dot_product_attention(q, k, v)  # of another dtype under autocast
     return "fused" if z.dtype == plain.dtype and torch.equal(z, plain) else "beside"
+
+
+def word_maps(
+    q: Tensor, k: Tensor, lse: Tensor, text: int, tokens: Tensor, mix: Tensor, direction: Direction, *, each: bool
+) -> Tensor:
+    """How much image patches and words have to do with each other, for one sample: [n or 1, words, patches].
+
+    Args:
+        q, k: queries and keys [n, l, d] of text tokens followed by image patches.
+        lse: log-sum-exp of the scores of each query, [n, l].
+        text: text tokens.
+        tokens: positions of the text tokens that are read or read here, [m].
+        mix: how much of each of these a word takes, [words, m].
+        direction: "i2t": the share of a patch's reading that goes to the word; "t2i": the share of the word's reading
+            that goes to the patch.
+        each: keep the heads; else their mean, as one.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    of_words, of_image = (k, q) if direction == "i2t" else (q, k)
+    less = lse[:, None, text:] if direction == "i2t" else lse[:, tokens, None]
+    heads = max(1, BYTES // (max(1, len(tokens)) * (q.shape[1] - text) * wide.itemsize))
+    chunks = zip(*(part.split(heads) for part in (of_words[:, tokens], of_image[:, text:], less)), strict=True)
+    parts = []
+    for words, patches, minus in chunks:
+        scores = words.to(wide) @ patches.to(wide).mT * q.shape[-1] ** -0.5  # n tokens patches
+        found = mix @ (scores - minus).exp()
+        parts.append(found if each else found.sum(0, keepdim=True))
+    return torch.cat(parts) if each else torch.cat(parts).sum(0, keepdim=True) / len(q)
+
+
+def quadrant_masses(lse: Tensor, lse_of_text: Tensor, text: int) -> Tensor:
+    """The attention of all queries summed by who reads whom, [b, n, 4] in the order of `QUADRANTS`.
+
+    A row of attention sums to 1, so the two quadrants of image queries sum to the patches, those of text to the tokens.
+
+    Args:
+        lse: log-sum-exp of the scores of each query with all keys, [b, n, l], text tokens first.
+        lse_of_text: the same with the text's keys alone; exp(lse_of_text - lse) is the mass on text.
+        text: text tokens.
+    """
+    of_text, of_image = (lse_of_text - lse).exp().split([text, lse.shape[-1] - text], dim=-1)
+    i2t, t2t = of_image.sum(-1), of_text.sum(-1)
+    return torch.stack([of_image.shape[-1] - i2t, i2t, text - t2t, t2t], dim=-1)
+
+
+def pattern_rows(
+    attended: Attended, queries: Tensor | None = None, *, limit: int = BYTES
+) -> Iterator[tuple[int, Tensor]]:
+    """The attention pattern in blocks of rows: the place of the first row, and [b, heads, rows, keys].
+
+    In float32, or in float64 where the queries are that.
+
+    Args:
+        attended: one call of attention.
+        queries: numbers of the tokens whose rows are meant, [n], or [b, n]; None is all.
+        limit: bytes of a block, which has at least one row.
+    """
+    dtype = torch.promote_types(attended.q.dtype, torch.float32)
+    row = attended.q.shape[0] * attended.q.shape[1] * attended.k.shape[2] * dtype.itemsize
+    count = max(1, limit // max(row, 1))
+    every = torch.arange(attended.q.shape[2]) if queries is None else queries
+    for first in range(0, every.shape[-1], count):
+        yield first, attended.pattern(every[..., first : first + count])
+
+
+def word_maps_of_pattern(
+    attended: Attended, text: int, tokens: Tensor, mix: Tensor, direction: Direction, *, each: bool
+) -> Tensor:
+    """What `word_maps` gives, from rows of the pattern itself: for attention that is not plain softmax.
+
+    Args:
+        attended: of one sample.
+        text, tokens, mix, direction, each: see `word_maps`.
+    """
+    if direction == "t2i":
+        found = mix @ attended.pattern(tokens)[0, :, :, text:].to(mix)
+    else:
+        image = torch.arange(text, attended.q.shape[2])
+        columns = torch.cat([block[0, :, :, tokens] for _, block in pattern_rows(attended, image)], dim=1)
+        found = mix @ columns.to(mix).mT
+    return found if each else found.mean(0, keepdim=True)
+
+
+def quadrants_of_pattern(attended: Attended, text: int) -> Tensor:
+    """What `quadrant_masses` gives, from rows of the pattern itself, [b, n, 4]."""
+    on_text, on_image = [], []
+    for _, block in pattern_rows(attended):
+        on_text.append(block[..., :text].sum(-1))
+        on_image.append(block[..., text:].sum(-1))
+    (t2t, i2t), (t2i, i2i) = (
+        (part[..., :text].sum(-1), part[..., text:].sum(-1))
+        for part in (torch.cat(on_text, -1), torch.cat(on_image, -1))
+    )
+    return torch.stack([i2i, i2t, t2i, t2t], dim=-1)

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders import Conditioning
-from mmdit.inspection.attention import LogSumExp
-from mmdit.inspection.map_columns import Direction, quadrant_masses, word_maps
+from mmdit.inspection.attention import (
+    Direction,
+    LogSumExp,
+    quadrant_masses,
+    quadrants_of_pattern,
+    word_maps,
+    word_maps_of_pattern,
+)
 from mmdit.inspection.map_results import AttentionMaps, Seen
 from mmdit.inspection.words import ENCODERS, Encoder, Mix, check_words, mixed, token_positions, words_of
-from mmdit.models.layers import Attend
+from mmdit.models.attention import Attended, Below, Joint, Rank, Strategy, attending
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Pass, Watcher
+from mmdit.runtime.compiled import refuse_compiled
+from mmdit.runtime.hooks import Hook, hooks, listening
 from mmdit.runtime.precision import full_float32
 from samplers import pick
 
@@ -86,16 +94,25 @@ def attention_maps(
     wanted = (words,) if isinstance(words, str) else None if words is None else tuple(words)
     allowed = {steps} if isinstance(steps, int) else steps
     recorder = _Recorder(model, maps, wanted, allowed, branch, quadrants=quadrants, dtype=dtype, device=device)
-    with ExitStack() as stack:
-        pipe.watchers.append(recorder.announced)
-        stack.callback(pipe.watchers.remove, recorder.announced)
-        stack.callback(model.register_forward_pre_hook(recorder.begin, with_kwargs=True).remove)
-        for i in numbers:
-            attend: Any = model.joint_blocks[i].attend
-            # The module stays, and so do the hooks on it.
-            vars(attend)["forward"] = partial(recorder.attend, i, attend.forward)
-            stack.callback(vars(attend).pop, "forward")
+    slots: list[tuple[Any, _Maps]] = [(model.joint_blocks[i].attend, _Maps(recorder, i)) for i in numbers]
+    with (
+        listening(pipe.watchers, recorder.announced),
+        hooks([Hook(model, "input", recorder.begin)]),
+        attending(slots),
+    ):
         yield maps
+
+
+class _Maps(Strategy):
+    """Records what one block's attention shows, and leaves it as it is."""
+
+    rank = Rank.OUTPUTS
+
+    def __init__(self, recorder: _Recorder, block: int) -> None:
+        self.recorder, self.block = recorder, block
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, below: Below) -> Attended:
+        return self.recorder.seen(self.block, below(q, k, v))
 
 
 class _Recorder:
@@ -144,30 +161,54 @@ class _Recorder:
         self.now = _Running(read.context.shape[1], told.rows(self.branch), mixes, self._empty(told))
         self.maps.passes.append(self.now.seen)
 
-    def attend(self, block: int, forward: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What stands in for the `forward` of a block's `attend`."""
+    def seen(self, block: int, attended: Attended) -> Attended:
+        """Store what a block's attention shows, and give it back.
+
+        Of plain softmax attention by PyTorch's kernel the log-sum-exp is enough; of all else, the pattern is read.
+        """
         if self.now is None:
-            return forward(q, k, v)
-        rows = self.now.rows
-        z, lse = self.log_sum_exp.attend(q, k, v, rows)
+            return attended
+        how, rows = attended.how, self.now.rows
+        if type(attended) is Attended and type(how) is Joint and how.kernel is F.scaled_dot_product_attention:
+            q, k, v = attended.q, attended.k, attended.v
+            z, lse = self.log_sum_exp.attend(q, k, v, rows)
+            with full_float32(), torch.no_grad():
+                self._record(block, self.now, q[rows], k[rows], v[rows], lse)
+            return attended.giving(z)
         with full_float32(), torch.no_grad():
-            self._record(block, self.now, q[rows], k[rows], v[rows], lse)
-        return z
+            self._record_pattern(block, self.now, attended)
+        return attended
 
     def _record(self, block: int, now: _Running, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
-        """Store what one block's attention shows, of the rows that are watched."""
+        """Of the rows that are watched, by the log-sum-exp."""
         place, text, seen = self.maps.blocks.index(block), now.text, now.seen
         if seen.masses is not None:
             of_text = self.log_sum_exp.of(q, k[:, :, :text], v[:, :, :text])
             seen.masses[place] = quadrant_masses(lse, of_text, text).transpose(0, 1)
         for sample, mixes in enumerate(now.mixes):
             for (direction, encoder), kept in seen.maps.items():
-                tokens, counts = mixes[encoder]
-                mix = counts if direction == "i2t" else mixes[encoder].shares()
+                tokens, mix = self._mix_of(mixes[encoder], direction)
                 if len(tokens):
                     kept[place, :, sample] = word_maps(
                         q[sample], k[sample], lse[sample], text, tokens, mix, direction, each=self.maps.each_head
                     )
+
+    def _record_pattern(self, block: int, now: _Running, attended: Attended) -> None:
+        """Of the rows that are watched, by rows of the pattern."""
+        place, text, seen = self.maps.blocks.index(block), now.text, now.seen
+        rows = range(now.rows.start, now.rows.stop)
+        if seen.masses is not None:
+            seen.masses[place] = quadrants_of_pattern(attended.part(rows), text).transpose(0, 1)
+        for sample, mixes in enumerate(now.mixes):
+            one = attended.part([rows[sample]])
+            for (direction, encoder), kept in seen.maps.items():
+                tokens, mix = self._mix_of(mixes[encoder], direction)
+                if len(tokens):
+                    found = word_maps_of_pattern(one, text, tokens, mix, direction, each=self.maps.each_head)
+                    kept[place, :, sample] = found
+
+    def _mix_of(self, mix: Mix, direction: Direction) -> tuple[Tensor, Tensor]:
+        return mix.tokens, mix.counts if direction == "i2t" else mix.shares()
 
     def _fit(self, grid: tuple[int, int], read: Conditioning) -> None:
         """Note the sizes, which all passes share, or raise ValueError."""
@@ -230,17 +271,7 @@ def _blocks(model: MMDiT, blocks: int | Collection[int] | None) -> tuple[int, ..
     numbers = range(depth) if blocks is None else sorted({blocks} if isinstance(blocks, int) else set(blocks))
     if outside := [i for i in numbers if not 0 <= i < depth]:
         raise ValueError(f"blocks {outside} do not exist; this model has blocks 0 to {depth - 1}")
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            raise ValueError(
-                f"{name or 'the transformer'} is compiled: it runs what was traced, and would pass by maps that are "
-                "put in place now; use a pipeline that is not compiled"
-            )
-    for i in numbers:
-        attend = model.joint_blocks[i].attend
-        if type(attend) is not Attend or "forward" in vars(attend):
-            what = "is being watched already" if type(attend) is Attend else f"is replaced by {type(attend).__name__}"
-            raise ValueError(f"the attention of block {i} {what}; its maps would not show what runs: leave that first")
+    refuse_compiled(model, "the transformer")
     return tuple(numbers)
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from mmdit.inspection.addresses import Address, Label, Rows, taken
+from mmdit.inspection.addresses import Address, Label, Rows
 from mmdit.inspection.dry_run import Sizes, rehearse
 from mmdit.inspection.hooks import Target, Tracker
-from mmdit.inspection.reducers import Reducer, View, reduced_pattern
-from mmdit.inspection.views import Passing, shown
+from mmdit.inspection.reducers import Reducer
+from mmdit.inspection.views import Passing, kept_value
 from mmdit.pipeline.passes import Branch, Drawing
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -22,15 +20,6 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 class BudgetError(ValueError):
     """A capture would keep more than its budget; nothing of what would exceed it was kept or run."""
-
-
-class Kept(NamedTuple):
-    """What is kept of a value: [samples, axes]."""
-
-    value: Tensor
-    axes: tuple[str, ...]
-    labels: dict[str, tuple[int, ...]]  # along narrowed axes
-    samples: tuple[int, ...]
 
 
 def bytes_of(budget: int | float | str | None) -> int | None:
@@ -45,41 +34,6 @@ def bytes_of(budget: int | float | str | None) -> int | None:
     if found is None or found[2] not in _UNITS:
         raise ValueError(f"budget must be a number of bytes, or like '500 MB' or '2 GB'; got {budget!r}")
     return int(float(found[1]) * _UNITS[found[2]])
-
-
-def kept_value(
-    target: Target,
-    passing: Passing,
-    rows: Rows,
-    text_tokens: int,
-    address: Address,
-    reducer: Reducer | None,
-) -> Kept:
-    """What a capture keeps of a value that passes; it may still be a view of that."""
-    point = target.point
-    if point.layout == "pattern":
-        return _kept_pattern(target, passing, rows, text_tokens, address, reducer)
-    value = shown(point, passing)
-    picked = address.pick(point, value.shape, rows)
-    value = picked.read(value)
-    if reducer is None:
-        return Kept(value, point.axes, picked.labels, picked.samples)
-    value, axes = reducer(value, View(point.axes, text_tokens))
-    return Kept(value, axes, picked.labels, picked.samples)
-
-
-def _kept_pattern(
-    target: Target, passing: Passing, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
-) -> Kept:
-    q, k = passing.args[:2]
-    shape = torch.Size((*q.shape[:3], k.shape[2]))
-    picked = address.pick(target.point, shape, rows)
-    heads, queries, keys = picked.places
-    q, k = (taken(picked.read_rows(part), 1, heads) for part in (q, k))
-    q, every = taken(q, 2, queries), torch.arange(q.shape[2]) if queries is None else queries
-    view = View(target.point.axes, text_tokens, every, every, keys)
-    value, axes = reduced_pattern(reducer, q, k, view)
-    return Kept(value, axes, picked.labels, picked.samples)
 
 
 class Forecast:
@@ -131,7 +85,7 @@ class Forecast:
 
         def note(target: Target, passing: Passing, _: Tracker) -> None:
             reducer = self.reducer_of(target)
-            value = kept_value(target, passing, rows, sizes.text_tokens, self.address, reducer).value
+            value = kept_value(target.point, passing, rows, sizes.text_tokens, self.address, reducer).value
             dtype = value.dtype if self.dtype is None or (reducer is not None and reducer.exact) else self.dtype
             found[target.name] = prod(value.shape) * dtype.itemsize
 

@@ -14,17 +14,17 @@ from torch import nn
 
 from encoders import VAE, CLIPText, T5Encoder
 from mmdit.inspection.addresses import Address, Numbers, Rows, Tokens, wanted_steps
-from mmdit.inspection.budget import BudgetError, Forecast, Kept, bytes_of, check_drawing, kept_value, size
-from mmdit.inspection.captured import Captured, Entry, Series
+from mmdit.inspection.budget import BudgetError, Forecast, bytes_of, check_drawing, size
+from mmdit.inspection.captured import Captured, Entry, Series, Spool
 from mmdit.inspection.dry_run import Sizes
-from mmdit.inspection.hooks import Inspected, Target, Tracker, check_address, hooked, listening, plain, selected
+from mmdit.inspection.hooks import Inspected, Target, Tracker, check_address, hooked, plain, selected
 from mmdit.inspection.points import DERIVED, Stream
 from mmdit.inspection.reducers import Reducer
-from mmdit.inspection.spool import Spool
-from mmdit.inspection.views import Passing, put_back, shown
+from mmdit.inspection.views import Kept, Passing, kept_value, put_back, shown
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Drawing
 from mmdit.pipeline.steps import PipelineSteps
+from mmdit.runtime.hooks import listening
 
 Reduce = Reducer | Mapping[str, Reducer] | None
 BUDGET = "4 GB"
@@ -180,7 +180,7 @@ class _Recorder:
                 self._keep_in_graph(target, passing, rows)
             else:
                 reducer = self.reducers.get(target.name)
-                kept = kept_value(target, passing, rows, tracker.text_tokens, self.address, reducer)
+                kept = kept_value(target.point, passing, rows, tracker.text_tokens, self.address, reducer)
                 self._keep(target, rows, kept, reducer)
         if self.stop:
             self._end(target, tracker)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.inspection.addresses import Address, Numbers
-from mmdit.inspection.hooks import Inspected, Target, Tracker, hooked, models_of, selected
+from mmdit.inspection.hooks import Inspected, Tracker, models_of, tracking
 from mmdit.inspection.labelled import Labelled
-from mmdit.inspection.views import Passing
 from mmdit.inspection.words import token_positions
+from mmdit.models.attention import Attended, Below, Joint, Rank, Strategy, attending
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.steps import PipelineSteps
+from mmdit.runtime.compiled import refuse_compiled
+from mmdit.runtime.hooks import Hook, hooks
 
 
 class Concepts:
@@ -68,24 +71,27 @@ class Concepts:
         self._calls[key] = self._calls.get(key, 0) + 1
 
 
-class ConceptAttend(nn.Module):
+class ConceptTokens(Strategy):
     """Attention over [text, concepts, image]: concepts read the image and themselves, and nothing reads them.
 
     Args:
-        inner: attends for text and image, as if there were no concepts.
-        concepts: how many.
+        concepts: number of concepts.
+        see: told of the output [b, heads, tokens, d] of every call, and of the number of text tokens.
     """
 
-    def __init__(self, inner: nn.Module, concepts: int) -> None:
-        super().__init__()
-        self.inner, self.concepts, self.text = inner, concepts, 0
+    rank = Rank.TOKENS
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __init__(self, concepts: int, see: Callable[[Tensor, int], None]) -> None:
+        self.concepts, self.see, self.text = concepts, see, 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, below: Below) -> Attended:
         first, last = self.text, self.text + self.concepts
         others = [torch.cat([part[:, :, :first], part[:, :, last:]], dim=2) for part in (q, k, v)]
-        z = self.inner(*others)
+        z = below(*others).output
         of_concepts = F.scaled_dot_product_attention(q[:, :, first:last], k[:, :, first:], v[:, :, first:])
-        return torch.cat([z[:, :, :first], of_concepts, z[:, :, first:]], dim=2)
+        whole = torch.cat([z[:, :, :first], of_concepts, z[:, :, first:]], dim=2)
+        self.see(whole, first)
+        return Attended(Joint(), q, k, v, whole)
 
 
 @contextmanager
@@ -104,8 +110,9 @@ def concept_tokens(
         concepts.maps().mean("block")  # [sample, concept, row, column]
 
     A map is the softmax over the concepts of the products of attention's output at each patch and at each concept, all
-    heads together: Helbling et al. 2025, arXiv 2502.04320, section 4. Enter `capture` and `attention_maps` of attention
-    before this, and they see text and image alone.
+    heads together: Helbling et al. 2025, arXiv 2502.04320, section 4. `attention_maps` and the points of `attend` see
+    the text and the image alone, in whatever order they are entered. In points of the text stream, the concepts follow
+    the text.
 
     Args:
         model: a pipeline; or a transformer, with concepts as a tensor.
@@ -117,52 +124,46 @@ def concept_tokens(
         ValueError: words without a pipeline, or fewer than two concepts.
     """
     names, vectors = _vectors(model, concepts)
-    targets = selected(model, "joint_blocks.*.attend.z")
     address = Address(steps=steps, sigmas=sigmas)
-    numbers = list(range(len(targets)))
-    wanted = [blocks] if isinstance(blocks, int) else numbers[blocks] if isinstance(blocks, slice) else blocks
-    chosen = numbers if wanted is None else [numbers[i] for i in wanted]
-    found = Concepts(names, chosen)
     transformer = next(one for one in models_of(model).values() if isinstance(one, MMDiT))
+    refuse_compiled(transformer, "the transformer")
+    numbers = list(range(len(transformer.joint_blocks)))
+    wanted = [blocks] if isinstance(blocks, int) else numbers[blocks] if isinstance(blocks, slice) else blocks
+    found = Concepts(names, numbers if wanted is None else [numbers[i] for i in wanted])
 
     def began(_: nn.Module, given: tuple[Any, ...], __: Tracker) -> None:
         patch = transformer.config.patch_size
         found.begin((given[0].shape[2] // patch, given[0].shape[3] // patch))
 
-    def note(target: Target, passing: Passing, tracker: Tracker) -> None:
-        for rows in tracker.rows:
-            if address.meets(rows.label, rows.steps):
-                z = passing.output[rows.first : rows.first + rows.samples].detach()
-                found.add(rows.label.branch, _number(target), _shares(z, tracker.text_tokens, len(vectors)))
+    with tracking(model, [transformer], began) as trackers:
+        (tracker,) = trackers.values()
 
-    with ExitStack() as stack:
-        stack.enter_context(_with_concepts(transformer, vectors))
-        stack.enter_context(hooked(model, [targets[i] for i in chosen], note, began))
-        yield found
+        def note(block: int, z: Tensor, text: int) -> None:
+            for rows in tracker.rows if block in found.blocks else ():
+                if address.meets(rows.label, rows.steps):
+                    part = z[rows.first : rows.first + rows.samples].detach()
+                    found.add(rows.label.branch, block, _shares(part, text, len(vectors)))
+
+        with _with_concepts(transformer, vectors, note):
+            yield found
 
 
 @contextmanager
-def _with_concepts(transformer: MMDiT, vectors: Tensor) -> Iterator[None]:
+def _with_concepts(transformer: MMDiT, vectors: Tensor, note: Callable[[int, Tensor, int], None]) -> Iterator[None]:
     """Concepts after the text tokens, and attention that knows them."""
-    blocks: Any = list(transformer.joint_blocks)
-    attends = [block.attend for block in blocks]
-    replaced = [ConceptAttend(attend, len(vectors)) for attend in attends]
+    slots: list[tuple[Any, ConceptTokens]] = [
+        (block.attend, ConceptTokens(len(vectors), partial(note, i)))
+        for i, block in enumerate(transformer.joint_blocks)
+    ]
 
-    def add(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         context = args[0]
-        for attend in replaced:
-            attend.text = context.shape[1]
-        return (torch.cat([context, vectors.to(context).expand(len(context), -1, -1)], dim=1), *args[1:])
+        for _, strategy in slots:
+            strategy.text = context.shape[1]
+        return (torch.cat([context, vectors.to(context).expand(len(context), -1, -1)], dim=1), *args[1:]), kwargs
 
-    handle = transformer.context_embedder.register_forward_pre_hook(add)
-    try:
-        for block, attend in zip(blocks, replaced, strict=True):
-            block.attend = attend
+    with hooks([Hook(transformer.context_embedder, "input", add)]), attending(slots):
         yield
-    finally:
-        handle.remove()
-        for block, attend in zip(blocks, attends, strict=True):
-            block.attend = attend
 
 
 def _vectors(model: Inspected, concepts: str | Sequence[str] | Tensor) -> tuple[list[str], Tensor]:
@@ -191,7 +192,3 @@ def _shares(z: Tensor, text: int, concepts: int) -> Tensor:
     """[b, heads, tokens, d] of attention's output to [b, concepts, patches]."""
     flat = z.transpose(1, 2).flatten(2).to(torch.promote_types(z.dtype, torch.float32))
     return (flat[:, text : text + concepts] @ flat[:, text + concepts :].transpose(1, 2)).softmax(dim=1)
-
-
-def _number(target: Target) -> int:
-    return int(target.name.split(".")[1])

@@ -10,19 +10,19 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from encoders import VAE, CLIPText, T5Encoder
 from mmdit.checkpoints.components import Component
 from mmdit.inspection.addresses import Address, Label, Rows
-from mmdit.inspection.encoder_points import clip_points, t5_points, vae_points
-from mmdit.inspection.points import Point, Side, Stream, point_table
+from mmdit.inspection.points import Point, Side, Stream, clip_points, point_table, t5_points, vae_points
 from mmdit.inspection.views import Passing
+from mmdit.models.attention import Attend, Attended, Below, Rank, Strategy, attending
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, Drawing, Pass
 from mmdit.pipeline.steps import PipelineSteps
 from mmdit.runtime.compiled import refuse_compiled
+from mmdit.runtime.hooks import Hook, hooks, listening
 
 Inspected = nn.Module | PipelineSteps  # one of our models, or a pipeline
 TRANSFORMER = "transformer."  # what names of a pipeline's points may leave out
@@ -171,49 +171,60 @@ def check_address(inspected: Inspected, target: Target, address: Address) -> Non
 def hooked(
     inspected: Inspected, targets: Sequence[Target], handle: Handler, began: Began | None = None
 ) -> Iterator[None]:
-    """Within it, every call that passes a target goes to `handle`; the hooks are gone afterwards, whatever happens.
+    """Inside, in this thread alone, every call that passes a target goes to `handle`.
 
-    Several hooks on one point run in the order in which they were entered.
+    Several handlers of one point run in the order in which they were entered.
 
     Args:
         inspected: a model or pipeline.
-        targets: of it.
+        targets: points of it.
         handle: told of each target that is passed.
-        began: told of each call of a model, or of a half of the VAE, before it runs.
+        began: told of each call of a model, or of the encoder or decoder of the VAE, before it runs.
+
+    Raises:
+        ValueError, TypeError: see `mmdit.models.attention.attending`.
     """
-    with ExitStack() as stack:
-        trackers: dict[int, Tracker] = {}
-        for target in targets:
-            entry = target.model.get_submodule(target.entry)
-            if id(entry) not in trackers:
-                trackers[id(entry)] = tracker = Tracker()
-                for removable in _track(entry, tracker, began):
-                    stack.callback(removable.remove)
-                if isinstance(inspected, PipelineSteps) and entry is inspected.transformer:
-                    stack.enter_context(listening(inspected.watchers, tracker.watch))
-                    stack.enter_context(listening(inspected.planners, tracker.plan))
+    entries = {id(entry): entry for entry in (target.model.get_submodule(target.entry) for target in targets)}
+    with tracking(inspected, list(entries.values()), began) as trackers:
+        wanted, strategies = list[Hook](), list[tuple[Attend, Strategy]]()
         for (_, _, side), group in groupby(sorted(targets, key=_place), key=_place):
             some = list(group)
-            tracker = trackers[id(some[0].model.get_submodule(some[0].entry))]
-            stack.callback(_attach(some, side, handle, tracker).remove)
-        yield
+            module = some[0].model.get_submodule(some[0].point.module)
+            look = _Look(module, some, handle, trackers[id(some[0].model.get_submodule(some[0].entry))])
+            if isinstance(module, Attend) or any(target.point.layout == "pattern" for target in some):
+                strategies.append((module, _Inputs(look) if side == "input" else _Outputs(look)))  # type: ignore[arg-type] # `attending` refuses other modules
+            else:
+                wanted.append(Hook(module, side, look.before if side == "input" else look.after))
+        with hooks(wanted), attending(strategies):
+            yield
 
 
 @contextmanager
-def listening(ears: list[Any], ear: Callable[..., None]) -> Iterator[None]:
-    """An entry in a list of those who are told, that is gone afterwards."""
-    ears.append(ear)
-    try:
-        yield
-    finally:
-        ears[:] = [one for one in ears if one is not ear]
+def tracking(
+    inspected: Inspected, entries: Sequence[nn.Module], began: Began | None = None
+) -> Iterator[dict[int, Tracker]]:
+    """Inside, in this thread alone, the calls of models are followed; by the id of each entry, what its batch holds.
+
+    Args:
+        inspected: a model or pipeline.
+        entries: models of it, or the encoder or decoder of the VAE.
+        began: see `hooked`.
+    """
+    trackers = {id(entry): Tracker() for entry in entries}
+    transformer = inspected.transformer if isinstance(inspected, PipelineSteps) else None
+    with ExitStack() as stack:
+        stack.enter_context(hooks([hook for entry in entries for hook in _track(entry, trackers[id(entry)], began)]))
+        if isinstance(inspected, PipelineSteps) and id(transformer) in trackers:
+            stack.enter_context(listening(inspected.watchers, trackers[id(transformer)].watch))
+            stack.enter_context(listening(inspected.planners, trackers[id(transformer)].plan))
+        yield trackers
 
 
 def _place(target: Target) -> tuple[int, str, Side]:
-    return id(target.model), target.point.module, "output" if target.point.layout == "pattern" else target.point.side
+    return id(target.model), target.point.module, target.point.side
 
 
-def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[RemovableHandle]:
+def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[Hook]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (*args, *kwargs.values())
         context = given[2] if isinstance(entry, MMDiT) else None
@@ -224,27 +235,52 @@ def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[
     def after(*_: Any) -> None:
         tracker.leave()
 
-    yield entry.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-    yield entry.register_forward_hook(after, always_call=True)
+    yield Hook(entry, "input", before, first=True)
+    yield Hook(entry, "output", after, always=True)
 
 
-def _attach(targets: Sequence[Target], side: Side, handle: Handler, tracker: Tracker) -> RemovableHandle:
-    """One hook on a module, for all targets on that side of it."""
-    module = targets[0].model.get_submodule(targets[0].point.module)
+class _Look:
+    """What happens when a module is called: all targets on one side of it are handled."""
 
-    def see(passing: Passing) -> Passing:
-        for target in targets if tracker.rows else ():
-            handle(target, passing, tracker)
+    def __init__(self, module: nn.Module, targets: Sequence[Target], handle: Handler, tracker: Tracker) -> None:
+        self.module, self.targets, self.handle, self.tracker = module, targets, handle, tracker
+
+    def see(self, passing: Passing) -> Passing:
+        for target in self.targets if self.tracker.rows else ():
+            self.handle(target, passing, self.tracker)
         return passing
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        passing = see(Passing(module, args, kwargs))
+    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        passing = self.see(Passing(self.module, args, kwargs))
         return (passing.args, dict(passing.kwargs)) if passing.changed else None
 
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        passing = see(Passing(module, args, kwargs, output))
+    def after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        passing = self.see(Passing(self.module, args, kwargs, output))
         return passing.output if passing.changed else None
 
-    if side == "input":
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after, with_kwargs=True)
+
+class _Inputs(Strategy):
+    """Queries, keys and values go to the handler."""
+
+    rank = Rank.INPUTS
+
+    def __init__(self, look: _Look) -> None:
+        self.look = look
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, below: Below) -> Attended:
+        return below(*self.look.see(Passing(self.look.module, (q, k, v), {})).args)
+
+
+class _Outputs(Strategy):
+    """The pattern and the output of attention go to the handler."""
+
+    rank = Rank.OUTPUTS
+
+    def __init__(self, look: _Look) -> None:
+        self.look = look
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, below: Below) -> Attended:
+        found = below(q, k, v)
+        passing = self.look.see(Passing(self.look.module, (q, k, v), {}, found.output, attention=found))
+        assert passing.attention is not None
+        return passing.attention.giving(passing.output) if passing.changed else passing.attention

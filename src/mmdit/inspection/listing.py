@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from encoders import VAE
-from mmdit.inspection.attention_rows import pattern
 from mmdit.inspection.dry_run import Sizes, rehearse
 from mmdit.inspection.hooks import TRANSFORMER, Inspected, Target, Tracker, models_of, selected
 from mmdit.inspection.points import Stream
@@ -74,7 +73,9 @@ def points(
 
     def note(target: Target, passing: Passing, _: Tracker) -> None:
         point = target.point
-        value = pattern(*passing.args[:2]) if point.layout == "pattern" else shown(point, passing)
+        value = (
+            passing.attention.pattern() if passing.attention and point.layout == "pattern" else shown(point, passing)
+        )
         found[target.name] = Row(target.name, point.axes, tuple(value.shape), value.dtype, value.nbytes)
 
     for one in models_of(model).values():

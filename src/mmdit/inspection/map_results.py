@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.inspection.attention import Call, Source
-from mmdit.inspection.map_columns import Direction
+from mmdit.inspection.attention import Call, Direction, Source
 from mmdit.inspection.words import Encoder
 from samplers import pick
 

@@ -11,23 +11,15 @@ import torch
 from torch import Tensor
 
 from mmdit.inspection.addresses import Address, Label, Numbers, Picked, Rows, Tokens
-from mmdit.inspection.attention_rows import pattern
 from mmdit.inspection.captured import Captured
-from mmdit.inspection.hooks import (
-    Inspected,
-    Target,
-    Tracker,
-    check_address,
-    hooked,
-    listening,
-    plain,
-    selected,
-    targets_of,
-)
+from mmdit.inspection.hooks import Inspected, Target, Tracker, check_address, hooked, plain, selected, targets_of
 from mmdit.inspection.points import Stream
 from mmdit.inspection.views import Passing, put_back, shown
+from mmdit.models.attention import Attended
 from mmdit.pipeline.passes import Drawing
 from mmdit.pipeline.steps import PipelineSteps
+from mmdit.runtime.hooks import listening
+from mmdit.utils import taken
 from samplers import pick
 
 Ablation = Literal["zero", "mean", "resample"]
@@ -152,16 +144,50 @@ def _patch_value(target: Target, passing: Passing, rows: Rows, address: Address,
 
 
 def _patch_pattern(target: Target, passing: Passing, rows: Rows, address: Address, change: Change) -> None:
-    """z = pattern x v anew, for the heads and queries that are meant."""
-    within = slice(rows.first, rows.first + rows.samples)
-    q, k, v = (part[within] for part in passing.args[:3])
-    whole = pattern(q, k)
-    picked = address.pick(target.point, torch.Size((len(passing.output), *whole.shape[1:])), rows)
+    """Another pattern, and z = pattern x v anew for the heads and queries that are meant."""
+    found = passing.attention
+    assert found is not None
+    branch = range(rows.first, rows.first + rows.samples)
+    whole = found.part(branch).pattern()
+    picked = address.pick(target.point, torch.Size((len(found.q), *whole.shape[1:])), rows)
     local = picked.within(rows)
     at = At(target.name, rows.label, target.point.axes, local, whole, None)
-    z = local.write(whole, _checked(change, local.read(whole), at)) @ v.to(whole.dtype)
+    pattern = local.write(whole, _checked(change, local.read(whole), at))
+    z = pattern @ found.v[rows.first : rows.first + rows.samples].to(whole.dtype)
     of_z = picked._replace(axes=("head", "token", "channel"), places=(*picked.places[:2], None))
-    passing.put(target.point, of_z.write(passing.output, of_z.within(rows).read(z)))
+    output = of_z.write(found.output, of_z.within(rows).read(z))
+    passing.attention = Repatterned(found, branch, pattern, output)
+    passing.output = output
+
+
+class Repatterned(Attended):
+    """Attention whose pattern was replaced in some rows of the batch.
+
+    Args:
+        before: the attention that it was.
+        rows: whose pattern is another one.
+        changed: this pattern, [rows, n, l, m].
+        output: [b, n, l, d].
+    """
+
+    def __init__(self, before: Attended, rows: Sequence[int], changed: Tensor, output: Tensor) -> None:
+        super().__init__(before.how, before.q, before.k, before.v, output)
+        self.before, self.rows, self.changed = before, rows, changed
+
+    def giving(self, output: Tensor) -> Attended:
+        return Repatterned(self.before, self.rows, self.changed, output)
+
+    def part(self, rows: Sequence[int], heads: Tensor | None = None) -> Attended:
+        own = [i for i, row in enumerate(rows) if row in self.rows]
+        changed = self.changed[[self.rows.index(rows[i]) for i in own]]
+        output = taken(self.output[list(rows)], 1, heads)
+        return Repatterned(self.before.part(rows, heads), own, taken(changed, 1, heads), output)
+
+    def pattern(self, queries: Tensor | None = None) -> Tensor:
+        found = self.before.pattern(queries)
+        each = None if queries is None else queries if queries.ndim == 1 else queries[list(self.rows)]
+        found[list(self.rows)] = taken(self.changed, 2, each)
+        return found
 
 
 def _checked(change: Change, part: Tensor, at: At) -> Tensor:

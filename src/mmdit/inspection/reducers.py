@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmdit.inspection.addresses import taken
-from mmdit.inspection.attention_rows import pattern_rows
+from mmdit.inspection.attention import pattern_rows
+from mmdit.models.attention import Attended
+from mmdit.utils import taken
 
 Merge = Callable[[Tensor, Tensor], Tensor]
 
@@ -66,13 +67,13 @@ class Reducer:
         return self.apply(value, view)
 
 
-def reduced_pattern(reducer: Reducer | None, q: Tensor, k: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
-    """A reducer's result for the pattern of queries and keys, [b, heads, n, d]; only some rows exist at a time.
+def reduced_pattern(reducer: Reducer | None, attended: Attended, view: View) -> tuple[Tensor, tuple[str, ...]]:
+    """A reducer's result for the pattern of one call of attention; only some rows exist at a time.
 
     Args:
         reducer: None gives the pattern.
-        q, k: of attention. All keys count, `view.keys` are those that are shown.
-        view: of the pattern; its `all_queries` are the rows of q.
+        attended: the rows of the batch and the heads that are meant. All keys count, `view.keys` are shown.
+        view: of the pattern; its `all_queries` are the tokens whose rows are meant.
 
     Raises:
         ValueError: the reducer cannot do without all rows at once.
@@ -80,7 +81,7 @@ def reduced_pattern(reducer: Reducer | None, q: Tensor, k: Tensor, view: View) -
     assert view.all_queries is not None
     parts: list[Tensor] = []
     axes = view.axes
-    for first, block in pattern_rows(q, k):
+    for first, block in pattern_rows(attended, view.all_queries):
         numbers = view.all_queries[..., first : first + block.shape[2]]
         rows = taken(block, 3, view.keys)
         part, axes = (rows, view.axes) if reducer is None else reducer(rows, view._replace(queries=numbers))

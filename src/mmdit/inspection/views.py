@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from mmdit.inspection.addresses import Address, Rows
 from mmdit.inspection.points import Point
+from mmdit.inspection.reducers import Reducer, View, reduced_pattern
+from mmdit.models.attention import Attended
 from quant.tensor import Float8Tensor
 
 
 @dataclass
 class Passing:
-    """A call of a module that is under way: before it runs, `output` is None."""
+    """A call of a module that is under way: before it runs, `output` is None.
+
+    Of a call of attention, `attention` is what was computed; another one may be put in its place.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any = None
     changed: bool = False
+    attention: Attended | None = None
 
     def raw(self, point: Point) -> Tensor:
         """The tensor that a point is a part of, as it passes."""
@@ -45,7 +52,7 @@ class Passing:
 
 
 def shown(point: Point, passing: Passing) -> Tensor:
-    """The value as [b, axes]; of an attention pattern, which is computed, see `mmdit.inspection.attention_rows`."""
+    """The value as [b, axes]; of an attention pattern, which is computed, see `kept_value`."""
     value = passing.raw(point)
     if point.chunk is not None:
         value = value.chunk(point.chunk.of, -1)[point.chunk.part]
@@ -80,3 +87,49 @@ def by_head(projection: nn.Module, z: Tensor, heads: int) -> Tensor:
     weight = cast(Tensor, projection.weight)
     weight = weight.dequantize(z.dtype) if isinstance(weight, Float8Tensor) else weight
     return torch.einsum("blhd,ohd->bhlo", z.unflatten(-1, (heads, -1)), weight.unflatten(-1, (heads, -1)))
+
+
+class Kept(NamedTuple):
+    """What is kept of a value: [samples, axes]."""
+
+    value: Tensor
+    axes: tuple[str, ...]
+    labels: dict[str, tuple[int, ...]]  # along narrowed axes
+    samples: tuple[int, ...]
+
+
+def kept_value(
+    point: Point, passing: Passing, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
+) -> Kept:
+    """What a capture keeps of a value that passes; it may still be a view of that.
+
+    Args:
+        point: what passes.
+        passing: the call of its module.
+        rows: the rows of the batch that are of one branch.
+        text_tokens: number of text tokens in the model's call.
+        address: which part is meant.
+        reducer: what is kept instead of the value; None keeps the value.
+    """
+    if point.layout == "pattern":
+        return _kept_pattern(point, passing, rows, text_tokens, address, reducer)
+    value = shown(point, passing)
+    picked = address.pick(point, value.shape, rows)
+    value = picked.read(value)
+    if reducer is None:
+        return Kept(value, point.axes, picked.labels, picked.samples)
+    value, axes = reducer(value, View(point.axes, text_tokens))
+    return Kept(value, axes, picked.labels, picked.samples)
+
+
+def _kept_pattern(
+    point: Point, passing: Passing, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
+) -> Kept:
+    whole = passing.attention
+    assert whole is not None
+    picked = address.pick(point, torch.Size((*whole.q.shape[:3], whole.k.shape[2])), rows)
+    heads, queries, keys = picked.places
+    every = torch.arange(whole.q.shape[2]) if queries is None else queries
+    view = View(point.axes, text_tokens, every, every, keys)
+    value, axes = reduced_pattern(reducer, whole.part(picked.rows, heads), view)
+    return Kept(value, axes, picked.labels, picked.samples)

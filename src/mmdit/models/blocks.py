@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmdit.models.attention import Attend
 from mmdit.models.config import MMDiTConfig
-from mmdit.models.layers import QKV, Attend, Mlp, Modulation, SelfAttention, layer_norm, modulate
+from mmdit.models.layers import QKV, Meet, Mlp, Modulation, SelfAttention, layer_norm, modulate
 
 
 class StreamBlock(nn.Module):
@@ -15,6 +16,8 @@ class StreamBlock(nn.Module):
 
     adaLN gives 6 chunks: shift, scale, gate for attention, then for the MLP; 9 where a second attention follows
     (`attn2`, image stream of MMDiT-X); 2 where the stream ends here (`pre_only`: context stream of the last block).
+
+    `resid_mid` has no parameters: it names the residual stream between attention and MLP, so that a hook can change it.
     """
 
     def __init__(self, config: MMDiTConfig, *, pre_only: bool = False, dual_attention: bool = False) -> None:
@@ -25,27 +28,42 @@ class StreamBlock(nn.Module):
         if dual_attention:
             self.attn2 = SelfAttention(width, config.head_dim, qk_norm=qk_norm)
         if not pre_only:
+            self.resid_mid = nn.Identity()
             self.norm2 = layer_norm(width)
             self.mlp = Mlp(width, config.mlp_dim or 4 * width)
+        self.dual_attention = dual_attention
         self.chunks = 2 if pre_only else 9 if dual_attention else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
+
+    def forward(
+        self, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"], meet: Meet, meet2: Meet | None = None
+    ) -> Float[Tensor, "b l d"] | None:
+        """The stream after the block; None where it ends.
+
+        Args:
+            x: tokens of the stream.
+            c: the conditioning vector: embedded timestep + pooled text.
+            meet: the joint attention, in which the other stream takes part.
+            meet2: the second attention, of this stream alone.
+        """
+        m, normed = self.modulations(c), self.norm1(x)
+        update = self.attn(modulate(normed, m[0]), meet)
+        if update is None:
+            return None
+        x = x + _gated(m[0], update)
+        if self.dual_attention:
+            x = x + _gated(m[2], self.attn2(modulate(normed, m[2]), meet2))
+        x = self.resid_mid(x)
+        return x + _gated(m[1], self.mlp(modulate(self.norm2(x), m[1])))
 
     def modulations(self, c: Float[Tensor, "b d"]) -> tuple[Modulation, ...]:
         """For attention; for the MLP; for the second attention: as many as the stream has."""
         parts = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
         return tuple(Modulation(*parts[i : i + 3]) for i in range(0, self.chunks, 3))
 
-    def add_attention(self, x: Tensor, z: Tensor, m: Modulation) -> Tensor:
-        """The residual stream after attention."""
-        return x + _gated(m, self.attn.project_out(z))
-
-    def add_mlp(self, x: Tensor, m: Modulation) -> Tensor:
-        """The residual stream after the MLP."""
-        return x + _gated(m, self.mlp(modulate(self.norm2(x), m)))
-
 
 class JointBlock(nn.Module):
-    """Text and image tokens attend to each other; all else is done by each stream alone.
+    """Text and image tokens attend to each other; each stream does everything else alone.
 
     Source: Esser et al. 2024 (arXiv 2403.03206), figure 2b; Stability-AI/sd3.5 `mmditx.py`. Text tokens come first.
     """
@@ -63,27 +81,31 @@ class JointBlock(nn.Module):
     def forward(
         self, context: Float[Tensor, "b n d"], x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]
     ) -> tuple[Float[Tensor, "b n d"] | None, Float[Tensor, "b l d"]]:
-        """Both streams after the block; the context is None after the last one."""
-        context_m, x_m = self.context_block.modulations(c), self.x_block.modulations(c)
-        x_normed = self.x_block.norm1(x)
-        context_qkv = self.context_block.attn.project_in(modulate(self.context_block.norm1(context), context_m[0]))
-        x_qkv = self.x_block.attn.project_in(modulate(x_normed, x_m[0]))
-        context_z, x_z = self.attend(*_joined(context_qkv, x_qkv)).split([context.shape[1], x.shape[1]], dim=2)
+        """Both streams after the block; the context is None after the last one.
 
-        x = self.x_block.add_attention(x, x_z, x_m[0])
-        if self.dual_attention:
-            attn2 = self.x_block.attn2
-            z = self.attend2(*attn2.project_in(modulate(x_normed, x_m[2])))
-            x = x + _gated(x_m[2], attn2.project_out(z))
-        x = self.x_block.add_mlp(x, x_m[1])
-        if self.ends_context:
-            return None, x
-        context = self.context_block.add_attention(context, context_z, context_m[0])
-        return self.context_block.add_mlp(context, context_m[1]), x
+        Each stream is one call of its module. The call of the image stream happens inside that of the text stream,
+        where the two meet: both are then at their attention.
+        """
+        sizes = [context.shape[1], x.shape[1]]
+        context_z = context  # the attention's output of the text, once the streams have met
 
+        def meet(context_qkv: QKV) -> Tensor:
+            nonlocal x
 
-def _joined(context: QKV, x: QKV) -> QKV:
-    return QKV(*(torch.cat(pair, dim=2) for pair in zip(context, x, strict=True)))
+            def join(x_qkv: QKV) -> Tensor:
+                nonlocal context_z
+                both = QKV(*(torch.cat(pair, dim=2) for pair in zip(context_qkv, x_qkv, strict=True)))
+                context_z, x_z = self.attend(*both).split(sizes, dim=2)
+                return x_z
+
+            x = self.x_block(x, c, join, self._attend_alone if self.dual_attention else None)
+            return context_z
+
+        context = self.context_block(context, c, meet)
+        return context, x
+
+    def _attend_alone(self, image_qkv: QKV) -> Tensor:
+        return self.attend2(*image_qkv)
 
 
 def _gated(m: Modulation, update: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -53,21 +53,11 @@ class QKV(NamedTuple):
     v: Tensor
 
 
-class Attend(nn.Module):
-    """Softmax attention without mask, scores scaled by head_dim**-0.5.
-
-    It has no parameters, so that one instance in one block can be replaced (attention maps, other kernels, frozen
-    patterns) without touching the model.
-    """
-
-    def forward(
-        self, q: Float[Tensor, "b n l d"], k: Float[Tensor, "b n m d"], v: Float[Tensor, "b n m d"]
-    ) -> Float[Tensor, "b n l d"]:
-        return F.scaled_dot_product_attention(q, k, v)
+Meet = Callable[[QKV], Tensor]  # attention itself: queries, keys and values of a stream -> [b, heads, l, head_dim]
 
 
 class SelfAttention(nn.Module):
-    """The projections around attention of one stream; attention itself is the block's `attend`.
+    """The projections around attention of one stream; attention itself is the block's `attend` or `attend2`.
 
     `proj` is absent where the stream ends with this attention (context stream of the last block).
     """
@@ -78,8 +68,19 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.ln_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.ln_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.pre_only = pre_only
         if not pre_only:
             self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "b l d"], meet: Meet) -> Float[Tensor, "b l d"] | None:
+        """What attention adds to the stream before its gate; None where the stream ends.
+
+        Args:
+            x: the normalised, modulated tokens of the stream.
+            meet: attends; of the joint attention, the other stream takes part inside.
+        """
+        z = meet(self.project_in(x))
+        return None if self.pre_only else self.project_out(z)
 
     def project_in(self, x: Float[Tensor, "b l d"]) -> QKV:
         """Queries, keys and values of the tokens, split into heads and normalised."""
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module):
         return QKV(self.ln_q(q).transpose(1, 2), self.ln_k(k).transpose(1, 2), v.transpose(1, 2))
 
     def project_out(self, z: Float[Tensor, "b n l d"]) -> Float[Tensor, "b l h"]:
-        """The heads' results put side by side and projected back."""
+        """The heads' outputs, concatenated and projected back to the stream's width."""
         return self.proj(z.transpose(1, 2).flatten(2))
 
 

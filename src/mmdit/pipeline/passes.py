@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor, nn
+from typing import Any, NamedTuple
 
 from encoders import Conditioning
+from mmdit.models.attention import SelfOnly, attending
 from mmdit.models.mmdit import MMDiT
 
 
@@ -25,7 +21,7 @@ class Branch(NamedTuple):
     conditioning: Conditioning
     name: str = "cond"  # "cond", "uncond", "skip", "perturbed"
     skip_layers: tuple[int, ...] = ()  # blocks that are left out
-    perturbed_layers: tuple[int, ...] = ()  # blocks that attend as `AttendSelf`
+    perturbed_layers: tuple[int, ...] = ()  # blocks that attend by `mmdit.models.attention.SelfOnly`
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -71,45 +67,23 @@ Watcher = Callable[[Pass], None]
 Planner = Callable[[Drawing], None]
 
 
-class AttendSelf(nn.Module):
-    """Attention whose image tokens see themselves and the text, but no other image token.
-
-    The identity in the place of the image's self-attention map: perturbed attention (Ahn et al. 2024, arXiv
-    2403.17377, section 4.2), for joint attention as in diffusers' `PAGJointAttnProcessor2_0`.
-
-    Args:
-        text: tokens that come before those of the image; they attend to all.
-    """
-
-    def __init__(self, text: int) -> None:
-        super().__init__()
-        self.text = text
-
-    def forward(
-        self, q: Float[Tensor, "b n l d"], k: Float[Tensor, "b n m d"], v: Float[Tensor, "b n m d"]
-    ) -> Float[Tensor, "b n l d"]:
-        """What each token gathers, as `Attend` does."""
-        seen = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
-        seen[: self.text] = seen[:, : self.text] = True
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-
-
 @contextmanager
 def perturbed(model: MMDiT, layers: Sequence[int], text: int) -> Iterator[None]:
-    """Inside, these blocks attend as `AttendSelf`, after `text` text tokens; then they have their own attention back.
+    """Inside, in this thread alone, these blocks attend by `mmdit.models.attention.SelfOnly`.
 
-    The second attention of MMDiT-X (`attend2`), which is the image's alone, is the identity there: v.
+    The second attention of MMDiT-X (`attend2`), which is the image's alone, is the identity there: its output is v.
+
+    Args:
+        model: the transformer.
+        layers: numbers of the blocks.
+        text: number of text tokens, which come before those of the image.
+
+    Raises:
+        ValueError: attention of such a block is perturbed already.
+        TypeError: another module has been put in the place of an `Attend`.
     """
-    places = [(model.joint_blocks[i].attend, text) for i in layers]
-    places += [(model.joint_blocks[i].attend2, 0) for i in layers if hasattr(model.joint_blocks[i], "attend2")]
-    before = [vars(attend).get("forward") for attend, _ in places]
-    try:
-        for attend, count in places:  # the module stays, so that its hooks run
-            vars(attend)["forward"] = AttendSelf(count).forward
+    blocks: list[Any] = [model.joint_blocks[i] for i in layers]
+    slots = [(block.attend, SelfOnly(text)) for block in blocks]
+    slots += [(block.attend2, SelfOnly(0)) for block in blocks if hasattr(block, "attend2")]
+    with attending(slots):
         yield
-    finally:
-        for (attend, _), own in zip(places, before, strict=True):
-            if own is None:
-                vars(attend).pop("forward", None)
-            else:
-                vars(attend)["forward"] = own

@@ -10,7 +10,8 @@ import tiny
 from inspected import CONFIG, PATCHES, TEXT, drawn, drawn_with, encoded, inputs, model, untouched
 from mmdit import reducers
 from mmdit.inspection.addresses import Address, Word
-from mmdit.inspection.attention_rows import pattern_rows
+from mmdit.inspection.attention import pattern_rows
+from mmdit.models.attention import Attended, Joint
 from mmdit.pipeline.passes import Branch, Drawing, Pass
 from quant.quantize import quantize_
 
@@ -98,10 +99,10 @@ def test_pattern_in_blocks_of_rows_is_the_dense_one():
     q, k = torch.randn(2, 3, 11, 8).double(), torch.randn(2, 3, 7, 8).double()
     dense = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
     for most in (1, 2 * 3 * 7 * 8 * 4, 10**9):  # one row, four rows, all
-        parts = list(pattern_rows(q, k, most=most))
+        parts = list(pattern_rows(Attended(Joint(), q, k, k), limit=most))
         torch.testing.assert_close(torch.cat([part for _, part in parts], 2), dense)
-    assert len(list(pattern_rows(q, k, most=1))) == 11
-    half = next(pattern_rows(q.half(), k.half()))[1]
+    assert len(list(pattern_rows(Attended(Joint(), q, k, k), limit=1))) == 11
+    half = next(pattern_rows(Attended(Joint(), q.half(), k.half(), k.half())))[1]
     assert half.dtype == torch.float32
 
 
@@ -248,7 +249,7 @@ def test_branches_may_differ_by_step(demo):
     assert [label.step for label, _ in Address(branch="cond", steps=-1).meant(drawing)] == [2]
     with pytest.raises(ValueError, match="meet none"):
         Address(branch="uncond", sigmas=(0.0, 0.5)).meant(drawing)
-    text, said = cond.conditioning, "announced 2 branches of 1 samples, but its transformer runs on 1 rows"
+    text, said = cond.conditioning, r"2 branches of 1 samples .* 1 rows"
     with untouched(demo), mmdit.capture(demo, POST), pytest.raises(RuntimeError, match=said):
         for watcher in demo.watchers:
             watcher(Pass(0, 1.0, (uncond, cond), 1))

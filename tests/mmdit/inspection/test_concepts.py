@@ -1,11 +1,13 @@
 """Concept tokens read the picture, and nothing reads them."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 import mmdit
 from inspected import CONFIG, PATCHES, TEXT, inputs, left_behind, model, untouched
-from mmdit.inspection.concepts import ConceptAttend
+from mmdit.inspection.concepts import ConceptTokens
 
 VECTORS = torch.randn(3, CONFIG.context_dim, generator=torch.Generator().manual_seed(3)).double()
 
@@ -27,16 +29,24 @@ def test_nothing_reads_them(monkeypatch):
     assert found.values.shape == (3, 2, 3, 2, 3)
     torch.testing.assert_close(found.values.sum(2), torch.ones(3, 2, 2, 3).double())
     # Were they read, the picture would not be the same.
-    monkeypatch.setattr(ConceptAttend, "forward", lambda self, q, k, v: self.inner(q, k, v))
+    monkeypatch.setattr(ConceptTokens, "__call__", lambda self, q, k, v, below: below(q, k, v))
     with mmdit.concept_tokens(small, VECTORS):
         assert (small(*inputs()) - plain).abs().max() > 1e-3
 
 
 def test_they_read_the_image_and_themselves():
     small, last = model(), TEXT + len(VECTORS)
-    with mmdit.concept_tokens(small, VECTORS) as concepts, mmdit.capture(small, "*1.attend.[qkvz]") as seen:
+    outside, given = [], []
+    attend = small.joint_blocks[1].attend
+    handles = [
+        attend.register_forward_hook(lambda _, __, z: outside.append(z)),
+        attend.register_forward_pre_hook(lambda _, qkv: given.append(qkv)),
+    ]
+    with mmdit.concept_tokens(small, VECTORS) as concepts:
         small(*inputs())
-    q, k, v, z = (seen[f"joint_blocks.1.attend.{part}"][0] for part in "qkvz")
+    for handle in handles:
+        handle.remove()
+    (q, k, v), z = given[0], outside[0]
     assert q.shape[2] == last + PATCHES
     pattern = (q[:, :, TEXT:last] @ k[:, :, TEXT:].transpose(-1, -2) / 8).softmax(-1)
     torch.testing.assert_close(z[:, :, TEXT:last], pattern @ v[:, :, TEXT:])
@@ -45,12 +55,17 @@ def test_they_read_the_image_and_themselves():
     torch.testing.assert_close(concepts.maps(branch=None).sel(block=1).values.flatten(2), shares)
 
 
-def test_what_was_entered_before_sees_text_and_image_alone():
+@pytest.mark.parametrize("first", ["capture", "concepts"])
+def test_points_of_attention_see_text_and_image_alone(first):
     small = model()
     with mmdit.capture(small, "*1.attend.*") as plain:
         small(*inputs())
-    with mmdit.capture(small, "*1.attend.*") as seen, mmdit.concept_tokens(small, VECTORS):
+    both = [mmdit.capture(small, "*1.attend.*"), mmdit.concept_tokens(small, VECTORS)]
+    with ExitStack() as stack:
+        entered = [stack.enter_context(one) for one in (both if first == "capture" else both[::-1])]
         small(*inputs())
+    seen = entered[0 if first == "capture" else 1]
+    assert set(seen) == {f"joint_blocks.1.attend.{part}" for part in ("q", "k", "v", "pattern", "z")}
     for name in plain:
         torch.testing.assert_close(seen[name], plain[name])
 

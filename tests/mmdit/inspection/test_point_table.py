@@ -5,7 +5,7 @@ import torch
 
 from mmdit import MMDiT, MMDiTConfig
 from mmdit.inspection.points import point_table
-from mmdit.models.layers import Attend
+from mmdit.models.attention import Attend
 
 CONFIG = MMDiTConfig(
     depth=2, hidden_size=128, context_dim=48, pooled_dim=32, pos_embed_size=8, dual_attention_blocks=(0,)

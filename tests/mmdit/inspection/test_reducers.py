@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import mmdit.inspection.attention_rows
+import mmdit.inspection.attention
 from inspected import PATCHES, TEXT, inputs, model
 from mmdit import capture, reducers
 
@@ -18,9 +18,9 @@ def small():
 @pytest.fixture
 def in_rows(monkeypatch):
     """Attention patterns come in blocks of two rows."""
-    whole = mmdit.inspection.attention_rows.pattern_rows
+    whole = mmdit.inspection.attention.pattern_rows
     row = 2 * 2 * (TEXT + PATCHES) * 8  # bytes: samples, heads, keys
-    monkeypatch.setattr(reducers, "pattern_rows", lambda q, k: whole(q, k, most=2 * row))
+    monkeypatch.setattr(reducers, "pattern_rows", lambda *given: whole(*given, limit=2 * row))
 
 
 def reduced(small, point, reducer, **settings):

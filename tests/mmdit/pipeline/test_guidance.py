@@ -9,8 +9,8 @@ from diffusers import StableDiffusion3PAGPipeline
 import tiny
 from float64 import references_in_float64
 from mmdit import PROFILES, Guidance, Pipeline, Ranged
-from mmdit.models.layers import Attend
-from mmdit.pipeline.passes import AttendSelf, Branch, perturbed
+from mmdit.models.attention import SelfOnly
+from mmdit.pipeline.passes import Branch, perturbed
 from refusals import refuses
 from samplers import level_at
 
@@ -144,33 +144,27 @@ def test_perturbed_attention_equals_diffusers(tiny_folders, scale):
 
 def test_image_tokens_see_themselves_and_the_text():
     q, k, v = (torch.randn(2, 3, 9, 8, generator=seeded(i), dtype=torch.float64) for i in range(3))
-    found = AttendSelf(4)(q, k, v)
+    found = SelfOnly(4).output(q, k, v)
     full = (q @ k.mT / 8**0.5).softmax(-1) @ v
     torch.testing.assert_close(found[:, :, :4], full[:, :, :4], rtol=0, atol=1e-12)
     for i in range(4, 9):
         seen = [0, 1, 2, 3, i]
         wanted = (q[:, :, i, None] @ k[:, :, seen].mT / 8**0.5).softmax(-1) @ v[:, :, seen]
         torch.testing.assert_close(found[:, :, i, None], wanted, rtol=0, atol=1e-12)
-    assert torch.equal(AttendSelf(0)(q, k, v), v)
+    assert torch.equal(SelfOnly(0).output(q, k, v), v)
 
 
 def test_blocks_have_their_own_attention_back_whatever_happens(pipes):
     model = pipes["diffusers"].transformer
     own = {name: module for name, module in model.named_modules() if ".attend" in name}
     assert len(own) == 5  # MMDiT-X: three joint, two of the image alone
-    own["joint_blocks.2.attend"].forward = mine = Attend().forward  # what somebody else has put there
-    try:
-        with pytest.raises(RuntimeError, match="enough"), perturbed(model, (0, 2), 77):
-            inside = {
-                name: vars(module)["forward"].__self__ for name, module in own.items() if "forward" in vars(module)
-            }
-            assert list(inside) == ["joint_blocks.0.attend", "joint_blocks.0.attend2", "joint_blocks.2.attend"]
-            assert [attend.text for attend in inside.values()] == [77, 0, 77]
-            raise RuntimeError("enough")
-        assert own["joint_blocks.2.attend"].forward == mine
-    finally:
-        del own["joint_blocks.2.attend"].forward
-    assert not any("forward" in vars(module) for module in own.values())
+    with pytest.raises(RuntimeError, match="enough"), perturbed(model, (0, 2), 77):
+        inside = {name: module.strategies for name, module in own.items() if module.strategies}
+        assert list(inside) == ["joint_blocks.0.attend", "joint_blocks.0.attend2", "joint_blocks.2.attend"]
+        assert all(isinstance(one, SelfOnly) for (one,) in inside.values())
+        assert [one.text for (one,) in inside.values()] == [77, 0, 77]
+        raise RuntimeError("enough")
+    assert not any(module.held for module in own.values())
 
 
 def test_a_perturbed_branch_runs_apart_and_differs(pipes):
