@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -137,22 +137,28 @@ class Encoder(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> tuple[Float[Tensor, "b n d"], Float[Tensor, "b n d"]]:
         penultimate = x
         for layer in self.layers:
-            penultimate, x = x, layer(x)
+            penultimate = cast(Layer, layer).resid_pre(x)
+            x = layer(penultimate)
         return penultimate, x
 
 
 class Layer(nn.Module):
-    """Causal attention, then an MLP, each after a norm and around a residual."""
+    """Causal attention, then an MLP, each after a norm and around a residual.
+
+    `resid_pre` and `resid_mid` have no parameters: they name the residual stream before the layer (the encoder calls
+    it, since the stream before the last layer is an output too) and between attention and MLP, for hooks to change.
+    """
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
+        self.resid_pre, self.resid_mid = nn.Identity(), nn.Identity()
         self.layer_norm1 = LayerNorm(config.width)
         self.self_attn = Attention(config)
         self.layer_norm2 = LayerNorm(config.width)
         self.mlp = Mlp(config)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        x = x + self.self_attn(self.layer_norm1(x))
+        x = self.resid_mid(x + self.self_attn(self.layer_norm1(x)))
         return x + self.mlp(self.layer_norm2(x))
 
 

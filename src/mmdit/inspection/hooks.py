@@ -186,13 +186,13 @@ def hooked(
     """
     entries = {id(entry): entry for entry in (target.model.get_submodule(target.entry) for target in targets)}
     with tracking(inspected, list(entries.values()), began) as trackers:
-        wanted, strategies = list[Hook](), list[tuple[Attend, Strategy]]()
+        wanted, strategies = list[Hook](), list[tuple[nn.Module, Strategy]]()
         for (_, _, side), group in groupby(sorted(targets, key=_place), key=_place):
             some = list(group)
             module = some[0].model.get_submodule(some[0].point.module)
             look = _Look(module, some, handle, trackers[id(some[0].model.get_submodule(some[0].entry))])
             if isinstance(module, Attend) or any(target.point.layout == "pattern" for target in some):
-                strategies.append((module, _Inputs(look) if side == "input" else _Outputs(look)))  # type: ignore[arg-type] # `attending` refuses other modules
+                strategies.append((module, _Inputs(look) if side == "input" else _Outputs(look)))
             else:
                 wanted.append(Hook(module, side, look.before if side == "input" else look.after))
         with hooks(wanted), attending(strategies):

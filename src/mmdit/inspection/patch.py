@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ class At(NamedTuple):
     before: Tensor | None  # what the block read, of the same rows; of `resid_post` points
 
 
-# (the part that is meant [samples, axes], where) -> what takes its place
-Change = Callable[[Tensor, At], Tensor]
+# (the part that is meant [samples, axes], where) -> what takes its place; None leaves the part as it is
+Change = Callable[[Tensor, At], Any]
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def patch(
     add: Tensor | int | float | None = None,
     swap: tuple[int, int] | None = None,
     skip: bool = False,
-    apply: Callable[[Tensor], Tensor] | None = None,
+    apply: Callable[[Tensor], Any] | None = None,
     steps: Numbers | None = None,
     sigmas: tuple[float, float] | None = None,
     branch: str | Sequence[str] | None = None,
@@ -81,7 +81,8 @@ def patch(
         add: a direction, such as [channels], times a strength.
         swap: two samples of the batch change places.
         skip: blocks pass on what they read. They compute nevertheless: `skip_layers` of the transformer is faster.
-        apply: a function of the value, [samples, axes].
+        apply: a function of the value [samples, axes] that gives a tensor or an array; None, as from a hook of torch,
+            leaves the value as it is, or as the function has changed it in place.
         steps, sigmas, branch, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
 
     Raises:
@@ -193,6 +194,12 @@ class Repatterned(Attended):
 def _checked(change: Change, part: Tensor, at: At) -> Tensor:
     """What takes the part's place, of its shape."""
     found = change(part, at)
+    if found is None:  # as from a hook of torch: unchanged, or changed in place
+        return part
+    try:
+        found = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{at.name!r} is replaced by a tensor or an array, got {type(found).__name__}") from error
     try:
         return found.to(part.device).expand_as(part)
     except RuntimeError as error:
@@ -210,7 +217,7 @@ def _change(
     add: Tensor | int | float | None,
     swap: tuple[int, int] | None,
     skip: bool,
-    apply: Callable[[Tensor], Tensor] | None,
+    apply: Callable[[Tensor], Any] | None,
 ) -> Change:
     """The one operation that is given."""
     given = {"replace": replace, "ablate": ablate, "scale": scale, "add": add, "swap": swap, "apply": apply}

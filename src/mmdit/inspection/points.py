@@ -92,7 +92,7 @@ def _stream_points(heads: int, block: str, stream: str, argument: int, *, ends: 
     points += _attention(f"{name}.attn2", heads, whose) if dual else []
     return [
         *points,
-        Point(f"{name}.resid_mid", f"{name}.norm2", "input", stream=whose),
+        Point(f"{name}.resid_mid", f"{name}.resid_mid", "output", stream=whose),
         Point(f"{name}.mlp.in", f"{name}.mlp.fc1", "input", stream=whose),
         Point(f"{name}.mlp.pre", f"{name}.mlp.fc1", "output", stream=whose),
         Point(f"{name}.mlp.post", f"{name}.mlp.fc2", "input", stream=whose),
@@ -171,7 +171,7 @@ def vae_points(config: VAEConfig) -> dict[str, Point]:
 def _clip_layer(name: str, heads: int) -> list[Point]:
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     return [
-        Point(f"{name}.resid_pre", name, "input"),
+        Point(f"{name}.resid_pre", f"{name}.resid_pre", "output"),
         *(
             Point(f"{attention}.{part}", f"{attention}.{part}_proj", "output", 0, None, "heads", heads)
             for part in "qkv"
@@ -179,7 +179,7 @@ def _clip_layer(name: str, heads: int) -> list[Point]:
         Point(f"{attention}.z", f"{attention}.out_proj", "input", 0, None, "heads", heads),
         Point(f"{attention}.out_by_head", f"{attention}.out_proj", "input", 0, None, "by_head", heads),
         Point(f"{attention}.out", f"{attention}.out_proj", "output"),
-        Point(f"{name}.resid_mid", f"{name}.layer_norm2", "input"),
+        Point(f"{name}.resid_mid", f"{name}.resid_mid", "output"),
         Point(f"{mlp}.in", f"{mlp}.fc1", "input"),
         Point(f"{mlp}.pre", f"{mlp}.fc1", "output"),
         Point(f"{mlp}.post", f"{mlp}.fc2", "input"),

@@ -206,7 +206,7 @@ def _attended(strategies: Sequence[Strategy], q: Tensor, k: Tensor, v: Tensor) -
 
 
 @contextmanager
-def attending(wanted: Iterable[tuple[Attend, Strategy]]) -> Iterator[None]:
+def attending(wanted: Iterable[tuple[nn.Module, Strategy]]) -> Iterator[None]:
     """Inside, in this thread alone, these slots attend with these strategies added; afterwards without them.
 
     Raises:
@@ -223,7 +223,7 @@ def attending(wanted: Iterable[tuple[Attend, Strategy]]) -> Iterator[None]:
             _remove(slot, strategy)
 
 
-def _add(slot: Attend, new: _Held) -> None:
+def _add(slot: nn.Module, new: _Held) -> None:
     if not isinstance(slot, Attend):
         raise TypeError(
             f"{type(new.strategy).__name__} acts in an Attend, but a {type(slot).__name__} is in its place: what that "
@@ -242,8 +242,8 @@ def _add(slot: Attend, new: _Held) -> None:
         slot.held = (*slot.held[:place], new, *slot.held[place:])
 
 
-def _remove(slot: Attend, strategy: Strategy) -> None:
-    """A slot without a strategy, which may not be there."""
+def _remove(slot: nn.Module, strategy: Strategy) -> None:
+    """Take a strategy out of a slot that may not have it."""
     with _LOCK:
-        if any(one.strategy is strategy for one in getattr(slot, "held", ())):
+        if isinstance(slot, Attend) and any(one.strategy is strategy for one in slot.held):
             slot.held = tuple(one for one in slot.held if one.strategy is not strategy)

@@ -1,7 +1,11 @@
 """The slot for attention: strategies compose, or are refused by name; without one a block compiles in one graph."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ import torch.nn.functional as F
 
 import mmdit
 import mmdit.inspection.words
-from inspected import CONFIG, PATCHES, TEXT, inputs, left_behind, model
+from inspected import CONFIG, TEXT, inputs, left_behind, model
 from mmdit import Guidance, Pipeline
 from mmdit.models.attention import Attend, Attended, Joint, Rank, SelfOnly, Strategy, attending
 from mmdit.pipeline.passes import perturbed
@@ -105,29 +109,38 @@ def test_both_faces_are_one_attention(qkv, how):
     torch.testing.assert_close(each, torch.stack([whole[0][:, [3, 8]], whole[1][:, [5, 4]]]))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_block_compiles_in_one_graph(backend, index):
-    """Block 0 has a second attention, block 2 ends the text stream."""
-    block = model().joint_blocks[index]
-    context, x, c = (torch.randn(2, n, 128).double() for n in (TEXT, PATCHES, 1))
-    fast = torch.compile(block, backend=backend, fullgraph=True)
-    for found, wanted in zip(fast(context, x, c[:, 0]), block(context, x, c[:, 0]), strict=True):
-        assert found is wanted is None or torch.equal(found, wanted)
+COMPILED = """
+import torch
+from inspected import PATCHES, TEXT, inputs, model
+from mmdit.pipeline.passes import perturbed
 
-
-def test_a_compiled_block_takes_strategies(recwarn):
-    small = model()
-    plain = small(*inputs())
-    with perturbed(small, (1,), TEXT):
-        wanted = small(*inputs())
-    for block in small.joint_blocks:
-        block.compile(backend="eager")
+for index in range(3):  # block 0 has a second attention, block 2 ends the text stream
+    for backend in ("eager", "aot_eager"):
+        torch.compiler.reset()
+        block = model().joint_blocks[index]
+        context, x, c = (torch.randn(2, n, 128).double() for n in (TEXT, PATCHES, 1))
+        fast = torch.compile(block, backend=backend, fullgraph=True)
+        for found, wanted in zip(fast(context, x, c[:, 0]), block(context, x, c[:, 0]), strict=True):
+            assert found is wanted is None or torch.equal(found, wanted), (index, backend)
+torch.compiler.reset()
+small = model()
+plain = small(*inputs())
+with perturbed(small, (1,), TEXT):
+    wanted = small(*inputs())
+for block in small.joint_blocks:
+    block.compile(backend="eager")
+for _ in range(2):
     assert torch.equal(small(*inputs()), plain)
     with perturbed(small, (1,), TEXT):
         assert torch.equal(small(*inputs()), wanted)
-    assert torch.equal(small(*inputs()), plain)
-    assert (wanted - plain).abs().max() > 1e-3
+assert (wanted - plain).abs().max() > 1e-3
+"""
+
+
+def test_a_block_compiles_in_one_graph_and_still_takes_strategies():
+    """In a process of its own: the checks of shapes that pytest adds do not compile."""
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, env=os.environ | {"PYTHONPATH": paths})
 
 
 def test_the_pattern_of_a_perturbed_branch_is_what_ran(demo):
@@ -227,4 +240,4 @@ def test_two_maps_at_once(demo):
     with mmdit.attention_maps(demo, "circle") as one, mmdit.attention_maps(demo, ["star", "circle"]) as other:
         watched = draw(demo)
     assert torch.equal(watched, draw(demo))
-    assert torch.equal(one.words["circle"], other.words["circle"])
+    torch.testing.assert_close(one.words["circle"], other.words["circle"], rtol=1e-5, atol=1e-9)
