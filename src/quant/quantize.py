@@ -50,7 +50,7 @@ def quantize_(
     recipe: Recipe | str = "fp8",
     select: str | Sequence[str] | None = None,
     *,
-    input_scales: Mapping[str, Tensor] | None = None,
+    input_scales: Mapping[str, Tensor | float] | None = None,
 ) -> Report:
     """Replace the weights of Linears by `Float8Tensor`s, in place.
 
@@ -210,7 +210,7 @@ def _check_ties(module: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
 
 
 def _input_scales(
-    linears: Mapping[str, nn.Linear], chosen: Sequence[str], recipe: Recipe, scales: Mapping[str, Tensor]
+    linears: Mapping[str, nn.Linear], chosen: Sequence[str], recipe: Recipe, scales: Mapping[str, Tensor | float]
 ) -> dict[str, Tensor]:
     """The input scales of the chosen Linears, checked."""
     if recipe.activation != "static":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quant.dispatch import FUNCTIONS, OPERATIONS
 from quant.formats import DTYPES, Format
 from quant.recipe import Granularity, Recipe
-from quant.scaling import checked_input_scale, has_float8, scale_of, to_codes, values_of
+from quant.scaling import checked_input_scale, has_float8, positive, scale_of, to_codes, values_of
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,25 +74,31 @@ class Float8Tensor(Tensor):
         granularity: Granularity = "row",
         *,
         recipe: Recipe | None = None,
-        input_scale: Tensor | None = None,
+        scale: Tensor | float | None = None,
+        input_scale: Tensor | float | None = None,
     ) -> Self:
-        """The nearest codes under the smallest scale that reaches the largest value.
+        """The nearest codes, by default under the smallest scale that reaches the largest value.
 
         Args:
             tensor: Finite values, [..., out, in].
             format: The format of the codes.
             granularity: The granularity of the scale.
             recipe: A recipe, instead of format and granularity.
+            scale: The scale to use: one positive number, or for granularity "row" one per row as [out] or
+                [..., out, 1]. Values beyond its reach saturate. None finds the scale in the values.
             input_scale: The static scale of the activations, one positive number.
 
         Raises:
             ValueError: The tensor is a scalar, on the meta device, not floating point, or has values that are not
-                finite (the error says how many); or the input scale is not one positive number.
+                finite (the error says how many); or a scale that is given has another shape, or is not positive.
         """
         recipe = recipe or Recipe(format, granularity, activation="none")
         tensor = tensor.detach()
         check_values(tensor)
-        scale = scale_of(_amax(tensor, recipe.granularity), recipe.format)
+        if scale is None:
+            scale = scale_of(_amax(tensor, recipe.granularity), recipe.format)
+        else:
+            scale = _given_scale(scale, tensor, recipe.granularity)
         qdata = to_codes(tensor, scale, recipe.format, as_bytes=not has_float8(tensor.device))
         if input_scale is not None:
             input_scale = checked_input_scale(input_scale).to(tensor.device)
@@ -132,6 +138,18 @@ class Float8Tensor(Tensor):
         if requires_grad and not _asked_by_default():
             raise RuntimeError(NOT_TRAINED)
         return self
+
+    def storage(self) -> Any:
+        """Refuse: no memory holds the values. safetensors' `save_file` asks for it.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "a Float8Tensor has no storage of its values, so safetensors' save_file and save_model cannot write it: "
+            "use pipe.save_pretrained(folder), or `tensors, metadata = quant.pack(state_dict)` and then "
+            "`save_file(tensors, path, metadata)`; quant.unpack reads it back"
+        )
 
     def share_memory_(self) -> Self:
         """Move qdata and scales to memory that processes share."""
@@ -274,6 +292,22 @@ def _amax(tensor: Tensor, granularity: Granularity) -> Tensor:
         shape = () if granularity == "tensor" else (*tensor.shape[:-1], 1)
         return tensor.new_zeros(shape)
     return tensor.abs().amax() if granularity == "tensor" else tensor.abs().amax(dim=-1, keepdim=True)
+
+
+def _given_scale(scale: Tensor | float, tensor: Tensor, granularity: Granularity) -> Tensor:
+    """A scale from outside as float32, () or [..., out, 1], on the tensor's device."""
+    scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
+    scale = positive(scale, "quantize", "a scale").to(tensor.device)
+    rows = [*tensor.shape[:-1], 1]
+    if scale.numel() == 1:
+        return scale.reshape(()) if granularity == "tensor" else scale.reshape(()).expand(rows).contiguous()
+    if granularity == "row" and list(scale.shape) in (rows, rows[:-1]):
+        return scale.reshape(rows).clone()
+    expected = "one number" if granularity == "tensor" else f"one number, {rows[:-1]} or {rows}"
+    raise ValueError(
+        f"a scale of shape {list(scale.shape)} for a tensor of shape {list(tensor.shape)} and granularity "
+        f"{granularity!r}; expected {expected}"
+    )
 
 
 def _check_parts(qdata: Tensor, scale: Tensor, input_scale: Tensor | None, recipe: Recipe, dtype: torch.dtype) -> None:

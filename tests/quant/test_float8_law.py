@@ -194,6 +194,35 @@ def test_values_that_are_refused():
         refuses(lambda: Float8Tensor.quantize(torch.ones(2, 2), input_scale=scale), "input scale", error=ValueError)  # noqa: B023
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_given_scale(format):
+    values = torch.randn(4, 6)
+    rows = torch.tensor([0.1, 0.01, 2.0, 1e-3])
+    for value, granularity, scale in (
+        (0.01, "tensor", torch.tensor(0.01)),
+        (torch.tensor([[0.01]], dtype=torch.float64), "tensor", torch.tensor(0.01)),
+        (0.01, "row", torch.full((4, 1), 0.01)),
+        (rows, "row", rows[:, None]),
+        (rows[:, None].double(), "row", rows[:, None]),
+    ):
+        q = Float8Tensor.quantize(values, format, granularity, scale=value)
+        assert torch.equal(q.scale, scale)
+        assert torch.equal(q.qdata.view(torch.uint8), codes_by_law(values, scale, format))
+        q.scale.fill_(7)
+        assert torch.equal(rows, torch.tensor([0.1, 0.01, 2.0, 1e-3]))
+    found = Float8Tensor.quantize(values, format)
+    assert torch.equal(Float8Tensor.quantize(values, format, scale=found.scale).dequantize(), found.dequantize())
+    for bad, granularity in (
+        (0.0, "tensor"),
+        (-1.0, "row"),
+        (rows, "tensor"),
+        (torch.ones(6), "row"),
+        (math.nan, "row"),
+    ):
+        with pytest.raises(ValueError, match="scale"):
+            Float8Tensor.quantize(values, format, granularity, scale=bad)
+
+
 def test_parts_that_do_not_go_together():
     codes, row, one = torch.zeros(4, 4).to(TORCH["e4m3"]), torch.ones(4, 1), torch.tensor(1.0)
     rows, tensor_ = Recipe(activation="none"), Recipe(activation="none", granularity="tensor")

@@ -125,6 +125,48 @@ MOVES = {
     "transposed stack": lambda w: w.view(3, 4, 8).transpose(1, 2)[2],
     "permuted stack": lambda w: w.view(3, 4, 8).permute(2, 0, 1)[:, 1:],
     "contiguous transpose": lambda w: w.t().contiguous(),
+    "unsqueeze": lambda w: w.unsqueeze(0),
+    "unsqueeze between": lambda w: w.unsqueeze(1),
+    "unsqueeze behind": lambda w: w.unsqueeze(-1),
+    "None": lambda w: w[None, :, None],
+    "squeeze": lambda w: w[2:3].squeeze(),
+    "squeeze of a row": lambda w: w[2:3].squeeze(0),
+    "squeeze of a column": lambda w: w[:, 2:3].squeeze(-1),
+    "squeeze of nothing": lambda w: w.squeeze(),
+    "squeeze of two": lambda w: w.view(1, 12, 1, 8).squeeze((0, 2)),
+    "squeeze, then view": lambda w: w[2:3, 3:4].squeeze().view(1),
+    "unbind": lambda w: w.unbind(),
+    "unbind columns": lambda w: w.unbind(1),
+    "iterate": list,
+    "index": lambda w: w[torch.tensor([3, 1, 1, -2])],
+    "index by a list": lambda w: w[[1, 5]],
+    "index by a matrix": lambda w: w[torch.tensor([[0, 1], [2, 3]])],
+    "index by one number": lambda w: w[torch.tensor(3)],
+    "index by a mask": lambda w: w[torch.arange(12) % 2 == 0],
+    "index by a whole mask": lambda w: w[torch.arange(96).view(12, 8) % 5 == 0],
+    "index columns": lambda w: w[:, [1, 5]],
+    "index elements": lambda w: w[[1, 2], [3, 4]],
+    "index nothing": lambda w: w[torch.zeros(0, dtype=torch.long)],
+    "index a stack": lambda w: w.view(3, 4, 8)[[0, 2], [1, 1]],
+    "index within a stack": lambda w: w.view(3, 4, 8)[:, [1, 1]],
+    "index around": lambda w: w.view(3, 4, 8)[[0, 2], :, [1, 7]],
+    "index a transpose": lambda w: w.t()[[1, 2]],
+    "index columns of a transpose": lambda w: w.t()[:, [1, 2]],
+    "index_select": lambda w: w.index_select(0, torch.tensor([3, 1, 1])),
+    "index_select columns": lambda w: w.index_select(1, torch.tensor([3, 1, 1])),
+    "index_select of a transpose": lambda w: w.t().index_select(-1, torch.tensor([3, 1])),
+    "expand": lambda w: w.expand(2, 12, 8),
+    "expand rows": lambda w: w[:1].expand(5, -1),
+    "stack": lambda w: torch.stack([w, w]),
+    "stack of rows": lambda w: torch.stack([w[0], w[3]]),
+    "stack between": lambda w: torch.stack([w, w[:, :8]], dim=1),
+    "view of a transpose": lambda w: w.t().view(8, 12),
+    "view of a transpose in parts": lambda w: w.t().view(2, 4, 12),
+    "reshape of a transpose": lambda w: w.t().reshape(8, 3, 4),
+    "reshape of a square transpose": lambda w: w[:8].t().reshape(2, 4, 8),
+    "rows in parts": lambda w: w.view(12, 2, 4),
+    "parts of rows together again": lambda w: w.view(12, 2, 4).view(12, 8),
+    "as strided": lambda w: w.as_strided((12, 8), (8, 1)),
     "clone": lambda w: w.clone(),
     "detach": lambda w: w.detach(),
     "contiguous": lambda w: w.contiguous(),
@@ -175,8 +217,8 @@ def test_rows_with_scales_of_their_own_stay_whole():
         lambda: q.view(24, 4),
         lambda: q.reshape(6, 16),
         lambda: q.t().reshape(96),
-        lambda: q.t().reshape(8, 3, 4),
-        lambda: q[:8].t().reshape(2, 4, 8),  # as many scales as rows, but of the columns
+        lambda: q.t().reshape(4, 24),
+        lambda: q.view(12, 2, 4).view(24, 4),
         q.flatten,
     ):
         with pytest.raises(NotImplementedError, match="a scale per row needs rows to stay whole"):
@@ -218,6 +260,43 @@ def test_cat_of_unlike_tensors():
         with pytest.raises(NotImplementedError, match="cat of a Float8Tensor with other"):
             torch.cat(others)
     assert torch.cat([one, one.clone()]).input_scale == 0.5
+
+
+def test_copies_have_memory_of_their_own():
+    for granularity in GRANULARITIES:
+        q = quantized(12, 8, granularity=granularity, activation="static")
+        q.input_scale = torch.tensor(0.5)
+        before = q.clone()
+        for copy in (q[[0, 1]], q.index_select(0, torch.tensor([2])), torch.cat([q, q]), torch.stack([q, q])):
+            other = 100 * torch.ones(copy.shape)
+            copy.copy_(Float8Tensor.quantize(other, recipe=copy.recipe, input_scale=torch.tensor(0.25)))
+            assert torch.equal(copy.dequantize(), other)
+            assert torch.equal(q, before)
+
+
+def test_memory_of_the_same_kind():
+    """What `nn.Module.to_empty` asks for."""
+    q = quantized(6, 8, granularity="tensor", activation="static")
+    q.input_scale, q.snr = torch.tensor(0.5), 31.0
+    for like, dtype, device in (
+        (torch.empty_like(q), torch.float32, "cpu"),
+        (torch.empty_like(q, dtype=torch.bfloat16), torch.bfloat16, "cpu"),
+        (torch.empty_like(q, device="meta"), torch.float32, "meta"),
+    ):
+        assert type(like) is Float8Tensor
+        assert (like.shape, like.dtype, like.recipe, like.snr) == (q.shape, dtype, q.recipe, None)
+        assert {part.device.type for part in like._parts} == {device}
+        assert len({part.data_ptr() for part in (*like._parts, *q._parts)}) == 6 or device == "meta"
+    assert torch.empty_like(q, dtype=torch.int32).dtype == torch.int32
+    net, source = nn.Sequential(nn.Linear(8, 6)), nn.Linear(8, 6)
+    source.weight = nn.Parameter(q)
+    net[0].weight = nn.Parameter(q.clone())
+    net.to("meta").to_empty(device="cpu")
+    net.load_state_dict({f"0.{key}": value for key, value in source.state_dict().items()})
+    assert isinstance(net[0].weight, nn.Parameter)
+    assert torch.equal(net[0].weight, q)
+    x = torch.randn(3, 8)
+    assert torch.equal(net(x), source(x))
 
 
 # Copying into it.

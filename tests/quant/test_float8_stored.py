@@ -8,8 +8,10 @@ from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+from safetensors.torch import load_file, save, save_file, save_model
 from torch import Tensor, nn
 
+from quant.packing import pack, unpack
 from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
 from refusals import refuses
@@ -251,14 +253,27 @@ UNKNOWN = {
     "sum": ("torch.Tensor.sum", lambda q: q.sum()),
     "allclose": ("torch.allclose", lambda q: torch.allclose(q, q)),
     "einsum": ("einsum", lambda q: torch.einsum("oi,bi->bo", q, torch.randn(3, 8))),
-    "stack": ("torch.stack", lambda q: torch.stack([q, q])),
+    "stack with a plain one": (
+        "cat of a Float8Tensor with other tensors",
+        lambda q: torch.stack([q, torch.zeros(8, 8)]),
+    ),
+    "flip": ("flip", lambda q: q.flip(0)),
+    "repeat": ("repeat", lambda q: q.repeat(2, 1)),
+    "item": ("item", lambda q: q[0, 0].item()),
+    "new_zeros": ("new_zeros", lambda q: q.new_zeros(3)),
+    "baddbmm": ("baddbmm", lambda q: torch.baddbmm(torch.zeros(2, 3, 4), torch.zeros(2, 3, 8), q.view(2, 4, 8).mT)),
+    "addmv": ("addmv", lambda q: torch.addmv(torch.zeros(8), q, torch.zeros(8))),
+    "embedding with max_norm": (
+        "embedding_renorm_",
+        lambda q: nn.functional.embedding(torch.tensor([1]), q, max_norm=1.0),
+    ),
+    "embedding_bag": ("embedding_bag", lambda q: nn.functional.embedding_bag(torch.tensor([[1]]), q)),
+    "as_strided": ("as_strided", lambda q: q.as_strided((4, 8), (16, 1))),
+    "matmul with a row": ("matmul", lambda q: torch.zeros(3, 8) @ q[0]),
+    "resize_": ("resize_", lambda q: q.resize_(3)),
+    "init": ("normal_", nn.init.normal_),
     "where": ("torch.where", lambda q: torch.where(torch.ones(8, 8) > 0, q, 0.0)),
-    "bmm": ("bmm", lambda q: torch.bmm(torch.randn(2, 3, 8), q.view(2, 4, 8).transpose(1, 2))),
-    "mv": ("torch.mv", lambda q: torch.mv(q, torch.randn(8))),
-    "embedding": ("embedding", lambda q: nn.functional.embedding(torch.tensor([1]), q)),
     "zeros_like": ("zeros_like", torch.zeros_like),
-    "index": ("aten.index", lambda q: q[torch.tensor([1, 2])]),
-    "unsqueeze": ("unsqueeze", lambda q: q.unsqueeze(0)),
     "view of another dtype": ("aten.view.dtype", lambda q: q.view(torch.int32)),
     "isfinite": ("isfinite", torch.isfinite),
     "addmm_": ("addmm_", lambda q: torch.zeros(8, 8).addmm_(torch.zeros(8, 8), q)),
@@ -280,6 +295,47 @@ def test_an_unknown_operation_names_itself(name, mode):
         call(q)
     assert says in str(caught.value)
     assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("write", [save_file, lambda state, path: save(state), save_model])
+def test_safetensors_own_functions_name_what_writes_it(tmp_path, write):
+    net = nn.Linear(8, 4)
+    net.weight = nn.Parameter(quantized(4, 8))
+    state = net if write is save_model else net.state_dict()
+    with pytest.raises(TypeError) as caught:
+        write(state, tmp_path / "a.safetensors")
+    assert all(name in str(caught.value) for name in ("save_pretrained", "quant.pack", "quant.unpack"))
+    assert not list(tmp_path.iterdir())
+    tensors, metadata = pack(net.state_dict())
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
+    assert torch.equal(unpack(load_file(tmp_path / "a.safetensors"), metadata)["weight"].qdata, net.weight.qdata)
+
+
+def test_whole_modules_and_state_dicts_are_saved_by_torch(tmp_path):
+    net = quantize_all(nets(1)[0])
+    for what, safe in ((net.state_dict(), True), (net, False)):
+        torch.save(what, tmp_path / "a.pt")
+        found = torch.load(tmp_path / "a.pt", weights_only=safe)
+        found = found if safe else found.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in net.state_dict().items())
+
+
+def test_parameters_are_swapped(monkeypatch):
+    """The other way in which modules convert and load."""
+    net, other = quantize_all(nets(1)[0]), quantize_all(nets(1)[0])
+    x = torch.randn(3, 8)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.load_state_dict(other.state_dict())
+        assert torch.equal(net(x), other(x))
+        net.bfloat16()
+        assert type(net[0].weight) is Float8Tensor
+        assert net(x.bfloat16()).dtype == torch.bfloat16
+        net.load_state_dict(other.bfloat16().state_dict(), assign=True)
+        assert torch.equal(net[0].weight, other[0].weight)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert torch.equal(torch.func.functional_call(net, dict(other.state_dict()), x.bfloat16()), other(x.bfloat16()))
 
 
 def test_nobody_gets_its_memory_as_if_it_held_the_values():

@@ -116,6 +116,12 @@ def test_every_spelling_of_the_product():
         torch.mm(q, x.t()).t(),
         torch.stack([x[i] @ t for i in range(5)]),
         torch.stack([q @ x[i] for i in range(5)]),
+        torch.stack([torch.mv(q, vec=x[i]) for i in range(5)]),
+        torch.stack([q.mv(x[i]) for i in range(5)]),
+        (q @ x.t()[None])[0].t(),
+        torch.bmm(x[None], mat2=t.unsqueeze(0))[0],
+        x[None].bmm(t[None])[0],
+        (x[None] @ t[None, None])[0, 0],
         (x.view(1, 5, 32) @ t)[0],
     ):
         assert torch.equal(found, y)
@@ -135,6 +141,61 @@ def test_every_spelling_of_the_product():
     assert torch.equal(other @ t, F.linear(other.dequantize(), q))
     plain = torch.randn(7, 32)
     assert torch.equal(F.linear(q, plain, plain[:, 0]), F.linear(q.dequantize(), plain, plain[:, 0]))
+
+
+STACKS = {  # [5, 8] and [3, 5, 8] plain, [3, 4, 8] float8
+    "bmm": lambda x, xs, v, w: torch.bmm(xs, w.mT),
+    "bmm, float8 first": lambda x, xs, v, w: torch.bmm(w, xs.mT),
+    "@": lambda x, xs, v, w: xs @ w.mT,
+    "float8 @": lambda x, xs, v, w: w @ xs.mT,
+    "matrix @": lambda x, xs, v, w: x @ w.mT,
+    "@ matrix": lambda x, xs, v, w: w @ x.t(),
+    "vector @": lambda x, xs, v, w: v @ w.mT,
+    "@ vector": lambda x, xs, v, w: w @ v,
+    "one of stack": lambda x, xs, v, w: xs[:1] @ w.mT,
+    "float8 one": lambda x, xs, v, w: xs @ w[1:2].mT,
+    "more stacks": lambda x, xs, v, w: xs.expand(2, 3, 5, 8) @ w.mT,
+    "float8 more stacks": lambda x, xs, v, w: xs @ w.view(3, 1, 4, 8).mT,
+    "float8 matrix @": lambda x, xs, v, w: w[0] @ xs.mT,
+    "empty": lambda x, xs, v, w: xs[:0] @ w[:0].mT,
+}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+@pytest.mark.parametrize("name", STACKS)
+def test_products_of_stacks(name, granularity):
+    recipe = Recipe("e4m3", granularity, "none")
+    w = Float8Tensor.quantize(torch.randn(3, 4, 8, dtype=torch.float64), recipe=recipe)
+    x, xs, v = (torch.randn(*shape, dtype=torch.float64) for shape in ((5, 8), (3, 5, 8), (8,)))
+    found, wanted = STACKS[name](x, xs, v, w), STACKS[name](x, xs, v, w.dequantize())
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    rounded = w._replace(recipe=Recipe("e4m3", granularity, "tensor"))
+    found = STACKS[name](x, xs, v, rounded)
+    assert found.numel() == 0 or (found - wanted).norm() < 0.06 * wanted.norm()
+
+
+def test_products_of_stacks_that_do_not_fit():
+    w, x = Float8Tensor.quantize(torch.randn(3, 4, 8)), torch.randn(2, 5, 8)
+    for call, said in (
+        (lambda: x @ w.mT, "[2, 5, 8]"),
+        (lambda: torch.bmm(x, w.mT), "[2, 5, 8]"),
+        (lambda: torch.bmm(x, w[0].t()), "[8, 4]"),
+        (lambda: torch.mv(w[0], x[0]), "[5, 8]"),
+        (lambda: torch.mm(x, w[0].t()), "[2, 5, 8]"),
+        (lambda: torch.randn(3, 5, 7) @ w.mT, "[5, 7]"),
+    ):
+        refuses(call, said, error=ValueError)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_embedding_gives_dequantized_rows(granularity):
+    q, ids = Float8Tensor.quantize(torch.randn(7, 4).half(), granularity=granularity), torch.tensor([[3, 1], [6, 3]])
+    layer = nn.Embedding(7, 4, padding_idx=0)
+    layer.weight = nn.Parameter(q)
+    for found in (F.embedding(ids, q), F.embedding(ids.int(), q), layer(ids)):
+        assert type(found) is torch.Tensor
+        assert found.dtype == torch.float16
+        assert torch.equal(found, q.dequantize()[ids])
 
 
 def test_scales_along_the_sum_are_never_taken_out():
