@@ -1,17 +1,18 @@
-"""CFG++ forms: go to the guided picture, but reckon the noise from the unconditional one.
+"""CFG++: go to the guided picture, but measure the noise in the latent from the unconditional one.
 
-Chung et al. 2024, arXiv 2406.08070, algorithm 2. `denoise` of these solvers returns `samplers.Guided`.
+Chung et al. 2024, arXiv 2406.08070, algorithm 2. The `denoise` of these solvers returns `samplers.Guided`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import expm1, sqrt
+from itertools import pairwise
+from math import expm1, log, sqrt
 
 from torch import Tensor
 
-from samplers.noise import Fresh, Noise
-from samplers.solvers.common import Interval, ancestral, slope, toward, walk
+from samplers.noise import Noise
+from samplers.solvers.common import Churn, ancestral, show, slope, toward
 from samplers.solvers.exponential import res_step
 from samplers.solvers.first_order import posterior
 from samplers.types import Guided, Step
@@ -20,10 +21,10 @@ DenoiseGuided = Callable[[Tensor, float], Guided]
 
 
 def uncond_of(guided: Guided) -> Tensor:
-    """The unconditional prediction.
+    """Return the unconditional prediction.
 
     Raises:
-        ValueError: it did not run.
+        ValueError: guidance ran without an unconditional pass.
     """
     if guided.uncond is None:
         raise ValueError("a *_cfg_pp sampler needs the unconditional prediction, but guidance ran without one: give it")
@@ -31,10 +32,10 @@ def uncond_of(guided: Guided) -> Tensor:
 
 
 def euler_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """`euler` to (1 - sigma') x0 + sigma' n, where n is the noise beside the unconditional picture.
+    """`euler` to (1 - sigma') x0 + sigma' n, where n is the noise that the unconditional prediction leaves in x.
 
     Args:
-        denoise: gives `samplers.Guided`.
+        denoise: (latent, noise level) -> `samplers.Guided`, the guided and the unconditional prediction.
         x, sigmas: see `samplers.euler`.
     """
     return euler_ancestral_cfg_pp(denoise, x, sigmas, eta=0.0)
@@ -49,38 +50,38 @@ def euler_ancestral_cfg_pp(
     s_noise: float = 1.0,
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """`flow_ddpm` with the noise reckoned from the unconditional picture.
+    """`flow_ddpm` with the noise measured from the unconditional picture.
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        eta, s_noise, noise: see `first_order.euler_ancestral`.
+        eta, s_noise, noise: see `samplers.euler_ancestral`.
     """
-    noise = noise or Fresh(x)
-
-    def move(x: Tensor, guided: Guided, over: Interval) -> Tensor:
-        return posterior(over, eta, x, guided.x0, uncond_of(guided), s_noise, noise)
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    churn = Churn.of(x, noise, eta, s_noise)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        guided = denoise(x, sigma)
+        x = posterior(x, sigma, sigma_next, guided.x0, uncond_of(guided), churn) if sigma_next else guided.x0
+        x = yield from show(i, sigma_next, x, guided.x0)
 
 
 def dpmpp_2m_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """`dpmpp_2m` with CFG++ for noise added to a whole picture, as ComfyUI runs it: not a flow's.
+    """`dpmpp_2m` with CFG++ in the variance exploding form, as ComfyUI runs it: wrong on a flow.
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
     """
-    past: list[tuple[Tensor, float]] = []  # the unconditional prediction of the step before, and that step's width
-
-    def move(x: Tensor, guided: Guided, over: Interval) -> Tensor:
-        uncond, h = uncond_of(guided), over.log_h
-        moved = guided.x0 + over.ratio * (x - uncond)
-        if past:
-            before, width = past.pop()
-            moved = moved - expm1(-h) * h / (2 * width) * (guided.x0 - before)
-        past.append((uncond, h))
-        return moved
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    before: Tensor | None = None  # the unconditional prediction of the step before, and that step's width
+    h_before = 0.0
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        guided = denoise(x, sigma)
+        if sigma_next == 0:
+            x = guided.x0
+        else:
+            uncond, h = uncond_of(guided), log(sigma / sigma_next)
+            x = guided.x0 + sigma_next / sigma * (x - uncond)
+            if before is not None:
+                x = x - expm1(-h) * h / (2 * h_before) * (guided.x0 - before)
+            before, h_before = uncond, h
+        x = yield from show(i, sigma_next, x, guided.x0)
 
 
 def dpmpp_2s_ancestral_cfg_pp(
@@ -92,28 +93,31 @@ def dpmpp_2s_ancestral_cfg_pp(
     s_noise: float = 1.0,
     noise: Noise | None = None,
 ) -> Iterator[Step]:
-    """DPM-Solver++(2S) with ancestral noise and CFG++, for noise added to a whole picture: not a flow's.
+    """DPM-Solver++(2S) with ancestral noise and CFG++ in the variance exploding form: wrong on a flow.
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        eta, s_noise, noise: see `first_order.euler_ancestral`.
+        eta, s_noise, noise: see `samplers.euler_ancestral`.
     """
-    noise = noise or Fresh(x)
-
-    def move(x: Tensor, guided: Guided, over: Interval) -> Tensor:
-        down, up = ancestral(over.sigma, over.following, eta)
-        if not down:  # only where all of the next level is fresh noise
-            return guided.x0 + up * s_noise * noise(over.sigma, over.following)
-        moved, middle = x + guided.x0 - uncond_of(guided), sqrt(over.sigma * down)
-        better = denoise(toward(guided.x0, moved, middle / over.sigma), middle).x0
-        x = toward(better, moved, down / over.sigma)
-        return x + up * s_noise * noise(over.sigma, over.following)
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    churn = Churn.of(x, noise, eta, s_noise)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        guided = denoise(x, sigma)
+        if sigma_next == 0:
+            x = guided.x0
+        else:
+            down, up = ancestral(sigma, sigma_next, eta)
+            moved, middle = x + guided.x0 - uncond_of(guided), sqrt(sigma * down)
+            if down:
+                better = denoise(toward(guided.x0, moved, middle / sigma), middle).x0
+                x = toward(better, moved, down / sigma)
+            else:  # all of the next level is fresh noise
+                x = guided.x0
+            x = churn.add(x, up, sigma, sigma_next)
+        x = yield from show(i, sigma_next, x, guided.x0)
 
 
 def res_multistep_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """`res_multistep` with CFG++ for noise added to a whole picture, as ComfyUI runs it: not a flow's.
+    """`res_multistep` with CFG++ in the variance exploding form, as ComfyUI runs it: wrong on a flow.
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
@@ -134,42 +138,46 @@ def res_multistep_ancestral_cfg_pp(
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        eta, s_noise, noise: see `first_order.euler_ancestral`.
+        eta, s_noise, noise: see `samplers.euler_ancestral`.
     """
-    noise, levels = noise or Fresh(x), sigmas.tolist()
-    past: list[tuple[Tensor, float]] = []  # the unconditional prediction before, and where that step went down to
-
-    def move(x: Tensor, guided: Guided, over: Interval) -> Tensor:
-        uncond = uncond_of(guided)
-        down, up = ancestral(over.sigma, over.following, eta)
-        before, down_before = past.pop() if past else (None, 0.0)
-        past.append((uncond, down))
-        if before is None or not down:
-            x = guided.x0 + down * slope(x, over.sigma, uncond)
+    churn = Churn.of(x, noise, eta, s_noise)
+    before: Tensor | None = None  # the unconditional prediction of the step before, and the level it went down to
+    down_before, levels = 0.0, sigmas.tolist()
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        guided = denoise(x, sigma)
+        if sigma_next == 0:
+            x = guided.x0
         else:
-            x = res_step(x + guided.x0 - uncond, over, down, uncond, before, levels[over.i - 1], down_before)
-        return x + up * s_noise * noise(over.sigma, over.following) if eta else x
-
-    return walk(denoise, x, levels, move)
+            uncond = uncond_of(guided)
+            down, up = ancestral(sigma, sigma_next, eta)
+            if before is None or not down:
+                x = guided.x0 + down * slope(x, sigma, uncond)
+            else:
+                moved, place = x + guided.x0 - uncond, log(down_before / levels[i - 1])
+                x = res_step(moved, sigma, down, uncond, before, place)
+            x = churn.add(x, up, sigma, sigma_next)
+            before, down_before = uncond, down
+        x = yield from show(i, sigma_next, x, guided.x0)
 
 
 def gradient_estimation_cfg_pp(
     denoise: DenoiseGuided, x: Tensor, sigmas: Tensor, *, gamma: float = 2.0
 ) -> Iterator[Step]:
-    """`gradient_estimation` with CFG++ for noise added to a whole picture, as ComfyUI runs it: not a flow's.
+    """`gradient_estimation` with CFG++ in the variance exploding form, as ComfyUI runs it: wrong on a flow.
 
     Args:
         denoise, x, sigmas: see `euler_cfg_pp`.
-        gamma: see `adams.gradient_estimation`.
+        gamma: see `samplers.gradient_estimation`.
     """
-    past: list[Tensor] = []  # the slope before
-
-    def move(x: Tensor, guided: Guided, over: Interval) -> Tensor:
-        here = slope(x, over.sigma, uncond_of(guided))
-        x = guided.x0 + here * over.following
-        if past:
-            x = x + (gamma - 1) * over.width * (here - past.pop())
-        past.append(here)
-        return x
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    before: Tensor | None = None  # the slope of the step before
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        guided = denoise(x, sigma)
+        if sigma_next == 0:
+            x = guided.x0
+        else:
+            here = slope(x, sigma, uncond_of(guided))
+            x = guided.x0 + here * sigma_next
+            if before is not None:
+                x = x + (gamma - 1) * (sigma_next - sigma) * (here - before)
+            before = here
+        x = yield from show(i, sigma_next, x, guided.x0)

@@ -1,84 +1,44 @@
-"""What solvers share: the step they show, the walk along the levels, and the arithmetic of levels.
+"""What solvers share: showing a step, the arithmetic of noise levels, and churn, the fresh noise of stochastic solvers.
 
-`sigma` is the share of noise, `1 - sigma` that of the picture; `half_log_snr` is the logarithm of their ratio, the
-lambda of the DPM-Solver papers. What is written with `-ln sigma` in its place treats sigma as noise added to a whole
-picture: on a flow that is the same ODE, because dx/dsigma = (x - x0) / sigma in both, but not the same noise.
+A noise level `sigma` is the share of noise in a latent, `1 - sigma` the share of the picture. The half log-SNR of a level
+is ln((1 - sigma) / sigma), the lambda of the DPM-Solver papers. Solvers that ComfyUI runs in the variance exploding form
+have -ln sigma in its place: they treat sigma as noise that was added to an unscaled picture. On a flow both are the same
+ODE, because dx/dsigma = (x - x0) / sigma in both; the noise that a stochastic solver adds is not the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from math import exp, expm1, inf, log, sqrt
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
+from samplers.noise import Fresh, Noise
 from samplers.types import Step
+from samplers.windows import level_at
 
 
-class Interval(NamedTuple):
-    """The levels that a step lies between."""
-
-    i: int
-    sigma: float
-    following: float
-
-    @property
-    def width(self) -> float:
-        """Of the step in sigma: below 0."""
-        return self.following - self.sigma
-
-    @property
-    def ratio(self) -> float:
-        """What is left of the noise."""
-        return self.following / self.sigma
-
-    @property
-    def h(self) -> float:
-        """Width in the half log signal-to-noise ratio, above 0; infinite from level 1 and to level 0."""
-        return half_log_snr(self.following) - half_log_snr(self.sigma)
-
-    @property
-    def log_h(self) -> float:
-        """Width in -ln sigma."""
-        return log(self.sigma / self.following)
-
-
-Move = Callable[[Tensor, Any, Interval], Tensor]
-
-
-def walk(denoise: Callable[[Tensor, float], Any], x: Tensor, levels: Sequence[float], move: Move) -> Iterator[Step]:
-    """One step after the other: predict, then go where `move(x, prediction, interval)` says; to level 0, where the
-    prediction is the picture itself.
-
-    Args:
-        denoise: gives x0, or `samplers.Guided`, which is handed on to `move`.
-        x: where to start.
-        levels: falling.
-        move: the solver's own; called for all steps but one that ends at 0.
-    """
-    for i, (sigma, following) in enumerate(pairwise(levels)):
-        prediction = denoise(x, sigma)
-        denoised = prediction if isinstance(prediction, Tensor) else prediction.x0
-        moved = move(x, prediction, Interval(i, sigma, following)) if following else denoised
-        step = Step(i, following, moved, denoised)
-        yield step
-        x = step.x
+def show(i: int, sigma: float, x: Tensor, denoised: Tensor) -> Generator[Step, None, Tensor]:
+    """Yield the `Step`, and return its latent, which the caller may have changed."""
+    step = Step(i, sigma, x, denoised)
+    yield step
+    return step.x
 
 
 def slope(x: Tensor, sigma: float, denoised: Tensor) -> Tensor:
-    """dx/dsigma of the flow at x, which is the velocity: (x - x0) / sigma."""
+    """Return dx/dsigma of the flow at x, which is the velocity: (x - x0) / sigma."""
     return (x - denoised) / sigma
 
 
 def toward(denoised: Tensor, x: Tensor, ratio: float) -> Tensor:
-    """Euler's step: `ratio` of the noise of x is left. It is exact where the prediction stays as it is."""
+    """Return the Euler step that keeps `ratio` of the noise of x. It is exact where the prediction is constant."""
     return ratio * x + (1 - ratio) * denoised
 
 
-def mixed(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
-    """The weighted sum of parts; parts beyond the weights do not count."""
+def weighted_sum(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of weight * part, in order. Parts beyond the last weight are ignored."""
     first, *rest = (weight * part for weight, part in zip(weights, parts, strict=False))
     for one in rest:
         first = first + one
@@ -86,66 +46,84 @@ def mixed(weights: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
 
 
 def half_log_snr(sigma: float) -> float:
-    """ln((1 - sigma) / sigma): -inf at 1, inf at 0."""
+    """Return ln((1 - sigma) / sigma): -inf at level 1, inf at level 0."""
     if not 0 < sigma < 1:
         return inf if sigma <= 0 else -inf
     return log((1 - sigma) / sigma)
 
 
 def at_half_log_snr(value: float) -> float:
-    """The level with this half log signal-to-noise ratio."""
+    """Return the level with this half log-SNR."""
     return 1 / (1 + exp(value))
 
 
 def phi_1(h: float) -> float:
-    """(e^h - 1) / h, the weight of a constant in an exponential integrator."""
+    """Return (e^h - 1) / h, the weight of a constant in an exponential integrator."""
     return expm1(h) / h
 
 
 def phi_2(h: float) -> float:
-    """(phi_1(h) - 1) / h, the weight of a slope."""
+    """Return (phi_1(h) - 1) / h, the weight of a slope in an exponential integrator."""
     return (phi_1(h) - 1) / h
 
 
-def ancestral(sigma: float, following: float, eta: float) -> tuple[float, float]:
-    """Where to go down to, and how much noise to add to be at `following`, for noise added to a whole picture.
+@dataclass(frozen=True)
+class Churn:
+    """The fresh noise of a stochastic solver.
+
+    Args:
+        eta: how much of the noise is exchanged for fresh noise: 0 exchanges nothing, 1 is the paper's amount.
+        s_noise: a factor of the fresh noise.
+        noise: (sigma, sigma_next) -> noise of unit variance, of the latent's shape.
+    """
+
+    eta: float
+    s_noise: float
+    noise: Noise
+
+    @classmethod
+    def of(cls, x: Tensor, noise: Noise | None, eta: float = 1.0, s_noise: float = 1.0) -> Churn:
+        """Return the churn for latents like x; without `noise` it draws from torch's global state."""
+        return cls(eta, s_noise, noise or Fresh(x))
+
+    def add(self, x: Tensor, deviation: float, sigma: float, sigma_next: float) -> Tensor:
+        """Return x with fresh noise of this standard deviation; x as it is at eta 0, where nothing is drawn."""
+        return x + deviation * self.s_noise * self.noise(sigma, sigma_next) if self.eta else x
+
+
+def ancestral(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """Return (down, up) in the variance exploding form: go down to `down`, then add noise of deviation `up`.
 
     Song et al. 2020, arXiv 2010.02502, formula 16 with its sigma; eta 1 is the posterior of DDPM, eta 0 adds nothing.
     Flows use it on the ratio of noise to picture, which at level 1 is infinite.
     """
-    up = min(following, eta * following * sqrt(1 - (following / sigma) ** 2))
-    return sqrt(following**2 - up**2), up
+    up = min(sigma_next, eta * sigma_next * sqrt(1 - (sigma_next / sigma) ** 2))
+    return sqrt(sigma_next**2 - up**2), up
 
 
 class Descent(NamedTuple):
-    """An Euler step to a lower level than the next, and the way back up with fresh noise."""
+    """An Euler step to a level below the next one, and the way back up with fresh noise."""
 
-    down: float  # level to go down to
-    grow: float  # what the latent is then multiplied with
-    renoise: float  # the share of fresh noise
+    down: float  # the level to go down to
+    grow: float  # the factor of the latent on the way up
+    renoise: float  # the standard deviation of the fresh noise
 
 
-def descent(over: Interval, eta: float) -> Descent:
-    """The ancestral step of rectified flows: down to sigma' (1 + (sigma' / sigma - 1) eta), then up to sigma'.
+def descent(sigma: float, sigma_next: float, eta: float) -> Descent:
+    """Return the ancestral step of rectified flows: down to sigma' (1 + (sigma' / sigma - 1) eta), then up to sigma'.
 
-    ComfyUI, `sample_euler_ancestral_RF`: the shares of picture and noise after both are those of sigma'.
+    ComfyUI, `sample_euler_ancestral_RF`: after both, the shares of picture and noise are those of sigma'.
     """
-    down = over.following * (1 + (over.ratio - 1) * eta)
-    grow = (1 - over.following) / (1 - down)
-    return Descent(down, grow, sqrt(max(over.following**2 - (down * grow) ** 2, 0.0)))
+    down = sigma_next * (1 + (sigma_next / sigma - 1) * eta)
+    grow = (1 - sigma_next) / (1 - down)
+    return Descent(down, grow, sqrt(max(sigma_next**2 - (down * grow) ** 2, 0.0)))
 
 
-def below_one(levels: Sequence[float], level: float) -> list[float]:
-    """The levels, with `level` in the place of a first one of 1, whose signal-to-noise ratio has no logarithm."""
-    return [level, *levels[1:]] if levels[0] >= 1 else list(levels)
+def below_one(levels: Sequence[float], start: float) -> list[float]:
+    """Return the levels, with `start` in place of a first level of 1, at which the half log-SNR is infinite."""
+    return [start, *levels[1:]] if levels[0] >= 1 else list(levels)
 
 
 def comfyui_start(shift: float) -> float:
-    """What ComfyUI puts in the place of level 1: the level after 0.01 % of the shifted timesteps."""
-    return at_percent(1e-4, shift)
-
-
-def at_percent(percent: float, shift: float) -> float:
-    """The level after this share of all timesteps, shifted."""
-    t = 1 - percent
-    return shift * t / (1 + (shift - 1) * t)
+    """Return the level that ComfyUI puts in place of 1: the one after 0.01 % of the shifted timesteps."""
+    return level_at(1e-4, shift)

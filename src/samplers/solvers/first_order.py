@@ -1,13 +1,15 @@
-"""Euler's method, and what differs from it by the noise that it adds."""
+"""Euler's method, and its variants with fresh noise."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
+from math import inf
 
 from torch import Tensor
 
 from samplers.noise import Fresh, Noise
-from samplers.solvers.common import Interval, ancestral, descent, slope, toward, walk
+from samplers.solvers.common import Churn, ancestral, descent, show, slope, toward
 from samplers.types import Denoise, Step
 
 
@@ -15,15 +17,14 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Euler's method on dx/dsigma: one model call a step, first order. On a flow it is DDIM.
 
     Args:
-        denoise: x0 prediction of a latent at a noise level.
+        denoise: (latent, noise level) -> predicted x0, of the latent's shape.
         x: the noise to start from, any shape.
-        sigmas: [steps + 1] falling levels, see `samplers.sigmas`.
+        sigmas: [steps + 1] falling noise levels, see `samplers.sigmas`.
     """
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        return x + slope(x, over.sigma, denoised) * over.width
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        x = x + slope(x, sigma, denoised) * (sigma_next - sigma) if sigma_next else denoised
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def euler_ancestral(
@@ -33,53 +34,57 @@ def euler_ancestral(
 
     Args:
         denoise, x, sigmas: see `euler`.
-        eta: how far below: 0 is `euler`, 1 the most.
+        eta: how far below the next level: 0 is `euler`, 1 the furthest.
         s_noise: factor of the fresh noise.
-        noise: see `samplers.noise`; None draws from torch's global state.
+        noise: (sigma, sigma_next) -> noise of unit variance, see `samplers.noise`; None draws from torch's global state.
     """
-    noise = noise or Fresh(x)
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        to = descent(over, eta)
-        x = to.grow * toward(denoised, x, to.down / over.sigma)
-        return x + to.renoise * s_noise * noise(over.sigma, over.following) if eta else x
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    churn = Churn.of(x, noise, eta, s_noise)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            down, grow, renoise = descent(sigma, sigma_next, eta)
+            x = grow * toward(denoised, x, down / sigma)
+            x = churn.add(x, renoise, sigma, sigma_next)
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
-    """Predict the picture and noise it anew, sigma' n + (1 - sigma') x0, as consistency models do.
+    """Predict the picture and add fresh noise to it, sigma' n + (1 - sigma') x0, as consistency models do.
 
     Song et al. 2023, arXiv 2303.01469, algorithm 1. diffusers: FlowMatchEulerDiscreteScheduler with
-    `stochastic_sampling`.
+    `stochastic_sampling`, and FlowMatchLCMScheduler.
 
     Args:
         denoise, x, sigmas, noise: see `euler_ancestral`.
     """
     noise = noise or Fresh(x)
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        return over.following * noise(over.sigma, over.following) + (1 - over.following) * denoised
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        x = sigma_next * noise(sigma, sigma_next) + (1 - sigma_next) * denoised if sigma_next else denoised
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
-    """The posterior of DDPM with sigma as noise added to a whole picture, as ComfyUI runs it: not a flow's.
+    """The posterior of DDPM in the variance exploding form, as ComfyUI runs it: wrong on a flow, see `flow_ddpm`.
 
-    Ho et al. 2020, arXiv 2006.11239, algorithm 2, with 1 / (1 + sigma^2) for its cumulative alpha: in that scale its
-    step is the ancestral one with eta 1. `flow_ddpm` is right on flows.
+    Ho et al. 2020, arXiv 2006.11239, algorithm 2, with 1 / (1 + sigma^2) for its cumulative alpha: in that form the step
+    is the ancestral one with eta 1.
 
     Args:
         denoise, x, sigmas, noise: see `euler_ancestral`.
     """
-    noise = noise or Fresh(x)
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        down, up = ancestral(over.sigma, over.following, 1.0)
-        return toward(denoised, x, down / over.sigma) + up * noise(over.sigma, over.following)
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    churn = Churn.of(x, noise)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            down, up = ancestral(sigma, sigma_next, churn.eta)
+            x = toward(denoised, x, down / sigma)
+            x = churn.add(x, up, sigma, sigma_next)
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def flow_ddpm(
@@ -93,29 +98,24 @@ def flow_ddpm(
     Args:
         denoise, x, sigmas, eta, s_noise, noise: see `euler_ancestral`.
     """
-    noise = noise or Fresh(x)
+    churn = Churn.of(x, noise, eta, s_noise)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        x = posterior(x, sigma, sigma_next, denoised, denoised, churn) if sigma_next else denoised
+        x = yield from show(i, sigma_next, x, denoised)
 
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        return posterior(over, eta, x, denoised, denoised, s_noise, noise)
 
-    return walk(denoise, x, sigmas.tolist(), move)
-
-
-def posterior(
-    over: Interval, eta: float, x: Tensor, denoised: Tensor, origin: Tensor, s_noise: float, noise: Noise
-) -> Tensor:
-    """alpha' (x0 + down (x - alpha origin) / sigma + up n), with down and up in the ratio of noise to picture.
+def posterior(x: Tensor, sigma: float, sigma_next: float, denoised: Tensor, origin: Tensor, churn: Churn) -> Tensor:
+    """Return alpha' (x0 + down (x - alpha origin) / sigma + up n), with down and up in the ratio of noise to picture.
 
     Args:
-        over: from where to where.
-        eta: see `ancestral`.
-        x: at `over.sigma`.
-        denoised: the picture to go to.
-        origin: the picture that the noise in x is reckoned from.
-        s_noise, noise: see `euler_ancestral`.
+        x: the latent at `sigma`.
+        sigma, sigma_next: the ends of the step.
+        denoised: the predicted x0 to go to.
+        origin: the predicted x0 that the noise in x is measured from: the same, or the unconditional one (CFG++).
+        churn: see `Churn`.
     """
-    alpha, alpha_following = 1 - over.sigma, 1 - over.following
-    before = over.sigma / alpha if alpha > 0 else float("inf")
-    down, up = ancestral(before, over.following / alpha_following, eta)
-    x = alpha_following * (denoised + down * slope(x, over.sigma, alpha * origin))
-    return x + alpha_following * up * s_noise * noise(over.sigma, over.following) if eta else x
+    alpha, alpha_next = 1 - sigma, 1 - sigma_next
+    down, up = ancestral(sigma / alpha if alpha > 0 else inf, sigma_next / alpha_next, churn.eta)
+    x = alpha_next * (denoised + down * slope(x, sigma, alpha * origin))
+    return churn.add(x, alpha_next * up, sigma, sigma_next)

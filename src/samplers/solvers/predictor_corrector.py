@@ -1,7 +1,7 @@
-"""Multistep solvers whose every prediction also corrects the latent that it was made of.
+"""Predictor-corrector solvers: multistep methods in which the prediction at a level also corrects the latent there.
 
-The latent of a `Step` is the predicted one. The correction is added to it when its own prediction is known, so that a
-change of `step.x` goes through.
+The latent of a `Step` is the predictor's. The correction is added at the beginning of the next step, when the model's
+prediction at that level is known, so that a change of `step.x` is kept.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from math import exp, expm1, log, sqrt
 import numpy as np
 from torch import Tensor
 
-from samplers.noise import Fresh, Noise
-from samplers.solvers.common import Interval, at_percent, below_one, comfyui_start, half_log_snr, mixed
+from samplers.noise import Noise
+from samplers.solvers.common import Churn, below_one, comfyui_start, half_log_snr, show, weighted_sum
 from samplers.types import Denoise, Step
+from samplers.windows import level_at
 
-LAST = 0.001  # the level that ComfyUI puts in the place of 0 for UniPC
+LAST = 0.001  # the level that ComfyUI puts in place of 0 for UniPC
 
 
 def uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """UniPC of order 3 with B(h) = h, in -ln sigma, as ComfyUI runs it.
 
     Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8 (multistep, data prediction, UniP and UniC). ComfyUI goes to
-    level 0.001 instead of 0 and then divides by 0.999; so does this. `flow_uni_pc` is in the flow's own ratio.
+    level 0.001 instead of 0 and then divides by 0.999; so does this. `flow_uni_pc` is in the flow's half log-SNR.
 
     Args:
         denoise, x, sigmas: see `samplers.euler`.
@@ -42,10 +43,10 @@ def uni_pc_bh2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
 
 def flow_uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """UniPC of order 2 with B(h) = e^h - 1, in the flow's half log signal-to-noise ratio.
+    """UniPC of order 2 with B(h) = e^h - 1, in the flow's half log-SNR.
 
     Zhao et al. 2023, arXiv 2302.04867. diffusers: UniPCMultistepScheduler with `use_flow_sigmas`. A first level of 1,
-    where the ratio has no logarithm, becomes 1 - 1e-6, as there.
+    at which the half log-SNR is infinite, becomes 1 - 1e-6, as there.
 
     Args:
         denoise, x, sigmas: see `samplers.euler`.
@@ -55,6 +56,7 @@ def flow_uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 
 
 def _comfyui_unipc(denoise: Denoise, x: Tensor, levels: list[float], b: Callable[[float], float]) -> Iterator[Step]:
+    """Run UniPC to level 0.001 in place of 0, and divide the last latent by 0.999."""
     ends_at_0 = levels[-1] == 0
     levels = [*levels[:-1], LAST] if ends_at_0 else levels
     order = min(3, max(len(levels) - 2, 1))
@@ -68,45 +70,44 @@ def _unipc(
     denoise: Denoise,
     x: Tensor,
     levels: Sequence[float],
-    ratio: Callable[[float], float],
+    half_log_snr_of: Callable[[float], float],
     alpha: Callable[[float], float],
     b: Callable[[float], float],
     order: int,
 ) -> Iterator[Step]:
-    """The loop of UniPC.
+    """Run UniPC: UniC corrects the latent of the step before, UniP predicts the next one.
 
     Args:
         denoise, x, levels: see `samplers.euler`.
-        ratio: half log signal-to-noise ratio of a level.
-        alpha: share of the picture at a level.
+        half_log_snr_of: the half log-SNR of a level.
+        alpha: the share of the picture at a level.
         b: B of a width.
-        order: highest.
+        order: the highest order.
     """
-    places, past = [ratio(sigma) for sigma in levels], list[Tensor]()  # predictions, the latest first
+    places, past = [half_log_snr_of(sigma) for sigma in levels], list[Tensor]()  # predictions, the latest first
     used = 0  # order of the last step
-    for i, (sigma, following) in enumerate(pairwise(levels)):
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(x, sigma)
         if used:
             h, nodes = _nodes(places, i, used)
             first, then = _unip_weights(nodes, h, b), _unic_weights(nodes, h, b)
             changes = [a - b for a, b in zip(then, [*first, 0.0], strict=True)]
-            x = x - alpha(sigma) * b(h) * mixed(changes, [*_slopes(past, nodes), denoised - past[0]])
+            x = x - alpha(sigma) * b(h) * weighted_sum(changes, [*_slopes(past, nodes), denoised - past[0]])
         past = [denoised, *past][:order]
         used = min(i + 1, order, len(levels) - 1 - i)
-        moved = denoised
-        if following:
+        if sigma_next == 0:
+            x = denoised
+        else:
             h, nodes = _nodes(places, i + 1, used)
-            moved = following / sigma * x - alpha(following) * expm1(-h) * denoised
+            x = sigma_next / sigma * x - alpha(sigma_next) * expm1(-h) * denoised
             if nodes:
-                terms = mixed(_unip_weights(nodes, h, b), _slopes(past, nodes))
-                moved = moved - alpha(following) * b(h) * terms
-        step = Step(i, following, moved, denoised)
-        yield step
-        x = step.x
+                terms = weighted_sum(_unip_weights(nodes, h, b), _slopes(past, nodes))
+                x = x - alpha(sigma_next) * b(h) * terms
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def _nodes(places: Sequence[float], k: int, order: int) -> tuple[float, list[float]]:
-    """The width of the step that ends at k, and where predictions before its start lie, in widths from there."""
+    """Return the width of the step that ends at k, and the places of the predictions before its start, in widths."""
     h = places[k] - places[k - 1]
     return h, [(places[k - 1 - j] - places[k - 1]) / h for j in range(1, order)]
 
@@ -117,7 +118,7 @@ def _slopes(past: Sequence[Tensor], nodes: Sequence[float]) -> list[Tensor]:
 
 def _unip_weights(nodes: Sequence[float], h: float, b: Callable[[float], float]) -> list[float]:
     if len(nodes) == 1:
-        return [0.5]  # formula 10 asks for nothing more
+        return [0.5]  # as the paper and every implementation set it
     return _solved(nodes, h, b) if nodes else []
 
 
@@ -126,7 +127,7 @@ def _unic_weights(nodes: Sequence[float], h: float, b: Callable[[float], float])
 
 
 def _solved(nodes: Sequence[float], h: float, b: Callable[[float], float]) -> list[float]:
-    """Weights that make the powers of the nodes integrate exactly: formula 10, with phi_(k + 1)(-h) k! / B(h)."""
+    """Return the weights with which powers of the nodes integrate exactly: formula 10, phi_(k + 1)(-h) k! / B(h)."""
     wanted, phi, factorial = [], expm1(-h) / -h - 1, 1
     for k in range(1, len(nodes) + 1):
         wanted.append(phi * factorial / b(h))
@@ -151,9 +152,9 @@ def sa_solver(
     timesteps and 0 outside; orders go down to 1 at the end (ComfyUI, `sample_sa_solver`).
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
     """
-    return _sa(denoise, x, sigmas.tolist(), eta, s_noise, noise or Fresh(x), shift, again=False)
+    return _sa(denoise, x, sigmas.tolist(), Churn.of(x, noise, eta, s_noise), shift, evaluate_again=False)
 
 
 def sa_solver_pece(
@@ -166,60 +167,58 @@ def sa_solver_pece(
     noise: Noise | None = None,
     shift: float = 3.0,
 ) -> Iterator[Step]:
-    """`sa_solver` that predicts once more after the correction: two model calls a step.
+    """`sa_solver` with one more model call after the correction: predict, evaluate, correct, evaluate.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
     """
-    return _sa(denoise, x, sigmas.tolist(), eta, s_noise, noise or Fresh(x), shift, again=True)
+    return _sa(denoise, x, sigmas.tolist(), Churn.of(x, noise, eta, s_noise), shift, evaluate_again=True)
 
 
 def _sa(
-    denoise: Denoise,
-    x: Tensor,
-    levels: list[float],
-    eta: float,
-    s_noise: float,
-    noise: Noise,
-    shift: float,
-    *,
-    again: bool,
+    denoise: Denoise, x: Tensor, levels: list[float], churn: Churn, shift: float, *, evaluate_again: bool
 ) -> Iterator[Step]:
-    """The loop of SA-Solver; `again` predicts after the correction too."""
-    start, end = at_percent(0.2, shift), at_percent(0.8, shift)
+    """Run SA-Solver; `evaluate_again` calls the model after the correction too."""
+    start, end = level_at(0.2, shift), level_at(0.8, shift)
     levels = below_one(levels, comfyui_start(shift))
     places, steps = [half_log_snr(sigma) for sigma in levels], len(levels) - 1
     lowers = levels[-1] == 0  # orders go down to the end
     past: list[Tensor] = []  # predictions, the latest last
-    tau, drift = 0.0, x  # of the step before: its tau, and what the predictions gave
-    for i, (sigma, following) in enumerate(pairwise(levels)):
+    tau, drift = 0.0, x  # of the step before: its tau, and what its predictions added
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(x, sigma)
         past = [*past[-3:], denoised]
         order = min(4, len(past), steps - i if lowers else 4)
-        if i and (following or again):
+        if i and (sigma_next or evaluate_again):
             x = x + _adams(past, places, i, i, order, tau, 1 - sigma) - drift
-            if again:
+            if evaluate_again:
                 past[-1] = denoised = denoise(x, sigma)
-        moved = denoised
-        if following:
-            tau = eta if start >= following >= end else 0.0
+        if sigma_next == 0:
+            x = denoised
+        else:
+            h, tau = places[i + 1] - places[i], churn.eta if start >= sigma_next >= end else 0.0
             order = min(3, len(past), steps - 1 - i if lowers else 3)
-            drift = _adams(past, places, i, i + 1, order, tau, 1 - following)
-            over = Interval(i, sigma, following)
-            moved = over.ratio * exp(-(tau**2) * over.h) * x + drift
+            drift = _adams(past, places, i, i + 1, order, tau, 1 - sigma_next)
+            x = sigma_next / sigma * exp(-(tau**2) * h) * x + drift
             if tau:
-                moved = moved + following * sqrt(-expm1(-2 * tau**2 * over.h)) * s_noise * noise(sigma, following)
-        step = Step(i, following, moved, denoised)
-        yield step
-        x = step.x
+                x = churn.add(x, sigma_next * sqrt(-expm1(-2 * tau**2 * h)), sigma, sigma_next)
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def _adams(
     past: Sequence[Tensor], places: Sequence[float], latest: int, target: int, order: int, tau: float, alpha: float
 ) -> Tensor:
-    """What the last `order` predictions, of which the latest lies at `latest`, add over the step that ends at `target`.
+    """Return what the last `order` predictions add over the step that ends at `target`.
 
     alpha times the integral of (1 + tau^2) e^(-(1 + tau^2) (end - l)) over the polynomial through them.
+
+    Args:
+        past: predictions, the latest last.
+        places: the half log-SNR of all levels.
+        latest: the index of the latest prediction's level.
+        target: the index of the level at which the step ends.
+        order: how many predictions the polynomial goes through.
+        tau, alpha: the strength of the noise, and the share of the picture at `target`.
     """
     begin, h, k = places[target - 1], places[target] - places[target - 1], 1 + tau**2
     moments = [-expm1(-k * h)]
@@ -227,4 +226,4 @@ def _adams(
         moments.append(h**power - power / k * moments[-1])
     nodes = np.array(places[latest - order + 1 : latest + 1]) - begin
     weights = np.linalg.solve(np.vander(nodes, increasing=True).T, moments)
-    return mixed([alpha * float(weight) for weight in weights], past[-order:])
+    return weighted_sum([alpha * float(weight) for weight in weights], past[-order:])

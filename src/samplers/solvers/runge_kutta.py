@@ -1,4 +1,4 @@
-"""Solvers that call the model more than once a step and keep nothing from the step before."""
+"""Solvers that call the model more than once a step and remember nothing of the step before."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from math import sqrt
 
 from torch import Tensor
 
-from samplers.noise import Fresh, Noise
-from samplers.solvers.common import Interval, at_half_log_snr, descent, half_log_snr, mixed, slope, toward, walk
+from samplers.noise import Noise
+from samplers.solvers.common import (
+    Churn,
+    at_half_log_snr,
+    descent,
+    half_log_snr,
+    show,
+    slope,
+    toward,
+    weighted_sum,
+)
 from samplers.types import Denoise, Step
 
 
@@ -21,39 +30,41 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     Args:
         denoise, x, sigmas: see `samplers.euler`.
     """
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        first = slope(x, over.sigma, denoised)
-        ahead = x + first * over.width
-        second = slope(ahead, over.following, denoise(ahead, over.following))
-        return x + (first + second) / 2 * over.width
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            width, first = sigma_next - sigma, slope(x, sigma, denoised)
+            ahead = x + first * width
+            second = slope(ahead, sigma_next, denoise(ahead, sigma_next))
+            x = x + (first + second) / 2 * width
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def heunpp2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Heun++: the slopes at this level and the next two, weighted by sigma; near the end at fewer levels.
 
     Weights: sigma' / (k sigma_0) for the slope at each of the k - 1 levels ahead, the rest for the slope here, as in
-    ComfyUI's `sample_heunpp2`. They are not those of an order condition: the method is first order.
+    ComfyUI's `sample_heunpp2`. They satisfy no order condition: the method is first order.
 
     Args:
         denoise, x, sigmas: see `samplers.euler`.
     """
     levels = sigmas.tolist()
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        ahead, here = x, slope(x, over.sigma, denoised)
-        slopes, ends = [here], levels[over.i : over.i + 3]
-        if ends[-1] == levels[-1]:
-            ends = ends[:-1]  # no slope is asked for at the last level
-        for sigma, following in pairwise(ends):
-            ahead = ahead + slopes[-1] * (following - sigma)
-            slopes.append(slope(ahead, following, denoise(ahead, following)))
-        shares = [following / (len(ends) * levels[0]) for following in ends[1:]]
-        return x + mixed([1.0 - sum(shares), *shares], slopes) * over.width
-
-    return walk(denoise, x, levels, move)
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            ahead, slopes = x, [slope(x, sigma, denoised)]
+            ends = levels[i : min(i + 3, len(levels) - 1)]  # no slope is asked for at the last level
+            for a, b in pairwise(ends):
+                ahead = ahead + slopes[-1] * (b - a)
+                slopes.append(slope(ahead, b, denoise(ahead, b)))
+            shares = [level / (len(ends) * levels[0]) for level in ends[1:]]
+            x = x + weighted_sum([1.0 - sum(shares), *shares], slopes) * (sigma_next - sigma)
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def dpm_2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
@@ -65,11 +76,10 @@ def dpm_2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     Args:
         denoise, x, sigmas: see `samplers.euler`.
     """
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        return _midpoint(denoise, x, denoised, over.sigma, over.following)
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        x = midpoint(denoise, x, denoised, sigma, sigma_next) if sigma_next else denoised
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def dpm_2_ancestral(
@@ -78,22 +88,25 @@ def dpm_2_ancestral(
     """`dpm_2` to below the next level, then fresh noise up to it: see `descent`.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise: see `first_order.euler_ancestral`.
+        denoise, x, sigmas, eta, s_noise, noise: see `samplers.euler_ancestral`.
     """
-    noise = noise or Fresh(x)
+    churn = Churn.of(x, noise, eta, s_noise)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            down, grow, renoise = descent(sigma, sigma_next, eta)
+            x = grow * midpoint(denoise, x, denoised, sigma, down)
+            x = churn.add(x, renoise, sigma, sigma_next)
+        x = yield from show(i, sigma_next, x, denoised)
 
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        to = descent(over, eta)
-        x = to.grow * _midpoint(denoise, x, denoised, over.sigma, to.down)
-        return x + to.renoise * s_noise * noise(over.sigma, over.following)
 
-    return walk(denoise, x, sigmas.tolist(), move)
-
-
-def _midpoint(denoise: Denoise, x: Tensor, denoised: Tensor, sigma: float, following: float) -> Tensor:
-    middle = sqrt(sigma * following)
+def midpoint(denoise: Denoise, x: Tensor, denoised: Tensor, sigma: float, to: float) -> Tensor:
+    """Return the latent at level `to`, by the slope at sqrt(sigma to)."""
+    middle = sqrt(sigma * to)
     halfway = x + slope(x, sigma, denoised) * (middle - sigma)
-    return x + slope(halfway, middle, denoise(halfway, middle)) * (following - sigma)
+    return x + slope(halfway, middle, denoise(halfway, middle)) * (to - sigma)
 
 
 def dpmpp_2s_ancestral(
@@ -101,21 +114,21 @@ def dpmpp_2s_ancestral(
 ) -> Iterator[Step]:
     """DPM-Solver++(2S) to below the next level, then fresh noise up to it: see `descent`. Two model calls a step.
 
-    Lu et al. 2022, arXiv 2211.01095, algorithm 1: Euler's step to the middle in half log signal-to-noise ratio, whose
-    prediction is used for the whole step. From level 1, where that ratio has no logarithm, the middle is 0.9999.
+    Lu et al. 2022, arXiv 2211.01095, algorithm 1: Euler's step to the middle in half log-SNR, whose prediction is used
+    for the whole step. From level 1, where the half log-SNR is infinite, the middle is 0.9999.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise: see `first_order.euler_ancestral`.
+        denoise, x, sigmas, eta, s_noise, noise: see `samplers.euler_ancestral`.
     """
-    noise = noise or Fresh(x)
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        to = descent(over, eta)
-        middle = 0.9999
-        if over.sigma < 1:
-            middle = at_half_log_snr((half_log_snr(over.sigma) + half_log_snr(to.down)) / 2)
-        better = denoise(toward(denoised, x, middle / over.sigma), middle)
-        x = to.grow * toward(better, x, to.down / over.sigma)
-        return x + to.renoise * s_noise * noise(over.sigma, over.following) if eta else x
-
-    return walk(denoise, x, sigmas.tolist(), move)
+    churn = Churn.of(x, noise, eta, s_noise)
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            down, grow, renoise = descent(sigma, sigma_next, eta)
+            middle = at_half_log_snr((half_log_snr(sigma) + half_log_snr(down)) / 2) if sigma < 1 else 0.9999
+            better = denoise(toward(denoised, x, middle / sigma), middle)
+            x = grow * toward(better, x, down / sigma)
+            x = churn.add(x, renoise, sigma, sigma_next)
+        x = yield from show(i, sigma_next, x, denoised)

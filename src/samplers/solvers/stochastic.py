@@ -1,15 +1,16 @@
-"""Solvers of the reverse SDE with several stages, or with noise of their own."""
+"""Solvers of the reverse SDE with several stages, or with integrals of a noise scaling function."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import exp, expm1, sqrt
 
 import torch
 from torch import Tensor
 
-from samplers.noise import Fresh, Noise
-from samplers.solvers.common import Interval, at_half_log_snr, below_one, comfyui_start, half_log_snr, phi_2, walk
+from samplers.noise import Noise
+from samplers.solvers.common import Churn, at_half_log_snr, below_one, comfyui_start, half_log_snr, phi_2, show
 from samplers.solvers.exponential import decayed
 from samplers.types import Denoise, Step
 
@@ -30,32 +31,32 @@ def er_sde(
     Cui et al. 2023, arXiv 2309.06169, algorithm 3 (VP) with phi of section 5; the integrals are sums over 200 points.
 
     Args:
-        denoise, x, sigmas, s_noise, noise, shift: see `exponential.dpmpp_sde`.
+        denoise, x, sigmas, s_noise, noise, shift: see `samplers.dpmpp_sde`.
     """
-    noise = noise or Fresh(x)
+    churn = Churn.of(x, noise, s_noise=s_noise)
     levels = below_one(sigmas.tolist(), comfyui_start(shift))
     ratios = [sigma / (1 - sigma) for sigma in levels]
-    past: list[Tensor] = []  # the prediction before, and its first divided difference
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        i, alpha = over.i, 1 - over.following
-        here, to = ratios[i], ratios[i + 1]
-        scale = _er_phi(to)
-        keep = scale / _er_phi(here)
-        x = alpha * (keep / (1 - over.sigma) * x + (1 - keep) * denoised)
-        first, second = _er_integrals(here, to)
-        later = [denoised]
-        if past:
-            later.append((denoised - past[0]) / (here - ratios[i - 1]))
-            x = x + alpha * (to - here + first * scale) * later[1]
-        if len(past) > 1:
-            curve = (later[1] - past[1]) / ((here - ratios[i - 2]) / 2)
-            x = x + alpha * ((to - here) ** 2 / 2 + second * scale) * curve
-        past[:] = later
-        up = sqrt(max(to**2 - (here * keep) ** 2, 0.0))
-        return x + alpha * up * s_noise * noise(over.sigma, over.following)
-
-    return walk(denoise, x, levels, move)
+    before: Tensor | None = None  # the prediction of the step before, and its first divided difference
+    slope_before: Tensor | None = None
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            here, to, alpha = ratios[i], ratios[i + 1], 1 - sigma_next
+            scale = _er_phi(to)
+            keep = scale / _er_phi(here)
+            x = alpha * (keep / (1 - sigma) * x + (1 - keep) * denoised)
+            first, second = _er_integrals(here, to)
+            slope = None if before is None else (denoised - before) / (here - ratios[i - 1])
+            if slope is not None:
+                x = x + alpha * (to - here + first * scale) * slope
+            if slope is not None and slope_before is not None:
+                curve = (slope - slope_before) / ((here - ratios[i - 2]) / 2)
+                x = x + alpha * ((to - here) ** 2 / 2 + second * scale) * curve
+            x = churn.add(x, alpha * sqrt(max(to**2 - (here * keep) ** 2, 0.0)), sigma, sigma_next)
+            before, slope_before = denoised, slope
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def _er_phi(ratio: float) -> float:
@@ -63,7 +64,7 @@ def _er_phi(ratio: float) -> float:
 
 
 def _er_integrals(here: float, to: float) -> tuple[float, float]:
-    """The integrals of 1 / phi(l) and (l - here) / phi(l) from `to` to `here`, as ComfyUI sums them."""
+    """Return the integrals of 1 / phi(l) and (l - here) / phi(l) from `to` to `here`, as ComfyUI sums them."""
     width = (here - to) / POINTS
     points = to + torch.arange(POINTS, dtype=torch.float32) * width
     shares = 1 / (points * (torch.exp(points**0.3) + 10))
@@ -80,23 +81,25 @@ def seeds_2(
     noise: Noise | None = None,
     shift: float = 3.0,
 ) -> Iterator[Step]:
-    """SEEDS-2: two stages in the half log signal-to-noise ratio, whose noises are parts of one path.
+    """SEEDS-2: two stages in half log-SNR, whose noises are parts of one path.
 
     Gonzalez et al. 2023, arXiv 2305.14267, algorithm 2 (data prediction, variance preserving), the middle at 1/2.
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
     """
-    noise = noise or Fresh(x)
-
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        path = _Path(over, eta, s_noise, noise)
-        middle = path.level(1 / 2)
-        ahead = decayed(x, denoised, Interval(over.i, over.sigma, middle), eta)
-        better = denoise(path.noised(ahead, middle), middle)
-        return path.noised(decayed(x, better, over, eta), over.following)
-
-    return walk(denoise, x, below_one(sigmas.tolist(), comfyui_start(shift)), move)
+    churn = Churn.of(x, noise, eta, s_noise)
+    levels = below_one(sigmas.tolist(), comfyui_start(shift))
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            path, middle = _Path(churn, sigma), _between(sigma, sigma_next, 1 / 2)
+            ahead = path.add(decayed(x, denoised, sigma, middle, eta), middle)
+            better = denoise(ahead, middle)
+            x = path.add(decayed(x, better, sigma, sigma_next, eta), sigma_next)
+        x = yield from show(i, sigma_next, x, denoised)
 
 
 def seeds_3(
@@ -114,47 +117,56 @@ def seeds_3(
     Gonzalez et al. 2023, arXiv 2305.14267, algorithm 3 (data prediction, variance preserving).
 
     Args:
-        denoise, x, sigmas, eta, s_noise, noise, shift: see `exponential.dpmpp_sde`.
+        denoise, x, sigmas, eta, s_noise, noise, shift: see `samplers.dpmpp_sde`.
     """
-    noise = noise or Fresh(x)
+    churn = Churn.of(x, noise, eta, s_noise)
+    levels = below_one(sigmas.tolist(), comfyui_start(shift))
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        denoised = denoise(x, sigma)
+        if sigma_next == 0:
+            x = denoised
+        else:
+            path, h = _Path(churn, sigma), _width(sigma, sigma_next)
+            third, two_thirds = (_between(sigma, sigma_next, share) for share in (1 / 3, 2 / 3))
+            ahead = path.add(decayed(x, denoised, sigma, third, eta), third)
+            change = denoise(ahead, third) - denoised
+            ahead = decayed(x, denoised, sigma, two_thirds, eta) - (1 - two_thirds) * _slope_term(change, h, eta, 1 / 3, 2 / 3)
+            ahead = path.add(ahead, two_thirds)
+            change = denoise(ahead, two_thirds) - denoised
+            x = decayed(x, denoised, sigma, sigma_next, eta) - (1 - sigma_next) * _slope_term(change, h, eta, 2 / 3, 1.0)
+            x = path.add(x, sigma_next)
+        x = yield from show(i, sigma_next, x, denoised)
 
-    def move(x: Tensor, denoised: Tensor, over: Interval) -> Tensor:
-        path = _Path(over, eta, s_noise, noise)
-        first, second = (path.level(share) for share in (1 / 3, 2 / 3))
-        ahead = decayed(x, denoised, Interval(over.i, over.sigma, first), eta)
-        better = denoise(path.noised(ahead, first), first)
-        ahead = path.sloped(x, denoised, better, 1 / 3, 2 / 3)
-        better = denoise(path.noised(ahead, second), second)
-        return path.noised(path.sloped(x, denoised, better, 2 / 3, 1.0), over.following)
 
-    return walk(denoise, x, below_one(sigmas.tolist(), comfyui_start(shift)), move)
+def _width(sigma: float, sigma_next: float) -> float:
+    return half_log_snr(sigma_next) - half_log_snr(sigma)
+
+
+def _between(sigma: float, sigma_next: float, share: float) -> float:
+    """Return the level after this share of the step, in half log-SNR."""
+    return at_half_log_snr(half_log_snr(sigma) + share * _width(sigma, sigma_next))
+
+
+def _slope_term(change: Tensor, h: float, eta: float, known: float, share: float) -> Tensor:
+    """Return what the slope of the prediction adds up to `share` of a step of width h; it changes so up to `known`."""
+    wide = share * (1 + eta) * h
+    return -wide * phi_2(-wide) * share / known * change
 
 
 class _Path:
-    """The noise of one SEEDS step: what a stage adds is the noise of the stage before, decayed, and a fresh part."""
+    """The noise of one SEEDS step: each stage has the noise of the stage before, decayed, and a fresh part."""
 
-    def __init__(self, over: Interval, eta: float, s_noise: float, noise: Noise) -> None:
-        self.over, self.eta, self.s_noise, self.noise = over, eta, s_noise, noise
-        self.at = over.sigma  # where the path has got to
-        self.sum: Tensor | None = None  # its noise there, as a multiple of the level
+    def __init__(self, churn: Churn, sigma: float) -> None:
+        self.churn, self.at = churn, sigma  # at: the level that the path has reached
+        self.sum: Tensor | None = None  # its noise there, divided by the level
 
-    def level(self, share: float) -> float:
-        """The level after this share of the step."""
-        return at_half_log_snr(half_log_snr(self.over.sigma) + share * self.over.h)
-
-    def noised(self, x: Tensor, level: float) -> Tensor:
-        """x with the path's noise at a level."""
-        if not self.eta:
+    def add(self, x: Tensor, level: float) -> Tensor:
+        """Return x with the path's noise at a level below the last one."""
+        eta = self.churn.eta
+        if not eta:
             return x
-        part = Interval(self.over.i, self.at, level)
-        fresh = sqrt(-expm1(-2 * self.eta * part.h)) * self.noise(self.at, level)
-        self.sum = fresh if self.sum is None else exp(-self.eta * part.h) * self.sum + fresh
+        h = _width(self.at, level)
+        fresh = sqrt(-expm1(-2 * eta * h)) * self.churn.noise(self.at, level)
+        self.sum = fresh if self.sum is None else exp(-eta * h) * self.sum + fresh
         self.at = level
-        return x + level * self.s_noise * self.sum
-
-    def sloped(self, x: Tensor, denoised: Tensor, better: Tensor, known: float, share: float) -> Tensor:
-        """The step to a share of the whole, with the line through the predictions at the start and at `known`."""
-        over = Interval(self.over.i, self.over.sigma, self.level(share) if share < 1 else self.over.following)
-        wide = share * (1 + self.eta) * self.over.h
-        slope = -wide * phi_2(-wide) * share / known * (better - denoised)
-        return decayed(x, denoised, over, self.eta) - (1 - over.following) * slope
+        return x + level * self.churn.s_noise * self.sum
