@@ -1,66 +1,87 @@
 """Flow-matching samplers: schedules, solvers, guidance, noise. A leaf: imports torch and numpy and nothing of ours."""
 
-from samplers.guidance import (
-    Weaker,
-    Within,
-    averaged,
-    cfg,
-    guide,
-    one_by_one,
-    only_x0,
-    plain,
-    projected,
-    rescaled,
-    zero_init,
-    zero_star,
-)
-from samplers.names import pick
-from samplers.noise import BrownianTree, Fresh, Noise, gaussian
-from samplers.schedules import SCHEDULES, checked_sigmas, resolution_shift, shifted, sigmas
-from samplers.solvers import SOLVERS, Solver, solvers_markdown
-from samplers.solvers.exponential import dpmpp_2m
-from samplers.solvers.first_order import euler
-from samplers.types import Denoise, Guide, Guided, Mix, Predict, Step
-from samplers.windows import Window, first_steps, gap, level_at, percents, steps_inside
+from inspect import ismodule as _ismodule
 
-__all__ = [
-    "SCHEDULES",
-    "SOLVERS",
-    "BrownianTree",
-    "Denoise",
-    "Fresh",
-    "Guide",
-    "Guided",
-    "Mix",
-    "Noise",
-    "Predict",
-    "Solver",
-    "Step",
-    "Weaker",
-    "Window",
-    "Within",
-    "averaged",
-    "cfg",
-    "checked_sigmas",
-    "dpmpp_2m",
-    "euler",
-    "first_steps",
-    "gap",
-    "gaussian",
-    "guide",
-    "level_at",
-    "one_by_one",
-    "only_x0",
-    "percents",
-    "pick",
-    "plain",
-    "projected",
-    "rescaled",
-    "resolution_shift",
-    "shifted",
-    "sigmas",
-    "solvers_markdown",
-    "steps_inside",
-    "zero_init",
-    "zero_star",
-]
+from samplers.guidance import Weaker as Weaker
+from samplers.guidance import Within as Within
+from samplers.guidance import averaged as averaged
+from samplers.guidance import cfg as cfg
+from samplers.guidance import guide as guide
+from samplers.guidance import one_by_one as one_by_one
+from samplers.guidance import only_x0 as only_x0
+from samplers.guidance import plain as plain
+from samplers.guidance import projected as projected
+from samplers.guidance import rescaled as rescaled
+from samplers.guidance import zero_init as zero_init
+from samplers.guidance import zero_star as zero_star
+from samplers.names import pick as pick
+from samplers.noise import BrownianTree as BrownianTree
+from samplers.noise import Fresh as Fresh
+from samplers.noise import Noise as Noise
+from samplers.noise import gaussian as gaussian
+from samplers.schedules import SCHEDULES as SCHEDULES
+from samplers.schedules import checked_sigmas as checked_sigmas
+from samplers.schedules import resolution_shift as resolution_shift
+from samplers.schedules import shifted as shifted
+from samplers.schedules import sigmas as sigmas
+from samplers.solvers import SOLVERS as SOLVERS
+from samplers.solvers import Solver as Solver
+from samplers.solvers import solvers_markdown as solvers_markdown
+from samplers.solvers.adams import deis as deis
+from samplers.solvers.adams import flow_deis as flow_deis
+from samplers.solvers.adams import gradient_estimation as gradient_estimation
+from samplers.solvers.adams import ipndm as ipndm
+from samplers.solvers.adams import ipndm_v as ipndm_v
+from samplers.solvers.adams import lms as lms
+from samplers.solvers.cfg_pp import dpmpp_2m_cfg_pp as dpmpp_2m_cfg_pp
+from samplers.solvers.cfg_pp import dpmpp_2s_ancestral_cfg_pp as dpmpp_2s_ancestral_cfg_pp
+from samplers.solvers.cfg_pp import euler_ancestral_cfg_pp as euler_ancestral_cfg_pp
+from samplers.solvers.cfg_pp import euler_cfg_pp as euler_cfg_pp
+from samplers.solvers.cfg_pp import gradient_estimation_cfg_pp as gradient_estimation_cfg_pp
+from samplers.solvers.cfg_pp import res_multistep_ancestral_cfg_pp as res_multistep_ancestral_cfg_pp
+from samplers.solvers.cfg_pp import res_multistep_cfg_pp as res_multistep_cfg_pp
+from samplers.solvers.dpm_solver import dpm_adaptive as dpm_adaptive
+from samplers.solvers.dpm_solver import dpm_fast as dpm_fast
+from samplers.solvers.exponential import dpmpp_2m as dpmpp_2m
+from samplers.solvers.exponential import dpmpp_2m_sde as dpmpp_2m_sde
+from samplers.solvers.exponential import dpmpp_2m_sde_heun as dpmpp_2m_sde_heun
+from samplers.solvers.exponential import dpmpp_3m_sde as dpmpp_3m_sde
+from samplers.solvers.exponential import dpmpp_sde as dpmpp_sde
+from samplers.solvers.exponential import flow_dpmpp_2m as flow_dpmpp_2m
+from samplers.solvers.exponential import res_multistep as res_multistep
+from samplers.solvers.exponential import res_multistep_ancestral as res_multistep_ancestral
+from samplers.solvers.first_order import ddim as ddim
+from samplers.solvers.first_order import ddpm as ddpm
+from samplers.solvers.first_order import euler as euler
+from samplers.solvers.first_order import euler_ancestral as euler_ancestral
+from samplers.solvers.first_order import flow_ddpm as flow_ddpm
+from samplers.solvers.first_order import lcm as lcm
+from samplers.solvers.predictor_corrector import flow_uni_pc as flow_uni_pc
+from samplers.solvers.predictor_corrector import sa_solver as sa_solver
+from samplers.solvers.predictor_corrector import sa_solver_pece as sa_solver_pece
+from samplers.solvers.predictor_corrector import uni_pc as uni_pc
+from samplers.solvers.predictor_corrector import uni_pc_bh2 as uni_pc_bh2
+from samplers.solvers.runge_kutta import dpm_2 as dpm_2
+from samplers.solvers.runge_kutta import dpm_2_ancestral as dpm_2_ancestral
+from samplers.solvers.runge_kutta import dpmpp_2s_ancestral as dpmpp_2s_ancestral
+from samplers.solvers.runge_kutta import flow_heun as flow_heun
+from samplers.solvers.runge_kutta import heun as heun
+from samplers.solvers.runge_kutta import heunpp2 as heunpp2
+from samplers.solvers.stochastic import er_sde as er_sde
+from samplers.solvers.stochastic import seeds_2 as seeds_2
+from samplers.solvers.stochastic import seeds_3 as seeds_3
+from samplers.types import Denoise as Denoise
+from samplers.types import Guide as Guide
+from samplers.types import Guided as Guided
+from samplers.types import Mix as Mix
+from samplers.types import Predict as Predict
+from samplers.types import Step as Step
+from samplers.windows import Window as Window
+from samplers.windows import first_steps as first_steps
+from samplers.windows import gap as gap
+from samplers.windows import level_at as level_at
+from samplers.windows import percents as percents
+from samplers.windows import steps_inside as steps_inside
+
+# Everything imported above, and nothing else, is public.
+__all__ = sorted(name for name, value in globals().items() if name[0] != "_" and not _ismodule(value))  # noqa: PLE0605

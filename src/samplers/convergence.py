@@ -1,7 +1,7 @@
-"""The order of every solver, observed on a flow whose solution is known: pictures are single numbers from two humps.
+"""The observed order of every solver, on a flow with a known solution: pictures are numbers, of two Gaussians.
 
-In one dimension a flow keeps the order of points, so that the share of the distribution below a point stays: that gives
-its place at every level by bisection.
+In one dimension a flow keeps the order of points, so the cumulative probability of a point is the same at every level.
+Its place at a level follows by bisection.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from samplers.solvers import SOLVERS, Solver
 from samplers.solvers.common import at_half_log_snr, half_log_snr
 from samplers.types import Guided, Step
 
-SHARES, MEANS, SPREADS = (0.4, 0.6), (-0.8, 0.9), (0.5, 0.4)  # of the two humps
+SHARES, MEANS, SPREADS = (0.4, 0.6), (-0.8, 0.9), (0.5, 0.4)  # of the two Gaussians
 START, END = 0.9, 0.1
 
 
 @dataclass(frozen=True)
 class Row:
-    """Errors of one solver over runs with more and more steps."""
+    """Errors of one solver in runs with increasing numbers of steps."""
 
     name: str
     steps: tuple[int, ...]
-    calls: tuple[int, ...]  # of the model
-    errors: tuple[float, ...]  # the largest of all points
+    calls: tuple[int, ...]  # model calls (NFE) of each run
+    errors: tuple[float, ...]  # the largest error of all points
 
     @property
     def order(self) -> float:
-        """By how many powers of 2 the error falls when steps double, from the last two runs."""
+        """The observed order, from the last two runs: log2 of the ratio of errors per doubling of the steps."""
         if not self.errors[-1]:
             return inf
         return log2(self.errors[-2] / self.errors[-1]) / log2(self.steps[-1] / self.steps[-2])
 
 
-def two_humps(x: Tensor, sigma: float) -> Tensor:
-    """The exact x0 prediction, the mean of the pictures that x may come from."""
+def two_gaussians(x: Tensor, sigma: float) -> Tensor:
+    """Return the exact prediction of x0: the mean of the pictures given x."""
     weights, means = [], []
     for share, mean, spread in zip(SHARES, MEANS, SPREADS, strict=True):
         middle, variance = (1 - sigma) * mean, ((1 - sigma) * spread) ** 2 + sigma**2
@@ -49,7 +49,7 @@ def two_humps(x: Tensor, sigma: float) -> Tensor:
 
 
 def below(x: Tensor, sigma: float) -> Tensor:
-    """The share of latents of a level that lie below x."""
+    """Return the cumulative probability of x at a level."""
     total = torch.zeros_like(x)
     for share, mean, spread in zip(SHARES, MEANS, SPREADS, strict=True):
         deviation = (((1 - sigma) * spread) ** 2 + sigma**2) ** 0.5
@@ -58,7 +58,7 @@ def below(x: Tensor, sigma: float) -> Tensor:
 
 
 def solution(x: Tensor, start: float, end: float) -> Tensor:
-    """Where the flow carries x from one level to another: the place with the same share below it."""
+    """Return the point at level `end` to which the flow carries x: the one with the same cumulative probability."""
     wanted = below(x, start)
     low, high = torch.full_like(x, -10), torch.full_like(x, 10)
     for _ in range(64):
@@ -69,25 +69,25 @@ def solution(x: Tensor, start: float, end: float) -> Tensor:
 
 
 def levels(solver: Solver, steps: int) -> Tensor:
-    """From `START` to `END`, even in the variable that the solver steps in."""
+    """Return levels from `START` to `END`, evenly spaced in the variable in which the solver steps."""
     even = torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()
-    if solver.on_flows == "sigma":
+    if solver.steps_in == "sigma":
         return torch.tensor([START + (END - START) * share for share in even], dtype=torch.float64)
-    if solver.on_flows == "as_added":
+    if solver.steps_in == "variance_exploding":
         return torch.tensor([exp(log(START) + log(END / START) * share) for share in even], dtype=torch.float64)
     a, b = half_log_snr(START), half_log_snr(END)
     return torch.tensor([at_half_log_snr(a + (b - a) * share) for share in even], dtype=torch.float64)
 
 
 def observed(name: str, steps: tuple[int, ...] = (48, 96, 192)) -> Row:
-    """Run a solver, without its fresh noise, with more and more steps.
+    """Run a solver without fresh noise, with increasing numbers of steps.
 
     Args:
-        name: of `SOLVERS`.
-        steps: of the runs. What chooses its steps itself gets a tolerance of steps^-3 instead.
+        name: a key of `SOLVERS`.
+        steps: the number of steps of each run. `dpm_adaptive`, which chooses its steps, gets a tolerance of steps^-3.
 
     Raises:
-        ValueError: the solver is none of the ODE, whatever its options.
+        ValueError: the solver always adds noise, so it does not solve the ODE.
     """
     solver = SOLVERS[name]
     if solver.is_stochastic and not solver.eta:
@@ -108,7 +108,7 @@ def _run(solver: Solver, x: Tensor, steps: int, adaptive: bool) -> tuple[Step, i
     def denoise(x: Tensor, sigma: float) -> Tensor | Guided:
         nonlocal calls
         calls += 1
-        x0 = two_humps(x, sigma)
+        x0 = two_gaussians(x, sigma)
         return Guided(x0, x0) if solver.guided else x0
 
     options: dict[str, Any] = {"eta": 0.0} if solver.eta else {}
@@ -119,14 +119,14 @@ def _run(solver: Solver, x: Tensor, steps: int, adaptive: bool) -> tuple[Step, i
 
 
 def orders_markdown() -> str:
-    """The observed order of every solver that can be one of the ODE, as a table."""
-    words = {"sigma": "sigma", "ratio": "ln((1 - sigma) / sigma)", "as_added": "-ln sigma"}
-    lines = ["| solver | steps even in | error at 48, 96, 192 steps | calls | observed order |", "| --- " * 5 + "|"]
+    """Return a Markdown table of the observed order of every solver that can run without fresh noise."""
+    words = {"sigma": "sigma", "log_snr": "log-SNR", "variance_exploding": "-ln sigma"}
+    lines = ["| sampler | steps even in | error at 48, 96, 192 steps | NFE | observed order |", "| --- " * 5 + "|"]
     for name, solver in SOLVERS.items():
         if solver.is_stochastic and not solver.eta:
             continue
         row = observed(name)
         errors, calls = ", ".join(f"{e:.1e}" for e in row.errors), ", ".join(map(str, row.calls))
         suffix = ", eta 0" if solver.eta else ""
-        lines.append(f"| {name}{suffix} | {words[solver.on_flows]} | {errors} | {calls} | {row.order:.2f} |")
+        lines.append(f"| {name}{suffix} | {words[solver.steps_in]} | {errors} | {calls} | {row.order:.2f} |")
     return "\n".join(lines)

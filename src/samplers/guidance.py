@@ -1,8 +1,8 @@
-"""Guidance: predictions under several conditionings become one.
+"""Guidance: combine the predictions under several conditionings into one.
 
-`guide` runs the passes of a level and puts their predictions together; the rest are its parts, each a formula. They
-work on x0, the predicted picture. Formulas that their papers give for a model's output are on the velocity here, which
-is x - x0 up to the factor 1 / sigma; that factor cancels in all of them.
+`guide` runs the model's passes at a noise level and combines them; the other functions are its parts, one formula each.
+They work on x0, the predicted picture. A formula that its paper gives for the model's output is applied to the velocity
+here, which is x - x0 up to the factor 1 / sigma; that factor cancels in all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from samplers.windows import ALWAYS, Window
 
 
 class Within(NamedTuple):
-    """A conditioning, and the levels at which it counts."""
+    """A conditioning, and the window of noise levels in which it is used."""
 
     conditioning: Any
     window: Window = ALWAYS
@@ -26,15 +26,15 @@ class Within(NamedTuple):
 
 @dataclass(frozen=True)
 class Weaker:
-    """A pass of the model made worse; guidance leads away from what it predicts, by scale (cond - weaker).
+    """A pass of a weakened model; guidance adds scale (cond - weaker).
 
-    Skip-layer guidance (Stability-AI/sd3.5) and perturbed attention (Ahn et al. 2024, arXiv 2403.17377) are it.
+    Skip-layer guidance (Stability-AI/sd3.5) and perturbed attention (Ahn et al. 2024, arXiv 2403.17377) work so.
     """
 
     conditioning: Any
     scale: float
     window: Window = ALWAYS
-    rescale: float = 0.0  # see `rescaled`, here on x0: ComfyUI's SkipLayerGuidanceDiT
+    rescale: float = 0.0  # the share of `rescaled`, on x0, as in ComfyUI's SkipLayerGuidanceDiT
 
 
 def guide(
@@ -48,16 +48,17 @@ def guide(
     rescale: float = 0.0,
     read_uncond: bool = False,
 ) -> Guide:
-    """What a solver calls: the passes of a level, and their predictions in one.
+    """Return the function that a solver calls: (latent, noise level) -> `Guided`.
 
     Args:
-        predict: x0 predictions of a latent at a level, one for each conditioning of a list.
-        cond: the prompt.
-        uncond: the negative prompt; None for no unconditional pass.
-        mix: how these two become one: `plain`, `projected`, `zero_star`.
-        window: levels at which they are mixed, else cond counts alone (Kynkäänniemi et al. 2024, arXiv 2404.07724).
-        weaker: passes to be led away from.
-        rescale: see `rescaled`, on the velocity: what the paper calls the model's output, and what diffusers rescales.
+        predict: (latent, noise level, conditionings) -> the predicted x0 of each conditioning.
+        cond: the conditioning of the prompt.
+        uncond: the conditioning of the negative prompt; None for no unconditional pass.
+        mix: how the two predictions are combined: `plain`, `projected`, `zero_star`.
+        window: noise levels at which they are combined; elsewhere the result is the conditional prediction
+            (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+        weaker: passes of weakened models.
+        rescale: the share of `rescaled`, on the velocity, which is what the paper and diffusers rescale.
         read_uncond: run the unconditional pass outside of the window too, for solvers that take it (`Solver.guided`).
     """
 
@@ -77,28 +78,30 @@ def guide(
 
 
 def cfg(predict: Predict, cond: Any, uncond: Any, scale: float) -> Guide:
-    """Classifier-free guidance and nothing else, see `guide` and `plain`."""
+    """Return plain classifier-free guidance, see `guide` and `plain`."""
     return guide(predict, cond, uncond, plain(scale))
 
 
 def plain(scale: float) -> Mix:
-    """Classifier-free guidance: u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598, in Imagen's counting)."""
+    """Return classifier-free guidance: u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598; scale as in Imagen)."""
     return lambda x, cond, uncond: uncond + scale * (cond - uncond)
 
 
 def projected(scale: float, *, eta: float = 0.0, threshold: float = 0.0, momentum: float = 0.0) -> Mix:
-    """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1): for one drawing, as it remembers.
+    """Return adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1), for one drawing.
 
-        d = c - u + momentum d_before;  d <- d min(1, threshold / |d|);  c + (scale - 1) (d_across + eta d_along)
+        d = c - u + momentum d_before;  d <- d min(1, threshold / |d|);  c + (scale - 1) (d_orthogonal + eta d_parallel)
 
-    where d_along is the part of d in the direction of c, which saturates colours, d_across the rest. The paper finds
-    that x0 is what to project, so here it is (diffusers' guider projects what it is given, there the velocity).
+    where d_parallel is the part of d in the direction of c, which saturates colours, and d_orthogonal the rest. As the
+    paper advises, x0 is projected (diffusers' guider projects the model's output, here the velocity). The result keeps
+    d_before, so each drawing needs a new one.
 
     Args:
-        scale: as in `plain`, whose result this is at eta 1 without threshold and momentum.
-        eta: how much of the part along counts.
-        threshold: longest d, in the norm over a whole latent; 0 is none. It goes with the size of the picture.
-        momentum: the paper's is negative. A solver that calls several times a step moves it as often.
+        scale: as in `plain`, which this equals at eta 1 without threshold and momentum.
+        eta: the factor of the parallel part.
+        threshold: the largest norm of d, over a whole latent; 0 for none. It grows with the size of the picture.
+        momentum: the factor of the d before; negative in the paper. A solver that calls the model several times a step
+            updates it at each call.
     """
     before: Tensor | float = 0.0
 
@@ -114,7 +117,7 @@ def projected(scale: float, *, eta: float = 0.0, threshold: float = 0.0, momentu
 
 
 def zero_star(scale: float) -> Mix:
-    """CFG-Zero*: s u + scale (c - s u) on velocities with s = <c, u> / |u|^2 (Fan et al. 2025, arXiv 2503.18886)."""
+    """Return CFG-Zero*: s u + scale (c - s u) on velocities, s = <c, u> / |u|^2 (Fan et al. 2025, arXiv 2503.18886)."""
 
     def mix(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
         given, without = x - cond, x - uncond
@@ -125,15 +128,20 @@ def zero_star(scale: float) -> Mix:
 
 
 def zero_init(guided: Guide, window: Window) -> Guide:
-    """CFG-Zero*'s other half: in the window, its first steps, the velocity is 0, so no model runs. Made for Euler."""
+    """Return CFG-Zero*'s zero-init: in the window of the first steps the velocity is 0 and no model runs. For Euler."""
     return lambda x, sigma: Guided(x, x) if sigma in window else guided(x, sigma)
 
 
 def rescaled(value: Tensor, like: Tensor, share: float) -> Tensor:
-    """share value std(like) / std(value) + (1 - share) value (Lin et al. 2023, arXiv 2305.08891, eq. 14-16).
+    """Return share value std(like) / std(value) + (1 - share) value (Lin et al. 2023, arXiv 2305.08891, eq. 14-16).
 
-    Large guidance scales widen what is predicted, and colours overexpose; `like` is the conditional prediction. The
-    deviations are each picture's own (in ComfyUI's SkipLayerGuidanceDiT that of a whole batch: equal for one picture).
+    Large guidance scales increase the standard deviation of the prediction, and colours overexpose. The deviations are
+    those of each sample (in ComfyUI's SkipLayerGuidanceDiT of the whole batch, which is equal for one picture).
+
+    Args:
+        value: the guided prediction [b, ...].
+        like: the conditional prediction [b, ...].
+        share: 0 returns `value`, 1 gives it the deviation of `like`.
     """
     if not share:
         return value
@@ -143,12 +151,12 @@ def rescaled(value: Tensor, like: Tensor, share: float) -> Tensor:
 
 
 def one_by_one(predict: Predict) -> Predict:
-    """A pass for each conditioning, whatever could share a batch: slower, and the least memory."""
+    """Return `predict` with one pass for each conditioning instead of one batch: slower, with the least memory."""
     return lambda x, sigma, conditionings: [predict(x, sigma, [one])[0] for one in conditionings]
 
 
 def averaged(predict: Predict) -> Predict:
-    """`predict` for conditionings that are several `Within` each: the mean over those that count at the level.
+    """Return `predict` for conditionings that are several `Within` each: the mean over those in whose window sigma is.
 
     ComfyUI's ConditioningCombine with ConditioningSetTimestepRange (`comfy/samplers.py`, equal weights).
     """
@@ -163,10 +171,10 @@ def averaged(predict: Predict) -> Predict:
 
 
 def only_x0(guided: Guide) -> Denoise:
-    """What plain solvers take: the combined prediction alone."""
+    """Return the guided prediction alone, which is what solvers other than CFG++ take."""
     return lambda x, sigma: guided(x, sigma).x0
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each sample, [b, 1, ...]."""
+    """Return the inner product of each sample, [b, 1, ...]."""
     return (a * b).sum(tuple(range(1, a.ndim)), keepdim=True)

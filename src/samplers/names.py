@@ -1,4 +1,4 @@
-"""Looking up a name that a user typed."""
+"""Look up a name that a user typed."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -8,10 +8,10 @@ Value = TypeVar("Value")
 
 
 def pick(table: Mapping[str, Value], name: str, what: str) -> Value:
-    """The entry called `name`.
+    """Return the entry called `name`.
 
     Raises:
-        ValueError: there is none; the nearest names and all names are listed.
+        ValueError: there is no such entry; the message lists the nearest names and all names.
     """
     if name in table:
         return table[name]

@@ -1,4 +1,4 @@
-"""Noise: where a picture starts, and what stochastic solvers add on the way."""
+"""Noise: the starting noise of a picture, and the fresh noise that stochastic solvers add."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-# What a stochastic solver asks: (level before, level after) -> noise of unit variance, of the latent's shape.
+# (level before the step, level after it) -> noise of unit variance, of the latent's shape
 Noise = Callable[[float, float], Tensor]
 
 
 def gaussian(
     shape: Sequence[int], generators: torch.Generator | Sequence[torch.Generator] | None, dtype: torch.dtype
 ) -> Tensor:
-    """Normal noise of `shape` [b, c, h, w], drawn in `dtype` on the generator's device.
+    """Draw normal noise of shape [b, c, h, w] in `dtype`, on the generator's device.
 
     Args:
-        shape: of the batch.
+        shape: [b, c, h, w]; any number of dimensions, of which the first counts the samples.
         generators: one for the whole batch, or one per sample; None draws from torch's global state on the CPU.
-        dtype: what the draw itself is made in: float64 draws are other numbers than float32 ones.
+        dtype: the dtype of the draw; a float64 draw gives other numbers than a float32 draw.
 
     Raises:
-        ValueError: there are as many generators neither as one nor as samples.
+        ValueError: the number of generators is not the number of samples.
     """
     if generators is None or isinstance(generators, torch.Generator):
         device = "cpu" if generators is None else generators.device
@@ -36,35 +36,35 @@ def gaussian(
 
 
 class Fresh:
-    """Independent normal noise for every request, whatever the levels.
+    """Independent normal noise for every call, whatever the levels.
 
     Args:
-        x: the latent: its shape, dtype and device.
-        generators: see `gaussian`; each goes on from where it is.
+        x: a latent of the shape, dtype and device that the noise shall have.
+        generators: see `gaussian`; each continues from its present state.
     """
 
     def __init__(self, x: Tensor, generators: Generators = None) -> None:
         self.like, self.generators = x, generators
 
-    def __call__(self, sigma: float, following: float) -> Tensor:
+    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
         return gaussian(self.like.shape, self.generators, self.like.dtype).to(self.like.device)
 
 
 class BrownianTree:
     """The noise of ComfyUI's and k-diffusion's SDE solvers: increments of one Brownian path over the levels.
 
-    Between two levels it is (W(sigma') - W(sigma)) / sqrt(|sigma' - sigma|), so that what is added over a stretch does
-    not depend on how many steps it is cut into. torchsde draws the path, in float32 on the CPU (Li et al. 2020,
+    Between two levels it is (W(sigma') - W(sigma)) / sqrt(|sigma' - sigma|), so that the noise added between two levels
+    does not depend on the number of steps between them. torchsde draws the path, in float32 on the CPU (Li et al. 2020,
     arXiv 2001.01328, section 4); it comes with the extra `comfy`.
 
     Args:
-        x: the latent: its shape, dtype and device.
+        x: a latent of the shape, dtype and device that the noise shall have.
         sigma_min, sigma_max: the lowest level above 0, and the highest.
-        seeds: one for the whole batch, or one per sample, whose noise is then that of its seed alone.
+        seeds: one for the whole batch, or one per sample; then the noise of a sample depends on its own seed alone.
 
     Raises:
         ImportError: torchsde is not installed.
-        ValueError: there are as many seeds neither as one nor as samples.
+        ValueError: the number of seeds is not the number of samples.
     """
 
     def __init__(self, x: Tensor, sigma_min: float, sigma_max: float, seeds: int | Sequence[int]) -> None:
@@ -77,12 +77,14 @@ class BrownianTree:
         each = seeds if isinstance(seeds, Sequence) else [seeds]
         self.trees = [tree(low, zero, high, entropy=seed) for seed in each]
 
-    def __call__(self, sigma: float, following: float) -> Tensor:
-        ends = [torch.tensor(level, dtype=torch.float32) for level in (sigma, following)]
-        with warnings.catch_warnings():  # it rounds its own ends, and then finds ours a millionth beyond them
+    def __call__(self, sigma: float, sigma_next: float) -> Tensor:
+        ends = [torch.tensor(level, dtype=torch.float32) for level in (sigma, sigma_next)]
+        with (
+            warnings.catch_warnings()
+        ):  # torchsde rounds the ends of its path and warns of ours, which may lie 1e-6 beyond
             warnings.filterwarnings("ignore", "Should have t")
             paths = torch.stack([tree(min(ends), max(ends)) for tree in self.trees])
-        noise = (paths if self.batched else paths[0]) * (1.0 if following > sigma else -1.0)
+        noise = (paths if self.batched else paths[0]) * (1.0 if sigma_next > sigma else -1.0)
         return (noise / (ends[1] - ends[0]).abs().sqrt()).to(self.like)
 
 

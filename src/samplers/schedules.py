@@ -1,4 +1,4 @@
-"""Noise levels of the steps. A schedule is a float64 tensor [steps + 1] that falls from 1, or nearly 1, to 0.
+"""Schedules: the noise levels of the steps, float64 [steps + 1], falling from 1, or nearly 1, to 0.
 
 Flow matching: x = sigma * noise + (1 - sigma) * picture, and the model's timestep is 1000 * sigma.
 """
@@ -15,22 +15,31 @@ from torch import Tensor
 
 from samplers.names import pick
 
-TRAIN_STEPS = 1000  # the table of timesteps that the models were trained with: 1/1000 ... 1
+TRAIN_STEPS = 1000  # the models were trained with a table of timesteps: 1/1000 ... 1
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """a t / (1 + (a - 1) t): more of the steps at high noise (Esser et al. 2024, arXiv 2403.03206, section 5.3.2)."""
-    return shift * t / (1 + (shift - 1) * t)
+    """Return shift t / (1 + (shift - 1) t), which moves timesteps towards noise; any shape.
+
+    Esser et al. 2024, arXiv 2403.03206, section 5.3.2. The result is 1 exactly at t = 1, and at most 1 below, for every
+    shift and dtype, which the formula alone is not: with shift 0.1 it gives 1.0000000000000002.
+
+    Args:
+        t: timesteps in [0, 1].
+        shift: above 0; 1 changes nothing.
+    """
+    moved = shift * t / (1 + (shift - 1) * t)
+    return torch.where(t == 1, t, moved.clamp(max=1))
 
 
 def checked_sigmas(levels: Sequence[float] | Tensor) -> Tensor:
-    """Noise levels of one's own as a schedule, float64 [steps + 1], used as they are: no shift is applied.
+    """Return given noise levels as a schedule, float64 [steps + 1]. No shift is applied.
 
     Args:
-        levels: falling, the first at most 1, the last 0.
+        levels: falling noise levels, the first at most 1, the last 0.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the levels are not so; the message names the first place.
     """
     schedule = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
     check_falls(schedule)
@@ -43,7 +52,7 @@ def checked_sigmas(levels: Sequence[float] | Tensor) -> Tensor:
 
 
 def check_falls(levels: Tensor) -> None:
-    """Raise ValueError unless these are finite levels, [steps + 1], each below the one before."""
+    """Raise ValueError unless these are finite levels of shape [steps + 1], each below the one before."""
     if levels.ndim != 1 or len(levels) < 2:
         raise ValueError(f"sigmas have shape {list(levels.shape)}, expected [steps + 1] with at least one step")
     if not torch.isfinite(levels).all():
@@ -57,13 +66,13 @@ def normal(steps: int, shift: float) -> Tensor:
     """Even timesteps between the ends of the shifted table, shifted once more; then 0.
 
     The default of the three references (Stability `get_sigmas`, ComfyUI `normal`, diffusers
-    FlowMatchEulerDiscreteScheduler). The ends are rounded to float32 as theirs are.
+    FlowMatchEulerDiscreteScheduler). The ends are rounded to float32, as in these.
     """
     return _to_zero(_even_shifted(steps, shift))
 
 
 def sgm_uniform(steps: int, shift: float) -> Tensor:
-    """`normal` with a step more, without its last level: the step to 0 is as wide as the others (ComfyUI)."""
+    """`normal` with one step more, without its last level: the step to 0 is as wide as the others (ComfyUI)."""
     return _to_zero(_even_shifted(steps + 1, shift)[:-1])
 
 
@@ -76,7 +85,7 @@ def simple(steps: int, shift: float) -> Tensor:
 def ddim_uniform(steps: int, shift: float) -> Tensor:
     """Every (1000 // steps)-th timestep of the table from the second on, shifted once; then 0 (ComfyUI).
 
-    It starts below 1, and where steps do not divide 1000 it has more steps than asked for.
+    It starts below 1, and has more steps than asked for where 1000 is not a multiple of steps.
     """
     return _to_zero(_table(shift)[1 :: max(TRAIN_STEPS // steps, 1)].flip(0))
 
@@ -84,7 +93,7 @@ def ddim_uniform(steps: int, shift: float) -> Tensor:
 def beta(steps: int, shift: float) -> Tensor:
     """Timesteps of the table at the quantiles of a beta distribution (0.6, 0.6), without repeats; then 0.
 
-    Lee et al. 2024, arXiv 2407.12173. Repeats, which come with many steps, leave fewer steps than asked for (ComfyUI).
+    Lee et al. 2024, arXiv 2407.12173. With many steps timesteps repeat, which leaves fewer steps (ComfyUI).
     """
     at = (TRAIN_STEPS - 1) * beta_quantile(1 - torch.arange(steps, dtype=torch.float64) / steps)
     return _to_zero(_table(shift)[at.round().long().unique_consecutive()])
@@ -101,7 +110,7 @@ def exponential(steps: int, shift: float) -> Tensor:
 
 
 def linear_quadratic(steps: int, shift: float) -> Tensor:
-    """Half of the steps over the first 2.5 % of the noise, the rest wider and wider, whatever the shift; then 0.
+    """Half of the steps over the first 2.5 % of the noise, the rest increasingly wide; the shift is ignored.
 
     Polyak et al. 2024 (Movie Gen), arXiv 2410.13720, section 3.4.2, with ComfyUI's threshold of 0.025.
     """
@@ -118,7 +127,7 @@ def linear_quadratic(steps: int, shift: float) -> Tensor:
 def kl_optimal(steps: int, shift: float) -> Tensor:
     """Even in arctan sigma between the ends of the table; then 0. Sabour et al. 2024, arXiv 2404.14507, appendix."""
     levels = (atan(1) + _even(steps) * (atan(_lowest(shift)) - atan(1))).tan()
-    levels[0] = 1  # and not the float below it
+    levels[0] = 1  # rounding gives the float below 1
     return _to_zero(levels)
 
 
@@ -133,15 +142,15 @@ def diffusers_exponential(steps: int, shift: float) -> Tensor:
 
 
 def diffusers_beta(steps: int, shift: float) -> Tensor:
-    """Quantiles of the beta distribution between the ends of `normal`: `use_beta_sigmas` of the same scheduler."""
+    """Quantiles of the beta distribution between the ends of `normal`: the same with `use_beta_sigmas`."""
     low = _last(steps, shift)
     return _to_zero(low + (1 - low) * beta_quantile(1 - _even(steps)))
 
 
 def diffusers_dynamic(steps: int, shift: float) -> Tensor:
-    """Even timesteps from 1 to 1/1000, shifted once; then 0: the same scheduler with `use_dynamic_shifting`.
+    """Even timesteps from 1 to 1/1000, shifted once; then 0: the same with `use_dynamic_shifting`.
 
-    Its shift is `resolution_shift`.
+    The shift is then `resolution_shift` of the picture.
     """
     return _to_zero(shifted(1 - _even(steps) * (1 - 1 / TRAIN_STEPS), shift))
 
@@ -149,7 +158,7 @@ def diffusers_dynamic(steps: int, shift: float) -> Tensor:
 def diffusers_dpm(steps: int, shift: float) -> Tensor:
     """Even timesteps from 0.999 to 0, shifted once: DPMSolverMultistepScheduler with `use_flow_sigmas`.
 
-    It starts below 1. DEISMultistepScheduler has the same, but for the 0.
+    It starts below 1. DEISMultistepScheduler has the same levels except for the 0.
     """
     return shifted((1 - _even(steps + 1)) * (1 - 1 / TRAIN_STEPS), shift)
 
@@ -173,13 +182,13 @@ SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {
 
 
 def sigmas(name: str, steps: int, *, shift: float = 3.0) -> Tensor:
-    """The noise levels of a schedule, float64 [steps + 1], the last one 0.
+    """Return the noise levels of a schedule, float64 [steps + 1], falling, the last one 0.
 
     `ddim_uniform` may have more steps than asked for, `beta` fewer.
 
     Args:
-        name: one of `SCHEDULES`.
-        steps: model evaluations of a first-order solver; at least 1.
+        name: a key of `SCHEDULES`.
+        steps: the number of steps, at least 1.
         shift: 3.0 for SD3 and SD3.5; 1 leaves the timesteps even.
 
     Raises:
@@ -199,18 +208,19 @@ def resolution_shift(
     base_tokens: int = 256,
     max_tokens: int = 4096,
     base_shift: float = 0.5,
-    max_shift: float = 1.16,
+    max_shift: float = 1.15,
     kind: Literal["exponential", "linear"] = "exponential",
 ) -> float:
-    """The shift for a picture of so many tokens: larger pictures need more noise to be as noisy.
+    """Return the shift for a picture of so many tokens: larger pictures need a larger shift to be as noisy.
 
-    Esser et al. 2024, arXiv 2403.03206, section 5.3.2, formula 23, as diffusers has it: a number mu that is linear in
-    the tokens, and the shift e^mu, or mu itself. Defaults are those of its SD3 pipeline with `use_dynamic_shifting`.
+    Esser et al. 2024, arXiv 2403.03206, section 5.3.2, formula 23, in diffusers' form: a number mu that is linear in
+    the number of tokens, and the shift e^mu, or mu itself. The defaults are those of `calculate_shift` and of
+    FlowMatchEulerDiscreteScheduler with `use_dynamic_shifting`.
 
     Args:
-        tokens: of the latent, (height / 16) (width / 16).
-        base_tokens, max_tokens: where mu is `base_shift` and `max_shift`.
-        base_shift, max_shift: mu there.
+        tokens: the number of image tokens, (height / 16) (width / 16).
+        base_tokens, max_tokens: the numbers of tokens at which mu is `base_shift` and `max_shift`.
+        base_shift, max_shift: mu at these.
         kind: "exponential" for e^mu, "linear" for mu.
     """
     mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
@@ -218,7 +228,7 @@ def resolution_shift(
 
 
 def beta_quantile(shares: Tensor) -> Tensor:
-    """Where a beta distribution (0.6, 0.6) has these shares below: bisection of the regularized incomplete beta."""
+    """Return quantiles of the beta distribution (0.6, 0.6), by bisection of the regularized incomplete beta."""
     low, high = torch.zeros_like(shares), torch.ones_like(shares)
     for _ in range(64):
         middle = (low + high) / 2
@@ -228,26 +238,26 @@ def beta_quantile(shares: Tensor) -> Tensor:
 
 
 def _beta_below(x: Tensor, a: float = 0.6) -> Tensor:
-    """The share below x: x^a times the series sum_n (1 - a)_n x^n / (n! (a + n)), taken from the nearer end."""
+    """Return the cumulative probability of x: x^a sum_n (1 - a)_n x^n / (n! (a + n)), from the nearer end."""
     near, total, term = torch.minimum(x, 1 - x), torch.zeros_like(x), torch.ones_like(x)
-    for n in range(60):  # near is at most 1/2, so that a term is at most half of the one before
+    for n in range(60):  # near is at most 1/2, so each term is at most half of the one before
         total, term = total + term / (a + n), term * near * (1 - a + n) / (n + 1)
     share = near**a * total * gamma(2 * a) / gamma(a) ** 2
     return torch.where(x < 1 / 2, share, 1 - share)
 
 
 def _table(shift: float) -> Tensor:
-    """The levels of all timesteps that the models were trained with, rising."""
+    """Return the levels of all timesteps that the models were trained with, rising."""
     return shifted(torch.arange(1, TRAIN_STEPS + 1, dtype=torch.float64) / TRAIN_STEPS, shift)
 
 
 def _lowest(shift: float) -> float:
-    """The first level of the table, rounded to float32 as the references' is."""
+    """Return the first level of the table, rounded to float32 as in the references."""
     return float(np.float32(shifted(torch.tensor(1 / TRAIN_STEPS, dtype=torch.float64), shift).item()))
 
 
 def _even(steps: int) -> Tensor:
-    """From 0 to 1 in so many values; 0 alone for one."""
+    """Return `steps` even values from 0 to 1; [0] for one."""
     return torch.linspace(0, 1, steps, dtype=torch.float64)
 
 
@@ -257,7 +267,7 @@ def _even_shifted(steps: int, shift: float) -> Tensor:
 
 
 def _last(steps: int, shift: float) -> float:
-    """The last level of `normal` above 0."""
+    """Return the last level of `normal` above 0."""
     return float(_even_shifted(steps, shift)[-1])
 
 

@@ -1,4 +1,4 @@
-"""The values that solvers, guidance and noise hand to each other."""
+"""The types of the values that are passed between solvers, guidance and noise."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-Denoise = Callable[[Tensor, float], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]  # (latent, noise level) -> predicted x0, of the latent's shape
+# (latent, noise level, conditionings) -> the predicted x0 of each conditioning
 Predict = Callable[[Tensor, float, Sequence[Any]], list[Tensor]]
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, x0 with the prompt, x0 without it) -> x0
 
 
 @dataclass
 class Step:
-    """What a solver shows after a step. Changing `x` changes what it goes on from."""
+    """What a solver yields after a step. It continues from `x`, which the caller may change."""
 
-    i: int
-    sigma: float  # the level of x: sigmas[i + 1], but for solvers that choose levels of their own
-    x: Tensor
-    denoised: Tensor  # the prediction at the step's beginning, sigmas[i], that the step was made with
+    i: int  # the number of the step, from 0
+    sigma: float  # the noise level of x: sigmas[i + 1], except in solvers that choose their own levels
+    x: Tensor  # the latent after the step
+    denoised: Tensor  # the x0 predicted at the beginning of the step, at sigmas[i]
 
 
 class Guided(NamedTuple):
-    """The combined prediction and the unconditional one that it was made with, where one ran."""
+    """The guided prediction of x0, and the unconditional prediction if the pass was run."""
 
     x0: Tensor
     uncond: Tensor | None

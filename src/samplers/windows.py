@@ -1,7 +1,7 @@
-"""Where on the way from noise to picture something applies, said in noise levels.
+"""Windows of noise levels in which a part of guidance applies.
 
-Origins count steps, or percents of the way. Both become levels when guidance is built, so that a window means the same
-to solvers that call the model several times a step, and to every schedule.
+The reference implementations count steps, or percents of the timesteps. Both are converted to noise levels when
+guidance is built, so that a window means the same for every schedule and for solvers with several model calls a step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from samplers.schedules import shifted
 
 @dataclass(frozen=True)
 class Window:
-    """The levels from `high` down to `low`; `low` itself belongs to them where the window is `closed`.
+    """The levels from `high` down to `low`; `low` itself belongs to the window only if it is `closed`.
 
-    So the calls of step i are those in Window(sigmas[i], sigmas[i + 1]), wherever in the step a solver makes them.
+    So the model calls of step i are those in Window(sigmas[i], sigmas[i + 1]), wherever in the step they are made.
     """
 
     high: float = inf
@@ -36,11 +36,13 @@ NEVER = Window(-inf, -inf)
 
 
 def steps_inside(sigmas: Tensor, start: float, stop: float) -> Window:
-    """The steps i of n with start n < i < stop n: so diffusers and Stability's code count for skip-layer guidance.
+    """Return the window of the steps i of n with start n < i < stop n.
+
+    diffusers and Stability's code count so for skip-layer guidance.
 
     Args:
         sigmas: [n + 1] falling levels.
-        start, stop: shares of the steps. Both ends are outside: even with start 0 the first step is.
+        start, stop: shares of the steps, 0 to 1. Both ends are outside: with start 0 the first step is outside.
     """
     levels = sigmas.tolist()
     count = len(levels) - 1
@@ -49,28 +51,28 @@ def steps_inside(sigmas: Tensor, start: float, stop: float) -> Window:
 
 
 def first_steps(sigmas: Tensor, count: int) -> Window:
-    """The first `count` steps."""
+    """Return the window of the first `count` steps of the levels `sigmas`."""
     return Window(low=float(sigmas[count])) if count else NEVER
 
 
 def percents(start: float, stop: float, shift: float) -> Window:
-    """From `start` to `stop` of the way, 0 to 1, both ends inside, as ComfyUI's ranges of timesteps.
+    """Return the window from `start` to `stop`, both ends inside, as ComfyUI's ranges of timesteps.
 
     Args:
-        start, stop: of the even timesteps, before they are shifted.
-        shift: of the schedule, see `sigmas`.
+        start, stop: shares of the even timesteps before they are shifted, 0 to 1.
+        shift: the shift of the schedule, see `samplers.sigmas`.
     """
     return Window(level_at(start, shift), level_at(stop, shift), closed=True)
 
 
 def level_at(percent: float, shift: float) -> float:
-    """The level after this share of the way: 1 - percent, shifted (ComfyUI `ModelSamplingDiscreteFlow`)."""
+    """Return the level at this share of the timesteps: 1 - percent, shifted (ComfyUI `ModelSamplingDiscreteFlow`)."""
     rest = torch.tensor(min(max(1 - percent, 0), 1), dtype=torch.float64)
     return float(shifted(rest, shift))
 
 
 def gap(windows: Sequence[Window], high: float, low: float) -> tuple[float, float] | None:
-    """The first stretch of levels from `high` down to `low` that is in no window; None where all are in one."""
+    """Return the first interval of levels between `high` and `low` that is in no window; None if there is none."""
     reached = high
     for window in sorted(windows, key=lambda one: one.high, reverse=True):
         if window.high < reached:

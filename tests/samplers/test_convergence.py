@@ -1,11 +1,11 @@
-"""How fast solvers converge on a flow with a known solution, and whether what they draw is the flow's distribution."""
+"""Observed orders of convergence on a flow with a known solution, and the distribution of what solvers draw."""
 
 import pytest
 import torch
 
 import samplers
 from samplers import convergence
-from samplers.convergence import START, below, observed, solution, two_humps
+from samplers.convergence import START, below, observed, solution, two_gaussians
 
 ODE = [name for name, one in samplers.SOLVERS.items() if one.eta or not one.is_stochastic]
 
@@ -16,9 +16,9 @@ def test_the_known_solution_solves_the_flow():
     at, step = solution(x, START, 0.5), 1e-5
     ends = [solution(x, START, 0.5 + sign * step) for sign in (1, -1)]
     slope = (ends[0] - ends[1]) / (2 * step)
-    torch.testing.assert_close(slope, (at - two_humps(at, 0.5)) / 0.5, rtol=0, atol=1e-8)
+    torch.testing.assert_close(slope, (at - two_gaussians(at, 0.5)) / 0.5, rtol=0, atol=1e-8)
     torch.testing.assert_close(below(at, 0.5), below(x, START), rtol=0, atol=1e-12)
-    torch.testing.assert_close(two_humps(x, 1.0), torch.full_like(x, 0.4 * -0.8 + 0.6 * 0.9), rtol=0, atol=1e-12)
+    torch.testing.assert_close(two_gaussians(x, 1.0), torch.full_like(x, 0.4 * -0.8 + 0.6 * 0.9), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ODE)
@@ -49,13 +49,13 @@ def test_the_table_has_a_row_for_every_ode_solver(monkeypatch):
 
 
 def miss(name, steps=200, count=4000):
-    """The largest difference between the shares below a point, of what is drawn and of the pictures."""
+    """The Kolmogorov-Smirnov distance between what is drawn and the distribution of the pictures."""
     solver, generator = samplers.SOLVERS[name], torch.Generator().manual_seed(5)
     x = torch.randn(count, generator=generator, dtype=torch.float64)
     noise = samplers.Fresh(x, generator)
 
     def denoise(x, sigma):
-        x0 = two_humps(x, sigma)
+        x0 = two_gaussians(x, sigma)
         return samplers.Guided(x0, x0) if solver.guided else x0
 
     *_, last = solver(denoise, x, samplers.sigmas("normal", steps), noise=noise)
@@ -65,11 +65,11 @@ def miss(name, steps=200, count=4000):
 
 @pytest.mark.parametrize("name", [name for name, one in samplers.SOLVERS.items() if one.is_stochastic])
 def test_what_is_drawn_is_the_flows(name):
-    """`fits_flows` is true: what treats sigma as added noise misses by far. (lcm needs a model made for it.)"""
+    """`fits_flows` is true: fresh noise in the variance exploding form misses by far. (lcm needs a distilled model.)"""
     found = miss(name)
     if name == "lcm":
         assert found > 0.05
     elif samplers.SOLVERS[name].fits_flows:
-        assert found < 0.035, "0.026 is what 4000 points may miss by chance once in a hundred times"
+        assert found < 0.035, "a distance of 0.026 has a probability of 1 % with 4000 points"
     else:
         assert found > 0.1

@@ -1,4 +1,4 @@
-"""Guidance: its formulas against diffusers' guiders, and its windows against the steps that they stand for."""
+"""Guidance: formulas against diffusers' guiders, and windows against the steps that they cover."""
 
 import math
 
@@ -38,12 +38,12 @@ def predict(x, sigma, names):
 
 
 def velocity(guided: samplers.Guide) -> torch.Tensor:
-    """What a guider works on."""
+    """The guided velocity, which is what diffusers' guiders return."""
     return (X - guided(X, SIGMA).x0) / SIGMA
 
 
 def at(guider, step: int = 1, steps: int = 10):
-    """What a guider makes of velocities, within a drawing."""
+    """The guider's function of velocities, set to a step of a drawing."""
     guider.set_state(step, steps, torch.tensor(0))
     return guider.forward
 
@@ -66,14 +66,14 @@ def test_rescaled_cfg_equals_diffusers(share):
 @pytest.mark.parametrize("threshold", [0.0, 10.0])  # shortens some of the batch
 @pytest.mark.parametrize("momentum", [0.0, -0.5])
 def test_projected_guidance_equals_diffusers(eta, threshold, momentum):
-    """Several calls, for what it remembers; diffusers' scale counts from 0 in the paper's formulation."""
+    """Several calls, because of the momentum; diffusers' scale is the paper's minus 1."""
     mix, buffer = samplers.projected(4.0, eta=eta, threshold=threshold, momentum=momentum), MomentumBuffer(momentum)
     for cond, uncond in (drawn(1, 2), drawn(3, 4), drawn(5, 6)):
         wanted = normalized_guidance(cond, uncond, 3.0, buffer, eta, threshold, use_original_formulation=True)
         close(mix(X, cond, uncond), wanted)
 
 
-def test_projected_guidance_is_plain_guidance_where_all_of_it_counts():
+def test_projected_guidance_is_plain_guidance_at_eta_1():
     mix = samplers.projected(4.0, eta=1.0)
     close(mix(X, COND, UNCOND), samplers.plain(4.0)(X, COND, UNCOND))
     guider = at(AdaptiveProjectedGuidance(3.0, None, 2.0, eta=0.0, use_original_formulation=True))
@@ -107,7 +107,7 @@ def test_zero_init_equals_diffusers_and_runs_no_model():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7])
-def test_leading_away_from_a_worse_model_equals_diffusers(share):
+def test_guidance_by_a_weakened_model_equals_diffusers(share):
     weaker = [Weaker("worse", 2.8, Window(0.8, 0.6))]
     found = velocity(samplers.guide(predict, "cond", "uncond", samplers.plain(5.0), weaker=weaker, rescale=share))
     skip = SkipLayerGuidance(5.0, 2.8, 0.01, 0.5, [1], guidance_rescale=share)
@@ -121,8 +121,8 @@ def test_leading_away_from_a_worse_model_equals_diffusers(share):
     )
 
 
-def test_without_an_unconditional_pass_the_worse_is_added_alone():
-    """So ComfyUI and diffusers' PAG pipeline; diffusers' guiders count the scale from the worse prediction there."""
+def test_without_an_unconditional_pass_the_weakened_model_alone_guides():
+    """As in ComfyUI and diffusers' PAG pipeline; the scale of diffusers' guiders is larger by 1 there."""
     found = samplers.guide(predict, "cond", None, samplers.plain(5.0), weaker=[Weaker("worse", 2.0)])(X, SIGMA)
     close(found.x0, PICTURES["cond"] + 2.0 * (PICTURES["cond"] - PICTURES["worse"]))
     assert found.uncond is None
@@ -140,7 +140,7 @@ def test_rescaling_of_the_picture_is_comfyuis():
 
 
 def test_an_interval_equals_the_steps_of_diffusers():
-    """Outside of it cond alone, from a pass of its own."""
+    """Outside of the interval only the conditional pass runs."""
     levels = samplers.sigmas("normal", 10).tolist()
     calls = []
     window = Window(levels[2], levels[7])
@@ -154,7 +154,7 @@ def test_an_interval_equals_the_steps_of_diffusers():
         assert calls[-1] == (["uncond", "cond"] if 2 <= i < 7 else ["cond"])
 
 
-def test_solvers_that_take_uncond_get_it_everywhere():
+def test_read_uncond_runs_the_unconditional_pass_outside_of_the_window():
     guided = samplers.guide(predict, "cond", "uncond", samplers.plain(5.0), window=Window(0.5, 0.1), read_uncond=True)
     found = guided(X, SIGMA)
     assert torch.equal(found.x0, PICTURES["cond"])

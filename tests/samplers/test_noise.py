@@ -1,4 +1,4 @@
-"""Noise: of each picture that of its seed, and ComfyUI's Brownian tree."""
+"""Noise: each picture's depends on its seed alone; ComfyUI's Brownian tree."""
 
 import sys
 
@@ -37,7 +37,7 @@ def tree(seeds, x=None):
 
 
 def test_the_tree_is_torchsdes_as_comfyui_asks_it():
-    """(W(sigma') - W(sigma)) / |sigma' - sigma|^(1/2): a falling level turns the sign."""
+    """(W(sigma') - W(sigma)) / |sigma' - sigma|^(1/2): the sign is negative where the level falls."""
     own = torchsde.BrownianTree(torch.tensor(0.01), torch.zeros(1, 4, 8, 8), torch.tensor(1.0), entropy=11)
     path = own(torch.tensor(0.4), torch.tensor(0.9))
     width = (torch.tensor(0.4) - torch.tensor(0.9)).abs().sqrt()
@@ -46,7 +46,7 @@ def test_the_tree_is_torchsdes_as_comfyui_asks_it():
 
 
 def test_the_tree_is_one_path():
-    """What comes together over two steps is what comes over both at once, whatever was asked before."""
+    """The increments of two steps add up to the increment over both, whatever was asked before."""
     noise = tree(11)
     parts = noise(0.9, 0.6) * 0.3**0.5 + noise(0.6, 0.2) * 0.4**0.5
     torch.testing.assert_close(tree(11)(0.9, 0.2) * 0.7**0.5, parts, rtol=0, atol=1e-5)

@@ -33,7 +33,7 @@ def test_schedules_equal_comfyui(key):
 
 
 def test_every_recorded_schedule_differs_from_every_other():
-    """The bound of the test before is far below what a wrong name would make."""
+    """Two schedules differ by far more than the tolerance of the test before."""
     names = {key.split("|")[0] for key in RECORDED["comfy"]}
     assert names < set(samplers.SCHEDULES)
     found = [samplers.sigmas(name, 8)[:8] for name in sorted(names)]
@@ -64,14 +64,14 @@ def test_normal_equals_installed_diffusers_to_the_bit(steps, shift):
 
 
 def test_a_shifted_sigma_is_noticed():
-    """The bound of these tests against the nearest mistake: shifting once instead of twice."""
+    """The nearest mistake, shifting once instead of twice, is far above the tolerance of these tests."""
     once = samplers.shifted(torch.linspace(1, 0.001, 28, dtype=torch.float64), 3.0)
     assert float((samplers.sigmas("normal", 28, shift=3.0)[:-1] - once).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize("name", samplers.SCHEDULES)
 def test_ends_and_order(name):
-    """Of every schedule, for every number of steps; the two whose number may differ say so."""
+    """Every schedule, for many numbers of steps; only two may have another number of steps than asked for."""
     for steps in (*range(1, 40), 100, 250):
         levels = samplers.sigmas(name, steps)
         assert levels.dtype == torch.float64

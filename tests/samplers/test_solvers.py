@@ -1,4 +1,4 @@
-"""Solvers against recorded numbers and against each other, and their manners as generators."""
+"""Solvers against recorded numbers and against each other, and how they behave as generators."""
 
 import math
 from itertools import pairwise
@@ -24,7 +24,7 @@ KSAMPLER = [
 STOCHASTIC = [name for name, one in samplers.SOLVERS.items() if one.is_stochastic]
 GUIDED = [name for name, one in samplers.SOLVERS.items() if one.guided]
 ODE = [name for name, one in samplers.SOLVERS.items() if one.eta or not one.is_stochastic]
-# These go on with slopes from before, which a change of x leaves as they are.
+# These use slopes of earlier steps, which a change of step.x does not change.
 REMEMBERS_SLOPES = {"lms", "ipndm", "ipndm_v", "deis", "flow_deis", "gradient_estimation", "gradient_estimation_cfg_pp"}
 
 
@@ -44,7 +44,7 @@ def recorded_noise(sigma, following):
 
 
 def both(x0):
-    """A prediction without guidance, as the solvers take it that ask for one with."""
+    """A prediction without guidance, in the form that CFG++ solvers take."""
     return samplers.Guided(x0, x0)
 
 
@@ -108,9 +108,16 @@ def test_everything_that_ksampler_offers_is_there():
     assert set(KSAMPLER) - set(RECORDED) == {"ddim", *GUIDED} - {"euler_cfg_pp", "euler_ancestral_cfg_pp"}
 
 
+def test_every_solver_is_importable_by_its_name():
+    assert {name: getattr(samplers, name) for name in samplers.SOLVERS} == {
+        name: solver.run for name, solver in samplers.SOLVERS.items()
+    }
+    assert set(samplers.SOLVERS) < set(samplers.__all__)
+
+
 @pytest.mark.parametrize("name", samplers.SOLVERS)
 def test_the_table_is_true(name):
-    """Calls a step are counted; what is not a flow's names what is."""
+    """Model calls are counted; a solver that is wrong on flows names one that is right."""
     solver, calls = samplers.SOLVERS[name], []
     model = model_for(name)
     steps = list(
@@ -124,12 +131,12 @@ def test_the_table_is_true(name):
     assert solver.fits_flows or solver.flow_form
     assert not solver.flow_form or samplers.SOLVERS[solver.flow_form].fits_flows
     assert "arXiv" in solver.run.__doc__ or "`" in solver.run.__doc__
-    assert f"| {name} |" in samplers.solvers_markdown()
+    assert f"| `{name}` |" in samplers.solvers_markdown()
 
 
 @pytest.mark.parametrize("name", ODE)
 def test_a_constant_prediction_is_followed_exactly(name):
-    """The flow is then a straight line, also after somebody has changed a step."""
+    """The flow is then a straight line, also after a caller has changed a step."""
     solver, goal, x = samplers.SOLVERS[name], torch.full_like(INDEX, 0.4), INDEX / 9
     model = model_for(name, lambda x, sigma: goal)
     levels = levels_of(solver, 9)
@@ -182,7 +189,7 @@ def test_cfg_pp_takes_the_noise_from_the_unconditional_picture(name):
     options = without_noise(name)
     a, b = (next(iter(samplers.SOLVERS[name](model, x, levels, **options))) for model in (guided_toy, model_for(name)))
     assert float((a.x - b.x).abs().max()) > 1e-3
-    if "2s" not in name and samplers.SOLVERS[name].on_flows == "as_added":  # the first step, from level 1
+    if "2s" not in name and samplers.SOLVERS[name].steps_in == "variance_exploding":  # the first step, from level 1
         guided, ratio = guided_toy(x, 1.0), float(levels[1])
         torch.testing.assert_close(a.x, guided.x0 + ratio * (x - guided.uncond), rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match=r"a \*_cfg_pp sampler needs the unconditional prediction"):
@@ -242,10 +249,10 @@ def test_the_last_step_gives_the_prediction(name):
 
 
 @pytest.mark.parametrize("name", samplers.SOLVERS)
-def test_one_step_is_enough_for_all_that_step_as_told(name):
+def test_one_step_is_enough_for_all_that_take_the_given_levels(name):
     levels, x = samplers.sigmas("normal", 1), INDEX / 9
     if samplers.SOLVERS[name].own_steps:
-        with pytest.raises(ValueError, match="solve between levels above 0"):
+        with pytest.raises(ValueError, match="at least 2 steps"):
             run(name, toy, x, levels)
     else:
         assert torch.isfinite(run(name, model_for(name), x, levels).x).all()
@@ -265,7 +272,7 @@ def test_changing_a_step_changes_what_follows(name):
 
 
 @pytest.mark.parametrize("name", samplers.SOLVERS)
-def test_gradients_are_the_callers_business(name):
+def test_gradients_are_left_to_the_caller(name):
     """Iterating neither switches gradients off for the caller nor cuts the graph that the caller asked for."""
     x, model = (INDEX / 9).requires_grad_(), model_for(name)
     steps = []
@@ -297,7 +304,7 @@ def test_levels_are_refused_before_the_model_is_asked(levels, said):
 
 
 def test_the_levels_that_the_model_is_asked_for():
-    """Plain solvers ask for those of the schedule; those in the logarithm of the ratio for one just below 1."""
+    """Solvers in sigma ask for the schedule's levels; those in log-SNR replace a first level of 1 by one just below."""
     levels = samplers.sigmas("simple", 4)
     for name, solver in samplers.SOLVERS.items():
         asked, model = [], model_for(name)

@@ -36,7 +36,7 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], kinds: Mapping[str,
         path: where to write.
     """
     plots = needs_matplotlib()
-    dashes = {"sigma": "-", "ratio": "--", "as_added": ":"}
+    dashes = {"sigma": "-", "log_snr": "--", "variance_exploding": ":"}
     figure, axes = plots.subplots(figsize=(11, 7), layout="constrained")
     for i, (name, points) in enumerate(lines.items()):
         calls, errors = zip(*sorted(points), strict=True)

@@ -143,7 +143,7 @@ def _error(pipe: Pipeline, plan: Plan, folder: Path) -> list[Path]:
         name: [(p.calls, p.error) for p in points if p.sampler == name]
         for name in dict.fromkeys(p.sampler for p in points)
     }
-    marks = {name: SOLVERS[name].on_flows for name in lines}
+    marks = {name: SOLVERS[name].steps_in for name in lines}
     table = _text(folder / "error.md", _error_table(points))
     return [folder / "error.json", table, curves(lines, marks, folder / "error.png")]
 

@@ -1,9 +1,9 @@
 """What solvers share: showing a step, the arithmetic of noise levels, and churn, the fresh noise of stochastic solvers.
 
-A noise level `sigma` is the share of noise in a latent, `1 - sigma` the share of the picture. The half log-SNR of a level
-is ln((1 - sigma) / sigma), the lambda of the DPM-Solver papers. Solvers that ComfyUI runs in the variance exploding form
-have -ln sigma in its place: they treat sigma as noise that was added to an unscaled picture. On a flow both are the same
-ODE, because dx/dsigma = (x - x0) / sigma in both; the noise that a stochastic solver adds is not the same.
+A noise level `sigma` is the share of noise in a latent, `1 - sigma` the share of the picture. The half log-SNR of a
+level is ln((1 - sigma) / sigma), the lambda of the DPM-Solver papers. Solvers that ComfyUI runs in the variance
+exploding form have -ln sigma in its place: they treat sigma as noise that was added to an unscaled picture. On a flow
+both are the same ODE, because dx/dsigma = (x - x0) / sigma in both; the noise that a stochastic solver adds is not.
 """
 
 from __future__ import annotations

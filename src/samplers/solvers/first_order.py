@@ -27,6 +27,9 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, sigma_next, x, denoised)
 
 
+ddim = euler  # on a flow DDIM is Euler's method; ComfyUI's differs only in how it seeds inpainting
+
+
 def euler_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, s_noise: float = 1.0, noise: Noise | None = None
 ) -> Iterator[Step]:
@@ -36,7 +39,7 @@ def euler_ancestral(
         denoise, x, sigmas: see `euler`.
         eta: how far below the next level: 0 is `euler`, 1 the furthest.
         s_noise: factor of the fresh noise.
-        noise: (sigma, sigma_next) -> noise of unit variance, see `samplers.noise`; None draws from torch's global state.
+        noise: (sigma, sigma_next) -> noise of unit variance, see `samplers.noise`; None draws by torch's global state.
     """
     churn = Churn.of(x, noise, eta, s_noise)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -69,8 +72,8 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = No
 def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """The posterior of DDPM in the variance exploding form, as ComfyUI runs it: wrong on a flow, see `flow_ddpm`.
 
-    Ho et al. 2020, arXiv 2006.11239, algorithm 2, with 1 / (1 + sigma^2) for its cumulative alpha: in that form the step
-    is the ancestral one with eta 1.
+    Ho et al. 2020, arXiv 2006.11239, algorithm 2, with 1 / (1 + sigma^2) for its cumulative alpha: in that form the
+    step is the ancestral one with eta 1.
 
     Args:
         denoise, x, sigmas, noise: see `euler_ancestral`.

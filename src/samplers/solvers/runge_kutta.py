@@ -42,6 +42,9 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, sigma_next, x, denoised)
 
 
+flow_heun = heun  # diffusers' FlowMatchHeunDiscreteScheduler
+
+
 def heunpp2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Heun++: the slopes at this level and the next two, weighted by sigma; near the end at fewer levels.
 

@@ -130,10 +130,14 @@ def seeds_3(
             third, two_thirds = (_between(sigma, sigma_next, share) for share in (1 / 3, 2 / 3))
             ahead = path.add(decayed(x, denoised, sigma, third, eta), third)
             change = denoise(ahead, third) - denoised
-            ahead = decayed(x, denoised, sigma, two_thirds, eta) - (1 - two_thirds) * _slope_term(change, h, eta, 1 / 3, 2 / 3)
+            ahead = decayed(x, denoised, sigma, two_thirds, eta) - (1 - two_thirds) * _slope_term(
+                change, h, eta, 1 / 3, 2 / 3
+            )
             ahead = path.add(ahead, two_thirds)
             change = denoise(ahead, two_thirds) - denoised
-            x = decayed(x, denoised, sigma, sigma_next, eta) - (1 - sigma_next) * _slope_term(change, h, eta, 2 / 3, 1.0)
+            x = decayed(x, denoised, sigma, sigma_next, eta) - (1 - sigma_next) * _slope_term(
+                change, h, eta, 2 / 3, 1.0
+            )
             x = path.add(x, sigma_next)
         x = yield from show(i, sigma_next, x, denoised)
 
