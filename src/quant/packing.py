@@ -19,10 +19,11 @@ from torch import Tensor
 from quant.formats import DTYPES, FILE_NAMES, FORMAT_OF
 from quant.recipe import Recipe
 from quant.scaling import checked_input_scale
-from quant.spellings import HEADER, NOTE, layers_in, weight_of
+from quant.spellings import HEADER, NOTE, Parse, layers_in, parse_text, weight_of
 from quant.stored import Stored, checked_scale, recipe_of, stored_weights
-from quant.tensor import Float8Tensor
+from quant.tensor import LOGICAL, Float8Tensor
 
+_LOGICAL = {str(dtype).removeprefix("torch."): dtype for dtype in LOGICAL}
 OWN, VERSION = "mmdit_quant", 1
 
 
@@ -121,28 +122,36 @@ def note_of(recipe: Recipe) -> dict[str, Any]:
     return note if recipe.activation == "static" else note | {"full_precision_matrix_mult": True}
 
 
-def kinds_in(metadata: Mapping[str, str]) -> dict[str, Kind]:
+def kinds_in(metadata: Mapping[str, str], parse: Parse = parse_text) -> dict[str, Kind]:
     """Recipe and logical dtype of each weight, by key, from our own entry; empty where the file has none.
+
+    Args:
+        metadata: The file's metadata.
+        parse: The JSON parser, see `quant.spellings.parse_text`.
 
     Raises:
         ValueError: The entry is not the expected JSON, or a newer version wrote it.
     """
     try:
-        entry = json.loads(metadata.get(OWN, '{"weights": {}}'))
+        entry = parse(metadata.get(OWN, '{"weights": {}}'), OWN)
         newer = entry.get("version", VERSION) > VERSION
         kinds = {} if newer else {key: _kind(said) for key, said in entry["weights"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{OWN} is not the expected JSON, {{"weights": {{key: {{"dtype": ..., "recipe": {{...}}}}}}}} '
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {str(error)[:200]})"
         ) from error
     if newer:
         raise ValueError(f"{OWN} has version {entry['version']}, this is {VERSION}: a newer mmdit-lab wrote the file")
     return kinds
 
 
-def merge_metadata(shards: Iterable[Mapping[str, str]]) -> dict[str, str]:
+def merge_metadata(shards: Iterable[Mapping[str, str]], parse: Parse = parse_text) -> dict[str, str]:
     """The metadata of a file in shards, of which each describes its own layers.
+
+    Args:
+        shards: The metadata of each shard.
+        parse: The JSON parser, see `quant.spellings.parse_text`.
 
     Raises:
         ValueError: An entry is not the expected JSON.
@@ -151,12 +160,14 @@ def merge_metadata(shards: Iterable[Mapping[str, str]]) -> dict[str, str]:
     merged = {key: value for shard in shards for key, value in shard.items()}
     for entry, inside in ((HEADER, "layers"), (OWN, "weights")):
         try:
-            values = [json.loads(shard[entry]) for shard in shards if entry in shard]
+            values = [parse(shard[entry], entry) for shard in shards if entry in shard]
             if len(values) > 1:
                 whole = {name: said for value in values for name, said in value[inside].items()}
                 merged[entry] = json.dumps(values[0] | {inside: whole}, sort_keys=True)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{entry} is not the expected JSON ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"{entry} is not the expected JSON ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
     return merged
 
 
@@ -222,7 +233,4 @@ def _stored(key: str, tensors: Mapping[str, Tensor], own: Recipe) -> Stored:
 
 
 def _kind(said: Mapping[str, Any]) -> Kind:
-    dtype = getattr(torch, said["dtype"])
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype {said['dtype']!r}")
-    return Kind(Recipe(**said["recipe"]), dtype)
+    return Kind(Recipe(**said["recipe"]), _LOGICAL[said["dtype"]])

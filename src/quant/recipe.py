@@ -45,7 +45,7 @@ class Recipe:
         for name, known in choices.items():
             value = getattr(self, name)
             if not isinstance(value, type(known[0])) or value not in known:
-                raise ValueError(f"Recipe.{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+                raise ValueError(f"Recipe.{name} must be one of {', '.join(map(repr, known))}; got {value!r:.100}")
         if self.activation == "none" and self.backend == "native":
             raise ValueError("Recipe: weight-only (activation='none') has no float8 matmul; backend='native' needs one")
         if self.activation == "token" and self.granularity == "tensor":

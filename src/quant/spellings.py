@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Final, NamedTuple
@@ -30,6 +30,8 @@ HEADER = "_quantization_metadata"
 MARKER, NOTE = "scaled_fp8", "comfy_quant"
 _WEIGHT_SCALES = ("scale_weight", "weight_scale")
 _INPUT_SCALES = ("scale_input", "input_scale")
+Parse = Callable[[str | bytes, str], Any]  # see `parse_text`
+_TEXT = 8 * 2**20  # bytes of JSON in a file's metadata; a thousand layers take 0.1 MB
 _NAME = 200  # characters of a file's words that an error repeats
 _INSTEAD = "use a float8 or 16-bit file of the model"
 _EMBEDDINGS = ("shared", "embed_tokens", "token_embedding", "position_embedding", "relative_attention_bias")
@@ -152,8 +154,33 @@ def find_scales(dtypes: Mapping[str, torch.dtype], *, scaled: bool = False) -> S
     return Scales(" + ".join(sorted(spellings)) or "ComfyUI marker without scales", weights, inputs, notes)
 
 
-def layers_in(metadata: Mapping[str, str]) -> dict[str, Note]:
+def parse_text(text: str | bytes, name: str) -> Any:
+    """Parse a JSON text of a file.
+
+    This parser knows limits of size and depth only. Functions that read JSON take another one of this form as `parse`;
+    `mmdit` gives its own strict reader.
+
+    Args:
+        text: The text.
+        name: The name of the text in an error.
+
+    Raises:
+        ValueError: The text is not JSON, is larger than 8 MiB, or nests too deep.
+    """
+    if len(text) > _TEXT:
+        raise ValueError(f"{name} has {len(text)} bytes, more than {_TEXT}")
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{name} nests arrays and objects too deep") from error
+
+
+def layers_in(metadata: Mapping[str, str], parse: Parse = parse_text) -> dict[str, Note]:
     """The notes of a file's `_quantization_metadata`, by layer; empty where the file has none.
+
+    Args:
+        metadata: The file's metadata.
+        parse: The JSON parser, see `parse_text`.
 
     Raises:
         ValueError: The entry is not the expected JSON.
@@ -161,24 +188,28 @@ def layers_in(metadata: Mapping[str, str]) -> dict[str, Note]:
     if HEADER not in metadata:
         return {}
     try:
-        layers = json.loads(metadata[HEADER])["layers"]
+        layers = parse(metadata[HEADER], HEADER)["layers"]
         return {layer: _note(said) for layer, said in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             "_quantization_metadata is not the expected JSON, "
-            f'{{"layers": {{name: {{"format": ...}}}}}} ({type(error).__name__}: {error})'
+            f'{{"layers": {{name: {{"format": ...}}}}}} ({type(error).__name__}: {str(error)[:_NAME]})'
         ) from error
 
 
-def format_in(note: bytes) -> Note:
+def format_in(note: bytes, parse: Parse = parse_text) -> Note:
     """The note in the bytes of a layer's `comfy_quant` tensor.
+
+    Args:
+        note: The bytes.
+        parse: The JSON parser, see `parse_text`.
 
     Raises:
         ValueError: The bytes are not the expected JSON.
     """
     try:
-        return _note(json.loads(note))
-    except (ValueError, KeyError, TypeError) as error:
+        return _note(parse(note, NOTE))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'comfy_quant holds {note[:80]!r}, expected JSON like {{"format": ...}}') from error
 
 

@@ -18,6 +18,7 @@ from quant.spellings import (
     MARKER,
     NOTE,
     Note,
+    Parse,
     Scales,
     along_rows,
     check_formats,
@@ -25,6 +26,7 @@ from quant.spellings import (
     find_scales,
     format_in,
     last_part,
+    parse_text,
     weight_of,
 )
 
@@ -45,6 +47,7 @@ def stored_weights(
     read: Callable[[str], Tensor],
     notes: Mapping[str, Note],
     recipes: Mapping[str, Recipe],
+    parse: Parse = parse_text,
 ) -> tuple[Scales, dict[str, Stored]]:
     """How the scales of a model are spelled, and scales and recipe of every scaled weight by its key.
 
@@ -53,13 +56,14 @@ def stored_weights(
         read: Gives the tensor of a key; called for scales and notes, after their sizes are checked.
         notes: The notes of the file's metadata, by layer.
         recipes: The recipes of our own metadata entry, by the weight's key; other weights have what the spelling says.
+        parse: The JSON parser, see `quant.spellings.parse_text`.
 
     Raises:
         ValueError: See `find_scales`; a scale is not one positive number, or one per row; or two places in the file
             contradict each other.
     """
     _check_note_sizes(shapes, dtypes)
-    said = _said(dtypes, read, notes)
+    said = _said(dtypes, read, notes, parse)
     check_formats(said, dtypes)
     scales = find_scales(dtypes, scaled=bool(notes))
     marked = any(last_part(key) == MARKER and prod(shapes[key]) == 2 for key in scales.notes)
@@ -131,14 +135,14 @@ def _check_note_sizes(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, 
 
 
 def _said(
-    dtypes: Mapping[str, torch.dtype], read: Callable[[str], Tensor], notes: Mapping[str, Note]
+    dtypes: Mapping[str, torch.dtype], read: Callable[[str], Tensor], notes: Mapping[str, Note], parse: Parse
 ) -> dict[str, Note]:
     """The notes of the metadata together with those in `comfy_quant` tensors."""
     found = dict(notes)
     for key in dtypes:
         layer, _, ending = key.rpartition(".")
         if ending == NOTE:
-            note = format_in(bytes(read(key).flatten().view(torch.uint8).tolist()))
+            note = format_in(bytes(read(key).flatten().view(torch.uint8).tolist()), parse)
             if found.setdefault(layer, note) != note:
                 raise ValueError(f"{layer!r}: {HEADER} says {found[layer]}, but {key} says {note}")
     return found

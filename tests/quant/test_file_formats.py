@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from encoders.json_files import parse_json
 from mmdit import CheckpointError, load_mmdit
 from quant import check_formats, dequantize, find_scales, format_in, layers_in, unread_quantization
+from quant.packing import kinds_in
+from quant.spellings import parse_text
 from quant.stored import stored_weights
 
 E4M3, E5M2, F32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float32
@@ -178,6 +181,38 @@ def test_metadata_that_is_not_the_expected_json(text):
 def test_note_that_is_not_the_expected_json(note):
     with pytest.raises(ValueError, match=r'comfy_quant holds .*, expected JSON like \{"format"'):
         format_in(note)
+
+
+HOSTILE = {
+    "deep": "[" * 100_000,
+    "deep objects": '{"layers":' * 50_000,
+    "digits": '{"layers": {"a": {"format": ' + "9" * 5000 + "}}}",
+    "digits of our own": '{"version": ' + "9" * 5000 + ', "weights": {}}',
+    "odd dtype": '{"weights": {"w": {"dtype": "nn", "recipe": {}}}}',
+    "unhashable dtype": '{"weights": {"w": {"dtype": [], "recipe": {}}}}',
+    "odd recipe": '{"weights": {"w": {"dtype": "float32", "recipe": {"format": [1]}}}}',
+    "unknown field": '{"weights": {"w": {"dtype": "float32", "recipe": {"colour": "red"}}}}',
+    "long word": '{"weights": {"w": {"dtype": "float32", "recipe": {"format": "' + "x" * 10**6 + '"}}}}',
+    "layers that are a list": '{"layers": [{"format": "float8_e4m3fn"}], "weights": []}',
+    "version that is a word": '{"version": "x", "weights": {}, "layers": 3}',
+    "too large": " " * (9 * 2**20),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_json_is_refused_in_few_words(case):
+    """Also by the parser that mmdit gives."""
+    text = HOSTILE[case]
+    for parse in (parse_text, parse_json):
+        for read in (
+            lambda parse=parse: layers_in({"_quantization_metadata": text}, parse),
+            lambda parse=parse: format_in(text.encode(), parse),
+            lambda parse=parse: kinds_in({"mmdit_quant": text}, parse),
+        ):
+            with pytest.raises(ValueError, match=r"_quantization_metadata|comfy_quant|mmdit_quant") as caught:
+                read()
+            assert len(str(caught.value)) < 1000
+    assert unread_quantization({}, {"_quantization_metadata": text}) == ""
 
 
 @pytest.mark.parametrize("name", ["nvfp4", "mxfp8", "int8_tensorwise", ["list"], None])

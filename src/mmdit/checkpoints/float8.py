@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from encoders.json_files import parse_json
 from mmdit.checkpoints.components import UNUSED, Model
 from mmdit.checkpoints.lazy import Codes, LazyTensor, agree
 from mmdit.checkpoints.safetensors_io import CheckpointError
@@ -51,16 +52,17 @@ def absorb_scales(
     tensors = {name: stored[key] for name, key in model.keys.items()}
     names = {key: name for name, key in model.keys.items()}
     try:
-        header = layers_in(metadata)
+        header = layers_in(metadata, parse_json)
         check_formats(header, {key: lazy.dtype for key, lazy in stored.items()})
         notes = {layer_of(names[key]): header[layer_of(key)] for key in map(weight_of, header) if key in names}
-        kinds = {names[key]: kind for key, kind in kinds_in(metadata).items() if key in names}
+        kinds = {names[key]: kind for key, kind in kinds_in(metadata, parse_json).items() if key in names}
         scales, found = stored_weights(
             {key: lazy.shape for key, lazy in tensors.items()},
             {key: lazy.dtype for key, lazy in tensors.items()},
             lambda key: tensors[key].read(),
             notes,
             {key: kind.recipe for key, kind in kinds.items()},
+            parse_json,
         )
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error

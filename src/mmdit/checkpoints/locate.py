@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from encoders.json_files import parse_json
 from mmdit.checkpoints.components import CLIP_WIDTHS, TITLES, Component, looks_like, split
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, read_header
@@ -114,7 +115,7 @@ def open_weights(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         tensors |= found
         notes.append(metadata)
     try:
-        return tensors, merge_metadata(notes)
+        return tensors, merge_metadata(notes, parse_json)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
