@@ -48,7 +48,9 @@ def pack(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     Raises:
         ValueError: A Float8Tensor is transposed or lacks the input scale of its recipe, or a key that its parts need is
             taken.
+        TypeError: It is no mapping of keys to tensors.
     """
+    _check_mapping(state_dict, "pack")
     tensors = {key: tensor for key, tensor in state_dict.items() if not isinstance(tensor, Float8Tensor)}
     kinds, taken = {}, set[int]()
     for key, tensor in state_dict.items():
@@ -76,7 +78,10 @@ def unpack(
     Raises:
         ValueError: Scales and weights do not pair, a scale is not a positive number, or the metadata contradict the
             tensors.
+        TypeError: Tensors or metadata are no mapping.
     """
+    _check_mapping(tensors, "unpack")
+    _check_mapping(metadata or {}, "unpack (metadata)")
     kinds = kinds_in(metadata or {})
     if missing := sorted({part for key in kinds for part in (key, scale_keys(key)[0])} - tensors.keys()):
         raise ValueError(f"{OWN} names {missing[0]!r}, and there is no such tensor; the file is incomplete")
@@ -188,6 +193,14 @@ def layer_of(key: str) -> str:
 def note_key(key: str) -> str:
     """The key at which ComfyUI looks for the note of the layer whose weight has this key."""
     return key.removesuffix("weight") + NOTE
+
+
+def _check_mapping(value: object, what: str) -> None:
+    if isinstance(value, Mapping):
+        return
+    hint = "; give its state_dict()" if hasattr(value, "state_dict") else ""
+    hint = "; give its two parts as two arguments" if isinstance(value, tuple) else hint
+    raise TypeError(f"{what} takes a mapping of names, such as a state dict; got {type(value).__name__}{hint}")
 
 
 def _is_weight(key: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -75,7 +75,7 @@ def quantize_(
     for name in chosen:
         _check_weight(name, linears[name])
     _check_ties(module, {name: linears[name] for name in chosen})
-    scales = _input_scales(linears, chosen, recipe, input_scales or {})
+    scales = _input_scales(linears, chosen, recipe, {} if input_scales is None else input_scales)
     for name in chosen:
         linear = linears[name]
         weight = Float8Tensor.quantize(linear.weight, recipe=recipe, input_scale=scales.get(name))
@@ -174,7 +174,9 @@ def _selected(linears: Mapping[str, nn.Linear], select: str | Sequence[str] | No
     """The names of the selected Linears, in the order of the module."""
     if select is None:
         return [name for name in linears if not kept(name)]
-    patterns = [select] if isinstance(select, str) else select
+    patterns = [select] if isinstance(select, str) else list(select) if isinstance(select, Iterable) else [select]
+    if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise TypeError(f"select takes globs over names of Linears, such as '*.mlp.*'; got {type(wrong[0]).__name__}")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in linears):
             nearest = ", ".join(get_close_matches(pattern, linears, cutoff=0))
@@ -213,6 +215,8 @@ def _input_scales(
     linears: Mapping[str, nn.Linear], chosen: Sequence[str], recipe: Recipe, scales: Mapping[str, Tensor | float]
 ) -> dict[str, Tensor]:
     """The input scales of the chosen Linears, checked."""
+    if not isinstance(scales, Mapping):
+        raise TypeError(f"input_scales are {{name of a Linear: positive number}}; got {type(scales).__name__}")
     if recipe.activation != "static":
         if scales:
             raise ValueError(f"input_scales are for static activations; the recipe has {recipe.activation!r}")

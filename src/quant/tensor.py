@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from quant.dispatch import FUNCTIONS, OPERATIONS
 from quant.formats import DTYPES, Format
-from quant.recipe import Granularity, Recipe
+from quant.recipe import Granularity, Recipe, as_recipe
 from quant.scaling import checked_input_scale, has_float8, positive, scale_of, to_codes, values_of
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -73,7 +73,7 @@ class Float8Tensor(Tensor):
         format: Format = "e4m3",
         granularity: Granularity = "row",
         *,
-        recipe: Recipe | None = None,
+        recipe: Recipe | str | None = None,
         scale: Tensor | float | None = None,
         input_scale: Tensor | float | None = None,
     ) -> Self:
@@ -83,7 +83,7 @@ class Float8Tensor(Tensor):
             tensor: Finite values, [..., out, in].
             format: The format of the codes.
             granularity: The granularity of the scale.
-            recipe: A recipe, instead of format and granularity.
+            recipe: A recipe, or the name of one in `RECIPES`, instead of format and granularity.
             scale: The scale to use: one positive number, or for granularity "row" one per row as [out] or
                 [..., out, 1]. Values beyond its reach saturate. None finds the scale in the values.
             input_scale: The static scale of the activations, one positive number.
@@ -92,9 +92,9 @@ class Float8Tensor(Tensor):
             ValueError: The tensor is a scalar, on the meta device, not floating point, or has values that are not
                 finite (the error says how many); or a scale that is given has another shape, or is not positive.
         """
-        recipe = recipe or Recipe(format, granularity, activation="none")
-        tensor = tensor.detach()
+        recipe = Recipe(format, granularity, activation="none") if recipe is None else as_recipe(recipe)
         check_values(tensor)
+        tensor = tensor.detach()
         if scale is None:
             scale = scale_of(_amax(tensor, recipe.granularity), recipe.format)
         else:
@@ -108,8 +108,13 @@ class Float8Tensor(Tensor):
         """The values qdata * scale, multiplied in float32 (float64 for float64) and rounded once.
 
         Args:
-            dtype: The dtype of the result; None is the logical dtype.
+            dtype: The dtype of the result, a floating dtype of 16 bits or more; None is the logical dtype.
+
+        Raises:
+            ValueError: The dtype is another one.
         """
+        if dtype is not None and dtype not in LOGICAL:
+            raise ValueError(f"dequantize gives {', '.join(map(str, LOGICAL))}; got {dtype}")
         return values_of(self.qdata, self.scale, self.recipe.format, dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -275,7 +280,9 @@ class _UndefinedError(NotImplementedError):
 
 
 def check_values(tensor: Tensor) -> None:
-    """Raise ValueError unless the tensor can be quantized: finite floats of at least one dimension."""
+    """Raise unless it is a tensor that can be quantized: finite floats of at least one dimension."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected a tensor to quantize, got {type(tensor).__name__}")
     if tensor.dtype not in LOGICAL or isinstance(tensor, Float8Tensor):
         what = "a Float8Tensor" if isinstance(tensor, Float8Tensor) else str(tensor.dtype)
         raise ValueError(f"a tensor to quantize has {', '.join(map(str, LOGICAL))}; got {what}")

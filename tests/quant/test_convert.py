@@ -2,6 +2,8 @@
 
 import copy
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -317,3 +319,57 @@ def test_mmdit(demo, name, dtype):
     found = net(*(each.to(dtype) for each in inputs))
     assert found.dtype == dtype
     assert snr(expected, found) > (17 if "e5m2" in name else 20)
+
+
+MISTAKES = {  # what somebody writes, and what the error must name
+    "quant.quantize_(pipe)": ("Pipeline", ".transformer"),
+    "quant.dequantize_(pipe)": ("Pipeline", ".transformer"),
+    "quant.report(pipe)": ("Pipeline", ".transformer"),
+    "quant.is_quantized(pipe)": ("Pipeline", ".transformer"),
+    "quant.observe(pipe).__enter__()": ("Pipeline", ".transformer"),
+    "quant.quantize_(net.state_dict())": ("nn.Module", "OrderedDict"),
+    "quant.quantize_(net[0].weight)": ("nn.Module", "Parameter"),
+    "quant.quantize_(nn.Linear)": ("nn.Module", "type"),
+    "quant.quantize_(net, quant.Recipe)": ("recipe", "type", "fp8"),
+    "quant.quantize_(net, True)": ("recipe", "bool", "fp8"),
+    "quant.quantize_(net, torch.float8_e4m3fn)": ("recipe", "dtype", "fp8"),
+    "quant.quantize_(net, select=lambda name: True)": ("select", "glob"),
+    "quant.quantize_(net, select=[net[0]])": ("select", "glob"),
+    "quant.quantize_(net, 'fp8-static', input_scales=[0.5])": ("input_scales", "list"),
+    "quant.quantize_(net, 'fp8-static', input_scales={'0': 'large'})": ("0", "str"),
+    "quant.pack(net)": ("state_dict()",),
+    "quant.unpack(quant.pack(net.state_dict()))": ("two arguments",),
+    "quant.unpack('model.safetensors')": ("str",),
+    "quant.Float8Tensor.quantize([1.0])": ("list",),
+    "quant.Float8Tensor.quantize(net)": ("Sequential",),
+    "quant.Float8Tensor.quantize(torch.ones(2, 2), 'fp8')": ("fp8", "e4m3"),
+    "quant.Float8Tensor.quantize(torch.ones(2, 2), recipe='fp9')": ("fp9", "fp8"),
+    "quant.Float8Tensor.quantize(torch.ones(2, 2)).dequantize(torch.int32)": ("int32", "float16"),
+    "quant.encode(torch.ones(2), 'fp8')": ("fp8", "e4m3"),
+    "quant.decode(torch.ones(2).to(torch.float8_e4m3fn), 'e4m3')": ("float8_e4m3fn", "uint8"),
+    "quant.Recipe('fp8')": ("fp8", "e4m3"),
+    "quant.Recipe(fast_accum=1)": ("fast_accum", "True"),
+}
+
+
+def test_natural_mistakes_name_what_was_given_and_what_is_taken():
+    """In a process of its own, without the checks of signatures that pytest has here."""
+    code = f"""
+import torch, quant
+from torch import nn
+from mmdit import Pipeline
+
+pipe, net = Pipeline.demo(), nn.Sequential(nn.Linear(16, 16))
+before = {{key: value.clone() for key, value in net.state_dict().items()}}
+for mistake in {list(MISTAKES)!r}:
+    try:
+        eval(mistake)
+        print("nothing was raised")
+    except (TypeError, ValueError) as error:
+        print(str(error).replace(chr(10), " "))
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+"""
+    lines = subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()
+    assert len(lines) == len(MISTAKES)
+    for line, (mistake, words) in zip(lines, MISTAKES.items(), strict=True):
+        assert all(word in line for word in words), (mistake, line)
