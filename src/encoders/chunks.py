@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,11 +10,12 @@ from encoders.rules import TextRules
 from encoders.tokenize import CLIPTokenizer, T5Tokenizer
 from encoders.weighting import Segment, plain_segment, weighted_segments
 
+MAX_WEIGHT = 1000.0  # a larger one makes the context overflow float16, and at the latest at 1e38 float32
 _WHOLE_WORD = 8  # tokens from which on a word may be split between two chunks (R other_impls.py, C comfy/sd1_clip.py)
 
 
 class Token(NamedTuple):
-    """An id, the characters `prompt[start:stop]` that it stands for (none for both ends), and its weight."""
+    """A token id, the characters `prompt[start:stop]` that it stands for (none for BOS and EOS), and its weight."""
 
     id: int
     start: int = 0
@@ -24,37 +24,45 @@ class Token(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What was not read: up to which limit text was, in words, and the text after it."""
+    """A part of a prompt that an encoder does not read."""
 
-    limit: str
-    text: str
+    limit: str  # how much the encoder reads, such as "77 tokens"
+    text: str  # the text after that
 
 
 class Reading(NamedTuple):
     """What an encoder reads of a prompt."""
 
     prompt: str
-    chunks: list[list[Token]]  # at least one; without ends and padding
+    chunks: list[list[Token]]  # at least one; without BOS, EOS and padding
     cuts: list[Cut]
 
     def first(self, count: int, limit: str) -> Reading:
-        """The first chunks; the rest, if there is one, is a cut."""
-        lost = [token for chunk in self.chunks[count:] for token in chunk]
-        cuts = [Cut(limit, self.prompt[lost[0].start :])] if lost else []
+        """Keep the first `count` chunks; the others, if there are any, become a cut with this `limit`."""
+        lost = next((token for chunk in self.chunks[count:] for token in chunk), None)
+        cuts = [] if lost is None else [Cut(limit, self.prompt[lost.start :])]
         return Reading(self.prompt, self.chunks[:count], self.cuts + cuts)
 
 
 def read(prompt: str, tokenizer: CLIPTokenizer | T5Tokenizer, rules: TextRules) -> Reading:
-    """What an encoder with this tokenizer reads of a prompt: one chunk or more of CLIP, one of T5.
+    """Tokenize a prompt for the encoder of a tokenizer: one chunk or more for CLIP, one for T5.
+
+    Time and memory are bounded by `rules.max_characters`, whatever the length of the prompt.
 
     Raises:
-        ValueError: a weight is to be applied that is not finite.
+        ValueError: the rules apply weights, and one is no number from -1000 to 1000.
     """
-    return (_read_clip if isinstance(tokenizer, CLIPTokenizer) else _read_t5)(prompt, tokenizer, rules)
+    text = prompt[: rules.max_characters]
+    reading = (_read_clip if isinstance(tokenizer, CLIPTokenizer) else _read_t5)(text, tokenizer, rules)
+    rest = prompt[len(text) :]
+    if not rest.strip():
+        return reading
+    limit, cut = reading.cuts.pop() if reading.cuts else (f"{rules.max_characters} characters", "")
+    return reading._replace(cuts=[*reading.cuts, Cut(limit, cut + rest)])
 
 
 def to_the_shorter(one: Reading, other: Reading, length: int) -> tuple[Reading, Reading]:
-    """As many chunks, of `length` tokens, of one tower as of the other."""
+    """Cut the readings of the two CLIP towers to equally many chunks, of `length` tokens each."""
     count = min(len(one.chunks), len(other.chunks))
     limit = f"{count * length} tokens, as the other tower does"
     return one.first(count, limit), other.first(count, limit)
@@ -64,11 +72,11 @@ def to_the_shorter(one: Reading, other: Reading, length: int) -> tuple[Reading, 
 class Rows:
     """Readings of a batch of prompts as rows of ids, `chunks` of them for each prompt.
 
-    A prompt of fewer chunks has empty ones at its end, and T5 is padded to the longest prompt: the references encode
-    one prompt at a time, and so does who wants exactly their numbers for prompts of different lengths.
+    A prompt of fewer chunks gets empty ones at its end, and T5 is padded to the longest prompt. The references encode
+    one prompt at a time; to get exactly their numbers for prompts of different lengths, encode them one at a time.
     """
 
-    tokens: list[list[Token]]  # with ends, without padding; one list per row
+    tokens: list[list[Token]]  # with BOS and EOS, without padding; one list per row
     empty: list[Token]  # the row of the empty prompt
     chunks: int
     length: int
@@ -76,7 +84,7 @@ class Rows:
 
     @classmethod
     def of(cls, readings: Sequence[Reading], tokenizer: CLIPTokenizer | T5Tokenizer, pad: int, length: int) -> Rows:
-        """Put ends around each chunk and fill up to `length`, or to the longest."""
+        """Put BOS and EOS around each chunk, and pad all rows to `length` or to the longest row."""
         head = [Token(tokenizer.bos)] if isinstance(tokenizer, CLIPTokenizer) else []
         count = max(len(reading.chunks) for reading in readings)
         chunks = [chunk for one in readings for chunk in one.chunks + [[]] * (count - len(one.chunks))]
@@ -85,20 +93,20 @@ class Rows:
 
     @property
     def has_weights(self) -> bool:
-        """Whether any weight is not 1."""
+        """Whether any weight differs from 1."""
         return any(token.weight != 1 for row in self.tokens for token in row)
 
     def ids(self) -> list[list[int]]:
-        """[rows, length]; where there are weights, with one more row, the empty prompt's."""
+        """Token ids [rows, length]; where there are weights, the empty prompt is one more row at the end."""
         rows = [*self.tokens, self.empty] if self.has_weights else self.tokens
         return [[token.id for token in row] + [self.pad] * (self.length - len(row)) for row in rows]
 
     def weights(self) -> list[list[float]]:
-        """[rows, length]."""
+        """Weights of the tokens [rows, length], without a row for the empty prompt."""
         return [[token.weight for token in row] + [1.0] * (self.length - len(row)) for row in self.tokens]
 
     def placed(self, prompt: int) -> list[tuple[int, Token]]:
-        """The tokens of a prompt, each with its place among all of its rows."""
+        """The tokens of one prompt, each with its position in the prompt's rows put one after another."""
         rows = self.tokens[prompt * self.chunks : (prompt + 1) * self.chunks]
         return [(i * self.length + j, token) for i, row in enumerate(rows) for j, token in enumerate(row)]
 
@@ -108,16 +116,16 @@ def _read_clip(prompt: str, tokenizer: CLIPTokenizer | T5Tokenizer, rules: TextR
     if rules.long_clip == "cut":
         groups = [_joined(groups)]
     reading = Reading(prompt, _packed(groups, rules.clip_length - 2), [])
-    return reading if rules.long_clip == "chunks" else reading.first(1, f"{rules.clip_length} tokens")
+    count = rules.max_chunks if rules.long_clip == "chunks" else 1
+    return reading.first(count, f"{count * rules.clip_length} tokens")
 
 
 def _read_t5(prompt: str, tokenizer: CLIPTokenizer | T5Tokenizer, rules: TextRules) -> Reading:
     text = prompt[: rules.t5_characters]
     cuts = [] if text == prompt else [Cut(f"{rules.t5_characters} characters", prompt[len(text) :])]
     tokens = _joined(_groups(text, tokenizer, rules))
-    if rules.long_t5 == "keep":
-        return Reading(text, [tokens], cuts)
-    return Reading(text, _packed([tokens], rules.t5_length - 1), cuts).first(1, f"{rules.t5_length} tokens")
+    length = max(rules.t5_length, rules.max_t5) if rules.long_t5 == "keep" else rules.t5_length
+    return Reading(text, _packed([tokens], length - 1), cuts).first(1, f"{length} tokens")
 
 
 def _groups(prompt: str, tokenizer: CLIPTokenizer | T5Tokenizer, rules: TextRules) -> list[list[Token]]:
@@ -132,28 +140,37 @@ def _groups(prompt: str, tokenizer: CLIPTokenizer | T5Tokenizer, rules: TextRule
 
 
 def _units(prompt: str, rules: TextRules) -> Iterable[Segment]:
+    """The stretches of a prompt that are tokenized by themselves."""
     segments = [plain_segment(prompt)] if rules.weights == "literal" else weighted_segments(prompt)
     if rules.weights == "ignored":
         segments = [segment._replace(weight=1.0) for segment in segments]
     for text, weight, _ in segments:
-        if not math.isfinite(weight):
-            raise ValueError(f"the weight of {text!r} in the prompt must be a finite number, got {weight}")
+        if not abs(weight) <= MAX_WEIGHT:  # nor is nan
+            raise ValueError(
+                f"the weight of {shortened(text)} in the prompt must be a number from {-MAX_WEIGHT:g} to "
+                f"{MAX_WEIGHT:g}, got {weight:g}; each pair of brackets without a number multiplies by 1.1"
+            )
     return (word for segment in segments for word in segment.words()) if rules.split_words else segments
 
 
 def _packed(groups: Iterable[list[Token]], room: int) -> list[list[Token]]:
-    """Chunks of at most `room` tokens; a group of less than 8 that does not fit goes to the next chunk whole."""
+    """Fill chunks of at most `room` tokens; a group of less than 8 that does not fit goes to the next chunk whole."""
     chunks: list[list[Token]] = [[]]
     for group in groups:
-        rest = group
-        while len(rest) > (free := room - len(chunks[-1])):
-            if len(rest) >= min(_WHOLE_WORD, room + 1):
-                chunks[-1] += rest[:free]
-                rest = rest[free:]
+        done = 0
+        while len(group) - done > (free := room - len(chunks[-1])):
+            if len(group) - done >= min(_WHOLE_WORD, room + 1):
+                chunks[-1] += group[done : done + free]
+                done += free
             chunks.append([])
-        chunks[-1] += rest
+        chunks[-1] += group[done:]
     return chunks
 
 
 def _joined(groups: Iterable[list[Token]]) -> list[Token]:
     return [token for group in groups for token in group]
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text in quotes for a message: its first `most` characters, and how many follow."""
+    return repr(text) if len(text) <= most else f"{text[:most]!r} and {len(text) - most} more characters"

@@ -1,8 +1,8 @@
-"""From prompts to what the transformer reads: three encoders side by side.
+"""From prompts to the context and the pooled vector of the transformer: three text encoders side by side.
 
 context = [CLIP-L | CLIP-G, channels padded with zeros] followed by the T5 tokens; pooled = [CLIP-L | CLIP-G].
 Source: Stability-AI/sd3.5 `sd3_infer.get_cond`; diffusers `StableDiffusion3Pipeline.encode_prompt`; ComfyUI
-`comfy/text_encoders/sd3_clip.py`. Where they disagree `TextRules` decide.
+`comfy/text_encoders/sd3_clip.py`. Where they disagree, `TextRules` decide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.chunks import Rows, read, to_the_shorter
+from encoders.chunks import Rows, read, shortened, to_the_shorter
 from encoders.clip import CLIPText
 from encoders.rules import TextRules
 from encoders.t5 import T5Encoder
@@ -30,7 +30,7 @@ _FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 
 class TokenSpan(NamedTuple):
-    """Which characters of the prompt a context token stands for; start == stop for special tokens and padding."""
+    """The characters `prompt[start:stop]` that a context token stands for; start == stop for BOS and EOS."""
 
     position: int  # in the context
     encoder: EncoderName
@@ -40,34 +40,34 @@ class TokenSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the transformer reads of a batch of prompts."""
+    """Context and pooled vector of a batch of prompts, as the transformer takes them."""
 
     context: Tensor  # [b, n, context_dim]
     pooled: Tensor  # [b, pooled_dim]
     spans: tuple[tuple[TokenSpan, ...], ...] = ()  # one tuple per prompt; empty where embeddings were given
-    prompts: tuple[str, ...] = ()  # that the spans are of
+    prompts: tuple[str, ...] = ()  # the prompts that the spans index
 
     def __len__(self) -> int:
         return len(self.context)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
-        """The same on another device or in another dtype."""
+        """A copy on another device or in another dtype."""
         return replace(self, context=self.context.to(device, dtype), pooled=self.pooled.to(device, dtype))
 
     def repeat(self, times: int) -> Conditioning:
-        """Each prompt `times` in a row."""
+        """A batch in which each prompt occurs `times` in a row."""
         context, pooled = (part.repeat_interleave(times, 0) for part in (self.context, self.pooled))
         spans = tuple(span for span in self.spans for _ in range(times))
         prompts = tuple(prompt for prompt in self.prompts for _ in range(times))
         return Conditioning(context, pooled, spans, prompts)
 
     def zeroed(self) -> Conditioning:
-        """As many tokens of zeros, and a pooled vector of zeros: ComfyUI's ConditioningZeroOut."""
+        """A conditioning of the same shapes, all zeros, as ComfyUI's ConditioningZeroOut makes it."""
         return Conditioning(torch.zeros_like(self.context), torch.zeros_like(self.pooled))
 
 
 class _Tower(NamedTuple):
-    """What SD3 takes from one CLIP tower, or from both."""
+    """The outputs that SD3 takes from one CLIP tower, or from both side by side."""
 
     hidden: Tensor  # [b, n, channels]
     pooled: Tensor  # [b, channels]
@@ -76,19 +76,21 @@ class _Tower(NamedTuple):
 class Conditioner:
     """Tokenizers and encoders under one set of rules.
 
-    Prompts of one batch that differ in length, which only rules without cuts allow, are filled up to the longest: CLIP
-    with empty chunks, T5 with padding.
+    Rules without cuts allow prompts of different lengths in one batch. The shorter ones are filled up to the longest:
+    CLIP with empty chunks, T5 with padding. Several threads may call one Conditioner.
 
     Args:
-        clip_l, clip_g, t5: None for one that is missing; `rules` say what stands for it.
-        tokenizers: theirs; None for one that is not used.
-        rules: None is diffusers'.
-        context_dim: channels of a context token, 4096 officially.
-        pooled_dim: channels of the pooled vector, 2048 officially, read only where a tower is missing: what the pooled
-            output of the other one leaves of it is the width of the missing one, in the pooled vector and the context.
+        clip_l: The CLIP-L text tower, or None; `rules` say what stands in place of a missing encoder.
+        clip_g: The CLIP-G text tower, or None.
+        t5: The T5 encoder, or None.
+        tokenizers: The tokenizers of the encoders; None for one that no encoder uses.
+        rules: How prompts are read; None means diffusers' rules.
+        context_dim: Channels of a context token, 4096 in the official models.
+        pooled_dim: Channels of the pooled vector, 2048 in the official models. Used only where one CLIP tower is
+            missing: the width of its zeros is `pooled_dim` less the pooled width of the other tower.
 
     Raises:
-        ValueError: an encoder is missing for which the rules have no stand-in, or a tokenizer.
+        ValueError: an encoder is missing and the rules call that an error, or an encoder has no tokenizer.
     """
 
     def __init__(
@@ -108,7 +110,7 @@ class Conditioner:
 
     @property
     def models(self) -> dict[EncoderName, CLIPText | T5Encoder]:
-        """The encoders that are there."""
+        """The encoders that are present, by name."""
         every: dict[EncoderName, CLIPText | T5Encoder | None] = {
             "clip_l": self.clip_l,
             "clip_g": self.clip_g,
@@ -117,10 +119,10 @@ class Conditioner:
         return {name: model for name, model in every.items() if model is not None}
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """The conditioning of a batch of prompts; warns, with the text, where a prompt is cut.
+        """Encode a batch of prompts; warns where a prompt is cut, with the text that is not read.
 
         Raises:
-            ValueError: there is no prompt, or it has a weight that is not finite.
+            ValueError: the batch is empty, or a weight in a prompt is out of range or overflows the context.
             TypeError: a prompt is not a string.
         """
         prompts = checked_prompts(prompts)
@@ -142,7 +144,7 @@ class Conditioner:
         )
 
     def _check(self) -> None:
-        """Raise ValueError where something is missing that the rules need."""
+        """Raise ValueError where an encoder or a tokenizer is missing that the rules need."""
         for name, title in _TITLES.items():
             rule, choices = ("missing_t5", "'zeros' or 'omit'") if name == "t5" else ("missing_clip", "'zeros'")
             if name not in self.models and getattr(self.rules, rule) == "error":
@@ -154,7 +156,7 @@ class Conditioner:
             self._tokenizer(name)
 
     def _tokenizer(self, name: EncoderName) -> tuple[CLIPTokenizer | T5Tokenizer, int]:
-        """An encoder's tokenizer and padding id."""
+        """The tokenizer of an encoder, and the id of its padding."""
         borrowed = name == "clip_g" and self.rules.clip_g_tokenizer == "clip_l"
         owner: EncoderName = "clip_l" if borrowed else name
         tokenizer: CLIPTokenizer | T5Tokenizer | None = getattr(self.tokenizers, owner)
@@ -166,7 +168,7 @@ class Conditioner:
         return tokenizer, 0 if borrowed else tokenizer.pad
 
     def _rows(self, prompts: Sequence[str]) -> dict[EncoderName, Rows]:
-        """What each encoder reads, with a warning for what it does not."""
+        """Tokenize the prompts for each encoder, and warn of what an encoder does not read."""
         rules, found = self.rules, {}
         readings = {name: [read(prompt, self._tokenizer(name)[0], rules) for prompt in prompts] for name in self.models}
         if "clip_l" in readings and "clip_g" in readings:
@@ -175,14 +177,14 @@ class Conditioner:
             readings["clip_l"], readings["clip_g"] = ([pair[i] for pair in both] for i in (0, 1))
         for name, of_prompts in readings.items():
             for cut in dict.fromkeys(chain(*(reading.cuts for reading in of_prompts))):
-                said = f"{_TITLES[name]} reads {cut.limit}; this part of the prompt was cut: {cut.text!r}"
+                said = f"{_TITLES[name]} reads {cut.limit}; this part of the prompt was cut: {shortened(cut.text)}"
                 warnings.warn(said, stacklevel=4)
             length = rules.t5_length if name == "t5" else rules.clip_length
             found[name] = Rows.of(of_prompts, *self._tokenizer(name), length)
         return found
 
     def _clip(self, rows: Mapping[EncoderName, Rows]) -> _Tower | None:
-        """Both towers side by side, the context filled up to `context_dim`; None where there is none."""
+        """Both towers side by side, their channels padded to `context_dim`; None where both are missing."""
         one = self._tower(self.clip_l, rows.get("clip_l"), project=self.rules.project_clip_l)
         other = self._tower(self.clip_g, rows.get("clip_g"), project=True)
         present = one or other
@@ -196,7 +198,7 @@ class Conditioner:
         return _Tower(F.pad(hidden, (0, rest)), pooled)
 
     def _zeros(self, present: _Tower) -> _Tower:
-        """What stands for the tower that is missing beside this one."""
+        """Zeros in place of the missing tower, as wide as the other tower leaves room for."""
         width = self.pooled_dim - present.pooled.shape[-1]
         if width < 0:
             raise ValueError(
@@ -220,11 +222,15 @@ class Conditioner:
 
 
 def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:
-    """The prompts as a list; `what` is what to call one in an error.
+    """One prompt or several as a list.
+
+    Args:
+        prompts: A prompt, or a sequence of prompts.
+        what: What a prompt is called in an error.
 
     Raises:
-        ValueError: there is none.
-        TypeError: one is not a string.
+        ValueError: the sequence is empty.
+        TypeError: a prompt is not a string.
     """
     if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
         raise TypeError(f"{what} is {type(prompts).__name__}, expected str or a list of str: {repr(prompts)[:80]}")
@@ -233,14 +239,21 @@ def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:
         raise ValueError(f"the batch of {what}s is empty; give at least one {what}, which may be an empty string")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise TypeError(f"{what} {i} is {type(prompt).__name__}, expected str: {prompt!r}")
+            raise TypeError(f"{what} {i} is {type(prompt).__name__}, expected str: {repr(prompt)[:80]}")
     return prompts
 
 
 def _joined(z: Tensor, rows: Rows) -> Tensor:
-    """An encoder's output [rows, length, d], the empty prompt's last where there are weights, as [b, n, d]."""
+    """The output of an encoder [rows, length, d] as [b, n, d]; with weights, the last row is the empty prompt.
+
+    Raises:
+        ValueError: a weight makes the output overflow its dtype.
+    """
     if rows.has_weights:
-        z = weighted(z[:-1], z[-1], torch.tensor(rows.weights(), dtype=torch.float64))
+        plain, z = z, weighted(z[:-1], z[-1], torch.tensor(rows.weights(), dtype=torch.float64))
+        if not z.is_meta and not z.isfinite().all() and plain.isfinite().all():
+            largest = max((token.weight for row in rows.tokens for token in row), key=abs)
+            raise ValueError(f"the largest weight in the prompt, {largest:g}, overflows {z.dtype}; use a smaller one")
     return z.unflatten(0, (-1, rows.chunks)).flatten(1, 2)
 
 

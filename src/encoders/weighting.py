@@ -1,7 +1,8 @@
 """Weights in prompts, as ComfyUI reads and applies them (`comfy/sd1_clip.py`).
 
-`(text)` multiplies the weight by 1.1, nested each time anew; `(text:1.2)` sets it, whatever is around; `\\(` and `\\)`
-are brackets of the text. `[text]` and `BREAK` mean nothing.
+`(text)` multiplies the weight of a text by 1.1, once more for each bracket around it. `(text:1.2)` sets the weight,
+whatever brackets are around it. `\\(` and `\\)` are brackets of the text. `[text]` and `BREAK` have no meaning.
+Reading takes time and memory in proportion to the length of the prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _ESCAPED = "\0"  # stands for a bracket that is text while brackets are matched
+_TOKEN = re.compile("[():]")
 
 
 class Segment(NamedTuple):
@@ -26,20 +28,21 @@ class Segment(NamedTuple):
     at: Sequence[int]  # where each character of `text` starts in the prompt, and where the last one ends
 
     def words(self) -> Iterator[Segment]:
-        """What is between spaces and line feeds."""
+        """Split the segment at spaces and line feeds, which belong to no word."""
         for word in re.finditer(r"[^ \n]+", self.text):
             yield Segment(word.group(), self.weight, self.at[word.start() : word.end() + 1])
 
 
 def plain_segment(prompt: str) -> Segment:
-    """The whole prompt at weight 1, its brackets and backslashes as they are."""
+    """Give the whole prompt weight 1; its brackets and backslashes are text."""
     return Segment(prompt, 1.0, range(len(prompt) + 1))
 
 
 def weighted_segments(prompt: str) -> list[Segment]:
-    """The stretches of a prompt with their weights; brackets that match no other stay in the text.
+    """Split a prompt into the stretches of one weight; a bracket without a partner stays in the text.
 
-    One that closes nothing makes the next opening one text too, for they are counted: "a) (b:2)" has no weight.
+    A closing bracket without a partner also makes the next opening bracket text, because ComfyUI counts depth and lets
+    it become negative: "a) (b:2)" has no weight.
     """
     pieces = re.findall(r"\\[()]|.", prompt, flags=re.DOTALL)
     at = tuple(accumulate(map(len, pieces), initial=0))
@@ -48,45 +51,79 @@ def weighted_segments(prompt: str) -> list[Segment]:
     return [Segment(text[start:stop], weight, at[start : stop + 1]) for start, stop, weight in _stretches(bare)]
 
 
+class _Brackets(NamedTuple):
+    """The brackets of a text, by position."""
+
+    closing: dict[int, int]  # of an opening bracket, its partner
+    colon: dict[int, int]  # of a closing bracket, the colon before it with neither bracket nor colon between
+    text: set[int]  # opening brackets that are text because a closing one came too early
+
+    @classmethod
+    def of(cls, text: str) -> _Brackets:
+        """Match all brackets of a text in one pass."""
+        found, waiting, early, before = cls({}, {}, set()), list[int](), 0, -1
+        for token in _TOKEN.finditer(text):
+            i = token.start()
+            if text[i] == "(" and early:
+                found.text.add(i)
+                early -= 1
+            elif text[i] == "(":
+                waiting.append(i)
+            elif text[i] == ")":
+                if before >= 0 and text[before] == ":":
+                    found.colon[i] = before
+                if waiting:
+                    found.closing[waiting.pop()] = i
+                else:
+                    early += 1
+            before = i
+        return found
+
+
 def _stretches(text: str) -> Iterator[tuple[int, int, float]]:
-    """Start, stop and weight of what is between brackets, in order."""
-    waiting = [(0, len(text), 1.0, True)]  # the next one last; True: brackets in it are still to be matched
+    """Yield start, stop and weight of each stretch, in order."""
+    brackets = _Brackets.of(text)
+    waiting = [(0, len(text), 1.0, True)]  # the next one is last; True: brackets in it are still to be read
     while waiting:
         start, stop, weight, is_open = waiting.pop()
         if is_open:
-            items = [(*item, weight, False) for item in _items(text, start, stop)]
+            items = [(*item, weight, False) for item in _items(text, brackets, start, stop)]
             waiting += reversed(items)
         elif text[start] == "(" and text[stop - 1] == ")":
-            waiting.append((*_inside(text, start + 1, stop - 1, weight), True))
+            waiting.append((*_inside(text, brackets, start + 1, stop - 1, weight), True))
         else:
             yield start, stop, weight
 
 
-def _items(text: str, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The outermost brackets with what they hold, and what is before, between and after them."""
-    depth, first = 0, start
-    for i in range(start, stop):
-        if text[i] == "(":
-            if depth == 0 and i > first:
-                yield first, i
-                first = i
-            depth += 1
-        elif text[i] == ")":
-            depth -= 1
-            if depth == 0:
-                yield first, i + 1
-                first = i + 1
+def _items(text: str, brackets: _Brackets, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Yield the outermost brackets with what they hold, and the text before, between and after them.
+
+    An opening bracket whose partner is outside begins an item that reaches to the end.
+    """
+    first = at = start
+    while (opening := text.find("(", at, stop)) >= 0:
+        at = opening + 1
+        if opening in brackets.text:
+            continue
+        if opening > first:
+            yield first, opening
+        closing = brackets.closing.get(opening, stop)
+        if closing >= stop:
+            yield opening, stop
+            return
+        yield opening, closing + 1
+        first = at = closing + 1
     if first < stop:
         yield first, stop
 
 
-def _inside(text: str, start: int, stop: int, weight: float) -> tuple[int, int, float]:
-    """What a bracket holds without its number, and the weight there."""
-    colon = text.rfind(":", start, stop)
+def _inside(text: str, brackets: _Brackets, start: int, stop: int, weight: float) -> tuple[int, int, float]:
+    """Start and stop of what a bracket holds without its number, and the weight there; `stop` closes the bracket."""
+    colon = brackets.colon.get(stop, -1)
     if colon > start:
         try:
             return start, colon, float(text[colon + 1 : stop])
-        except ValueError:  # a colon of the text
+        except ValueError:  # the colon belongs to the text
             pass
     return start, stop, weight * 1.1
 
@@ -94,12 +131,12 @@ def _inside(text: str, start: int, stop: int, weight: float) -> tuple[int, int, 
 def weighted(
     z: Float[Tensor, "b n d"], empty: Float[Tensor, "n d"], weights: Float[Tensor, "b n"]
 ) -> Float[Tensor, "b n d"]:
-    """(z - empty) w + empty for each token, computed in float32 at least; a token of weight 1 stays as it is.
+    """Compute (z - empty) w + empty for each token, in float32 or wider; a token of weight 1 stays as it is.
 
     Args:
-        z: an encoder's output.
-        empty: the same encoder's output for the empty prompt, as long.
-        weights: one for each token.
+        z: Output of an encoder for a batch of prompts.
+        empty: Output of the same encoder for the empty prompt, padded to the same length.
+        weights: The weight of each token.
     """
     wide = torch.promote_types(z.dtype, torch.float32)
     w, base = weights.to(wide).to(z.device).unsqueeze(-1), empty.to(wide)

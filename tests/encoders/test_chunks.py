@@ -1,6 +1,7 @@
 """From prompts to rows of ids under each reference's rules: units, cuts, chunk borders, places in the prompt."""
 
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from golden import recorded
 
 GOLDEN = recorded("tokens")
 EVERY = {"diffusers": DIFFUSERS, "comfyui": COMFYUI, "reference": REFERENCE}
-CHUNKED_WORDS = replace(REFERENCE, long_clip="chunks")
+CHUNKED_WORDS = replace(REFERENCE, long_clip="chunks", max_chunks=100)
 
 
 @pytest.fixture
@@ -75,11 +76,21 @@ def test_weights_are_text_ignored_or_applied(tiny: Tokenizers):
     assert weights == {"diffusers": [1.0] * 8, "reference": [1.0, 1.0], "comfyui": [1.5, 1.0]}
 
 
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
-def test_a_weight_that_is_no_number_is_refused_where_it_is_applied(tiny: Tokenizers, number: str):
-    with pytest.raises(ValueError, match=f"the weight of 'cat' in the prompt must be a finite number, got {number}"):
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "1e+308", "-1e+308", "1000.1", "-1001"])
+def test_a_weight_out_of_range_is_refused_where_it_is_applied(tiny: Tokenizers, number: str):
+    with pytest.raises(ValueError, match=f"'cat' .*from -1000 to 1000, got {re.escape(f'{float(number):g}')}"):
         read(f"a (cat:{number})", tiny.clip_l, COMFYUI)
     assert spelled(read(f"a (cat:{number})", tiny.clip_l, REFERENCE), tiny.clip_l) == ["a_|cat_"]
+
+
+def test_brackets_in_brackets_reach_the_largest_weight(tiny: Tokenizers):
+    nested = ["(" * depth + "cat" + ")" * depth for depth in (72, 73, 15_000)]
+    (token,) = read(nested[0], tiny.clip_l, COMFYUI).chunks[0]
+    assert token.weight == pytest.approx(1.1**72)
+    for prompt in nested[1:]:
+        with pytest.raises(ValueError, match=r"'cat' .*from -1000 to 1000"):
+            read(prompt, tiny.clip_l, COMFYUI)
+    assert read("(cat:-1000) (cat:1e3)", tiny.clip_l, COMFYUI).chunks[0][1].weight == 1000
 
 
 # Long prompts of CLIP
@@ -215,3 +226,59 @@ def test_every_token_knows_its_characters(tiny: Tokenizers, words: list[str], na
             text = re.sub(r"</w>|▁", "", tokenizer.backend.id_to_token(token.id))
             source = prompt[token.start : token.stop].lower().strip()
             assert text in ("", "<unk>", source, re.sub(r"\\([()])", r"\1", source))
+
+
+# Prompts without end
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_prompt_is_read_up_to_a_bound(tiny: Tokenizers, name: str):
+    rules = replace(EVERY[name], max_characters=100, t5_characters=None)
+    for tokenizer in (tiny.clip_l, tiny.t5):
+        whole = read("a " * 50, tokenizer, rules)
+        assert whole == read("a " * 50, tokenizer, replace(EVERY[name], t5_characters=None))
+        longer = read("a " * 50 + "dog", tokenizer, rules)
+        assert longer.chunks == whole.chunks
+        assert cuts(longer)[-1][1].endswith("a dog" if whole.cuts else "dog")
+        assert longer.cuts[-1].limit == (whole.cuts[-1].limit if whole.cuts else "100 characters")
+        assert len(longer.cuts) == 1
+        assert read("a " * 50 + " " * 1000, tokenizer, rules) == whole
+
+
+def test_chunks_and_tokens_that_no_reference_limits_have_a_bound(tiny: Tokenizers):
+    fits, long = " ".join(["a"] * 16 * 75), " ".join(["a"] * 16 * 75 + ["cat"])
+    assert len(read(fits, tiny.clip_l, COMFYUI).chunks) == 16
+    assert cuts(read(fits, tiny.clip_l, COMFYUI)) == []
+    assert len(read(long, tiny.clip_l, COMFYUI).chunks) == 16
+    assert cuts(read(long, tiny.clip_l, COMFYUI)) == [("1232 tokens", "cat")]
+    fits, long = " ".join(["a"] * 1023), " ".join(["a"] * 1023 + ["cat"])
+    assert cuts(read(fits, tiny.t5, COMFYUI)) == []
+    assert cuts(read(long, tiny.t5, COMFYUI)) == [("1024 tokens", "cat")]
+    assert len(read(long, tiny.t5, COMFYUI).chunks[0]) == 1023
+    assert len(read(long, tiny.t5, replace(COMFYUI, max_t5=5, t5_length=7)).chunks[0]) == 6
+
+
+ENDLESS = {
+    "letters": "a" * 10**6,
+    "words": "a cat " * 160_000,
+    "emoji": "\U0001f600" * 10**6,
+    "spaces": " " * 10**6,
+    "open": "(" * 10**6,
+    "closed": ")" * 10**6,
+    "nested": "(" * 500_000 + ")" * 500_000,
+    "weights": "(a:1.2)" * 140_000,
+    "inner numbers": "(a:" * 250_000 + "1)" * 250_000,
+    "ligatures": "\ufdfa" * 10**6,
+}
+
+
+@pytest.mark.parametrize("prompt", ENDLESS.values(), ids=ENDLESS)
+def test_a_million_characters_cost_no_more_than_reading_them(tiny: Tokenizers, prompt: str):
+    started = time.process_time()
+    for rules in EVERY.values():
+        for tokenizer in (tiny.clip_l, tiny.t5):
+            reading = read(prompt, tokenizer, rules)
+            assert len(reading.chunks) <= 16
+            assert max(map(len, reading.chunks)) <= 1023
+            assert len(reading.cuts) <= 2
+    assert time.process_time() - started < 20

@@ -225,6 +225,24 @@ def test_what_is_cut_is_said_once_for_each_encoder(conditioner, recwarn, rules: 
     assert len(recwarn) == len(said)
 
 
+def test_a_prompt_of_a_million_characters_is_one_short_warning_for_each_encoder(conditioner):
+    for rules in (DIFFUSERS, COMFYUI, REFERENCE):
+        with pytest.warns(UserWarning, match="was cut") as said:
+            found = conditioner(rules)(["b" * 10**6])
+        assert found.context.shape[1] <= 16 * 77 + 1024
+        assert sorted(str(warning.message).split(" ")[0] for warning in said) == ["CLIP-G", "CLIP-L", "T5"]
+        assert max(len(str(warning.message)) for warning in said) < 400
+
+
+def test_a_weight_that_overflows_the_context_is_refused(conditioner, tiny_encoders: dict):
+    for model in tiny_encoders.values():
+        model.half()
+    tiny_encoders["t5"].encoder.final_layer_norm.weight.fill_(500)
+    with pytest.raises(ValueError, match=r"999.*float16"):
+        conditioner(replace(COMFYUI, encoder_dtype="stored"))(["(cat:999)"])
+    assert conditioner(COMFYUI)(["(cat:999)"]).context.isfinite().all()
+
+
 # Places
 
 

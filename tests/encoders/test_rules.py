@@ -13,6 +13,9 @@ from encoders import COMFYUI, DIFFUSERS, REFERENCE, Conditioner, TextRules, Toke
     [
         ({"clip_length": 2}, "clip_length >= 3, t5_length >= 2; got 2, 256"),
         ({"t5_length": 1}, "got 77, 1"),
+        ({"max_characters": 0}, "max_characters >= 1, got 0"),
+        ({"max_chunks": 0}, "max_chunks >= 1, got 0"),
+        ({"max_t5": 1}, "max_t5 >= 2, got 1"),
         ({"t5_characters": -1}, "t5_characters >= 0 or None, got -1"),
         ({"weights": "apply"}, "TextRules.weights must be one of 'literal', 'ignored', 'applied'; got 'apply'"),
         ({"long_clip": "chunk"}, "TextRules.long_clip must be one of .*; got 'chunk'"),
@@ -31,8 +34,8 @@ def test_rules_that_mean_nothing(wrong: dict, said: str):
         rules.__post_init__()
 
 
-def test_the_references_differ_in_every_rule_but_the_length_of_a_chunk():
-    names = set(TextRules.__dataclass_fields__) - {"clip_length"}
+def test_the_references_differ_in_every_rule_but_the_length_of_a_chunk_and_the_bounds():
+    names = set(TextRules.__dataclass_fields__) - {"clip_length", "max_characters", "max_chunks", "max_t5"}
     assert {name for name in names if len({getattr(r, name) for r in (DIFFUSERS, COMFYUI, REFERENCE)}) > 1} == names
 
 
