@@ -1,13 +1,13 @@
-"""Small helpers that every room may use: files, arguments, memory, progress."""
+"""Small helpers that every room may use: files, arguments, memory, progress, tables."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,5 +67,32 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(tensor.nbytes for tensor in model.state_dict().values())
+    """Bytes of all parameters and buffers as they are stored.
+
+    A tensor subclass counts by the tensors that it holds, because it may report the bytes of what it stands for.
+    """
+    return sum(map(_stored_bytes, model.state_dict().values()))
+
+
+def _stored_bytes(tensor: Any) -> int:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
+def markdown_table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table, with cells padded so that the columns also line up as text.
+
+    Args:
+        header: The titles of the columns.
+        rows: The cells of each row, as many as there are titles.
+
+    Raises:
+        ValueError: a row has another number of cells.
+    """
+    lines = [[str(cell).replace("|", r"\|") for cell in row] for row in (header, *rows)]
+    if odd := [row for row in lines if len(row) != len(header)]:
+        raise ValueError(f"a row of {len(odd[0])} cells in a table of {len(header)} columns: {odd[0]}")
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return [f"| {' | '.join(map(str.ljust, row, widths))} |" for row in lines]

@@ -1,8 +1,10 @@
-"""The bar counts what passes and stays out of files."""
+"""The bar counts what passes and stays out of files; tables line up."""
 
 import sys
 
-from mmdit.utils import bar
+import pytest
+
+from mmdit.utils import bar, markdown_table
 
 
 def test_it_passes_everything_on_and_is_silent_in_a_pipe(capsys):
@@ -16,3 +18,11 @@ def test_none_shows_it_in_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     list(bar(iter("ab"), 2, None))
     assert "2/2" in capsys.readouterr().err
+
+
+def test_a_table_lines_up_and_escapes_bars():
+    lines = markdown_table(("", "a|b"), [("one", 1), ("x" * 6, 2.5)])
+    assert lines == ["|        | a\\|b |", "| ------ | ---- |", "| one    | 1    |", "| xxxxxx | 2.5  |"]
+    assert markdown_table(("a",), []) == ["| a   |", "| --- |"]
+    with pytest.raises(ValueError, match="a row of 1 cells in a table of 2 columns"):
+        markdown_table(("a", "b"), [("c",)])

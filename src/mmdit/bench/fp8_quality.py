@@ -1,4 +1,4 @@
-"""What each float8 recipe costs in quality: `python -m mmdit.bench.fp8_quality --out FOLDER`.
+"""What each float8 recipe costs in quality: `mmdit bench quality --output FOLDER`.
 
 Every recipe draws the same prompts from the same noise as the model that is not quantized. A row says how much of what
 prompts state is in the pictures, how close they are to its pictures, and how their distribution lies to that of
@@ -7,7 +7,6 @@ rendered scenes.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import statistics
@@ -30,6 +29,7 @@ from mmdit.demo.score import accuracies, macro_average, score_batch
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.calibration import calibrate, fold, quantize_calibrated
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.utils import markdown_table
 from quant.quantize import linears_of, quantize_, snr
 from quant.recipe import Recipe
 
@@ -237,22 +237,20 @@ def tally(verdicts: Sequence[dict[Any, bool]]) -> tuple[Tensor, Tensor]:
 
 def markdown(found: Sequence[Quality]) -> str:
     """The table, and for the layers that static scales serve worst, how much of the gap to theory others close."""
-    lines = [
-        "| recipe | statements | to not quantized | PSNR dB | SSIM | blocks dB | Fréchet to not quantized |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in found:
-        accuracy, frechet = (
-            f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (one.accuracy_ratio, one.frechet_ratio)
-        )
-        lines.append(
-            f"| {one.name} | {100 * one.accuracy:.1f} | {accuracy} | {one.psnr:.1f} | {one.ssim:.4f} | "
-            f"{one.block_snr:.1f} | {frechet} |"
-        )
+    titles = ("recipe", "statements", "to not quantized", "PSNR dB", "SSIM", "blocks dB", "Fréchet to not quantized")
+    lines = markdown_table(titles, map(_row, found))
     static = next((one for one in found if one.name == "static, per tensor"), None)
     if static is not None:
         lines += ["", *_worst_layers(static, [one for one in found if one.name.startswith(("static +", "dynamic"))])]
     return "\n".join(lines) + "\n"
+
+
+def _row(one: Quality) -> tuple[str, ...]:
+    accuracy, frechet = (
+        f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (one.accuracy_ratio, one.frechet_ratio)
+    )
+    close = (f"{one.psnr:.1f}", f"{one.ssim:.4f}", f"{one.block_snr:.1f}")
+    return (one.name, f"{100 * one.accuracy:.1f}", accuracy, *close, frechet)
 
 
 def _worst_layers(static: Quality, others: Sequence[Quality]) -> Iterator[str]:
@@ -260,58 +258,69 @@ def _worst_layers(static: Quality, others: Sequence[Quality]) -> Iterator[str]:
     yield f"Layers that static per tensor leaves 1 dB or more under {THEORY} dB: {len(worst)} of {len(static.layers)}."
     if not worst or not others:
         return
-    yield "\n| layer | static dB | best dB | with | of the gap |\n| --- | --- | --- | --- | --- |"
+    rows = []
     for name, value in sorted(worst.items(), key=lambda item: item[1]):
         best = max(others, key=lambda other: other.layers[name])
         closed = (best.layers[name] - value) / (THEORY - value)
-        yield f"| {name} | {value:.1f} | {best.layers[name]:.1f} | {best.name} | {100 * closed:.0f} % |"
+        rows.append((name, f"{value:.1f}", f"{best.layers[name]:.1f}", best.name, f"{100 * closed:.0f} %"))
+    yield ""
+    yield from markdown_table(("layer", "static dB", "best dB", "with", "of the gap"), rows)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mmdit.bench.fp8_quality", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("fp8_quality"), help="folder of table and numbers")
-    parser.add_argument("--prompts", type=int, default=512, help="held-out prompts that are scored")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures of each")
-    parser.add_argument(
-        "--pictures", type=int, default=4000, help="for the Fréchet distance, the scored ones among them"
-    )
-    parser.add_argument(
-        "--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows; 0 is needed"
-    )
-    parser.add_argument("--steps", type=int, default=MAIN.steps)
-    parser.add_argument("--calibration", type=int, default=32, help="prompts, of no held-out combination")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--workers", type=int, default=None)
-    args = parser.parse_args(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
-    count = -(-max(args.pictures, args.prompts * args.seeds) // args.seeds)
-    texts = [text for text in make_prompts(count, SEED, held_out=True) for _ in range(args.seeds)]
-    calibration = make_prompts(args.calibration, SEED + 7, held_out=False)
-    setting = replace(MAIN, steps=args.steps)
+def run(
+    folder: Path,
+    *,
+    rows: Sequence[int] = tuple(range(len(ROWS))),
+    prompts: int = 512,
+    seeds: int = 4,
+    pictures: int = 4000,
+    steps: int = MAIN.steps,
+    calibration: int = 32,
+    batch: int = 256,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    processes: int | None = None,
+) -> Iterator[Quality]:
+    """Measure rows of `ROWS`, and write fp8_quality.json and fp8_quality.md into the folder after each.
+
+    Args:
+        folder: The folder of the table and the numbers; made where it is missing.
+        rows: Numbers of the rows; the first is 0, the model that is not quantized, which the others are held against.
+        prompts: Number of held-out prompts whose pictures are scored.
+        seeds: Pictures of each prompt.
+        pictures: Number of pictures for the Fréchet distance; the scored ones are among them.
+        steps: Sampler steps of each picture.
+        calibration: Number of prompts, of no held-out combination, that static scales are calibrated with.
+        batch: Pictures drawn at once.
+        device, dtype: The device and dtype of the models.
+        processes: Processes that score pictures; None takes one per core.
+
+    Raises:
+        ValueError: the first row is not 0, or a row does not exist.
+    """
+    if not rows or rows[0] != 0 or not all(0 <= row < len(ROWS) for row in rows):
+        said = f"the first must be 0, the model that is not quantized, the others at most {len(ROWS) - 1}"
+        raise ValueError(f"rows {list(rows)}: {said}")
+    folder.mkdir(parents=True, exist_ok=True)
+    count = -(-max(pictures, prompts * seeds) // seeds)
+    texts = [text for text in make_prompts(count, SEED, held_out=True) for _ in range(seeds)]
+    calibrating = make_prompts(calibration, SEED + 7, held_out=False)
+    setting = replace(MAIN, steps=steps)
     found: list[Quality] = []
     base: Drawn | None = None
     rendered: Tensor | None = None
-    with workers(args.workers) as pool:
-        for row in (ROWS[i] for i in args.rows):
+    with workers(processes) as pool:
+        for row in (ROWS[i] for i in rows):
             start = time.monotonic()
-            before, pipe = built(row, args.device, getattr(torch, args.dtype), calibration, args.steps)
-            drawn = pictures_of(pipe, texts, args.prompts * args.seeds, args.batch, pool, setting)
+            before, pipe = built(row, device, dtype, calibrating, steps)
+            drawn = pictures_of(pipe, texts, prompts * seeds, batch, pool, setting)
             base = base or drawn
             if rendered is None:
                 scenes = render(sample(len(texts), 11))
-                rendered = torch.cat([features(pipe.vae, part) for part in scenes.split(args.batch)])
-            inner = inner_snr(before, pipe.transformer, pipe, calibration)
+                rendered = torch.cat([features(pipe.vae, part) for part in scenes.split(batch)])
+            inner = inner_snr(before, pipe.transformer, pipe, calibrating)
             seconds = time.monotonic() - start
-            found.append(quality(row, drawn, base, rendered, inner, seconds, args.device))
-            (args.out / "fp8_quality.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
-            (args.out / "fp8_quality.md").write_text(markdown(found), encoding="utf-8")
-            print(f"{row.name}: {found[-1].seconds:.0f} s", flush=True)  # noqa: T201
-    print((args.out / "fp8_quality.md").read_text(encoding="utf-8"))  # noqa: T201
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+            found.append(quality(row, drawn, base, rendered, inner, seconds, device))
+            (folder / "fp8_quality.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
+            (folder / "fp8_quality.md").write_text(markdown(found), encoding="utf-8")
+            yield found[-1]

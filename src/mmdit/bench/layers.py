@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -10,17 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.bench.random_models import MODELS, check_names
+from mmdit.bench.random_models import MODELS, check_names, check_size
 from mmdit.models.mmdit import MMDiT
+from mmdit.utils import markdown_table
 from quant.matmul import backend_of, quantize_activation
 from quant.quantize import linears_of, snr
 from quant.recipe import RECIPES
 from quant.tensor import Float8Tensor
 
+DYNAMIC = tuple(name for name, recipe in RECIPES.items() if recipe.activation in ("token", "tensor"))
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A Linear [out, in] that reads so many tokens, and how many of a step's are alike."""
+    """A Linear of shape [out, width] that reads `rows` tokens; `count` of a step's Linears are alike."""
 
     name: str
     rows: int
@@ -31,7 +35,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Measured:
-    """One shape under one recipe; times in milliseconds, 0 on a CPU."""
+    """One shape under one recipe; times in milliseconds."""
 
     shape: Shape
     recipe: str
@@ -46,6 +50,7 @@ class Measured:
 def shapes_of(model: str = "large", size: int = 1024, text: int = 333, batch: int = 2) -> list[Shape]:
     """The Linears of a step that float8 recipes quantize, each shape once; ValueError for an unknown model."""
     check_names((model,), MODELS)
+    check_size(model, size)
     config = MODELS[model]
     with torch.device("meta"):
         blocks = MMDiT(config).joint_blocks
@@ -70,14 +75,14 @@ def layers(
     """Measure on normal numbers, with weights of standard deviation 0.02 and one channel in a hundred ten times larger.
 
     Args:
-        shapes: see `shapes_of`.
-        recipes: names of `quant.RECIPES` that scale activations anew in every call.
-        device, dtype: where and in what.
+        shapes: What `shapes_of` gives.
+        recipes: Names of `quant.RECIPES` with dynamic input scales (`DYNAMIC`).
+        device, dtype: The device and dtype of inputs and weights.
 
     Raises:
-        ValueError: another recipe.
+        ValueError: a recipe is unknown or not dynamic.
     """
-    check_names(recipes, [name for name, recipe in RECIPES.items() if recipe.activation in ("token", "tensor")])
+    check_names(recipes, DYNAMIC)
     generator = torch.Generator(device).manual_seed(0)
     for shape in shapes:
         x, weight, bias = (
@@ -109,9 +114,9 @@ def _measured(shape: Shape, name: str, x: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def timed(run: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
-    """Milliseconds of the GPU's work alone, without what the CPU takes to launch it: a replayed graph; 0 elsewhere."""
+    """Milliseconds of a run: on a GPU its work alone, without the launches, by a replayed graph; else by the clock."""
     if device.type != "cuda":
-        return 0.0
+        return median(_clocked(run) for _ in range(4))
     run()  # outside of the graph: libraries set themselves up
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -128,18 +133,27 @@ def timed(run: Callable[[], object], device: torch.device, repeats: int = 20) ->
     return median(times[1:])
 
 
+def _clocked(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - start)
+
+
 def table(found: Sequence[Measured]) -> str:
     """A row per shape and recipe; rates are of operations alone."""
-    lines = [
-        "| layer | tokens x out x in | times | recipe | runs | 16 bit ms | float8 ms | of it rounding | TFLOP/s | "
-        "to emulated, dB | fast, dB |",
-        "| --- " * 11 + "|",
-    ]
-    for one in found:
-        shape, multiply = one.shape, one.float8 - one.rounding
-        rate = 2e-9 * shape.rows * shape.out * shape.width / multiply if multiply > 0 else 0.0
-        size = f"{shape.rows} x {shape.out} x {shape.width}"
-        times = f"{one.plain:.3f} | {one.float8:.3f} | {one.rounding:.3f} | {rate:.0f}"
-        said = f"{shape.name} | {size} | {shape.count} | {one.recipe} | {one.runs}"
-        lines.append(f"| {said} | {times} | {one.snr:.1f} | {one.snr_fast:.1f} |")
-    return "\n".join(lines)
+    return "\n".join(markdown_table(_TITLES, map(_row, found)))
+
+
+_TITLES = (
+    *("layer", "tokens x out x in", "times", "recipe", "runs", "16 bit ms", "float8 ms", "of it rounding", "TFLOP/s"),
+    *("to emulated, dB", "fast, dB"),
+)
+
+
+def _row(one: Measured) -> tuple[object, ...]:
+    shape, multiply = one.shape, one.float8 - one.rounding
+    rate = 2e-9 * shape.rows * shape.out * shape.width / multiply if multiply > 0 else float("nan")
+    size = f"{shape.rows} x {shape.out} x {shape.width}"
+    times = (f"{value:.3f}" for value in (one.plain, one.float8, one.rounding))
+    said = (shape.name, size, shape.count, one.recipe, one.runs, *times, f"{rate:.3g}")
+    return (*said, f"{one.snr:.1f}", f"{one.snr_fast:.1f}")

@@ -31,6 +31,7 @@ from mmdit.inspection.attention_maps import attention_maps
 from mmdit.inspection.map_results import AttentionMaps
 from mmdit.inspection.words import Encoder, words_of
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.utils import markdown_table
 
 DIRECTIONS: tuple[Direction, ...] = ("i2t", "t2i")
 ENCODERS: tuple[Encoder, ...] = ("all", "clip", "t5")
@@ -171,15 +172,16 @@ def _ratio(items: Sequence[tuple[int, float, float]]) -> tuple[float, float, flo
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table, a line for each direction, encoder and block."""
-    lines = [
-        "| direction | tokens | block | colour words | other objects | shape words | other objects |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    cells = []
     table = {(row.direction, row.encoder, row.block, row.kind): row for row in rows}
     for direction, encoder, block in dict.fromkeys(key[:3] for key in table):
         both = [table[direction, encoder, block, kind] for kind in KINDS]
-        cells = [f"{value:.2f} ({low:.2f} to {high:.2f})" for row in both for value, low, high in (row.own, row.others)]
-        lines.append(f"| {direction} | {encoder} | {block} | {' | '.join(cells)} |")
+        values = [
+            f"{value:.2f} ({low:.2f} to {high:.2f})" for row in both for value, low, high in (row.own, row.others)
+        ]
+        cells.append((direction, encoder, block, *values))
+    titles = ("direction", "tokens", "block", "colour words", "other objects", "shape words", "other objects")
+    lines = markdown_table(titles, cells)
     some = [table["i2t", "all", "all", kind] for kind in KINDS]
     counts = [f"{row.words} {row.kind} words, whose objects cover {100 * row.area:.1f} %" for row in some]
     lines += ["", "Share of map / share of area with intervals of 95 %, prompts drawn again.", f"{'; '.join(counts)}."]

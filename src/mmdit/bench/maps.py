@@ -1,4 +1,4 @@
-"""What attention maps cost in time and memory: `python -m mmdit.bench.maps --model large --words 5 --steps 20`.
+"""What attention maps cost in time and memory: `mmdit bench maps --model large --words 5 --steps 20`.
 
 Random weights and inputs, as in `mmdit bench`. The same steps run without and with maps, in turn; outputs are compared
 bit by bit.
@@ -6,19 +6,17 @@ bit by bit.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from encoders import Conditioning, TokenSpan
 from encoders.conditioning import EncoderName
-from mmdit.bench.random_models import MODELS, Inputs, fill
+from mmdit.bench.random_models import MODELS, Inputs, check_names, check_size, fill
 from mmdit.inspection.attention import Direction
 from mmdit.inspection.attention_maps import Heads, attention_maps
 from mmdit.inspection.map_results import AttentionMaps
@@ -31,7 +29,7 @@ TOKENS = 2  # of a word, for each encoder
 
 @dataclass(frozen=True)
 class Cost:
-    """Without maps and with them; memory is None where the device does not count it."""
+    """The cost without maps and with them; memory is None where the device does not count it."""
 
     plain_seconds: float
     maps_seconds: float
@@ -42,7 +40,7 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """Of the times."""
+        """The time with maps by the time without."""
         return self.maps_seconds / self.plain_seconds
 
 
@@ -98,6 +96,8 @@ def cost(
         rounds: drawings of each kind.
         device, dtype: of the model.
     """
+    check_names((model,), MODELS)
+    check_size(model, size)
     device, config = torch.device(device), MODELS[model]
     if text < CLIP + TOKENS * words:
         raise ValueError(f"{words} words need a text of at least {CLIP + TOKENS * words} tokens, got {text}")
@@ -163,47 +163,13 @@ def _how(maps: AttentionMaps) -> str:
     return ", ".join(f"{source} (kernel {call.kernel}, {call.keys[2]} keys)" for call, source in maps.how.items())
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m mmdit.bench.maps", description=__doc__)
-    parser.add_argument("--model", default="large", choices=MODELS)
-    parser.add_argument("--words", type=int, default=5, help="of two tokens each")
-    parser.add_argument("--blocks", nargs="+", default=["all"], help="numbers, or all")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--heads", default="mean", choices=get_args(Heads))
-    parser.add_argument("--directions", nargs="+", default=["i2t"], choices=get_args(Direction))
-    parser.add_argument("--no-quadrants", action="store_true")
-    parser.add_argument("--size", type=int, default=1024)
-    parser.add_argument("--text", type=int, default=333)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    args = parser.parse_args(arguments)
-    found = cost(
-        args.model,
-        words=args.words,
-        steps=args.steps,
-        blocks=None if args.blocks == ["all"] else [int(block) for block in args.blocks],
-        heads=args.heads,
-        directions=args.directions,
-        quadrants=not args.no_quadrants,
-        size=args.size,
-        text=args.text,
-        rounds=args.rounds,
-        device=args.device,
-        dtype=getattr(torch, args.dtype),
-    )
+def lines(found: Cost, steps: int) -> list[str]:
+    """What was measured, in words."""
     extra = "not counted on this device" if found.extra_bytes is None else f"{found.extra_bytes / 1e9:.3f} GB"
-    for line in (
-        f"without maps  {found.plain_seconds:.3f} s for {args.steps} steps",
+    return [
+        f"without maps  {found.plain_seconds:.3f} s for {steps} steps",
         f"with maps     {found.maps_seconds:.3f} s, {found.ratio:.3f} times",
         f"extra peak    {extra}; maps and quadrants keep {found.kept_bytes / 1e9:.3f} GB",
         f"outputs       {'equal bit by bit' if found.equal else 'DIFFER'}",
         f"log-sum-exp   {found.how}",
-    ):
-        print(line)  # noqa: T201
-    return 0 if found.equal else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    ]

@@ -15,12 +15,13 @@ from encoders import VAE, CLIPText, T5Encoder, Tokenizers
 from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
-from mmdit.bench.random_models import MODELS, bytes_of, check_names, fill, quantized
+from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, fill, quantized
 from mmdit.checkpoints.config_json import to_diffusers
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.utils import markdown_table, weight_bytes
 from quant.recipe import RECIPES
 
 PROMPT = "a large red circle above a blue star, on a white background"
@@ -28,10 +29,12 @@ PROMPT = "a large red circle above a blue star, on a white background"
 
 @dataclass
 class Drawn:
-    """A row of the table: seconds by stage, and gigabytes (1e9 bytes) of the device."""
+    """A row of the table: seconds by stage, and gigabytes (1e9 bytes) of the device's memory."""
 
     name: str
-    seconds: dict[str, float] = field(default_factory=dict)  # "text", "steps", "decode", "picture"
+    seconds: dict[str, float] = field(
+        default_factory=dict
+    )  # "text" unless it was not measured, "steps", "decode", "picture"
     weights_gb: float = 0.0
     peak_gb: dict[str, float] = field(default_factory=dict)  # by stage
 
@@ -65,7 +68,8 @@ def pictures(
     """
     check_names((model,), MODELS)
     check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
-    check_names(against, ("diffusers",))
+    check_peers(against, ("diffusers",))
+    check_size(model, size)
     device = torch.device(device)
     word = str(dtype).removeprefix("torch.")
     for mode in (False, True) if compiled else (False,):
@@ -78,17 +82,22 @@ def pictures(
 
 def table(found: Sequence[Drawn]) -> str:
     """Times and memory beside those of the first row."""
-    lines = [
-        "| | text s | steps s | decoding s | picture s | to the first | weights GB | peak GB | to the first |",
-        "| --- " * 9 + "|",
-    ]
-    base = max(found[0].peak_gb.values()) or 1.0  # of a CPU nothing is known
+    first, base = found[0], max(found[0].peak_gb.values())
+    rows = []
     for one in found:
-        times = " | ".join(f"{one.seconds[stage]:.3f}" for stage in ("text", "steps", "decode", "picture"))
-        faster = one.seconds["picture"] / found[0].seconds["picture"]
+        stages = ("text", "steps", "decode", "picture")
+        times = (f"{one.seconds[stage]:.3f}" if stage in one.seconds else "-" for stage in stages)
         peak = max(one.peak_gb.values())
-        lines.append(f"| {one.name} | {times} | {faster:.3f} | {one.weights_gb:.2f} | {peak:.2f} | {peak / base:.3f} |")
-    return "\n".join(lines)
+        memory = (f"{peak:.2f}", f"{peak / base:.3f}") if base else ("-", "-")  # a CPU does not count
+        faster = f"{one.seconds['picture'] / first.seconds['picture']:.3f}"
+        rows.append((one.name, *times, faster, f"{one.weights_gb:.2f}", *memory))
+    return "\n".join(markdown_table(_TITLES, rows))
+
+
+_TITLES = (
+    *("", "text s", "steps s", "decoding s", "picture s", "to the first", "weights GB", "peak GB"),
+    "peak to the first",
+)
 
 
 def random_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
@@ -123,7 +132,7 @@ def _ours(model: str, recipe: str | None, compiled: bool, device: torch.device, 
 def _drawn(name: str, build: Callable[[], Pipeline], steps: int, size: int, device: torch.device) -> Drawn:
     _emptied(device)
     pipe = build()
-    weights = sum(bytes_of(part) for part in pipe.models.values())
+    weights = sum(weight_bytes(part) for part in pipe.models.values())
     found = Drawn(name, weights_gb=weights / 1e9)
     for _ in range(2):
         watch = _Watch(device, found)
@@ -194,12 +203,12 @@ def _theirs(model: str, steps: int, size: int, device: torch.device, dtype: torc
     embeddings |= {f"negative_{key}": torch.zeros_like(value) for key, value in embeddings.items()}
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.5, "height": size, "width": size}
     found = Drawn(f"diffusers {str(dtype).removeprefix('torch.')} eager, no text encoders")
-    found.weights_gb = (bytes_of(transformer) + bytes_of(vae)) / 1e9
+    found.weights_gb = (weight_bytes(transformer) + weight_bytes(vae)) / 1e9
     for _ in range(2):
         watch = _Watch(device, found)
         latent = watch("steps", lambda: pipe(**embeddings, **settings, output_type="latent").images)
         watch("decode", partial(vae.decode, latent / 1.5305 + 0.0609))
-    found.seconds |= {"text": 0.0, "picture": found.seconds["steps"] + found.seconds["decode"]}
+    found.seconds["picture"] = found.seconds["steps"] + found.seconds["decode"]
     return found
 
 

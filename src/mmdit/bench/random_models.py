@@ -1,9 +1,10 @@
-"""The models that benches run: sizes, random weights and inputs, ours and others'."""
+"""The models that benches run: sizes, random weights and inputs; ours, diffusers' and torchao's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,14 +24,42 @@ MODELS: dict[str, MMDiTConfig] = {
 
 
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
-    """Raise ValueError for the first that is not known."""
+    """Raise ValueError for the first name that is not known."""
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
 
 
+def check_peers(peers: Iterable[str], known: Collection[str]) -> None:
+    """Raise, before anything is measured, ValueError for an unknown peer and ImportError for one that is missing."""
+    peers = list(peers)
+    check_names(peers, known)
+    for peer in peers:
+        for package in ("diffusers", "torchao") if peer.startswith("torchao") else ("diffusers",):
+            if find_spec(package) is None:
+                extra = '"mmdit-lab[test]"' if package == "diffusers" else "torchao"
+                raise ImportError(f"--against {peer} needs {package}: pip install {extra}")
+
+
+def default_size(model: str) -> int:
+    """The side of the picture that a bench draws by default, in pixels: 1024, or what a smaller model draws."""
+    return min(1024, 8 * (MODELS[model].sample_size or 128))
+
+
+def check_size(model: str, size: int) -> int:
+    """The side of a picture in pixels; ValueError where the model cannot draw it."""
+    config = MODELS[model]
+    unit = 8 * config.patch_size
+    if size < unit or size % unit or size > config.max_pixels:
+        raise ValueError(
+            f"--size {size}: the model {model} draws pictures of a multiple of {unit} pixels, at most "
+            f"{config.max_pixels}; its default is {default_size(model)}"
+        )
+    return size
+
+
 @dataclass(frozen=True)
 class Inputs:
-    """Of a step: both branches of the guidance in one batch."""
+    """The inputs of a step: both branches of the guidance in one batch."""
 
     latent: Tensor
     timestep: Tensor
@@ -39,7 +68,7 @@ class Inputs:
 
     @classmethod
     def random(cls, config: MMDiTConfig, size: int, text: int, batch: int, device: Any, dtype: torch.dtype) -> Inputs:
-        """Normal numbers of the sizes of a picture of `size` pixels and `text` tokens."""
+        """Normally distributed inputs for a picture of `size` pixels a side and `text` tokens."""
         generator = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -59,7 +88,7 @@ Built = tuple[nn.Module, Step]
 
 
 def ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any, dtype: torch.dtype) -> Built:
-    """Ours, with the blocks compiled or not."""
+    """Our transformer with random weights; `compiled` compiles its blocks."""
     with torch.device("meta"):
         model = MMDiT(config)
     fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
@@ -74,7 +103,14 @@ def ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any
 def theirs(
     config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, dtype: torch.dtype, tuned: bool = False
 ) -> Built:
-    """diffusers', in float8 by torchao or not; `tuned` leaves the compiler's settings to torchao.
+    """diffusers' transformer with random weights.
+
+    Args:
+        config: The sizes of the model.
+        float8: Quantize it by torchao, with dynamic scales per row.
+        compiled: Fuse the qkv projections and compile the blocks.
+        device, dtype: The device and dtype of the weights.
+        tuned: Let torchao set the compiler's options.
 
     Raises:
         ImportError: diffusers or torchao is not installed.
@@ -126,7 +162,7 @@ def _quantize_by_torchao(model: nn.Module, tuned: bool) -> None:
 
 
 def quantized(model: nn.Module, name: str) -> None:
-    """Quantize in place by a name of `bench`; scales of static activations are made up: time is the same."""
+    """Quantize in place by a recipe's name, with or without "+exact"; static input scales are arbitrary numbers."""
     recipe = RECIPES[name.removesuffix("+exact")]
     recipe = replace(recipe, fast_accum=recipe.fast_accum and not name.endswith("+exact"))
     scale = torch.tensor(6 / 448)
@@ -136,7 +172,7 @@ def quantized(model: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module) -> None:
-    """Weights as a trained model's are spread, without a pass over the CPU."""
+    """Fill with random weights on the model's device: matrices of standard deviation 0.02, norms 1, biases 0."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not tensor.is_floating_point():
             continue
@@ -144,14 +180,3 @@ def fill(model: nn.Module) -> None:
             tensor.fill_(1.0 if name.endswith("weight") else 0.0)
         else:
             tensor.normal_(std=0.02)
-
-
-def bytes_of(model: nn.Module) -> int:
-    """Of all weights as they are stored; a quantized one may say of itself what it stands for."""
-    return sum(_stored(tensor) for tensor in model.state_dict().values())
-
-
-def _stored(tensor: Any) -> int:
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.nbytes)
-    return sum(_stored(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

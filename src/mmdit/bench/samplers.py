@@ -28,6 +28,7 @@ from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.evaluate import SEED, Setting, evaluate
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.utils import markdown_table
 from samplers import SOLVERS, Solver, cfg, only_x0, pick, sigmas
 from samplers.convergence import orders_markdown
 from samplers.schedules import SCHEDULES
@@ -150,12 +151,13 @@ def _error(pipe: Pipeline, plan: Plan, folder: Path) -> list[Path]:
 
 def _error_table(points: Sequence[Point]) -> str:
     steps = sorted({point.steps for point in points})
-    rows = ["| sampler | " + " | ".join(f"{n} steps" for n in steps) + " |", "| --- " * (len(steps) + 1) + "|"]
+    rows = []
     for name in dict.fromkeys(point.sampler for point in points):
         found = {point.steps: point for point in points if point.sampler == name}
-        cells = [f"{found[n].error:.1e} ({found[n].calls})" if n in found else "" for n in steps]
-        rows.append(f"| {name}{', eta 0' * SOLVERS[name].eta} | {' | '.join(cells)} |")
-    return "\n".join(["Relative error of the final latent (calls of the model).", "", *rows, ""])
+        cells = (f"{found[n].error:.1e} ({found[n].calls})" if n in found else "" for n in steps)
+        rows.append((f"{name}{', eta 0' * SOLVERS[name].eta}", *cells))
+    table = markdown_table(("sampler", *(f"{n} steps" for n in steps)), rows)
+    return "\n".join(["Relative error of the final latent (calls of the model).", "", *table, ""])
 
 
 # ---- statements that come true
@@ -205,11 +207,11 @@ def _scored(
 
 def _heat_table(values: dict[tuple[str, str], float], title: str) -> str:
     columns = list(dict.fromkeys(column for _, column in values))
-    lines = [title, "", f"| sampler | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    rows = []
     for row in dict.fromkeys(row for row, _ in values):
-        cells = [f"{100 * values[row, column]:.1f}" if (row, column) in values else "" for column in columns]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+        cells = (f"{100 * values[row, column]:.1f}" if (row, column) in values else "" for column in columns)
+        rows.append((row, *cells))
+    return "\n".join([title, "", *markdown_table(("sampler", *columns), rows), ""])
 
 
 # ---- one page of pictures

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
-from mmdit.bench.random_models import MODELS, Built, Inputs, Step, bytes_of, check_names, ours, theirs
+from mmdit.bench.random_models import MODELS, Built, Inputs, Step, check_names, check_peers, check_size, ours, theirs
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
+from mmdit.utils import markdown_table, weight_bytes
 from quant.quantize import linears_of
 from quant.recipe import RECIPES
 
@@ -121,7 +122,8 @@ def bench(
     """
     check_names((model,), MODELS)
     check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
-    check_names(against, PEERS)
+    check_peers(against, PEERS)
+    check_size(model, size)
     if "torchao-tuned" in against and not compiled:
         raise ValueError("torchao-tuned has compiled blocks only: leave it out, or measure compiled blocks too")
     device, config = torch.device(device), MODELS[model]
@@ -140,24 +142,34 @@ def work_of(model: str = "large", *, size: int = 1024, text: int = 333, batch: i
         return Work.of(MMDiT(MODELS[model]), size, text, batch)
 
 
+_TITLES = (
+    *("", "ms a step", "to the first", "quartiles", "TFLOP/s", "attention, matmul, rest", "peak GB", "weights"),
+    "first s",
+)
+
+
 def table(work: Work, found: Sequence[Timed]) -> str:
     """The rows beside the counted work; ratios are to the first row."""
     flops = work.linear_flops + work.other_flops
-    lines = [
+    head = (
         f"{flops / 1e12:.2f} TFLOP a step ({work.linear_flops / 1e12:.2f} in Linears of the blocks), "
-        f"{work.weight_bytes / 1e9:.2f} GB of 16-bit weights, {work.tokens} tokens a sample",
-        "",
-        "| | ms a step | to the first | quartiles | TFLOP/s | attention, matmul, rest | peak GB | weights | first s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in found:
-        ratio = one.milliseconds / found[0].milliseconds
-        parts = ", ".join(f"{value:.1f}" for value in one.parts.values()) or "-"
-        lines.append(
-            f"| {one.name} | {one.milliseconds:.2f} | {ratio:.3f} | {one.spread:.2f} | {one.teraflops:.0f} | {parts} | "
-            f"{one.peak_gb:.2f} | {one.weights_gb:.2f} | {one.first_seconds:.1f} |"
+        f"{work.weight_bytes / 1e9:.2f} GB of 16-bit weights, {work.tokens} tokens a sample"
+    )
+    rows = [
+        (
+            one.name,
+            f"{one.milliseconds:.2f}",
+            f"{one.milliseconds / found[0].milliseconds:.3f}",
+            f"{one.spread:.2f}",
+            f"{one.teraflops:.3g}",
+            ", ".join(f"{value:.1f}" for value in one.parts.values()) or "-",
+            f"{one.peak_gb:.2f}" if one.peak_gb else "-",  # a CPU does not count
+            f"{one.weights_gb:.2f}",
+            f"{one.first_seconds:.1f}",
         )
-    return "\n".join(lines)
+        for one in found
+    ]
+    return "\n".join([head, "", *markdown_table(_TITLES, rows)])
 
 
 def save(path: Path, work: Work, found: Sequence[Timed]) -> None:
@@ -210,7 +222,7 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
     if cuda:
         torch.cuda.empty_cache()
     model, step = build()
-    weights = bytes_of(model)
+    weights = weight_bytes(model)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()

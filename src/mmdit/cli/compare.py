@@ -1,29 +1,48 @@
-"""What `mmdit compare` does: build two pipelines from the options of either side, compare, print."""
+"""`mmdit compare`: find the first stage at which two pipelines differ, and why."""
 
 from __future__ import annotations
 
-from argparse import Namespace
+import argparse
 from typing import Any
 
-import torch
-
-from mmdit.checkpoints.hub import is_repo_id
-from mmdit.cli.devices import device_of
-from mmdit.parity.compare import compare
-from mmdit.parity.report import Comparison
-from mmdit.pipeline.pipeline import Pipeline
+from mmdit.cli.console import say
+from mmdit.cli.usage import DTYPES, dtype_name, sampler_name
 
 
-def compared(options: Namespace) -> Comparison:
-    """The comparison that the options ask for.
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Two sides, and what both draw."""
+    parser.add_argument("prompt", help="what both draw")
+    parser.add_argument("-n", "--negative-prompt", default="", help="what both draw away from")
+    for side, model in (("a", "demo, the embedded model"), ("b", "that of a")):
+        group = parser.add_argument_group(f"side {side}")
+        add = group.add_argument
+        add(f"--model-{side}", metavar="MODEL", help=f"folder, file or hub id (default: {model})")
+        add(f"--profile-{side}", metavar="PROFILE", default="diffusers", help="(default: %(default)s)")
+        dtypes = "(default: float32 on the CPU, else bfloat16)"
+        add(f"--dtype-{side}", type=dtype_name, choices=DTYPES, help=dtypes)
+        add(f"--device-{side}", metavar="DEVICE", help="(default: cuda where there is one)")
+        if side == "b":
+            add("--diffusers", action="store_true", help="b is diffusers itself, on a checkpoint of any layout")
+    both = parser.add_argument_group("both sides").add_argument
+    both("--steps", type=int, metavar="N", help="sampler steps (default: those of a's profile)")
+    look = "steps to look into (default: first, last)"
+    both("--look", type=int, nargs="+", default=[0, -1], metavar="N", help=look)
+    both("--guidance-scale", "--cfg", type=float, metavar="X", help="(default: that of a's profile)")
+    both("--sampler", type=sampler_name, metavar="NAME", help="(default: that of each profile)")
+    both("--seed", type=int, default=0, metavar="N", help="of the noise that both start from (default: %(default)s)")
+    both("--height", type=int, metavar="PIXELS", help="(default: the model's own)")
+    both("--width", type=int, metavar="PIXELS", help="(default: the model's own)")
+    both("--json", action="store_true", help="print everything as JSON")
 
-    Raises:
-        ValueError, OSError, ImportError: an option is wrong, or a model cannot be loaded.
-    """
-    a, b = _side(options, "a"), _side(options, "b")
-    return compare(
-        a,
-        b,
+
+def run(options: argparse.Namespace) -> int:
+    """Print the comparison; exit code 1 where a stage differs beyond rounding."""
+    from mmdit.parity.compare import compare
+
+    _check(options)
+    found = compare(
+        _side(options, "a"),
+        _side(options, "b"),
         options.prompt,
         options.negative_prompt,
         num_inference_steps=options.steps,
@@ -34,29 +53,37 @@ def compared(options: Namespace) -> Comparison:
         height=options.height,
         width=options.width,
     )
+    say(found.to_json() if options.json else found)
+    return 0 if found.passed else 1
 
 
-def _side(options: Namespace, side: str) -> Any:
+def _check(options: argparse.Namespace) -> None:
+    """Raise UsageError for what is wrong whatever the models are."""
+    from mmdit.cli.usage import usage_errors
+    from mmdit.pipeline.arguments import profile_of
+    from mmdit.utils import whole
+    from samplers import SOLVERS, pick
+
+    with usage_errors():
+        for option in ("steps", "height", "width"):
+            if (value := getattr(options, option)) is not None:
+                whole(f"--{option}", value, 1)
+        if options.sampler is not None:
+            pick(SOLVERS, options.sampler, "sampler")
+        for profile in (options.profile_a, options.profile_b):
+            profile_of(profile, None)
+
+
+def _side(options: argparse.Namespace, side: str) -> Any:
+    from mmdit.cli.devices import DEMO, device_of, dtype_of, load, path_of
+
     model, profile, device = (getattr(options, f"{what}_{side}") for what in ("model", "profile", "device"))
-    model = options.model_a if model is None else model
+    model = (options.model_a if model is None else model) or DEMO
     device = device_of(device)
-    dtype = getattr(torch, getattr(options, f"dtype_{side}") or ("float32" if device.type == "cpu" else "bfloat16"))
+    dtype = dtype_of(getattr(options, f"dtype_{side}"), device)
+    assert dtype is not None
     if side == "b" and options.diffusers:
-        return _theirs(model, device, dtype)
-    if model is None:
-        return Pipeline.demo(device=device, dtype=dtype, profile=profile)
-    one_file = model.endswith(".safetensors") and not is_repo_id(model)
-    load: Any = Pipeline.from_single_file if one_file else Pipeline.from_pretrained
+        from mmdit.parity.reference import load_diffusers
+
+        return load_diffusers(path_of(model), device, dtype)[0]
     return load(model, device=device, dtype=dtype, profile=profile)
-
-
-def _theirs(model: str | None, device: torch.device, dtype: torch.dtype) -> Any:
-    if model is None:
-        raise ValueError("--diffusers needs --model-b, a diffusers folder: mmdit convert writes one of any checkpoint")
-    try:
-        from diffusers import StableDiffusion3Pipeline
-    except ImportError as error:
-        raise ImportError('--diffusers needs diffusers: pip install "mmdit-lab[test]"') from error
-    pipe = StableDiffusion3Pipeline.from_pretrained(model).to(device=device, dtype=dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe

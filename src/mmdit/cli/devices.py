@@ -1,33 +1,86 @@
-"""Devices and dtypes by the names that the command line takes; torch is imported when they are asked for."""
+"""Devices, dtypes and models by the names that the command line takes; torch is imported when they are asked for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmdit.cli.usage import UsageError
 
 if TYPE_CHECKING:
     import torch
+
+    from mmdit.pipeline.pipeline import Pipeline
+
+DEMO = "demo"  # the embedded model, wherever a model is named
 
 
 def device_of(name: str | None) -> torch.device:
     """The device of that name, if it is here; None takes CUDA where there is one, else the CPU."""
     import torch
 
-    if name is None:
+    if name in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {name} is none that torch knows: use cpu, cuda or cuda:1") from error
+        raise UsageError(f"--device {name} is none that torch knows: use cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
+        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
     here = torch.accelerator.current_accelerator(check_available=True)
     if device.type not in ("cpu", here and here.type):
-        raise ValueError(f"--device {name}: there is none here; use cpu")
+        raise UsageError(f"--device {name}: there is none here; use cpu")
     return device
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype of that name; None for none."""
+def dtype_of(name: str | None, device: torch.device | None = None) -> torch.dtype | None:
+    """The dtype of that name. Without a name it is the device's default: float32 on a CPU, bfloat16 elsewhere.
+
+    Without a name and a device it is None, which keeps what is stored.
+    """
     import torch
 
-    return None if name is None else getattr(torch, name)
+    if name is not None:
+        return getattr(torch, name)
+    if device is None:
+        return None
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def path_of(model: str) -> Path:
+    """Where a model is on the disk: that of the embedded model for "demo"."""
+    from mmdit.embedded import EMBEDDED
+
+    return EMBEDDED if model == DEMO else Path(model)
+
+
+def is_file(model: str | None) -> bool:
+    """Whether the model is a single file."""
+    return model is not None and model != DEMO and Path(model).is_file()
+
+
+def load(
+    model: str | None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    beside: dict[str, Any] | None = None,
+    hub: dict[str, Any] | None = None,
+    **options: Any,
+) -> Pipeline:
+    """The pipeline that a model's name on the command line means: the one place that decides.
+
+    Args:
+        model: A folder, a file, or owner/name on the Hugging Face Hub; None and "demo" are the embedded model.
+        device, dtype: The device and dtype of all models.
+        beside: What `Pipeline.from_single_file` takes beside a file.
+        hub: What `Pipeline.from_pretrained` takes for a repository.
+        options: What all ways of loading take.
+    """
+    from mmdit.pipeline.pipeline import Pipeline
+
+    if model is None or model == DEMO:
+        return Pipeline.demo(device=device, dtype=dtype, **options)
+    if is_file(model):
+        return Pipeline.from_single_file(model, device=device, dtype=dtype, **(beside or {}), **options)
+    return Pipeline.from_pretrained(model, device=device, dtype=dtype, **(hub or {}), **options)

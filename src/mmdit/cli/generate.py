@@ -1,261 +1,165 @@
-"""What `mmdit generate` does: fill in what was not said, check all of it, load the model, draw, write."""
+"""`mmdit generate`: draw pictures of prompts."""
 
 from __future__ import annotations
 
-import math
-import sys
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import groupby, islice, product
+import argparse
 from pathlib import Path
-from typing import Any
 
-import torch
+from mmdit.cli.console import note_of, say
+from mmdit.cli.usage import (
+    DTYPES,
+    SAMPLERS,
+    SCHEDULES,
+    dtype_name,
+    sampler_name,
+    schedule_name,
+    seed_value,
+    shift_value,
+)
 
-from encoders.chunks import Rows, read
-from mmdit._version import __version__
-from mmdit.checkpoints.hub import is_repo_id
-from mmdit.cli.devices import device_of, dtype_of
-from mmdit.cli.options import DTYPES
-from mmdit.cli.outputs import Output, outputs
-from mmdit.pipeline.arguments import checked_quant, profile_of, shift_for
-from mmdit.pipeline.guidance import Guidance
-from mmdit.pipeline.pipeline import DEMO, Pipeline
-from mmdit.pipeline.profiles import Profile
-from mmdit.pipeline.seeds import generators
-from mmdit.pipeline.settings import FORMAT_VERSION, Settings, SettingsError, grid, read_settings
-from mmdit.utils import whole
-from samplers import SCHEDULES, SOLVERS, pick
+_OF_PROMPTS = "--prompts FILE draws each line of a file"
+_OF_PICTURES = "--settings PICTURE.png draws a picture again"
+_OF_MODELS = "-m MODEL draws with a model"
+_FILES = (
+    dict.fromkeys((".txt", ".csv", ".json", ".jsonl"), _OF_PROMPTS)
+    | dict.fromkeys((".png", ".jpg", ".jpeg", ".webp"), _OF_PICTURES)
+    | dict.fromkeys((".safetensors", ".sft", ".gguf", ".ckpt"), _OF_MODELS)
+)
+USAGE = """mmdit generate PROMPT [PROMPT ...] [options]
+       mmdit generate --prompts FILE [options]
+       mmdit generate --settings PICTURE.png [options]"""
+EXAMPLES = """examples:
+  the embedded model, without any download:
+    mmdit generate "a large red circle above a blue star, on a white background"
+  weights of your own, to a file of your own:
+    mmdit generate "a cat on a red chair" -m sd3.5-large/ -o cat.png
+  from the Hugging Face Hub, two prompts with three seeds each, and a grid:
+    mmdit generate "a cat" "a dog" --seed 1 2 3 --grid \\
+      -m stabilityai/stable-diffusion-3.5-medium
+  a Turbo model, which takes 4 steps without guidance:
+    mmdit generate "a cat" -m sd3.5_large_turbo.safetensors --preset turbo
+  many prompts on a small GPU, to pets/cat-0.png, pets/cat-1.png ...:
+    mmdit generate --prompts cats.txt -m sd3.5-large/ -o pets/cat.png \\
+      --offload stages --vae-tile 256
+  a picture once more, with its own seed and settings but more steps:
+    mmdit generate --settings cat.png --steps 50 -o finer.png
 
-Note = Callable[[str], None]
-Picture = tuple[str, int]  # prompt and seed
-OTHERS = ("clip_l", "clip_g", "t5", "vae", "tokenizers")
-OF_THE_HUB = ("revision", "variant")
-# What a picture says of how it was drawn, by the option that says it on the command line.
-TAKEN = {
-    "negative_prompt": "negative_prompt",
-    "height": "height",
-    "width": "width",
-    "steps": "num_inference_steps",
-    "guidance_scale": "guidance_scale",
-    "guidance": "guidance",
-    "sampler": "sampler",
-    "schedule": "schedule",
-    "shift": "shift",
-    "profile": "profile",
-    "max_sequence_length": "max_sequence_length",
-    "model": "model",
-    "dtype": "dtype",
-    "quant": "quant",
-}
-LEAST = {"height": 1, "width": 1, "steps": 1, "max_sequence_length": 2, "vae_tile": 1, "batch": 1}
+Every picture holds its settings; `mmdit inspect PICTURE.png` shows them.
+Each picture is reported on stdout: wrote PATH (W x H, seed S; picture 3 of 12)
+Exit code: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
 
-
-def draw(options: Namespace, note: Note) -> Iterator[str]:
-    """Draw all pictures; yields a line for each one that is written.
-
-    Args:
-        options: of the command line; None is what was not said.
-        note: tells the user something that is no error.
-
-    Raises:
-        ValueError, OSError, MemoryError, mmdit.HubError: one sentence that says what is wrong and what to do.
-    """
-    before = None if options.settings is None else _settings(options.settings)
-    ask = _filled(options, before)
-    profile = _checked(ask, before, note)
-    pictures = list(product(ask.prompts, ask.seed))
-    output, sheet = outputs(ask.output, ask.grid, len(pictures))
-    pipe = _pipeline(ask, profile, _device(ask, before, note), note)
-    drawn, names = [], output.names()
-    for image, settings in _drawn(pipe, ask, pictures):
-        path = output.write(names, image, settings.to_json())
-        yield f"wrote {path} ({image.width} x {image.height}, seed {settings.seed})"
-        drawn += [(image, settings)] if sheet else []
-    if sheet:
-        yield _write_grid(sheet, drawn, len(ask.seed))
+LAYOUT = {"usage": USAGE, "epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
-def _settings(path: str) -> Settings:
-    """The settings of a picture that this command, or `mmdit.save_png`, has written."""
-    found = read_settings(path)
-    if isinstance(of := found.get("pictures"), list):
-        raise SettingsError(f"{path} is a grid of {len(of)} pictures; give one of these to --settings")
-    return Settings.from_json(found, path)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is not given is None, so that the settings of a picture can stand in for it."""
+    parser.set_defaults(wrong=parser.error)
+    _add_what(parser.add_argument_group("what to draw"))
+    _add_model(parser.add_argument_group("with which model"))
+    _add_how(parser.add_argument_group("how to draw"))
+    _add_where(parser.add_argument_group("where to write"))
 
 
-def _filled(options: Namespace, before: Settings | None) -> Namespace:
-    """The options with what a picture says, then with defaults; what is still None is the profile's or the model's."""
-    ask = Namespace(**vars(options))
-    said = {} if before is None else {option: getattr(before, setting) for option, setting in TAKEN.items()}
-    said |= {"seed": [0 if before is None else before.seed]}
-    for option, value in ({"negative_prompt": "", "profile": "diffusers"} | said).items():
-        if getattr(ask, option) is None:
-            setattr(ask, option, value)
-    ask.prompts = _prompts(options, before)
-    if ask.seed == [None]:
-        raise ValueError(
-            f"{ask.settings} has no seed of its own (it is one of several drawn from one, or from given noise), so it "
-            "cannot be drawn again; with --seed N its other settings can be used"
-        )
-    return ask
+def _add_what(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    say("prompt", nargs="*", metavar="PROMPT", help="what to draw; every prompt is drawn with every seed")
+    lines = "instead: a text file with one prompt a line, without lines that begin with #; - is standard input"
+    say("--prompts", metavar="FILE", help=lines)
+    say("-n", "--negative-prompt", metavar="TEXT", help="what to draw away from (default: nothing)")
+    seed = "start of each picture: another seed, another picture; the same seed, the same picture (default: 0)"
+    say("--seed", nargs="+", type=seed_value, metavar="N", help=seed)
+    again = "draw this picture again, exactly as mmdit drew it; other options count more than what it says"
+    say("--settings", metavar="PICTURE.png", help=again)
 
 
-def _prompts(options: Namespace, before: Settings | None) -> list[str]:
-    prompts: list[str] = options.prompt
-    if options.prompts is not None:
-        prompts = _lines(options.prompts)
-    elif not prompts and before is not None:
-        prompts = [before.prompt]
-    for text in (*prompts, options.negative_prompt or ""):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"the prompt {text!r} is no Unicode text; check the encoding of the terminal")
-    return prompts
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    model = "folder, .safetensors file, or owner/name to download from the Hugging Face Hub (default: demo, the "
+    say("-m", "--model", help=f"{model}small embedded model, which knows a few shapes and colours)")
+    say("--revision", metavar="NAME", help="with owner/name: branch, tag or commit (default: main)")
+    say("--variant", choices=("fp16",), help="with owner/name: files of half precision (default: the plain ones)")
+    for name in ("clip-l", "clip-g", "t5", "vae"):
+        say(f"--{name}", metavar="FILE", help=f"with a .safetensors file: where {name} is (default: in or beside it)")
+    tokenizers = "with a .safetensors file: what holds tokenizer, tokenizer_2, tokenizer_3 (default: beside it)"
+    say("--tokenizers", metavar="FOLDER", help=tokenizers)
 
 
-def _lines(path: str) -> list[str]:
-    """The lines of a file, or of standard input for "-", that are not blank."""
+def _add_how(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    for side in ("height", "width"):
+        say(f"--{side}", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
+    say(
+        "--steps", type=int, metavar="N", help="more take longer and draw finer (default: the profile's; diffusers: 28)"
+    )
+    scale = "how strongly the prompt counts; 1 turns guidance off (default: the profile's; diffusers: 7)"
+    say("--guidance-scale", "--cfg", type=float, metavar="X", help=scale)
+    more = "what else guides, such as 'skip_guidance_layers=7,8,9' (SD3.5-Medium) or 'kind=apg momentum=-0.5'; a wrong "
+    say("--guidance", metavar="'NAME=VALUE ...'", help=f"{more}name lists all (default: nothing)")
+    preset = "turbo, sd3_medium, sd3.5_medium, sd3.5_large, sd3.5_large_turbo: steps, guidance and sampler that suit "
+    say("--preset", metavar="NAME", help=f"{preset}such a model (default: the profile's)")
+    profile = "diffusers, comfyui, reference: whose defaults and small choices to follow (default: diffusers)"
+    say("--profile", metavar="NAME", help=profile)
+    say("--sampler", type=sampler_name, metavar="NAME", help=f"{SAMPLERS} (default: the profile's; diffusers: euler)")
+    schedule = f"noise levels of the steps: {SCHEDULES} (default: the profile's; diffusers: normal)"
+    say("--schedule", type=schedule_name, metavar="NAME", help=schedule)
+    shift = "more of the steps at high noise: a number above 0, or resolution, for what suits the size of the picture "
+    say("--shift", type=shift_value, metavar="X", help=f"{shift}(default: the model's; SD3.5: 3)")
+    length = "how much of a long prompt T5 reads (default: the profile's; diffusers: 256)"
+    say("--max-sequence-length", type=int, metavar="TOKENS", help=length)
+    say("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    say(
+        "--dtype",
+        type=dtype_name,
+        choices=DTYPES,
+        help="what to compute in (default: float32 on the CPU, else bfloat16)",
+    )
+    say("--quant", metavar="NAME", help="float8 for transformer and T5: fp8, fp8-weight-only ... (default: none)")
+    batch = "pictures drawn at once: faster on a GPU, and rounded a little differently (default: 1)"
+    say("--batch", type=int, default=1, metavar="N", help=batch)
+    offload = "for small GPUs: text encoders, transformer and VAE take turns on it (default: all stay)"
+    say("--offload", choices=("stages",), help=offload)
+    say("--vae-tile", type=int, metavar="PIXELS", help="for small GPUs: decode in such tiles, say 256 (default: whole)")
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    output = "several pictures become FILE-0.png, FILE-1.png ...; what exists is replaced (default: picture.png here; "
+    more = "what exists is kept, and the next free one of picture-1.png, picture-2.png ... is taken)"
+    say("-o", "--output", metavar="FILE.png", help=output + more)
+    grid = "also write all pictures in one, a row for each prompt, a column for each seed (default name: FILE-grid.png)"
+    say("--grid", nargs="?", const="", metavar="FILE.png", help=grid)
+    say("--quiet", action="store_true", help="no progress bar and no notes")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draw the pictures and say where they are."""
+    check_usage(options)
+    from mmdit.cli.drawing import draw
+
+    for line in draw(options, note_of(options)):
+        say(line)
+    return 0
+
+
+def exists(text: str) -> bool:
+    """Whether a file of this name exists; False for texts that cannot be a name."""
     try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
-    except FileNotFoundError as error:
-        raise ValueError(f"--prompts {path}: there is no such file (a prompt itself goes without --prompts)") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path} is no UTF-8 text ({error}); save it as UTF-8") from error
-    if prompts := [line for line in lines if line]:
-        return prompts
-    raise ValueError(f"--prompts {path} holds no prompt; write one on each line")
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
 
 
-def _checked(ask: Namespace, before: Settings | None, note: Note) -> Profile:
-    """Check all that can be checked without a model; the profile to draw with."""
-    try:
-        profile = _check_values(ask)
-    except ValueError as error:
-        if before is None:
-            raise
-        said = f"What the command line does not say is taken from {ask.settings}"
-        raise ValueError(f"{error}. {said}") from error
-    _check_model(ask, before)
-    scale = profile.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
-    reads = profile.reads_negative(scale) or pick(SOLVERS, ask.sampler or profile.sampler, "sampler").guided
-    if ask.negative_prompt and not reads:
-        note(f"with profile {profile.name} the negative prompt is not read at guidance scale {scale:g}")
-    return profile
-
-
-def _check_values(ask: Namespace) -> Profile:
-    for option, least in LEAST.items():
-        if (value := getattr(ask, option)) is not None:
-            whole(f"--{option.replace('_', '-')}", value, least)
-    if ask.guidance_scale is not None and not math.isfinite(ask.guidance_scale):
-        raise ValueError(f"--guidance-scale must be a finite number, got {ask.guidance_scale}")
-    Guidance.from_text(ask.guidance or "")
-    generators(ask.seed, None, len(ask.seed))
-    tables: dict[str, Iterable[str]] = {"sampler": SOLVERS, "schedule": SCHEDULES, "dtype": DTYPES}
-    for option, table in tables.items():
-        if (name := getattr(ask, option)) is not None:
-            pick(dict.fromkeys(table), name, option)
-    shift_for(ask.shift, 1.0, (1, 1), 1)
-    checked_quant(ask.quant)
-    return profile_of(ask.profile, ask.preset)
-
-
-def _check_model(ask: Namespace, before: Settings | None) -> None:
-    """Raise ValueError where options and the kind of model do not go together."""
-    if before is not None and not ask.model:
-        raise ValueError(f"{ask.settings} does not say with which model it was drawn; give --model")
-    got = "no --model is given" if ask.model is None else f"got {ask.model}"
-    is_file, is_repository = (ask.model and check(ask.model) for check in (_is_file, is_repo_id))
-    kinds = {"a single file": (is_file, OTHERS), "a repository of the Hugging Face Hub": (is_repository, OF_THE_HUB)}
-    for kind, (fits, options) in kinds.items():
-        given = [option.replace("_", "-") for option in options if getattr(ask, option) is not None]
-        if given and not fits:
-            raise ValueError(f"--{given[0]} goes with {kind} as --model, {got}")
-
-
-def _is_file(model: str) -> bool:
-    return model != DEMO and Path(model).is_file()
-
-
-def _device(ask: Namespace, before: Settings | None, note: Note) -> torch.device:
-    """Where to draw: the same kind of device draws the same picture again."""
-    if before is None or ask.device is not None:
-        return device_of(ask.device)
-    try:
-        return device_of(before.device)
-    except ValueError:
-        device = device_of(None)
-        note(f"{ask.settings} was drawn on {before.device}, which is not here; on {device.type} pixels differ a little")
-        return device
-
-
-def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note) -> Pipeline:
-    dtype = dtype_of(ask.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    rest: dict[str, Any] = {"device": device, "dtype": dtype, "profile": profile, "offload": ask.offload}
-    rest["quant"] = ask.quant
-    if ask.model is None or ask.model == DEMO:
-        if ask.settings is None:
-            said = "no --model given: " if ask.model is None else ""
-            note(f"{said}drawing with the embedded model, which knows a few shapes and colours")
-        return Pipeline.demo(**rest)
-    if _is_file(ask.model):
-        return Pipeline.from_single_file(ask.model, **{name: getattr(ask, name) for name in OTHERS}, **rest)
-    return Pipeline.from_pretrained(ask.model, revision=ask.revision, variant=ask.variant, **rest)
-
-
-def _drawn(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[tuple[Any, Settings]]:
-    """All pictures in their order, each with its settings."""
-    for batch in _batches(pipe, ask, pictures):
-        try:
-            drawn = pipe(
-                [prompt for prompt, _ in batch],
-                ask.negative_prompt,
-                height=ask.height,
-                width=ask.width,
-                num_inference_steps=ask.steps,
-                guidance_scale=ask.guidance_scale,
-                guidance=Guidance.from_text(ask.guidance) if ask.guidance else None,
-                sampler=ask.sampler,
-                schedule=ask.schedule,
-                shift=ask.shift,
-                seed=[seed for _, seed in batch],
-                max_sequence_length=ask.max_sequence_length,
-                vae_tile=ask.vae_tile,
-                progress=False if ask.quiet else None,
-            )
-        except MemoryError as error:
-            options = "--offload stages, --vae-tile 256, a smaller --batch, --height and --width, --dtype bfloat16"
-            raise MemoryError(f"{error}. On the command line: {options}") from error
-        yield from zip(drawn.images, drawn.settings, strict=True)
-
-
-def _batches(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
-    """What is drawn at once: at most --batch, in their order, of prompts that are equally long for the encoders.
-
-    Shorter prompts would be filled up to the longest of a batch, which changes their pictures.
-    """
-    for _, alike in groupby(pictures, key=lambda picture: ask.batch > 1 and _lengths(pipe, ask, picture[0])):
-        while batch := list(islice(alike, ask.batch)):
-            yield batch
-
-
-def _lengths(pipe: Pipeline, ask: Namespace, prompt: str) -> tuple[tuple[int, int], ...]:
-    """Chunks and their length, as each encoder reads a prompt."""
-    rules, tokenizers = pipe.profile.text, pipe.tokenizers
-    if ask.max_sequence_length is not None:
-        rules = replace(rules, t5_length=ask.max_sequence_length)
-    lengths = (rules.clip_length, rules.clip_length, rules.t5_length)
-    pairs = zip((tokenizers.clip_l, tokenizers.clip_g, tokenizers.t5), lengths, strict=True)
-    rows = [Rows.of([read(prompt, one, rules)], one, one.pad, length) for one, length in pairs if one is not None]
-    return tuple((own.chunks, own.length) for own in rows)
-
-
-def _write_grid(sheet: Output, drawn: Sequence[tuple[Any, Settings]], columns: int) -> str:
-    """Write all pictures side by side, a row for each prompt; the settings of all go with them."""
-    image = grid([image for image, _ in drawn], columns)
-    settings = [settings.to_json() for _, settings in drawn]
-    about = {"pictures": settings, "format_version": FORMAT_VERSION, "library_version": __version__}
-    path = sheet.write(sheet.names(), image, about)
-    return f"wrote {path} ({image.width} x {image.height}, grid of {len(drawn) // columns} x {columns})"
+def check_usage(options: argparse.Namespace) -> None:
+    """Leave with exit code 2 where options do not go together; this needs no torch."""
+    if options.prompt and options.prompts is not None:
+        options.wrong("a PROMPT and --prompts FILE are both given; give one of them")
+    if not options.prompt and options.prompts is None and options.settings is None:
+        hint = " (prompts go before --grid)" if options.grid else ""
+        options.wrong(f"there is no prompt; give a PROMPT, --prompts FILE or --settings PICTURE.png{hint}")
+    if options.settings is not None and options.preset is not None:
+        options.wrong("--settings and --preset are both given; a picture's settings hold what a preset sets")
+    for text in (*options.prompt, options.negative_prompt or ""):
+        ending = Path(text).suffix.lower()
+        if ending in _FILES and (len(text.split()) == 1 or exists(text)):
+            hint = f"--settings takes one picture, {options.settings}" if options.settings else _FILES[ending]
+            options.wrong(f"the prompt {text!r} is the name of a file; {hint} (as words to draw, put it into a file)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from mmdit.pipeline.images import png_path
 from mmdit.pipeline.settings import save_png
 
 DEFAULT = Path("picture.png")
+_NAME_BYTES, _PATH_BYTES = 255, 4095  # of Linux; those of other systems are not smaller for ASCII names
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Output:
     """One file or a numbered row of files.
 
     Args:
-        path: of a single picture; several are path-0, path-1 ..., with equally many digits.
-        count: pictures.
-        keep: whether files that exist are kept. Then the next free number is taken.
+        path: The file of a single picture; several are path-0, path-1 ..., with equally many digits.
+        count: The number of pictures.
+        keep: Whether files that exist are kept. Then the next free number is taken.
     """
 
     path: Path
@@ -33,7 +35,7 @@ class Output:
     keep: bool = False
 
     def names(self) -> Iterator[Path]:
-        """The names in their order; endless where files that exist are kept, because other programs take names too."""
+        """The names in order; endless where files that exist are kept, because other programs take names too."""
         first = self._next_free() if self.keep else 0
         numbers = itertools.count(first) if self.keep else range(self.count)
         width = len(str(first + self.count - 1))
@@ -43,19 +45,22 @@ class Output:
         return itertools.chain([self.path], row if self.keep else ())
 
     def write(self, name: Iterator[Path], image: Image.Image, settings: Mapping[str, Any]) -> Path:
-        """Write a picture to the next of `names`, which is an iterator of them."""
-        if not self.keep:
-            return save_png(image, next(name), settings)
-        path = next(path for path in name if _claimed(path))
+        """Write a picture to the next of `names`, which is an iterator over them; errors name the file."""
+        path = next(path for path in name if _claimed(path)) if self.keep else next(name)
         try:
             return save_png(image, path, settings)
-        except BaseException:
-            path.unlink()  # what was claimed is empty
+        except BaseException as error:
+            if self.keep:
+                path.unlink()  # what was claimed is empty
+            if isinstance(error, OSError) and error.errno is not None:
+                raise type(error)(error.errno, error.strerror, str(path)) from error  # a full disk names no file
             raise
 
     def check(self, option: str) -> None:
         """Raise ValueError for what cannot be written: another ending, a folder, a place without permission."""
         png_path(self.path)
+        for path in itertools.islice(self.names() if not self.keep else [self._longest()], self.count):
+            _check_lengths(path, option)
         if not self.keep and (taken := [path for path in self.names() if path.is_dir()]):
             raise ValueError(f"{option}: {taken[0]} is a folder; name a file")
         above = self.path.absolute().parent
@@ -66,6 +71,10 @@ class Output:
             TemporaryFile(dir=folder).close()
         except OSError as error:
             raise ValueError(f"{option} {self.path}: nothing can be written to {folder} ({error.strerror})") from error
+
+    def _longest(self) -> Path:
+        """A name as long as numbered names become."""
+        return self.path.with_stem(f"{self.path.stem}-{self.count}")
 
     def _next_free(self) -> int:
         """The number after the highest that is in use; a single picture begins with the name without one."""
@@ -97,6 +106,17 @@ def outputs(output: str | None, grid: str | None, count: int) -> tuple[Output, O
     if sheet.path.absolute() in {name.absolute() for name in itertools.islice(pictures.names(), count)}:
         raise ValueError(f"--grid {sheet.path} is where a picture goes; give another name")
     return pictures, sheet
+
+
+def _check_lengths(path: Path, option: str) -> None:
+    """Raise ValueError for a name that is longer than file systems take; it cannot even be asked whether it exists."""
+    if long := [part for part in path.parts if len(os.fsencode(part)) > _NAME_BYTES]:
+        name, size = long[0], len(os.fsencode(long[0]))
+        raise ValueError(f"{option}: the name {name[:20]}... has {size} bytes; names have at most {_NAME_BYTES}")
+    if len(os.fsencode(path.absolute())) > _PATH_BYTES:
+        raise ValueError(
+            f"{option}: the path of {len(os.fsencode(path.absolute()))} bytes is too long; give a shorter one"
+        )
 
 
 def _claimed(path: Path) -> bool:

@@ -32,6 +32,7 @@ from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
+from mmdit.utils import markdown_table
 from samplers import SOLVERS, pick
 
 __all__ = [
@@ -205,16 +206,13 @@ def evaluate_all(
 
 def markdown(results: Sequence[Result], left_out: Sequence[str], pipe: Pipeline) -> str:
     """The results as a table in percent."""
-    lines = [
-        f"Drawn in {str(pipe.dtype).removeprefix('torch.')} on {pipe.device.type}; fulfilled statements in percent.",
-        "",
-        f"| setting | macro | {' | '.join(KINDS)} | pictures | seconds |",
-        f"| --- | --- | {' | '.join('---' for _ in KINDS)} | --- | --- |",
-    ]
+    drawn = f"Drawn in {str(pipe.dtype).removeprefix('torch.')} on {pipe.device.type}; fulfilled statements in percent."
+    rows = []
     for result in results:
-        shares = [f"{100 * result.by_kind[kind][0]:.1f}" if kind in result.by_kind else "-" for kind in KINDS]
-        row = [result.setting.name, f"{100 * result.macro:.1f}", *shares, str(result.pictures), f"{result.seconds:.1f}"]
-        lines.append(f"| {' | '.join(row)} |")
+        shares = (f"{100 * result.by_kind[kind][0]:.1f}" if kind in result.by_kind else "-" for kind in KINDS)
+        scores = (f"{100 * result.macro:.1f}", *shares)
+        rows.append((result.setting.name, *scores, result.pictures, f"{result.seconds:.1f}"))
+    lines = [drawn, "", *markdown_table(("setting", "macro", *KINDS, "pictures", "seconds"), rows)]
     if results:
         counted = ", ".join(f"{kind} {n}" for kind, (_, n) in results[0].by_kind.items())
         lines += ["", f"Statements scored in the first row: {counted}."]

@@ -8,20 +8,13 @@ It needs the extra `test`, which brings diffusers and transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 
-from encoders import Tokenizers
-from mmdit.checkpoints.load import open_model
-from mmdit.checkpoints.locate import Found, locate, open_weights, with_neighbours
-from mmdit.checkpoints.write import write_checkpoint
 from mmdit.parity.compare import settings_of
+from mmdit.parity.reference import libraries, load_diffusers
 from mmdit.parity.report import Comparison, Limits
 from mmdit.parity.runs import keep, measure
 from mmdit.parity.sides import OurSide, TheirSide
@@ -117,21 +110,16 @@ def verify(
         ValueError: a dtype whose rounding would hide faults, or a size that does not fit the model.
         FileNotFoundError, mmdit.CheckpointError: see `Pipeline.from_pretrained`.
     """
-    diffusers, transformers = _libraries()
+    diffusers, transformers = libraries()
     _check_dtype(dtype, ours)
     whole("steps", steps, 1)
-    path = Path(folder)
-    found = with_neighbours(locate(path))
-    for component in found.weights:
-        open_model(found, component)  # our errors say more than those of diffusers
-    with _for_diffusers(found, dtype) as (reference, how):
-        theirs = TheirSide(_load(diffusers, reference, found, device, dtype))
-        height, width = _pixels(theirs.pipe, size)
-        job = Job(prompt, negative_prompt, steps, GUIDANCE, SEED, None, height, width, frozenset({0, steps - 1}))
-        noise = theirs.noise(job)
-        kept, name_b = keep(theirs, job, noise), str(theirs)
-        del theirs
-    side = OurSide(_loaded(path, device, dtype) if ours is None else ours)
+    pipe, how = load_diffusers(folder, device, dtype)
+    theirs, (height, width) = TheirSide(pipe), _pixels(pipe, size)
+    job = Job(prompt, negative_prompt, steps, GUIDANCE, SEED, None, height, width, frozenset({0, steps - 1}))
+    noise = theirs.noise(job)
+    kept, name_b = keep(theirs, job, noise), str(theirs)
+    del theirs, pipe  # before ours is read
+    side = OurSide(_loaded(Path(folder), device, dtype) if ours is None else ours)
     runs = measure(side, job, noise, kept, a_is_kept=False)
     settings = (
         settings_of(job),
@@ -185,60 +173,6 @@ def _pixels(pipe: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
     unit = pipe.vae_scale_factor * config.patch_size
     side = min(256, config.pos_embed_max_size * unit)
     return side * 3 // 4 // unit * unit, side
-
-
-@contextmanager
-def _for_diffusers(found: Found, dtype: torch.dtype) -> Iterator[tuple[Path, str]]:
-    """A folder that diffusers can read, and where its weights come from."""
-    if _is_readable(found):
-        yield found.path, "the same files"
-        return
-    how = f"a copy of these ({found.layout}), under names from our own key map, which tests prove against recorded ones"
-    with TemporaryDirectory(prefix="mmdit-verify-") as place:
-        yield _rewritten(found, Path(place, "diffusers"), dtype), how
-
-
-def _is_readable(found: Found) -> bool:
-    """Whether diffusers finds all models where they are, in dtypes that it computes in."""
-    if found.layout != "diffusers" or not (found.path / "model_index.json").is_file():
-        return False
-    return not _has_float8(found) and not any(".fp16." in file.name for file in found.weights.values())
-
-
-def _has_float8(found: Found) -> bool:
-    return any(lazy.dtype in FLOAT8 for file in set(found.weights.values()) for lazy in open_weights(file)[0].values())
-
-
-def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
-    assert found.tokenizers is not None, "our pipeline has read them"
-    tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in found.weights)
-    return write_checkpoint(
-        [open_model(found, component) for component in found.weights],
-        target,
-        "diffusers",
-        shift=3.0 if found.shift is None else found.shift,
-        tokenizers=tokenizers.save,
-        dtype=dtype if _has_float8(found) else None,
-    )
-
-
-def _libraries() -> tuple[Any, Any]:
-    """The modules diffusers and transformers, which are optional."""
-    try:
-        return import_module("diffusers"), import_module("transformers")
-    except ImportError as error:
-        raise ImportError(
-            f"verify compares with diffusers and transformers, which the extra `test` brings ({error}): "
-            'pip install "mmdit-lab[test]"'
-        ) from error
-
-
-def _load(diffusers: Any, folder: Path, found: Found, device: torch.device | str, dtype: torch.dtype) -> Any:
-    without = {} if "t5" in found.weights else {"text_encoder_3": None, "tokenizer_3": None}
-    load = diffusers.StableDiffusion3Pipeline.from_pretrained
-    pipe = load(folder, local_files_only=True, **without).to(device, dtype)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _check_dtype(dtype: torch.dtype, ours: Pipeline | None) -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mmdit.bench import maps
-from mmdit.bench.maps import cost, main
+from mmdit.bench.maps import cost
+from mmdit.cli.app import main
 
-FEW = ["--model", "demo", "--device", "cpu", "--dtype", "float32", "--steps", "2", "--rounds", "1", "--size", "64"]
+FEW = "bench maps --model demo --device cpu --dtype float32 --steps 2 --rounds 1 --size 64".split()
 
 
 def test_costs_are_measured(capsys):

@@ -73,7 +73,7 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(tmp_path, monkeypatch, 
         ("--steps", "0"): "--steps must be a whole number of at least 1, got 0",
         ("--prompts", "0"): "--prompts must be a whole number of at least 1, got 0",
     }.items():
-        assert main(["bench", "samplers", *words]) == 1
+        assert main(["bench", "samplers", *words]) == 2
         assert said in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "samplers", "--measure", "accuracy"]) == 1

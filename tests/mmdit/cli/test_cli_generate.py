@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from mmdit import PROFILES, Guidance, Pipeline, read_settings, save_png
-from mmdit.cli import app, generate, options
+from mmdit.cli import app, drawing, generate, usage
 from mmdit.cli.app import main
-from mmdit.cli.options import EXAMPLES
+from mmdit.cli.generate import EXAMPLES
 from mmdit.cli.outputs import Output
 from mmdit.pipeline.profiles import PRESETS
 from mmdit.pipeline.settings import Settings
@@ -77,7 +77,7 @@ def saying(path: str, **settings: object) -> str:
 def test_every_prompt_with_every_seed_each_as_if_alone(tiny, here, capsys):
     assert tiny(RED, BLUE, "--seed", "3", "-4", "-o", "new/x.png") == 0
     wanted = [(RED, 3), (RED, -4), (BLUE, 3), (BLUE, -4)]
-    lines = [f"wrote new/x-{i}.png (48 x 32, seed {seed})" for i, (_, seed) in enumerate(wanted)]
+    lines = [f"wrote new/x-{i}.png (48 x 32, seed {seed}; picture {i + 1} of 4)" for i, (_, seed) in enumerate(wanted)]
     assert capsys.readouterr().out.splitlines() == lines
     for i, (prompt, seed) in enumerate(wanted):
         found = read_settings(f"new/x-{i}.png")
@@ -93,7 +93,7 @@ def test_a_batch_draws_what_one_by_one_draws(tiny, here, profile):
     prompts = ["r g " * 100, RED, BLUE, "a (green:1.5) ring"]
     options = [*prompts[1:], "--seed", "1", "2", "--profile", profile]
     calls = []
-    drawn = generate.Pipeline.__call__
+    drawn = Pipeline.__call__
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # prompts are cut
         patch.setattr(Pipeline, "__call__", lambda *a, **k: calls.append(len(a[1])) or drawn(*a, **k))
@@ -294,7 +294,7 @@ def test_settings_of_another_shift(here):
 
 def test_a_picture_is_drawn_again_on_the_device_that_it_was_drawn_on(here, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr(generate, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
+    monkeypatch.setattr(drawing, "device_of", lambda name: asked.append(name) or torch.device("cpu"))
     for words in (["--settings", saying("x.png")], ["--settings", "x.png", "--device", "there"], [RED, "--steps", "1"]):
         assert main(["generate", *words]) == 0
     assert asked == ["cpu", "there", None]
@@ -357,7 +357,7 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "__call__", call)
     words = "--height 16 --width 32 --steps 2 --guidance-scale 2 --sampler dpmpp_2m --schedule beta --shift 2"
-    words = [*words.split(), "--vae-tile", "8", "--guidance", "kind=apg momentum=-0.5"]
+    words = [*words.split(), "--vae-tile", "64", "--guidance", "kind=apg momentum=-0.5"]
     assert tiny(RED, "-n", BLUE, *words, "--max-sequence-length", "9", "--seed", "4", "--quiet") == 0
     assert seen == {
         "texts": ([RED], BLUE),
@@ -369,7 +369,7 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
         "sampler": "dpmpp_2m",
         "schedule": "beta",
         "shift": 2.0,
-        "vae_tile": 8,
+        "vae_tile": 64,
         "max_sequence_length": 9,
         "seed": [4],
         "progress": False,
@@ -392,7 +392,7 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
         (["--height", "-16"], "--height must be"),
         (["--width", "0"], "--width must be"),
         (["--batch", "0"], "--batch must be"),
-        (["--vae-tile", "0"], "--vae-tile must be"),
+        (["--vae-tile", "7"], "--vae-tile must be a whole number of at least 64, got 7"),
         (["--max-sequence-length", "1"], "--max-sequence-length must be a whole number of at least 2"),
         (["--guidance-scale", "nan"], "--guidance-scale must be a finite number"),
         (["--guidance", "momentun=1"], "unknown guidance setting 'momentun'; did you mean 'momentum'"),
@@ -415,7 +415,7 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
 def test_all_is_checked_before_weights_are_loaded(here, loaded, capsys, words, says):
     Path("folder.png").mkdir()
     Path("file").touch()
-    assert main(["generate", "x", *words]) == 1
+    assert main(["generate", "x", *words]) == 2
     error = capsys.readouterr().err
     assert says in error
     assert error.startswith("mmdit: ")
@@ -429,7 +429,7 @@ def test_a_folder_that_nothing_can_be_written_to(here, loaded, capsys, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("mmdit.cli.outputs.TemporaryFile", refuse)
-    assert main(["generate", "x", "-o", "new/x.png"]) == 1
+    assert main(["generate", "x", "-o", "new/x.png"]) == 2
     assert f"nothing can be written to {here} (Permission denied)" in capsys.readouterr().err
     assert loaded == []
 
@@ -496,7 +496,7 @@ def test_quiet_hides_notes_and_warnings(tiny_folders, here, capsys):
         said = capsys.readouterr().err.splitlines()
         assert main([*words, "--quiet"]) == 0
         assert capsys.readouterr().err == ""
-        assert main([*words, "--steps", "0"]) == 1
+        assert main([*words, "--steps", "0"]) == 2
         assert warnings.showwarning is before
     assert said[0] == "mmdit: note: with profile diffusers the negative prompt is not read at guidance scale 1"
     assert re.match(r"mmdit: note: .*no-t5 has no T5 encoder", said[1])
@@ -521,7 +521,7 @@ def test_help_loads_no_torch_and_names_what_there_is():
             assert all(f"{title}:" in text for title in ("what to draw", "with which model", "how to draw"))
             for name in (*PROFILES, *PRESETS, *SOLVERS, *SCHEDULES):
                 assert name in text
-            assert options.SAMPLERS.split(", ") == [*SOLVERS] and options.SCHEDULES.split(", ") == [*SCHEDULES]
+            assert usage.SAMPLERS.split(", ") == [*SOLVERS] and usage.SCHEDULES.split(", ") == [*SCHEDULES]
             flat = " ".join(text.split())
             diffusers = PROFILES["diffusers"]
             numbers = (diffusers.steps, f"{diffusers.guidance_scale:g}", diffusers.sampler, diffusers.text.t5_length)
@@ -532,8 +532,8 @@ def test_examples_of_the_help_are_commands():
     commands = re.findall(r"^ {4}(mmdit .*)$", EXAMPLES.replace("\\\n", ""), re.MULTILINE)
     assert len(commands) == EXAMPLES.count("    mmdit ") == 6
     for command in commands:
-        options = app._parser().parse_args(shlex.split(command)[1:])
-        app._check_usage(options)
+        options = app.parser().parse_args(shlex.split(command)[1:])
+        generate.check_usage(options)
         if options.preset is not None:
             assert options.preset in PRESETS
     assert max(map(len, EXAMPLES.splitlines())) <= 80

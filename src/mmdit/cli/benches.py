@@ -1,0 +1,198 @@
+"""What `mmdit bench` does: each bench yields the lines to print, or an exit code other than 0."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmdit.bench import fp8_quality, maps
+from mmdit.bench import layers as bench_layers
+from mmdit.bench import picture as bench_picture
+from mmdit.bench import step as bench
+from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, default_size
+from mmdit.bench.samplers import MEASURES, Plan, measure
+from mmdit.cli.console import Note
+from mmdit.cli.devices import device_of, dtype_of, load
+from mmdit.cli.long_runs import duration, seconds_of
+from mmdit.cli.usage import usage_errors
+from mmdit.demo.data import workers
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.pipeline import Pipeline
+from mmdit.utils import whole
+from quant.recipe import RECIPES
+from samplers import pick
+
+_LONG = 120.0  # seconds of which users are told beforehand
+
+
+def _steps(options: Namespace, note: Note) -> Iterator[str]:
+    sizes = _sizes(options, "batch", "text", "repeats")
+    repeats = sizes.pop("repeats")
+    _check(options, bench.PEERS)
+    work, rows = bench.work_of(options.model, **sizes), []
+    _note_long(options, (repeats + 2) * (1 + len(options.quant) + len(options.against)), sizes["batch"], note)
+    for row in bench.bench(
+        options.model,
+        **sizes,
+        recipes=options.quant,
+        against=options.against,
+        compiled=not options.eager,
+        only=options.only,
+        repeats=repeats,
+        **_where(options),
+    ):
+        rows.append(row)
+        note(f"{row.name}: {row.milliseconds:.1f} ms")
+        if options.output is not None:
+            bench.save(Path(options.output), work, rows)
+    yield bench.table(work, rows)
+
+
+def _layers(options: Namespace, note: Note) -> Iterator[str]:
+    sizes = _sizes(options, "batch", "text")
+    with usage_errors():
+        check_names(options.quant, bench_layers.DYNAMIC)
+    shapes = bench_layers.shapes_of(options.model, **sizes)
+    _note_long(options, len(options.quant), sizes["batch"], note)
+    yield bench_layers.table(list(bench_layers.layers(shapes, options.quant, **_where(options))))
+
+
+def _picture(options: Namespace, note: Note) -> Iterator[str]:
+    _check(options, ("diffusers",))
+    sizes, rows = _sizes(options, "steps"), []
+    calls = 2 * sizes["steps"] * (2 - options.eager) * (1 + len(options.quant))
+    _note_long(options, calls, 2, note)
+    for row in bench_picture.pictures(
+        options.model,
+        options.quant,
+        **sizes,
+        compiled=not options.eager,
+        against=options.against,
+        **_where(options),
+    ):
+        rows.append(row)
+        note(f"{row.name}: {row.seconds['picture']:.2f} s")
+    yield bench_picture.table(rows)
+
+
+def _check(options: Namespace, peers: Sequence[str]) -> None:
+    """Raise, before anything is built, for recipes and peers that are unknown or missing."""
+    with usage_errors():
+        check_names([name.removesuffix("+exact") for name in options.quant], RECIPES)
+        check_names(options.against, peers)
+    check_peers(options.against, peers)
+
+
+def _sizes(options: Namespace, *names: str) -> dict[str, Any]:
+    """The size of the picture, by default the model's, and other whole numbers by option."""
+    with usage_errors():
+        check_names((options.model,), MODELS)
+        size = default_size(options.model) if options.size is None else check_size(options.model, options.size)
+        return {"size": size} | {name: whole(f"--{name}", getattr(options, name), 1) for name in names}
+
+
+def _note_long(options: Namespace, calls: int, batch: int, note: Note) -> None:
+    """Say how long so many steps will take on a CPU, if that is long; float8 is emulated there and takes longer."""
+    device, dtype = device_of(options.device), dtype_of(options.dtype)
+    if device.type != "cpu" or options.model == "demo":
+        return
+    with torch.device("meta"):
+        model = MMDiT(MODELS[options.model])
+    assert dtype is not None
+    seconds = calls * seconds_of(model, _sizes(options)["size"], batch, dtype)
+    if seconds > _LONG:
+        note(f"on this CPU this will take more than {duration(seconds)}; --model demo or a smaller --size is quick")
+
+
+def _where(options: Namespace) -> dict[str, Any]:
+    return {"device": device_of(options.device), "dtype": dtype_of(options.dtype)}
+
+
+def _samplers(options: Namespace, note: Note) -> Iterator[str]:
+    """Measure; yields a line for each file that is written.
+
+    Raises:
+        ValueError, OSError, ImportError: one sentence that says what is wrong, before anything is measured.
+    """
+    with usage_errors():
+        for name in options.measure:
+            pick(dict.fromkeys(MEASURES), name, "measure")
+        for option in ("prompts", "fine", "batch", "workers"):
+            if (value := getattr(options, option)) is not None:
+                whole(f"--{option}", value, 1)
+        for steps in options.steps or ():
+            whole("--steps", steps, 1)
+        plan = _plan(options)
+
+    @cache
+    def loaded() -> Pipeline:
+        device, dtype = device_of(options.device), dtype_of(options.dtype)
+        return load(options.model, device=device, dtype=dtype, profile=options.profile)
+
+    with workers(options.workers) if options.workers else nullcontext() as pool:
+        for name in options.measure:
+            for path in measure(name, loaded, replace(plan, pool=pool), Path(options.output)):
+                yield f"wrote {path}"
+
+
+def _plan(options: Namespace) -> Plan:
+    return Plan(
+        samplers=tuple(options.samplers or Plan.samplers),
+        schedules=tuple(options.schedules or Plan.schedules),
+        steps=None if options.steps is None else tuple(options.steps),
+        prompts=options.prompts,
+        guidance=options.guidance_scale,
+        fine=options.fine,
+        batch=options.batch,
+        minutes=options.minutes,
+    )
+
+
+def _quality(options: Namespace, note: Note) -> Iterator[str]:
+    names = ("prompts", "seeds", "pictures", "steps", "calibration", "batch")
+    with usage_errors():
+        numbers: dict[str, Any] = {name: whole(f"--{name}", getattr(options, name), 1) for name in names}
+    folder, rows = Path(options.output), options.rows or range(len(fp8_quality.ROWS))
+    device, dtype = device_of(options.device), dtype_of(options.dtype)
+    assert dtype is not None
+    if device.type == "cpu":
+        note(
+            "this takes minutes on a GPU and hours on a CPU; --prompts, --seeds, --pictures and --rows make it smaller"
+        )
+    more: dict[str, Any] = {"rows": tuple(rows), "device": str(device), "dtype": dtype, "processes": options.workers}
+    for row in fp8_quality.run(folder, **numbers, **more):
+        note(f"{row.name}: {row.seconds:.0f} s")
+    yield (folder / "fp8_quality.md").read_text(encoding="utf-8")
+
+
+def _maps(options: Namespace, note: Note) -> Iterator[str | int]:
+    sizes = _sizes(options, "words", "steps", "text", "rounds")
+    _note_long(options, 2 * sizes["steps"] * sizes["rounds"], 2, note)
+    found = maps.cost(
+        options.model,
+        **sizes,
+        blocks=options.blocks,
+        heads=options.heads,
+        directions=options.directions,
+        quadrants=not options.no_quadrants,
+        **_where(options),
+    )
+    yield from maps.lines(found, sizes["steps"])
+    yield 0 if found.equal else 1
+
+
+BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
+    "steps": _steps,
+    "layers": _layers,
+    "picture": _picture,
+    "samplers": _samplers,
+    "quality": _quality,
+    "maps": _maps,
+}

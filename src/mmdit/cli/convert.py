@@ -1,0 +1,29 @@
+"""`mmdit convert`: write a checkpoint in another layout."""
+
+from __future__ import annotations
+
+import argparse
+
+from mmdit.cli.console import say
+from mmdit.cli.usage import DTYPES, dtype_name, usage_errors
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The checkpoint that is read and the one that is written."""
+    parser.add_argument("source", help="safetensors file or folder of any layout, or demo for the embedded model")
+    parser.add_argument("target", help="a new folder, or a new .safetensors file for --layout single")
+    parser.add_argument("--layout", required=True, help="official, diffusers, comfyui or single")
+    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="cast (default: keep every byte)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the checkpoint and say where it is."""
+    from mmdit.checkpoints.write import OUT_LAYOUTS, convert
+    from mmdit.cli.devices import dtype_of, path_of
+    from samplers import pick
+
+    with usage_errors():
+        pick(dict.fromkeys(OUT_LAYOUTS), options.layout, "layout")
+    source = path_of(options.source)
+    say(f"wrote {convert(source, options.target, options.layout, dtype=dtype_of(options.dtype))}")
+    return 0

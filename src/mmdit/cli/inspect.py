@@ -1,0 +1,32 @@
+"""`mmdit inspect`: say what a checkpoint holds, or how a picture was drawn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mmdit.cli.console import say
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to look into."""
+    what = "safetensors file, shard index, folder, a PNG that mmdit wrote, or demo for the embedded model"
+    parser.add_argument("path", help=what)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the description of a checkpoint, or the settings of a picture."""
+    path = Path(options.path)
+    if path.suffix.lower() == ".png" and not path.is_dir():
+        from mmdit.pipeline.settings import read_settings
+
+        shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
+        say(json.dumps(read_settings(path), indent=2, ensure_ascii=not shows_all))
+        return 0
+    from mmdit.checkpoints.describe import describe
+    from mmdit.cli.devices import path_of
+
+    say(describe(path_of(options.path)))
+    return 0

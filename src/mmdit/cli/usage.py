@@ -1,0 +1,106 @@
+"""Wrong usage of the command line, which ends with exit code 2, and names by which users know things elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DTYPE_ALIASES = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp64": "float64",
+    "double": "float64",
+}
+# Names of samplers.SOLVERS and SCHEDULES, for help without torch.
+SAMPLERS = (
+    "euler, euler_ancestral, ddim, heun, heunpp2, dpm_2, dpm_2_ancestral, lms, ipndm, ipndm_v, gradient_estimation, "
+    "dpmpp_2m, res_multistep, deis, uni_pc, uni_pc_bh2, dpm_fast, dpm_adaptive, dpmpp_2s_ancestral, dpmpp_sde, "
+    "dpmpp_2m_sde, dpmpp_2m_sde_heun, dpmpp_3m_sde, er_sde, seeds_2, seeds_3, sa_solver, sa_solver_pece, lcm, ddpm, "
+    "res_multistep_ancestral, euler_cfg_pp, euler_ancestral_cfg_pp, dpmpp_2m_cfg_pp, dpmpp_2s_ancestral_cfg_pp, "
+    "res_multistep_cfg_pp, res_multistep_ancestral_cfg_pp, gradient_estimation_cfg_pp, flow_heun, flow_dpmpp_2m, "
+    "flow_uni_pc, flow_deis, flow_ddpm"
+)
+SCHEDULES = (
+    "normal, simple, sgm_uniform, ddim_uniform, beta, karras, exponential, linear_quadratic, kl_optimal, "
+    "diffusers_karras, diffusers_exponential, diffusers_beta, diffusers_dynamic, diffusers_dpm"
+)
+# Samplers of diffusers by the names of their classes.
+_CLASSES = {"flowmatcheulerdiscretescheduler": "euler", "flowmatchheundiscretescheduler": "flow_heun"}
+
+
+class UsageError(ValueError):
+    """Options are wrong, out of range, or do not go together."""
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Every ValueError inside is an error of usage."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def dtype_name(text: str) -> str:
+    """The dtype that "fp16", "torch.float16" and the like mean; other texts are returned as they are."""
+    name = text.lower().removeprefix("torch.")
+    return _DTYPE_ALIASES.get(name, name)
+
+
+def sampler_name(text: str) -> str:
+    """The sampler of ours that "DPM++ 2M", "Euler a" and the like mean; other texts are returned as they are.
+
+    Raises:
+        argparse.ArgumentTypeError: the name is that of a sampler and a schedule, such as "DPM++ 2M Karras".
+    """
+    samplers, schedules = SAMPLERS.split(", "), SCHEDULES.split(", ")
+    if (found := _known(text, samplers)) is not None:
+        return found
+    words = text.split()
+    schedule = _known(words[-1], schedules) if len(words) > 1 else None
+    sampler = _known(" ".join(words[:-1]), samplers) if schedule else None
+    if sampler is not None:
+        said = f"--sampler {sampler} --schedule {schedule}"
+        raise argparse.ArgumentTypeError(f"{text!r} is a sampler and a schedule; give {said}")
+    return text
+
+
+def schedule_name(text: str) -> str:
+    """The schedule of ours that "Karras", "SGM Uniform" and the like mean; other texts are returned as they are."""
+    return _known(text, SCHEDULES.split(", ")) or text
+
+
+def _known(text: str, names: Sequence[str]) -> str | None:
+    """The name that a text means when case, spaces, underscores and hyphens do not count, and "++" is "pp"."""
+    table = _CLASSES | {_squeezed(name): name for name in names}
+    key = _squeezed(text)
+    found = table.get(key) or (table.get(f"{key[:-1]}ancestral") if re.search(r"[\s_-]a$", text.lower()) else None)
+    return found if found in names else None
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"[\s_-]", "", text.lower().replace("++", "pp"))
+
+
+def shift_value(text: str) -> float | str:
+    """A number, or a word such as "resolution"."""
+    if text.isalpha():
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor the word resolution") from error
+
+
+def seed_value(text: str) -> int:
+    """A whole number."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; prompts go before --seed") from error
