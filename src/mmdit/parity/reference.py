@@ -19,7 +19,7 @@ from mmdit.checkpoints.hub import fetch, is_repo_id
 from mmdit.checkpoints.load import open_model
 from mmdit.checkpoints.locate import Found, locate, open_weights, with_neighbours
 from mmdit.checkpoints.write import write_checkpoint
-from quant.spellings import FLOAT8
+from quant.formats import FLOAT8
 
 
 def libraries() -> tuple[Any, Any]:

@@ -147,17 +147,15 @@ class OurSide(Side):
 
     def draw(self, run: Run, cond: Conditioning, uncond: Conditioning, noise: Tensor) -> Tensor:
         pipe, job, x = self.pipe, run.job, noise.to(self.pipe.device, self.pipe.dtype)
-        with restored_attributes(pipe):
-            sigmas = pipe.sigmas
-            vars(pipe)["sigmas"] = lambda *args, **kwargs: run.tap("sigmas", sigmas(*args, **kwargs))
-            settings: Any = {"num_inference_steps": job.steps, "guidance_scale": job.guidance}
-            settings |= {} if job.sampler is None else {"sampler": job.sampler}
-            settings["generator"] = torch.Generator().manual_seed(job.seed)  # of samplers that add noise on the way
-            for step in pipe.sample(cond, uncond, x, **settings):
-                run.in_step("guided")(step.denoised)
-                step.x = x = run.tap(f"step {run.step} latent", step.x)
-                run.step += 1
-            return pipe.decode(run.tap("final latent", x.to(pipe.dtype)))
+        sigmas = run.tap("sigmas", pipe.sigmas(job.steps, sampler=job.sampler))
+        settings: Any = {"sigmas": sigmas.clamp(max=1), "guidance_scale": job.guidance}  # the other side's are rounded
+        settings |= {} if job.sampler is None else {"sampler": job.sampler}
+        settings["generator"] = torch.Generator().manual_seed(job.seed)  # of samplers that add noise on the way
+        for step in pipe.sample(cond, uncond, x, **settings):
+            run.in_step("guided")(step.denoised)
+            step.x = x = run.tap(f"step {run.step} latent", step.x)
+            run.step += 1
+        return pipe.decode(run.tap("final latent", x.to(pipe.dtype)))
 
     def eight_bits(self, pixels: Tensor) -> Tensor:
         return torch.stack([_array(picture) for picture in to_pil(pixels, self.profile.to_uint8)])

@@ -21,7 +21,6 @@ from mmdit.parity.sides import OurSide, TheirSide
 from mmdit.parity.taps import Job
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.utils import whole
-from quant.formats import FLOAT8
 from quant.quantize import dequantize_
 
 PROMPT, NEGATIVE = 'A photo of a red fox beside 3 blue birds, and a sign that says "wow!"', "blurry, Low quality"

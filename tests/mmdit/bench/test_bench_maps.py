@@ -7,7 +7,8 @@ from mmdit.bench import maps
 from mmdit.bench.maps import cost
 from mmdit.cli.app import main
 
-FEW = "bench maps --model demo --device cpu --dtype float32 --steps 2 --rounds 1 --size 64".split()
+MODEL = ["--model", "demo", "--device", "cpu", "--dtype", "float32"]
+FEW = ["bench", "maps", *MODEL, "--steps", "2", "--rounds", "1", "--size", "64"]
 
 
 def test_costs_are_measured(capsys):
