@@ -98,6 +98,6 @@ def parser() -> argparse.ArgumentParser:
         layout = getattr(module, "LAYOUT", {})
         name = module.__name__.rpartition(".")[2]
         one = commands.add_parser(name, parents=[common], help=said, description=words, **layout)
-        one.set_defaults(run=module.run)
+        one.set_defaults(run=module.run, parser=top)
         module.add_options(one)
     return top

@@ -31,9 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the script."""
-    from mmdit.cli.app import parser
-
-    commands = list(commands_of(parser()))
+    commands = list(commands_of(options.parser))
     say(_fish(commands) if options.shell == "fish" else _bash(commands, zsh=options.shell == "zsh"))
     return 0
 

@@ -18,10 +18,9 @@ from mmdit._version import __version__
 from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.console import Note
 from mmdit.cli.devices import DEMO, device_of, dtype_of, is_file, load
-from mmdit.cli.generate import exists
 from mmdit.cli.long_runs import note_long_run
 from mmdit.cli.outputs import Output, outputs
-from mmdit.cli.usage import DTYPES, UsageError, usage_errors
+from mmdit.cli.usage import DTYPES, UsageError, exists, usage_errors
 from mmdit.pipeline.arguments import checked_quant, profile_of, shift_for
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.pipeline import Pipeline

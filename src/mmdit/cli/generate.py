@@ -11,6 +11,7 @@ from mmdit.cli.usage import (
     SAMPLERS,
     SCHEDULES,
     dtype_name,
+    exists,
     sampler_name,
     schedule_name,
     seed_value,
@@ -139,14 +140,6 @@ def run(options: argparse.Namespace) -> int:
     for line in draw(options, note_of(options)):
         say(line)
     return 0
-
-
-def exists(text: str) -> bool:
-    """Whether a file of this name exists; False for texts that cannot be a name."""
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long, or with a null character
-        return False
 
 
 def check_usage(options: argparse.Namespace) -> None:

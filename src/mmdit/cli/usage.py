@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 _DTYPE_ALIASES = {
@@ -45,6 +46,14 @@ def usage_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def exists(text: str) -> bool:
+    """Whether a file of this name exists; False for texts that cannot be a name."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
 
 
 def dtype_name(text: str) -> str:
