@@ -14,7 +14,7 @@ from encoders.vae import VAEConfig
 from mmdit.demo.vocab import SIZE
 from mmdit.models.config import MMDiTConfig
 
-__all__ = ["FULL", "SMOKE", "Architecture", "Recipe", "T5Mix"]
+__all__ = ["FULL", "SMOKE", "Architecture", "T5Mix", "TrainingRecipe"]
 
 
 _TRANSFORMER = MMDiTConfig(depth=4, hidden_size=256, context_dim=256, pooled_dim=192, pos_embed_size=32, sample_size=16)
@@ -48,7 +48,7 @@ class T5Mix:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """Every number of a run. Times are shares of the whole or seconds; `*_steps` end a stage early (dry runs)."""
 
     architecture: Architecture = field(default_factory=Architecture)
@@ -94,7 +94,7 @@ class Recipe:
     export_seconds: float = 120.0
 
 
-FULL = Recipe()
+FULL = TrainingRecipe()
 # The same models, because their shapes are what a dry run must try; few enough numbers for a minute of two cores.
 SMOKE = replace(
     FULL,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mmdit.demo.progress import Journal
-from mmdit.demo.recipe import Recipe
+from mmdit.demo.recipe import TrainingRecipe
 
 __all__ = ["Run"]
 
@@ -20,7 +20,7 @@ __all__ = ["Run"]
 class Run:
     """What every stage needs."""
 
-    recipe: Recipe
+    recipe: TrainingRecipe
     device: torch.device
     folder: Path
     journal: Journal

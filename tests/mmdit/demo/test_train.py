@@ -58,7 +58,7 @@ class Inline(Executor):
         return future
 
 
-def run_of(changed: recipe.Recipe, folder: Path) -> Run:
+def run_of(changed: recipe.TrainingRecipe, folder: Path) -> Run:
     return Run(changed, torch.device("cpu"), folder, Journal(folder), Inline(), 60.0)
 
 
