@@ -51,9 +51,9 @@ def _rows(x, codes, scales, columns, stride, largest: tl.constexpr, smallest: tl
     place = tl.arange(0, block)
     inside = place < columns
     value = tl.load(x + row * stride + place, mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(tl.abs(value), largest, smallest)
+    scale = row_scale(largest_of(tl.abs(value)), largest, smallest)
     tl.store(scales + row, scale)
-    code = _rounded(value, scale, largest, codes.dtype.element_ty)
+    code = code_of(value, scale, largest, codes.dtype.element_ty)
     tl.store(codes + row * columns + place, code, mask=inside)
 
 
@@ -66,24 +66,34 @@ def _long_rows(x, codes, scales, columns, stride, largest: tl.constexpr, smalles
     for start in range(0, columns, block):
         value = tl.load(x + row * stride + start + place, mask=start + place < columns, other=0.0).to(tl.float32)
         amax = tl.maximum(amax, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
-    scale = _scale(amax, largest, smallest)
+    scale = row_scale(largest_of(amax), largest, smallest)
     tl.store(scales + row, scale)
     for start in range(0, columns, block):
         inside = start + place < columns
         value = tl.load(x + row * stride + start + place, mask=inside, other=0.0).to(tl.float32)
-        code = _rounded(value, scale, largest, codes.dtype.element_ty)
+        code = code_of(value, scale, largest, codes.dtype.element_ty)
         tl.store(codes + row * columns + start + place, code, mask=inside)
 
 
 @no_type_check  # what annotations mean here is Triton's
 @triton.jit
-def _scale(size, largest: tl.constexpr, smallest: tl.constexpr):
-    """`quant.scaling.scale_of` of the largest of these."""
-    amax = tl.max(size, 0)
-    nan = tl.max((size != size).to(tl.int32), 0)  # noqa: PLR0124  a maximum passes NaN by
-    scale = tl.maximum(tl.div_rn(amax, largest), smallest)
-    scale = tl.where(amax == 0, 1.0, scale)
-    return tl.where(nan != 0, float("nan"), scale)
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@no_type_check  # what annotations mean here is Triton's
+@triton.jit
+def largest_of(size):
+    """The largest of a vector of absolute values; NaN where one is."""
+    return tl.reduce(size, 0, _larger)
+
+
+@no_type_check  # what annotations mean here is Triton's
+@triton.jit
+def row_scale(amax, largest: tl.constexpr, smallest: tl.constexpr):
+    """`quant.scaling.scale_of`."""
+    scale = tl.maximum(tl.div_rn(amax, largest), smallest, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(amax == 0, 1.0, scale)
 
 
 @no_type_check  # what annotations mean here is Triton's
@@ -92,13 +102,13 @@ def _divide(x, codes, scale, count, largest: tl.constexpr, block: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < count
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    code = _rounded(value, tl.load(scale), largest, codes.dtype.element_ty)
+    code = code_of(value, tl.load(scale), largest, codes.dtype.element_ty)
     tl.store(codes + place, code, mask=inside)
 
 
 @no_type_check  # what annotations mean here is Triton's
 @triton.jit
-def _rounded(value, scale, largest: tl.constexpr, dtype: tl.constexpr):
+def code_of(value, scale, largest: tl.constexpr, dtype: tl.constexpr):
     """The codes of value / scale, the quotient rounded to nearest.
 
     A product with the rounded reciprocal and one correction give that quotient (Markstein 1990, theorem 8.3) at a third

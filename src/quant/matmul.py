@@ -198,6 +198,36 @@ def _forward(
     return multiply(codes, x_scale, qdata, scale, bias, recipe, x.dtype).reshape(*x.shape[:-1], out)
 
 
+def multiply_codes(
+    codes: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    *,
+    out: Tensor,
+) -> None:
+    """The product of `linear` of an activation that is in float8 already, written into `out`.
+
+    Args:
+        codes: float8 of the recipe's activation format, [m, in].
+        x_scale: float32, [m, 1] where the recipe scales per token, else ().
+        qdata, scale, bias, recipe: see `linear`.
+        out: [m, out], of the dtype that the weight stands for.
+
+    Raises:
+        ValueError: `native` was asked for and cannot run here.
+    """
+    runs, why = backend_of(recipe, codes.device, out.dtype, (len(qdata), qdata.shape[1]))
+    if runs == "refused":
+        raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
+    if runs == "native" and len(codes):
+        _native(codes, x_scale, qdata, scale, bias, recipe, out.dtype, out=out)
+    else:
+        out.copy_(_emulated(codes, x_scale, qdata, scale, bias, recipe, out.dtype))
+
+
 def _native(
     codes: Tensor,
     x_scale: Tensor,
@@ -206,6 +236,8 @@ def _native(
     bias: Tensor | None,
     recipe: Recipe,
     dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The device's own matmul: operands have contiguous rows, and scales are per row for both or for neither."""
     if recipe.granularity == "row":
@@ -214,8 +246,9 @@ def _native(
     rest = bias if dtype == torch.float32 else None  # _scaled_mm takes no bias for float32 results
     fused = None if dtype == torch.float32 else bias
     fast = recipe.fast_accum and len(codes) * len(qdata) >= _SMALL
-    y = torch._scaled_mm(codes.contiguous(), weight, x_scale, scale, fused, out_dtype=dtype, use_fast_accum=fast)
-    return y if rest is None else y + rest
+    settings = {"out_dtype": dtype, "use_fast_accum": fast} | ({} if out is None else {"out": out})
+    y = torch._scaled_mm(codes.contiguous(), weight, x_scale, scale, fused, **settings)
+    return y if rest is None else torch.add(y, rest, out=out)
 
 
 def _emulated(

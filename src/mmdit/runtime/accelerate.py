@@ -1,0 +1,226 @@
+"""A model made faster, and what was chosen for it: few kernels, tables that are computed ahead, CUDA graphs.
+
+Nothing of the model is replaced: `Accelerated.velocity` computes what the model computes, over the same parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mmdit.models.layers import Attend
+from mmdit.models.mmdit import MMDiT
+from mmdit.runtime import plain_kernels
+from mmdit.runtime.attention import BestAttention
+from mmdit.runtime.compiled import refuse_compiled
+from mmdit.runtime.fast import FastMMDiT
+from mmdit.runtime.graphs import Graphs
+
+_TABLE_BYTES = 2**28  # of modulation that is computed ahead
+_TEXTS = 8  # texts whose tables are kept
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What one Linear of each stream runs on."""
+
+    name: str
+    runs: str  # dtype or float8 backend
+    reads: str  # "16 bits", or "codes": rounded by the kernel before it
+
+
+@dataclass
+class AccelerationReport:
+    """What was chosen for a model; attention and graphs are known once a step has run."""
+
+    kernels: str  # "Triton" or "plain torch"
+    graph: bool
+    layers: list[LayerChoice]
+    left_out: list[str]  # and why
+    attention: BestAttention = field(repr=False)
+    graphs: Graphs = field(repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"kernels: {self.kernels}; a step is {'a CUDA graph' if self.graph else 'launched kernel by kernel'}"]
+        counted: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            counted.setdefault((layer.runs, layer.reads), []).append(layer.name)
+        lines += [
+            f"{len(names)} Linears run in {runs} and read {reads}: {names[0]} to {names[-1]}"
+            for (runs, reads), names in counted.items()
+        ]
+        for key, choice in self.attention.choices.items():
+            times = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(choice.milliseconds.items()))
+            refused = "".join(f"; {name} refused: {why}" for name, why in choice.refused.items())
+            lines.append(f"attention of {list(key[0])}: {choice.name} ({times}{refused})")  # type: ignore[call-overload]
+        if len(self.graphs):
+            lines.append(f"{len(self.graphs)} graphs hold {self.graphs.nbytes / 1e9:.2f} GB")
+        return "\n".join([*lines, *(f"left out: {one}" for one in self.left_out)])
+
+
+class Accelerated:
+    """A model's second, faster forward.
+
+    Args:
+        model: an MMDiT with nothing compiled, replaced or hooked.
+        graph: record steps as CUDA graphs; None does where the model is on a GPU.
+        attention: the name of the one attention kernel to use; None measures those that are there.
+        graphs: how many graphs are kept, one per shape.
+
+    Raises:
+        ValueError: the model has parts that the fast forward would not run; graphs are asked for without a GPU.
+    """
+
+    def __init__(
+        self, model: MMDiT, *, graph: bool | None = None, attention: str | None = None, graphs: int = 4
+    ) -> None:
+        device = model.pos_embed.device
+        if graph and device.type != "cuda":
+            raise ValueError(f"graph=True needs a model on a GPU, this one is on {device}; leave it out, or give False")
+        self.model = model
+        self.graph = device.type == "cuda" if graph is None else graph
+        self.attention = BestAttention(attention)
+        self.graphs = Graphs(graphs)
+        self._version: object = None
+        self._texts: dict[tuple[int, ...], _Text] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Before a drawing: forget tables and graphs if a parameter has changed since, and all tables of other texts.
+
+        Raises:
+            ValueError: see the class.
+        """
+        _check_whole(self.model)
+        self._texts.clear()
+        version = version_of(self.model)
+        if version != self._version:
+            self.graphs.clear()
+            self.fast = FastMMDiT(self.model, kernels=_kernels_for(self.model), attention=self.attention)
+            self._version = version
+
+    def report(self) -> AccelerationReport:
+        """What was chosen."""
+        layers = []
+        for i, block in enumerate(self.fast.blocks):
+            for place, pair in block.pairs.items():
+                reads = "16 bits" if pair.rounding.kind == "none" else "codes"
+                streams = (("context_block", pair.text), ("x_block", pair.image))
+                layers += [
+                    LayerChoice(f"joint_blocks.{i}.{stream}.{place}", product.runs, reads)
+                    for stream, product in streams
+                    if product is not None
+                ]
+        by_triton = self.fast.kernels is not plain_kernels
+        left_out = [] if by_triton else [f"Triton kernels: {_why_no_triton(self.model)}"]
+        if not self.graph:
+            left_out.append("CUDA graphs: " + ("not asked for" if self.model.pos_embed.is_cuda else "no GPU"))
+        name = "Triton" if by_triton else "plain torch"
+        return AccelerationReport(name, self.graph, layers, left_out, self.attention, self.graphs)
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        latent: Tensor,
+        timestep: float,
+        contexts: Sequence[Tensor],
+        pooled: Sequence[Tensor],
+        *,
+        skip_layers: tuple[int, ...] = (),
+        ahead: Sequence[float] = (),
+    ) -> Tensor:
+        """What the model predicts for samples that share a noise level.
+
+        Args:
+            latent: [b, c, h, w], of any floating dtype.
+            timestep: 1000 x sigma.
+            contexts, pooled: text tokens [n, k] and pooled vectors of parts of the batch, [b / parts, ...] each. Tables
+                are kept for these very tensors until `begin`.
+            skip_layers: blocks that both streams pass by.
+            ahead: timesteps that are expected next, for which modulation is computed together.
+        """
+        text = self._text(contexts, pooled)
+        vectors = text.vectors(self.fast, timestep, ahead)
+        latent = latent.to(self.model.pos_embed.dtype)
+        inputs = (latent, text.tokens, vectors)
+
+        def step(latent: Tensor, tokens: Tensor, vectors: Tensor) -> Tensor:
+            return self.fast(latent, tokens, vectors, skip_layers)
+
+        if not self.graph:
+            return step(*inputs)
+        return self.graphs((latent.shape, text.tokens.shape, skip_layers), step, inputs)
+
+    def _text(self, contexts: Sequence[Tensor], pooled: Sequence[Tensor]) -> _Text:
+        key = tuple(map(id, (*contexts, *pooled)))
+        if key not in self._texts:
+            while len(self._texts) >= _TEXTS:
+                self._texts.pop(next(iter(self._texts)))
+            self._texts[key] = _Text(self.fast, contexts, pooled)
+        return self._texts[key]
+
+
+class _Text:
+    """The text tokens of a batch, and its modulation by timestep; holds on to what its key was made of."""
+
+    def __init__(self, fast: FastMMDiT, contexts: Sequence[Tensor], pooled: Sequence[Tensor]) -> None:
+        self.sources = (*contexts, *pooled)
+        self.tokens, self.pooled = fast.tokens(torch.cat(list(contexts))), torch.cat(list(pooled))
+        self._rows: dict[float, Tensor] = {}
+
+    def vectors(self, fast: FastMMDiT, timestep: float, ahead: Sequence[float]) -> Tensor:
+        """The modulation at a timestep; computed together with those that are expected next."""
+        if timestep not in self._rows:
+            per_step = fast.vectors * fast.model.config.hidden_size * self.pooled.nbytes // self.pooled.shape[1]
+            most = max(_TABLE_BYTES // max(per_step, 1), 1)
+            wanted = list(dict.fromkeys([timestep, *ahead]))[:most]
+            table = fast.table(torch.tensor(wanted, dtype=torch.float32, device=self.pooled.device), self.pooled)
+            self._rows = dict(zip(wanted, table.unbind(0), strict=True))
+        return self._rows[timestep]
+
+
+def version_of(model: MMDiT) -> object:
+    """Equal as long as no parameter was replaced, moved or written to."""
+    return tuple(_identity(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _identity(tensor: Tensor) -> tuple[object, ...]:
+    """Which tensor it is, where its memory lies and how often it was written to; of a float8 one, of its codes too."""
+    version = None if tensor.is_inference() else tensor._version
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        return (id(tensor), version, *(_identity(getattr(tensor, name)) for name in flatten()[0]))
+    return (id(tensor), version, tensor.data_ptr())
+
+
+def _kernels_for(model: MMDiT) -> ModuleType:
+    if _why_no_triton(model):
+        return plain_kernels
+    from mmdit.runtime import kernels
+
+    return kernels
+
+
+def _why_no_triton(model: MMDiT) -> str:
+    """Empty where the kernels of Triton run."""
+    device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    if device.type != "cuda":
+        return f"they run on GPUs, the model is on {device}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    return f"they compute in float32, the model in {dtype}" if dtype == torch.float64 else ""
+
+
+def _check_whole(model: MMDiT) -> None:
+    """Raise ValueError where the model runs what the fast forward would not."""
+    refuse_compiled(model, "the model")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"{name or 'the model'} has hooks, which the fast forward does not run: remove them first")
+        if "forward" in vars(module) or (name.endswith(("attend", "attend2")) and type(module) is not Attend):
+            raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")

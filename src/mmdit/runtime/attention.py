@@ -1,0 +1,112 @@
+"""Exact attention by what is there: the kernel that is quickest at a shape, found by measuring once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmdit.runtime.rows import Attention
+
+_SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_LIBRARIES = {"flash-attn-4": "flash_attn.cute", "flash-attn-3": "flash_attn_interface"}
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own choice; [b, tokens, heads, head_dim] in and out, the result contiguous."""
+    return F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2).contiguous()
+
+
+class Choice(NamedTuple):
+    """What was chosen for a shape, and how long the others took."""
+
+    name: str
+    kernel: Attention
+    milliseconds: dict[str, float]  # of one attention, by kernel
+    refused: dict[str, str]  # by kernel, what it said
+
+
+class BestAttention:
+    """Attention by the kernel that is quickest for the shapes at hand.
+
+    The first call with a shape measures all kernels that are there; on other devices than GPUs torch chooses.
+
+    Args:
+        only: the name of the one kernel to use; None measures.
+
+    Raises:
+        ValueError: there is no kernel of that name here.
+    """
+
+    def __init__(self, only: str | None = None) -> None:
+        self.kernels = _installed()
+        if only is not None:
+            if only not in self.kernels:
+                raise ValueError(f"attention={only!r} is not here; there are {', '.join(self.kernels)}")
+            self.kernels = {only: self.kernels[only]}
+        self.choices: dict[tuple[object, ...], Choice] = {}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention; [b, tokens, heads, head_dim] in and out."""
+        if not q.is_cuda:
+            return torch_attention(q, k, v)
+        key = (q.shape, q.dtype, q.device)
+        if key not in self.choices:
+            self.choices[key] = _measured(self.kernels, q, k, v)
+        return self.choices[key].kernel(q, k, v)
+
+
+def _installed() -> dict[str, Attention]:
+    """By name: torch's kernels, and those of libraries that are installed."""
+    found: dict[str, Attention] = {name: partial(_by_torch, backend) for name, backend in _SDPA.items()}
+    for name, module in _LIBRARIES.items():
+        if find_spec(module.split(".", maxsplit=1)[0]) is not None and find_spec(module) is not None:
+            found[name] = partial(_by_library, module)
+    return found
+
+
+def _by_torch(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return torch_attention(q, k, v)
+
+
+def _by_library(module: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    found = import_module(module).flash_attn_func(q, k, v)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _measured(kernels: dict[str, Attention], q: Tensor, k: Tensor, v: Tensor) -> Choice:
+    times: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name, kernel in kernels.items():
+        try:
+            times[name] = milliseconds(partial(kernel, q, k, v))
+        except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, ImportError) as error:
+            refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    if not times:
+        raise RuntimeError(f"no attention kernel takes {list(q.shape)}, {q.dtype}: {refused}")
+    best = min(times, key=times.__getitem__)
+    return Choice(best, kernels[best], times, refused)
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median time of the GPU's work, each run between two events."""
+    run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return median(times)

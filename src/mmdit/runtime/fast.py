@@ -1,0 +1,202 @@
+"""A second forward of an MMDiT, over the same parameters, made of few kernels.
+
+Tokens of both streams are rows of one matrix, so that each kernel runs once for both. What a sublayer adds to the
+residual stream waits until the next norm, which adds it, norms, modulates and rounds in one pass. The modulation of
+all blocks is a table that is computed ahead for many steps, and read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import ModuleType
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mmdit.models.blocks import JointBlock
+from mmdit.models.layers import SelfAttention
+from mmdit.models.mmdit import MMDiT
+from mmdit.runtime.products import Pair, Product, common_kind
+from mmdit.runtime.rows import Activation, Attention, Columns, Output, Rounding, Rows, Update
+
+
+class FastMMDiT:
+    """What `model` computes, without gradients, control residuals and hooks.
+
+    Args:
+        model: its weights are read where they lie; norms of queries and keys are copied.
+        kernels: `mmdit.runtime.kernels`, or `mmdit.runtime.plain_kernels` where there is no Triton.
+        attention: softmax attention without mask, [b, tokens, heads, head_dim] in and out.
+    """
+
+    def __init__(self, model: MMDiT, *, kernels: ModuleType, attention: Attention) -> None:
+        self.model, self.kernels, self.attention = model, kernels, attention
+        self.blocks: list[FastBlock] = []
+        width = 0
+        for block in model.joint_blocks:
+            assert isinstance(block, JointBlock)
+            self.blocks.append(FastBlock(block, width))
+            width += block.context_block.chunks + block.x_block.chunks
+        self.vectors = width + 2  # and those of the final layer
+
+    def table(self, timesteps: Float[Tensor, " s"], pooled: Float[Tensor, "b p"]) -> Float[Tensor, "s b v d"]:
+        """The modulation vectors of all blocks and of the final layer at each timestep.
+
+        Args:
+            timesteps: 1000 x sigma.
+            pooled: pooled text vector of each sample.
+        """
+        model = self.model
+        c = model.t_embedder(timesteps)[:, None] + model.y_embedder(pooled)  # s b d
+        table = c.new_empty(*c.shape[:2], self.vectors, c.shape[2])
+        place = 0
+        for block in model.joint_blocks:
+            for stream in (block.context_block, block.x_block):
+                table[:, :, place : place + stream.chunks] = stream.adaLN_modulation(c).unflatten(-1, (stream.chunks, -1))
+                place += stream.chunks
+        table[:, :, place:] = model.final_layer.adaLN_modulation(c).unflatten(-1, (2, -1))
+        return table
+
+    def tokens(self, context: Float[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
+        """The text tokens as the first block reads them."""
+        return self.model.context_embedder(context)
+
+    def __call__(
+        self,
+        latent: Float[Tensor, "b c h w"],
+        tokens: Float[Tensor, "b n d"],
+        vectors: Float[Tensor, "b v d"],
+        skip_layers: Collection[int] = (),
+    ) -> Float[Tensor, "b o h w"]:
+        """The velocity, as `MMDiT.forward` gives it.
+
+        Args:
+            latent: in the model's dtype.
+            tokens: see `tokens`.
+            vectors: a row of `table`.
+            skip_layers: blocks that both streams pass by.
+        """
+        model, sides = self.model, latent.shape[2:]
+        image = model.x_embedder(latent) + model.cropped_pos_embed(*sides)
+        rows = Rows(len(latent), tokens.shape[1], image.shape[1])
+        x = torch.cat([tokens.flatten(0, 1), image.flatten(0, 1)])
+        updates: list[Update] = []
+        for i, block in enumerate(self.blocks):
+            if i not in skip_layers:
+                rows, x, updates = block(x, rows, vectors, updates, self.kernels, self.attention)
+        x, updates, rows = _image_of(x, updates, rows)
+        shift, scale = self.vectors - 2, self.vectors - 1
+        output = Output(Columns(shift, shift), Columns(scale, scale), Rounding())
+        (found,) = self.kernels.norm_modulate(x, vectors, rows, [output], updates)
+        patches = model.final_layer.linear(found.image.data).unflatten(0, (rows.samples, -1))
+        return model.unpatchify(patches, *sides)
+
+
+class FastBlock:
+    """A joint block made of the kernels.
+
+    Args:
+        block: its Linears are read where they lie.
+        place: of its first vector in the modulation table.
+    """
+
+    def __init__(self, block: JointBlock, place: int) -> None:
+        text, image = block.context_block, block.x_block
+        self.ends_context, self.head_dim = block.ends_context, image.attn.head_dim
+        self.text_place, self.image_place = place, place + text.chunks
+        second = Product(image.attn2.qkv) if block.dual_attention else None
+        first = [Product(text.attn.qkv), Product(image.attn.qkv)]
+        kind = common_kind([*first, *([] if second is None else [second])])
+        self.qkv = Pair(*first, kind=kind)
+        self.norms = _norms(text.attn, image.attn)
+        self.qkv2 = None if second is None else Pair(None, second, kind=kind)
+        if second is not None:
+            self.norms2 = _norms(image.attn2, image.attn2)
+            self.proj2 = Pair(None, Product(image.attn2.proj))
+        ends = block.ends_context
+        self.proj = Pair(None if ends else Product(text.attn.proj), Product(image.attn.proj))
+        self.fc1 = Pair(None if ends else Product(text.mlp.fc1), Product(image.mlp.fc1))
+        self.fc2 = Pair(None if ends else Product(text.mlp.fc2), Product(image.mlp.fc2))
+
+    @property
+    def pairs(self) -> dict[str, Pair]:
+        """Its products, by the official name of the layer."""
+        found = {"attn.qkv": self.qkv, "attn.proj": self.proj, "mlp.fc1": self.fc1, "mlp.fc2": self.fc2}
+        if self.qkv2 is not None:
+            found |= {"attn2.qkv": self.qkv2, "attn2.proj": self.proj2}
+        return found
+
+    def __call__(
+        self,
+        x: Tensor,
+        rows: Rows,
+        vectors: Tensor,
+        updates: Sequence[Update],
+        kernels: ModuleType,
+        attention: Attention,
+    ) -> tuple[Rows, Tensor, list[Update]]:
+        """The rows that are left, the residual stream (changed in place), and what is still to be added to it."""
+        read, read2 = self._first_norm(x, rows, vectors, updates, kernels)
+        z = attention(*kernels.pack(self.qkv(read, rows), self.norms, rows, self.head_dim))
+        of_attention = kernels.unpack(z, rows, self.proj.rounding, text=not self.ends_context)
+        if self.ends_context:
+            x, _, rows = _image_of(x, (), rows)
+        updates = [Update(self.proj(of_attention, rows), self._columns(2))]
+        if self.qkv2 is None:
+            (mlp_reads,) = kernels.norm_modulate(x, vectors, rows, [self._output(3, self.fc1.rounding)], updates)
+        else:
+            assert read2 is not None
+            alone = rows.only_image()
+            qkv = kernels.pack(self.qkv2(read2, alone), self.norms2, alone, self.head_dim)
+            of_second = kernels.unpack(attention(*qkv), alone, self.proj2.rounding)
+            second = Update(self.proj2(of_second, alone), self._columns(8))
+            mlp_reads = self._second_norm(x, rows, vectors, updates[0], second, kernels)
+        inner = kernels.gelu(self.fc1(mlp_reads, rows), rows, self.fc2.rounding)
+        return rows, x, [Update(self.fc2(inner, rows), self._columns(5))]
+
+    def _first_norm(
+        self, x: Tensor, rows: Rows, vectors: Tensor, updates: Sequence[Update], kernels: ModuleType
+    ) -> tuple[Activation, Activation | None]:
+        """What the first attention reads, and what the second one does, which the image has alone."""
+        one = self._output(0, self.qkv.rounding)
+        if self.qkv2 is None:
+            return kernels.norm_modulate(x, vectors, rows, [one], updates)[0], None
+        two, split = self._output(6, self.qkv2.rounding), rows.split
+        text_updates = [Update(update.value[:split], update.gate) for update in updates]
+        (text,) = kernels.norm_modulate(x[:split], vectors, rows.only_text(), [one], text_updates)
+        x, image_updates, alone = _image_of(x, updates, rows)
+        image, second = kernels.norm_modulate(x, vectors, alone, [one, two], image_updates)
+        return Activation(text.text, image.image), second
+
+    def _second_norm(
+        self, x: Tensor, rows: Rows, vectors: Tensor, update: Update, second: Update, kernels: ModuleType
+    ) -> Activation:
+        """What the MLPs read, where the image has two updates."""
+        output, text = [self._output(3, self.fc1.rounding)], None
+        if not self.ends_context:
+            of_text = [Update(update.value[: rows.split], update.gate)]
+            text = kernels.norm_modulate(x[: rows.split], vectors, rows.only_text(), output, of_text)[0].text
+        x, (of_image,), alone = _image_of(x, [update], rows)
+        (image,) = kernels.norm_modulate(x, vectors, alone, output, [of_image, second])
+        return Activation(text, image.image)
+
+    def _columns(self, chunk: int) -> Columns:
+        return Columns(self.text_place + chunk, self.image_place + chunk)
+
+    def _output(self, chunk: int, rounding: Rounding) -> Output:
+        return Output(self._columns(chunk), self._columns(chunk + 1), rounding)
+
+
+def _image_of(x: Tensor, updates: Sequence[Update], rows: Rows) -> tuple[Tensor, list[Update], Rows]:
+    """The image's rows of the residual stream and of its updates."""
+    split = rows.split
+    return x[split:], [Update(update.value[split:], update.gate) for update in updates], rows.only_image()
+
+
+def _norms(text: SelfAttention, image: SelfAttention) -> Tensor | None:
+    """Weights of the norms, [2 (text, image), 2 (queries, keys), head_dim]; None where there are none."""
+    if not isinstance(image.ln_q, torch.nn.RMSNorm):
+        return None
+    weights = [norm.weight.detach() for stream in (text, image) for norm in (stream.ln_q, stream.ln_k)]
+    return torch.stack(weights).unflatten(0, (2, 2))

@@ -1,0 +1,83 @@
+"""Steps as CUDA graphs: the GPU repeats a recorded step, and the host launches one thing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Step = Callable[..., Tensor]
+
+
+class Captured(NamedTuple):
+    """A recorded step, the memory that it reads, and the memory that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    nbytes: int  # that the recording took of the device
+
+
+class Graphs:
+    """A graph per kind of step; those that were not used for longest make room for new ones.
+
+    A step must read tensors that stay where they are (weights, tables) and its inputs, and must not wait for the GPU.
+
+    Args:
+        limit: how many graphs are kept.
+    """
+
+    def __init__(self, limit: int = 4) -> None:
+        self.limit = limit
+        self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
+
+    def __call__(self, key: Hashable, step: Step, inputs: Sequence[Tensor]) -> Tensor:
+        """`step(*inputs)`, recorded at the first call with this key; the result is the caller's own.
+
+        Args:
+            key: equal for steps that launch the same work on inputs of the same shapes.
+            step: called twice when it is new, so that libraries and compilers set themselves up outside of the graph.
+            inputs: copied into the graph's own memory.
+        """
+        if key not in self._captured:
+            while len(self._captured) >= self.limit:
+                self._captured.popitem(last=False)
+            self._captured[key] = _capture(step, inputs)
+        self._captured.move_to_end(key)
+        captured = self._captured[key]
+        for own, given in zip(captured.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        captured.graph.replay()
+        return captured.output.clone()
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the device that the graphs hold."""
+        return sum(one.nbytes for one in self._captured.values())
+
+    def clear(self) -> None:
+        """Free all graphs and their memory."""
+        self._captured.clear()
+
+
+def _capture(step: Step, inputs: Sequence[Tensor]) -> Captured:
+    own = tuple(one.clone() for one in inputs)
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        step(*own)
+    torch.cuda.current_stream().wait_stream(beside)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = step(*own)
+    inside = sum(one.nbytes for one in own)
+    return Captured(graph, own, output, torch.cuda.memory_reserved() - before + inside)

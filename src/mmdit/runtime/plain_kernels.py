@@ -1,0 +1,102 @@
+"""What `mmdit.runtime.kernels` computes, in plain torch: its oracle, and the fast path where there is no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdit.runtime.rows import EPS, Activation, AttentionInputs, Columns, Output, Part, Rounding, Rows, Update
+from quant.scaling import scale_of, to_codes
+
+
+def norm_modulate(
+    x: Tensor, table: Tensor, rows: Rows, outputs: Sequence[Output], updates: Sequence[Update] = ()
+) -> list[Activation]:
+    """Add the gated updates to the residual stream, in place; norm it, and modulate it once per output.
+
+    Args:
+        x: the residual stream, [rows, d].
+        table: modulation vectors of each sample, [samples, vectors, d].
+        rows: whose rows they are.
+        outputs: LayerNorm(x) (1 + scale) + shift, and what that is rounded to.
+        updates: at most two.
+    """
+    for update in updates:
+        x.add_(_spread(table, update.gate, rows) * update.value)
+    normed = F.layer_norm(x, x.shape[1:], eps=EPS)
+    return [
+        _rounded(
+            normed * (1 + _spread(table, one.scale, rows)) + _spread(table, one.shift, rows), rows, one.rounding
+        )
+        for one in outputs
+    ]
+
+
+def gelu(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
+    """GELU in its tanh approximation, [rows, k]."""
+    return _rounded(F.gelu(x, approximate="tanh"), rows, rounding)
+
+
+def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> AttentionInputs:
+    """Queries, keys and values of both streams in the layout of joint attention, text first.
+
+    Args:
+        qkv: [rows, 3 d].
+        norms: weights of the RMS norms, [2 (text, image), 2 (queries, keys), head_dim]; None leaves the norms out.
+        rows: whose rows they are.
+        head_dim: of a head.
+    """
+    parts: list[list[Tensor]] = [[], [], []]
+    for stream, (start, end) in enumerate(((0, rows.split), (rows.split, rows.count))):
+        if start == end:
+            continue
+        heads = qkv[start:end].unflatten(-1, (3, -1, head_dim)).unflatten(0, (rows.samples, -1))  # b l 3 h c
+        for index, part in enumerate(heads.unbind(2)):
+            normed = norms is not None and index < 2
+            parts[index].append(F.rms_norm(part, (head_dim,), norms[stream, index], EPS) if normed else part)
+    q, k, v = (torch.cat(part, dim=1) for part in parts)
+    return q, k, v
+
+
+def unpack(z: Tensor, rows: Rows, rounding: Rounding, *, text: bool = True) -> Activation:
+    """The result of joint attention, [samples, tokens, heads, head_dim], as rows of each stream.
+
+    Args:
+        z: text tokens first.
+        rows: whose rows they are.
+        rounding: what the rows are rounded to.
+        text: whether the text's rows are wanted.
+    """
+    parts = z.flatten(2).split([rows.text, rows.image], dim=1)
+    if not text:
+        return _rounded(parts[1].flatten(0, 1), rows.only_image(), rounding)
+    return _rounded(torch.cat([part.flatten(0, 1) for part in parts]), rows, rounding)
+
+
+def _spread(table: Tensor, columns: Columns, rows: Rows) -> Tensor:
+    """The vector of each row's stream and sample, [rows, d]."""
+    spread = [
+        table[:, column].repeat_interleave(tokens, dim=0)
+        for column, tokens in ((columns.text, rows.text), (columns.image, rows.image))
+        if tokens
+    ]
+    return torch.cat(spread) if len(spread) > 1 else spread[0]
+
+
+def _rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
+    text, image = x[: rows.split], x[rows.split :]
+    return Activation(
+        _part(text, rounding, rounding.text) if rows.text else None,
+        _part(image, rounding, rounding.image) if rows.image else None,
+    )
+
+
+def _part(x: Tensor, rounding: Rounding, static: Tensor | None) -> Part:
+    if rounding.kind == "none":
+        return Part(x)
+    scale = scale_of(x.abs().amax(dim=1, keepdim=True), "e4m3") if rounding.kind == "token" else static
+    assert scale is not None, "static rounding has the scale of its stream"
+    return Part(to_codes(x, scale, "e4m3"), scale)

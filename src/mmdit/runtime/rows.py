@@ -1,0 +1,120 @@
+"""Tokens of both streams as rows of one matrix, and what the kernels of the fast path make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS = 1e-6  # of LayerNorm and of the RMS norms of queries and keys
+
+
+class Rows(NamedTuple):
+    """Which rows of a matrix are whose: the text tokens of each sample in turn, then the image tokens of each."""
+
+    samples: int
+    text: int  # tokens of a sample; 0 where only the image's rows are meant
+    image: int
+
+    @property
+    def split(self) -> int:
+        """Rows of text."""
+        return self.samples * self.text
+
+    @property
+    def count(self) -> int:
+        """Rows in all."""
+        return self.samples * (self.text + self.image)
+
+    def only_image(self) -> Rows:
+        """The rows of the image alone, as a matrix of their own."""
+        return self._replace(text=0)
+
+    def only_text(self) -> Rows:
+        """The rows of the text alone, as a matrix of their own."""
+        return self._replace(image=0)
+
+
+class Columns(NamedTuple):
+    """Where a vector of each stream stands in the modulation table, counted in vectors."""
+
+    text: int
+    image: int
+
+
+class Rounding(NamedTuple):
+    """What an activation becomes for the products that read it.
+
+    `none` keeps 16 bits. `token` gives E4M3 codes and a scale per row. `static` gives E4M3 codes under the scale of
+    each stream, float32 ().
+    """
+
+    kind: Literal["none", "token", "static"] = "none"
+    text: Tensor | None = None
+    image: Tensor | None = None
+
+
+class Part(NamedTuple):
+    """The rows of one stream, [rows, k]: values, or E4M3 codes and their scale, float32 [rows, 1] or ()."""
+
+    data: Tensor
+    scale: Tensor | None = None
+
+
+class Activation(NamedTuple):
+    """What the products of both streams read; a stream that has no rows is None."""
+
+    text: Part | None
+    image: Part | None
+
+
+class Update(NamedTuple):
+    """What a sublayer adds to the residual stream: gate x value."""
+
+    value: Tensor  # [rows, d]
+    gate: Columns
+
+
+class Output(NamedTuple):
+    """One modulation of the normed residual stream, and what it is rounded to."""
+
+    shift: Columns
+    scale: Columns
+    rounding: Rounding
+
+
+class Blank(NamedTuple):
+    """Memory for an activation; the scales of the image start at a multiple of 16 bytes, as cuBLAS wants it."""
+
+    data: Tensor  # [rows, k]
+    scales: Tensor | None  # float32
+    gap: int  # between the scales of text and image
+
+    @classmethod
+    def of(cls, rows: Rows, width: int, rounding: Rounding, like: Tensor, dtype: torch.dtype) -> Blank:
+        """For these rows, each of `width` values of `dtype` where they are not rounded, on the device of `like`."""
+        if rounding.kind == "none":
+            return cls(torch.empty((rows.count, width), dtype=dtype, device=like.device), None, 0)
+        data = torch.empty((rows.count, width), dtype=torch.float8_e4m3fn, device=like.device)
+        if rounding.kind == "static":
+            return cls(data, None, 0)
+        gap = -rows.split % 4
+        return cls(data, torch.empty(rows.count + gap, dtype=torch.float32, device=like.device), gap)
+
+    def activation(self, rows: Rows, rounding: Rounding) -> Activation:
+        """The parts of each stream."""
+        split = rows.split
+        text_scale, image_scale = rounding.text, rounding.image
+        if self.scales is not None:
+            text_scale = self.scales[:split].unsqueeze(1)
+            image_scale = self.scales[split + self.gap :].unsqueeze(1)
+        return Activation(
+            Part(self.data[:split], text_scale) if split else None,
+            Part(self.data[split:], image_scale) if split < rows.count else None,
+        )
+
+
+AttentionInputs = tuple[Tensor, Tensor, Tensor]  # queries, keys and values, each [samples, tokens, heads, head_dim]
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # the same layout out

@@ -1,0 +1,184 @@
+"""`Accelerated`: its numbers are the model's, and it notices what changes."""
+
+import pytest
+import torch
+from torch import nn
+
+from triton_device import DEVICE
+
+from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
+from mmdit.runtime.accelerate import Accelerated, version_of
+from mmdit.runtime.attention import BestAttention
+from quant.quantize import quantize_
+
+CONFIG = MMDiTConfig(3, 64, 48, 24, 8, head_dim=16, in_channels=4, out_channels=4, dual_attention_blocks=(0,))
+GPU = DEVICE == "cuda"
+
+
+@pytest.fixture
+def model():
+    found = MMDiT(CONFIG)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.normal_(std=0.2)
+    return found.to(DEVICE, torch.bfloat16 if GPU else torch.float32).eval().requires_grad_(False)
+
+
+def inputs_of(model, samples=1, cells=6):
+    shapes = (samples, 4, cells, 8), (samples, 5, 48), (samples, 24)
+    return [torch.randn(shape).to(DEVICE, model.pos_embed.dtype) for shape in shapes]
+
+
+def velocity(fast, inputs, timestep=500.0, **rest):
+    latent, context, pooled = inputs
+    return fast.velocity(latent, timestep, [context], [pooled], **rest)
+
+
+def near(model, found, inputs, timestep=500.0, **rest):
+    """Whether this is what the model says, to rounding."""
+    latent, context, pooled = inputs
+    wanted = model(latent, torch.full((len(latent),), timestep, device=DEVICE), context, pooled, **rest)
+    return float((found - wanted).norm() / wanted.norm()) < (0.03 if GPU else 1e-5)
+
+
+def test_it_computes_what_the_model_computes(model):
+    fast, inputs = Accelerated(model), inputs_of(model)
+    for timestep in (1000.0, 37.5, 1000.0):
+        assert near(model, velocity(fast, inputs, timestep), inputs, timestep)
+    assert near(model, velocity(fast, inputs, skip_layers=(1,)), inputs, skip_layers=(1,))
+    other = inputs_of(model, samples=2, cells=4)
+    assert near(model, velocity(fast, other), other)
+    assert near(model, velocity(fast, inputs), inputs)
+
+
+def test_parts_of_a_batch_have_their_own_texts(model):
+    fast, latent = Accelerated(model), inputs_of(model, samples=2)[0]
+    (_, one, first), (_, two, second) = inputs_of(model), inputs_of(model)
+    found = fast.velocity(latent, 500.0, [one, two], [first, second])
+    assert near(model, found, (latent, torch.cat([one, two]), torch.cat([first, second])))
+
+
+def test_tables_are_computed_together_and_once(model):
+    fast, inputs, asked = Accelerated(model), inputs_of(model), []
+    table = fast.fast.table
+    fast.fast.table = lambda timesteps, pooled: asked.append(timesteps.tolist()) or table(timesteps, pooled)
+    for timestep in (900.0, 600.0, 300.0, 900.0):
+        assert near(model, velocity(fast, inputs, timestep, ahead=(900.0, 600.0, 300.0)), inputs, timestep)
+    assert asked == [[900.0, 600.0, 300.0]]
+    velocity(fast, inputs, 450.0, ahead=(300.0,))
+    assert asked[1:] == [[450.0, 300.0]]
+
+
+CHANGES = {
+    "in place": lambda model: model.joint_blocks[1].x_block.mlp.fc1.weight.mul_(3),
+    "a norm": lambda model: model.joint_blocks[2].x_block.attn.ln_q.weight.mul_(3),
+    "modulation": lambda model: model.joint_blocks[0].context_block.adaLN_modulation[1].bias.add_(1),
+    "a parameter": lambda model: setattr(
+        model.context_embedder, "weight", nn.Parameter(model.context_embedder.weight * 2, requires_grad=False)
+    ),
+    "float8": lambda model: quantize_(model, "fp8"),
+    "data": lambda model: setattr(model.x_embedder.proj.weight, "data", model.x_embedder.proj.weight.data * 2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_weight_is_noticed_at_the_next_drawing(model, change):
+    fast, inputs = Accelerated(model), inputs_of(model)
+    before = velocity(fast, inputs)
+    version = version_of(model)
+    with torch.no_grad():
+        CHANGES[change](model)
+    assert version_of(model) != version
+    fast.begin()
+    found = velocity(fast, inputs)
+    assert not near(model, before, inputs) or change == "float8"
+    assert near(model, found, inputs)
+
+
+def test_codes_written_to_are_noticed(model):
+    quantize_(model, "fp8")
+    version = version_of(model)
+    assert version == version_of(model)
+    weight = model.joint_blocks[0].x_block.mlp.fc1.weight
+    with torch.no_grad():
+        weight.copy_(2 * weight.dequantize())
+    assert version_of(model) != version
+
+
+def test_unchanged_weights_keep_what_was_built(model):
+    fast = Accelerated(model)
+    built = fast.fast
+    velocity(fast, inputs_of(model))
+    fast.begin()
+    assert fast.fast is built
+
+
+def compiled(model):
+    model.joint_blocks[0].compile()
+
+
+def hooked(model):
+    model.joint_blocks[1].x_block.mlp.register_forward_hook(lambda module, args, output: None)
+
+
+def replaced(model):
+    vars(model.joint_blocks[2].attend)["forward"] = lambda q, k, v: v
+
+
+def exchanged(model):
+    model.joint_blocks[2].attend = nn.Identity()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.parametrize(
+    ("change", "named"), [(compiled, "blocks.0"), (hooked, "blocks.1"), (replaced, "blocks.2"), (exchanged, "blocks.2")]
+)
+def test_what_it_would_not_run_is_refused(model, change, named):
+    fast = Accelerated(model)
+    change(model)
+    with pytest.raises(ValueError, match=named):
+        fast.begin()
+    with pytest.raises(ValueError, match=named):
+        Accelerated(model)
+
+
+def test_the_report_says_what_was_chosen(model):
+    quantize_(model, "fp8", ["joint_blocks.*.mlp.*"])
+    fast = Accelerated(model)
+    velocity(fast, inputs_of(model))
+    report = fast.report()
+    layers = {layer.name: layer for layer in report.layers}
+    assert len(layers) == 3 * 8 + 2 - 3
+    assert layers["joint_blocks.0.x_block.mlp.fc1"].reads == "codes"
+    assert layers["joint_blocks.0.x_block.attn2.qkv"].reads == "16 bits"
+    assert "joint_blocks.2.context_block.attn.proj" not in layers
+    assert report.graph is GPU
+    assert (not GPU) == any("Triton" in one for one in report.left_out)
+    assert str(len(layers) - 10) in str(report)
+    if GPU:
+        assert report.graphs.nbytes > 0
+        assert str(next(iter(report.attention.choices.values())).name) in str(report)
+
+
+@pytest.mark.skipif(GPU, reason="for devices without graphs")
+def test_a_graph_needs_a_gpu(model):
+    with pytest.raises(ValueError, match="cpu"):
+        Accelerated(model, graph=True)
+
+
+def test_an_attention_kernel_that_is_not_here():
+    with pytest.raises(ValueError, match=r"cudnn.*flash"):
+        BestAttention("flash-attn-9")
+
+
+@pytest.mark.skipif(not GPU, reason="graphs are of GPUs")
+def test_graphs_are_bit_equal_and_few(model):
+    fast, plain = Accelerated(model, graphs=2), Accelerated(model, graph=False)
+    for cells in (4, 6, 8, 4):
+        inputs = inputs_of(model, cells=cells)
+        for timestep in (900.0, 100.0):
+            assert torch.equal(velocity(fast, inputs, timestep), velocity(plain, inputs, timestep))
+    assert len(fast.graphs) == 2
+    fast.graphs.clear()
+    assert fast.graphs.nbytes == 0

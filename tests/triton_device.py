@@ -1,0 +1,49 @@
+"""Where Triton's kernels run in tests: on the GPU, or interpreted on the CPU with the arithmetic of a GPU."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _interpreted() -> None:
+    """Triton's interpreter cuts off what does not fit float8 and bfloat16, and its fma rounds twice; a GPU does not."""
+    import ml_dtypes
+    import numpy as np
+    import quant.kernels
+    from triton.runtime import interpreter
+
+    types = {"bf16": ml_dtypes.bfloat16, "fp8e4nv": ml_dtypes.float8_e4m3fn, "fp16": np.float16, "fp32": np.float32}
+
+    def convert(data, source, target, mode):
+        wide = np.ascontiguousarray(data).view(types[str(source)]).astype(np.float32)
+        return wide.astype(types[str(target)]).view(getattr(np, f"uint{target.primitive_bitwidth}"))
+
+    def fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    def reduce(self, found):  # by numpy where the interpreter would go value by value
+        assert self.combine_fn is quant.kernels._larger
+        return self.to_tensor(np.max(found[0].handle.data, axis=self.axis), found[0].dtype)
+
+    interpreter._convert_float = convert
+    interpreter.ReduceOps.generic_reduce = reduce
+    interpreter.InterpreterBuilder.create_fma = fma
+
+
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+    _interpreted()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without numpy's warnings of NaN and of infinities, which the interpreter meets where a GPU says nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
