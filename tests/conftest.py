@@ -18,6 +18,9 @@ import torch
 
 from skips import SKIPS
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined: the CPU interprets them, see triton_device
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--weights", metavar="FOLDER", type=Path, help="compare this checkpoint with diffusers")

@@ -7,5 +7,10 @@ SKIPS = {
     "official tokenizers": "official tokenizer files are not in this clone (../shared/reference/tokenizers)",
     # tests/quant/test_native.py: run it where there is one; `mmdit bench layers` measures the same on official shapes.
     "float8 gpu": "needs a GPU with a float8 matmul (compute capability 8.9 or later)",
+    # tests/mmdit/runtime: Triton has wheels for Linux only; there its interpreter runs the kernels on the CPU.
+    "triton": "needs Triton, which is for Linux only",
+    # tests/mmdit/runtime/test_accelerate.py: run it where there is one.
+    "gpu": "needs a GPU",
+    "no gpu": "what a machine without a GPU is told",
     "memory": "the memory of a process is read from /proc, which only Linux has",
 }

@@ -1,12 +1,13 @@
 """Where Triton's kernels run in tests: on the GPU, or interpreted on the CPU with the arithmetic of a GPU."""
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 
+HAS_TRITON = find_spec("triton") is not None
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -14,8 +15,9 @@ def _interpreted() -> None:
     """Triton's interpreter cuts off what does not fit float8 and bfloat16, and its fma rounds twice; a GPU does not."""
     import ml_dtypes
     import numpy as np
-    import quant.kernels
     from triton.runtime import interpreter
+
+    import quant.kernels
 
     types = {"bf16": ml_dtypes.bfloat16, "fp8e4nv": ml_dtypes.float8_e4m3fn, "fp16": np.float16, "fp32": np.float32}
 
@@ -36,8 +38,7 @@ def _interpreted() -> None:
     interpreter.InterpreterBuilder.create_fma = fma
 
 
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
+if DEVICE == "cpu" and HAS_TRITON:
     _interpreted()
 
 

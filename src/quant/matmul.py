@@ -246,7 +246,7 @@ def _native(
     rest = bias if dtype == torch.float32 else None  # _scaled_mm takes no bias for float32 results
     fused = None if dtype == torch.float32 else bias
     fast = recipe.fast_accum and len(codes) * len(qdata) >= _SMALL
-    settings = {"out_dtype": dtype, "use_fast_accum": fast} | ({} if out is None else {"out": out})
+    settings: dict[str, Any] = {"out_dtype": dtype, "use_fast_accum": fast} | ({} if out is None else {"out": out})
     y = torch._scaled_mm(codes.contiguous(), weight, x_scale, scale, fused, **settings)
     return y if rest is None else torch.add(y, rest, out=out)
 

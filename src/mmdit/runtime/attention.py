@@ -22,7 +22,8 @@ _LIBRARIES = {"flash-attn-4": "flash_attn.cute", "flash-attn-3": "flash_attn_int
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """torch's own choice; [b, tokens, heads, head_dim] in and out, the result contiguous."""
-    return F.scaled_dot_product_attention(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2).contiguous()
+    q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
 
 class Choice(NamedTuple):

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit.models.blocks import JointBlock
 from mmdit.models.layers import SelfAttention
@@ -37,7 +37,7 @@ class FastMMDiT:
         for block in model.joint_blocks:
             assert isinstance(block, JointBlock)
             self.blocks.append(FastBlock(block, width))
-            width += block.context_block.chunks + block.x_block.chunks
+            width += sum(stream.chunks for stream in self.blocks[-1].streams)
         self.vectors = width + 2  # and those of the final layer
 
     def table(self, timesteps: Float[Tensor, " s"], pooled: Float[Tensor, "b p"]) -> Float[Tensor, "s b v d"]:
@@ -51,9 +51,11 @@ class FastMMDiT:
         c = model.t_embedder(timesteps)[:, None] + model.y_embedder(pooled)  # s b d
         table = c.new_empty(*c.shape[:2], self.vectors, c.shape[2])
         place = 0
-        for block in model.joint_blocks:
-            for stream in (block.context_block, block.x_block):
-                table[:, :, place : place + stream.chunks] = stream.adaLN_modulation(c).unflatten(-1, (stream.chunks, -1))
+        for block in self.blocks:
+            for stream in block.streams:
+                table[:, :, place : place + stream.chunks] = stream.adaLN_modulation(c).unflatten(
+                    -1, (stream.chunks, -1)
+                )
                 place += stream.chunks
         table[:, :, place:] = model.final_layer.adaLN_modulation(c).unflatten(-1, (2, -1))
         return table
@@ -102,11 +104,11 @@ class FastBlock:
     """
 
     def __init__(self, block: JointBlock, place: int) -> None:
-        text, image = block.context_block, block.x_block
+        text, image = self.streams = block.context_block, block.x_block
         self.ends_context, self.head_dim = block.ends_context, image.attn.head_dim
         self.text_place, self.image_place = place, place + text.chunks
         second = Product(image.attn2.qkv) if block.dual_attention else None
-        first = [Product(text.attn.qkv), Product(image.attn.qkv)]
+        first = Product(text.attn.qkv), Product(image.attn.qkv)
         kind = common_kind([*first, *([] if second is None else [second])])
         self.qkv = Pair(*first, kind=kind)
         self.norms = _norms(text.attn, image.attn)
@@ -196,7 +198,7 @@ def _image_of(x: Tensor, updates: Sequence[Update], rows: Rows) -> tuple[Tensor,
 
 def _norms(text: SelfAttention, image: SelfAttention) -> Tensor | None:
     """Weights of the norms, [2 (text, image), 2 (queries, keys), head_dim]; None where there are none."""
-    if not isinstance(image.ln_q, torch.nn.RMSNorm):
+    norms = [norm for stream in (text, image) for norm in (stream.ln_q, stream.ln_k)]
+    if not all(isinstance(norm, nn.RMSNorm) for norm in norms):
         return None
-    weights = [norm.weight.detach() for stream in (text, image) for norm in (stream.ln_q, stream.ln_k)]
-    return torch.stack(weights).unflatten(0, (2, 2))
+    return torch.stack([norm.weight.detach() for norm in norms if isinstance(norm, nn.RMSNorm)]).unflatten(0, (2, 2))

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mmdit.runtime.rows import EPS, Activation, AttentionInputs, Blank, Columns, Output, Rounding, Rows, Update
+from quant.formats import LARGEST
 from quant.kernels import code_of, largest_of, row_scale
-from quant.scaling import LARGEST, SMALLEST_SCALE
+from quant.scaling import SMALLEST_SCALE
 
 _KINDS = {"none": 0, "token": 1, "static": 2}
 _PER_THREAD = 16  # values of a row that a thread holds
@@ -35,15 +36,19 @@ def norm_modulate(
     shifts = columns[: 2 * len(outputs)] if len(outputs) == 2 else columns[:2] * 2
     gates = columns[2 * len(outputs) :]
     first, last, kind = blanks[0], blanks[-1], outputs[0].rounding.kind
+    keeps = [one.wide is not None for one in outputs]
+    if any(keeps) and not all(keeps):
+        raise ValueError("of two outputs, both have `wide` or neither")
     if any(one.rounding.kind != kind for one in outputs):
         raise ValueError(f"outputs are rounded to {[one.rounding.kind for one in outputs]}; one kind is expected")
-    _norm[(rows.count,)](
+    _norm[(rows.total,)](
         x,
         updates[0].value if updates else x,
         updates[-1].value if updates else x,
         table,
         *_targets(first, outputs[0].rounding, x),
         *_targets(last, outputs[-1].rounding, x),
+        *(x if one.wide is None else one.wide for one in (outputs[0], outputs[-1])),
         *(number for pair in shifts for number in pair),
         *(number for pair in gates for number in pair),
         rows.split,
@@ -55,6 +60,7 @@ def norm_modulate(
         EPS,
         len(updates),
         len(outputs),
+        any(keeps),
         _KINDS[kind],
         LARGEST["e4m3"],
         SMALLEST_SCALE,
@@ -82,7 +88,7 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> Attent
     heads = qkv.shape[1] // (3 * head_dim)
     shape = (3, rows.samples, rows.text + rows.image, heads, head_dim)
     joint = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-    units = rows.count * 3 * heads
+    units = rows.total * 3 * heads
     _pack[(triton.cdiv(units, _UNITS),)](
         qkv,
         qkv if norms is None else norms,
@@ -110,7 +116,7 @@ def _row_by_row(x: Tensor, rows: Rows, rounding: Rounding, *, joint: bool, gelu:
     width = x.shape[-1]
     wanted = rows.only_image() if skip else rows
     blank = Blank.of(wanted, width, rounding, x, x.dtype)
-    _row[(wanted.count,)](
+    _row[(wanted.total,)](
         x,
         *_targets(blank, rounding, x),
         skip,
@@ -183,6 +189,8 @@ def _norm(
     scales2,
     text_static2,
     image_static2,
+    wide,
+    wide2,
     text_shift,
     image_shift,
     text_scale,
@@ -204,6 +212,7 @@ def _norm(
     eps,
     updates: tl.constexpr,
     outputs: tl.constexpr,
+    keep: tl.constexpr,
     kind: tl.constexpr,
     largest: tl.constexpr,
     smallest: tl.constexpr,
@@ -242,6 +251,9 @@ def _norm(
     scale = vectors + tl.where(is_text, text_scale, image_scale) * width
     normed = _modulated(value, factor, shift + a, scale + a, True)
     normed2 = _modulated(value2, factor, shift + b, scale + b, inside)
+    if keep:
+        tl.store(wide + place + a, normed)
+        tl.store(wide + place + b, normed2, mask=inside)
     static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32) if kind == 2 else 1.0
     _put(out + place, scales + scale_place, normed, normed2, a, b, inside, static, kind, largest, smallest)
     if outputs > 1:
@@ -249,6 +261,9 @@ def _norm(
         scale2 = vectors + tl.where(is_text, text_scale2, image_scale2) * width
         normed = _modulated(value, factor, shift2 + a, scale2 + a, True)
         normed2 = _modulated(value2, factor, shift2 + b, scale2 + b, inside)
+        if keep:
+            tl.store(wide2 + place + a, normed)
+            tl.store(wide2 + place + b, normed2, mask=inside)
         static2 = tl.where(is_text, tl.load(text_static2), tl.load(image_static2)).to(tl.float32) if kind == 2 else 1.0
         _put(out2 + place, scales2 + scale_place, normed, normed2, a, b, inside, static2, kind, largest, smallest)
 

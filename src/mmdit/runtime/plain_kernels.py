@@ -21,18 +21,19 @@ def norm_modulate(
         x: the residual stream, [rows, d].
         table: modulation vectors of each sample, [samples, vectors, d].
         rows: whose rows they are.
-        outputs: LayerNorm(x) (1 + scale) + shift, and what that is rounded to.
+        outputs: LayerNorm(x) (1 + scale) + shift, and what that is rounded to; in one launch all to one kind.
         updates: at most two.
     """
     for update in updates:
         x.add_(_spread(table, update.gate, rows) * update.value)
     normed = F.layer_norm(x, x.shape[1:], eps=EPS)
-    return [
-        _rounded(
-            normed * (1 + _spread(table, one.scale, rows)) + _spread(table, one.shift, rows), rows, one.rounding
-        )
-        for one in outputs
-    ]
+    found = []
+    for one in outputs:
+        value = normed * (1 + _spread(table, one.scale, rows)) + _spread(table, one.shift, rows)
+        if one.wide is not None:
+            one.wide.copy_(value)
+        found.append(_rounded(value, rows, one.rounding))
+    return found
 
 
 def gelu(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
@@ -50,13 +51,13 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> Attent
         head_dim: of a head.
     """
     parts: list[list[Tensor]] = [[], [], []]
-    for stream, (start, end) in enumerate(((0, rows.split), (rows.split, rows.count))):
+    for stream, (start, end) in enumerate(((0, rows.split), (rows.split, rows.total))):
         if start == end:
             continue
         heads = qkv[start:end].unflatten(-1, (3, -1, head_dim)).unflatten(0, (rows.samples, -1))  # b l 3 h c
         for index, part in enumerate(heads.unbind(2)):
-            normed = norms is not None and index < 2
-            parts[index].append(F.rms_norm(part, (head_dim,), norms[stream, index], EPS) if normed else part)
+            weight = None if norms is None or index == 2 else norms[stream, index]
+            parts[index].append(part if weight is None else F.rms_norm(part, (head_dim,), weight, EPS))
     q, k, v = (torch.cat(part, dim=1) for part in parts)
     return q, k, v
 

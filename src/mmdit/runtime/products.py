@@ -77,7 +77,7 @@ class Pair:
     def __call__(self, x: Activation, rows: Rows) -> Tensor:
         """The products of both streams as rows of one matrix."""
         like = self.image.linear
-        out = torch.empty((rows.count, like.out_features), dtype=like.weight.dtype, device=like.weight.device)
+        out = torch.empty((rows.total, like.out_features), dtype=like.weight.dtype, device=like.weight.device)
         if x.text is not None:
             assert self.text is not None, "the text stream has ended here"
             self.text(x.text, out[: rows.split])

@@ -24,7 +24,7 @@ class Rows(NamedTuple):
         return self.samples * self.text
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Rows in all."""
         return self.samples * (self.text + self.image)
 
@@ -83,6 +83,7 @@ class Output(NamedTuple):
     shift: Columns
     scale: Columns
     rounding: Rounding
+    wide: Tensor | None = None  # [rows, d] float32: gets the values before they are rounded, to check the rounding
 
 
 class Blank(NamedTuple):
@@ -96,12 +97,12 @@ class Blank(NamedTuple):
     def of(cls, rows: Rows, width: int, rounding: Rounding, like: Tensor, dtype: torch.dtype) -> Blank:
         """For these rows, each of `width` values of `dtype` where they are not rounded, on the device of `like`."""
         if rounding.kind == "none":
-            return cls(torch.empty((rows.count, width), dtype=dtype, device=like.device), None, 0)
-        data = torch.empty((rows.count, width), dtype=torch.float8_e4m3fn, device=like.device)
+            return cls(torch.empty((rows.total, width), dtype=dtype, device=like.device), None, 0)
+        data = torch.empty((rows.total, width), dtype=torch.float8_e4m3fn, device=like.device)
         if rounding.kind == "static":
             return cls(data, None, 0)
         gap = -rows.split % 4
-        return cls(data, torch.empty(rows.count + gap, dtype=torch.float32, device=like.device), gap)
+        return cls(data, torch.empty(rows.total + gap, dtype=torch.float32, device=like.device), gap)
 
     def activation(self, rows: Rows, rounding: Rounding) -> Activation:
         """The parts of each stream."""
@@ -112,7 +113,7 @@ class Blank(NamedTuple):
             image_scale = self.scales[split + self.gap :].unsqueeze(1)
         return Activation(
             Part(self.data[:split], text_scale) if split else None,
-            Part(self.data[split:], image_scale) if split < rows.count else None,
+            Part(self.data[split:], image_scale) if split < rows.total else None,
         )
 
 

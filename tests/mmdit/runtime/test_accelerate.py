@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from triton_device import DEVICE
-
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.accelerate import Accelerated, version_of
 from mmdit.runtime.attention import BestAttention
 from quant.quantize import quantize_
+from skips import SKIPS
+from triton_device import DEVICE
 
 CONFIG = MMDiTConfig(3, 64, 48, 24, 8, head_dim=16, in_channels=4, out_channels=4, dual_attention_blocks=(0,))
 GPU = DEVICE == "cuda"
@@ -161,7 +161,7 @@ def test_the_report_says_what_was_chosen(model):
         assert str(next(iter(report.attention.choices.values())).name) in str(report)
 
 
-@pytest.mark.skipif(GPU, reason="for devices without graphs")
+@pytest.mark.skipif(GPU, reason=SKIPS["no gpu"])
 def test_a_graph_needs_a_gpu(model):
     with pytest.raises(ValueError, match="cpu"):
         Accelerated(model, graph=True)
@@ -172,7 +172,7 @@ def test_an_attention_kernel_that_is_not_here():
         BestAttention("flash-attn-9")
 
 
-@pytest.mark.skipif(not GPU, reason="graphs are of GPUs")
+@pytest.mark.skipif(not GPU, reason=SKIPS["gpu"])
 def test_graphs_are_bit_equal_and_few(model):
     fast, plain = Accelerated(model, graphs=2), Accelerated(model, graph=False)
     for cells in (4, 6, 8, 4):

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from triton_device import DEVICE, quiet
-
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.runtime import kernels, plain_kernels
+from mmdit.runtime import plain_kernels
 from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.fast import FastMMDiT
 from quant.quantize import linears_of, quantize_
 from quant.recipe import RECIPES
+from skips import SKIPS
+from triton_device import DEVICE, HAS_TRITON, quiet
 
 CONFIGS = {
     "sd3-medium": MMDiTConfig(3, 64, 48, 24, 8, head_dim=16, in_channels=4, out_channels=4, qk_norm=None),
@@ -109,7 +109,10 @@ def test_a_table_of_many_timesteps_is_one_of_each():
 
 @pytest.mark.parametrize("recipe", [None, "fp8", "fp8-static"])
 @pytest.mark.parametrize("name", CONFIGS if DEVICE == "cuda" else ["sd3.5-medium"])
+@pytest.mark.skipif(not HAS_TRITON, reason=SKIPS["triton"])
 def test_by_triton_it_is_as_exact_as_the_model(name, recipe):
+    from mmdit.runtime import kernels
+
     exact = model_of(name)
     model = MMDiT(CONFIGS[name]).to(DEVICE, torch.float64)
     model.load_state_dict(exact.state_dict())
