@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from mmdit.models.layers import Attend
+from mmdit.models.attention import Attend
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.attention import BestAttention
@@ -222,5 +223,10 @@ def _check_whole(model: MMDiT) -> None:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             raise ValueError(f"{name or 'the model'} has hooks, which the fast forward does not run: remove them first")
-        if "forward" in vars(module) or (name.endswith(("attend", "attend2")) and type(module) is not Attend):
+        if "forward" in vars(module) or (name.endswith(("attend", "attend2")) and not _is_plain(module)):
             raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
+
+
+def _is_plain(slot: nn.Module) -> bool:
+    """Whether a slot holds torch's attention and nothing else."""
+    return type(slot) is Attend and not slot.strategies and slot.kernel is F.scaled_dot_product_attention

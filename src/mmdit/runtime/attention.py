@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -89,7 +90,9 @@ def _measured(kernels: dict[str, Attention], q: Tensor, k: Tensor, v: Tensor) ->
     refused: dict[str, str] = {}
     for name, kernel in kernels.items():
         try:
-            times[name] = milliseconds(partial(kernel, q, k, v))
+            with warnings.catch_warnings():  # of the compilers of libraries, which are not for their users' users
+                warnings.simplefilter("ignore")
+                times[name] = milliseconds(partial(kernel, q, k, v))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, ImportError) as error:
             refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
     if not times:

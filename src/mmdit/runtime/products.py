@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -35,6 +36,8 @@ class Product:
             reads_codes = self.runs in ("native", "emulated") and has_float8(weight.device)
             if reads_codes and recipe.activation in ("token", "static") and recipe.activation_format == "e4m3":
                 self.kind = "token" if recipe.activation == "token" else "static"
+            self._as_rows = self.kind == "static" and self.runs == "native" and weight.dtype == torch.bfloat16
+            self._scales: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def static(self) -> Tensor | None:
@@ -47,11 +50,22 @@ class Product:
         weight, bias = self.linear.weight, self.linear.bias
         if x.scale is not None:
             assert isinstance(weight, Float8Tensor), "codes are for float8 weights"
-            multiply_codes(x.data, x.scale, weight.qdata, weight.scale, bias, weight.recipe, out=out)
+            x_scale, scale, recipe = x.scale, weight.scale, weight.recipe
+            if self._as_rows:
+                x_scale, scale = self._repeated(x_scale, scale, len(out))
+                recipe = replace(recipe, granularity="row")
+            multiply_codes(x.data, x_scale, weight.qdata, scale, bias, recipe, out=out)
         elif isinstance(weight, Float8Tensor) or bias is None:
             out.copy_(F.linear(x.data, weight, bias))
         else:
             torch.addmm(bias, x.data, weight.t(), out=out)
+
+    def _repeated(self, x_scale: Tensor, scale: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Both scales once per row: cuBLAS multiplies an eighth faster under them than under single ones (on H200)."""
+        if rows not in self._scales:
+            outs = self.linear.out_features
+            self._scales[rows] = x_scale.expand(rows, 1).contiguous(), scale.expand(outs, 1).contiguous()
+        return self._scales[rows]
 
 
 class Pair:

@@ -75,8 +75,9 @@ def test_in_float8_it_has_the_same_codes(name, recipe):
     quantized(model, recipe)
     inputs = inputs_of(model, dtype=torch.float32)
     wanted = model(*inputs).double()
-    # A value that rounds to the other neighbour moves the result by a share of float8's own error.
-    assert error(fast_of(model, inputs), wanted) < 2e-3
+    # A value that rounds to the other neighbour moves the result by a share of float8's own error, 5 %; a GPU's
+    # LayerNorm is not that of the model's kernel to the last bit.
+    assert error(fast_of(model, inputs), wanted) < (2e-3 if DEVICE == "cpu" else 2e-2)
 
 
 def test_streams_of_different_recipes():
