@@ -202,7 +202,7 @@ def _unsqueeze(func: Any, x: Float8Tensor, dim: int) -> Float8Tensor:
 @implements(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(func: Any, x: Float8Tensor, dims: int | Sequence[int] | None = None) -> Float8Tensor:
     wanted = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
-    ones = [dim for dim in wanted if x.shape[dim] == 1]
+    ones = [dim for dim in wanted if x.ndim and x.shape[dim] == 1]  # torch lets squeeze(0) of a scalar pass
     scale = aten.squeeze.dims(x.scale, ones) if x.scale.ndim else x.scale
     return x._view(aten.squeeze.dims(x.qdata, ones), scale)
 

@@ -57,7 +57,7 @@ def pack(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
         if isinstance(tensor, Float8Tensor):
             parts = _parts(key, tensor, taken)
             if double := sorted(parts.keys() & tensors.keys()):
-                raise ValueError(f"{double[0]!r} is a key of its own, and a part of the Float8Tensor {key!r}")
+                raise ValueError(f"{double[0]!r:.200} is a key of its own, and a part of the Float8Tensor {key!r:.200}")
             tensors |= parts
             kinds[key] = Kind(tensor.recipe, tensor.dtype)
     return tensors, metadata_of(kinds)
@@ -84,7 +84,7 @@ def unpack(
     _check_mapping(metadata or {}, "unpack (metadata)")
     kinds = kinds_in(metadata or {})
     if missing := sorted({part for key in kinds for part in (key, scale_keys(key)[0])} - tensors.keys()):
-        raise ValueError(f"{OWN} names {missing[0]!r}, and there is no such tensor; the file is incomplete")
+        raise ValueError(f"{OWN} names {missing[0]!r:.200}, and there is no such tensor; the file is incomplete")
     unspelled = {key: kind for key, kind in kinds.items() if not _is_weight(key)}
     apart = {part for key in unspelled for part in _keys(key)}
     rest = {key: tensor for key, tensor in tensors.items() if key not in apart}
@@ -219,11 +219,11 @@ def _parts(key: str, tensor: Float8Tensor, taken: set[int]) -> dict[str, Tensor]
     codes, scale = tensor.qdata, tensor.scale
     if scale.ndim and scale.shape != (*codes.shape[:-1], 1):
         raise ValueError(
-            f"{key!r} has scales of shape {list(scale.shape)} for qdata of shape {list(codes.shape)}; only weights "
-            "with one scale or one per row are packed: pack the tensor before it is transposed"
+            f"{key!r:.200} has scales of shape {list(scale.shape)} for qdata of shape {list(codes.shape)}; only "
+            "weights with one scale or one per row are packed: pack the tensor before it is transposed"
         )
     if tensor.recipe.activation == "static" and tensor.input_scale is None:
-        raise ValueError(f"{key!r} has static activations and no input scale: run mmdit.calibrate first")
+        raise ValueError(f"{key!r:.200} has static activations and no input scale: run mmdit.calibrate first")
     codes = codes.cpu().view(DTYPES[tensor.recipe.format]) if codes.dtype == torch.uint8 else codes
     found = {}
     for name, part in zip(_keys(key), (codes, scale, tensor.input_scale), strict=True):
@@ -239,7 +239,7 @@ def _stored(key: str, tensors: Mapping[str, Tensor], own: Recipe) -> Stored:
     """Scales and recipe of a weight whose key is not `<layer>.weight`, so that only our own entry names it."""
     codes, (scale_key, input_key) = tensors[key], scale_keys(key)
     if codes.dtype not in FORMAT_OF:
-        raise ValueError(f"{OWN} names {key!r} as float8, but it is {codes.dtype}; the file was written wrongly")
+        raise ValueError(f"{OWN} names {key!r:.200} as float8, but it is {codes.dtype}; the file was written wrongly")
     scale = checked_scale(tensors[scale_key], codes.shape, key, own.granularity)
     input_scale = checked_input_scale(tensors[input_key], key) if input_key in tensors else None
     return Stored(scale, input_scale, recipe_of(codes.dtype, scale, key, own, static=input_scale is not None))

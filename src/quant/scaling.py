@@ -62,6 +62,11 @@ def has_float8(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda", "meta")
 
 
+def printable(name: str, length: int = 200) -> str:
+    """A name from a file for an error: cut to `length` characters, and with control characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name[:length])
+
+
 def positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """The scale in `dtype`, checked.
 
@@ -75,12 +80,12 @@ def positive(scale: Tensor, name: str, what: str, dtype: torch.dtype = torch.flo
         ValueError: The scale is not floating point, or a number of it is zero, negative or not finite.
     """
     if not scale.dtype.is_floating_point:
-        raise ValueError(f"{name}: {what} must be floating point, got {scale.dtype}")
+        raise ValueError(f"{printable(name)}: {what} must be floating point, got {scale.dtype}")
     factor = scale.detach().to(dtype)
     bad = ~(factor.isfinite() & (factor > 0))
     if bad.any():
         raise ValueError(
-            f"{name}: {what} must be finite and above zero; {int(bad.sum())} are not, "
+            f"{printable(name)}: {what} must be finite and above zero; {int(bad.sum())} are not, "
             f"first {factor[bad][:3].tolist()} in {dtype}"
         )
     return factor
@@ -100,7 +105,11 @@ def checked_input_scale(scale: Tensor | float, name: str = "input_scale") -> Ten
     if isinstance(scale, int | float) and not isinstance(scale, bool):
         scale = torch.tensor(float(scale))
     if not isinstance(scale, Tensor):
-        raise TypeError(f"{name}: an input scale is one positive number or tensor; got {type(scale).__name__}")
+        raise TypeError(
+            f"{printable(name)}: an input scale is one positive number or tensor; got {type(scale).__name__}"
+        )
     if scale.numel() != 1:
-        raise ValueError(f"{name}: an input scale is one positive number; got a tensor of shape {list(scale.shape)}")
+        raise ValueError(
+            f"{printable(name)}: an input scale is one positive number; got a tensor of shape {list(scale.shape)}"
+        )
     return positive(scale, name, "an input scale").reshape(())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quant.formats import DTYPES, FLOAT8, FORMAT_NAMED
-from quant.scaling import positive
+from quant.scaling import positive, printable
 
 HEADER = "_quantization_metadata"
 MARKER, NOTE = "scaled_fp8", "comfy_quant"
@@ -230,7 +230,7 @@ def check_formats(notes: Mapping[str, Note], dtypes: Mapping[str, torch.dtype]) 
         if found is not DTYPES[FORMAT_NAMED[note.format]]:
             what = "there is no such weight" if found is None else f"that weight is {found}"
             raise ValueError(
-                f"{weight_of(layer)!r} is said to be {note.format}, but {what}; the file was written wrongly"
+                f"{weight_of(layer)!r:.200} is said to be {note.format}, but {what}; the file was written wrongly"
             )
 
 
@@ -245,7 +245,7 @@ def check_scale_shape(weight: Sequence[int], scale: Sequence[int], name: str) ->
     known = [rows, [*rows, *[1] * (len(weight) - 1)], [*rows, 1], [*weight[:-1], 1]] if weight else []
     if prod(scale) != 1 and list(scale) not in known:
         raise ValueError(
-            f"{name}: scale of shape {list(scale)} for a weight of shape {list(weight)}; expected one number"
+            f"{printable(name)}: scale of shape {list(scale)} for a weight of shape {list(weight)}; expected one number"
             + (f", or one per row: {rows} or {known[-1]}" if known else "")
         )
 
@@ -284,9 +284,13 @@ def _paired(dtypes: Mapping[str, torch.dtype], endings: Iterable[str]) -> dict[s
         weight = weight_of(layer)
         if dtypes.get(weight) not in FLOAT8:
             what = "there is no such weight" if weight not in dtypes else f"that weight is {dtypes[weight]}, not float8"
-            raise ValueError(f"stray scale {key!r}: it belongs to {weight!r}, and {what}; the file was written wrongly")
+            raise ValueError(
+                f"stray scale {key!r:.200}: it belongs to {weight!r:.200}, and {what}; the file was written wrongly"
+            )
         if weight in found:
-            raise ValueError(f"{weight!r} has two scales, {found[weight]!r} and {key!r}; one is expected")
+            raise ValueError(
+                f"{weight!r:.200} has two scales, {found[weight]!r:.200} and {key!r:.200}; one is expected"
+            )
         found[weight] = key
     return found
 

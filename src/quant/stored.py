@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quant.formats import FORMAT_OF
 from quant.recipe import Granularity, Recipe
-from quant.scaling import checked_input_scale, positive
+from quant.scaling import checked_input_scale, positive, printable
 from quant.spellings import (
     HEADER,
     MARKER,
@@ -74,7 +74,7 @@ def stored_weights(
         own, given = recipes.get(weight), scales.inputs.get(weight)
         check_scale_shape(shapes[weight], shapes[key], weight)
         if given is not None and prod(shapes[given]) != 1:
-            raise ValueError(f"{weight}: input scale of shape {list(shapes[given])}; expected one number")
+            raise ValueError(f"{printable(weight)}: input scale of shape {list(shapes[given])}; expected one number")
         scale = checked_scale(read(key), shapes[weight], weight, None if own is None else own.granularity)
         input_scale = None if given is None else checked_input_scale(read(given), weight)
         static = input_scale is not None and weight not in full
@@ -100,11 +100,13 @@ def recipe_of(codes: torch.dtype, scale: Tensor, name: str, own: Recipe | None =
     for what in ("format", "granularity") if own else ():
         if getattr(own, what) != getattr(spelled, what):
             raise ValueError(
-                f"{name!r} is said to have {what} {getattr(own, what)!r}, but has {getattr(spelled, what)!r}; "
+                f"{name!r:.200} is said to have {what} {getattr(own, what)!r}, but has {getattr(spelled, what)!r}; "
                 "the file was written wrongly"
             )
     if own and own.activation == "static" and not static:
-        raise ValueError(f"{name!r} is said to have static activations, but has no input scale; the file is incomplete")
+        raise ValueError(
+            f"{name!r:.200} is said to have static activations, but has no input scale; the file is incomplete"
+        )
     return own or spelled
 
 
@@ -131,7 +133,7 @@ def _check_note_sizes(shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, 
     """Refuse notes too large for a layer's JSON before they are read."""
     for key, shape in shapes.items():
         if last_part(key) == NOTE and (size := prod(shape) * dtypes[key].itemsize) > NOTE_BYTES:
-            raise ValueError(f"{key!r} has {size} bytes; a layer's quantization note has at most {NOTE_BYTES}")
+            raise ValueError(f"{key!r:.200} has {size} bytes; a layer's quantization note has at most {NOTE_BYTES}")
 
 
 def _said(
@@ -144,5 +146,5 @@ def _said(
         if ending == NOTE:
             note = format_in(bytes(read(key).flatten().view(torch.uint8).tolist()), parse)
             if found.setdefault(layer, note) != note:
-                raise ValueError(f"{layer!r}: {HEADER} says {found[layer]}, but {key} says {note}")
+                raise ValueError(f"{layer!r:.200}: {HEADER} says {found[layer]}, but {key} says {note}")
     return found
