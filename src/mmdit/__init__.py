@@ -1,124 +1,135 @@
 """Stable Diffusion 3 / 3.5 from scratch, for research. Names are loaded when they are first used (PEP 562)."""
 
+from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import encoders as encoders
+    import quant as quant
+    import samplers as samplers
+    from encoders import Conditioning as Conditioning
     from mmdit._version import __version__ as __version__
-    from mmdit.checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
-    from mmdit.checkpoints.quantize import quantize_checkpoint
-    from mmdit.checkpoints.safetensors_io import CheckpointError
+    from mmdit.checkpoints.hub import HubError as HubError
+    from mmdit.checkpoints.load import load_clip as load_clip
+    from mmdit.checkpoints.load import load_mmdit as load_mmdit
+    from mmdit.checkpoints.load import load_t5 as load_t5
+    from mmdit.checkpoints.load import load_vae as load_vae
+    from mmdit.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
+    from mmdit.checkpoints.safetensors_io import CheckpointError as CheckpointError
     from mmdit.inspection import plots as plots
     from mmdit.inspection import reducers as reducers
-    from mmdit.inspection.attention_maps import attention_maps
-    from mmdit.inspection.budget import BudgetError
-    from mmdit.inspection.capture import capture
-    from mmdit.inspection.captured import Captured, load_capture
-    from mmdit.inspection.concepts import Concepts, concept_tokens
-    from mmdit.inspection.float8 import float8_blame, float8_errors
-    from mmdit.inspection.labelled import Labelled
-    from mmdit.inspection.listing import points
-    from mmdit.inspection.patch import patch
-    from mmdit.inspection.sweep import sweep
-    from mmdit.models.config import MMDiTConfig
-    from mmdit.models.mmdit import MMDiT
-    from mmdit.parity.compare import compare
-    from mmdit.parity.report import Comparison
-    from mmdit.pipeline.calibration import Calibration, calibrate, quantize_static
-    from mmdit.pipeline.guidance import Guidance
-    from mmdit.pipeline.pipeline import Pipeline, PipelineOutput
-    from mmdit.pipeline.previews import preview
-    from mmdit.pipeline.profiles import PROFILES, Profile
-    from mmdit.pipeline.prompts import Ranged
-    from mmdit.pipeline.settings import read_settings, save_png
+    from mmdit.inspection.addresses import Address as Address
+    from mmdit.inspection.addresses import Word as Word
+    from mmdit.inspection.attention_maps import attention_maps as attention_maps
+    from mmdit.inspection.budget import BudgetError as BudgetError
+    from mmdit.inspection.capture import capture as capture
+    from mmdit.inspection.captured import Captured as Captured
+    from mmdit.inspection.captured import load_capture as load_capture
+    from mmdit.inspection.concepts import Concepts as Concepts
+    from mmdit.inspection.concepts import concept_tokens as concept_tokens
+    from mmdit.inspection.float8 import float8_blame as float8_blame
+    from mmdit.inspection.float8 import float8_errors as float8_errors
+    from mmdit.inspection.labelled import Labelled as Labelled
+    from mmdit.inspection.listing import points as points
+    from mmdit.inspection.patch import patch as patch
+    from mmdit.inspection.sweep import sweep as sweep
+    from mmdit.models.config import MMDiTConfig as MMDiTConfig
+    from mmdit.models.mmdit import MMDiT as MMDiT
+    from mmdit.parity.compare import compare as compare
+    from mmdit.parity.report import Comparison as Comparison
+    from mmdit.pipeline.calibration import Calibration as Calibration
+    from mmdit.pipeline.calibration import calibrate as calibrate
+    from mmdit.pipeline.calibration import quantize_static as quantize_static
+    from mmdit.pipeline.guidance import Guidance as Guidance
+    from mmdit.pipeline.passes import Branch as Branch
+    from mmdit.pipeline.pipeline import OnStepEnd as OnStepEnd
+    from mmdit.pipeline.pipeline import Pipeline as Pipeline
+    from mmdit.pipeline.pipeline import PipelineOutput as PipelineOutput
+    from mmdit.pipeline.previews import preview as preview
+    from mmdit.pipeline.profiles import PRESETS as PRESETS
+    from mmdit.pipeline.profiles import PROFILES as PROFILES
+    from mmdit.pipeline.profiles import Preset as Preset
+    from mmdit.pipeline.profiles import Profile as Profile
+    from mmdit.pipeline.prompts import Ranged as Ranged
+    from mmdit.pipeline.settings import Settings as Settings
+    from mmdit.pipeline.settings import SettingsError as SettingsError
+    from mmdit.pipeline.settings import read_settings as read_settings
+    from mmdit.pipeline.settings import save_png as save_png
 
-__all__ = [
-    "PROFILES",
-    "BudgetError",
-    "Calibration",
-    "Captured",
-    "CheckpointError",
-    "Comparison",
-    "Concepts",
-    "Guidance",
-    "Labelled",
-    "MMDiT",
-    "MMDiTConfig",
-    "Pipeline",
-    "PipelineOutput",
-    "Profile",
-    "Ranged",
-    "__version__",
-    "attention_maps",
-    "calibrate",
-    "capture",
-    "compare",
-    "concept_tokens",
-    "float8_blame",
-    "float8_errors",
-    "load_capture",
-    "load_clip",
-    "load_mmdit",
-    "load_t5",
-    "load_vae",
-    "patch",
-    "points",
-    "preview",
-    "quantize_checkpoint",
-    "quantize_static",
-    "read_settings",
-    "save_png",
-    "sweep",
-]
-
-_SUBMODULES = {"plots": "mmdit.inspection.plots", "reducers": "mmdit.inspection.reducers"}
-_HOME = {
-    "__version__": "mmdit._version",
-    "Calibration": "mmdit.pipeline.calibration",
-    "BudgetError": "mmdit.inspection.budget",
-    "Captured": "mmdit.inspection.captured",
-    "CheckpointError": "mmdit.checkpoints.safetensors_io",
-    "Comparison": "mmdit.parity.report",
-    "Concepts": "mmdit.inspection.concepts",
-    "Labelled": "mmdit.inspection.labelled",
-    "Guidance": "mmdit.pipeline.guidance",
-    "MMDiT": "mmdit.models.mmdit",
-    "MMDiTConfig": "mmdit.models.config",
-    "PROFILES": "mmdit.pipeline.profiles",
-    "Pipeline": "mmdit.pipeline.pipeline",
-    "PipelineOutput": "mmdit.pipeline.pipeline",
-    "Profile": "mmdit.pipeline.profiles",
-    "calibrate": "mmdit.pipeline.calibration",
-    "attention_maps": "mmdit.inspection.attention_maps",
-    "capture": "mmdit.inspection.capture",
-    "Ranged": "mmdit.pipeline.prompts",
-    "compare": "mmdit.parity.compare",
-    "concept_tokens": "mmdit.inspection.concepts",
-    "float8_blame": "mmdit.inspection.float8",
-    "float8_errors": "mmdit.inspection.float8",
-    "load_capture": "mmdit.inspection.captured",
-    "load_clip": "mmdit.checkpoints.load",
-    "load_mmdit": "mmdit.checkpoints.load",
-    "load_t5": "mmdit.checkpoints.load",
-    "load_vae": "mmdit.checkpoints.load",
-    "patch": "mmdit.inspection.patch",
-    "points": "mmdit.inspection.listing",
-    "preview": "mmdit.pipeline.previews",
-    "quantize_checkpoint": "mmdit.checkpoints.quantize",
-    "quantize_static": "mmdit.pipeline.calibration",
-    "read_settings": "mmdit.pipeline.settings",
-    "save_png": "mmdit.pipeline.settings",
-    "sweep": "mmdit.inspection.sweep",
+# Public names by the module that they are loaded from. A test compares the table with the imports above.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "encoders": ("Conditioning",),
+    "mmdit._version": ("__version__",),
+    "mmdit.checkpoints.hub": ("HubError",),
+    "mmdit.checkpoints.load": ("load_clip", "load_mmdit", "load_t5", "load_vae"),
+    "mmdit.checkpoints.quantize": ("quantize_checkpoint",),
+    "mmdit.checkpoints.safetensors_io": ("CheckpointError",),
+    "mmdit.inspection.addresses": ("Address", "Word"),
+    "mmdit.inspection.attention_maps": ("attention_maps",),
+    "mmdit.inspection.budget": ("BudgetError",),
+    "mmdit.inspection.capture": ("capture",),
+    "mmdit.inspection.captured": ("Captured", "load_capture"),
+    "mmdit.inspection.concepts": ("Concepts", "concept_tokens"),
+    "mmdit.inspection.float8": ("float8_blame", "float8_errors"),
+    "mmdit.inspection.labelled": ("Labelled",),
+    "mmdit.inspection.listing": ("points",),
+    "mmdit.inspection.patch": ("patch",),
+    "mmdit.inspection.sweep": ("sweep",),
+    "mmdit.models.config": ("MMDiTConfig",),
+    "mmdit.models.mmdit": ("MMDiT",),
+    "mmdit.parity.compare": ("compare",),
+    "mmdit.parity.report": ("Comparison",),
+    "mmdit.pipeline.calibration": ("Calibration", "calibrate", "quantize_static"),
+    "mmdit.pipeline.guidance": ("Guidance",),
+    "mmdit.pipeline.passes": ("Branch",),
+    "mmdit.pipeline.pipeline": ("OnStepEnd", "Pipeline", "PipelineOutput"),
+    "mmdit.pipeline.previews": ("preview",),
+    "mmdit.pipeline.profiles": ("PRESETS", "PROFILES", "Preset", "Profile"),
+    "mmdit.pipeline.prompts": ("Ranged",),
+    "mmdit.pipeline.settings": ("Settings", "SettingsError", "read_settings", "save_png"),
 }
+_MODULES = {
+    "encoders": "encoders",
+    "plots": "mmdit.inspection.plots",
+    "quant": "quant",
+    "reducers": "mmdit.inspection.reducers",
+    "samplers": "samplers",
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
+__all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605 # from the one table
 
-def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return import_module(_SUBMODULES[name])
-    if name not in _HOME:
-        raise AttributeError(f"module 'mmdit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+if not TYPE_CHECKING:  # a type checker sees the imports above, and so a misspelt name
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return import_module(_MODULES[name])
+        if name in _HOME:
+            return getattr(import_module(_HOME[name]), name)
+        near = get_close_matches(name, __all__, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise AttributeError(f"module 'mmdit' has no attribute {name!r}{hint}", name=name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__
+
+
+def _check_sisters() -> None:
+    """Raise ImportError where another file takes the place of one of the packages that come with this one."""
+    ours = Path(__file__).parent.parent
+    for name in ("encoders", "quant", "samplers"):
+        spec = find_spec(name)
+        found = None if spec is None or spec.origin is None else Path(spec.origin)
+        if found != ours / name / "__init__.py":
+            raise ImportError(
+                f"{found or 'nothing'} is found as {name!r}, but mmdit-lab needs its own package {ours / name}. "
+                f"Rename your file or folder {name!r}, or start Python from another folder",
+                name=name,
+            )
+
+
+_check_sisters()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
-from typing import Any, TypeVar
+from reprlib import repr as shorten
+from typing import Any, SupportsFloat, SupportsIndex, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,11 +28,48 @@ def bar(items: Iterable[Item], total: int | None, shown: bool | None) -> Iterato
     yield from tqdm(items, total=total, disable=not shown)
 
 
-def whole(name: str, value: int, least: int) -> int:
-    """The value of an argument that counts something."""
-    if not isinstance(value, int) or not least <= value < 2**63:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
+def whole(name: str, value: SupportsIndex, least: int) -> int:
+    """The argument `name`, which counts something, as an int: NumPy's whole numbers are taken, booleans are not.
+
+    Raises:
+        ValueError: it is no whole number from `least` to 2**63 - 1.
+    """
+    try:
+        found = None if is_boolean(value) else index(value)
+    except TypeError:
+        found = None
+    if found is None or not least <= found < 2**63:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {shortened(value)}")
+    return found
+
+
+def number(name: str, value: SupportsFloat, least: float = -math.inf, most: float = math.inf) -> float:
+    """The argument `name` as a float: whole numbers and NumPy's numbers are taken, strings and booleans are not.
+
+    Raises:
+        ValueError: it is no finite number from `least` to `most`.
+    """
+    try:
+        found = math.nan if is_boolean(value) or isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        found = math.nan
+    if not math.isfinite(found) or not least <= found <= most:
+        bounds = "" if (least, most) == (-math.inf, math.inf) else f" from {least:g} to {most:g}"
+        raise ValueError(f"{name} must be a finite number{bounds}, got {shortened(value)}")
+    return found
+
+
+def is_boolean(value: object) -> bool:
+    """Whether a value is True or False, of Python, NumPy or torch."""
+    return isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+
+
+def shortened(value: object) -> str:
+    """The repr of a value in at most a line; whole numbers of thousands of digits have none in Python."""
+    try:
+        return shorten(value)
+    except ValueError:
+        return f"a long {type(value).__name__}"
 
 
 @contextmanager

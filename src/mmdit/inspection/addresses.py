@@ -152,7 +152,16 @@ class Address:
                 )
 
     def meets(self, label: Label, steps: int | None) -> bool:
-        """Whether a run of a model is meant."""
+        """Whether a run of a model is meant.
+
+        Raises:
+            ValueError: the address names a branch, and the branches of the run have no names.
+        """
+        if self.branch is not None and label.branch is None:
+            raise ValueError(
+                f"branch={self.branch!r} is asked for, but the rows of this run have no branch; "
+                "name them: pipe.predictor(cond=..., uncond=...), or mmdit.Branch(conditioning, name)"
+            )
         if self.branch is not None and label.branch not in (
             [self.branch] if isinstance(self.branch, str) else self.branch
         ):

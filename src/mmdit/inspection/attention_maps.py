@@ -150,9 +150,14 @@ class _Recorder:
                 "the transformer was called without pipe.predict, so it is not known which rows are of which branch; "
                 "inside of attention_maps draw with the pipeline, or tell its watchers of each call yourself"
             )
+        if any(branch.name is None for branch in told.branches):
+            raise ValueError(
+                f"attention_maps of branch={self.branch!r} is asked for, but the branches of this pass have no names; "
+                "name them: pipe.predictor(cond=..., uncond=...), or mmdit.Branch(conditioning, name)"
+            )
         read = next((branch.conditioning for branch in told.branches if branch.name == self.branch), None)
         if read is None or (self.steps is not None and told.step not in self.steps):
-            names = " and ".join(branch.name for branch in told.branches)
+            names = " and ".join(str(branch.name) for branch in told.branches)
             self.maps.others[f"{names} in step {told.step}"] = None
             return
         latent, patch = args[0] if args else kwargs["latent"], self.model.config.patch_size

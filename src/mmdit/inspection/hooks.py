@@ -45,6 +45,8 @@ class Tracker:
         self.text_tokens = 0
         self.drawing: Drawing | None = None
         self._run = 0
+        self._prediction: int | None = None  # the number of the last `pipe.predict` that gave no step
+        self._predictions = 0
         self._told: Pass | None = None
         self._calls: Counter[tuple[object, ...]] = Counter()
 
@@ -78,12 +80,19 @@ class Tracker:
 
     def _of_branch(self, told: Pass, first: int, branch: Branch) -> Rows:
         if told.step is None:
-            step, call, steps = self._count(branch.name), 0, None
+            step, steps = self._predictions_until(told.prediction), None
+            call = self._count(None, told.prediction, branch.name)
         else:
             step, call = told.step, self._count(self._run, told.step, branch.name)
             steps = None if self.drawing is None else len(self.drawing.sigmas) - 1
         label = Label(self._run, step, call, told.sigma, branch.name)
         return Rows(label, first, told.samples, branch.conditioning, steps)
+
+    def _predictions_until(self, prediction: int) -> int:
+        """How many calls of `pipe.predict` there were before this one, whose passes share a number."""
+        if prediction != self._prediction:
+            self._prediction, self._predictions = prediction, self._predictions + 1
+        return self._predictions - 1
 
     def _count(self, *what: object) -> int:
         """How many of these there were before."""

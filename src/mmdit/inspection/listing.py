@@ -107,7 +107,7 @@ def _sizes(model: Inspected, height: int | None, width: int | None, text_tokens:
     texts = (clip + t5, clip, t5) if text_tokens is None else (text_tokens,) * 3
     if isinstance(model, PipelineSteps):
         texts = (texts[0], clip, t5)
-    whole("batch", batch, 1)
+    batch = whole("batch", batch, 1)
     return Sizes(batch, *sides, *(whole("text_tokens", one, 1) for one in texts))
 
 

@@ -111,7 +111,7 @@ def verify(
     """
     diffusers, transformers = libraries()
     _check_dtype(dtype, ours)
-    whole("steps", steps, 1)
+    steps = whole("steps", steps, 1)
     pipe, how = load_diffusers(folder, device, dtype)
     theirs, (height, width) = TheirSide(pipe), _pixels(pipe, size)
     job = Job(prompt, negative_prompt, steps, GUIDANCE, SEED, None, height, width, frozenset({0, steps - 1}))

@@ -78,7 +78,7 @@ class Guidance:
                 raise ValueError(f"guidance {name} must be a number from {least:g} to {most:g}, got {value}")
         for name in ("interval", "perturbed_interval"):
             object.__setattr__(self, name, _interval(name, getattr(self, name)))
-        whole("guidance zero_init", self.zero_init, 0)
+        object.__setattr__(self, "zero_init", whole("guidance zero_init", self.zero_init, 0))
         start, stop = self.skip_layer_guidance_start, self.skip_layer_guidance_stop
         if start is not None and stop is not None:
             _check_order(start, stop)

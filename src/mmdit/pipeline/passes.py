@@ -19,7 +19,7 @@ class Branch(NamedTuple):
     """
 
     conditioning: Conditioning
-    name: str = "cond"  # "cond", "uncond", "skip", "perturbed"
+    name: str | None = "cond"  # "cond", "uncond", "skip", "perturbed", or a name of your own; None is no name
     skip_layers: tuple[int, ...] = ()  # blocks that are left out
     perturbed_layers: tuple[int, ...] = ()  # blocks that attend by `mmdit.models.attention.SelfOnly`
 
@@ -31,16 +31,17 @@ class Branch(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """A run of the transformer within a drawing. The batch holds `samples` rows of each branch in turn.
+    """A run of the transformer that `Pipeline.predict` makes. The batch holds `samples` rows of each branch in turn.
 
-    `step` counts steps that the solver has finished, so that all calls of a step have one number; None outside of
-    `sample`.
+    `step` is the number of steps that the solver has finished, so all calls of a step have one number. It is None where
+    `predict` was called without a step. All passes of one call of `predict` have the same number `prediction`.
     """
 
     step: int | None
     sigma: float
     branches: tuple[Branch, ...]
     samples: int
+    prediction: int = 0
 
     def rows(self, branch: str) -> slice:
         """The rows of the first branch of that name.
@@ -51,7 +52,7 @@ class Pass:
         for i, one in enumerate(self.branches):
             if one.name == branch:
                 return slice(i * self.samples, (i + 1) * self.samples)
-        raise KeyError(f"this pass has no branch {branch!r}, but {', '.join(one.name for one in self.branches)}")
+        raise KeyError(f"this pass has no branch {branch!r}, but {', '.join(str(one.name) for one in self.branches)}")
 
 
 @dataclass(frozen=True)

@@ -113,14 +113,14 @@ class Pipeline(PipelineSteps):
             dtype: None keeps what is stored.
             quant: float8 for transformer and T5: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
             profile: whose behaviour to follow, see `mmdit.PROFILES`.
-            preset: settings that go with a model, such as "turbo"; see `mmdit.pipeline.profiles.PRESETS`.
+            preset: settings that go with a model, such as "turbo"; see `mmdit.PRESETS`.
             offload: "stages" loads to the CPU; text encoders, transformer and VAE take turns on the device.
             revision, token, variant, cache_dir: of a repository, see `mmdit.checkpoints.hub.fetch`.
 
         Raises:
             FileNotFoundError: there is no such folder.
             mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
-            mmdit.checkpoints.hub.HubError: the repository cannot be had; why, and what to do.
+            mmdit.HubError: the repository cannot be had; why, and what to do.
         """
         rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
         rest |= {"offload": checked_offload(offload), "device": device}
@@ -251,7 +251,7 @@ class Pipeline(PipelineSteps):
         check_output_type(output_type)
         self._rules(max_sequence_length)
         if vae_tile is not None:
-            whole("vae_tile", vae_tile, 1)
+            vae_tile = whole("vae_tile", vae_tile, 1)
         shape = self._shape(latents, count, height, width)
         drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
         plan = self._plan(

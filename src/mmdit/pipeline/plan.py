@@ -178,7 +178,7 @@ def resolve_sigmas(
             raise ValueError(f"sigmas and {given[0]} are both given; sigmas are all the steps: give one of them")
         return samplers.checked_sigmas(sigmas)
     steps = profile.steps if num_inference_steps is None else num_inference_steps
-    whole("num_inference_steps", steps, 1)
+    steps = whole("num_inference_steps", steps, 1)
     one_more = profile.second_last == "left_out" and solver.drops_second_last
     found = samplers.sigmas(schedule or profile.schedule, steps + one_more, shift=shift)
     return torch.cat([found[:-2], found[-1:]]) if one_more else found

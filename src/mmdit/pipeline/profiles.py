@@ -8,17 +8,26 @@ unconditional branch of a batch (here unconditional first, as D).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from encoders import COMFYUI, DIFFUSERS, REFERENCE, TextRules
+from mmdit.utils import whole
+from samplers import SCHEDULES, SOLVERS, pick
 
 StepNoise = Literal["continued", "same_seed"]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How a reference draws; the defaults are D's."""
+    """The behaviour of a reference pipeline, field by field; the defaults are D's.
+
+    Raises:
+        ValueError: a word is none of its field's choices, or a number is out of its range; the field is named.
+        TypeError: `text` is no `encoders.TextRules`.
+    """
 
     name: str = "diffusers"
     text: TextRules = DIFFUSERS  # lengths, cuts, missing encoders, prompt weights
@@ -55,6 +64,19 @@ class Profile:
     odd_latents: Literal["refuse", "wrap"] = "refuse"
     to_uint8: Literal["round", "truncate"] = "round"  # pixels to 8 bits: round (D), truncate (C, R)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, TextRules):
+            raise TypeError(f"Profile.text is {type(self.text).__name__}, expected encoders.TextRules")
+        for name, choices in _choices().items():
+            pick(dict.fromkeys(choices), getattr(self, name), f"Profile.{name}")
+        pick(SCHEDULES, self.schedule, "Profile.schedule")
+        if not isinstance(self.skip_alone, bool):
+            raise ValueError(f"Profile.skip_alone must be True or False, got {self.skip_alone!r}")
+        _check_defaults(self)
+        _check_number("Profile.skip_scale", self.skip_scale)
+        _check_number("Profile.skip_start", self.skip_start, 0, 1)
+        _check_number("Profile.skip_stop", self.skip_stop, 0, 1)
+
     def reads_negative(self, guidance_scale: float) -> bool:
         """Whether the unconditional pass runs at this scale."""
         match self.uncond_pass:
@@ -68,12 +90,19 @@ class Profile:
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings that go with a model and that its tensors cannot say."""
+    """Settings that go with a kind of model and that cannot be told from its tensors.
+
+    Raises:
+        ValueError: the sampler is unknown, or a number is out of its range; the field is named.
+    """
 
     steps: int
     guidance_scale: float
     sampler: str
     shift: float | None = None  # None leaves it to the profile
+
+    def __post_init__(self) -> None:
+        _check_defaults(self)
 
     def applied(self, profile: Profile) -> Profile:
         """The profile with these settings as its defaults."""
@@ -84,6 +113,31 @@ class Preset:
             sampler=self.sampler,
             shift=profile.shift if self.shift is None else self.shift,
         )
+
+
+@cache
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """The fields of `Profile` that hold one of a few words, and those words."""
+    hints = get_type_hints(Profile)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+
+
+def _check_defaults(one: Profile | Preset) -> None:
+    """Raise ValueError where steps, guidance, sampler or shift of a profile or preset are not possible."""
+    kind = type(one).__name__
+    whole(f"{kind}.steps", one.steps, 1)
+    pick(SOLVERS, one.sampler, f"{kind}.sampler")
+    _check_number(f"{kind}.guidance_scale", one.guidance_scale)
+    if one.shift is not None:
+        _check_number(f"{kind}.shift", one.shift, 0)
+        if one.shift == 0:
+            raise ValueError(f"{kind}.shift must be above 0, got {one.shift!r}")
+
+
+def _check_number(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not least <= value <= most:
+        raise ValueError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}")
 
 
 PROFILES: dict[str, Profile] = {

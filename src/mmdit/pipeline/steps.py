@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from typing import Any, Self
 
 import torch
@@ -84,6 +85,7 @@ class PipelineSteps:
                     quantize_(model, recipe)
         self.watchers: list[Watcher] = []  # called before every pass of the transformer
         self.planners: list[Planner] = []  # called before the first pass of every drawing
+        self._predictions = count()
         self._turns = None if checked_offload(offload) is None else Turns(device)
 
     @property
@@ -185,20 +187,33 @@ class PipelineSteps:
         Args:
             x: latents of shape [b, c, h, w], in model space.
             sigma: the noise level of `x`, in [0, 1].
-            conditionings: each of b prompts. `mmdit.pipeline.passes.Branch` gives one a name or changes the transformer
-                for it.
+            conditionings: each of b prompts. `mmdit.Branch` gives one a name or changes the transformer for it. What
+                looks inside refuses `branch=` where the branches have no names.
             step: the number of the step, for what looks inside (`mmdit.capture` and others). None counts each call of
                 `predict` as a step.
 
         Returns:
             One tensor [b, c, h, w] for each conditioning.
         """
-        branches = [one if isinstance(one, Branch) else Branch(one) for one in conditionings]
+        branches = [one if isinstance(one, Branch) else Branch(one, None) for one in conditionings]
         return self._predict(x, float(sigma), branches, step, self.watchers)
 
-    def predictor(self, conditionings: Sequence[Conditioning]) -> Callable[[Tensor, float | Tensor], list[Tensor]]:
-        """`predict` with the conditionings filled in: `(x, sigma) -> [x0, ...]`."""
-        return lambda x, sigma: self.predict(x, sigma, conditionings)
+    def predictor(self, **conditionings: Conditioning) -> Predictor:
+        """A function `(x, sigma) -> [x0, ...]` for a sampling loop of your own: `predict` with named conditionings.
+
+            predict = pipe.predictor(cond=pipe.encode("a red ring"), uncond=pipe.encode(""))
+            with_prompt, without = predict(x, sigma)
+
+        Each call counts as one step, so what looks inside names the same steps and branches as in `sample`. A solver
+        that calls the model several times a step says which step it is: `predict(x, sigma, step=i)`.
+
+        Args:
+            conditionings: by the name of their branch; the predictions come in the order in which they are given.
+
+        Raises:
+            TypeError: none is given, or one is no `Conditioning`.
+        """
+        return Predictor(self, conditionings)
 
     def sample(
         self,
@@ -330,10 +345,12 @@ class PipelineSteps:
     def _predict(
         self, x: Tensor, sigma: float, branches: Sequence[Branch], step: int | None, watchers: Sequence[Watcher]
     ) -> list[Tensor]:
+        prediction = next(self._predictions)
+
         def announce(batch: tuple[Branch, ...]) -> None:
             self._enter("transformer")
             for watcher in watchers:
-                watcher(Pass(step, sigma, batch, len(x)))
+                watcher(Pass(step, sigma, batch, len(x), prediction))
 
         return predict_branches(self.transformer, self.profile, x, sigma, branches, announce)
 
@@ -368,3 +385,23 @@ class PipelineSteps:
     def _unit(self) -> int:
         """What the sides of a latent are multiples of."""
         return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
+
+
+class Predictor:
+    """`PipelineSteps.predict` under conditionings that have names; see `PipelineSteps.predictor`."""
+
+    def __init__(self, pipe: PipelineSteps, conditionings: Mapping[str, Conditioning]) -> None:
+        if not conditionings:
+            raise TypeError("predictor takes conditionings by name, such as cond=pipe.encode(prompt); got none")
+        for name, one in conditionings.items():
+            if not isinstance(one, Conditioning):
+                raise TypeError(f"predictor: {name} is {type(one).__name__}, expected a Conditioning, see pipe.encode")
+        self.branches = tuple(Branch(one, name) for name, one in conditionings.items())
+        self._pipe, self._step = pipe, 0
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, *, step: int | None = None) -> list[Tensor]:
+        """The predicted pictures (x0) of latents [b, c, h, w] at a noise level, one for each conditioning."""
+        number = self._step if step is None else whole("step", step, 0)
+        found = self._pipe.predict(x, sigma, self.branches, step=number)
+        self._step = number + 1
+        return found

@@ -236,7 +236,7 @@ def test_predictions_outside_of_a_drawing_are_counted(demo):
         (0, None, None),
     ]
     with pytest.raises(KeyError, match="was never passed"), mmdit.capture(demo, POST, branch="skip") as never:
-        demo.predict(demo.noise(1), 0.5, [cond])
+        demo.predict(demo.noise(1), 0.5, [Branch(cond)])
         never[POST]
 
 

@@ -96,7 +96,7 @@ def test_custom_sigmas(pipe, theirs):
 def test_a_loop_of_ones_own_takes_levels_as_they_are(pipe):
     """Euler by hand from `levels` and `predictor`, without a warning, is what `sample` does."""
     cond, uncond, levels = pipe.encode(PROMPTS[0]), pipe.encode(""), pipe.sigmas(3)
-    predict, x = pipe.predictor([uncond, cond]), pipe.noise(3, height=32, width=48)
+    predict, x = pipe.predictor(uncond=uncond, cond=cond), pipe.noise(3, height=32, width=48)
     for level, following in pairwise(levels):
         u, c = predict(x, level)
         x = x + (x - (u + 7.0 * (c - u))) / level * (following - level)

@@ -158,7 +158,7 @@ def test_save_and_load_give_the_same_picture(tiny_folders, tmp_path):
 def test_a_loop_of_ones_own_draws_the_same(tiny_folders):
     """The verbs alone: predictor, guidance and Euler written out in a notebook."""
     pipe = Pipeline.from_pretrained(tiny_folders["sd3.5-medium"])
-    predict = pipe.predictor([pipe.encode(PROMPTS[0]), pipe.encode("")])
+    predict = pipe.predictor(cond=pipe.encode(PROMPTS[0]), uncond=pipe.encode(""))
     x, levels = pipe.noise(4), pipe.sigmas(3).tolist()
     for sigma, following in pairwise(levels):
         given, without = predict(x, sigma)

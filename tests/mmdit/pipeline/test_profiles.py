@@ -1,6 +1,6 @@
 """What the profiles of ComfyUI and Stability's code mean, by formula; diffusers' is tested against diffusers itself."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmdit import PROFILES, Pipeline
-from mmdit.pipeline.profiles import PRESETS
+from mmdit.pipeline.profiles import PRESETS, Profile
 from samplers import sigmas
 
 PROMPT = "a (red:1.3) circle above a blue square!"
@@ -182,3 +182,42 @@ def test_presets_are_defaults_that_arguments_override(tiny_folders, monkeypatch)
 def test_the_schedulers_config_comes_before_preset_and_profile(tiny_folders):
     """The tiny folders say shift 3.0; SD3-Medium's preset says 1.0."""
     assert Pipeline.from_pretrained(tiny_folders["sd3-medium"], preset="sd3_medium").shift == 3.0
+
+
+WRONG = [
+    ("sigma_dtype", "float61"),
+    ("noise_dtype", "bfloat16"),
+    ("one_seed", "single"),
+    ("step_noise", "same_seeds"),
+    ("first_level", "all"),
+    ("second_last", "left out"),
+    ("state_dtype", "float16"),
+    ("uncond_pass", "above1"),
+    ("skip_window", "step"),
+    ("odd_latents", "crop"),
+    ("to_uint8", "floor"),
+    ("sampler", "eular"),
+    ("schedule", "normall"),
+    ("steps", 0),
+    ("steps", True),
+    ("guidance_scale", float("nan")),
+    ("shift", 0),
+    ("skip_alone", "no"),
+    ("skip_stop", 1.5),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), WRONG)
+def test_a_profile_refuses_what_is_no_choice_of_its_field(field, value):
+    with pytest.raises(ValueError, match=rf"Profile\.{field}"):
+        replace(PROFILES["diffusers"], **{field: value})
+    if field in ("sampler", "steps", "guidance_scale", "shift"):
+        with pytest.raises(ValueError, match=rf"Preset\.{field}"):
+            replace(PRESETS["turbo"], **{field: value})
+
+
+def test_every_word_of_a_profile_is_checked():
+    words = {field.name for field in fields(Profile) if isinstance(field.default, str)} - {"name"}
+    assert words == {field for field, value in WRONG if isinstance(value, str)} - {"skip_alone"}
+    with pytest.raises(TypeError, match=r"Profile\.text is str"):
+        replace(PROFILES["diffusers"], text="comfyui")
