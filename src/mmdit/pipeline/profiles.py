@@ -8,13 +8,12 @@ unconditional branch of a batch (here unconditional first, as D).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from encoders import COMFYUI, DIFFUSERS, REFERENCE, TextRules
-from mmdit.utils import whole
+from mmdit.utils import number, whole
 from samplers import SCHEDULES, SOLVERS, pick
 
 StepNoise = Literal["continued", "same_seed"]
@@ -72,10 +71,10 @@ class Profile:
         pick(SCHEDULES, self.schedule, "Profile.schedule")
         if not isinstance(self.skip_alone, bool):
             raise ValueError(f"Profile.skip_alone must be True or False, got {self.skip_alone!r}")
-        _check_defaults(self)
-        _check_number("Profile.skip_scale", self.skip_scale)
-        _check_number("Profile.skip_start", self.skip_start, 0, 1)
-        _check_number("Profile.skip_stop", self.skip_stop, 0, 1)
+        _check_defaults("Profile", self.steps, self.guidance_scale, self.sampler, self.shift)
+        number("Profile.skip_scale", self.skip_scale)
+        number("Profile.skip_start", self.skip_start, 0, 1)
+        number("Profile.skip_stop", self.skip_stop, 0, 1)
 
     def reads_negative(self, guidance_scale: float) -> bool:
         """Whether the unconditional pass runs at this scale."""
@@ -102,7 +101,7 @@ class Preset:
     shift: float | None = None  # None leaves it to the profile
 
     def __post_init__(self) -> None:
-        _check_defaults(self)
+        _check_defaults("Preset", self.steps, self.guidance_scale, self.sampler, self.shift)
 
     def applied(self, profile: Profile) -> Profile:
         """The profile with these settings as its defaults."""
@@ -122,22 +121,13 @@ def _choices() -> dict[str, tuple[Any, ...]]:
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
-def _check_defaults(one: Profile | Preset) -> None:
-    """Raise ValueError where steps, guidance, sampler or shift of a profile or preset are not possible."""
-    kind = type(one).__name__
-    whole(f"{kind}.steps", one.steps, 1)
-    pick(SOLVERS, one.sampler, f"{kind}.sampler")
-    _check_number(f"{kind}.guidance_scale", one.guidance_scale)
-    if one.shift is not None:
-        _check_number(f"{kind}.shift", one.shift, 0)
-        if one.shift == 0:
-            raise ValueError(f"{kind}.shift must be above 0, got {one.shift!r}")
-
-
-def _check_number(name: str, value: float, least: float = -math.inf, most: float = math.inf) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not least <= value <= most:
-        raise ValueError(f"{name} must be a finite number from {least:g} to {most:g}, got {value!r}")
+def _check_defaults(kind: str, steps: int, guidance_scale: float, sampler: str, shift: float | None) -> None:
+    """Raise ValueError where a default of a profile or preset is not possible."""
+    whole(f"{kind}.steps", steps, 1)
+    pick(SOLVERS, sampler, f"{kind}.sampler")
+    number(f"{kind}.guidance_scale", guidance_scale)
+    if shift is not None and not number(f"{kind}.shift", shift, 0) > 0:
+        raise ValueError(f"{kind}.shift must be above 0, got {shift!r}")
 
 
 PROFILES: dict[str, Profile] = {
