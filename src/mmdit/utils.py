@@ -43,7 +43,7 @@ def whole(name: str, value: SupportsIndex, least: int) -> int:
     return found
 
 
-def number(name: str, value: SupportsFloat, least: float = -math.inf, most: float = math.inf) -> float:
+def number(name: str, value: SupportsFloat, least: int | float = -math.inf, most: int | float = math.inf) -> float:
     """The argument `name` as a float: whole numbers and NumPy's numbers are taken, strings and booleans are not.
 
     Raises:

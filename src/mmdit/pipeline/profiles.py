@@ -121,7 +121,9 @@ def _choices() -> dict[str, tuple[Any, ...]]:
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
-def _check_defaults(kind: str, steps: int, guidance_scale: float, sampler: str, shift: float | None) -> None:
+def _check_defaults(
+    kind: str, steps: int, guidance_scale: int | float, sampler: str, shift: int | float | None
+) -> None:
     """Raise ValueError where a default of a profile or preset is not possible."""
     whole(f"{kind}.steps", steps, 1)
     pick(SOLVERS, sampler, f"{kind}.sampler")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from jaxtyping import config as jaxtyping_config
 
 from mmdit import PROFILES, Pipeline
 from mmdit.pipeline.profiles import PRESETS, Profile
@@ -207,6 +208,15 @@ WRONG = [
 ]
 
 
+@pytest.fixture
+def as_users_run_it():
+    """Signatures are checked only in tests; errors must come without that too."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize(("field", "value"), WRONG)
 def test_a_profile_refuses_what_is_no_choice_of_its_field(field, value):
     with pytest.raises(ValueError, match=rf"Profile\.{field}"):
@@ -216,6 +226,7 @@ def test_a_profile_refuses_what_is_no_choice_of_its_field(field, value):
             replace(PRESETS["turbo"], **{field: value})
 
 
+@pytest.mark.usefixtures("as_users_run_it")
 def test_every_word_of_a_profile_is_checked():
     words = {field.name for field in fields(Profile) if isinstance(field.default, str)} - {"name"}
     assert words == {field for field, value in WRONG if isinstance(value, str)} - {"skip_alone"}
