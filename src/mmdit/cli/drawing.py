@@ -206,7 +206,7 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
     if ask.settings is None and ask.model in (None, DEMO):
         said = "no --model given: " if ask.model is None else ""
         note(f"{said}drawing with the embedded model, which knows a few shapes and colours")
-    return load(
+    pipe = load(
         ask.model,
         device=device,
         dtype=dtype_of(ask.dtype, device),
@@ -216,6 +216,9 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         offload=ask.offload,
         quant=ask.quant,
     )
+    if ask.fast:
+        pipe.accelerate()
+    return pipe
 
 
 def _drawn(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[tuple[Any, Settings]]:

@@ -119,6 +119,8 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     say("--batch", type=int, default=1, metavar="N", help=batch)
     offload = "for small GPUs: text encoders, transformer and VAE take turns on it (default: all stay)"
     say("--offload", choices=("stages",), help=offload)
+    fast = "on a GPU: fused kernels, CUDA graphs and the quickest attention that is installed (default: off)"
+    say("--fast", action="store_true", help=fast)
     say("--vae-tile", type=int, metavar="PIXELS", help="for small GPUs: decode in such tiles, say 256 (default: whole)")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +12,20 @@ from torch import Tensor
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, perturbed
 from mmdit.pipeline.profiles import Profile
+from mmdit.runtime.accelerate import Accelerated
 
 _SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 Announce = Callable[[tuple[Branch, ...]], None]  # told of the branches of a pass before it runs
 
 
 def predict_branches(
-    transformer: MMDiT, profile: Profile, x: Tensor, sigma: float, branches: Sequence[Branch], announce: Announce
+    transformer: MMDiT,
+    profile: Profile,
+    x: Tensor,
+    sigma: float,
+    branches: Sequence[Branch],
+    announce: Announce,
+    accelerated: Accelerated | None = None,
 ) -> list[Tensor]:
     """The predicted picture (x0 = x - sigma velocity, a latent) of each branch.
 
@@ -31,6 +39,7 @@ def predict_branches(
         sigma: the noise level of `x`, in [0, 1].
         branches: each with b prompts.
         announce: called before each batch.
+        accelerated: the transformer's fast forward; None runs its own.
     """
     batches: dict[tuple[object, ...], list[int]] = {}
     for place, branch in enumerate(branches):
@@ -39,25 +48,59 @@ def predict_branches(
     for places in batches.values():
         batch = tuple(branches[place] for place in places)
         announce(batch)
-        found |= zip(places, _predict_batch(transformer, profile, x, sigma, batch), strict=True)
+        velocity_of = _velocity if accelerated is None or batch[0].perturbed_layers else partial(_fast, accelerated)
+        found |= zip(places, _predict_batch(transformer, profile, x, sigma, batch, velocity_of), strict=True)
     return [found[place] for place in range(len(branches))]
 
 
+def timestep_of(profile: Profile, sigma: float) -> float:
+    """What the model sees of a noise level: 1000 sigma, in the profile's dtype."""
+    return float((_seen(profile, sigma) * 1000).float())
+
+
+def _seen(profile: Profile, sigma: float) -> Tensor:
+    return torch.tensor(sigma, dtype=_SIGMA_DTYPES[profile.sigma_dtype])
+
+
 def _predict_batch(
-    transformer: MMDiT, profile: Profile, x: Tensor, sigma: float, branches: tuple[Branch, ...]
+    transformer: MMDiT,
+    profile: Profile,
+    x: Tensor,
+    sigma: float,
+    branches: tuple[Branch, ...],
+    velocity_of: Callable[[MMDiT, Tensor, float, tuple[Branch, ...]], Tensor],
 ) -> list[Tensor]:
     """The predicted pictures of branches that share a batch."""
-    first, times = branches[0], len(branches)
     (rows, columns), patch = x.shape[2:], transformer.config.patch_size
     filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
-    seen = torch.tensor(sigma, dtype=_SIGMA_DTYPES[profile.sigma_dtype], device=x.device)
+    latents = torch.cat([filled] * len(branches)).to(transformer.pos_embed.dtype)
+    velocity = velocity_of(transformer, latents, timestep_of(profile, sigma), branches)[..., :rows, :columns]
+    known = sigma if profile.sigma_dtype == "float32" else float(_seen(profile, sigma))
+    return [x - known * part for part in velocity.to(x.dtype).chunk(len(branches))]
+
+
+def _velocity(transformer: MMDiT, latents: Tensor, timestep: float, branches: tuple[Branch, ...]) -> Tensor:
+    """By the transformer's own forward."""
+    first = branches[0]
     with perturbed(transformer, first.perturbed_layers, first.conditioning.context.shape[1]):
-        velocity = transformer(
-            torch.cat([filled] * times).to(transformer.pos_embed.dtype),
-            (seen * 1000).float().expand(times * len(x)),
+        return transformer(
+            latents,
+            torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device),
             torch.cat([branch.conditioning.context for branch in branches]),
             torch.cat([branch.conditioning.pooled for branch in branches]),
             skip_layers=first.skip_layers,
-        )[..., :rows, :columns]
-    known = sigma if profile.sigma_dtype == "float32" else float(seen)
-    return [x - known * part for part in velocity.to(x.dtype).chunk(times)]
+        )
+
+
+def _fast(
+    accelerated: Accelerated, transformer: MMDiT, latents: Tensor, timestep: float, branches: tuple[Branch, ...]
+) -> Tensor:
+    """By its fast one."""
+    texts = [branch.conditioning for branch in branches]
+    return accelerated.velocity(
+        latents,
+        timestep,
+        [text.context for text in texts],
+        [text.pooled for text in texts],
+        skip_layers=branches[0].skip_layers,
+    )

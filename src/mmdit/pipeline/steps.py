@@ -28,10 +28,11 @@ from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.passes import Branch, Pass, Planner, Watcher
 from mmdit.pipeline.plan import Progress, SamplingPlan, make_plan, resolve_sampler, resolve_sigmas
-from mmdit.pipeline.predict import predict_branches
+from mmdit.pipeline.predict import predict_branches, timestep_of
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
 from mmdit.pipeline.seeds import Generators, generators
+from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.offload import Turns
 from mmdit.utils import whole
 from quant.quantize import is_quantized, quantize_, refuse_quantized
@@ -86,6 +87,7 @@ class PipelineSteps:
         self.watchers: list[Watcher] = []  # called before every pass of the transformer
         self.planners: list[Planner] = []  # called before the first pass of every drawing
         self._predictions = count()
+        self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
         self._turns = None if checked_offload(offload) is None else Turns(device)
 
     @property
@@ -331,6 +333,8 @@ class PipelineSteps:
             return self.predict(x, sigma, branches, step=progress.step)
 
         steps = plan.steps(plan.guide(predict, cond, uncond), noise)
+        if self.accelerated is not None:
+            steps = self.accelerated.drawing(steps, [timestep_of(self.profile, one) for one in plan.sigmas.tolist()])
         return self._checked(steps, plan.profile, progress)
 
     def _checked(self, steps: Iterator[Step], profile: Profile, progress: Progress) -> Iterator[Step]:
@@ -338,12 +342,19 @@ class PipelineSteps:
         for step in steps:
             if profile.state_dtype == "model":
                 step.x = step.x.to(self.dtype).to(step.x.dtype)
-            check_finite(step, progress.calls, partial(self._predict, step=None, watchers=()), self.transformer)
+            again = partial(self._predict, step=None, watchers=(), plain=True)
+            check_finite(step, progress.calls, again, self.transformer)
             yield step
             progress.step, progress.calls = step.i + 1, []
 
     def _predict(
-        self, x: Tensor, sigma: float, branches: Sequence[Branch], step: int | None, watchers: Sequence[Watcher]
+        self,
+        x: Tensor,
+        sigma: float,
+        branches: Sequence[Branch],
+        step: int | None,
+        watchers: Sequence[Watcher],
+        plain: bool = False,
     ) -> list[Tensor]:
         prediction = next(self._predictions)
 
@@ -352,7 +363,8 @@ class PipelineSteps:
             for watcher in watchers:
                 watcher(Pass(step, sigma, batch, len(x), prediction))
 
-        return predict_branches(self.transformer, self.profile, x, sigma, branches, announce)
+        accelerated = None if plain else self.accelerated
+        return predict_branches(self.transformer, self.profile, x, sigma, branches, announce, accelerated)
 
     def _rules(self, max_sequence_length: int | None) -> TextRules:
         rules = self.profile.text

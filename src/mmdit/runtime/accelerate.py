@@ -5,10 +5,13 @@ Nothing of the model is replaced: `Accelerated.velocity` computes what the model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from threading import Lock
 from types import ModuleType
+from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +21,13 @@ from mmdit.models.attention import Attend
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.attention import BestAttention
-from mmdit.runtime.compiled import refuse_compiled
+from mmdit.runtime.compiled import ACCELERATED, refuse_compiled_parts
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
 
 _TABLE_BYTES = 2**28  # of modulation that is computed ahead
 _TEXTS = 8  # texts whose tables are kept
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,28 +84,55 @@ class Accelerated:
     def __init__(
         self, model: MMDiT, *, graph: bool | None = None, attention: str | None = None, graphs: int = 4
     ) -> None:
-        device = model.pos_embed.device
-        if graph and device.type != "cuda":
-            raise ValueError(f"graph=True needs a model on a GPU, this one is on {device}; leave it out, or give False")
-        self.model = model
-        self.graph = device.type == "cuda" if graph is None else graph
+        self.model, self._asked = model, graph
         self.attention = BestAttention(attention)
         self.graphs = Graphs(graphs)
         self._version: object = None
+        self._planned: tuple[float, ...] = ()  # timesteps of the drawing that is under way, falling
         self._texts: dict[tuple[int, ...], _Text] = {}
+        self._lock = Lock()  # of the memory that graphs read and write
         self.begin()
+        ACCELERATED.setdefault(model, WeakSet()).add(self)
 
-    def begin(self) -> None:
-        """Before a drawing: forget tables and graphs if a parameter has changed since, and all tables of other texts.
+    def drawing(self, steps: Iterable[T], timesteps: Sequence[float]) -> Iterator[T]:
+        """The steps, with `begin` before the first and what was kept for the drawing forgotten after the last."""
+        self.begin(timesteps)
+        try:
+            yield from steps
+        finally:
+            self._planned = ()
+            self._texts.clear()
+
+    def begin(self, timesteps: Sequence[float] = ()) -> None:
+        """Before a drawing: build the fast forward anew if a parameter has changed since, and forget all tables.
+
+        Args:
+            timesteps: 1000 x sigma of the steps that are planned, falling; modulation is computed for them together.
 
         Raises:
             ValueError: see the class.
         """
-        _check_whole(self.model)
+        self._planned = tuple(timesteps)
         self._texts.clear()
+        self._refresh()
+
+    def close(self) -> None:
+        """Free graphs and tables; the model counts as plain."""
+        self.graphs.clear()
+        self._texts.clear()
+        ACCELERATED.get(self.model, WeakSet()).discard(self)
+
+    def _refresh(self) -> None:
+        """Notice what has changed in the model since."""
+        _check_whole(self.model)
         version = version_of(self.model)
         if version != self._version:
+            device = self.model.pos_embed.device
+            if self._asked and device.type != "cuda":
+                raise ValueError(f"graph=True needs a model on a GPU, this one is on {device}; leave it out")
+            self.graph = device.type == "cuda" if self._asked is None else self._asked
             self.graphs.clear()
+            self._texts.clear()
             self.fast = FastMMDiT(self.model, kernels=_kernels_for(self.model), attention=self.attention)
             self._version = version
 
@@ -118,7 +149,9 @@ class Accelerated:
                     if product is not None
                 ]
         by_triton = self.fast.kernels is not plain_kernels
-        left_out = [] if by_triton else [f"Triton kernels: {_why_no_triton(self.model)}"]
+        left_out = ["branches of perturbed attention and control residuals, which run on the model's own forward"]
+        if not by_triton:
+            left_out.append(f"Triton kernels: {_why_no_triton(self.model)}")
         if not self.graph:
             left_out.append("CUDA graphs: " + ("not asked for" if self.model.pos_embed.is_cuda else "no GPU"))
         name = "Triton" if by_triton else "plain torch"
@@ -133,20 +166,26 @@ class Accelerated:
         pooled: Sequence[Tensor],
         *,
         skip_layers: tuple[int, ...] = (),
-        ahead: Sequence[float] = (),
     ) -> Tensor:
         """What the model predicts for samples that share a noise level.
+
+        Whether a parameter has changed is checked in every call but those at the planned timesteps of a drawing.
 
         Args:
             latent: [b, c, h, w], of any floating dtype.
             timestep: 1000 x sigma.
             contexts, pooled: text tokens [n, k] and pooled vectors of parts of the batch, [b / parts, ...] each. Tables
-                are kept for these very tensors until `begin`.
+                are kept for these very tensors until the drawing ends.
             skip_layers: blocks that both streams pass by.
-            ahead: timesteps that are expected next, for which modulation is computed together.
+
+        Raises:
+            ValueError: see the class; or a size does not fit the model.
         """
+        if timestep not in self._planned:
+            self._refresh()
+        self.model.check(latent, contexts[0], pooled[0], None, skip_layers)
         text = self._text(contexts, pooled)
-        vectors = text.vectors(self.fast, timestep, ahead)
+        vectors = text.vectors(self.fast, timestep, [one for one in self._planned if one < timestep])
         latent = latent.to(self.model.pos_embed.dtype)
         inputs = (latent, text.tokens, vectors)
 
@@ -155,7 +194,8 @@ class Accelerated:
 
         if not self.graph:
             return step(*inputs)
-        return self.graphs((latent.shape, text.tokens.shape, skip_layers), step, inputs)
+        with self._lock:
+            return self.graphs((latent.shape, text.tokens.shape, skip_layers), step, inputs)
 
     def _text(self, contexts: Sequence[Tensor], pooled: Sequence[Tensor]) -> _Text:
         key = tuple(map(id, (*contexts, *pooled)))
@@ -219,12 +259,12 @@ def _why_no_triton(model: MMDiT) -> str:
 
 def _check_whole(model: MMDiT) -> None:
     """Raise ValueError where the model runs what the fast forward would not."""
-    refuse_compiled(model, "the model")
+    refuse_compiled_parts(model, "the model")
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"{name or 'the model'} has hooks, which the fast forward does not run: remove them first")
+            raise ValueError(f"{_named(name)} has hooks, which the fast forward does not run: remove them first")
         if "forward" in vars(module) or (name.endswith(("attend", "attend2")) and not _is_plain(module)):
-            raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
+            raise ValueError(f"{name or 'the model'} is replaced; the fast forward would not run it: restore it first")
 
 
 def _is_plain(slot: nn.Module) -> bool:

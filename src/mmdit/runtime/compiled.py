@@ -1,11 +1,26 @@
-"""Models under torch.compile."""
+"""Models that run other code than their modules': under torch.compile, or accelerated."""
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
 from torch import nn
+
+ACCELERATED: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()  # by model, its `Accelerated`s
 
 
 def refuse_compiled(model: nn.Module, name: str) -> None:
+    """Raise ValueError for a model of which any part is compiled, or that a pipeline has accelerated."""
+    if ACCELERATED.get(model):
+        raise ValueError(
+            f"{name} is accelerated, and the fast forward runs none of its modules: nothing would be seen or changed. "
+            "Call pipe.plain() first; pipe.accelerate() makes it fast again"
+        )
+    refuse_compiled_parts(model, name)
+
+
+def refuse_compiled_parts(model: nn.Module, name: str) -> None:
     """Raise ValueError for a model of which any part is compiled."""
     for part, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:

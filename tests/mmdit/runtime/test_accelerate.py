@@ -64,11 +64,11 @@ def test_tables_are_computed_together_and_once(model):
     fast, inputs, asked = Accelerated(model), inputs_of(model), []
     table = fast.fast.table
     fast.fast.table = lambda timesteps, pooled: asked.append(timesteps.tolist()) or table(timesteps, pooled)
-    for timestep in (900.0, 600.0, 300.0, 900.0):
-        assert near(model, velocity(fast, inputs, timestep, ahead=(900.0, 600.0, 300.0)), inputs, timestep)
-    assert asked == [[900.0, 600.0, 300.0]]
-    velocity(fast, inputs, 450.0, ahead=(300.0,))
-    assert asked[1:] == [[450.0, 300.0]]
+    for timestep in fast.drawing([900.0, 600.0, 450.0, 300.0, 900.0], [900.0, 600.0, 300.0, 0.0]):
+        assert near(model, velocity(fast, inputs, timestep), inputs, timestep)
+    assert asked == [[900.0, 600.0, 300.0, 0.0], [450.0, 300.0, 0.0], [900.0, 600.0, 300.0, 0.0]]
+    velocity(fast, inputs, 900.0)
+    assert asked[3:] == [[900.0]]
 
 
 CHANGES = {
@@ -86,13 +86,12 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_weight_is_noticed_at_the_next_drawing(model, change):
     fast, inputs = Accelerated(model), inputs_of(model)
-    before = velocity(fast, inputs)
+    (before,) = (velocity(fast, inputs) for _ in fast.drawing([0], [500.0]))
     version = version_of(model)
     with torch.no_grad():
         CHANGES[change](model)
     assert version_of(model) != version
-    fast.begin()
-    found = velocity(fast, inputs)
+    (found,) = (velocity(fast, inputs) for _ in fast.drawing([0], [500.0]))
     assert not torch.equal(before, found)
     assert near(model, found, inputs)
 

@@ -1,0 +1,120 @@
+"""`pipe.accelerate()`: the same pictures, refusals, and the way back. On a CPU without Triton's kernels and graphs."""
+
+import numpy as np
+import pytest
+import torch
+
+import mmdit
+from mmdit.cli import main
+from mmdit.models.mmdit import MMDiT
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return mmdit.Pipeline.demo()
+
+
+@pytest.fixture
+def pipe(loaded):
+    yield loaded
+    loaded.plain()
+
+
+def latent_of(pipe, **options):
+    settings = {"num_inference_steps": 3, "seed": 1, "output_type": "latent", "progress": False} | options
+    return pipe(PROMPT, **settings).images
+
+
+def near(found, wanted):
+    return float((found - wanted).norm() / wanted.norm()) < 1e-4
+
+
+GUIDED = {
+    "euler": {},
+    "two predictions a step": {"sampler": "heun"},
+    "between the planned sigmas": {"sampler": "dpm_2"},
+    "CFG++": {"sampler": "euler_cfg_pp"},
+    "no guidance": {"guidance_scale": 1.0},
+    "a layer skipped": {"skip_guidance_layers": [1]},
+    "perturbed attention": {"guidance": mmdit.Guidance(perturbed_layers=(1,))},
+    "several pictures": {"num_images_per_prompt": 2},
+    "an odd size": {"height": 96, "width": 112},
+}
+
+
+@pytest.mark.parametrize("options", GUIDED.values(), ids=GUIDED)
+def test_it_draws_the_same(pipe, options):
+    wanted = latent_of(pipe, **options)
+    pipe.accelerate()
+    assert near(latent_of(pipe, **options), wanted)
+    assert near(latent_of(pipe, **options), wanted)
+
+
+def test_its_own_forward_does_not_run_and_plain_undoes_it(pipe, monkeypatch):
+    wanted, passes = latent_of(pipe), []
+    pipe.accelerate()
+    with monkeypatch.context() as patched:
+        patched.setattr(MMDiT, "forward", lambda *args, **rest: passes.append(args))
+        latent_of(pipe)
+    assert passes == []
+    pipe.plain()
+    assert pipe.accelerated is None
+    assert torch.equal(latent_of(pipe), wanted)
+    pipe.plain()
+
+
+def test_float8_pipelines():
+    pipe = mmdit.Pipeline.demo(quant="fp8")
+    wanted = latent_of(pipe)
+    report = pipe.accelerate()
+    assert {layer.reads for layer in report.layers} == {"codes"}
+    found = latent_of(pipe)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
+def test_what_looks_inside_refuses_it(pipe):
+    pipe.accelerate()
+    for look in (
+        lambda: mmdit.capture(pipe, "joint_blocks.1.*"),
+        lambda: mmdit.patch(pipe, "joint_blocks.1.x_block.mlp.post", scale=2.0),
+        lambda: mmdit.attention_maps(pipe, "circle"),
+    ):
+        with pytest.raises(ValueError, match=r"pipe\.plain\(\)"), look():
+            latent_of(pipe)
+    with pytest.raises(ValueError, match=r"pipe\.plain\(\)"):
+        mmdit.calibrate(pipe, [PROMPT])
+    pipe.plain()
+    with mmdit.capture(pipe, "joint_blocks.1.x_block.resid_post"):
+        latent_of(pipe)
+
+
+def test_a_step_that_is_not_finite_names_its_layer(pipe):
+    pipe.accelerate()
+    weight = pipe.transformer.joint_blocks[1].x_block.mlp.fc1.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0] = float("nan")
+        with pytest.raises(FloatingPointError, match=r"step 0 .* sigma 1 .*joint_blocks\.1\.x_block\.mlp\.fc1"):
+            latent_of(pipe)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def test_models_that_take_turns_are_refused():
+    with pytest.raises(ValueError, match="offload='stages'"):
+        mmdit.Pipeline.demo(offload="stages", device="cpu", fast=True)
+
+
+def test_it_can_be_asked_for_when_loading(tmp_path, loaded):
+    assert mmdit.Pipeline.demo(fast=True).accelerated is not None
+    outs = [tmp_path / "plain.png", tmp_path / "fast.png"]
+    for out, more in zip(outs, ([], ["--fast"]), strict=True):
+        assert main(["generate", PROMPT, "--steps", "2", "--device", "cpu", "-o", str(out), *more]) in (0, None)
+    from PIL import Image
+
+    plain, fast = (np.asarray(Image.open(out), dtype=int) for out in outs)
+    assert abs(plain - fast).max() <= 2
