@@ -261,10 +261,11 @@ def _check_whole(model: MMDiT) -> None:
     """Raise ValueError where the model runs what the fast forward would not."""
     refuse_compiled_parts(model, "the model")
     for name, module in model.named_modules():
+        part = name or "the model"
         if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"{_named(name)} has hooks, which the fast forward does not run: remove them first")
+            raise ValueError(f"{part} has hooks, which the fast forward does not run: remove them first")
         if "forward" in vars(module) or (name.endswith(("attend", "attend2")) and not _is_plain(module)):
-            raise ValueError(f"{name or 'the model'} is replaced; the fast forward would not run it: restore it first")
+            raise ValueError(f"{part} is replaced, and the fast forward would not run it: restore it first")
 
 
 def _is_plain(slot: nn.Module) -> bool:
