@@ -14,7 +14,6 @@ import stat
 from collections import Counter
 from collections.abc import Mapping
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 MAX_BYTES = 8 * 2**20  # the largest official file, T5's tokenizer.json, has 2.4 MB
@@ -53,7 +52,7 @@ def read_json(
     Raises:
         JSONError: the file cannot be read, or `parse_json` refuses what it holds.
     """
-    return parse_json(_bytes_of(Path(path), max_bytes), path, kind=kind, max_bytes=max_bytes, max_depth=max_depth)
+    return parse_json(read_bytes(path, max_bytes), path, kind=kind, max_bytes=max_bytes, max_depth=max_depth)
 
 
 def parse_json(
@@ -121,15 +120,19 @@ _NAMES: Mapping[type, str] = {
 }
 
 
-def _bytes_of(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file, without waiting for a pipe and without reading more than is allowed."""
+def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a regular file, without waiting for a pipe; one byte more than `max_bytes` where it is larger.
+
+    Raises:
+        JSONError: the file cannot be read or is no regular file.
+    """
     name = printable(str(path), 300)
     try:
         # O_NONBLOCK, because opening a pipe would wait for its writer; regular files do not know it
         opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with os.fdopen(opened, "rb") as file:
             if not stat.S_ISREG(os.fstat(opened).st_mode):
-                raise JSONError(f"{name} is no regular file; a JSON file is expected there")
+                raise JSONError(f"{name} is no regular file")
             return file.read(max_bytes + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, JSONError):

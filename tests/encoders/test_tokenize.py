@@ -1,11 +1,14 @@
 """Tokenizers: equal ids to transformers and sentencepiece, clear errors, and what is written is read back."""
 
+import base64
 import inspect
 import json
 import random
 import shutil
+import struct
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 
 from encoders.tokenize import (
+    CLIP_FIXED,
+    T5_FIXED,
     CLIPTokenizer,
     MissingTokenizerError,
     T5Tokenizer,
@@ -25,6 +30,7 @@ from encoders.tokenize import (
     Tokens,
     pad,
 )
+from encoders.tokenizer_files import checked_charsmap
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden" / "tokens.json").read_text(encoding="utf-8"))
 
@@ -553,7 +559,11 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
         (lambda v: v.update(cat=99999), r"vocab\.json: .*out of range or missing: \[519, 99999\]"),
         (lambda v: v.update({"a": v["b"]}), r"vocab\.json: .*out of range or missing: \[64\]"),
         (lambda v: v.update({"a": -1}), r"vocab\.json: .*out of range or missing: \[-1, 64\]"),
-        (lambda v: v.update({"a": "x"}), r"vocab\.json: TypeError"),
+        (lambda v: v.update({"a": "x"}), r"vocab\.json: .*'a' .*\"x\", expected a whole number"),
+        (lambda v: v.update({"a": True}), r"vocab\.json: .*'a' is true"),
+        (lambda v: v.update({"a": None}), r"vocab\.json: .*'a' is null"),
+        (lambda v: v.update({"x" * 257: 519}), r"vocab\.json: .*257 characters"),
+        (lambda v: v.clear(), r"vocab\.json: .*0 entries"),
         (list, r"vocab\.json .*array.*object"),
     ],
 )
@@ -597,8 +607,17 @@ def test_bad_json_is_named(tiny_tokenizers: Path, name: str, data: bytes, said: 
             "'!' has id 0, declared: 7",
         ),
         (lambda c: c.update(eos_token="<end>"), "'<end>' has id 519, declared: None"),
-        (lambda c: c["added_tokens_decoder"].update({"0": {}}), r"tokenizer_config\.json: KeyError: 'content'"),
+        (lambda c: c["added_tokens_decoder"].update({"0": {}}), r"tokenizer_config\.json: .*content"),
         (lambda c: c.pop("pad_token") and None, "pad_token is None"),
+        (lambda c: c.update(pad_token=5), r"tokenizer_config\.json: an added token is the number 5"),
+        (lambda c: c.update(pad_token={"content": "!", "lstrip": "no"}), r"lstrip.*\"no\""),
+        (lambda c: c.update(added_tokens_decoder=[]), "added_tokens_decoder is an array"),
+        (lambda c: c.update(added_tokens_decoder={"x": {"content": "!"}}), "'x' in added_tokens_decoder"),
+        (lambda c: c.update(added_tokens_decoder={"-1": {"content": "!"}}), "'-1' in added_tokens_decoder"),
+        (lambda c: c.update(additional_special_tokens=7), "additional_special_tokens is the number 7"),
+        (lambda c: c.update(additional_special_tokens=[None]), "an added token is null"),
+        (lambda c: c.update(additional_special_tokens=[""]), "empty"),
+        (lambda c: c.update(additional_special_tokens=[f"<{i}>" for i in range(10_001)]), "10000"),
     ],
 )
 def test_bad_special_tokens_are_named(tiny_tokenizers: Path, change: Callable[[Any], Any], said: str) -> None:
@@ -626,7 +645,21 @@ def test_legacy_added_tokens_are_not_ignored(tiny_tokenizers: Path) -> None:
         (lambda c: c["model"].update(vocab={"ab": 0}), r"tokenizer\.json: "),
         (lambda c: c["model"].update(unk_id=999), r"tokenizer\.json: .*unk_id"),
         (lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), r"json: .*charsmap"),
-        (lambda c: c.pop("model") and None, r"tokenizer\.json: KeyError: 'model'"),
+        (lambda c: c.pop("model") and None, r"tokenizer\.json: model is null"),
+        (lambda c: c["model"].update(vocab=[]), r"tokenizer\.json: model\.vocab has 0 entries"),  # the library panics
+        (lambda c: c["model"].update(vocab=[["a", "b"]]), "score of entry 0"),
+        (lambda c: c["model"].update(vocab=[["a"]]), "entry 0"),
+        (lambda c: c["model"].update(vocab=[[1, 0.5]]), "the number 1, expected a string"),
+        (lambda c: c["model"].update(vocab=[["x" * 300, 0.5]]), "300 characters"),
+        (lambda c: c["model"].update(unk_id="2"), "unk_id"),
+        (lambda c: c["model"].update(unk_id=None), "unk_id is null"),
+        (lambda c: c["model"].update(unk_id=-1), "unk_id is -1"),
+        (lambda c: c.update(normalizer=[1]), "normalizer is an array"),
+        (lambda c: c.update(normalizer={"normalizers": [5]}), "a normalizer is the number 5"),
+        (lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "!"}), r"json: .*charsmap"),
+        (lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": 3}), r"json: .*charsmap"),
+        (lambda c: c.update(added_tokens={}), "added_tokens is an object"),
+        (lambda c: c.update(added_tokens=[{"content": "a"}]), "the id of an added token is null"),
     ],
 )
 def test_a_bad_t5_json_is_named(tiny_tokenizers: Path, change: Callable[[Any], Any], said: str) -> None:
@@ -654,3 +687,124 @@ def test_a_bpe_spiece_model_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(TokenizerFileError, match="not Unigram"):
         T5Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("count", [2_000_000, -1, "100", True, 2.5])
+def test_extra_ids_are_a_whole_number_with_a_bound(tiny_spiece: bytes, tmp_path: Path, count: Any) -> None:
+    (tmp_path / "spiece.model").write_bytes(tiny_spiece)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_ids": count}), encoding="utf-8")
+    with pytest.raises(TokenizerFileError, match="extra_ids"):
+        T5Tokenizer.from_folder(tmp_path)
+
+
+# What tokenizer_config.json says
+
+OTHER = {"padding_side": "left", "truncation_side": "left", "split_special_tokens": True, "add_prefix_space": 0}
+CLIP_OTHER = OTHER | {"model_max_length": 64, "add_prefix_space": True, "do_lower_case": False}
+T5_OTHER = OTHER | {"sp_model_kwargs": {"enable_sampling": True}}
+FOLLOWED = {"added_tokens_decoder", "additional_special_tokens", "bos_token", "eos_token", "pad_token", "unk_token"}
+WITHOUT_EFFECT = {
+    "clean_up_tokenization_spaces": "decoding only",
+    "errors": "decoding only",
+    "legacy": "transformers 5 ignores it",
+    "tokenizer_class": "the folder's name decides",
+}
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_every_official_entry_is_followed_or_fixed_or_without_effect(official_tokenizers: Path, folder: str) -> None:
+    found = json.loads((official_tokenizers / folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    is_t5 = folder == "tokenizer_3"
+    fixed, followed = (T5_FIXED, FOLLOWED | {"extra_ids", "model_max_length"}) if is_t5 else (CLIP_FIXED, FOLLOWED)
+    assert found.keys() - fixed.keys() - followed - WITHOUT_EFFECT.keys() == set()
+    assert {name: value for name, value in found.items() if fixed.get(name, value) != value} == {}
+    files = json.loads((official_tokenizers / folder / "special_tokens_map.json").read_text(encoding="utf-8"))
+    assert files.keys() <= FOLLOWED
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "value"),
+    [("tokenizer", *item) for item in CLIP_OTHER.items()] + [("tokenizer_3", *item) for item in T5_OTHER.items()],
+)
+def test_an_entry_with_another_value_is_refused(tiny_tokenizers: Path, folder: str, name: str, value: Any) -> None:
+    file = tiny_tokenizers / folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(config | {name: value}), encoding="utf-8")
+    with pytest.raises(TokenizerFileError, match=rf"{folder}/tokenizer_config\.json: {name} is "):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+@pytest.mark.parametrize("length", ["a", True, 0, -5, [512]])
+def test_a_length_that_is_none_is_refused(tiny_tokenizers: Path, length: Any) -> None:
+    file = tiny_tokenizers / "tokenizer_3" / "tokenizer_config.json"
+    file.write_text(json.dumps({"model_max_length": length}), encoding="utf-8")
+    with pytest.raises(TokenizerFileError, match="model_max_length"):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+def test_every_fixed_entry_is_tried() -> None:
+    assert CLIP_FIXED.keys() == CLIP_OTHER.keys()
+    assert T5_FIXED.keys() == T5_OTHER.keys()
+
+
+# Character maps
+
+
+def test_the_official_character_map_is_taken(official_tokenizers: Path) -> None:
+    content = json.loads((official_tokenizers / "tokenizer_3" / "tokenizer.json").read_text(encoding="utf-8"))
+    charsmap = base64.b64decode(content["normalizer"]["normalizers"][0]["precompiled_charsmap"])
+    assert checked_charsmap(charsmap) is charsmap
+
+
+def charsmap(units: dict[int, int], texts: bytes = b"a\0") -> bytes:
+    """A character map of 256 units."""
+    return struct.pack("<257I", 1024, *(units.get(i, 0) for i in range(256))) + texts
+
+
+def test_a_small_character_map_computes(tmp_path: Path, tiny_tokenizers: Path) -> None:
+    """Root at 0; "b" leads to unit 98, with a leaf at 98 ^ 1, whose value 0 is the text "a"."""
+    data = charsmap({98: 98 | 1 << 8 | 1 << 10, 99: 1 << 31})
+    file = tiny_tokenizers / "tokenizer_3" / "tokenizer.json"
+    step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+    edit(file, lambda c: c.update(normalizer=step))
+    t5 = T5Tokenizer.from_folder(tiny_tokenizers / "tokenizer_3")
+    assert t5("b").ids == t5("a").ids
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\0",
+        b"\0\0\0\0",
+        struct.pack("<I", 1024),
+        struct.pack("<I", 1020) + bytes(1020),
+        struct.pack("<I", 2**32 - 4) + bytes(1024),
+        charsmap({98: 98 | 1 << 8 | 300 << 10}),  # a step out of the trie
+        charsmap({98: 98 | 1 << 8 | 1 << 10, 99: 1 << 31 | 3}),  # a leaf past the texts
+        charsmap({98: 98 | 1 << 8 | 1 << 10, 99: 1 << 31 | 1}, "\u00e9\0".encode()),  # a leaf inside a character
+        charsmap({}, b"\xff\0"),
+    ],
+    ids=["short", "no trie", "no bytes", "odd size", "huge", "step", "leaf", "character", "no text"],
+)
+def test_a_broken_character_map_is_refused(tiny_tokenizers: Path, data: bytes) -> None:
+    step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+    edit(tiny_tokenizers / "tokenizer_3" / "tokenizer.json", lambda c: c.update(normalizer=step))
+    with pytest.raises(TokenizerFileError, match=r"tokenizer\.json: "):
+        Tokenizers.from_folder(tiny_tokenizers)
+
+
+class PanicException(BaseException):
+    """Not an Exception, as that of the tokenizers library."""
+
+
+def test_a_panic_of_the_library_is_our_error(tiny_tokenizers: Path) -> None:
+    clip = CLIPTokenizer.from_folder(tiny_tokenizers / "tokenizer")
+
+    class Panics:
+        def encode(self, _: str) -> None:
+            raise PanicException("index out of bounds")
+
+    with pytest.raises(TokenizerFileError, match="PanicException: index out of bounds"):
+        replace(clip, backend=Panics()).encode("cat")
+    with pytest.raises(KeyboardInterrupt), clip.files.blame("vocab.json"):
+        raise KeyboardInterrupt
