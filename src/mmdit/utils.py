@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +76,7 @@ def shortened(value: object) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to; it takes the place of `path` at the end, and is removed if the writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{secrets.token_hex(8)}.part")  # short, because a name has at most 255 bytes
     try:
         yield part
         part.replace(path)

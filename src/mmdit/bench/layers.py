@@ -47,10 +47,10 @@ class Measured:
     snr_fast: float  # the same with fast accumulation
 
 
-def shapes_of(model: str = "large", size: int = 1024, text: int = 333, batch: int = 2) -> list[Shape]:
+def shapes_of(model: str = "large", size: int | None = None, text: int = 333, batch: int = 2) -> list[Shape]:
     """The Linears of a step that float8 recipes quantize, each shape once; ValueError for an unknown model."""
     check_names((model,), MODELS)
-    check_size(model, size)
+    size = check_size(model, size)
     config = MODELS[model]
     with torch.device("meta"):
         blocks = MMDiT(config).joint_blocks

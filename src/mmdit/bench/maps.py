@@ -79,7 +79,7 @@ def cost(
     heads: Heads = "mean",
     directions: Sequence[Direction] = ("i2t",),
     quadrants: bool = True,
-    size: int = 1024,
+    size: int | None = None,
     text: int = 333,
     rounds: int = 3,
     device: torch.device | str = "cuda",
@@ -97,7 +97,7 @@ def cost(
         device, dtype: of the model.
     """
     check_names((model,), MODELS)
-    check_size(model, size)
+    size = check_size(model, size)
     device, config = torch.device(device), MODELS[model]
     if text < CLIP + TOKENS * words:
         raise ValueError(f"{words} words need a text of at least {CLIP + TOKENS * words} tokens, got {text}")

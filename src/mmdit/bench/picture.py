@@ -44,7 +44,7 @@ def pictures(
     recipes: Sequence[str] = ("fp8",),
     *,
     steps: int = 20,
-    size: int = 1024,
+    size: int | None = None,
     compiled: bool = True,
     against: Sequence[str] = (),
     device: torch.device | str = "cuda",
@@ -69,7 +69,7 @@ def pictures(
     check_names((model,), MODELS)
     check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
     check_peers(against, ("diffusers",))
-    check_size(model, size)
+    size = check_size(model, size)
     device = torch.device(device)
     word = str(dtype).removeprefix("torch.")
     for mode in (False, True) if compiled else (False,):

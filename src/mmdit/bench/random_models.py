@@ -45,9 +45,11 @@ def default_size(model: str) -> int:
     return min(1024, 8 * (MODELS[model].sample_size or 128))
 
 
-def check_size(model: str, size: int) -> int:
-    """The side of a picture in pixels; ValueError where the model cannot draw it."""
+def check_size(model: str, size: int | None) -> int:
+    """The side of a picture in pixels, by default that of the model; ValueError where the model cannot draw it."""
     config = MODELS[model]
+    if size is None:
+        return default_size(model)
     unit = 8 * config.patch_size
     if size < unit or size % unit or size > config.max_pixels:
         raise ValueError(

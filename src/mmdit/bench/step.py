@@ -88,7 +88,7 @@ class Timed:
 def bench(
     model: str = "large",
     *,
-    size: int = 1024,
+    size: int | None = None,
     text: int = 333,
     batch: int = 2,
     recipes: Sequence[str] = ("fp8", "fp8-static"),
@@ -104,7 +104,7 @@ def bench(
 
     Args:
         model: one of `MODELS`.
-        size: of the picture in pixels.
+        size: Side of the picture in pixels; None is the model's default.
         text: tokens, 333 with T5 at 256.
         batch: samples of a step; 2 are the branches of the guidance.
         recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off).
@@ -122,10 +122,11 @@ def bench(
     """
     check_names((model,), MODELS)
     check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
-    check_peers(against, PEERS)
-    check_size(model, size)
+    check_names(against, PEERS)
+    size = check_size(model, size)
     if "torchao-tuned" in against and not compiled:
         raise ValueError("torchao-tuned has compiled blocks only: leave it out, or measure compiled blocks too")
+    check_peers(against, PEERS)
     device, config = torch.device(device), MODELS[model]
     inputs = Inputs.random(config, size, text, batch, device, dtype)
     work = work_of(model, size=size, text=text, batch=batch)
@@ -136,10 +137,10 @@ def bench(
                 yield _timed(name, build, inputs, work, repeats, device)
 
 
-def work_of(model: str = "large", *, size: int = 1024, text: int = 333, batch: int = 2) -> Work:
+def work_of(model: str = "large", *, size: int | None = None, text: int = 333, batch: int = 2) -> Work:
     """What a step of `bench` must do."""
     with torch.device("meta"):
-        return Work.of(MMDiT(MODELS[model]), size, text, batch)
+        return Work.of(MMDiT(MODELS[model]), check_size(model, size), text, batch)
 
 
 _TITLES = (

@@ -16,7 +16,7 @@ from mmdit.bench import fp8_quality, maps
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import step as bench
-from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, default_size
+from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size
 from mmdit.bench.samplers import MEASURES, Plan, measure
 from mmdit.cli.console import Note
 from mmdit.cli.devices import device_of, dtype_of, load
@@ -94,7 +94,7 @@ def _sizes(options: Namespace, *names: str) -> dict[str, Any]:
     """The size of the picture, by default the model's, and other whole numbers by option."""
     with usage_errors():
         check_names((options.model,), MODELS)
-        size = default_size(options.model) if options.size is None else check_size(options.model, options.size)
+        size = check_size(options.model, options.size)
         return {"size": size} | {name: whole(f"--{name}", getattr(options, name), 1) for name in names}
 
 

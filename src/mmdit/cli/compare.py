@@ -75,7 +75,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _side(options: argparse.Namespace, side: str) -> Any:
-    from mmdit.cli.devices import DEMO, device_of, dtype_of, load, path_of
+    from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, load, path_of
 
     model, profile, device = (getattr(options, f"{what}_{side}") for what in ("model", "profile", "device"))
     model = (options.model_a if model is None else model) or DEMO
@@ -86,4 +86,5 @@ def _side(options: argparse.Namespace, side: str) -> Any:
         from mmdit.parity.reference import load_diffusers
 
         return load_diffusers(path_of(model), device, dtype)[0]
+    choose_threads(None, model, device)
     return load(model, device=device, dtype=dtype, profile=profile)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdit.cli.usage import UsageError
+from mmdit.cli.usage import UsageError, exists
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,22 @@ def path_of(model: str) -> Path:
 
 def is_file(model: str | None) -> bool:
     """Whether the model is a single file."""
-    return model is not None and model != DEMO and Path(model).is_file()
+    return model is not None and model != DEMO and exists(model)
+
+
+def choose_threads(threads: int | None, model: str | None, device: torch.device) -> None:
+    """Set the number of CPU threads: what is asked for, else one for the embedded model, unless the environment says.
+
+    The embedded model is so small that a step is hundreds of parallel regions of some microseconds. With as many
+    threads as cores, every region waits, spinning, for a thread that another program has pushed off its core.
+    """
+    import torch
+
+    small = device.type == "cpu" and model in (None, DEMO)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif small and not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        torch.set_num_threads(1)
 
 
 def load(

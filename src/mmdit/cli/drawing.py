@@ -17,7 +17,7 @@ from encoders.chunks import Rows, read
 from mmdit._version import __version__
 from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.console import Note
-from mmdit.cli.devices import DEMO, device_of, dtype_of, is_file, load
+from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, is_file, load
 from mmdit.cli.long_runs import note_long_run
 from mmdit.cli.outputs import Output, outputs
 from mmdit.cli.usage import DTYPES, UsageError, exists, usage_errors
@@ -50,7 +50,8 @@ TAKEN = {
     "dtype": "dtype",
     "quant": "quant",
 }
-LEAST = {"height": 1, "width": 1, "steps": 1, "max_sequence_length": 2, "vae_tile": 64, "batch": 1}
+MOST_STEPS = 10_000  # more are a mistake, or come from a picture that means harm
+LEAST = {"height": 1, "width": 1, "steps": 1, "max_sequence_length": 2, "vae_tile": 64, "batch": 1, "threads": 1}
 
 
 def draw(options: Namespace, note: Note) -> Iterator[str]:
@@ -164,6 +165,8 @@ def _check_values(ask: Namespace) -> Profile:
     for option, least in LEAST.items():
         if (value := getattr(ask, option)) is not None:
             whole(f"--{option.replace('_', '-')}", value, least)
+    if ask.steps is not None and ask.steps > MOST_STEPS:
+        raise ValueError(f"--steps must be at most {MOST_STEPS}, got {ask.steps}")
     if ask.guidance_scale is not None and not math.isfinite(ask.guidance_scale):
         raise ValueError(f"--guidance-scale must be a finite number, got {ask.guidance_scale}")
     Guidance.from_text(ask.guidance or "")
@@ -206,6 +209,7 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
     if ask.settings is None and ask.model in (None, DEMO):
         said = "no --model given: " if ask.model is None else ""
         note(f"{said}drawing with the embedded model, which knows a few shapes and colours")
+    choose_threads(ask.threads, ask.model, device)
     pipe = load(
         ask.model,
         device=device,

@@ -114,6 +114,8 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
         choices=DTYPES,
         help="what to compute in (default: float32 on the CPU, else bfloat16)",
     )
+    threads = "of a CPU (default: 1 for the embedded model, where more wait for each other; else torch's, all cores)"
+    say("--threads", type=int, metavar="N", help=threads)
     say("--quant", metavar="NAME", help="float8 for transformer and T5: fp8, fp8-weight-only ... (default: none)")
     batch = "pictures drawn at once: faster on a GPU, and rounded a little differently (default: 1)"
     say("--batch", type=int, default=1, metavar="N", help=batch)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -30,8 +32,19 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
 _EXACT = 2**53  # up to here every whole number is a float
 _JSON = "give Unicode strings, finite numbers, bools, None, and lists and dicts of these"
-# What Pillow raises for broken files, of which some are not OSError.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# What Pillow raises for broken files: chunks that are cut short are an IndexError, a struct.error or the like.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 class SettingsError(ValueError):
