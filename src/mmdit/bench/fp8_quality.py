@@ -29,6 +29,7 @@ from mmdit.demo.score import accuracies, macro_average, score_batch
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.calibration import calibrate, fold, quantize_calibrated
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.runtime.hooks import Hook, hooks
 from mmdit.utils import markdown_table
 from quant.quantize import linears_of, quantize_, snr
 from quant.recipe import Recipe
@@ -144,10 +145,10 @@ def _traced(model: MMDiT, call: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], 
     blocks: dict[str, Tensor] = {}
 
     def keep_input(name: str) -> Any:
-        return lambda _, args: inputs.__setitem__(name, args[0])
+        return lambda _, args, __: inputs.__setitem__(name, args[0])
 
     def keep_outputs(name: str) -> Any:
-        return lambda _, __, outputs: blocks.update(
+        return lambda _, __, ___, outputs: blocks.update(
             {
                 f"{name} {stream}": part
                 for stream, part in zip(("context", "x"), outputs, strict=True)
@@ -156,13 +157,10 @@ def _traced(model: MMDiT, call: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], 
         )
 
     chosen = {name: linear for name, linear in linears_of(model) if "attn" in name or "mlp.fc" in name}
-    handles = [linear.register_forward_pre_hook(keep_input(name)) for name, linear in chosen.items()]
-    handles += [block.register_forward_hook(keep_outputs(str(i))) for i, block in enumerate(model.joint_blocks)]
-    try:
+    wanted = [Hook(linear, "input", keep_input(name)) for name, linear in chosen.items()]
+    wanted += [Hook(block, "output", keep_outputs(str(i))) for i, block in enumerate(model.joint_blocks)]
+    with hooks(wanted):
         model(*call)
-    finally:
-        for handle in handles:
-            handle.remove()
     return inputs, blocks
 
 

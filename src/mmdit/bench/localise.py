@@ -27,8 +27,7 @@ from mmdit.demo.shapes import COLOURS, SHAPES
 from mmdit.demo.vision import masks, parse
 from mmdit.inspection import plots
 from mmdit.inspection.attention import Direction
-from mmdit.inspection.attention_maps import attention_maps
-from mmdit.inspection.map_results import AttentionMaps
+from mmdit.inspection.attention_maps import AttentionMaps, attention_maps
 from mmdit.inspection.words import Encoder, words_of
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.utils import markdown_table

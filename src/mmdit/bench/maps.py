@@ -18,8 +18,7 @@ from encoders import Conditioning, TokenSpan
 from encoders.conditioning import EncoderName
 from mmdit.bench.random_models import MODELS, Inputs, check_names, check_size, fill
 from mmdit.inspection.attention import Direction
-from mmdit.inspection.attention_maps import Heads, attention_maps
-from mmdit.inspection.map_results import AttentionMaps
+from mmdit.inspection.attention_maps import AttentionMaps, Heads, attention_maps
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, Pass, Watcher
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -86,16 +86,14 @@ def capture(
     if grad and (reducers or to or any(target.point.layout in DERIVED for target in targets)):
         raise ValueError("grad=True keeps values as they pass: no reduce=, no to=, and no pattern or out_by_head")
     seen = Captured([target.name for target in targets], one_branch=isinstance(branch, str))
-    with ExitStack() as stack:
-        spool = None if to is None else stack.enter_context(Spool(to))
+    planners = model.planners if isinstance(model, PipelineSteps) else []
+    with nullcontext() if to is None else Spool(to) as spool:
         recorder = _Recorder(model, targets, address, reducers, seen, spool)
         recorder.dtype, recorder.device, recorder.grad = dtype, torch.device(device), grad
         recorder.budget, recorder.stop = bytes_of(budget), stop
         recorder.forecast.dtype = dtype
-        if isinstance(model, PipelineSteps):
-            stack.enter_context(listening(model.planners, recorder.plan))
         try:
-            with hooked(model, targets, recorder.handle, recorder.began):
+            with listening(planners, recorder.plan), hooked(model, targets, recorder.handle, recorder.began):
                 yield seen
         except _Stopped as stopped:
             if stopped.by is not recorder:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -221,27 +222,23 @@ class Spool:
         if self.target.exists():
             raise FileExistsError(f"{self.target} exists already; give another place, or remove it first")
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._path = self.target.with_name(f".{self.target.name}.{os.getpid()}.spool")
-        self._file: BinaryIO | None = None
+        self._file: Any = None  # open inside the `with` alone
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("w+b")
+        # A new file under a random name, never one that exists or that a link leads to.
+        self._file = tempfile.NamedTemporaryFile("w+b", dir=self.target.parent, prefix=".", suffix=".spool")
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._file is not None
         self._file.close()
-        self._path.unlink(missing_ok=True)
 
     def put(self, value: Tensor) -> LazyTensor:
         """Write a value; what comes back reads it while the spool is open."""
-        assert self._file is not None
         start, dtype, shape = self._file.seek(0, os.SEEK_END), value.dtype, tuple(value.shape)
         flat: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         self._file.write(memoryview(flat))
 
         def load(wanted: torch.dtype, device: torch.device) -> Tensor:
-            assert self._file is not None
             self._file.seek(start)
             read = (
                 torch.frombuffer(bytearray(self._file.read(flat_bytes)), dtype=dtype) if flat_bytes else torch.empty(0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmdit.pipeline.passes import Pass
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.compiled import refuse_compiled
+from mmdit.runtime.hooks import Hook, hooks, listening
 from quant.formats import FLOAT8_FORMATS
 from quant.matmul import quantize_activation
 from quant.quantize import kept, linears_of, quantize_, refuse_quantized, snr
@@ -80,19 +81,14 @@ def float8_errors(pipe: Pipeline, prompt: str | Sequence[str], original: nn.Modu
     def watcher(one: Pass) -> None:
         step[0] = one.step or 0
 
-    def measure(name: str, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def measure(name: str, layer: nn.Module, args: tuple[Tensor, ...], _: dict[str, Any], output: Tensor) -> None:
         assert isinstance(layer, nn.Linear)
         found = _measured(name, step[0], args[0], output, layer, before[name])
         seen.setdefault((name, step[0]), []).append(found)
 
-    handles = [layer.register_forward_hook(partial(measure, name)) for name, layer in layers.items()]
-    pipe.watchers.append(watcher)
-    try:
+    wanted = [Hook(layer, "output", partial(measure, name)) for name, layer in layers.items()]
+    with listening(pipe.watchers, watcher), hooks(wanted):
         pipe(prompt, **settings | {"output_type": "latent"})
-    finally:
-        pipe.watchers.remove(watcher)
-        for handle in handles:
-            handle.remove()
     steps = sorted({number for _, number in seen})
     return LayerErrors(_mean(seen[name, number]) for name in layers for number in steps)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -220,13 +220,20 @@ def tracking(
         began: see `hooked`.
     """
     trackers = {id(entry): Tracker() for entry in entries}
-    transformer = inspected.transformer if isinstance(inspected, PipelineSteps) else None
-    with ExitStack() as stack:
-        stack.enter_context(hooks([hook for entry in entries for hook in _track(entry, trackers[id(entry)], began)]))
-        if isinstance(inspected, PipelineSteps) and id(transformer) in trackers:
-            stack.enter_context(listening(inspected.watchers, trackers[id(transformer)].watch))
-            stack.enter_context(listening(inspected.planners, trackers[id(transformer)].plan))
+    follow = [hook for entry in entries for hook in _track(entry, trackers[id(entry)], began)]
+    with hooks(follow), _told(inspected, trackers):
         yield trackers
+
+
+@contextmanager
+def _told(inspected: Inspected, trackers: Mapping[int, Tracker]) -> Iterator[None]:
+    """Inside, the tracker of a pipeline's transformer is told of drawings and passes."""
+    tracker = trackers.get(id(inspected.transformer)) if isinstance(inspected, PipelineSteps) else None
+    if tracker is None or not isinstance(inspected, PipelineSteps):
+        yield
+        return
+    with listening(inspected.planners, tracker.plan), listening(inspected.watchers, tracker.watch):
+        yield
 
 
 def _place(target: Target) -> tuple[int, str, Side]:

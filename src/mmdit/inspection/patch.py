@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
@@ -99,10 +99,8 @@ def patch(
                 f"{target.name!r} is computed from z: patch {target.name.replace('out_by_head', 'z')!r} instead"
             )
     patcher = _Patcher(model, targets, address, change)
-    with ExitStack() as stack:
-        if isinstance(model, PipelineSteps):
-            stack.enter_context(listening(model.planners, patcher.plan))
-        stack.enter_context(hooked(model, targets, patcher.handle, patcher.began))
+    planners = model.planners if isinstance(model, PipelineSteps) else []
+    with listening(planners, patcher.plan), hooked(model, targets, patcher.handle, patcher.began):
         yield
     if patcher.ran and not patcher.applied:
         raise ValueError(f"the model ran, but the patch was never applied: its address was not met: {address}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mmdit.checkpoints.components import Component
+from mmdit.runtime.hooks import Hook, hooks
 
 # (name of the stage, its value with the batch first) -> what the pipeline goes on with
 Tap = Callable[[str, Tensor], Tensor]
@@ -101,9 +101,7 @@ class Run:
 @contextmanager
 def tapped(modules: Modules, run: Run) -> Iterator[None]:
     """Pass the stages of all calls inside through the run's tap; nothing stays behind."""
-    with ExitStack() as stack:
-        for handle in _hooks(modules, run):
-            stack.callback(handle.remove)
+    with hooks(_hooks(modules, run)):
         yield
 
 
@@ -121,7 +119,7 @@ def restored_attributes(owner: object) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def _hooks(modules: Modules, run: Run) -> Iterator[RemovableHandle]:
+def _hooks(modules: Modules, run: Run) -> Iterator[Hook]:
     for name, encoder in modules.encoders.items():
         yield from _encoder_hooks(name, encoder, run)
     yield _before(modules.transformer, modules.timestep, run.named("timesteps"))
@@ -141,7 +139,7 @@ def _hooks(modules: Modules, run: Run) -> Iterator[RemovableHandle]:
         yield _after(module, run.named(f"vae {what}"))
 
 
-def _encoder_hooks(name: Component, encoder: nn.Module, run: Run) -> Iterator[RemovableHandle]:
+def _encoder_hooks(name: Component, encoder: nn.Module, run: Run) -> Iterator[Hook]:
     layers = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     yield _before(encoder, 0, run.ids(name))
     yield _before(layers[0], 0, run.of_text(f"{name} embedding"))
@@ -149,22 +147,22 @@ def _encoder_hooks(name: Component, encoder: nn.Module, run: Run) -> Iterator[Re
         yield _after(layer, run.of_text(f"{name} layer {i}"))
 
 
-def _before(module: nn.Module, argument: Argument, change: Change) -> RemovableHandle:
+def _before(module: nn.Module, argument: Argument, change: Change) -> Hook:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(argument, str):
             return args, kwargs | {argument: change(kwargs[argument])}
         return (*args[:argument], change(args[argument]), *args[argument + 1 :]), kwargs
 
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return Hook(module, "input", hook)
 
 
-def _after(module: nn.Module, *changes: Change) -> RemovableHandle:
+def _after(module: nn.Module, *changes: Change) -> Hook:
     """One change for each of the first tensors of the output; None passes."""
 
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+    def hook(_: nn.Module, __: tuple[Any, ...], ___: dict[str, Any], output: Any) -> Any:
         if isinstance(output, Tensor):
             return changes[0](output)
         parts = zip(output, changes, strict=False)
         return (*(part if part is None else change(part) for part, change in parts), *output[len(changes) :])
 
-    return module.register_forward_hook(hook, prepend=True)  # before those of transformers, which collect outputs
+    return Hook(module, "output", hook, first=True)  # before those of transformers, which collect outputs

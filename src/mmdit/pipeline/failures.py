@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmdit.checkpoints.components import TITLES, Component
 from mmdit.pipeline.passes import Branch
+from mmdit.runtime.hooks import After, Hook, hooks
 from mmdit.utils import is_out_of_memory, weight_bytes
 from samplers import Step
 
@@ -79,20 +80,16 @@ def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module
 
 @contextmanager
 def _first_bad(model: nn.Module) -> Iterator[list[str]]:
-    """The names of layers with an output that is not finite, in the order in which they finish; hooks are removed."""
+    """The names of layers with an output that is not finite, in the order in which they finish."""
     found: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def watch(name: str) -> After:
+        def hook(module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], output: Any) -> None:
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
                 found.append(name or type(module).__name__)
 
         return hook
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    try:
+    with hooks([Hook(module, "output", watch(name)) for name, module in model.named_modules()]):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -256,7 +256,7 @@ def test_blocks_that_a_branch_leaves_out(demo):
     found = maps.words["circle"]
     assert found.shape[:2] == (1, 4)
     assert found.isnan().flatten(2).all(2).tolist() == [[False, True, False, False]]
-    assert maps.axes["step"] == [None]
+    assert maps.axes["step"] == [0]
     assert torch.equal(maps.of("circle"), found[0, [0, 2, 3], 0].mean(0))
 
 

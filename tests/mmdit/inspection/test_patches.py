@@ -281,7 +281,7 @@ def test_wrong_patches_are_explained(small, demo):
             small(*inputs())
     with pytest.raises(ValueError, match="takes another sample of the batch, which has one"):
         changed(small, Z, given=inputs(batch=1), ablate="resample")
-    said = r"this drawing has 3 steps .* meet none of them"
+    said = r"3 steps .*sigmas=\(2.0, 3.0\)"
     with pytest.raises(ValueError, match=said), untouched(demo), mmdit.patch(demo, Z, scale=2.0, sigmas=(2.0, 3.0)):
         drawn(demo)
     assert left_behind(small) == []
