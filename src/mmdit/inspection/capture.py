@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from encoders import VAE, CLIPText, T5Encoder
+from mmdit.inspection import reducers
 from mmdit.inspection.addresses import Address, Numbers, Rows, Tokens, wanted_steps
 from mmdit.inspection.budget import BudgetError, Forecast, bytes_of, check_drawing, size
 from mmdit.inspection.captured import Captured, Entry, Series, Spool
@@ -27,6 +29,7 @@ from mmdit.pipeline.steps import PipelineSteps
 from mmdit.runtime.hooks import listening
 
 Reduce = Reducer | Mapping[str, Reducer] | None
+Wrong = Callable[..., Any] | str  # taken for a reducer by mistake, and refused with what to write instead
 BUDGET = "4 GB"
 
 
@@ -44,7 +47,7 @@ def capture(
     queries: Tokens | None = None,
     channels: Numbers | None = None,
     stream: Stream | None = None,
-    reduce: Reduce = None,
+    reduce: Reduce | Wrong | Mapping[str, Wrong] = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     to: str | Path | None = None,
@@ -253,15 +256,43 @@ class _Recorder:
         return step >= (0 if steps is None else max(wanted_steps(steps, None, step), default=0))
 
 
-def _reducers(targets: Sequence[Target], reduce: Reduce) -> dict[str, Reducer]:
-    """By the name of the point."""
-    if reduce is None or isinstance(reduce, Reducer):
-        return {} if reduce is None else {target.name: reduce for target in targets}
+def _reducers(targets: Sequence[Target], reduce: Reduce | Wrong | Mapping[str, Wrong]) -> dict[str, Reducer]:
+    """By the name of the point.
+
+    Raises:
+        TypeError: something is no reducer; the message says what to write.
+        ValueError: a glob names none of the points.
+    """
+    if reduce is None:
+        return {}
+    if not isinstance(reduce, Mapping):
+        return dict.fromkeys((target.name for target in targets), _reducer(reduce))
+    given = {glob: _reducer(one) for glob, one in reduce.items()}
     found: dict[str, Reducer] = {}
     for target in targets:
-        fitting = [reducer for glob, reducer in reduce.items() if fnmatchcase(target.name, plain(glob))]
+        fitting = [reducer for glob, reducer in given.items() if fnmatchcase(target.name, plain(glob))]
         found |= {target.name: fitting[0]} if fitting else {}
+    for glob in given:
+        if not any(fnmatchcase(target.name, plain(glob)) for target in targets):
+            raise ValueError(f"reduce={{{glob!r}: ...}} names none of the {len(targets)} points that are captured")
     return found
+
+
+def _reducer(given: object) -> Reducer:
+    if isinstance(given, Reducer):
+        return given
+    made = [name for name, one in vars(reducers).items() if _makes_reducers(one)]
+    name = given if isinstance(given, str) else getattr(given, "__name__", "")
+    near = get_close_matches(name, made, n=1, cutoff=0.8)
+    hint = f"mmdit.reducers.{near[0]}(...) makes one" if near else f"mmdit.reducers has {', '.join(made)}"
+    raise TypeError(
+        f"reduce= takes a reducer, got {given!r}; {hint}: write it with its parentheses. A function of your own goes "
+        "into mmdit.reducers.Reducer(name, apply)"
+    )
+
+
+def _makes_reducers(one: object) -> bool:
+    return getattr(one, "__annotations__", {}).get("return") in ("Reducer", Reducer)
 
 
 def _rank(target: Target) -> int:

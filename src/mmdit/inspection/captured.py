@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from encoders.json_files import JSONError, parse_json
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, write_tensors
 from mmdit.inspection.addresses import Label
@@ -76,9 +78,13 @@ class Captured(Mapping[str, Tensor]):
         ]
         return "\n".join([*lines, f"{len(self.series)} of {len(self.names)} points: {size(self.nbytes)}"])
 
+    def _ipython_key_completions_(self) -> list[str]:
+        """What Jupyter offers on Tab after `seen[`."""
+        return list(self)
+
     @property
     def nbytes(self) -> int:
-        """Of all values, in memory or file."""
+        """Bytes of all values, in memory or in a file."""
         return sum(entry.value.nbytes for one in self.series.values() for entry in one.entries)
 
     def of(self, name: str) -> Series:
@@ -210,6 +216,7 @@ def _time(label: Label) -> tuple[int, int, int]:
 
 
 _FORMAT = "mmdit capture 1"
+_MAX_NOTES = 2**28  # bytes of text about the values: some million calls
 
 
 class Spool:
@@ -256,9 +263,11 @@ class Spool:
                 value = entry.value
                 tensors[f"{name}/{i}"] = value if isinstance(value, LazyTensor) else LazyTensor.of(value.detach().cpu())
             entries = [[list(entry.label), list(entry.samples)] for entry in one.entries]
-            notes.append([name, list(one.axes), _plain(one.labels), one.running, one.reduced, entries])
+            labels = {axis: [_written(label) for label in of] for axis, of in one.labels.items()}
+            notes.append([name, list(one.axes), labels, one.running, one.reduced, entries])
         about = {"names": list(captured.names), "one_branch": captured.one_branch, "series": notes}
-        write_tensors(self.target, tensors, {"format": _FORMAT, "capture": json.dumps(about)})
+        text = json.dumps(about, allow_nan=False)
+        write_tensors(self.target, tensors, {"format": _FORMAT, "capture": text})
         captured.series = load_capture(self.target).series
 
 
@@ -267,25 +276,112 @@ def load_capture(path: str | Path) -> Captured:
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is broken, or holds something else.
+        CheckpointError: the file is broken, or holds something else; the message says what was found where.
     """
     tensors, metadata = open_tensors(path)
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{path} is not a capture: it has format {metadata.get('format')!r}, expected {_FORMAT!r}"
+            f"{path} is not a capture: its format is {metadata.get('format')!r}, expected {_FORMAT!r}"
         )
-    about = json.loads(metadata["capture"])
-    found = Captured(about["names"], one_branch=about["one_branch"])
-    for name, axes, labels, running, reduced, entries in about["series"]:
-        known = [
-            Entry(Label(*label), tuple(samples), tensors[f"{name}/{i}"]) for i, (label, samples) in enumerate(entries)
-        ]
-        places = {
-            axis: tuple(tuple(one) if isinstance(one, list) else one for one in of) for axis, of in labels.items()
+    try:
+        about = parse_json(metadata.get("capture", ""), f"{path}: capture", kind=dict, max_bytes=_MAX_NOTES)
+        return _Reader(tensors).captured(about)
+    except (JSONError, _BrokenError) as error:
+        raise CheckpointError(f"{path} is a broken capture: {error}. Capture again") from error
+
+
+class _BrokenError(ValueError):
+    """What a file says of its capture contradicts itself or its tensors."""
+
+
+class _Reader:
+    """Makes a capture of what a file says, and of the tensors that it holds; each tensor must be spoken of once."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self.tensors, self.used = tensors, set[str]()
+
+    def captured(self, about: Mapping[str, Any]) -> Captured:
+        names = [_typed(name, str, "a name") for name in _typed(about.get("names"), list, "names")]
+        found = Captured(names, one_branch=_typed(about.get("one_branch"), bool, "one_branch"))
+        for one in _typed(about.get("series"), list, "series"):
+            name, series = self.series(_row(one, 6, "a series"))
+            if name in found.series or name not in names:
+                raise _BrokenError(f"the point {name!r} is there twice, or was not asked for")
+            found.series[name] = series
+        if spare := sorted(set(self.tensors) - self.used):
+            raise _BrokenError(f"{len(spare)} tensors belong to no point, such as {spare[0]!r}")
+        return found
+
+    def series(self, row: list[Any]) -> tuple[str, Series]:
+        name = _typed(row[0], str, "the name of a series")
+        axes = tuple(_typed(axis, str, f"an axis of {name!r}") for axis in _typed(row[1], list, f"axes of {name!r}"))
+        labels = {
+            axis: tuple(_read(label) for label in _typed(of, list, f"labels of {name!r}"))
+            for axis, of in _typed(row[2], dict, f"labels of {name!r}").items()
         }
-        found.series[name] = Series(tuple(axes), places, running, reduced, known)
-    return found
+        running, reduced = (_typed(one, bool, f"a mark of {name!r}") for one in row[3:5])
+        entries = [self.entry(name, i, one) for i, one in enumerate(_typed(row[5], list, f"entries of {name!r}"))]
+        if not entries or len(set(axes)) < len(axes) or not set(labels) <= set(axes):
+            raise _BrokenError(f"{name!r} has {len(entries)} entries, axes {axes} and labels of {tuple(labels)}")
+        for entry in entries:
+            shape = tuple(entry.value.shape)
+            wanted = [len(entry.samples), *(len(labels[axis]) if axis in labels else None for axis in axes)]
+            fits = len(shape) == len(wanted) and all(
+                size in (None, have) for size, have in zip(wanted, shape, strict=True)
+            )
+            if not fits:
+                raise _BrokenError(f"a value of {name!r} has shape {list(shape)}, and its labels are for {wanted}")
+        return name, Series(axes, labels, running, reduced, entries)
+
+    def entry(self, name: str, number: int, row: Any) -> Entry:
+        label, samples = _row(row, 2, f"an entry of {name!r}")
+        run, step, call, sigma, branch = _row(label, 5, f"a label of {name!r}")
+        run, step, call = (_typed(one, int, f"a number of {name!r}") for one in (run, step, call))
+        if sigma is not None and not isinstance(sigma, float):
+            sigma = float(_typed(sigma, int, f"sigma of {name!r}"))
+        if branch is not None:
+            branch = _typed(branch, str, f"the branch of {name!r}")
+        places = tuple(
+            _typed(one, int, f"a sample of {name!r}") for one in _typed(samples, list, f"samples of {name!r}")
+        )
+        key = f"{name}/{number}"
+        if key not in self.tensors:
+            raise _BrokenError(f"the tensor {key!r} is missing")
+        self.used.add(key)
+        return Entry(Label(run, step, call, sigma, branch), places, self.tensors[key])
 
 
-def _plain(labels: Any) -> dict[str, list[Any]]:
-    return {axis: list(places) for axis, places in labels.items()}
+Kind = TypeVar("Kind")
+
+
+def _typed(value: Any, kind: type[Kind], what: str) -> Kind:
+    if type(value) is not kind:
+        raise _BrokenError(f"{what} should be of type {kind.__name__}, but is {_short(value)}")
+    return value
+
+
+def _row(value: Any, length: int, what: str) -> list[Any]:
+    if len(_typed(value, list, what)) != length:
+        raise _BrokenError(f"{what} should have {length} parts, but is {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _written(label: Any) -> Any:
+    """A label as JSON has it: no tuples, and no infinite numbers, which are written as text."""
+    if isinstance(label, tuple):
+        return [_written(one) for one in label]
+    return str(label) if isinstance(label, float) and not math.isfinite(label) else label
+
+
+def _read(label: Any) -> Any:
+    """A label that `_written` wrote."""
+    if isinstance(label, list):
+        return tuple(_read(one) for one in label)
+    if isinstance(label, dict):
+        raise _BrokenError(f"a label should be a number, a text or a list, but is {_short(label)}")
+    return float(label) if label in ("inf", "-inf") else label

@@ -35,8 +35,11 @@ class Labelled:
             )
 
     def __repr__(self) -> str:
-        sizes = ", ".join(f"{name}: {len(labels)}" for name, labels in self.axes.items())
-        return f"Labelled({sizes}; {str(self.values.dtype).removeprefix('torch.')})"
+        lines = [f"Labelled {str(self.values.dtype).removeprefix('torch.')} {list(self.values.shape)}"]
+        width = max((len(name) for name in (*self.axes, *self.notes)), default=0)
+        lines += [f"  {name:{width}}  {len(labels):>4}: {_shown(labels)}" for name, labels in self.axes.items()]
+        lines += [f"  {note:{width}}  along {dim}: {_shown(labels)}" for note, (dim, labels) in self.notes.items()]
+        return "\n".join(lines)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self.values.detach().cpu()
@@ -96,3 +99,9 @@ class Labelled:
 
     def _notes_without(self, dim: str) -> dict[str, tuple[str, tuple[Any, ...]]]:
         return {note: value for note, value in self.notes.items() if value[0] != dim}
+
+
+def _shown(labels: Sequence[Any]) -> str:
+    """Labels in a line: all of a few, else the first and the last ones."""
+    texts = [f"{label:.4g}" if isinstance(label, float) else str(label) for label in labels]
+    return ", ".join(texts if len(texts) <= 8 else [*texts[:3], "...", texts[-1]])

@@ -18,7 +18,7 @@ from mmdit.utils import bar
 def sweep(
     model: Inspected,
     patterns: str | Sequence[str] | Mapping[str, str | Sequence[str]],
-    run: Callable[[], Tensor | float],
+    run: Callable[[], Any],
     *,
     over: Mapping[str, Sequence[Any]] | None = None,
     progress: bool | None = None,
@@ -45,7 +45,8 @@ def sweep(
         What `run` gave: [point, one dimension for each of `over`, dimensions of a result].
 
     Raises:
-        ValueError: see `mmdit.patch`.
+        ValueError: see `mmdit.patch`; or results of different shapes.
+        TypeError: `run` gave something that is neither a number nor a tensor.
     """
     places = _places(model, patterns, skip=bool(operation.get("skip")))
     over = {name: tuple(values) for name, values in (over or {}).items()}
@@ -54,7 +55,11 @@ def sweep(
     found = []
     for globs, chosen in bar(iter(jobs), len(jobs), progress):
         with patch(model, globs, **operation, **chosen):
-            found.append(torch.as_tensor(run()).detach().cpu())
+            found.append(_measured(run()))
+    if len(shapes := {tuple(one.shape) for one in found}) > 1:
+        raise ValueError(
+            f"run() gave results of shapes {', '.join(str(list(shape)) for shape in sorted(shapes))}; they must be one"
+        )
     values = torch.stack(found).reshape(len(places), *(len(values) for values in over.values()), *found[0].shape)
     axes: dict[str, tuple[Any, ...]] = {"point": tuple(places)} | {name: tuple(of) for name, of in over.items()}
     results = {f"result_{i}": tuple(range(length)) for i, length in enumerate(found[0].shape)}
@@ -71,3 +76,14 @@ def _places(
         given = [patterns] if isinstance(patterns, str) else list(patterns)
         return {plain(glob): [glob] for glob in given}
     return {target.name: [target.name] for target in selected(model, patterns)}
+
+
+def _measured(result: Any) -> Tensor:
+    """What `run` gave, as a tensor on the CPU."""
+    try:
+        return torch.as_tensor(result).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"run() gave {type(result).__name__}; a sweep keeps numbers: return a number or a tensor, such as of the "
+            "pictures that output_type='pt' gives"
+        ) from error

@@ -31,11 +31,14 @@ def test_averaging_and_numpy():
     assert FOUND.mean("step").notes == {}
     assert np.asarray(FOUND).shape == (3, 2, 2)
     assert np.asarray(Labelled(VALUES.bfloat16(), FOUND.axes)).dtype == np.float32
-    assert repr(FOUND) == "Labelled(step: 3, branch: 2, head: 2; float32)"
+    lines = repr(FOUND).splitlines()
+    assert "float32 [3, 2, 2]" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == [*FOUND.axes, *FOUND.notes]
+    assert lines[2].split()[-2:] == ["uncond,", "cond"]
 
 
 def test_what_is_not_there():
-    with pytest.raises(ValueError, match="'brach'.*'branch'"):
+    with pytest.raises(ValueError, match=r"'brach'.*'branch'"):
         FOUND.sel(brach="cond")
     with pytest.raises(ValueError, match="branch has no 'skip', but 'uncond', 'cond'"):
         FOUND.sel(branch="skip")
