@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -165,9 +165,6 @@ class _Held(NamedTuple):
     strategy: Strategy
 
 
-_LOCK = Lock()  # of the tuples in the slots
-
-
 class Attend(nn.Module):
     """The slot for one attention of a block. It has no parameters.
 
@@ -178,7 +175,9 @@ class Attend(nn.Module):
     def __init__(self, kernel: Kernel = F.scaled_dot_product_attention) -> None:
         super().__init__()
         self.kernel = kernel
-        self.held: tuple[_Held, ...] = ()  # of all threads; `attending` changes it
+        # Of all threads, in the order of adding. Single operations of a list need no lock, which an interrupt between
+        # two lines could leave taken.
+        self.held: list[_Held] = []
 
     def forward(
         self, q: Float[Tensor, "b n l d"], k: Float[Tensor, "b n m d"], v: Float[Tensor, "b n m d"]
@@ -191,7 +190,9 @@ class Attend(nn.Module):
     def strategies(self) -> tuple[Strategy, ...]:
         """The strategies of this thread, outermost first."""
         thread = get_ident()
-        return tuple(one.strategy for one in self.held if one.thread == thread)
+        mine = [one.strategy for one in tuple(self.held) if one.thread == thread]
+        order = {id(one): i if one.rank == Rank.INPUTS else -i for i, one in enumerate(mine)}
+        return tuple(sorted(mine, key=lambda one: (one.rank, order[id(one)])))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stacked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -213,14 +214,15 @@ def attending(wanted: Iterable[tuple[nn.Module, Strategy]]) -> Iterator[None]:
         ValueError: a slot already holds a strategy that cannot be combined with the new one; both are named.
         TypeError: a module is no `Attend`, because somebody put another module in its place.
     """
-    thread, wanted = get_ident(), list(wanted)
+    thread = get_ident()
+    added = [(slot, _Held(thread, strategy)) for slot, strategy in wanted]
     try:
-        for slot, strategy in wanted:
-            _add(slot, _Held(thread, strategy))
+        for slot, held in added:
+            _add(slot, held)
         yield
     finally:
-        for slot, strategy in wanted:
-            _remove(slot, strategy)
+        for slot, held in added:
+            _remove(slot, held)
 
 
 def _add(slot: nn.Module, new: _Held) -> None:
@@ -229,21 +231,16 @@ def _add(slot: nn.Module, new: _Held) -> None:
             f"{type(new.strategy).__name__} acts in an Attend, but a {type(slot).__name__} is in its place: what that "
             "computes is not known, so it cannot be watched or changed"
         )
-    rank = new.strategy.rank
-    with _LOCK:
-        for thread, held in slot.held:
-            if thread == new.thread and held.rank == rank and rank in (Rank.TOKENS, Rank.WEIGHTS):
-                raise ValueError(
-                    f"{type(new.strategy).__name__} cannot be combined with the {type(held).__name__} that acts on the "
-                    "same attention already: leave that first"
-                )
-        inner = rank == Rank.INPUTS  # those added later are further in; of all others, further out
-        place = sum(one.strategy.rank < rank or (inner and one.strategy.rank == rank) for one in slot.held)
-        slot.held = (*slot.held[:place], new, *slot.held[place:])
+    same = [one for one in slot.strategies if one.rank == new.strategy.rank]
+    if same and new.strategy.rank in (Rank.TOKENS, Rank.WEIGHTS):
+        raise ValueError(
+            f"{type(new.strategy).__name__} cannot be combined with the {type(same[0]).__name__} that acts on the same "
+            "attention already: leave that first"
+        )
+    slot.held.append(new)
 
 
-def _remove(slot: nn.Module, strategy: Strategy) -> None:
+def _remove(slot: nn.Module, held: _Held) -> None:
     """Take a strategy out of a slot that may not have it."""
-    with _LOCK:
-        if isinstance(slot, Attend) and any(one.strategy is strategy for one in slot.held):
-            slot.held = tuple(one for one in slot.held if one.strategy is not strategy)
+    if isinstance(slot, Attend) and held in slot.held:
+        slot.held.remove(held)

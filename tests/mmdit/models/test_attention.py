@@ -70,13 +70,13 @@ def test_ranks_decide_the_order(qkv):
         *("tokens", "first in", "second in", "second out", "first out")
     ]
     assert [name for name in log if "out done" in name] == ["first out done", "second out done"]
-    assert slot.held == ()
+    assert slot.held == []
 
 
 def test_what_cannot_be_combined_is_refused_by_name(qkv):
     slot = Attend()
     with attending([(slot, SelfOnly(2))]):
-        kept = slot.held
+        kept = list(slot.held)
         with pytest.raises(ValueError, match=r"SelfOnly.*Joint|Joint.*SelfOnly"), attending([(slot, Joint())]):
             pass
         assert slot.held == kept
