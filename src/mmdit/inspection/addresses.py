@@ -1,4 +1,4 @@
-"""Addresses: which steps, noise levels, branches, samples, heads and tokens of a point are meant."""
+"""Addresses: the part of a point that is meant, by step, noise level, branch, sample, head and token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Numbers = int | slice | Sequence[int]  # negative ones count from the end
 
 
 class Word(NamedTuple):
-    """Text tokens of a word of the prompt, written as in `mmdit.attention_maps`, as "clip", "t5" or "all" read it."""
+    """The text tokens of a word of the prompt, as "clip", "t5" or "all" text encoders read it.
+
+    The word is written as for `mmdit.attention_maps`.
+    """
 
     text: str
     encoder: Encoder = "all"
@@ -30,10 +33,10 @@ Tokens = Numbers | str | Word | Sequence[str | Word | int] | Tensor
 
 
 class Label(NamedTuple):
-    """Which run of a model a value is of.
+    """The call of a model that a value comes from.
 
-    `run` counts drawings (0 before the first), `step` the steps that the solver has finished; outside of a drawing it
-    counts calls. `call` counts those of one branch in one step: a solver may make several.
+    `run` counts drawings from 0. `step` counts the steps that the solver has finished; outside of a drawing it counts
+    calls. `call` counts the calls of one branch within a step, because some solvers make several.
     """
 
     run: int
@@ -50,7 +53,7 @@ class Rows(NamedTuple):
     first: int  # row
     samples: int
     conditioning: Conditioning | None
-    steps: int | None  # of the drawing
+    steps: int | None  # number of steps of the drawing, if it is known
 
 
 class Picked(NamedTuple):
@@ -63,16 +66,16 @@ class Picked(NamedTuple):
 
     @property
     def labels(self) -> dict[str, tuple[int, ...]]:
-        """What is where along the narrowed axes, if it is the same for all samples."""
+        """The numbers along each narrowed axis, where they are the same for all samples."""
         pairs = zip(self.axes, self.places, strict=True)
         return {axis: tuple(one.tolist()) for axis, one in pairs if one is not None and one.ndim == 1}
 
     def within(self, rows: Rows) -> Picked:
-        """The same part of what holds the rows of the branch alone."""
+        """The same part, counted in a tensor that holds the rows of one branch alone."""
         return self._replace(rows=tuple(row - rows.first for row in self.rows))
 
     def read(self, value: Tensor) -> Tensor:
-        """[samples, axes]: the part; a view where all of some neighbouring rows are meant."""
+        """The part, [samples, axes]; a view where whole neighbouring rows are meant."""
         value = self.read_rows(value)
         for i, places in enumerate(self.places):
             value = taken(value, i + 1, places)
@@ -86,7 +89,7 @@ class Picked(NamedTuple):
         return value[torch.tensor(self.rows, device=value.device)]
 
     def write(self, value: Tensor, part: Tensor) -> Tensor:
-        """A copy of the whole with another part; all else keeps its bits."""
+        """A copy of the whole value with another part; everything else keeps its bits."""
         last = max((i + 1 for i, one in enumerate(self.places) if one is not None), default=0)
         index = [_mesh(torch.tensor(self.rows), 0, last)]
         for i, one in enumerate(self.places[:last]):
@@ -98,17 +101,17 @@ class Picked(NamedTuple):
 
 @dataclass(frozen=True)
 class Address:
-    """What is meant of a point; None means all.
+    """The part of a point that is meant; None means all of it.
 
     Args:
-        steps: of a drawing; of models that are called outside of one, the number of the call.
-        sigmas: lowest and highest noise level, both included.
-        branch: "cond", "uncond", ..., or several.
-        samples: pictures of the batch.
-        heads: of attention.
-        tokens: see `Tokens`; of an attention pattern, those that are read (its columns).
-        queries: those of an attention pattern that read (its rows); written like tokens.
-        channels: of the last dimension.
+        steps: numbers of steps. Outside of a drawing each call of the model, or of `predict`, counts as a step.
+        sigmas: the lowest and the highest noise level, both included.
+        branch: a name of guidance ("cond", "uncond", "skip", "perturbed"), or several.
+        samples: numbers of pictures in the batch.
+        heads: numbers of attention heads.
+        tokens: see `Tokens`. In an attention pattern these are the tokens that are read: its columns.
+        queries: tokens that read: the rows of an attention pattern; written like tokens.
+        channels: numbers along the last dimension.
     """
 
     steps: Numbers | None = None
@@ -121,13 +124,13 @@ class Address:
     channels: Numbers | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a range of levels that holds none."""
+        """Raise ValueError for a range of noise levels that is empty."""
         if self.sigmas is not None and not self.sigmas[0] <= self.sigmas[1]:
             raise ValueError(f"sigmas are the lowest and the highest level, got {self.sigmas}")
 
     @property
     def has_words(self) -> bool:
-        """Whether words of the prompt are named."""
+        """Whether the address names words of the prompt."""
         return _has_words(self.tokens) or _has_words(self.queries)
 
     def check(self, point: Point, name: str, *, drawn: bool) -> None:

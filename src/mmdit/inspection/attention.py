@@ -19,8 +19,8 @@ from mmdit.models.attention import Attended
 Source = Literal["fused", "beside", "rows", "pattern"]
 Direction = Literal["i2t", "t2i"]
 QUADRANTS = ("I2I", "I2T", "T2I", "T2T")  # who reads, and whom: image patches or text tokens
-BYTES = 2**26  # of scores that are held at once
-TOLERANCE = 1e-3  # of a kernel's log-sum-exp; other bases or scales are off by far more, rounding by far less
+BYTES = 2**26  # the most bytes of scores that are held at once
+TOLERANCE = 1e-3  # for a kernel's log-sum-exp: other bases or scales are off by far more, rounding by far less
 _PROBED = 16  # queries whose log-sum-exp is checked
 _Fused = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -44,7 +44,7 @@ _KERNELS: dict[int, _Fused] = {1: _flash, 2: _efficient, 3: _cudnn}
 
 
 class Call(NamedTuple):
-    """What decides how an attention is computed."""
+    """Everything that decides how PyTorch computes an attention."""
 
     kernel: int
     device: str
@@ -56,7 +56,7 @@ class Call(NamedTuple):
 class LogSumExp:
     """Attends just as `F.scaled_dot_product_attention` does, bit by bit, and gives the log-sum-exp beside it.
 
-    How, is found out by trying, once for each kind of call, and kept in `found`:
+    Which way it takes is found by trying, once for each kind of call, and kept in `found`:
 
         fused   the kernel that PyTorch picks for this call is asked for its own; it attends once
         beside  that kernel gives other bits when asked, so it runs a second time for the log-sum-exp alone
@@ -71,7 +71,7 @@ class LogSumExp:
 
         Args:
             q, k, v: [b, n, l, d].
-            rows: of the batch; the log-sum-exp is [rows, n, l], float32 or wider.
+            rows: rows of the batch whose log-sum-exp is wanted, [rows, n, l], float32 or wider.
         """
         if self._source(q, k, v) == "fused":
             z, lse = _fused(q, k, v)
@@ -106,7 +106,7 @@ def by_rows(q: Tensor, k: Tensor, *, limit: int = BYTES) -> Tensor:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """What PyTorch picks for this call; 0 on devices whose kernels are not known here."""
+    """The kernel that PyTorch picks for this call; 0 on devices whose kernels are not known here."""
     return torch._fused_sdp_choice(q, k, v) if q.device.type in {"cpu", "cuda"} else 0
 
 
@@ -128,17 +128,17 @@ def _tried(q: Tensor, k: Tensor, v: Tensor) -> Source:
 def word_maps(
     q: Tensor, k: Tensor, lse: Tensor, text: int, tokens: Tensor, mix: Tensor, direction: Direction, *, each: bool
 ) -> Tensor:
-    """How much image patches and words have to do with each other, for one sample: [n or 1, words, patches].
+    """The attention between image patches and words, for one sample: [n or 1, words, patches].
 
     Args:
         q, k: queries and keys [n, l, d] of text tokens followed by image patches.
         lse: log-sum-exp of the scores of each query, [n, l].
-        text: text tokens.
-        tokens: positions of the text tokens that are read or read here, [m].
-        mix: how much of each of these a word takes, [words, m].
+        text: number of text tokens.
+        tokens: positions of the text tokens that are looked at, [m].
+        mix: the weight of each of these in each word, [words, m].
         direction: "i2t": the share of a patch's reading that goes to the word; "t2i": the share of the word's reading
             that goes to the patch.
-        each: keep the heads; else their mean, as one.
+        each: keep every head; otherwise their mean, as one head.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     of_words, of_image = (k, q) if direction == "i2t" else (q, k)
@@ -161,7 +161,7 @@ def quadrant_masses(lse: Tensor, lse_of_text: Tensor, text: int) -> Tensor:
     Args:
         lse: log-sum-exp of the scores of each query with all keys, [b, n, l], text tokens first.
         lse_of_text: the same with the text's keys alone; exp(lse_of_text - lse) is the mass on text.
-        text: text tokens.
+        text: number of text tokens.
     """
     of_text, of_image = (lse_of_text - lse).exp().split([text, lse.shape[-1] - text], dim=-1)
     i2t, t2t = of_image.sum(-1), of_text.sum(-1)
@@ -194,7 +194,7 @@ def word_maps_of_pattern(
     """What `word_maps` gives, from rows of the pattern itself: for attention that is not plain softmax.
 
     Args:
-        attended: of one sample.
+        attended: the attention of one sample.
         text, tokens, mix, direction, each: see `word_maps`.
     """
     if direction == "t2i":

@@ -39,7 +39,7 @@ Which = int | Collection[int] | None
 
 @runtime_checkable
 class Watched(Protocol):
-    """What is watched: a `mmdit.Pipeline`, or anything that tells `watchers` of every run of its transformer."""
+    """A `mmdit.Pipeline`, or anything that tells its `watchers` of every run of its transformer."""
 
     transformer: MMDiT
     watchers: list[Watcher]
@@ -67,24 +67,25 @@ def attention_maps(
         maps.of("circle", block=2)  # [rows, columns]
 
     Pictures stay the same bit by bit: attention runs in the same fused kernel, which gives its log-sum-exp too, and a
-    probability is exp(q k / 8 - log-sum-exp), in float32. Kept are the words' columns only. The second, image-only
-    attention of MMDiT-X reads no words and is not watched.
+    probability is exp(q k / 8 - log-sum-exp), in float32. Only the columns of the words are kept. The second attention
+    of MMDiT-X (`attend2`) reads no words and is not watched. Where attention is not plain softmax (perturbed guidance,
+    a patched pattern), the maps are read from the pattern that ran.
 
     Args:
-        pipe: whose transformer is watched.
-        words: words or phrases of the prompt, in any case; all occurrences and all tokens of one together. "word#2" is
-            its second occurrence; "<bos>", "<eos>" and "<pad>" are the tokens around. None is every word of the
+        pipe: a pipeline; its transformer is watched.
+        words: words or phrases of the prompt, in any case; all occurrences and all tokens of a word count together.
+            "word#2" is its second occurrence; "<bos>", "<eos>" and "<pad>" are the tokens around. None is every word of the
             prompts, () none.
         blocks, steps: numbers; None is all.
-        branch: of guidance, "cond" or "uncond".
-        heads: their mean, or each.
+        branch: the branch of guidance: "cond", "uncond", "skip" or "perturbed".
+        heads: keep the mean over heads, or each head.
         direction: "i2t", which word does this patch read: the share of each patch's attention that goes to the word;
             "t2i", where does this word look: the share of the word's attention, the mean over its tokens, that goes to
             each patch. (Of the last block the model does not use what words read.) Several give both.
-        encoder: whose tokens of the word: "clip", "t5" or "all" together. Several give each.
-        quadrants: sum up who reads whom as well, image or text.
-        dtype: what maps are kept in.
-        device: where; None is the transformer's.
+        encoder: the text encoder whose tokens of the word count: "clip", "t5" or "all". Several give each.
+        quadrants: also sum up how much image and text read of each other.
+        dtype: the dtype in which maps are kept.
+        device: where maps are kept; None is the transformer's device.
 
     Raises:
         ValueError: an unknown name, a block that does not exist, or one that is compiled or whose attention has been
@@ -186,7 +187,7 @@ class _Recorder:
         return attended
 
     def _record(self, block: int, now: _Running, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
-        """Of the rows that are watched, by the log-sum-exp."""
+        """Store what the watched rows show, by the log-sum-exp."""
         place, text, seen = self.maps.blocks.index(block), now.text, now.seen
         if seen.masses is not None:
             of_text = self.log_sum_exp.of(q, k[:, :, :text], v[:, :, :text])
@@ -200,7 +201,7 @@ class _Recorder:
                     )
 
     def _record_pattern(self, block: int, now: _Running, attended: Attended) -> None:
-        """Of the rows that are watched, by rows of the pattern."""
+        """Store what the watched rows show, by rows of the pattern."""
         place, text, seen = self.maps.blocks.index(block), now.text, now.seen
         rows = range(now.rows.start, now.rows.stop)
         if seen.masses is not None:
@@ -438,7 +439,7 @@ class AttentionMaps:
 
     @property
     def nbytes(self) -> int:
-        """What is kept."""
+        """Bytes of everything that is kept."""
         kept = [part for seen in self.passes for part in (*seen.maps.values(), seen.masses) if part is not None]
         return sum(part.nbytes for part in kept)
 
@@ -456,7 +457,7 @@ class AttentionMaps:
         if not self.passes:
             ran = f"; there were passes of {', '.join(self.others)}" if self.others else ""
             raise ValueError(
-                f"nothing was watched: draw inside of attention_maps, with the half and steps that were asked for{ran}"
+                f"nothing was watched: draw inside attention_maps, with the branch and steps that were asked for{ran}"
             )
         return self.passes
 
@@ -480,7 +481,7 @@ class _Words(Mapping[str, Tensor]):
 
 
 def _places(name: str, which: Which, known: Sequence[int]) -> list[int]:
-    """Where the asked-for labels stand on an axis."""
+    """The places of the wanted labels along an axis."""
     if which is None:
         return list(range(len(known)))
     wanted = {which} if isinstance(which, int) else set(which)

@@ -37,12 +37,12 @@ def bytes_of(budget: int | float | str | None) -> int | None:
 
 
 class Forecast:
-    """What a capture will keep of each call: computed on the meta device, by the code that will do it.
+    """The bytes that a capture will keep of each call, from a dry run of the same code on the meta device.
 
     Args:
-        address: what is meant.
-        reducer_of: by target.
-        dtype: of what is kept; None: as computed.
+        address: the part of each point that is kept.
+        reducer_of: gives the reducer of a target, if it has one.
+        dtype: the dtype of what is kept; None keeps the dtype in which values are computed.
     """
 
     def __init__(
@@ -115,6 +115,6 @@ def check_drawing(
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as text, such as 1.5 GB."""
     unit = next(unit for unit in ("TB", "GB", "MB", "kB", "") if count >= _UNITS[unit.lower()] or not unit)
     return f"{count / _UNITS[unit.lower()]:.3g} {unit}" if unit else f"{count} bytes"

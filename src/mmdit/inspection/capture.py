@@ -1,4 +1,4 @@
-"""Capturing what passes inside of models while they run."""
+"""`capture`: keep what passes inside models while they run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def capture(
     stop: bool = False,
     grad: bool = False,
 ) -> Iterator[Captured]:
-    """Within it, what passes the points is kept; the hooks are gone afterwards, whatever happens.
+    """Inside, and in this thread alone, what passes the points is kept; the hooks are gone afterwards.
 
         with mmdit.capture(pipe, "joint_blocks.*.x_block.resid_post", steps=[0, 10], branch="cond") as seen:
             pipe("a red circle", seed=1)
@@ -66,12 +66,13 @@ def capture(
         patterns: globs over the names that `mmdit.points` lists; "transformer." may be left out.
         steps, sigmas, branch, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
         stream: "text", "image" or "joint": those of the points.
-        reduce: what is kept instead, see `mmdit.reducers`; or reducers by glob, the first that fits.
-        dtype: of what is kept; None: as computed.
-        device: where it is kept.
-        to: a .safetensors file to write to instead of memory; complete or not there. `mmdit.load_capture` reads it.
-        budget: the most bytes that are kept, a number or like "2 GB"; None for no limit. What a drawing will keep is
-            computed before its first pass, and again before each call of a model.
+        reduce: a reducer of `mmdit.reducers`, whose result is kept instead; or reducers by glob: the first that fits.
+        dtype: the dtype of what is kept; None keeps the dtype in which values are computed.
+        device: where values are kept.
+        to: a .safetensors file to write to instead of memory. It appears only when it is complete;
+            `mmdit.load_capture` reads it.
+        budget: the most bytes that are kept, as a number or like "2 GB"; None for no limit. What a drawing will keep
+            is computed before its first pass, and again before each call of a model.
         stop: end the `with` block after the last wanted point (of a model alone, of its first wanted call); of a
             solver with several calls a step, after the first call of the last wanted step.
         grad: keep the values in the graph, for `Captured.gradients`. Takes a run with gradients: a model, or the
@@ -114,7 +115,7 @@ class _Stopped(BaseException):
 
 
 class _Recorder:
-    """What a capture does when models run."""
+    """Keeps values while models run."""
 
     dtype: torch.dtype | None
     device: torch.device
@@ -136,12 +137,12 @@ class _Recorder:
         self.forecast = Forecast(address, lambda target: reducers.get(target.name), None)
         self.transformer = model.transformer if isinstance(model, PipelineSteps) else None
         self.final = max(targets, key=_rank)  # the entry that runs last
-        self.last_step: int | None = None  # of the drawing that is under way
+        self.last_step: int | None = None  # the last wanted step of the drawing that is under way
         self.branches_left: set[str | None] = set()
         self.kept = 0  # bytes
 
     def plan(self, drawing: Drawing) -> None:
-        """A drawing begins: what will it keep?"""
+        """A drawing begins: check what it will keep against the budget."""
         some = [target for target in self.targets if target.model is self.transformer]
         if not some:
             return
@@ -153,7 +154,7 @@ class _Recorder:
         check_drawing(needed, steps, self.kept, self.budget, running=running)
 
     def began(self, entry: nn.Module, given: tuple[Any, ...], tracker: Tracker) -> None:
-        """A model is called: will what it adds fit?"""
+        """A model is called: check what it will add against the budget."""
         wanted = [rows for rows in tracker.rows if self.address.meets(rows.label, rows.steps)]
         some = [target for target in self.targets if target.model.get_submodule(target.entry) is entry]
         if not wanted:
@@ -303,7 +304,7 @@ def _rank(target: Target) -> int:
 
 
 def _sizes(model: nn.Module, entry: str, given: tuple[Any, ...]) -> Sizes:
-    """Of a call of a model."""
+    """The sizes of the inputs of a model's call."""
     shape = given[0].shape
     if isinstance(model, MMDiT):
         return Sizes(shape[0], shape[2], shape[3], given[2].shape[1])

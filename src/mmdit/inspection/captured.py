@@ -25,20 +25,20 @@ from mmdit.inspection.labelled import Labelled
 
 
 class Entry(NamedTuple):
-    """A value of one call: [samples, axes]."""
+    """The value of one call, [samples, axes of the point]."""
 
     label: Label
     samples: tuple[int, ...]
     value: Tensor | LazyTensor
 
     def read(self) -> Tensor:
-        """From memory or file."""
+        """The value, from memory or from the file."""
         return self.value.read() if isinstance(self.value, LazyTensor) else self.value
 
 
 @dataclass
 class Series:
-    """All of one point."""
+    """All values of one point."""
 
     axes: tuple[str, ...] = ()  # after the sample
     labels: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Captured(Mapping[str, Tensor]):
     the model has none. Of a running reducer it is [branches, axes]. `labelled` says what is where.
 
     Args:
-        names: of the points that were asked for.
+        names: names of the points that were asked for.
         one_branch: whether one branch was asked for by name.
     """
 
@@ -88,7 +88,7 @@ class Captured(Mapping[str, Tensor]):
         return sum(entry.value.nbytes for one in self.series.values() for entry in one.entries)
 
     def of(self, name: str) -> Series:
-        """All of one point, call by call.
+        """All values of one point, call by call.
 
         Raises:
             KeyError: it was not asked for, or never passed.
@@ -105,9 +105,9 @@ class Captured(Mapping[str, Tensor]):
         """A value with names for its dimensions and labels along them.
 
         Args:
-            name: of the point.
-            branch: this one alone, and no dimension for branches.
-            run: of this drawing alone.
+            name: the name of the point.
+            branch: takes this branch alone, without a dimension for branches.
+            run: takes this drawing alone.
 
         Raises:
             KeyError: see `of`.
@@ -171,7 +171,7 @@ class Captured(Mapping[str, Tensor]):
         return out
 
     def add(self, name: str, like: Callable[[], Series], entry: Entry) -> None:
-        """One more value."""
+        """Add one more value."""
         if name not in self.series:
             self.series[name] = like()
         self.series[name].entries.append(entry)

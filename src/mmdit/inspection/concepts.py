@@ -1,4 +1,4 @@
-"""Concept tokens: words beside the prompt that look at the picture while nothing looks at them (ConceptAttention)."""
+"""Concept tokens: words beside the prompt that read the picture while nothing reads them (ConceptAttention)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from mmdit.runtime.hooks import Hook, hooks
 
 
 class Concepts:
-    """Where the picture shows each concept.
+    """Maps of where the picture shows each concept.
 
     Args:
-        names: of the concepts.
-        blocks: numbers.
+        names: names of the concepts.
+        blocks: numbers of the blocks whose maps are made.
     """
 
     def __init__(self, names: Sequence[str], blocks: Sequence[int]) -> None:
         self.names, self.blocks = tuple(names), tuple(blocks)
-        self._sums: dict[tuple[str | None, int], Tensor] = {}  # by half and block: [samples, concepts, patches]
+        self._sums: dict[tuple[str | None, int], Tensor] = {}  # by branch and block: [samples, concepts, patches]
         self._calls: dict[tuple[str | None, int], int] = {}
         self._grid = (0, 0)
 
@@ -40,7 +40,7 @@ class Concepts:
         """The share of each concept in each patch, the mean over calls: [block, sample, concept, row, column].
 
         Args:
-            branch: of guidance; None of a model that was called without a pipeline.
+            branch: a branch of guidance; None for a model that was called without a pipeline.
 
         Raises:
             ValueError: nothing ran of that branch.
@@ -118,7 +118,7 @@ def concept_tokens(
         model: a pipeline; or a transformer, with concepts as a tensor.
         concepts: words, each as its first T5 token (without a T5, of CLIP) of a prompt of this word alone; or vectors
             [concepts, context_dim].
-        blocks, steps, sigmas: of which maps are made.
+        blocks, steps, sigmas: the blocks, steps and noise levels whose maps are made; None is all.
 
     Raises:
         ValueError: words without a pipeline, or fewer than two concepts.

@@ -1,4 +1,4 @@
-"""Float8 seen from inside: what each layer loses at each step, and which layer changed the picture most."""
+"""FP8 from inside: the error of each layer at each step, and which layer changes the picture most."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from quant.tensor import Float8Tensor
 
 @dataclass(frozen=True)
 class LayerError:
-    """What one Linear loses in one step; shares are of its input's numbers, NaN for weight-only recipes."""
+    """The error of one Linear in one step. Shares count numbers of its input; they are NaN for weight-only recipes."""
 
     layer: str
     step: int
-    amax: float  # of the input
+    amax: float  # the largest absolute value of the input
     saturated: float  # share that the scale maps beyond the largest code
     underflown: float  # share that is not zero and becomes zero
-    snr: float  # of the output against that of the weight before quantization, from the same input, dB
+    snr: float  # signal to noise of the output in dB; the signal is the output with the weight before quantization
 
 
 class LayerErrors(list[LayerError]):
@@ -65,8 +65,9 @@ def float8_errors(pipe: Pipeline, prompt: str | Sequence[str], original: nn.Modu
 
     Args:
         pipe: with a quantized transformer (`quant.quantize_`, `mmdit.quantize_static`) that is not compiled.
-        prompt, settings: of the drawing.
-        original: the transformer before that, such as a `copy.deepcopy` of it.
+        prompt: what is drawn.
+        original: the transformer before it was quantized, such as a `copy.deepcopy` of it.
+        settings: further arguments of the pipeline's call.
 
     Raises:
         ValueError: no Linear of the transformer is float8, or a part of it is compiled.
@@ -103,14 +104,15 @@ def float8_blame(
     input_scales: dict[str, Tensor] | None = None,
     **settings: Any,
 ) -> dict[str, float]:
-    """Quantize one Linear at a time and draw: PSNR in dB of the pictures to those of none, the lowest first.
+    """Quantize one Linear at a time and draw: PSNR in dB against the pictures without quantization, lowest first.
 
     Args:
         pipe: with a transformer that is not quantized; every weight is put back, whatever happens.
-        prompt, settings: of the drawing; without a seed, 0.
-        recipe: of `quant.quantize_`.
+        prompt: what is drawn.
+        recipe: a recipe for `quant.quantize_`.
         layers: names of Linears; None takes those that `quantize_` would.
-        input_scales: for recipes with static activations.
+        input_scales: scales by layer, for recipes with static activations.
+        settings: further arguments of the pipeline's call; the seed is 0 unless it is given.
 
     Raises:
         ValueError: the transformer is quantized already, or a name is none of its Linears.
@@ -147,7 +149,7 @@ def _measured(name: str, step: int, x: Tensor, output: Tensor, layer: nn.Linear,
 
 
 def _mean(found: Sequence[LayerError]) -> LayerError:
-    """Of several calls in a step: the largest amax, means of all else."""
+    """Several calls in a step as one: the largest amax, and means of everything else."""
     first, count = found[0], len(found)
     shares = (sum(getattr(one, field) for one in found) / count for field in ("saturated", "underflown", "snr"))
     return LayerError(first.layer, first.step, max(one.amax for one in found), *shares)

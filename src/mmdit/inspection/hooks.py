@@ -1,4 +1,4 @@
-"""Hooks on the points of models: found by name, told whose rows a batch holds, and gone at the end."""
+"""Handlers of points: points are found by name, and a tracker knows whose rows the batch of a call holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRANSFORMER = "transformer."  # what names of a pipeline's points may leave out
 
 
 class Target(NamedTuple):
-    """A point of a model that is looked into."""
+    """A point of a model that is captured or changed."""
 
     name: str  # in a pipeline: with the component in front, except for the transformer
     point: Point
@@ -38,7 +38,7 @@ class Target(NamedTuple):
 
 
 class Tracker:
-    """Whose rows the batch of a model's entry holds while it runs."""
+    """Knows whose rows the batch of a model holds while it runs."""
 
     def __init__(self) -> None:
         self.rows: tuple[Rows, ...] = ()
@@ -75,7 +75,7 @@ class Tracker:
             self.rows = tuple(self._of_branch(told, i * told.samples, branch) for i, branch in branches)
 
     def leave(self) -> None:
-        """It has run."""
+        """The entry has run."""
         self.rows = ()
 
     def _of_branch(self, told: Pass, first: int, branch: Branch) -> Rows:
@@ -95,7 +95,7 @@ class Tracker:
         return self._predictions - 1
 
     def _count(self, *what: object) -> int:
-        """How many of these there were before."""
+        """How often this was counted before."""
         self._calls[what] += 1
         return self._calls[what] - 1
 
@@ -127,12 +127,12 @@ def points_of(model: nn.Module) -> dict[str, Point]:
 
 
 def models_of(inspected: Inspected) -> dict[Component | None, nn.Module]:
-    """By component; a model alone has no component's name."""
+    """The models by component; None stands for a model that is given alone."""
     return dict(inspected.models.items()) if isinstance(inspected, PipelineSteps) else {None: inspected}
 
 
 def targets_of(inspected: Inspected) -> dict[str, Target]:
-    """All points by name."""
+    """All points of a model or a pipeline, by name."""
     found = {}
     for component, model in models_of(inspected).items():
         front = "" if component in (None, "transformer") else f"{component}."
@@ -256,7 +256,7 @@ def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[
 
 
 class _Look:
-    """What happens when a module is called: all targets on one side of it are handled."""
+    """Handles all targets on one side of a module when it is called."""
 
     def __init__(self, module: nn.Module, targets: Sequence[Target], handle: Handler, tracker: Tracker) -> None:
         self.module, self.targets, self.handle, self.tracker = module, targets, handle, tracker

@@ -1,4 +1,4 @@
-"""A tensor whose every place has a name: which step, branch, sample, head, token."""
+"""A tensor whose dimensions have names and whose places have labels: step, branch, sample, head, token."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Labelled:
     """Values with a name for every dimension and a label for every place along it.
 
     Args:
-        values: any shape.
-        axes: labels by name of the dimension, in order.
+        values: a tensor of any shape.
+        axes: the labels along each dimension, by its name, in the order of the dimensions.
         notes: more labels along a dimension: name -> (dimension, labels), such as sigma along step.
     """
 
@@ -51,7 +51,7 @@ class Labelled:
         return tuple(self.axes)
 
     def labels(self, name: str) -> tuple[Any, ...]:
-        """Along a dimension, or of a note.
+        """The labels along a dimension, or those of a note.
 
         Raises:
             ValueError: there is none of that name.
@@ -73,7 +73,7 @@ class Labelled:
         return found
 
     def mean(self, name: str) -> Labelled:
-        """Averaged along a dimension, which is gone."""
+        """The mean along a dimension, which the result does not have."""
         values = self.values.mean(self._place(name))
         return Labelled(values, {n: v for n, v in self.axes.items() if n != name}, self._notes_without(name))
 

@@ -21,10 +21,10 @@ class Row(NamedTuple):
     """One point in a listing."""
 
     name: str
-    axes: tuple[str, ...]  # of the shape, after the batch
+    axes: tuple[str, ...]  # names of the dimensions after the batch
     shape: tuple[int, ...]
     dtype: torch.dtype
-    bytes: int  # of one call of the model
+    bytes: int  # size of the value of one call of the model
 
 
 class PointList(list[Row]):
@@ -39,7 +39,7 @@ class PointList(list[Row]):
 
     @property
     def names(self) -> list[str]:
-        """Of all points."""
+        """The names of all points."""
         return [row.name for row in self]
 
 
@@ -53,17 +53,17 @@ def points(
     batch: int = 1,
     stream: Stream | None = None,
 ) -> PointList:
-    """What can be looked into, with shapes and bytes for a picture of a size; nothing is computed.
+    """The points of a model with their shapes and bytes, for a picture of some size; nothing is computed.
 
-    Attention patterns count as if all rows were kept, in float32.
+    An attention pattern counts with all its rows, in float32.
 
     Args:
         model: a pipeline (names then begin with "transformer.", "clip_l.", "t5.", "vae.", ...) or one of its models.
         patterns: globs over names.
-        height, width: of the picture in pixels; None is what the model draws by default (1024 for a VAE alone).
-        text_tokens: that the transformer reads, or the text encoder that is listed; None is their default.
-        batch: rows of the model's batch. In a pipeline with guidance each picture takes two in the transformer.
-        stream: "text", "image" or "joint" (where both meet): of the transformer's points.
+        height, width: size of the picture in pixels; None is the model's own size (1024 for a VAE alone).
+        text_tokens: number of tokens that the transformer, or the listed text encoder, reads; None is the default.
+        batch: rows of the model's batch. With guidance, each picture takes two rows of the transformer.
+        stream: lists points of the transformer's "text" or "image" stream alone, or of "joint", where both meet.
 
     Raises:
         ValueError: a glob that matches nothing, or a size that does not fit.

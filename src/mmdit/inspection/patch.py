@@ -1,4 +1,4 @@
-"""Changing what passes inside of models while they run."""
+"""`patch`: change what passes inside models while they run."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Ablation = Literal["zero", "mean", "resample"]
 
 
 class At(NamedTuple):
-    """Where a change is made."""
+    """The place of a change."""
 
-    name: str  # of the point
+    name: str  # name of the point
     label: Label
     axes: tuple[str, ...]  # after the samples
     picked: Picked  # out of `whole`
@@ -63,7 +63,7 @@ def patch(
     channels: Numbers | None = None,
     stream: Stream | None = None,
 ) -> Iterator[None]:
-    """Within it, the points have other values; everything is as it was afterwards, whatever happens.
+    """Inside, and in this thread alone, the points have other values; afterwards everything is as it was.
 
         with mmdit.patch(pipe, "joint_blocks.1.x_block.attn.z", ablate="zero", heads=[2], steps=slice(0, 5)):
             pipe("a red circle", seed=1)
@@ -76,8 +76,8 @@ def patch(
         replace: values that broadcast to [samples, axes]; or a capture of another run, at the same points, steps and
             branches (of one call, it is used in every step; of one sample, for every sample).
         ablate: "zero"; "mean" over samples and tokens; "resample": the value of the sample before, in the same batch.
-        source: of the mean, or of what is resampled: a capture of other runs.
-        scale: factor.
+        source: a capture of other runs, whose mean is taken or whose values are resampled.
+        scale: a factor, a number or a tensor that broadcasts to [samples, axes].
         add: a direction, such as [channels], times a strength.
         swap: two samples of the batch change places.
         skip: blocks pass on what they read. They compute nevertheless: `skip_layers` of the transformer is faster.
@@ -107,7 +107,7 @@ def patch(
 
 
 class _Patcher:
-    """What a patch does when models run."""
+    """Changes values while models run."""
 
     def __init__(self, model: Inspected, targets: Sequence[Target], address: Address, change: Change) -> None:
         self.targets, self.address, self.change = targets, address, change
@@ -115,7 +115,7 @@ class _Patcher:
         self.ran, self.applied = False, False
 
     def plan(self, drawing: Drawing) -> None:
-        """A drawing begins: is the patch for any of it?"""
+        """A drawing begins: raise ValueError if no part of it is meant."""
         if all(target.model is self.transformer for target in self.targets):
             self.address.meant(drawing)
 
@@ -164,7 +164,7 @@ class Repatterned(Attended):
 
     Args:
         before: the attention that it was.
-        rows: whose pattern is another one.
+        rows: rows of the batch that have another pattern.
         changed: this pattern, [rows, n, l, m].
         output: [b, n, l, d].
     """
@@ -190,7 +190,7 @@ class Repatterned(Attended):
 
 
 def _checked(change: Change, part: Tensor, at: At) -> Tensor:
-    """What takes the part's place, of its shape."""
+    """The new part, in the shape of the old one."""
     found = change(part, at)
     if found is None:  # as from a hook of torch: unchanged, or changed in place
         return part
@@ -330,6 +330,6 @@ def _blocks(model: Inspected, patterns: str | Sequence[str]) -> list[str]:
 
 
 def _names(end: str) -> list[str]:
-    """What the block that ends there is called: one stream's part of it, and the whole."""
+    """The names of the block that ends there: one stream of it, and the whole block."""
     part = end.removesuffix(".resid_post")
     return [part, part.removesuffix(".context_block").removesuffix(".x_block")]

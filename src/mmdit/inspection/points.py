@@ -16,7 +16,7 @@ Side = Literal["input", "output"]
 Layout = Literal["vector", "tokens", "heads", "split", "joint", "pattern", "by_head", "map"]
 Stream = Literal["text", "image", "joint"]
 
-# What the dimensions after the batch are, in the form in which a point is shown. As it passes it may lie otherwise:
+# Names of the dimensions after the batch, in the form in which a point is shown. What passes may lie otherwise:
 # "heads" is [b, l, heads x d], "split" is [b, l, heads, d]. "pattern" and "by_head" are computed from what passes.
 AXES: Final[dict[Layout, tuple[str, ...]]] = {
     "vector": ("channel",),
@@ -48,7 +48,7 @@ class Point(NamedTuple):
     chunk: Chunk | None = None
     layout: Layout = "tokens"
     heads: int = 1
-    stream: Stream | None = None  # whose tokens they are
+    stream: Stream | None = None  # the stream that the tokens belong to
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ class Point(NamedTuple):
 
 
 def point_table(config: MMDiTConfig) -> dict[str, Point]:
-    """All points of a model of this config, by name, about in the order in which a forward passes them."""
+    """All points of an MMDiT by name, roughly in the order in which a forward passes them."""
     points = [Point(name, name, "output", layout="vector") for name in ("t_embedder", "y_embedder")]
     points += [Point("x_embedder", "x_embedder", "output", stream="image")]
     points += [Point("context_embedder", "context_embedder", "output", stream="text")]
@@ -102,7 +102,7 @@ def _stream_points(heads: int, block: str, stream: str, argument: int, *, ends: 
 
 
 def _attention(name: str, heads: int, stream: Stream, *, ends: bool = False) -> list[Point]:
-    """Of one stream; `out_by_head` is what each head adds to `out`, which is their sum and the bias."""
+    """Points of the attention of one stream; `out` is the sum of `out_by_head` over heads, plus the bias."""
     points = [Point(f"{name}.in", f"{name}.qkv", "input", stream=stream)]
     points += [
         Point(f"{name}.{part}", f"{name}.qkv", "output", 0, Chunk(i, 3), "heads", heads, stream)
@@ -122,7 +122,7 @@ def _attention(name: str, heads: int, stream: Stream, *, ends: bool = False) -> 
 
 
 def _attend(name: str, heads: int, stream: Stream) -> list[Point]:
-    """Of attention itself, over all tokens that meet in it; text tokens come first."""
+    """Points of attention itself, over the tokens of both streams; text tokens come first."""
     points = [Point(f"{name}.{part}", name, "input", i, None, "joint", heads, stream) for i, part in enumerate("qkv")]
     points += [Point(f"{name}.pattern", name, "output", 0, None, "pattern", heads, stream)]
     return [*points, Point(f"{name}.z", name, "output", 0, None, "joint", heads, stream)]
@@ -153,7 +153,7 @@ def t5_points(config: T5Config) -> dict[str, Point]:
 
 
 def vae_points(config: VAEConfig) -> dict[str, Point]:
-    """All points of both halves of a VAE; every value is a map [b, channels, rows, columns]."""
+    """All points of the encoder and the decoder of a VAE; every value is a map [b, channels, rows, columns]."""
     levels, points = len(config.widths), [_out("encoder.conv_in")]
     for i in range(levels):
         for j in range(config.blocks_per_level):

@@ -1,4 +1,4 @@
-"""What is kept of a value instead of all of it. Reducers run inside the layer; attention patterns pass row by row.
+"""Reducers: what a capture keeps instead of a whole value. They run inside the layer; patterns come row by row.
 
 Each takes [b, axes] and gives [b, fewer axes]. `running` joins all calls into one.
 """
@@ -22,12 +22,12 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 
 
 class View(NamedTuple):
-    """What a reducer is shown: names of the dimensions after the batch; and of attention patterns, which rows."""
+    """Describes what a reducer is given: the names of its dimensions, and the rows of an attention pattern."""
 
     axes: tuple[str, ...]
     text_tokens: int = 0  # that come before the image's where both meet
     queries: Tensor | None = None  # numbers of the tokens that the rows are of; None: no pattern
-    all_queries: Tensor | None = None  # of the whole pattern, which comes in blocks of rows
+    all_queries: Tensor | None = None  # the tokens of the whole pattern, which comes in blocks of rows
     keys: Tensor | None = None  # numbers of the tokens that the columns are of
 
     def axis(self, name: str) -> int:
@@ -43,14 +43,14 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Reducer:
-    """What becomes of a value.
+    """A function of a value, and how its results are put together.
 
     Args:
         name: for errors and files.
         apply: [b, axes] to another tensor [b, ...] and the names of its dimensions after the batch.
         join: how results of blocks of rows of an attention pattern become one, where the rows are reduced away.
         merge: how results of several samples and calls become one; None: they do not.
-        labels: of places along dimensions that the reducer makes.
+        labels: labels along dimensions that the reducer makes.
         exact: the result is kept in its own dtype.
         running: merge samples and calls.
     """
@@ -73,7 +73,7 @@ def reduced_pattern(reducer: Reducer | None, attended: Attended, view: View) -> 
     Args:
         reducer: None gives the pattern.
         attended: the rows of the batch and the heads that are meant. All keys count, `view.keys` are shown.
-        view: of the pattern; its `all_queries` are the tokens whose rows are meant.
+        view: describes the pattern; its `all_queries` are the tokens whose rows are meant.
 
     Raises:
         ValueError: the reducer cannot do without all rows at once.
@@ -193,7 +193,7 @@ def moments(name: str = "channel") -> Reducer:
 
 
 def histogram(edges: Sequence[float] | Tensor) -> Reducer:
-    """How many values lie below the first edge, between each two, above the last: [b, edges + 1].
+    """The number of values below the first edge, between each two edges, and above the last: [b, edges + 1].
 
     An edge counts with those below it.
     """
@@ -228,7 +228,7 @@ def chain(*reducers: Reducer) -> Reducer:
 
 
 def running(reducer: Reducer) -> Reducer:
-    """The same over all samples and calls of a branch: one result that does not grow.
+    """The reducer over all samples and calls of a branch: one result that does not grow.
 
     Raises:
         ValueError: of a reducer whose results do not add up: those that do are max_abs, moments and histogram.
@@ -245,7 +245,7 @@ def running(reducer: Reducer) -> Reducer:
 
 
 def _joint_moments(a: Tensor, b: Tensor) -> Tensor:
-    """Of two groups, the moments along the last dimension but one (Chan, Golub & LeVeque 1979)."""
+    """The moments of two groups as one, along the last dimension but one (Chan, Golub & LeVeque 1979)."""
     (n, mean_a, var_a), (m, mean_b, var_b) = a.unbind(-2), b.unbind(-2)
     count, gap = n + m, mean_b - mean_a
     average = mean_a + gap * (m / count)

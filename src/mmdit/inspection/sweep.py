@@ -1,4 +1,4 @@
-"""One patch after the other, each measured: which block, head or step decides."""
+"""`sweep`: one patch after the other, each measured, to find the block, head or step that decides."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def sweep(
 def _places(
     model: Inspected, patterns: str | Sequence[str] | Mapping[str, str | Sequence[str]], *, skip: bool
 ) -> dict[str, list[str]]:
-    """What is patched together, by label."""
+    """The globs that are patched together, by label."""
     if isinstance(patterns, Mapping):
         return {label: [globs] if isinstance(globs, str) else list(globs) for label, globs in patterns.items()}
     if skip:
@@ -79,7 +79,7 @@ def _places(
 
 
 def _measured(result: Any) -> Tensor:
-    """What `run` gave, as a tensor on the CPU."""
+    """The result of `run` as a tensor on the CPU."""
     try:
         return torch.as_tensor(result).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""How a point's value lies where it passes, and the form [batch, axes] in which it is shown."""
+"""The value of a point as it passes a module, the form [batch, axes] in which it is shown, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Passing:
         return cast(Tensor, self.output if isinstance(self.output, Tensor) else self.output[point.argument])
 
     def put(self, point: Point, raw: Tensor) -> None:
-        """Another tensor in its place."""
+        """Put another tensor in its place."""
         self.changed = True
         if point.side == "input":
             taken, argument = len(self.args), point.argument
@@ -77,7 +77,7 @@ def put_back(point: Point, passing: Passing, value: Tensor) -> None:
 
 
 def by_head(projection: nn.Module, z: Tensor, heads: int) -> Tensor:
-    """What each head adds to the output of a projection, [b, heads, l, out]; their sum and the bias are the output.
+    """What each head adds to the output of a projection, [b, heads, l, out]; the output is their sum plus the bias.
 
     Args:
         projection: a Linear; float8 weights count with the values they stand for.
@@ -90,7 +90,7 @@ def by_head(projection: nn.Module, z: Tensor, heads: int) -> Tensor:
 
 
 class Kept(NamedTuple):
-    """What is kept of a value: [samples, axes]."""
+    """The part of a value that is kept, [samples, axes]."""
 
     value: Tensor
     axes: tuple[str, ...]

@@ -77,7 +77,7 @@ def _check_prompts(read: Conditioning) -> None:
 
 
 def _occurrences(word: str, prompt: str) -> list[tuple[int, int]]:
-    """Where a word stands in a prompt: characters [start, stop) of each occurrence that is asked for."""
+    """The characters [start, stop) of each occurrence of a word in a prompt that is asked for."""
     found = list(_found(word, prompt))
     numbered = re.fullmatch(r"(.+)#([1-9]\d*)", word)
     if found or numbered is None:
@@ -111,7 +111,7 @@ def _special(word: str, spans: Sequence[TokenSpan], encoder: Encoder, length: in
 
 
 class Mix(NamedTuple):
-    """How words take part in the tokens of one prompt."""
+    """Which of some text tokens stand for which word, in one prompt."""
 
     tokens: Tensor  # their positions in the context, [m]
     counts: Tensor  # [words, m]: 1 where a token stands for the word; NaN in the row of a word without tokens

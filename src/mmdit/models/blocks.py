@@ -57,7 +57,7 @@ class StreamBlock(nn.Module):
         return x + _gated(m[1], self.mlp(modulate(self.norm2(x), m[1])))
 
     def modulations(self, c: Float[Tensor, "b d"]) -> tuple[Modulation, ...]:
-        """For attention; for the MLP; for the second attention: as many as the stream has."""
+        """The modulation of attention, of the MLP and of the second attention, as far as the stream has them."""
         parts = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
         return tuple(Modulation(*parts[i : i + 3]) for i in range(0, self.chunks, 3))
 

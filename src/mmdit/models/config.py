@@ -1,4 +1,4 @@
-"""What an MMDiT is made of, read off the shapes of its tensors."""
+"""The config of an MMDiT, inferred from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ class MMDiTConfig:
     mlp_dim: int | None = None  # None: 4 x hidden_size
     qk_norm: Literal["rms"] | None = "rms"
     dual_attention_blocks: tuple[int, ...] = ()  # blocks whose image stream has a second attention (MMDiT-X)
-    sample_size: int | None = None  # side in latent cells that it draws by default; None: 128, or all the table holds
+    sample_size: int | None = (
+        None  # side of the default picture in latent cells; None: 128, or the whole position table
+    )
 
     def __post_init__(self) -> None:
-        """Raise ValueError, with the numbers, where they cannot describe a model."""
+        """Raise ValueError, with the numbers, where no model can have them."""
         for name in ("depth", "hidden_size", "context_dim", "pooled_dim", "pos_embed_size", "head_dim", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"MMDiTConfig.{name} must be at least 1, got {getattr(self, name)}")
@@ -96,7 +98,7 @@ class MMDiTConfig:
 
 
 class _Needed(dict[str, tuple[int, ...]]):
-    """Shapes whose absence is explained."""
+    """Shapes by key; a key that is missing is an error that names it."""
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
         super().__init__({key: tuple(shape) for key, shape in shapes.items()})

@@ -1,4 +1,4 @@
-"""The small parts of an MMDiT; attribute names are the official checkpoint keys."""
+"""The layers of an MMDiT; attribute names are the official checkpoint keys."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class SelfAttention(nn.Module):
 
         Args:
             x: the normalised, modulated tokens of the stream.
-            meet: attends; of the joint attention, the other stream takes part inside.
+            meet: computes attention; in joint attention the other stream takes part inside it.
         """
         z = meet(self.project_in(x))
         return None if self.pre_only else self.project_out(z)
@@ -106,7 +106,7 @@ class Mlp(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What adaLN makes of the conditioning vector for one sublayer, each [b, d]."""
+    """Shift, scale and gate of one sublayer, which adaLN computes from the conditioning vector; each [b, d]."""
 
     shift: Tensor
     scale: Tensor

@@ -14,7 +14,7 @@ from mmdit.models.layers import FinalLayer, PatchEmbed, TimestepEmbedder, Vector
 
 
 class MMDiT(nn.Module):
-    """Predicts the velocity of a latent under a text (Esser et al. 2024, arXiv 2403.03206).
+    """Predicts the velocity of a latent, given a text (Esser et al. 2024, arXiv 2403.03206).
 
     Parameter names are those of the official files without their prefix. See `MMDiTConfig` for the variants and
     `mmdit.load_mmdit` to read a checkpoint.
@@ -46,12 +46,13 @@ class MMDiT(nn.Module):
         """The velocity (noise minus picture) at each cell of the latent.
 
         Args:
-            latent: height and width must be multiples of the patch size and fit the position table.
+            latent: latents in model space; height and width are multiples of the patch size and fit the position
+                table.
             timestep: 1000 x sigma, one per sample.
-            context: text tokens.
-            pooled: pooled text vector.
+            context: text tokens, of width `config.context_dim`.
+            pooled: the pooled text vector, of width `config.pooled_dim`.
             control: one residual [b, l, hidden_size] or None per block, added to the image tokens after it.
-            skip_layers: blocks that both streams pass by (skip-layer guidance); their residual is still added.
+            skip_layers: numbers of blocks that are left out (skip-layer guidance); their control is still added.
 
         Raises:
             ValueError: a size, width or block number does not fit the config.
@@ -68,7 +69,7 @@ class MMDiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c), *latent.shape[2:])
 
     def cropped_pos_embed(self, height: int, width: int) -> Float[Tensor, "1 l d"]:
-        """The middle of the position table, for a latent of `height` x `width` cells."""
+        """The centre of the position table, for a latent of `height` x `width` cells."""
         side, patch = self.config.pos_embed_size, self.config.patch_size
         rows, columns = height // patch, width // patch
         top, left = (side - rows) // 2, (side - columns) // 2
@@ -76,7 +77,7 @@ class MMDiT(nn.Module):
         return table[:, top : top + rows, left : left + columns].flatten(1, 2)
 
     def unpatchify(self, tokens: Float[Tensor, "b l p"], height: int, width: int) -> Float[Tensor, "b o h w"]:
-        """Tokens of (row, column, channel) within their patch, put back in their places."""
+        """The cells of a latent, from tokens that each hold (row, column, channel) of one patch."""
         patch = self.config.patch_size
         cells = tokens.unflatten(2, (patch, patch, -1)).unflatten(1, (height // patch, width // patch))
         return torch.einsum("bhwpqc->bchpwq", cells).flatten(4, 5).flatten(2, 3)

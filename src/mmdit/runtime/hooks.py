@@ -19,11 +19,11 @@ class Hook(NamedTuple):
     """A function that is called before or after each call of a module.
 
     Args:
-        module: whose calls.
+        module: the module that is called.
         side: "input" calls `call` as a `Before`, "output" as an `After`.
         call: what is called; it may change what the module reads or gives.
         first: before the hooks that the module has already.
-        always: of side "output": also when the module raises.
+        always: for side "output": also call it when the module raises.
     """
 
     module: nn.Module
