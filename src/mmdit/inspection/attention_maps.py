@@ -73,9 +73,9 @@ def attention_maps(
 
     Args:
         pipe: a pipeline; its transformer is watched.
-        words: words or phrases of the prompt, in any case; all occurrences and all tokens of a word count together.
-            "word#2" is its second occurrence; "<bos>", "<eos>" and "<pad>" are the tokens around. None is every word of the
-            prompts, () none.
+        words: words or phrases of the prompt, in any case; all occurrences and tokens of a word count together.
+            "word#2" is its second occurrence; "<bos>", "<eos>" and "<pad>" are the tokens around. None is every word of
+            the prompts, () none.
         blocks, steps: numbers; None is all.
         branch: the branch of guidance: "cond", "uncond", "skip" or "perturbed".
         heads: keep the mean over heads, or each head.
