@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib.util import find_spec
 from operator import index
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, SupportsFloat, SupportsIndex, TypeVar
+from typing import Any, ParamSpec, SupportsFloat, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 _CPU_WORDS = ("tried to allocate", "allocate memory", "size calculation overflowed", "multiplication overflow")
 Item = TypeVar("Item")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def bar(items: Iterable[Item], total: int | None, shown: bool | None) -> Iterator[Item]:
-    """The items, counted by a bar; None shows it in terminals and notebooks and not in files and pipes."""
+    """The items, counted by a progress bar.
+
+    Args:
+        items: what is counted.
+        total: their number, if it is known.
+        shown: None shows the bar in terminals and notebooks, not in files and pipes, and never where the environment
+            variable TQDM_DISABLE is set.
+    """
     if shown is None:
-        shown = "ipykernel" in sys.modules or sys.stderr.isatty()
-    yield from tqdm(items, total=total, disable=not shown)
+        shown = ("ipykernel" in sys.modules or sys.stderr.isatty()) and not os.environ.get("TQDM_DISABLE")
+    if not shown:
+        yield from items
+    elif "ipykernel" in sys.modules and find_spec("ipywidgets") is not None:
+        from tqdm.notebook import tqdm as in_notebook  # noqa: PLC0415 # it warns where ipywidgets is missing
+
+        yield from in_notebook(items, total=total)
+    else:
+        yield from tqdm(items, total=total)
 
 
 def whole(name: str, value: SupportsIndex, least: int) -> int:
@@ -82,6 +102,23 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def checks_names(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let a function refuse a keyword argument that it does not have with the nearest names that it has."""
+    known = [name for name, one in inspect.signature(function).parameters.items() if one.kind != one.VAR_KEYWORD]
+
+    @functools.wraps(function)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if wrong := [name for name in kwargs if name not in known]:
+            near = get_close_matches(wrong[0], known, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise TypeError(
+                f"{function.__name__}() has no argument {wrong[0]!r}; {hint}Its arguments are {', '.join(known)}"
+            )
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def taken(value: Tensor, axis: int, places: Tensor | None) -> Tensor:

@@ -31,6 +31,7 @@ from mmdit.pipeline.passes import Watcher
 from mmdit.runtime.compiled import refuse_compiled
 from mmdit.runtime.hooks import Hook, hooks, listening
 from mmdit.runtime.precision import full_float32
+from mmdit.utils import checks_names
 from samplers import pick
 
 Heads = Literal["mean", "each"]
@@ -45,6 +46,7 @@ class Watched(Protocol):
     watchers: list[Watcher]
 
 
+@checks_names
 @contextmanager
 def attention_maps(
     pipe: Watched,

@@ -27,12 +27,14 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Drawing
 from mmdit.pipeline.steps import PipelineSteps
 from mmdit.runtime.hooks import listening
+from mmdit.utils import checks_names
 
 Reduce = Reducer | Mapping[str, Reducer] | None
 Wrong = Callable[..., Any] | str  # taken for a reducer by mistake, and refused with what to write instead
 BUDGET = "4 GB"
 
 
+@checks_names
 @contextmanager
 def capture(
     model: Inspected,
@@ -285,11 +287,11 @@ def _reducer(given: object) -> Reducer:
     made = [name for name, one in vars(reducers).items() if _makes_reducers(one)]
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
     near = get_close_matches(name, made, n=1, cutoff=0.8)
-    hint = f"mmdit.reducers.{near[0]}(...) makes one" if near else f"mmdit.reducers has {', '.join(made)}"
-    raise TypeError(
-        f"reduce= takes a reducer, got {given!r}; {hint}: write it with its parentheses. A function of your own goes "
-        "into mmdit.reducers.Reducer(name, apply)"
-    )
+    if near:
+        hint = f"write mmdit.reducers.{near[0]}(...), with its parentheses, which makes one"
+    else:
+        hint = f"mmdit.reducers has {', '.join(made)}; a function of your own goes into its Reducer(name, apply)"
+    raise TypeError(f"reduce= takes a reducer, got {given!r}; {hint}")
 
 
 def _makes_reducers(one: object) -> bool:

@@ -20,6 +20,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.steps import PipelineSteps
 from mmdit.runtime.compiled import refuse_compiled
 from mmdit.runtime.hooks import Hook, hooks
+from mmdit.utils import checks_names
 
 
 class Concepts:
@@ -94,6 +95,7 @@ class ConceptTokens(Strategy):
         return Attended(Joint(), q, k, v, whole)
 
 
+@checks_names
 @contextmanager
 def concept_tokens(
     model: Inspected,

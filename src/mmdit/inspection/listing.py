@@ -14,7 +14,7 @@ from mmdit.inspection.points import Stream
 from mmdit.inspection.views import Passing, shown
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.steps import PipelineSteps
-from mmdit.utils import whole
+from mmdit.utils import checks_names, whole
 
 
 class Row(NamedTuple):
@@ -43,6 +43,7 @@ class PointList(list[Row]):
         return [row.name for row in self]
 
 
+@checks_names
 def points(
     model: Inspected,
     patterns: str | Sequence[str] = "*",

@@ -19,7 +19,7 @@ from mmdit.models.attention import Attended
 from mmdit.pipeline.passes import Drawing
 from mmdit.pipeline.steps import PipelineSteps
 from mmdit.runtime.hooks import listening
-from mmdit.utils import taken
+from mmdit.utils import checks_names, taken
 from samplers import pick
 
 Ablation = Literal["zero", "mean", "resample"]
@@ -40,6 +40,7 @@ class At(NamedTuple):
 Change = Callable[[Tensor, At], Any]
 
 
+@checks_names
 @contextmanager
 def patch(
     model: Inspected,

@@ -1,8 +1,8 @@
-"""Pictures of what was measured: thin functions from arrays to a matplotlib `Figure` (extra `plots`).
+"""Figures of what was measured: thin functions from arrays to a matplotlib `Figure` (extra `plots`).
 
-Every axis says what it counts and in which unit. Colour maps are viridis and cividis, lines are Okabe and Ito's
-colours, all of which the colour-blind tell apart. Figures belong to the caller: save with `figure.savefig(path)`; in a
-notebook the last value of a cell shows itself.
+Every axis says what it counts and in which unit. Colour maps are viridis and cividis, and lines have the colours of
+Okabe and Ito, which colour-blind people can tell apart. Figures belong to the caller: `figure.savefig(path)` saves one,
+and in a notebook the last value of a cell is shown.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def heat_maps(
         picture: RGB, [h, w, 3] or [3, h, w], in [0, 1] or uint8; or a PIL picture.
         maps: by title, [rows, columns] of any size: each covers the whole picture.
         label: what the numbers are, with their unit.
-        columns: maps in a line.
-        shared: one scale of colours for all, to compare their sizes; else each has its own.
-        title: above all.
+        columns: number of maps in a line.
+        shared: one scale of colours for all maps, to compare them; otherwise each map has its own.
+        title: title of the figure.
 
     Raises:
         ValueError: a map or the picture has another shape, or there is no map.
@@ -71,17 +71,17 @@ def layer_step_grid(
     across: str = "step",
     down: str = "block",
 ) -> Figure:
-    """One number for every layer and step.
+    """A grid with one number for every layer and step.
 
     Args:
         values: [steps, layers].
         label: what the numbers are, with their unit.
-        steps, layers: names of the places; None counts them.
-        title: above.
+        steps, layers: names along the two axes; None counts from 0.
+        title: title of the figure.
         across, down: what the axes count.
 
     Raises:
-        ValueError: another shape, or as many names as there are no places.
+        ValueError: `values` has another shape, or the number of names does not fit it.
     """
     array = _array(values, 2, "values")
     figure, [[axis]] = _grid(1, 1, side=4.0)
@@ -100,16 +100,16 @@ def head_grid(
     columns: int = 8,
     titles: Sequence[str] | None = None,
 ) -> Figure:
-    """The map of every head, on one scale of colours.
+    """The maps of all heads, on one scale of colours.
 
     Args:
         maps: [heads, rows, columns].
         label: what the numbers are, with their unit.
-        columns: heads in a line.
-        titles: one per head; None counts them.
+        columns: number of heads in a line.
+        titles: one per head; None counts from 0.
 
     Raises:
-        ValueError: another shape or number.
+        ValueError: `maps` has another shape, or the number of titles does not fit it.
     """
     array = _some(_array(maps, 3, "maps"), "heads")
     names = [f"head {i}" for i in range(len(array))] if titles is None else list(titles)
@@ -132,10 +132,10 @@ def spectra(values: Mapping[str, Any], *, label: str = "singular value", relativ
     Args:
         values: by name, [n] of any order and length.
         label: what they are.
-        relative: by the largest of each.
+        relative: divide each spectrum by its largest value.
 
     Raises:
-        ValueError: another shape, or none.
+        ValueError: a spectrum has another shape, or there is none.
     """
     figure, [[axis]] = _grid(1, 1, side=4.0)
     for (name, one), style in zip(_some(values, "spectra").items(), _styles(len(values)), strict=True):
@@ -164,13 +164,13 @@ def error_by_layer(
     Args:
         values: by name, [layers].
         label: what the numbers are, with their unit, such as "error / bfloat16's" or "signal to noise, dB".
-        layers: their names; None counts them.
+        layers: names of the layers; None counts from 0.
         intervals: by name, [2, layers], the lowest and highest value.
-        log: a logarithmic axis.
-        across: what the axis counts.
+        log: use a logarithmic axis.
+        across: what the axis of layers counts.
 
     Raises:
-        ValueError: another shape, lengths that differ, or nothing.
+        ValueError: a line has another shape or length than the others, or there is none.
     """
     figure, [[axis]] = _grid(1, 1, side=4.0)
     arrays = {name: _array(one, 1, name) for name, one in _some(values, "lines").items()}
@@ -195,6 +195,12 @@ def _pyplot() -> Any:
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install "mmdit-lab[plots]"') from error
     return matplotlib.pyplot
+
+
+def _ticker() -> Any:
+    import matplotlib.ticker
+
+    return matplotlib.ticker
 
 
 def _grid(rows: int, columns: int, *, side: float) -> tuple[Figure, list[list[Axes]]]:
@@ -223,6 +229,8 @@ def _only(used: Sequence[Axes], axes: Sequence[Sequence[Axes]], unit: str) -> No
                 axis.remove()
     for axis in used:
         axis.tick_params(labelsize="x-small")
+        for one in (axis.xaxis, axis.yaxis):  # places are whole: no tick at 0.5
+            one.set_major_locator(_ticker().MaxNLocator("auto", integer=True))
     for axis in {id(line[0]): line[0] for line in axes if line[0] in used}.values():
         axis.set_ylabel(f"row, {unit}", fontsize="small")
     lowest = {place: axis for line in axes for place, axis in enumerate(line) if axis in used}
@@ -264,7 +272,10 @@ def _array(values: Any, dimensions: int, what: str) -> NDArray[np.float64]:
     """Any tensor or list as float numbers."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
-    array = np.asarray(values, dtype=np.float64)
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be numbers of one shape, got {type(values).__name__}") from error
     if array.ndim != dimensions:
         raise ValueError(f"{what} must have {dimensions} dimensions, got shape {list(array.shape)}")
     return array
