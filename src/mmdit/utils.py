@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 import secrets
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence

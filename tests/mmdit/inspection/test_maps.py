@@ -164,7 +164,7 @@ def test_gradients_are_those_without_maps():
     read, x = pipe.encode(PROMPTS[0], max_sequence_length=16), pipe.noise(1, height=64, width=64).requires_grad_()
 
     def gradient():
-        return torch.autograd.grad(pipe.predict(x, 0.7, [read])[0].square().sum(), x)[0]
+        return torch.autograd.grad(pipe.predict(x, 0.7, [Branch(read)])[0].square().sum(), x)[0]
 
     plain = gradient()
     with attention_maps(pipe, "circle") as maps:

@@ -205,12 +205,11 @@ def interrupted(make, at):
 def test_an_interrupt_between_two_lines_of_the_entry_leaves_nothing(demo, way):
     vectors = torch.randn(2, 48).double()
     small = model()
-    pattern = "joint_blocks.1.attend.pattern"
     make = {
         "listening": lambda: listening(demo.watchers, print),
         "perturbed": lambda: perturbed(small, (0, 1), TEXT),
-        "capture": lambda: mmdit.capture(small, [pattern, "joint_blocks.1.x_block.resid_post"]),
-        "patch": lambda: mmdit.patch(small, [pattern, "joint_blocks.1.x_block.resid_post"], scale=2.0),
+        "capture": lambda: mmdit.capture(small, POST),
+        "patch": lambda: mmdit.patch(small, "joint_blocks.1.attend.pattern", scale=2.0),
         "maps": lambda: mmdit.attention_maps(demo, "circle", blocks=[1, 2]),
         "concepts": lambda: mmdit.concept_tokens(small, vectors),
     }[way]
