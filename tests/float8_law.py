@@ -1,4 +1,4 @@
-"""What DESIGN says of float8 tensors, computed by hand in numpy and ml_dtypes: no code of ours takes part."""
+"""The formulas of float8 tensors (DESIGN.md) in numpy and ml_dtypes, without our own code."""
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +41,7 @@ def decoded(codes: Tensor, format: str) -> Tensor:
 
 
 def _nearest(values: np.ndarray, format: str) -> np.ndarray:
-    """By search among all codes, ties to even; ml_dtypes takes float64 through float32 and rounds twice."""
+    """The nearest of all codes, ties to even; ml_dtypes takes float64 through float32 and rounds twice."""
     table = np.arange(128, dtype=np.uint8).view(NUMPY[format]).astype(np.float64)
     table = table[np.isfinite(table)]
     middle = (table[1:] + table[:-1]) / 2

@@ -1,4 +1,4 @@
-"""Every kind of recipe, and weights of it."""
+"""Recipes of every kind, and weights that are quantized by them."""
 
 import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -18,6 +19,7 @@ _HAS_TRITON = find_spec("triton") is not None
 LONG = 4096  # values in a row; longer rows are quantized by one operation that a compiler does not split
 # Values of a result; cuBLAS has no fast accumulation for smaller results of long sums under scales per row.
 _SMALL = 2**17
+PIECE = 2**22  # values of a weight that are dequantized at a time where there is no native matmul: 16 MB of float32
 Runs = Literal["native", "emulated", "dequantized", "refused"]
 
 
@@ -189,8 +191,12 @@ def _forward(
     runs, why = backend_of(recipe, x.device, x.dtype, (out, width))
     if runs == "refused":
         raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
-    if runs == "dequantized":
+    if runs == "dequantized" and _at_once(qdata):
         return F.linear(x, values_of(qdata, scale, recipe.format, x.dtype), bias)
+    if runs == "dequantized":
+        pieces = _pieces(qdata, scale, recipe.format, x.dtype)
+        products = [F.linear(x, weight, None if bias is None else bias[rows]) for rows, weight in pieces]
+        return torch.cat(products, -1)
     multiply = _native if runs == "native" and x.numel() else _emulated
     as_bytes = qdata.dtype == torch.uint8 and multiply is _emulated
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
@@ -263,10 +269,42 @@ def _emulated(
     """The products of codes are exact in float32 (and in TF32); their sum and the scaled result are rounded."""
     wide = torch.promote_types(dtype, torch.float32)
     with _no_autocast(codes.device.type):  # in float16 the sums would overflow
-        sums = from_codes(codes, recipe.activation_format, wide) @ from_codes(qdata, recipe.format, wide).t()
+        factor = from_codes(codes, recipe.activation_format, wide)
+        if _at_once(qdata):
+            sums = factor @ from_codes(qdata, recipe.format, wide).t()
+        else:
+            sums = torch.cat([factor @ weight.t() for _, weight in _pieces(qdata, None, recipe.format, wide)], -1)
     # The weight's scale comes first: it is seldom extreme, so inputs near float32's limits do not over- or underflow.
     y = sums * scale.to(wide).reshape(-1 if scale.ndim else ()) * x_scale.to(wide)
     return (y if bias is None else y + bias.to(wide)).to(dtype)
+
+
+def _at_once(qdata: Tensor) -> bool:
+    """Whether a weight is dequantized as a whole: it is small, or on a GPU, which pays for each launch."""
+    return qdata.is_cuda or qdata.numel() <= PIECE
+
+
+def _pieces(
+    qdata: Tensor, scale: Tensor | None, format: Format, dtype: torch.dtype, along: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """A weight's rows (along 0) or columns (along 1), dequantized some at a time; without a scale, decoded only.
+
+    All pieces, of about PIECE values, are in the same memory, and each is overwritten by the next: pieces with memory
+    of their own would leave holes in the heap that together are as large as the weight.
+    """
+    length = qdata.shape[along]
+    step = max(1, PIECE * length // qdata.numel())
+    wide = torch.promote_types(dtype, torch.float32)
+    memory = torch.empty_like(qdata.narrow(along, 0, step), dtype=wide)
+    rounded = memory if dtype == wide else torch.empty_like(memory, dtype=dtype)
+    for start in range(0, length, step):
+        size = min(step, length - start)
+        codes, into = qdata.narrow(along, start, size), memory.narrow(along, 0, size)
+        into.copy_(from_codes(codes, format, wide) if codes.dtype == torch.uint8 else codes)
+        if scale is not None:
+            into.mul_(scale.narrow(0, start, size) if scale.ndim and not along else scale)
+        piece = rounded.narrow(along, 0, size)
+        yield slice(start, start + size), piece if rounded is memory else piece.copy_(into)
 
 
 class _Linear(torch.autograd.Function):
@@ -289,6 +327,11 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         qdata, scale = ctx.saved_tensors
         of_x, *_, of_bias, _ = ctx.needs_input_grad
-        grad_x = grad @ values_of(qdata, scale, ctx.format, grad.dtype) if of_x else None
+        grad_x = None
+        if of_x and _at_once(qdata):
+            grad_x = grad @ values_of(qdata, scale, ctx.format, grad.dtype)
+        elif of_x:
+            columns = _pieces(qdata, scale, ctx.format, grad.dtype, along=1)
+            grad_x = torch.cat([grad @ weight for _, weight in columns], -1)
         grad_bias = grad.reshape(-1, len(qdata)).sum(0) if of_bias else None
         return grad_x, None, None, None, grad_bias, None

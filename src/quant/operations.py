@@ -209,8 +209,17 @@ def _squeeze(func: Any, x: Float8Tensor, dims: int | Sequence[int] | None = None
 
 @implements(aten.expand.default)
 def _expand(func: Any, x: Float8Tensor, size: Sequence[int], **kwargs: Any) -> Float8Tensor:
-    scale = x.scale.reshape(*[1] * (len(size) - x.ndim), *x.scale.shape) if _per_row(x) else x.scale
-    return x._view(func(x.qdata, size, **kwargs), scale)
+    qdata = func(x.qdata, size, **kwargs)
+    if not _per_row(x):
+        return x._view(qdata, x.scale)
+    new = qdata.ndim - x.ndim
+    own, values = [1] * new + list(x.scale.shape), [1] * new + list(x.shape)
+    # New rows get scales of their own; where all values along a dimension have one scale, it stays one.
+    rows = [
+        length if one == many else one
+        for length, one, many in zip(qdata.shape[:-1], own[:-1], values[:-1], strict=True)
+    ]
+    return x._view(qdata, x.scale.reshape(own).expand(*rows, *own[-1:]))
 
 
 @implements(aten.as_strided.default)

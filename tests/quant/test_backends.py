@@ -1,8 +1,8 @@
-"""Which backend multiplies, and what the native one hands to torch; no GPU is needed.
+"""The choice of the backend, and the arguments that the native one passes to torch; no GPU is needed.
 
-Native runs here with a stand-in for `torch._scaled_mm` that checks its operands as torch's kernels do (2.11 to 2.13:
+The native backend runs with a stand-in for `torch._scaled_mm` that checks operands as torch's kernels do (2.11 to 2.13:
 torch/_meta_registrations.py `_check_scaled_mm_sizes`, aten/src/ATen/native/cuda/ScaledBlas.cpp) and multiplies in
-float64; torch's own registration for fake CUDA tensors is asked too.
+float64; torch's own registration for fake CUDA tensors checks them too.
 """
 
 import itertools
@@ -111,7 +111,7 @@ def scaled_mm(a, b, scale_a, scale_b, bias=None, scale_result=None, out_dtype=No
 
 @pytest.fixture
 def native(monkeypatch):
-    """`auto` takes the stand-in wherever a GPU would take its matmul; the list of its calls."""
+    """`auto` takes the stand-in wherever a GPU would take its matmul; the fixture is the list of its calls."""
     calls = []
     why_not_native = matmul.why_not_native
     pretend(monkeypatch, 9, 0)
@@ -144,7 +144,7 @@ NATIVE = {
 
 
 def close(y, weight, x, bias=None):
-    """One rounding of the result, or of two neighbours, between them; of the bias too where float32 adds it after."""
+    """A bound of one rounding of the result, and of one more where float32 adds the bias after the product."""
     oracle = F.linear(x, emulated(weight), bias)
     assert (y.dtype, y.shape) == (oracle.dtype, oracle.shape)
     torch.testing.assert_close(y, oracle, rtol=2 * torch.finfo(y.dtype).eps, atol=1e-5)
@@ -236,7 +236,7 @@ def test_the_stand_in_is_torchs_own_where_the_cpu_has_one():
 
 @pytest.mark.parametrize("name", [name for name in NATIVE if not name.startswith("row x")])
 def test_torch_takes_it_for_cuda(hopper, name):
-    """By torch's own checks of fake tensors; not "row x ...", where a scale is copied, which needs a CUDA build."""
+    """torch's own checks of fake tensors accept the operands; "row x ..." copies a scale, which needs CUDA."""
     recipe, dtype = NATIVE[name]
     with FakeTensorMode():
         codes = torch.empty(32, 48, dtype=TORCH[recipe.format], device="cuda")

@@ -1,4 +1,4 @@
-"""The bit codec of float8: equal to ml_dtypes, to torch and to a search among all codes, where these could differ.
+"""The bit codec of float8 equals ml_dtypes, torch and a search among all codes, also where these differ.
 
 Codes are compared as integers, without tolerance. Expected codes are those of clamped values: the codec saturates.
 """
@@ -60,13 +60,13 @@ def around_midpoints(format):
 
 
 def beside_midpoints(format):
-    """float64 off a midpoint by less than float32 resolves: whoever passes through float32 rounds a tie instead."""
+    """float64 values off a midpoint by less than float32 resolves: a codec that goes through float32 sees a tie."""
     at = torch.from_numpy(midpoints(format))
     return signed(torch.cat([at * (1 + side * 2.0**-power) for side in (-1, 1) for power in (26, 40, 52)]))
 
 
 def patterns(dtype):
-    """Random bits: all exponents, so mostly out of range, with NaNs of any payload."""
+    """Random bits: all exponents, hence mostly values out of range, and NaNs of any payload."""
     integer = INTEGERS[dtype]
     limits = torch.iinfo(integer)
     return torch.randint(limits.min, limits.max, (50_000,), dtype=integer).view(dtype)
@@ -78,7 +78,7 @@ def in_range(dtype):
 
 
 def subnormals(dtype):
-    """Of the input's dtype: far too small for any code but zero."""
+    """The smallest numbers of the input's dtype, which round to the code of zero."""
     smallest_normal = torch.tensor(torch.finfo(dtype).smallest_normal, dtype=dtype).view(INTEGERS[dtype])
     return signed(torch.randint(0, smallest_normal.item(), (1000,), dtype=INTEGERS[dtype]).view(dtype))
 
@@ -110,11 +110,11 @@ INPUTS = {
 }
 
 
-# What they are held against.
+# The oracles.
 
 
 def clamped(values, format):
-    """NaNs stay as they are, bit by bit, which torch.clamp does not promise."""
+    """Clamped values in which NaNs keep their bits, which torch.clamp does not promise."""
     top = LARGEST[format]
     return values.masked_fill(values > top, top).masked_fill(values < -top, -top)
 
@@ -134,7 +134,7 @@ def by_torch(values, format):
 
 
 def by_search(values, format):
-    """The number of midpoints below |value| is its code; at a midpoint, the even one. Exact in float64."""
+    """A code is the number of midpoints below |value|, and at a midpoint the even one; exact in float64."""
     wide, middle = values.double().numpy(), midpoints(format)
     magnitude = np.abs(wide)
     below, through = np.searchsorted(middle, magnitude, "left"), np.searchsorted(middle, magnitude, "right")
@@ -145,7 +145,7 @@ def by_search(values, format):
 
 
 def wrong(encoder, oracle, format, inputs=tuple(INPUTS)):
-    """`{inputs: values}` whose codes are not the oracle's."""
+    """The inputs whose codes differ from the oracle's, by name."""
     found = {}
     for name in inputs:
         values = INPUTS[name](format)
@@ -173,7 +173,7 @@ def test_encode_is_the_cast_of_others(inputs, oracle, format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_float64_is_not_rounded_twice(format):
-    """Through float32 each of these is a tie and three of six go to the wrong side; beyond the last both saturate."""
+    """Through float32 each of these values is a tie, and three of six are rounded to the wrong side."""
     values = beside_midpoints(format)
     ties = torch.from_numpy(midpoints(format))
     assert torch.isin(values.abs().float().double(), ties).all()
@@ -207,7 +207,7 @@ def test_what_is_too_large_saturates(format):
     assert encode(-values, format).tolist() == [code + 0x80] * 5
 
 
-# Deliberately broken codecs: the comparison above must tell each of them.
+# Deliberately broken codecs: the comparison above must reject each of them.
 
 
 def through(dtype):
@@ -267,7 +267,7 @@ def test_decode_is_that_of_others(dtype, format):
         CODES.view(TORCH[format]).double(),
     ):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=0, equal_nan=True)
-    numbers = ~found.isnan()  # whose sign a cast to bfloat16 loses
+    numbers = ~found.isnan()  # a cast to bfloat16 loses their sign
     assert torch.equal(found.signbit()[numbers], (CODES > 0x7F)[numbers])
 
 
@@ -298,7 +298,7 @@ def test_formats_are_those_of_the_paper(format, bits, bias, numbers):
     assert decode(codes, format).tolist() == list(numbers)
 
 
-# Whatever holds of any numbers.
+# Properties of any numbers.
 
 near = st.floats(-500, 500) | st.floats(-60000, 60000) | st.floats(-(2.0**-5), 2.0**-5)
 numbers = st.lists(near | st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=4)
@@ -331,7 +331,7 @@ def test_negative_is_the_other_sign_bit(values, format):
     assert torch.equal(encode(-tensor, format), encode(tensor, format) ^ 0x80)
 
 
-# Where and how it runs.
+# Devices, layouts and compiling.
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -368,7 +368,7 @@ def test_flushing_of_subnormals_changes_nothing(format):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_compiled_in_one_graph(format):
-    """Graph and autograd stages only: an inductor needs a compiler, which a machine may lack."""
+    """Graph and autograd stages only: inductor needs a C++ compiler, which a machine may lack."""
     compile = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
     for dtype in (torch.float32, torch.float64):
         values = in_range(dtype)

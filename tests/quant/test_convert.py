@@ -241,8 +241,8 @@ def test_noise_of_nothing_and_of_everything():
     assert snr(torch.zeros(2), torch.zeros(2)) == math.inf
 
 
-# In models. What rounding to float8 costs depends on the model; what is asked is that values stay finite, of the
-# dtype, and as near to the plain model in float64 as 8 bits allow.
+# In models. The error of float8 depends on the model; outputs must be finite, have the model's dtype, and be as near to
+# the plain model in float64 as 8 bits allow.
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WORDS = [name for name in RECIPES if name != "fp8-static"]
@@ -262,7 +262,7 @@ def t5():
     net = T5Encoder(T5Config(width=64, layers=2, heads=2, head_dim=32, mlp_dim=96, vocabulary=50))
     with torch.no_grad():
         net.encoder.block[1].layer[1].DenseReluDense.wi_1.weight.mul_(300)
-        net.encoder.block[1].layer[1].DenseReluDense.wo.weight.mul_(2000)  # so that its output exceeds float16
+        net.encoder.block[1].layer[1].DenseReluDense.wo.weight.mul_(2000)  # its output then exceeds float16
     return net.double().eval()
 
 
@@ -270,7 +270,7 @@ def t5():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", RECIPES)
 def test_t5(t5, name, dtype):
-    """Its stream is float32 where weights are float16, so it asks `wo` for a weight of another dtype."""
+    """T5's residual stream is float32 where its weights are float16, so `wo` gets an input of another dtype."""
     ids, largest = torch.randint(0, 50, (2, 9)), []
     expected, net = t5(ids), quantized(t5, name, dtype)
     wo = net.encoder.block[1].layer[1].DenseReluDense
@@ -301,7 +301,7 @@ def test_clip(name, dtype):
 
 @pytest.fixture(scope="module")
 def demo():
-    """The embedded transformer and what it reads of a prompt; on numbers made up it overflows float16, plain too."""
+    """The embedded transformer and its inputs for a prompt; random inputs overflow float16, also without FP8."""
     pipe = Pipeline.demo()
     words = pipe.encode(["a large red circle above a blue star"])
     inputs = (torch.randn(1, 16, 8, 8), torch.tensor([900.0]), words.context[:, :90], words.pooled)

@@ -1,4 +1,4 @@
-"""Float8 spellings: what is read of them equals stored * scale, and what is wrong with them is said."""
+"""Float8 spellings: values that are read equal stored * scale, and every fault of a file is named."""
 
 import json
 import re
@@ -201,7 +201,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_json_is_refused_in_few_words(case):
-    """Also by the parser that mmdit gives."""
+    """Both quant's own parser and mmdit's strict one refuse it."""
     text = HOSTILE[case]
     for parse in (parse_text, parse_json):
         for read in (
@@ -227,7 +227,7 @@ def test_other_formats_are_named(name):
 
 @pytest.fixture(scope="module")
 def quantized(tiny_folders):
-    """`(other tensors, {layer: (codes, scale)})`."""
+    """The tensors that stay plain, and codes and scale of each quantized layer by its name."""
     tensors = load_file(tiny_folders["sd3.5-large"] / "transformer" / "diffusion_pytorch_model.safetensors")
     layers = {}
     for place, key in enumerate(sorted(key for key in tensors if LINEAR.fullmatch(key))):
@@ -240,7 +240,7 @@ def quantized(tiny_folders):
 
 
 def spelled(quantized, spelling, path):
-    """The file in a spelling; `quantized` as the fixture gives it."""
+    """Write the file in a spelling and return its path; `quantized` is the fixture."""
     tensors, layers = dict(quantized[0]), quantized[1]
     ending = ("scale_weight", "scale_input") if spelling == "old" else ("weight_scale", "input_scale")
     for layer, (codes, scale) in layers.items():
@@ -308,7 +308,7 @@ def test_broken_file(quantized, tmp_path, case):
 
 
 def test_metadata_names_layers_as_the_file_does(quantized, tmp_path):
-    """In an all-in-one file with its prefix; a layer that is not there is an error."""
+    """In an all-in-one file the metadata's layers have the prefix; a layer without a weight is an error."""
     header = {"layers": {layer: {"format": "float8_e4m3fn"} for layer in quantized[1]}}
     path = spelled(quantized, "new", tmp_path / "new.safetensors")
     prefixed = {f"model.diffusion_model.{key}": value for key, value in load_file(path).items()}

@@ -1,4 +1,4 @@
-"""Float8Tensor: its scales and codes are those of the law, bit by bit; what is no weight is refused with a reason."""
+"""Float8Tensor: scales and codes equal those of the formula bit by bit; tensors that are no weights are refused."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ def finite(values):
 
 
 def every(dtype):
-    """Every finite number of a 16-bit dtype, rows of neighbours."""
+    """Every finite number of a 16-bit dtype, neighbours in one row."""
     return finite(torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)).reshape(-1, 256)
 
 
@@ -56,7 +56,7 @@ def ties(format, dtype):
 
 
 def beside_ties(format):
-    """float64 off a tie by less than float32 resolves: through float32 they would be ties."""
+    """float64 values off a tie by less than float32 resolves: rounding through float32 would see ties."""
     row = ties(format, torch.float64)
     return torch.cat([row * (1 - 2.0**-40), row * (1 + 2.0**-40)], -1)
 
@@ -251,7 +251,7 @@ def test_parts_that_do_not_go_together():
     refuses(lambda: Float8Tensor(codes, row, None, rows, TORCH["e4m3"]), "logical dtype", "float8", error=ValueError)
 
 
-# Without float8 dtypes: codes as bytes.
+# Devices without float8 dtypes: codes are bytes.
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def test_bytes_are_the_same_codes(no_float8, dtype, format):
         pickle.loads(pickle.dumps(q)),
     ):
         assert changed.qdata.dtype == torch.uint8
-    assert twin.to(dtype, copy=True).qdata.dtype == torch.uint8  # goes where there is no float8
+    assert twin.to(dtype, copy=True).qdata.dtype == torch.uint8  # moves to a device without float8
     assert torch.equal(q, twin)
 
 

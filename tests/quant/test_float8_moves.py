@@ -1,16 +1,18 @@
-"""Float8Tensor: everything that moves, cuts, joins and copies its values.
+"""Float8Tensor: operations that move, cut, join and copy values.
 
-What only moves values is held against the same operation on the dequantized tensor, exactly; what quantizes on the way
-against `Float8Tensor.quantize`, bit by bit. Nothing changes what it was taken from.
+Operations that only move values equal the same operation on the dequantized tensor; operations that quantize equal
+`Float8Tensor.quantize` bit by bit. No operation changes the tensor that it is applied to, unless it is in place.
 """
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from float8_law import DTYPES
+from quant.packing import pack, unpack
 from quant.recipe import Recipe
 from quant.tensor import Float8Tensor
 from refusals import refuses
@@ -262,6 +264,32 @@ def test_cat_of_unlike_tensors():
     assert torch.cat([one, one.clone()]).input_scale == 0.5
 
 
+PRODUCTS = {
+    "rows": lambda w: w[3:9],
+    "rows by index": lambda w: w[[4, 1, 1]],
+    "columns by index": lambda w: w[:, [1, 5]],
+    "columns by index_select": lambda w: w.index_select(1, torch.tensor([1, 5])),
+    "view": lambda w: w.view(3, 4, 8)[1],
+    "view and back": lambda w: w.view(12, 2, 4).view(12, 8),
+    "transposed twice": lambda w: w.t().view(8, 12).t(),
+    "unsqueeze and squeeze": lambda w: w.unsqueeze(1).squeeze(1),
+    "stack": lambda w: torch.stack([w[0], w[3]]),
+    "unbind": lambda w: w.view(3, 4, 8).unbind()[2],
+    "expand": lambda w: w[:1].expand(5, 8),
+}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("move", PRODUCTS)
+def test_moved_weights_are_multiplied_and_packed(move, granularity):
+    w = PRODUCTS[move](quantized(12, 8, granularity=granularity))
+    x = torch.randn(3, w.shape[1])
+    torch.testing.assert_close(F.linear(x, w), F.linear(x, w.dequantize()))
+    if move != "expand":
+        (found,) = unpack(*pack({"w": w})).values()
+        assert torch.equal(found.dequantize(w.dtype), w.dequantize())
+
+
 def test_copies_have_memory_of_their_own():
     for granularity in GRANULARITIES:
         q = quantized(12, 8, granularity=granularity, activation="static")
@@ -275,7 +303,7 @@ def test_copies_have_memory_of_their_own():
 
 
 def test_memory_of_the_same_kind():
-    """What `nn.Module.to_empty` asks for."""
+    """`empty_like`, and `nn.Module.to_empty`, which calls it."""
     q = quantized(6, 8, granularity="tensor", activation="static")
     q.input_scale, q.snr = torch.tensor(0.5), 31.0
     for like, dtype, device in (
@@ -396,7 +424,7 @@ def test_a_refused_copy_changes_nothing():
 
 
 def test_data_is_set_with_its_parts():
-    """As models that take turns on a device do it."""
+    """Setting `.data`, as the offloader does."""
     q, other = nn.Parameter(quantized(6, 8)), quantized(6, 8).bfloat16()
     home = q.data
     q.data = other

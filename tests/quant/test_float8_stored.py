@@ -1,4 +1,4 @@
-"""Float8Tensor: compared, printed, stored, shared, as a Parameter of modules; and what it cannot do, and says so."""
+"""Float8Tensor: comparing, printing, storing, sharing, Parameters of modules; operations that raise."""
 
 import copy
 import io
@@ -134,7 +134,7 @@ def test_shared_memory():
 
 
 def test_pinned_memory(monkeypatch):
-    """Needs a GPU; here pinning is a copy that is marked."""
+    """Pinning needs a GPU; a marked copy stands in for it."""
     pinned = []
     monkeypatch.setattr(Tensor, "pin_memory", lambda part: pinned.append(part.clone()) or pinned[-1])
     monkeypatch.setattr(Tensor, "is_pinned", lambda part: any(part is each for each in pinned))
@@ -183,7 +183,7 @@ def test_state_dict_is_copied():
         assert torch.equal(two(x), one(x))
         assert torch.equal(two[0].weight, one[0].weight)
         assert two[0].weight.qdata.data_ptr() == memory
-        two.load_state_dict(plain.state_dict())  # plain weights are quantized as they come
+        two.load_state_dict(plain.state_dict())  # plain weights are quantized when they are copied
         assert torch.equal(
             two[0].weight.qdata.float(),
             Float8Tensor.quantize(plain[0].weight, recipe=two[0].weight.recipe).qdata.float(),
@@ -222,7 +222,7 @@ def test_whoever_asks_for_gradients_is_told_what_trains():
 
 
 def test_gradients_by_default_are_not_asked_for():
-    """Parameters and assigned state dicts want gradients unless told otherwise; freezing is always possible."""
+    """nn.Parameter and load_state_dict(assign=True) ask for gradients by default and get none; freezing is possible."""
     weight = nn.Parameter(quantized(4, 8))
     assert isinstance(weight, nn.Parameter)
     assert isinstance(weight, Float8Tensor)
@@ -241,7 +241,7 @@ def test_gradients_by_default_are_not_asked_for():
         assert not layer.bias.requires_grad
 
 
-# What it cannot do.
+# Operations that raise.
 
 UNKNOWN = {
     "add": ("torch.Tensor.add", lambda q: q + 1),
@@ -321,7 +321,7 @@ def test_whole_modules_and_state_dicts_are_saved_by_torch(tmp_path):
 
 
 def test_parameters_are_swapped(monkeypatch):
-    """The other way in which modules convert and load."""
+    """torch's other way to convert and load modules."""
     net, other = quantize_all(nets(1)[0]), quantize_all(nets(1)[0])
     x = torch.randn(3, 8)
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -344,7 +344,7 @@ def test_nobody_gets_its_memory_as_if_it_held_the_values():
 
 
 def test_compiled_code_is_found_again_for_the_same_kind_only():
-    """By this text torch finds compiled code on disk, and the graph beside it does not say shapes."""
+    """torch finds compiled code on disk by this text, and the graph beside it does not hold shapes."""
     q = quantized(8, 8)
     text = q._stable_hash_for_caching()
     assert text == quantized(8, 8)._stable_hash_for_caching()

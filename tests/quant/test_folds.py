@@ -1,4 +1,4 @@
-"""Folds change no output; smoothing follows its formula; biases take back what rounding adds on average."""
+"""Folds change no output; smoothing follows its formula; corrected biases cancel the mean error of rounding."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from quant.tensor import Float8Tensor
 
 
 class Modulated(nn.Module):
-    """x * (1 + scale) + shift of an adaLN, read by two Linears; then values that a third reads."""
+    """x * (1 + scale) + shift of an adaLN, the input of two Linears; one's output is the input of a third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_smoothing_by_formula():
     found = folds.smoothing(amax, [weight], 0.5)
     raw = (amax[:3] / weight.abs().amax(0)[:3]) ** 0.5
     torch.testing.assert_close(found[:3], raw / raw.log().mean().exp())
-    assert float(found[3]) == 1.0  # a channel that was never seen stays as it is
+    assert float(found[3]) == 1.0  # a channel that is always zero does not change
     torch.testing.assert_close(folds.smoothing(amax, [weight[:1], weight[1:]], 0.5), found)
     assert torch.equal(folds.smoothing(torch.zeros(4), [weight]), torch.ones(4))
 

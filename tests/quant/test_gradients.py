@@ -1,6 +1,6 @@
 """Products with float8 weights: gradients reach activations and biases, and torch.compile makes one graph of them.
 
-Graph and autograd stages only: an inductor needs a compiler, which a machine may lack.
+Graph and autograd stages only: inductor needs a C++ compiler, which a machine may lack.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """Products with float8 weights: emulated and weight-only against a float64 formula, spellings, accuracy, refusals.
 
-The formula takes codes and scales by the law of `float8_law`, so that what is left is the rounding of float32 sums and
-of the result. Its bound is the standard one: a sum of k products errs by at most k * 2^-24 of the sum of their sizes.
+The formula takes codes and scales from `float8_law`, so that the only errors are the rounding of float32 sums and of
+the result. Its bound is the standard one: a sum of k products errs by at most k * 2^-24 of the sum of their sizes.
 """
 
 import math
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from float8_law import DTYPES, FORMATS, codes_by_law, decoded, scale_by_law
 from float8_recipes import RECIPES_OF_ALL, weight_of
+from quant import matmul
 from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
 from refusals import refuses
@@ -63,7 +65,7 @@ def test_linear_is_the_formula(name, dtype):
 
 @pytest.mark.parametrize("name", RECIPES_OF_ALL)
 def test_sums_that_are_exact_in_float32_are_exact(name):
-    """Codes that are small integers, scales that are powers of two: no error at all is allowed."""
+    """With small integers as codes and powers of two as scales, the result is exact."""
     recipe = RECIPES_OF_ALL[name]
     w, x = torch.randint(-3, 4, (16, 32)).float(), torch.randint(-3, 4, (9, 32)).float()
     largest = {"e4m3": 448.0, "e5m2": 57344.0}
@@ -174,6 +176,39 @@ def test_products_of_stacks(name, granularity):
     assert found.numel() == 0 or (found - wanted).norm() < 0.06 * wanted.norm()
 
 
+class Largest(TorchDispatchMode):
+    """The largest number of values in a tensor of 16 bits or more that operations made."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.is_floating_point() and found.dtype.itemsize > 1:
+            self.values = max(self.values, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("as_bytes", [False, True], ids=["float8", "bytes"])
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_no_dequantized_copy_of_a_whole_weight_is_made(name, as_bytes, monkeypatch):
+    """Without a native matmul, large weights are multiplied in pieces, and small ones at once."""
+    weight, bias = weight_of(RECIPES_OF_ALL[name], 48, 32, input_scale=0.05), torch.randn(48)
+    weight = weight._replace(qdata=weight.qdata.view(torch.uint8)) if as_bytes else weight
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    whole = F.linear(x, weight, bias)
+    (whole_grad,) = torch.autograd.grad(whole.square().sum(), x)
+    monkeypatch.setattr(matmul, "PIECE", 500)  # 15 rows, or 10 columns
+    check(x.detach(), weight, bias)
+    check(x.detach().bfloat16(), weight.bfloat16(), bias.bfloat16())
+    with Largest() as largest:
+        found = F.linear(x, weight, bias)
+        (grad,) = torch.autograd.grad(found.square().sum(), x)
+    assert 480 <= largest.values <= 500
+    torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, whole_grad, rtol=1e-5, atol=1e-4)
+    assert F.linear(x[:, :0], weight, bias).shape == (2, 0, 48)
+
+
 def test_products_of_stacks_that_do_not_fit():
     w, x = Float8Tensor.quantize(torch.randn(3, 4, 8)), torch.randn(2, 5, 8)
     for call, said in (
@@ -199,7 +234,7 @@ def test_embedding_gives_dequantized_rows(granularity):
 
 
 def test_scales_along_the_sum_are_never_taken_out():
-    """The square weight is where a wrong axis would go unseen."""
+    """The weight is square, so that its shape does not reveal a wrong axis."""
     q, x = weight_of(Recipe(activation="none"), 16, 16), torch.randn(5, 16)
     stack = Float8Tensor.quantize(torch.randn(16, 16, 16))
     for call in (
@@ -243,7 +278,7 @@ def test_scales_are_multiplied_in_an_order_that_does_not_overflow():
     torch.testing.assert_close(F.linear(torch.full((2, 64), 1e38), weight), torch.full((2, 4), 6.4e36))
 
 
-# What is not finite.
+# Values that are not finite.
 
 
 @pytest.mark.parametrize("name", RECIPES_OF_ALL)
@@ -341,7 +376,7 @@ def test_autocast_is_that_of_a_plain_layer(name):
 
 @pytest.mark.parametrize("name", RECIPES_OF_ALL)
 def test_sums_do_not_overflow_under_autocast(name):
-    """Those of 2048 products of codes are past the largest float16."""
+    """Sums of 2048 products of codes exceed the largest float16."""
     q, x = weight_of(RECIPES_OF_ALL[name], 16, 2048).half(), torch.randn(5, 2048).half()
     with torch.autocast("cpu", torch.float16):
         y = F.linear(x, q)

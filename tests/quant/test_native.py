@@ -1,4 +1,4 @@
-"""The device's own float8 matmul and our kernels, held against what is emulated. Needs a GPU that has float8."""
+"""The device's own float8 matmul and our kernels against the emulated backend. Needs a GPU with a float8 matmul."""
 
 from dataclasses import replace
 from functools import partial

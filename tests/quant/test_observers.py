@@ -1,4 +1,4 @@
-"""What `observe` counts, against numpy; it changes nothing and leaves nothing."""
+"""The statistics of `observe` against numpy; it changes no output and leaves no hook."""
 
 from fractions import Fraction
 from math import ceil

@@ -1,4 +1,4 @@
-"""State dicts with Float8Tensors as files: nothing is lost on the way, and what is wrong with a file is said."""
+"""State dicts with Float8Tensors as files: no bit is lost, and every fault of a file is named."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def quantized(*shape, recipe=TENSOR, dtype=torch.bfloat16, input_scale=None):
 
 
 def through_file(tensors, metadata):
-    """What is read of the bytes that the safetensors library writes, and these bytes."""
+    """The tensors and metadata that the safetensors library writes and reads back."""
     data = save(tensors, metadata or None)
     length = int.from_bytes(data[:8], "little")
     return load(data), json.loads(data[8 : 8 + length]).get("__metadata__", {})
@@ -80,7 +80,7 @@ def test_nothing_is_lost(recipe, shape, dtype, key, seed, size, with_input):
 
 
 def test_what_comfyui_reads():
-    """Scales by its names, and formats in the header; without an input scale it must leave activations as they are."""
+    """ComfyUI's keys of scales and formats in the header; without an input scale the note asks for full precision."""
     state = {
         "a.weight": quantized(3, 4),
         "b.weight": quantized(2, 4, recipe=replace(STATIC, format="e5m2"), input_scale=HALF),
@@ -128,7 +128,7 @@ def test_a_model_is_saved_and_loaded(tmp_path):
 
 
 def test_parts_have_memory_of_their_own():
-    """Pieces of a split weight and twins share a scale and codes, which safetensors refuses to write."""
+    """Pieces of a split weight share a scale, and one weight under two keys shares qdata: safetensors refuses both."""
     whole = quantized(6, 4)
     state = {f"{name}.weight": piece for name, piece in zip("qkv", whole.chunk(3), strict=True)}
     state |= {"twin.weight": state["q.weight"], "columns.weight": whole[:, :2]}
@@ -136,13 +136,13 @@ def test_parts_have_memory_of_their_own():
 
 
 def test_codes_as_bytes_become_float8():
-    """Devices without float8 hold bytes."""
+    """Devices without float8 dtypes hold bytes."""
     weight = quantized(3, 4)
     as_bytes = Float8Tensor(weight.qdata.view(torch.uint8), weight.scale, None, weight.recipe, weight.dtype)
     same(unpack(*pack({"a.weight": as_bytes})), {"a.weight": weight})
 
 
-SPELLED = {  # how to change a packed file, and the activations that it then asks for
+SPELLED = {  # how to change a packed file, and the activations of the recipe that is read then
     "header": (lambda tensors: None, "static"),
     "notes": (lambda tensors: tensors.update({"a.comfy_quant": note({"format": "float8_e4m3fn"})}), "static"),
     "older": (lambda tensors: older(tensors, 0), "static"),
