@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import math
 import os
 import secrets
+import shutil
+import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from operator import index
@@ -22,6 +26,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_TEMPORARY = ".mmdit-"  # the start of temporary names, which all have the same length
+_STALE = 60  # seconds, in which a file that was just made gets its lock
+_DAY = 86400
 _CPU_WORDS = ("tried to allocate", "allocate memory", "size calculation overflowed", "multiplication overflow")
 Item = TypeVar("Item")
 Arguments = ParamSpec("Arguments")
@@ -94,15 +106,157 @@ def shortened(value: object) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to; it takes the place of `path` at the end, and is removed if the writing fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{secrets.token_hex(8)}.part")  # short, because a name has at most 255 bytes
+def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
+    """A name to write to; the file takes the place of `path` at the end, and is removed if the writing fails.
+
+    The file is made here, under a random name that no link can stand in for, and reaches the disk before it gets its
+    name. It keeps the permissions of the file that it replaces. What killed processes have left is removed.
+
+    Args:
+        path: where the file goes; its folder is made where it is missing.
+        new: there must be no such file, nor may one be made meanwhile.
+
+    Raises:
+        FileExistsError: `new`, and there is one.
+        OSError: the file cannot be written; the error names `path`.
+    """
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        part = path.parent / _temporary_name()
+        file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            try:
+                _lock(file)
+                yield part
+                _check_same(part, file)
+                os.fsync(file)
+                if not new and path.is_file():
+                    part.chmod(stat.S_IMODE(path.stat().st_mode))
+                os.utime(part)  # so that it is not stale between here and its name
+            finally:
+                os.close(file)  # Windows renames no open file
+            _rename_new(part, path) if new else part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, which gets the name `path` at the end, and is removed if the writing fails.
+
+    Raises:
+        FileExistsError: there is something at `path`, or something was made there meanwhile.
+        OSError: the folder cannot be written; the error names `path`.
+    """
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        part = path.parent / _temporary_name()
+        part.mkdir()
+        folder = os.open(part, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None
+        try:
+            _lock(folder)
+            yield part
+            for file in part.rglob("*"):
+                _sync_file(file)
+            path.mkdir()  # of several that make it only one goes on
+            try:
+                part.rename(path)  # a folder may take the place of an empty one
+            except OSError as error:
+                raise FileExistsError(errno.EEXIST, "something was made there meanwhile", str(path)) from error
+        finally:
+            if folder is not None:
+                os.close(folder)
+            shutil.rmtree(part, ignore_errors=True)
+        _sync_folder(path.parent)
+
+
+def _temporary_name() -> str:
+    return f"{_TEMPORARY}{secrets.token_hex(8)}"
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what killed processes have left: temporary files and folders that nobody holds a lock of."""
+    for path in folder.glob(f"{_TEMPORARY}{'[0-9a-f]' * 16}"):
+        try:
+            status = path.lstat()
+            if time.time() - status.st_mtime < _STALE or stat.S_ISLNK(status.st_mode) or not _is_unlocked(path):
+                continue
+            shutil.rmtree(path) if stat.S_ISDIR(status.st_mode) else path.unlink()
+        except OSError:  # of another user, or removed by another process
+            continue
+
+
+def _is_unlocked(path: Path) -> bool:
+    """Whether no process holds a lock; where there are no locks, what is a day old has none."""
+    if fcntl is None:
+        return time.time() - path.lstat().st_mtime > _DAY
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        yield part
-        part.replace(path)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     finally:
-        part.unlink(missing_ok=True)
+        os.close(descriptor)
+    return True
+
+
+def _lock(descriptor: int | None) -> None:
+    """Show other processes that a temporary file is in use."""
+    if fcntl is not None and descriptor is not None:
+        with suppress(OSError):  # a file system without locks; its files are never taken for stale ones there
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _check_same(path: Path, descriptor: int) -> None:
+    """Raise OSError where a name no longer leads to the file that was made under it."""
+    here, made = path.lstat(), os.fstat(descriptor)
+    if (here.st_dev, here.st_ino) != (made.st_dev, made.st_ino):
+        raise OSError(errno.EIO, "the temporary file was replaced while it was written", str(path))
+
+
+def _rename_new(part: Path, path: Path) -> None:
+    """Give a file its name, which must be free."""
+    try:
+        os.link(part, path)
+    except FileExistsError:
+        raise
+    except OSError as error:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        part.rename(path)
+
+
+def _sync_file(path: Path) -> None:
+    if path.is_file():
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """Bring the new name to the disk, where the system lets folders be opened."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the system that name no file, such as "no space left", name the one that is written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def checks_names(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -16,7 +16,7 @@ from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, fill, quantized
-from mmdit.checkpoints.config_json import to_diffusers
+from mmdit.checkpoints.components import to_diffusers
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT

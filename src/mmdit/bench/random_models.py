@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.config_json import to_diffusers
+from mmdit.checkpoints.components import to_diffusers
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from quant.quantize import linears_of, quantize_

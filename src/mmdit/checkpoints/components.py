@@ -1,110 +1,243 @@
-"""What a set of tensor names is: which of our models, in whose names, or what else it looks like."""
+"""The registry of model kinds: what reading, writing and describing a model must know, one frozen row each.
+
+To add a kind of model, add a row here and a file with its key maps and its config; nothing else in this room names a
+kind. Rooms that look into models keep a table of their own by component, and a test holds it against this registry.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
 
-Component = Literal["transformer", "vae", "clip_l", "clip_g", "t5"]
-Kind = Literal["transformer", "vae", "clip", "t5"]
-Names = Literal["official", "diffusers"]
+from torch import nn
 
-KIND_OF: dict[Component, Kind] = {
-    "transformer": "transformer",
-    "vae": "vae",
-    "clip_l": "clip",
-    "clip_g": "clip",
-    "t5": "t5",
-}
-TITLES: dict[Component | Kind, str] = {
-    "transformer": "transformer (MMDiT)",
-    "vae": "VAE",
-    "clip": "CLIP text tower",
-    "clip_l": "CLIP-L text encoder",
-    "clip_g": "CLIP-G text encoder",
-    "t5": "T5 encoder",
-}
-PREFIXES: dict[str, Component] = {  # of single files; the first four are the official ones
-    "model.diffusion_model.": "transformer",
-    "first_stage_model.": "vae",
-    "text_encoders.clip_l.transformer.": "clip_l",
-    "text_encoders.clip_g.transformer.": "clip_g",
-    "text_encoders.t5xxl.transformer.": "t5",
-    "diffusion_model.": "transformer",
-}
-CLIP_WIDTHS: dict[int, Component] = {768: "clip_l", 1280: "clip_g"}
-# Stored beside the weights by some writers, and used by no model: index buffers and CLIP's contrastive temperature.
-UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale)")
+from encoders.clip import CLIPConfig, CLIPText
+from encoders.t5 import T5Config, T5Encoder
+from encoders.vae import VAE, VAEConfig
+from mmdit.checkpoints import config_json, keymaps, official
+from mmdit.checkpoints.keymaps import Reader, Tensors
+from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
 
-_SIGNATURES: list[tuple[Kind, Names, str]] = [  # any one key is enough, so that a missing one can be named
-    ("transformer", "official", r"joint_blocks\.\d+\.(x|context)_block\."),
-    ("transformer", "diffusers", r"transformer_blocks\.\d+\.(attn\.add_[qkv]_proj|ff_context|norm1_context)\."),
-    ("vae", "official", r"(encoder\.down|decoder\.up)\.\d+\.block\."),
-    ("vae", "diffusers", r"(encoder\.down|decoder\.up)_blocks\.\d+\.resnets\."),
-    ("clip", "official", r"text_model\.(embeddings|encoder\.layers)\."),
-    ("t5", "official", r"encoder\.block\.\d+\.layer\.[01]\."),
-]
-_LORA = (
-    r"lora_(up|down|mid|A|B|unet|te\d?|transformer|linear_layer)|lycoris_|[._]lora\.|(hada|lokr)_w|\.dora_scale$|"
-    r"\.diff(_b)?$|\.set_weight$|\.reshape_weight$"
+Component: TypeAlias = str
+"""The name of a row of the registry: "transformer", "vae", "clip_l", "clip_g" or "t5"."""
+
+
+class Naming(NamedTuple):
+    """One way in which files name the tensors of a model."""
+
+    name: str  # "official", "diffusers" ...
+    signature: str  # a pattern; one key that begins with it is enough, so that a missing tensor can be named
+    read: Reader  # the tensors of a file under official names
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """Everything that this room must know of one kind of model."""
+
+    component: Component
+    title: str  # what messages call it
+    config: type
+    module: type[nn.Module]  # made from a config alone
+
+    namings: tuple[Naming, ...]
+    prefixes: tuple[str, ...]  # of its keys in single files; the first is the one that is written
+    write_official: Callable[[Tensors], Tensors]
+    write_diffusers: Callable[[Tensors, Any], Tensors]  # of the tensors and the config
+
+    infer: Callable[
+        [config_json.Shapes, Mapping[str, Any]], Any
+    ]  # the config, of shapes and the entries of config.json
+    to_json: Callable[[Any], dict[str, Any]]  # config.json as diffusers and transformers write it
+    dimensions: Mapping[str, int]  # of the tensors that `infer` reads, by pattern
+    classes: tuple[str, ...]  # that its config.json may name
+    blocks: str  # a pattern whose group is a block's number, in official names
+    block_tensors: int  # that a block has at least
+
+    folder: str  # of the diffusers layout
+    stem: str  # of its files there
+    library: str  # that has its class, the first of `classes`
+    place: Literal["main", "text"]  # whether it shares a file with the transformer, or has one among text encoders
+    file_name: Callable[[Any, str], str]  # official stem of its file, of the config and the dtype in a word
+    source: str  # its file in the official repository
+    words: Callable[[Any], str]  # what a config is, for people
+
+    needed: bool = True  # to draw a picture
+    without: str = ""  # what happens without it, where it is not needed but missed
+    family: str = ""  # kinds of one family have the same tensors, and are told apart by `width` or by their place
+    width: int | None = None  # of the official models of this kind, where that tells it from its family
+    beside: Mapping[str, str] = field(default_factory=dict)  # patterns of tensors that files hold beside it, in words
+
+    def __post_init__(self) -> None:
+        """A kind without relatives is a family of its own."""
+        object.__setattr__(self, "family", self.family or self.component)
+
+    def config_of(self, shapes: config_json.Shapes, said: Mapping[str, Any], *, own: bool = False) -> Any:
+        """The config of a model, from its shapes and, for what shapes cannot say, from its config.json.
+
+        Args:
+            shapes: the shape of every tensor, by official name.
+            said: the entries of config.json; empty where there is none.
+            own: config.json lies beside the file, so that it speaks of exactly these tensors.
+
+        Raises:
+            KeyError: a tensor that says something about the config is missing.
+            ValueError: the shapes are those of another model, or config.json contradicts them.
+        """
+        config_json.check_shapes(shapes, self.dimensions)
+        keymaps.check_blocks(shapes, self.blocks, self.block_tensors)
+        config_json.check_entries(self.title, said, self.classes)
+        config = self.infer(shapes, said)
+        config_json.check_agree(self.title, said, self.to_json(config), shapes if own else None)
+        return config
+
+
+_CLIP_BESIDE = {r"vision_model\..*|visual_projection\..*|visual\..*": "a vision tower"}
+_CLIP: Mapping[str, Any] = {
+    "config": CLIPConfig,
+    "module": CLIPText,
+    "family": "clip",
+    "namings": (
+        Naming("official", r"text_model\.(embeddings|encoder\.layers)\.", keymaps.read_clip),
+        Naming("transformers 5", r"embeddings\.token_embedding\.|encoder\.layers\.\d+\.", keymaps.read_bare_clip),
+        Naming("OpenCLIP", r"transformer\.resblocks\.\d+\.", keymaps.read_openclip),
+    ),
+    "write_diffusers": keymaps.write_transformers_clip,
+    "to_json": config_json.clip_json,
+    "dimensions": config_json.CLIP_DIMENSIONS,
+    "classes": ("CLIPTextModelWithProjection", "CLIPTextModel", "CLIPModel"),
+    "blocks": r"text_model\.encoder\.layers\.(\d+)\.",
+    "block_tensors": 16,
+    "stem": "model",
+    "library": "transformers",
+    "place": "text",
+    "words": config_json.clip_words,
+    "beside": _CLIP_BESIDE,
+}
+_ROWS = (
+    ModelKind(
+        component="transformer",
+        title="transformer (MMDiT)",
+        config=MMDiTConfig,
+        module=MMDiT,
+        namings=(
+            Naming("official", r"joint_blocks\.\d+\.(x|context)_block\.", keymaps.unchanged),
+            Naming(
+                "diffusers",
+                r"transformer_blocks\.\d+\.(attn\.add_[qkv]_proj|ff_context|norm1_context)\.",
+                keymaps.read_diffusers_mmdit,
+            ),
+        ),
+        prefixes=("model.diffusion_model.", "diffusion_model."),
+        write_official=dict,
+        write_diffusers=keymaps.write_diffusers_mmdit,
+        infer=config_json.mmdit_config,
+        to_json=config_json.mmdit_json,
+        dimensions=config_json.MMDIT_DIMENSIONS,
+        classes=("SD3Transformer2DModel",),
+        blocks=r"joint_blocks\.(\d+)\.",
+        block_tensors=10,
+        folder="transformer",
+        stem="diffusion_pytorch_model",
+        library="diffusers",
+        place="main",
+        file_name=lambda config, dtype: official.file_stem(config),
+        source="sd3.5_large.safetensors",
+        words=official.mmdit_words,
+    ),
+    ModelKind(
+        component="vae",
+        title="VAE",
+        config=VAEConfig,
+        module=VAE,
+        namings=(
+            Naming("official", r"(encoder\.down|decoder\.up)\.\d+\.block\.", keymaps.unchanged),
+            Naming("diffusers", r"(encoder\.down|decoder\.up)_blocks\.\d+\.resnets\.", keymaps.read_diffusers_vae),
+        ),
+        prefixes=("first_stage_model.", "vae."),
+        write_official=dict,
+        write_diffusers=keymaps.write_diffusers_vae,
+        infer=config_json.vae_config,
+        to_json=config_json.vae_json,
+        dimensions=config_json.VAE_DIMENSIONS,
+        classes=("AutoencoderKL",),
+        blocks=r"(?:encoder\.down|decoder\.up)\.(\d+)\.",
+        block_tensors=8,
+        folder="vae",
+        stem="diffusion_pytorch_model",
+        library="diffusers",
+        place="main",
+        file_name=lambda config, dtype: "vae",
+        source="vae/diffusion_pytorch_model.safetensors",
+        words=config_json.vae_words,
+    ),
+    ModelKind(
+        component="clip_l",
+        title="CLIP-L text encoder",
+        prefixes=("text_encoders.clip_l.transformer.", "clip_l.transformer."),
+        infer=config_json.clip_l_config,
+        write_official=keymaps.write_official_clip_l,
+        folder="text_encoder",
+        file_name=lambda config, dtype: "clip_l",
+        source="text_encoders/clip_l.safetensors",
+        width=768,
+        **_CLIP,
+    ),
+    ModelKind(
+        component="clip_g",
+        title="CLIP-G text encoder",
+        prefixes=("text_encoders.clip_g.transformer.", "clip_g.transformer."),
+        infer=config_json.clip_g_config,
+        write_official=dict,
+        folder="text_encoder_2",
+        file_name=lambda config, dtype: "clip_g",
+        source="text_encoders/clip_g.safetensors",
+        width=1280,
+        **_CLIP,
+    ),
+    ModelKind(
+        component="t5",
+        title="T5 encoder",
+        config=T5Config,
+        module=T5Encoder,
+        namings=(Naming("official", r"encoder\.block\.\d+\.layer\.[01]\.", keymaps.read_t5),),
+        prefixes=("text_encoders.t5xxl.transformer.", "t5xxl.transformer."),
+        write_official=keymaps.write_official_t5,
+        write_diffusers=lambda tensors, config: dict(tensors),
+        infer=config_json.t5_config,
+        to_json=config_json.t5_json,
+        dimensions=config_json.T5_DIMENSIONS,
+        classes=("T5EncoderModel", "T5ForConditionalGeneration", "T5Model"),
+        blocks=r"encoder\.block\.(\d+)\.",
+        block_tensors=8,
+        folder="text_encoder_3",
+        stem="model",
+        library="transformers",
+        place="text",
+        file_name=lambda config, dtype: f"t5xxl_{dtype}",
+        source="text_encoders/t5xxl_fp16.safetensors",
+        words=config_json.t5_words,
+        needed=False,
+        without="prompts are followed less well",
+        beside={r"decoder\..*|lm_head\..*": "a T5 decoder"},
+    ),
 )
-_FOREIGN: list[tuple[str, str]] = [
-    ("a LoRA (weights to add to a model, not a model)", _LORA),
-    ("a ControlNet", r"^controlnet_|^control_model\."),
-    ("a Flux checkpoint", r"(^|\.)double_blocks\.\d+\.|(^|\.)single_transformer_blocks\.\d+\."),
-    ("a Stable Diffusion XL checkpoint", r"^conditioner\.embedders\.|(^|\.)label_emb\.|^add_embedding\."),
-    ("a Stable Diffusion 2 checkpoint", r"^cond_stage_model\.model\."),
-    ("a Stable Diffusion 1.x checkpoint", r"^cond_stage_model\.transformer\."),
-    ("a UNet of Stable Diffusion 1.x or 2", r"(^|\.)input_blocks\.\d+\.|^down_blocks\.\d\.(attentions|resnets)\."),
-]
+REGISTRY: dict[Component, ModelKind] = {row.component: row for row in _ROWS}
 
 
-class Model(NamedTuple):
-    """The tensors of one model within a file: `{name without prefix: name in the file}`."""
-
-    names: Names
-    keys: dict[str, str]
+def to_diffusers(component: Component, config: Any) -> dict[str, Any]:
+    """The config.json of a component as diffusers and transformers write it."""
+    return REGISTRY[component].to_json(config)
 
 
-def split(keys: Iterable[str]) -> tuple[dict[Component | Kind, Model], list[str]]:
-    """The models that a file holds, and the keys that belong to none of them.
-
-    A text tower without prefix is "clip": whether it is L or G, its place has to say.
-    """
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(next((prefix for prefix in PREFIXES if key.startswith(prefix)), ""), []).append(key)
-    models: dict[Component | Kind, Model] = {}
-    left: list[str] = []
-    for prefix, members in groups.items():
-        local = {key.removeprefix(prefix): key for key in members}
-        recognised = _recognise(local)
-        if recognised is None or foreign(members) is not None:
-            left += members
-            continue
-        kind, names = recognised
-        models[PREFIXES.get(prefix, kind)] = Model(names, local)
-    return models, [key for key in left if not UNUSED.fullmatch(key)]
+def title(name: str) -> str:
+    """What messages call a component, or a family whose member is not known."""
+    if name in REGISTRY:
+        return REGISTRY[name].title
+    return " or ".join(kind.title for kind in REGISTRY.values() if kind.family == name)
 
 
-def foreign(keys: Iterable[str]) -> str | None:
-    """What a file of another kind is, if it is one that people mix up with SD3 checkpoints."""
-    keys = list(keys)
-    return next((name for name, pattern in _FOREIGN if any(re.search(pattern, key) for key in keys)), None)
-
-
-def looks_like(keys: Iterable[str]) -> str:
-    """A few words for an error message: what these keys are."""
-    keys = list(keys)
-    if name := foreign(keys):
-        return name
-    models, _ = split(keys)
-    if models:
-        return " and ".join(TITLES[kind] for kind in models)
-    return f"no model known here (first keys: {', '.join(sorted(keys)[:3])})"
-
-
-def _recognise(local: Mapping[str, str]) -> tuple[Kind, Names] | None:
-    fits = ((kind, names) for kind, names, pattern in _SIGNATURES if any(re.match(pattern, key) for key in local))
-    return next(fits, None)
+def needed() -> list[Component]:
+    """The components without which no picture can be drawn."""
+    return [component for component, kind in REGISTRY.items() if kind.needed]

@@ -1,4 +1,8 @@
-"""Configs of the four kinds of model: inferred from shapes, completed by config.json, never contradicted by it."""
+"""The config.json files of diffusers and transformers: read, held against the tensors, and written.
+
+A config is inferred from shapes and completed by config.json, which may not contradict them. The functions here are
+entries of the rows of `mmdit.checkpoints.components.REGISTRY`.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +14,22 @@ from typing import Any
 from encoders.clip import Activation, CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
-from mmdit.checkpoints.components import CLIP_WIDTHS, TITLES, Component
 from mmdit.models.config import MMDiTConfig
 
 Shapes = Mapping[str, Sequence[int]]
-ACTIVATIONS: dict[Component, Activation] = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+MAX_SIDE = 2**24  # elements along one side of a tensor; the largest official side is 147,456
+MAX_NUMBER = 10**9  # of any number that is taken from a config.json
+_ACTIVATIONS = ("quick_gelu", "gelu")
+_PROJECTION = "text_projection.weight"
 
 
-def infer(component: Component, shapes: Shapes, files: Mapping[Component, Mapping[str, Any]]) -> Any:
-    """The config of a component, from its shapes and, for what shapes cannot say, its config.json if there is one.
-
-    Raises:
-        ValueError: the shapes are those of another model, or config.json contradicts them.
-    """
-    said = files.get(component, {})
-    _check_shapes(component, shapes)
-    _check_numbers(component, said)
-    config = _FROM[component](shapes, said)
-    _compare(component, said, to_diffusers(component, config))
-    return config
-
-
-def to_diffusers(component: Component, config: Any) -> dict[str, Any]:
-    """The config.json of a component as diffusers and transformers write it."""
-    return _TO[component](config)
-
-
-def _transformer(shapes: Shapes, said: Mapping[str, Any]) -> MMDiTConfig:
+def mmdit_config(shapes: Shapes, said: Mapping[str, Any]) -> MMDiTConfig:
+    """The config of an MMDiT; config.json says what size it draws."""
     return MMDiTConfig.from_shapes(shapes, sample_size=said.get("sample_size"))
 
 
-def _vae(shapes: Shapes, said: Mapping[str, Any]) -> VAEConfig:
+def vae_config(shapes: Shapes, said: Mapping[str, Any]) -> VAEConfig:
+    """The config of a VAE; config.json says the groups of its norms and the place of its latents in model space."""
     return VAEConfig.from_shapes(
         shapes,
         groups=said.get("norm_num_groups", 32),
@@ -49,68 +38,132 @@ def _vae(shapes: Shapes, said: Mapping[str, Any]) -> VAEConfig:
     )
 
 
-def _clip_l(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
-    return _tower("clip_l", shapes, said)
+def clip_l_config(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
+    """The config of CLIP-L, whose official file has no projection."""
+    return _clip_config(shapes, said, "quick_gelu", 768, "CLIP-L", {1280: "CLIP-G"})
 
 
-def _clip_g(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
-    return _tower("clip_g", shapes, said)
+def clip_g_config(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
+    """The config of CLIP-G, whose projected output is half of the pooled text vector.
+
+    Raises:
+        KeyError: there is no projection.
+    """
+    config = _clip_config(shapes, said, "gelu", 1280, "CLIP-G", {768: "CLIP-L"})
+    if config.projection_dim is None:
+        raise KeyError(_PROJECTION)
+    return config
 
 
-def _tower(component: Component, shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
-    activation = said.get("hidden_act", ACTIVATIONS[component])
-    if activation not in ACTIVATIONS.values():
+def _clip_config(
+    shapes: Shapes, said: Mapping[str, Any], usual: Activation, width: int, name: str, others: Mapping[int, str]
+) -> CLIPConfig:
+    activation = said.get("hidden_act", usual)
+    if activation not in _ACTIVATIONS:
         raise ValueError(
-            f"the config.json of the {TITLES[component]} says hidden_act = {activation!r}, "
-            f"expected {' or '.join(map(repr, ACTIVATIONS.values()))}"
+            f"the config.json of {name} says hidden_act = {activation!r}, "
+            f"expected {' or '.join(map(repr, _ACTIVATIONS))}"
         )
     config = CLIPConfig.from_shapes(shapes, activation=activation, heads=said.get("num_attention_heads"))
-    if CLIP_WIDTHS.get(config.width, component) != component:
+    if config.width in others:
         raise ValueError(
-            f"a CLIP text tower of width {config.width} is the {TITLES[CLIP_WIDTHS[config.width]]}, "
-            f"where the {TITLES[component]} is expected; were they swapped?"
+            f"a CLIP text tower of width {config.width} is {others[config.width]}, where {name} (width {width}) is "
+            "expected; the two files may be swapped"
         )
     return config
 
 
-def _t5(shapes: Shapes, said: Mapping[str, Any]) -> T5Config:
+def t5_config(shapes: Shapes, said: Mapping[str, Any]) -> T5Config:
+    """The config of a T5 encoder, which shapes say completely."""
     return T5Config.from_shapes(shapes)
 
 
-def _check_shapes(component: Component, shapes: Shapes) -> None:
-    """The inference may index what it reads."""
-    if hollow := [key for key, shape in shapes.items() if 0 in shape]:
-        raise ValueError(f"{hollow[0]} is empty: {list(shapes[hollow[0]])}")
-    for pattern, sides in _SIDES[component].items():
+def check_shapes(shapes: Shapes, dimensions: Mapping[str, int]) -> None:
+    """Check, before configs are inferred, that the tensors they are read from have the dimensions that are indexed.
+
+    Args:
+        shapes: the shape of every tensor of a model, by official name.
+        dimensions: the number of dimensions of the tensors whose names match a pattern.
+
+    Raises:
+        ValueError: a tensor is empty, implausibly large, or has another number of dimensions.
+    """
+    for key, shape in shapes.items():
+        if 0 in shape:
+            raise ValueError(f"{key} is empty: it has shape {list(shape)}")
+        if any(side > MAX_SIDE for side in shape):
+            raise ValueError(f"{key} has shape {list(shape)}; no model here has a side above {MAX_SIDE}")
+    for pattern, sides in dimensions.items():
         if odd := [key for key, shape in shapes.items() if re.fullmatch(pattern, key) and len(shape) != sides]:
             raise ValueError(f"{odd[0]} has shape {list(shapes[odd[0]])}, expected {sides} dimensions")
 
 
-def _check_numbers(component: Component, said: Mapping[str, Any]) -> None:
-    """What is taken from config.json must be of the right kind."""
+def check_entries(title: str, said: Mapping[str, Any], classes: Sequence[str]) -> None:
+    """Check the entries of a config.json that are taken as they are, and the class that it names.
+
+    Raises:
+        ValueError: an entry is of the wrong kind, or the class is another model's.
+    """
     for name, (kind, low, words) in _TAKEN.items():
         value = said.get(name)
-        if name not in said or (value is None and kind is int):
+        if name not in said or (value is None and name in _MAY_BE_NULL):
             continue
-        if isinstance(value, bool) or not isinstance(value, kind) or not low < value < inf:
-            raise ValueError(f"the config.json of the {TITLES[component]} says {name} = {value!r}, expected {words}")
+        if isinstance(value, bool) or not isinstance(value, kind) or not low < value < MAX_NUMBER:
+            raise ValueError(f"the config.json of the {title} says {name} = {_shown(value)}, expected {words}")
+    named = said.get("architectures", said.get("_class_name"))
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    if named and not any(name in classes for name in named if isinstance(name, str)):
+        raise ValueError(
+            f"the config.json of the {title} names the class {_shown(named[0])}, expected {' or '.join(classes)}"
+        )
 
 
-def _compare(component: Component, said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """What a config.json says must be what the tensors show; keys that it does not have say nothing."""
+def check_agree(title: str, said: Mapping[str, Any], found: Mapping[str, Any], own: Shapes | None) -> None:
+    """Check that what a config.json says is what the tensors show; entries that it does not have say nothing.
+
+    Args:
+        title: what messages call the model.
+        said: the entries of config.json.
+        found: what config.json would say of the tensors.
+        own: the shapes of the tensors, where config.json lies beside their file and speaks of them alone.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
     for name, value in found.items():
         if name in _SETTLED and name in said and _plain(said[name]) != _plain(value):
             raise ValueError(
-                f"the config.json of the {TITLES[component]} says {name} = {said[name]!r}, its tensors say {value!r}; "
+                f"the config.json of the {title} says {name} = {_shown(said[name])}, its tensors say {value!r}; "
                 "they are not of the same model: download both again"
             )
+    with_projection = "CLIPTextModelWithProjection" in str(said.get("architectures"))
+    if own is not None and with_projection and _PROJECTION not in own:
+        raise ValueError(
+            f"the config.json of the {title} names CLIPTextModelWithProjection, but {_PROJECTION} is missing; "
+            "download the file again"
+        )
+    if own is not None and _PROJECTION in own and _projection_dim(said, own) != own[_PROJECTION][0]:
+        raise ValueError(
+            f"the config.json of the {title} says projection_dim = {_shown(said['projection_dim'])}, {_PROJECTION} has "
+            f"{own[_PROJECTION][0]} rows; they are not of the same model: download both again"
+        )
+
+
+def _projection_dim(said: Mapping[str, Any], own: Shapes) -> Any:
+    return said.get("projection_dim", own[_PROJECTION][0])
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _transformer_json(config: MMDiTConfig) -> dict[str, Any]:
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def mmdit_json(config: MMDiTConfig) -> dict[str, Any]:
+    """The config.json of diffusers' SD3Transformer2DModel."""
     return {
         "_class_name": "SD3Transformer2DModel",
         "attention_head_dim": config.head_dim,
@@ -129,7 +182,8 @@ def _transformer_json(config: MMDiTConfig) -> dict[str, Any]:
     }
 
 
-def _vae_json(config: VAEConfig) -> dict[str, Any]:
+def vae_json(config: VAEConfig) -> dict[str, Any]:
+    """The config.json of diffusers' AutoencoderKL."""
     levels = len(config.widths)
     return {
         "_class_name": "AutoencoderKL",
@@ -151,7 +205,8 @@ def _vae_json(config: VAEConfig) -> dict[str, Any]:
     }
 
 
-def _clip_json(config: CLIPConfig) -> dict[str, Any]:
+def clip_json(config: CLIPConfig) -> dict[str, Any]:
+    """The config.json of transformers' CLIPTextModelWithProjection."""
     return {
         "architectures": ["CLIPTextModelWithProjection"],
         "bos_token_id": 0,
@@ -170,7 +225,8 @@ def _clip_json(config: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def _t5_json(config: T5Config) -> dict[str, Any]:
+def t5_json(config: T5Config) -> dict[str, Any]:
+    """The config.json of transformers' T5EncoderModel."""
     return {
         "architectures": ["T5EncoderModel"],
         "d_ff": config.mlp_dim,
@@ -193,31 +249,37 @@ def _t5_json(config: T5Config) -> dict[str, Any]:
     }
 
 
-_FROM = {"transformer": _transformer, "vae": _vae, "clip_l": _clip_l, "clip_g": _clip_g, "t5": _t5}
-_TO: Mapping[str, Any] = {
-    "transformer": _transformer_json,
-    "vae": _vae_json,
-    "clip_l": _clip_json,
-    "clip_g": _clip_json,
-    "t5": _t5_json,
-}
-# Dimensions of the tensors that configs are inferred from; the others are checked against the model.
-_CLIP_SIDES = {
+def vae_words(config: VAEConfig) -> str:
+    """What a VAE is, for people."""
+    return f"widths {'-'.join(map(str, config.widths))}, {config.latent_channels} latent channels"
+
+
+def clip_words(config: CLIPConfig) -> str:
+    """What a CLIP text tower is, for people."""
+    projection = "no projection" if config.projection_dim is None else "with projection"
+    return f"{config.layers} layers x {config.width}, {config.activation}, {projection}"
+
+
+def t5_words(config: T5Config) -> str:
+    """What a T5 encoder is, for people."""
+    return f"{config.layers} layers x {config.width}, vocabulary {config.vocabulary}"
+
+
+# The number of dimensions of the tensors that configs are inferred from; all others are checked against the model.
+CLIP_DIMENSIONS = {
     r"text_model\.(embeddings\..*|encoder\.layers\.0\.mlp\.fc1\.weight)|text_projection\.weight": 2,
 }
-_SIDES: Mapping[Component, Mapping[str, int]] = {
-    "transformer": {
-        r"(context_embedder|y_embedder\.mlp\.0|final_layer\.linear|joint_blocks\.0\.x_block\.mlp\.fc1)\.weight": 2,
-        r"joint_blocks\.0\.x_block\.attn\.ln_q\.weight": 1,
-        r"pos_embed": 3,
-        r"x_embedder\.proj\.weight": 4,
-    },
-    "vae": {r".*\.conv_in\.weight|.*\.conv1\.weight": 4},
-    "clip_l": _CLIP_SIDES,
-    "clip_g": _CLIP_SIDES,
-    "t5": {r"shared\.weight|.*\.relative_attention_bias\.weight|.*\.(SelfAttention\.q|DenseReluDense\.wo)\.weight": 2},
+MMDIT_DIMENSIONS = {
+    r"(context_embedder|y_embedder\.mlp\.0|final_layer\.linear|joint_blocks\.0\.x_block\.mlp\.fc1)\.weight": 2,
+    r"joint_blocks\.\d+\.(x|context)_block\.attn2?\.ln_[qk]\.weight": 1,
+    r"pos_embed": 3,
+    r"x_embedder\.proj\.weight": 4,
 }
-# What is taken from config.json because no shape tells it.
+VAE_DIMENSIONS = {r".*\.conv_in\.weight|.*\.conv1\.weight": 4}
+T5_DIMENSIONS = {
+    r"shared\.weight|.*\.relative_attention_bias\.weight|.*\.(SelfAttention\.q|DenseReluDense\.wo)\.weight": 2,
+}
+# Entries that are taken from config.json because no shape tells them: type, lower bound (exclusive) and words.
 _TAKEN: Mapping[str, tuple[Any, float, str]] = {
     "sample_size": (int, 0, "a whole number above 0"),
     "norm_num_groups": (int, 0, "a whole number above 0"),
@@ -225,7 +287,8 @@ _TAKEN: Mapping[str, tuple[Any, float, str]] = {
     "scaling_factor": ((int, float), 0, "a number above 0"),
     "shift_factor": ((int, float), -inf, "a number"),
 }
-# The entries of config.json files that tensors or our code settle; the rest says nothing about the computation.
+_MAY_BE_NULL = ("sample_size", "num_attention_heads")  # which then has its usual value
+# Entries that tensors or our code settle; all others say nothing about the computation.
 _SETTLED = (
     *("attention_head_dim", "caption_projection_dim", "dual_attention_layers", "in_channels", "joint_attention_dim"),
     *("num_attention_heads", "num_layers", "out_channels", "patch_size", "pooled_projection_dim"),

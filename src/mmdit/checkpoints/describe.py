@@ -1,70 +1,118 @@
-"""What a checkpoint is, in words: `mmdit inspect`."""
+"""What a checkpoint is, in words, and whether it loads: `mmdit inspect`."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from encoders.clip import CLIPConfig
-from encoders.t5 import T5Config
-from encoders.vae import VAEConfig
-from mmdit.checkpoints.components import TITLES
-from mmdit.checkpoints.load import Config, StoredModel, open_model
+from encoders import Tokenizers
+from mmdit.checkpoints.components import REGISTRY, Component
+from mmdit.checkpoints.load import StoredModel, check_loads, open_model
+from mmdit.checkpoints.load_pipeline import check_together, check_tokenizers
 from mmdit.checkpoints.locate import TOKENIZERS, Found, locate, with_neighbours
-from mmdit.checkpoints.official import how_to_get, missing, unknown, variant
+from mmdit.checkpoints.missing import how_to_get, missing, unknown
 from mmdit.checkpoints.safetensors_io import NAMES, CheckpointError
-from mmdit.models.config import MMDiTConfig
 from quant.formats import FLOAT8
 
 _ACTIVATIONS = {
-    "none": "as they are",
-    "static": "float8 under the input scale",
-    "tensor": "float8 under a scale of the moment",
-    "token": "float8 under a scale per token",
+    "none": "not rounded",
+    "static": "float8 with the stored input scale",
+    "tensor": "float8 with one scale per call",
+    "token": "float8 with one scale per token",
 }
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is, for people, and the reasons why the loader refuses it."""
+
+    text: str
+    problems: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def describe(path: str | Path) -> str:
-    """A text for people: layout, models, tensors, dtypes, bytes, scales, and what is missing to draw a picture.
+    """The text of `inspect`."""
+    return inspect(path).text
+
+
+def inspect(path: str | Path) -> Description:
+    """Layout, models, tensors, dtypes, bytes and scales of a checkpoint, and what is missing to draw a picture.
+
+    Every model is made on the meta device and held against its tensors, as the loader does it; no weight is read.
 
     Raises:
-        FileNotFoundError, CheckpointError: see `mmdit.checkpoints.locate.locate`, `mmdit.checkpoints.load.open_model`.
+        FileNotFoundError: there is no such path.
+        CheckpointError: there is nothing of ours at the path; a model that is there and cannot be loaded is a problem
+            of the description instead.
     """
     found = locate(path)
-    if not found.weights:
-        raise CheckpointError(unknown(found))
+    if not found.weights and not found.several:
+        raise unknown(found)
     if "transformer" in found.weights:  # then a picture is what it is for
         found = with_neighbours(found)
-    parts = [open_model(found, component) for component in found.weights]
-    lines = [f"{path}", f"layout: {found.layout}", *(line for part in parts for line in _part_lines(part))]
+    models, problems = _opened(found)
+    lines = [f"{path}", f"layout: {found.layout}", *(line for model in models.values() for line in _model_lines(model))]
     lines.append(_tokenizer_line(found))
-    total = sum(lazy.nbytes for part in parts for lazy in part.tensors.values())
-    lines.append(f"in all: {sum(len(part.tensors) for part in parts)} tensors, {total / 1e9:.3f} GB")
-    return "\n".join([*lines, "", *_missing_lines(found)])
+    total = sum(lazy.nbytes for model in models.values() for lazy in model.tensors.values())
+    lines.append(f"in all: {sum(len(model.tensors) for model in models.values())} tensors, {total / 1e9:.3f} GB")
+    without = missing(found)
+    if not without and not problems:
+        problems = _problems_together(found, models)
+    lines += ["", *(f"cannot be loaded: {problem}" for problem in problems), *_missing_lines(found, without, problems)]
+    return Description("\n".join(lines), tuple(problems))
 
 
-def _part_lines(part: StoredModel) -> list[str]:
-    dtypes = Counter(NAMES[lazy.dtype] for lazy in part.tensors.values())
-    size = sum(lazy.nbytes for lazy in part.tensors.values())
-    stored = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
+def _opened(found: Found) -> tuple[dict[Component, StoredModel], list[str]]:
+    """The models that load, and why others do not."""
+    models, problems = {}, []
+    for component in [*found.weights, *(each for each in found.several if each not in found.weights)]:
+        try:
+            model = open_model(found, component)
+            check_loads(model)
+            models[component] = model
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+    return models, problems
+
+
+def _problems_together(found: Found, models: dict[Component, StoredModel]) -> list[str]:
+    """Why models that load alone, their tokenizers and the scheduler do not make a pipeline."""
+    assert found.tokenizers is not None, "nothing is missing"
+    try:
+        check_together(models)
+        check_tokenizers(models, Tokenizers.from_folder(found.tokenizers, t5="t5" in models))
+        _ = found.shift
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    return []
+
+
+def _model_lines(stored: StoredModel) -> list[str]:
+    dtypes = Counter(NAMES[lazy.dtype] for lazy in stored.tensors.values())
+    size = sum(lazy.nbytes for lazy in stored.tensors.values())
+    counts = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
     lines = [
-        f"{TITLES[part.component]}: {_model_words(part.config)}",
-        f"  {part.source}",
-        f"  {len(part.tensors)} tensors ({stored}), {size / 1e9:.3f} GB",
+        f"{stored.kind.title}: {stored.kind.words(stored.config)}",
+        f"  {stored.source}",
+        f"  {len(stored.tensors)} tensors ({counts}), {size / 1e9:.3f} GB",
     ]
-    return lines + _float8_lines(part)
+    return lines + _float8_lines(stored) + [f"  note: {note}" for note in stored.notes]
 
 
-def _float8_lines(part: StoredModel) -> list[str]:
+def _float8_lines(stored: StoredModel) -> list[str]:
     """Format, spelling, and how many weights have scales of their own and of their input."""
-    scales = part.scales
-    float8 = Counter(NAMES[lazy.dtype] for lazy in part.tensors.values() if lazy.dtype in FLOAT8)
+    scales = stored.scales
+    float8 = Counter(NAMES[lazy.dtype] for lazy in stored.tensors.values() if lazy.dtype in FLOAT8)
     if not float8:
         return []
     formats = ", ".join(f"{count} {name}" for name, count in float8.most_common())
     if not scales.weights:
         return [f"  {scales.spelling}: {formats}"]
-    codes = [lazy.codes for lazy in part.tensors.values() if lazy.codes is not None]
+    codes = [lazy.codes for lazy in stored.tensors.values() if lazy.codes is not None]
     rows = sum(bool(each.scale.ndim) for each in codes)
     recipes = Counter(each.recipe.activation for each in codes)
     treated = ", ".join(f"{count} {_ACTIVATIONS[name]}" for name, count in recipes.most_common())
@@ -76,19 +124,6 @@ def _float8_lines(part: StoredModel) -> list[str]:
     ]
 
 
-def _model_words(config: Config) -> str:
-    match config:
-        case MMDiTConfig():
-            return f"{variant(config)[0]}; pictures up to {config.max_pixels} px a side"
-        case VAEConfig():
-            return f"widths {'-'.join(map(str, config.widths))}, {config.latent_channels} latent channels"
-        case CLIPConfig():
-            projection = "no projection" if config.projection_dim is None else "with projection"
-            return f"{config.layers} layers x {config.width}, {config.activation}, {projection}"
-        case T5Config():
-            return f"{config.layers} layers x {config.width}, vocabulary {config.vocabulary}"
-
-
 def _tokenizer_line(found: Found) -> str:
     if found.tokenizers is None:
         return "tokenizers: none found"
@@ -96,13 +131,11 @@ def _tokenizer_line(found: Found) -> str:
     return f"tokenizers: {', '.join(present)} in {found.tokenizers}"
 
 
-def _missing_lines(found: Found) -> list[str]:
-    without = missing(found)
-    optional = [] if "t5" in found.weights else ["t5"]
-    if not without:
+def _missing_lines(found: Found, without: list[str], problems: list[str]) -> list[str]:
+    optional = [component for component, kind in REGISTRY.items() if kind.without and component not in found.weights]
+    lines = ["missing to draw a picture:", *how_to_get(without, found)] if without else []
+    if not without and not problems:
         lines = ["complete: a picture can be drawn with it"]
-    else:
-        lines = ["missing to draw a picture:", *how_to_get(without, found)]
-    if optional:
-        lines += ["optional, without it prompts are followed less well:", *how_to_get(optional, found)]
+    for component in optional:
+        lines += [f"optional, without it {REGISTRY[component].without}:", *how_to_get([component], found)]
     return lines

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from encoders.json_files import parse_json
-from mmdit.checkpoints.components import UNUSED, Model
 from mmdit.checkpoints.lazy import Codes, LazyTensor, agree
+from mmdit.checkpoints.recognise import UNUSED
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from quant.formats import FLOAT8
 from quant.packing import Kind, kinds_in, layer_of, metadata_of, note_key, note_of, scale_keys
@@ -32,25 +32,27 @@ from quant.stored import Stored, recipe_of, stored_weights
 Float8 = Literal["keep", "dequantize"]
 Spelling = Literal["comfyui", "comfyui-old"]
 Tensors = dict[str, LazyTensor]
+MAX_SCALES = 2**20  # bytes of one scale or note; one scale for each row of T5's vocabulary takes 128,512
 
 
 def absorb_scales(
-    source: Path, model: Model, stored: Mapping[str, LazyTensor], metadata: Mapping[str, str]
+    source: Path, keys: Mapping[str, str], stored: Mapping[str, LazyTensor], metadata: Mapping[str, str]
 ) -> tuple[Tensors, Scales]:
-    """The tensors of a model of a file, which know their scales, and how these were spelled.
+    """The tensors of one model of a file, which know their scales, and how these were spelled.
 
     Scales and notes are read, and nothing else.
 
     Args:
-        source: what errors name.
-        model: one that the file holds.
-        stored, metadata: of the file.
+        source: the path of the file, for errors.
+        keys: the tensors of the model, `{name without prefix: name in the file}`.
+        stored: all tensors of the file.
+        metadata: the file's metadata.
 
     Raises:
         CheckpointError: scales that are no positive numbers, do not fit their weights, are too many or too few.
     """
-    tensors = {name: stored[key] for name, key in model.keys.items()}
-    names = {key: name for name, key in model.keys.items()}
+    tensors = {name: stored[key] for name, key in keys.items()}
+    names = {key: name for name, key in keys.items()}
     try:
         header = layers_in(metadata, parse_json)
         check_formats(header, {key: lazy.dtype for key, lazy in stored.items()})
@@ -59,7 +61,7 @@ def absorb_scales(
         scales, found = stored_weights(
             {key: lazy.shape for key, lazy in tensors.items()},
             {key: lazy.dtype for key, lazy in tensors.items()},
-            lambda key: tensors[key].read(),
+            partial(_read_small, tensors),
             notes,
             {key: kind.recipe for key, kind in kinds.items()},
             parse_json,
@@ -72,6 +74,13 @@ def absorb_scales(
     if not found:
         absorbed = {key: _plain(key, lazy) for key, lazy in absorbed.items()}
     return absorbed, scales
+
+
+def _read_small(tensors: Mapping[str, LazyTensor], key: str) -> Tensor:
+    """A scale or a note, which are small in files that are what they say."""
+    if tensors[key].nbytes > MAX_SCALES:
+        raise ValueError(f"{key!r} takes {tensors[key].nbytes} bytes, {MAX_SCALES} are the most of a scale or a note")
+    return tensors[key].read()
 
 
 def disagreeing(tensors: Mapping[str, LazyTensor], merges: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmdit.checkpoints.locate import DIFFUSERS_FOLDERS, TOKENIZERS, locate, read_json
-from mmdit.checkpoints.official import NEEDED, WHERE
+from encoders.tokenizer_files import KNOWN_FILES
+from mmdit.checkpoints.components import REGISTRY, ModelKind
+from mmdit.checkpoints.files import json_object
+from mmdit.checkpoints.locate import TOKENIZERS, locate
+from mmdit.checkpoints.missing import TOKENIZER_FILES
 
 Variant = Literal["fp16"]
 
@@ -23,11 +26,31 @@ Variant = Literal["fp16"]
 # that ".safetensors" is a file is ours.
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.(?:git|safetensors)$){_NAME}/{_NAME}", re.ASCII)
+EXPLICIT = "hf:"  # before "owner/name", where a path could be meant
+_LOCAL = frozenset(  # first folders of paths
+    [
+        "checkpoint",
+        "checkpoints",
+        "clip",
+        "comfyui",
+        "data",
+        "diffusion_models",
+        "downloads",
+        "home",
+        "loras",
+        "mnt",
+        "model",
+        "models",
+        "output",
+        "outputs",
+        "text_encoders",
+        "tmp",
+        "unet",
+        "vae",
+        "weights",
+    ]
+)
 _INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
-_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
-_TEXT_ENCODERS = ("clip_l", "clip_g", "t5")  # the names of the official files hold these
-_TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-_TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "spiece.model", *_TOKENIZER_CONFIGS)
 _CLIP_ENOUGH = (
     {"vocab.json", "merges.txt", "tokenizer_config.json"},
     {"vocab.json", "merges.txt", "special_tokens_map.json"},
@@ -43,8 +66,19 @@ class HubError(RuntimeError):
 
 
 def is_repo_id(text: str | Path) -> bool:
-    """Whether a text names a repository on the hub: "owner/name", and no such path exists."""
-    return isinstance(text, str) and _REPOSITORY.fullmatch(text) is not None and not Path(text).exists()
+    """Whether a text names a repository on the hub: "owner/name", where no path of that name is meant.
+
+    A path is meant if it exists, or if its first folder does, or is called like folders of models are; "hf:owner/name"
+    is always a repository.
+    """
+    if not isinstance(text, str):
+        return False
+    if text.startswith(EXPLICIT):
+        return _REPOSITORY.fullmatch(text.removeprefix(EXPLICIT)) is not None
+    if _REPOSITORY.fullmatch(text) is None or Path(text).exists():
+        return False
+    first = text.partition("/")[0]
+    return first.lower() not in _LOCAL and not Path(first).exists()
 
 
 def fetch(
@@ -62,7 +96,7 @@ def fetch(
     Without a network (or with HF_HUB_OFFLINE=1) a complete cache is enough.
 
     Args:
-        repo_id: "owner/name".
+        repo_id: "owner/name" or "hf:owner/name".
         revision: a branch, tag or commit; None is the main branch.
         token: None takes the one of `hf auth login` or HF_TOKEN, False none.
         variant: "fp16" prefers the files of half precision where a repository has both.
@@ -75,6 +109,7 @@ def fetch(
             hub cannot be reached and the cache is incomplete; or the repository holds no complete pipeline.
         mmdit.CheckpointError: a downloaded file is broken, see `mmdit.checkpoints.locate.locate`.
     """
+    repo_id = repo_id.removeprefix(EXPLICIT)
     if not _REPOSITORY.fullmatch(repo_id):
         raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
     api = _library(repo_id).HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
@@ -134,10 +169,10 @@ class _Choice:
 def _diffusers(names: frozenset[str], variant: Variant | None) -> _Choice:
     choice = _Choice()
     choice.take(names & {_INDEX}, _INDEX)
-    for component, folder in DIFFUSERS_FOLDERS.items():
-        if component in NEEDED or any(name.startswith(f"{folder}/") for name in names):
-            choice.take(_weights(names, folder, variant), f"{folder}/ (a complete set of .safetensors)")
-    _add_small_files(choice, names, t5=any(name.startswith(f"{DIFFUSERS_FOLDERS['t5']}/") for name in names))
+    for kind in REGISTRY.values():
+        if kind.needed or any(name.startswith(f"{kind.folder}/") for name in names):
+            choice.take(_weights(names, kind, variant), f"{kind.folder}/ (a complete set of .safetensors)")
+    _add_small_files(choice, names, t5=any(name.startswith(f"{REGISTRY['t5'].folder}/") for name in names))
     return choice
 
 
@@ -148,10 +183,10 @@ def _official(names: frozenset[str]) -> _Choice:
     among = f" where it has {', '.join(main)}" if main else ""
     choice.take(main if len(main) == 1 else [], f"one transformer (sd3*.safetensors){among}")
     texts = [name for name in names if re.fullmatch(r"(text_encoders|clip)/[^/]+\.safetensors", name)]
-    for component in _TEXT_ENCODERS:
-        files = _widest(name for name in texts if component in name)
-        if component in NEEDED or files:
-            choice.take(files, WHERE[component][0])
+    for component, kind in REGISTRY.items():  # the names of the official files hold these
+        if kind.place == "text":
+            files = _widest(name for name in texts if component in name)
+            choice.take(files, kind.source) if files or kind.needed else None
     # Whether the file of the transformer holds the VAE as well, its name does not say.
     choice.files += _widest(name for name in names if re.fullmatch(r"vae/[^/]+\.safetensors", name))
     _add_small_files(choice, names, t5=any("t5" in name for name in texts))
@@ -160,24 +195,33 @@ def _official(names: frozenset[str]) -> _Choice:
 
 def _add_small_files(choice: _Choice, names: frozenset[str], *, t5: bool) -> None:
     """Configs, where there are any, and the tokenizers."""
-    configs = {_SCHEDULER, *(f"{folder}/config.json" for folder in DIFFUSERS_FOLDERS.values())}
+    configs = {_SCHEDULER, *(f"{kind.folder}/config.json" for kind in REGISTRY.values())}
     choice.files += names & configs
     for folder in TOKENIZERS if t5 else TOKENIZERS[:2]:
-        here = {file for file in _TOKENIZER_FILES if f"{folder}/{file}" in names}
+        here = {file for file in KNOWN_FILES if f"{folder}/{file}" in names}
         enough = any(files <= here for files in (_T5_ENOUGH if folder == TOKENIZERS[2] else _CLIP_ENOUGH))
-        choice.take([f"{folder}/{file}" for file in here] if enough else [], WHERE[folder][0])
+        choice.take([f"{folder}/{file}" for file in here] if enough else [], TOKENIZER_FILES[folder])
 
 
-def _weights(names: frozenset[str], folder: str, variant: Variant | None) -> list[str]:
+def _weights(names: frozenset[str], kind: ModelKind, variant: Variant | None) -> list[str]:
     """The weights of a component, in the order that `locate.weights_in` prefers; [] if incomplete."""
-    for stem in _WEIGHT_STEMS:
+    folder = kind.folder
+    for stem in dict.fromkeys((kind.stem, *(other.stem for other in REGISTRY.values()))):
         for mark in ("", ".fp16") if variant is None else (f".{variant}", ""):
-            index, single = f"{folder}/{stem}.safetensors.index{mark}.json", f"{folder}/{stem}{mark}.safetensors"
-            if index in names and (shards := _shards(names, f"{folder}/{stem}{mark}")):
-                return [index, *shards]
-            if single in names:
-                return [single]
+            if found := _files_of(names, f"{folder}/{stem}", mark):
+                return found
+        marks = {match[1] for name in names if (match := re.fullmatch(rf"{folder}/{stem}(\.\w+)\.safetensors", name))}
+        if len(marks) == 1:  # the only variant, bf16 say
+            return _files_of(names, f"{folder}/{stem}", marks.pop())
     return []
+
+
+def _files_of(names: frozenset[str], stem: str, mark: str) -> list[str]:
+    """The index and the shards, or the one file, of a variant; [] if there is none or it is incomplete."""
+    index, single = f"{stem}.safetensors.index{mark}.json", f"{stem}{mark}.safetensors"
+    if index in names and (shards := _shards(names, f"{stem}{mark}")):
+        return [index, *shards]
+    return [single] if single in names else []
 
 
 def _shards(names: frozenset[str], stem: str) -> list[str]:
@@ -219,7 +263,7 @@ def _files(api: Any, repo_id: str, commit: str, cache_dir: str | Path | None) ->
 def _check_kind(folder: Path, repo_id: str) -> None:
     """Raise HubError where model_index.json says that this is no Stable Diffusion 3."""
     if (folder / _INDEX).is_file():
-        kind = read_json(folder / _INDEX).get("transformer")
+        kind = json_object(folder / _INDEX).get("transformer")
         if not isinstance(kind, list) or _TRANSFORMER not in kind:
             raise HubError(
                 f"{repo_id} is no Stable Diffusion 3: its {_INDEX} says transformer = {kind}, expected {_TRANSFORMER}"

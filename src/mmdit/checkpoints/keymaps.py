@@ -1,21 +1,43 @@
-"""Key maps between the official names (ours) and diffusers' names (theirs): data that runs both ways.
+"""Key maps between the official names (ours) and the names of other libraries (theirs).
 
-A rule ties one tensor of ours to one or more of theirs. Patterns with `{i}` stand for every block. Source of the
-names: diffusers `scripts/convert_sd3_to_diffusers.py`, `loaders/single_file_utils.py`.
+For diffusers they are data that run both ways: a rule ties one tensor of ours to one or more of theirs, and patterns
+with `{i}` stand for every block. Source of the names: diffusers `scripts/convert_sd3_to_diffusers.py`,
+`loaders/single_file_utils.py`. The readers and writers here are entries of the rows of
+`mmdit.checkpoints.components.REGISTRY`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from encoders.json_files import printable
+from encoders.vae import VAEConfig
 from mmdit.checkpoints.lazy import LazyTensor
+from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.models.config import MMDiTConfig
 
 Tensors = dict[str, LazyTensor]
+StoredAs = dict[str, tuple[str, ...]]
+"""`{official name: names in the file}` of tensors that a file calls otherwise; a fused one is made of several."""
+
+
+class Mapped(NamedTuple):
+    """The tensors of a model under official names, and what the file calls those that it names otherwise."""
+
+    tensors: Tensors
+    stored_as: StoredAs
+
+
+Reader: TypeAlias = Callable[[Tensors, Path], Mapped]
+"""Maps the tensors of a file, whose path is for errors, to official names; raises ValueError for what it cannot map."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +168,206 @@ def vae_rules(levels: int, blocks: int) -> list[Rename]:
     return rules
 
 
-def count(keys: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that stands for `{i}` at the start of any key; 0 where none does."""
-    number = re.compile(re.escape(pattern).replace(r"\{i\}", r"(\d+)"))
-    return 1 + max((int(found[1]) for key in keys if (found := number.match(key))), default=-1)
+def count(keys: Collection[str], pattern: str, least: int = 1) -> int:
+    """How many blocks the keys name.
+
+    Args:
+        keys: names of tensors.
+        pattern: the start of the keys of blocks, with `{i}` for the block's number.
+        least: how many tensors a whole block has at least.
+
+    Raises:
+        ValueError: see `check_blocks`.
+    """
+    return check_blocks(keys, re.escape(pattern).replace(r"\{i\}", r"(\d+)"), least)
+
+
+def check_blocks(keys: Collection[str], pattern: str, least: int) -> int:
+    """How many blocks the keys name, after a check that they are there.
+
+    A key alone could otherwise ask for a model, and for rules, that are far larger than the file.
+
+    Args:
+        keys: names of tensors.
+        pattern: matches the start of the keys of blocks; its group is the block's number.
+        least: how many tensors a whole block has at least.
+
+    Raises:
+        ValueError: a block has a number that leaves a gap, or most tensors of the blocks are missing.
+    """
+    block = re.compile(pattern)
+    numbers: dict[int, str] = {}
+    for key in keys:
+        if found := block.match(key):
+            numbers.setdefault(int(found[1]) if len(found[1]) < _MAX_DIGITS else 10**_MAX_DIGITS, key)
+    if far := [key for number, key in sorted(numbers.items()) if number >= len(numbers)]:
+        gap = next(number for number in range(len(numbers)) if number not in numbers)
+        raise ValueError(f"there is no block {gap}, but a later one: {far[0]}; blocks are numbered without gaps")
+    if len(numbers) > _FEW and 2 * len(keys) < least * len(numbers):
+        raise ValueError(
+            f"{len(numbers)} blocks have at least {least * len(numbers)} tensors, and there are {len(keys)}; "
+            "the file is incomplete: download it again"
+        )
+    return len(numbers)
+
+
+def unchanged(tensors: Tensors, source: Path) -> Mapped:
+    """Official names are kept."""
+    return Mapped(tensors, {})
+
+
+def read_diffusers_mmdit(tensors: Tensors, source: Path) -> Mapped:
+    """An MMDiT in diffusers' names."""
+    return _read_by(mmdit_rules(count(tensors, "transformer_blocks.{i}.", 15)), tensors)
+
+
+def write_diffusers_mmdit(tensors: Tensors, config: MMDiTConfig) -> Tensors:
+    """An MMDiT in diffusers' names."""
+    return _write_by(mmdit_rules(config.depth), tensors)
+
+
+def read_diffusers_vae(tensors: Tensors, source: Path) -> Mapped:
+    """A VAE in diffusers' names."""
+    levels, blocks = count(tensors, "encoder.down_blocks.{i}.", 8), count(tensors, "encoder.down_blocks.0.resnets.{i}.")
+    return _read_by(vae_rules(levels, blocks), tensors)
+
+
+def write_diffusers_vae(tensors: Tensors, config: VAEConfig) -> Tensors:
+    """A VAE in diffusers' names."""
+    return _write_by(vae_rules(len(config.widths), config.blocks_per_level), tensors)
+
+
+def read_clip(tensors: Tensors, source: Path) -> Mapped:
+    """A CLIP text tower in official names, whose projection may be a bare matrix, which is stored transposed.
+
+    Source: ComfyUI `comfy/utils.py`, `clip_text_transformers_convert`.
+    """
+    if _BARE_PROJECTION not in tensors or _PROJECTION in tensors:
+        return Mapped(tensors, {})
+    found = {key: lazy for key, lazy in tensors.items() if key != _BARE_PROJECTION}
+    projection = LazyTensor.derived(_transposed, tensors[_BARE_PROJECTION])
+    return Mapped(found | {_PROJECTION: projection}, {_PROJECTION: (_BARE_PROJECTION,)})
+
+
+def read_bare_clip(tensors: Tensors, source: Path) -> Mapped:
+    """A CLIP text tower as transformers 5 saves it: without `text_model.` before all but the projection."""
+    names = {key: key if key.startswith(_BARE_PROJECTION) else f"text_model.{key}" for key in tensors}
+    found, stored_as = read_clip({names[key]: lazy for key, lazy in tensors.items()}, source)
+    return Mapped(found, {ours: (key,) for key, ours in names.items()} | stored_as)
+
+
+def read_openclip(tensors: Tensors, source: Path) -> Mapped:
+    """A CLIP text tower in the names of OpenCLIP, which fuses q, k, v and stores the projection transposed.
+
+    Source of the names: open_clip `transformer.py`; transformers `convert_open_clip_original_pytorch_to_hf.py`.
+    """
+    found, stored_as = Tensors(), StoredAs()
+    for key, lazy in tensors.items():
+        for ours, operation in _openclip(key):
+            found[ours], stored_as[ours] = LazyTensor.derived(operation, lazy), (key,)
+    return Mapped(found, stored_as)
+
+
+def write_transformers_clip(tensors: Tensors, config: Any) -> Tensors:
+    """A CLIP text tower for transformers' class with projection; one that has none gets the identity."""
+    if _PROJECTION in tensors:
+        return dict(tensors)
+    dtype = next(iter(tensors.values())).dtype
+    return tensors | {_PROJECTION: LazyTensor.of(torch.eye(config.width, dtype=torch.float32)).as_dtype(dtype)}
+
+
+def write_official_clip_l(tensors: Tensors) -> Tensors:
+    """CLIP-L as the official file has it: without a projection that is the identity."""
+    without = {key: lazy for key, lazy in tensors.items() if key != _PROJECTION}
+    return without if _PROJECTION in tensors and _is_identity(tensors[_PROJECTION]) else dict(tensors)
+
+
+def write_official_t5(tensors: Tensors) -> Tensors:
+    """T5 as the official file has it: with its token embedding twice."""
+    return tensors | {_T5_EMBEDDING_TWIN: tensors[_T5_EMBEDDING]}
+
+
+def read_t5(tensors: Tensors, source: Path) -> Mapped:
+    """A T5 encoder, whose token embedding is stored once or twice; two different ones cannot both be right."""
+    found = {key: lazy for key, lazy in tensors.items() if key != _T5_EMBEDDING_TWIN}
+    twin = tensors.get(_T5_EMBEDDING_TWIN)
+    if twin is not None:
+        kept = found.get(_T5_EMBEDDING)
+        found[_T5_EMBEDDING] = twin if kept is None else _one_of(kept, twin, source)
+    return Mapped(found, {})
+
+
+def _one_of(kept: LazyTensor, twin: LazyTensor, source: Path) -> LazyTensor:
+    """The token embedding; that both copies are equal is checked when it is read."""
+
+    def load(dtype: torch.dtype, device: torch.device) -> Tensor:
+        one, other = (lazy.read(device="cpu").view(torch.uint8) for lazy in (kept, twin))
+        if not torch.equal(one, other):
+            raise CheckpointError(
+                f"{source}: {_T5_EMBEDDING} and {_T5_EMBEDDING_TWIN} differ; they must be one table, "
+                "so the file was written wrongly"
+            )
+        del one, other
+        return kept.load(dtype, device)
+
+    return LazyTensor(kept.shape, kept.dtype, load)
+
+
+def _read_by(rules: Sequence[Rename], tensors: Tensors) -> Mapped:
+    found, left = to_ours(tensors, rules)
+    if left:
+        without = partners(left, rules)
+        why = f"missing are {some(without)}" if without else "the model has no such tensors"
+        raise ValueError(f"{len(left)} unexpected tensors: {some(left)}; {why}")
+    return Mapped(found, {rule.ours: rule.theirs for rule in rules})
+
+
+def _write_by(rules: Sequence[Rename], tensors: Tensors) -> Tensors:
+    found, left = to_theirs(tensors, rules)
+    if left:
+        raise ValueError(f"{len(left)} tensors have no name in diffusers: {some(left)}")
+    return found
+
+
+def some(keys: Iterable[str], most: int = 5) -> str:
+    """The first few of some names, and how many more there are."""
+    keys = list(keys)
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(printable(key, 200) for key in keys[:most]) + more
+
+
+def _openclip(key: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    """The official names of what a tensor of OpenCLIP holds, and how to get each; its own name where it is unknown."""
+    if key in _OPENCLIP_OUTER:
+        yield _OPENCLIP_OUTER[key], _same
+    elif key == _BARE_PROJECTION:
+        yield _PROJECTION, _transposed
+    elif (found := _OPENCLIP_LAYER.fullmatch(key)) is None:
+        yield key, _same
+    elif found[2].startswith("attn.in_proj_"):
+        for index, part in enumerate("qkv"):
+            kind = found[2].removeprefix("attn.in_proj_")
+            yield f"text_model.encoder.layers.{found[1]}.self_attn.{part}_proj.{kind}", partial(_third, index=index)
+    else:
+        name, _, kind = found[2].rpartition(".")
+        yield f"text_model.encoder.layers.{found[1]}.{_OPENCLIP_NAMES.get(name, name)}.{kind}", _same
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous()
+
+
+def _third(tensor: Tensor, index: int) -> Tensor:
+    return tensor.chunk(3)[index]
+
+
+def _is_identity(projection: LazyTensor) -> bool:
+    square = len(projection.shape) == 2 and projection.shape[0] == projection.shape[1]
+    return square and torch.equal(projection.read(torch.float32), torch.eye(projection.shape[0]))
 
 
 def _linears(names: Mapping[str, tuple[str, ...]], kind: type[Rename]) -> Iterator[Rename]:
@@ -211,4 +429,22 @@ _VAE_OUTER = {
     f"{side}.{ours}": (f"{side}.{theirs}",)
     for side in ("encoder", "decoder")
     for ours, theirs in (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("norm_out", "conv_norm_out"))
+}
+_MAX_DIGITS = 10  # of a block's number; longer ones are numbers that no file has
+_FEW = 3  # blocks, whose tensors are named one by one where they are missing
+_PROJECTION, _BARE_PROJECTION = "text_projection.weight", "text_projection"
+_T5_EMBEDDING, _T5_EMBEDDING_TWIN = "shared.weight", "encoder.embed_tokens.weight"
+_OPENCLIP_OUTER = {
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+}
+_OPENCLIP_LAYER = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
+_OPENCLIP_NAMES = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
 }

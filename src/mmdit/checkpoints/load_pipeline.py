@@ -1,4 +1,4 @@
-"""All models of a pipeline from one folder or file."""
+"""All models of a pipeline, from whatever a path is."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from typing import Any
 import torch
 
 from encoders import VAE, CLIPText, T5Encoder, Tokenizers
-from mmdit.checkpoints.components import TITLES, Component
+from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.float8 import Float8
-from mmdit.checkpoints.load import StoredModel, build, open_model
-from mmdit.checkpoints.locate import TOKENIZERS, Found, locate, with_neighbours
-from mmdit.checkpoints.official import how_to_get, missing
+from mmdit.checkpoints.hub import Variant, fetch, is_repo_id
+from mmdit.checkpoints.load import StoredModel, build, open_model, say_notes
+from mmdit.checkpoints.locate import TOKENIZERS, Found, ambiguous, locate, with_neighbours
+from mmdit.checkpoints.missing import how_to_get, missing
 from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
+
+DEMO = "demo"  # the name of the embedded model, where a path is expected
 
 
 @dataclass
@@ -33,73 +37,129 @@ class Components:
     shift: float | None  # of the scheduler's config, where there is one
 
 
-def from_folder(
-    folder: str | Path, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep"
-) -> Components:
-    """The models of a folder in the official, diffusers or ComfyUI layout; see `mmdit.load_mmdit` for the arguments.
+@dataclass(frozen=True)
+class Source:
+    """A path, and what goes with it: the one description of where the models of a pipeline come from."""
 
-    Raises:
-        FileNotFoundError: there is no such folder; for a name on a hub, how to download it.
-        CheckpointError: something is missing (what, from where, to where) or broken.
-    """
-    return _build(locate(folder), device, dtype, float8)
+    path: str | Path = DEMO
+    others: Mapping[Component, str | Path | None] | None = None  # files or folders to take single models from
+    tokenizers: str | Path | None = None  # the folder that holds tokenizer, tokenizer_2 and tokenizer_3
+    revision: str | None = None  # of a repository: a branch, tag or commit
+    token: str | bool | None = None
+    variant: Variant | None = None  # of a repository: the files of half precision
+    cache_dir: str | Path | None = None
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether it is the embedded model."""
+        return isinstance(self.path, str) and self.path == DEMO
+
+    @property
+    def is_repository(self) -> bool:
+        """Whether it is a repository of the Hugging Face Hub."""
+        return isinstance(self.path, str) and is_repo_id(self.path)
+
+    @property
+    def name(self) -> str:
+        """What settings call it; a folder that is called like the embedded model is told from it."""
+        return f"./{self.path}" if isinstance(self.path, Path) and str(self.path) == DEMO else str(self.path)
+
+    def find(self) -> Found:
+        """Locate all models: of the path, of the files given with it, and of those that lie beside a single file.
+
+        Raises:
+            FileNotFoundError: there is no such path.
+            ValueError: an option does not go with what the path is.
+            mmdit.HubError: the repository cannot be had.
+            CheckpointError: a file is broken, or a folder holds nothing that is known.
+        """
+        found = locate(self._local())
+        for component, given in (self.others or {}).items():
+            if given is not None:
+                _take(found, component, locate(given, clip=component))
+        if self.tokenizers is not None:
+            if not Path(self.tokenizers).is_dir():
+                raise FileNotFoundError(
+                    f"tokenizers={self.tokenizers} is no folder; expected one that holds {', '.join(TOKENIZERS)}"
+                )
+            found.tokenizers = Path(self.tokenizers)
+        return with_neighbours(found)
+
+    def _local(self) -> Path:
+        if self.is_repository:
+            return fetch(
+                str(self.path),
+                revision=self.revision,
+                token=self.token,
+                variant=self.variant,
+                cache_dir=self.cache_dir,
+            )
+        if given := [name for name in ("revision", "variant") if getattr(self, name) is not None]:
+            raise ValueError(f"{given[0]} is for a repository of the hub, but {self.path} is none")
+        return EMBEDDED if self.is_demo else Path(self.path)
 
 
-def from_file(
-    path: str | Path,
-    others: Mapping[Component, str | Path | None],
-    tokenizers: str | Path | None,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
+def load(
+    source: Source | str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
     float8: Float8 = "keep",
 ) -> Components:
-    """The models of a single file, of the files given beside it, and of those that lie next to it.
+    """The models and tokenizers of a pipeline, from whatever the source is; see `mmdit.load_mmdit` for the arguments.
+
+    The source may be a safetensors file, a shard index, a folder in the official, diffusers or ComfyUI layout, a folder
+    of the hub's cache, "owner/name" of a repository on the Hugging Face Hub, or "demo" for the embedded model.
 
     Raises:
-        FileNotFoundError, CheckpointError: see `from_folder`.
+        FileNotFoundError, ValueError, mmdit.HubError: see `Source.find`.
+        CheckpointError: something is missing (what, from where, to where) or broken.
     """
-    found = locate(path)
-    for component, given in others.items():
-        if given is not None:
-            there = locate(given, clip=component if component in ("clip_l", "clip_g") else None)
-            if component not in there.weights:
-                open_model(there, component)  # says what the file is instead
-            found.weights[component] = there.weights[component]
-            found.configs |= {part: config for part, config in there.configs.items() if part == component}
-    if tokenizers is not None:
-        if not Path(tokenizers).is_dir():
-            raise FileNotFoundError(
-                f"tokenizers={tokenizers} is no folder; expected one that holds {', '.join(TOKENIZERS)}"
-            )
-        found.tokenizers = Path(tokenizers)
-    return _build(with_neighbours(found), device, dtype, float8)
+    source = source if isinstance(source, Source) else Source(source)
+    found = source.find()
+    models = _opened(found)
+    check_together(models)
+    assert found.tokenizers is not None, "missing() looks for them"
+    tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in models)
+    check_tokenizers(models, tokenizers)
+    shift = found.shift  # read before the weights, because it can be wrong
+    say_notes(models.values())
+    if "t5" not in models:
+        lines = (line.strip() for line in how_to_get(["t5"], found))
+        warnings.warn(
+            f"{found.path} has no T5 encoder; prompts are followed less well. {' '.join(lines)}", stacklevel=3
+        )
+    built: dict[str, Any] = {name: build(model, device, dtype, float8) for name, model in models.items()}
+    return Components(**({"t5": None} | built), tokenizers=tokenizers, shift=shift)
 
 
-def _build(found: Found, device: torch.device | str, dtype: torch.dtype | None, float8: Float8) -> Components:
+def _take(found: Found, component: Component, given: Found) -> None:
+    """Take a model of another path."""
+    if component not in given.weights:
+        open_model(given, component)  # says what is there instead
+    found.weights[component] = given.weights[component]
+    found.several.pop(component, None)
+    found.configs.pop(component, None)
+    found.configs |= {name: config for name, config in given.configs.items() if name == component}
+    found.files.headers |= given.files.headers
+
+
+def _opened(found: Found) -> dict[Component, StoredModel]:
+    """All models of a located checkpoint, after a check that none is missing."""
     if "transformer" not in found.weights:
         open_model(found, "transformer")  # says what there is instead
-    parts = {name: open_model(found, name) for name in found.weights}
+    for component in sorted(found.several.keys() - found.weights.keys()):
+        raise ambiguous(found, component)
     if without := missing(found):
         has = ", ".join(found.weights) or "no model of SD3"
         said = f"{found.path} is not enough for a picture: it has {has}. Missing:"
         raise CheckpointError("\n".join([said, *how_to_get(without, found)]))
-    _check_together(parts)
-    if "t5" not in found.weights:
-        warnings.warn(
-            f"{found.path} has no T5 encoder; prompts are followed less well. {how_to_get(['t5'], found)[0].strip()}",
-            stacklevel=4,
-        )
-    assert found.tokenizers is not None, "missing() looks for them"
-    tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in parts)
-    _check_tokenizers(parts, tokenizers)
-    shift = found.shift  # read before the weights, because it can be wrong
-    models: dict[str, Any] = {name: build(part, device, dtype, float8) for name, part in parts.items()}
-    return Components(**({"t5": None} | models), tokenizers=tokenizers, shift=shift)
+    parts = Components.__dataclass_fields__
+    return {component: open_model(found, component) for component in found.weights if component in parts}
 
 
-def _check_together(parts: Mapping[Component, StoredModel]) -> None:
+def check_together(models: Mapping[Component, StoredModel]) -> None:
     """Raise CheckpointError where models that are sound alone do not go together."""
-    config: dict[Component, Any] = {name: part.config for name, part in parts.items()}
+    config: dict[Component, Any] = {name: model.config for name, model in models.items()}
     transformer, towers = config["transformer"], (config["clip_l"], config["clip_g"])
     pooled = sum(tower.projection_dim or tower.width for tower in towers)
     pairs: list[tuple[Component, str, int, int]] = [
@@ -111,12 +171,12 @@ def _check_together(parts: Mapping[Component, StoredModel]) -> None:
     for name, what, found, expected in pairs:
         if found != expected:
             raise CheckpointError(
-                f"{parts[name].source}: this {TITLES[name]} has {found} {what}, but the transformer of "
-                f"{parts['transformer'].source} takes {expected}; they are not of the same model"
+                f"{models[name].source}: this {title(name)} has {found} {what}, but the transformer of "
+                f"{models['transformer'].source} takes {expected}; they are not of the same model"
             )
 
 
-def _check_tokenizers(parts: Mapping[Component, StoredModel], tokenizers: Tokenizers) -> None:
+def check_tokenizers(models: Mapping[Component, StoredModel], tokenizers: Tokenizers) -> None:
     """Raise CheckpointError where a tokenizer gives ids that its encoder has no row for."""
     pairs: list[tuple[Component, Any]] = [
         ("clip_l", tokenizers.clip_l),
@@ -124,9 +184,9 @@ def _check_tokenizers(parts: Mapping[Component, StoredModel], tokenizers: Tokeni
         ("t5", tokenizers.t5),
     ]
     for name, tokenizer in pairs:
-        config: Any = parts[name].config if name in parts else None
+        config: Any = models[name].config if name in models else None
         if tokenizer is not None and config is not None and tokenizer.vocab_size > config.vocabulary:
             raise CheckpointError(
-                f"the tokenizer of the {TITLES[name]} has {tokenizer.vocab_size} tokens, but {parts[name].source} has "
+                f"the tokenizer of the {title(name)} has {tokenizer.vocab_size} tokens, but {models[name].source} has "
                 f"embeddings for {config.vocabulary}; they are not of the same model"
             )

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from encoders.json_files import parse_json
-from mmdit.checkpoints.components import CLIP_WIDTHS, TITLES, Component, looks_like, split
+from mmdit.checkpoints.components import REGISTRY, Component, title
+from mmdit.checkpoints.files import ENDINGS, OTHER_ENDINGS, Files, is_file, json_object, plain_name, regular_files
+from mmdit.checkpoints.keymaps import some
 from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, read_header
+from mmdit.checkpoints.recognise import Split, looks_like, split
+from mmdit.checkpoints.safetensors_io import CheckpointError
 from quant.packing import merge_metadata
 
 Layout = Literal["official", "diffusers", "comfyui", "single file"]
-DIFFUSERS_FOLDERS: dict[Component, str] = {
-    "transformer": "transformer",
-    "vae": "vae",
-    "clip_l": "text_encoder",
-    "clip_g": "text_encoder_2",
-    "t5": "text_encoder_3",
-}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+MAX_INDEX = 32 * 2**20  # bytes of a shard index
 _MAIN_FOLDERS = ("checkpoints", "diffusion_models", "unet")
 _TEXT_FOLDERS = ("text_encoders", "clip")
-_TEXT_ENCODERS = ("clip_l", "clip_g", "t5")
-_WEIGHT_STEMS = ("diffusion_pytorch_model", "model")
 _SHOWN = 5  # files that a message names
 _SHARD = "-of-"
-_PICKLE_ENDINGS = (".bin", ".ckpt", ".pt", ".pth")
+_VARIANT = r"[A-Za-z0-9_]+"
 
 
 @dataclass
@@ -39,81 +34,102 @@ class Found:
     path: Path
     layout: Layout
     weights: dict[Component, Path] = field(default_factory=dict)
+    several: dict[Component, list[Path]] = field(default_factory=dict)  # files between which nothing decides
     configs: dict[Component, dict[str, Any]] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
     tokenizers: Path | None = None  # the folder that holds tokenizer, tokenizer_2 and tokenizer_3
+    files: Files = field(default_factory=Files)
+    ema: bool = False  # whether averaged weights are read in the place of the others
 
     @property
     def shift(self) -> float | None:
         """The timestep shift of the scheduler's config, where there is one; CheckpointError if it is no number."""
         shift = (self.scheduler or {}).get("shift")
-        if shift is not None and (isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0):
+        if shift is None:
+            return None
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 10**6:
             raise CheckpointError(
-                f"{self.path}: scheduler_config.json says shift = {shift!r}, expected a number above 0"
+                f"{self.path}: scheduler_config.json says shift = {shift!r:.80}, expected a number above 0"
             )
-        return shift
+        return float(shift)
 
 
-def locate(path: str | Path, *, clip: Component | None = None) -> Found:
+def locate(path: str | Path, *, clip: Component = "", ema: bool = False) -> Found:
     """Find the models that a file or folder holds, by reading headers only.
 
+    A file in a folder that cannot be read, or that holds none of our models, is set aside (`Found.files.aside`): it
+    matters only to messages about a model that is missing. The same with several files of one model, which is an error
+    only where this model is asked for.
+
     Args:
-        path: a safetensors file, a shard index, or a folder.
-        clip: what a text tower without prefix is taken for, where `path` is a file that holds one.
+        path: a safetensors file, a shard index, or a folder; of the hub's cache, also the folder of a repository.
+        clip: the component that a text tower without prefix is taken for, where `path` is a file that holds one.
+        ema: read averaged weights (`model_ema.`) in the place of those that they are the average of.
 
     Raises:
         FileNotFoundError: there is no such path.
-        CheckpointError: a file is broken, or a folder holds nothing that is known.
+        CheckpointError: `path` is a file that is broken, or a folder that holds nothing that is known.
     """
     if not Path(path).exists():
         raise FileNotFoundError(_no_such(str(path)))
     path = Path(path).absolute()  # neighbours and roles are told by the names of folders
-    if path.is_file():
-        return _in_file(path, clip)
+    found = Found(path, "single file", ema=ema)
+    if not path.is_dir():
+        return _in_file(found, path, clip)
+    found.path = path = _snapshot(path)
     if _is_diffusers(path):
-        return _in_diffusers_folder(path)
+        return _in_diffusers_folder(found)
     if any((base / name).is_dir() for base in (path, path / "models") for name in _MAIN_FOLDERS):
-        return _in_comfyui_folder(path)
-    return _in_official_folder(path)
+        return _in_comfyui_folder(found)
+    return _in_official_folder(found)
 
 
 def with_neighbours(found: Found) -> Found:
-    """Add the text encoders and the VAE that lie beside a single file, in `text_encoders/` (or `clip/`) and `vae/`.
+    """Add what lies beside a single file: text encoders in its folder, `text_encoders/` or `clip/`, a VAE in `vae/`.
 
-    Beside is the file's own folder (official repository) or the one above it (ComfyUI's `models/`).
+    Beside is the file's own folder (official repository) or the one above it (ComfyUI's `models/`). Where nothing is
+    missing, nothing is looked for.
     """
-    folders = found.path.parents[:2] if found.path.is_file() else ()
-    for folder in folders:
-        for name in _TEXT_FOLDERS:
-            _add(found, text_encoders((folder / name).glob("*.safetensors"), known=found.weights))
-        _add_vae(found, folder / "vae")
+    if found.layout == "single file":
+        for folder in found.path.parents[:2]:
+            _add_text_encoders(found, (folder / name for name in _TEXT_FOLDERS))
+            _add(found, "main", folder / "vae")
+        _add_text_encoders(found, [found.path.parent], nested=False)
     return found
 
 
-def open_weights(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def open_weights(path: Path, files: Files | None = None) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     """The tensors of a file, or of all shards that an index names, and their metadata.
+
+    Args:
+        path: a safetensors file or a shard index.
+        files: those of a located checkpoint, whose headers are not read again.
 
     Raises:
         CheckpointError: a shard is missing, index and shards disagree on a tensor, or metadata are not what they claim.
     """
-    if not path.name.endswith(".json"):
-        return open_tensors(path)
+    files = Files() if files is None else files
+    if path.suffix != ".json":
+        header = files.header(path)
+        return header.tensors(), header.metadata
     weight_map = _index(path)
+    shards: dict[str, set[str]] = {}
+    for key, shard in weight_map.items():
+        shards.setdefault(shard, set()).add(key)
     tensors: dict[str, LazyTensor] = {}
     notes: list[dict[str, str]] = []
-    for shard in sorted(set(weight_map.values())):
-        if not (path.parent / shard).is_file():
+    for shard, said in sorted(shards.items()):
+        if not is_file(path.parent / shard):
             raise CheckpointError(f"{path} names the shard {shard}, which is not beside it; download it too")
-        found, metadata = open_tensors(path.parent / shard)
-        said = {key for key, file in weight_map.items() if file == shard}
-        if odd := sorted(said ^ set(found)):
+        header = files.header(path.parent / shard)
+        if odd := sorted(said ^ set(header.entries)):
             where = "only in the index" if odd[0] in said else "only in the shard"
             raise CheckpointError(
-                f"{path}: {len(odd)} tensors differ between index and {shard}: {odd[0]!r} is {where}; "
+                f"{path}: {len(odd)} tensors differ between index and {shard}: {some(odd, 1)!r} is {where}; "
                 "they are not of the same model: download both again"
             )
-        tensors |= found
-        notes.append(metadata)
+        tensors |= header.tensors()
+        notes.append(header.metadata)
     try:
         return tensors, merge_metadata(notes, parse_json)
     except ValueError as error:
@@ -121,28 +137,21 @@ def open_weights(path: Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The weights of a component folder: an index, else a single file; a plain name before its fp16 variant."""
-    for stem in _WEIGHT_STEMS:
+    """The weights of a component folder: an index, else a single file; a plain name before its fp16 variant.
+
+    Another variant ("bf16", say) is taken where it is the only one.
+    """
+    for stem in dict.fromkeys(kind.stem for kind in REGISTRY.values()):
         for variant in ("", ".fp16"):
             for name in (f"{stem}.safetensors.index{variant}.json", f"{stem}{variant}.safetensors"):
-                if (folder / name).is_file():
+                if is_file(folder / name):
                     return folder / name
+        others = [*folder.glob(f"{stem}.safetensors.index.*.json"), *folder.glob(f"{stem}.*.safetensors")]
+        names = rf"{stem}(\.{_VARIANT}\.safetensors|\.safetensors\.index\.{_VARIANT}\.json)"
+        others = [file for file in others if re.fullmatch(names, file.name) and is_file(file)]
+        if len(others) == 1:
+            return others[0]
     return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: it is not one.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def tokenizer_folder(*places: Path) -> Path | None:
@@ -150,193 +159,271 @@ def tokenizer_folder(*places: Path) -> Path | None:
     return next((place for place in places if any((place / name).is_dir() for name in TOKENIZERS)), None)
 
 
-def text_encoders(files: Iterable[Path], *, known: Collection[Component] = ()) -> dict[Component, Path]:
-    """Which file is which text encoder, told by its tensors; the name decides only between unusual CLIP widths.
-
-    Encoders that are known already are not looked for.
-
-    Raises:
-        CheckpointError: two files are the same encoder (of T5, the 16- or 32-bit one is preferred to float8).
-    """
-    candidates: dict[Component, list[Path]] = {}
-    for file in sorted(files):
-        shapes = {key: entry.shape for key, entry in read_header(file).entries.items()}
-        for kind, model in split(shapes)[0].items():
-            component = _clip_role(file, shapes) if kind == "clip" else kind
-            if component in _TEXT_ENCODERS and component not in known and len(model.keys) == len(shapes):
-                candidates.setdefault(component, []).append(file)
-    return {component: _only(component, files) for component, files in candidates.items()}
+def split_of(found: Found, path: Path) -> Split:
+    """What the names of the tensors of a file say."""
+    return split(found.files.header(path).entries, ema=found.ema)
 
 
-def _in_file(path: Path, clip: Component | None) -> Found:
-    tensors, _ = open_weights(path)
-    models, _ = split(tensors)
-    found = Found(path, "single file", tokenizers=tokenizer_folder(path.parent, *path.parents[1:3]))
-    for kind in models:
-        if kind == "clip":
-            found.weights[_clip_role(path, {key: lazy.shape for key, lazy in tensors.items()}, clip)] = path
-        else:
-            found.weights[kind] = path
-    if (path.parent / "config.json").is_file() and weights_in(path.parent) is not None:
-        found.configs = dict.fromkeys(found.weights, read_json(path.parent / "config.json"))
+def _in_file(found: Found, path: Path, clip: Component) -> Found:
+    shapes = {key: lazy.shape for key, lazy in open_weights(path, found.files)[0].items()}
+    found.tokenizers = tokenizer_folder(path.parent, *path.parents[1:3])
+    for name in split(shapes, ema=found.ema).models:
+        found.weights[_role(path, name, shapes, clip)] = path
+    if is_file(path.parent / "config.json") and weights_in(path.parent) is not None:
+        found.configs = dict.fromkeys(found.weights, json_object(path.parent / "config.json"))
     return found
 
 
 def _is_diffusers(folder: Path) -> bool:
-    return any(weights_in(place) for place in (folder, folder / "transformer"))
+    if any(map(weights_in, (folder, folder / REGISTRY["transformer"].folder))):
+        return True
+    others = (folder / kind.folder for kind in REGISTRY.values() if kind.place == "text")
+    return any(map(weights_in, others)) and not any(path.suffix in ENDINGS for path in regular_files(folder, 1))
 
 
-def _in_diffusers_folder(folder: Path) -> Found:
+def _in_diffusers_folder(found: Found) -> Found:
+    folder, found.layout = found.path, "diffusers"
     if (own := weights_in(folder)) is not None:  # the folder of a single component
-        role = next((part for part, name in DIFFUSERS_FOLDERS.items() if name == folder.name), None)
-        found = _in_file(own, role)
-        found.layout = "diffusers"
-        return found
-    found = Found(folder, "diffusers", tokenizers=tokenizer_folder(folder))
-    for component, name in DIFFUSERS_FOLDERS.items():
-        if (weights := weights_in(folder / name)) is not None:
+        role = next((component for component, kind in REGISTRY.items() if kind.folder == folder.name), "")
+        found.path = own
+        return _in_file(found, own, role)
+    found.tokenizers = tokenizer_folder(folder)
+    for component, kind in REGISTRY.items():
+        if (weights := weights_in(folder / kind.folder)) is not None:
             found.weights[component] = weights
+        else:
+            for file in found.files.weights(folder / kind.folder, nested=False):
+                found.files.aside[file] = f"{file} {_why_not_read(file, kind.stem)}"
     return _with_configs(found)
 
 
-def _in_official_folder(folder: Path) -> Found:
-    found = Found(folder, "official", tokenizers=tokenizer_folder(folder))
-    files = sorted(folder.glob("*.safetensors"))
-    if main := _main_files(files):
-        _add_main(found, _single(main, folder))
-        _add_vae(found, folder / "vae")
-        for name in _TEXT_FOLDERS:
-            _add(found, text_encoders((folder / name).glob("*.safetensors")))
+def _why_not_read(file: Path, stem: str) -> str:
+    """Why a file in the folder of a component is not its weights."""
+    if _SHARD in file.name:
+        index = f"{file.name.partition(_SHARD)[0][:-6]}.safetensors.index.json"
+        return f"needs the index of its shards: download {index} too"
+    return f"is not named {stem}.safetensors"
+
+
+def _in_official_folder(found: Found) -> Found:
+    folder, found.layout = found.path, "official"
+    found.tokenizers = tokenizer_folder(folder)
+    files = found.files.weights(folder, nested=False)
+    _choose(found, "transformer", _holding(found, "transformer", files))
+    if "transformer" in found.weights:
+        _add_beside(found, found.weights["transformer"])
+    if {"transformer"} & (found.weights.keys() | found.several.keys()):
+        _add(found, "main", folder / "vae")
+        _add_text_encoders(found, (folder / name for name in _TEXT_FOLDERS))
+        _add_text_encoders(found, [folder], nested=False)
     elif not any(_SHARD in file.name for file in files):  # a folder of text encoders, say, or of one VAE
-        _add_vae(found, folder)
-        _add(found, text_encoders(files))
-    if not found.weights:
-        raise CheckpointError(_nothing_in(folder))
+        _add(found, "main", folder)
+        _add_text_encoders(found, [folder])
+    if not found.weights and not found.several:
+        raise CheckpointError(_nothing_in(found, folder))
     return _with_configs(found)
 
 
-def _in_comfyui_folder(folder: Path) -> Found:
+def _in_comfyui_folder(found: Found) -> Found:
+    folder, found.layout = found.path, "comfyui"
     models = folder / "models" if (folder / "models").is_dir() else folder
-    found = Found(folder, "comfyui", tokenizers=tokenizer_folder(folder, models))
-    main = _main_files(file for name in _MAIN_FOLDERS for file in (models / name).glob("**/*.safetensors"))
-    if not main:
-        raise CheckpointError(_nothing_in(models))
-    _add_main(found, _single(main, models))
-    _add_vae(found, models / "vae")
-    for name in _TEXT_FOLDERS:
-        _add(found, text_encoders((models / name).glob("*.safetensors")))
+    found.tokenizers = tokenizer_folder(folder, models)
+    files = [file for name in _MAIN_FOLDERS for file in found.files.weights(models / name)]
+    _choose(found, "transformer", _holding(found, "transformer", files))
+    if "transformer" in found.weights:
+        _add_beside(found, found.weights["transformer"])
+    _add(found, "main", models / "vae")
+    _add_text_encoders(found, (models / name for name in _TEXT_FOLDERS))
+    if not found.weights and not found.several:
+        raise CheckpointError(_nothing_in(found, models))
     return found
 
 
 def _with_configs(found: Found) -> Found:
     """Take the diffusers config files that lie in the folder; the official repository has them too."""
-    for component, name in DIFFUSERS_FOLDERS.items():
-        if (config := found.path / name / "config.json").is_file():
-            found.configs[component] = read_json(config)
-    if (scheduler := found.path / "scheduler" / "scheduler_config.json").is_file():
-        found.scheduler = read_json(scheduler)
+    for component, kind in REGISTRY.items():
+        if is_file(config := found.path / kind.folder / "config.json"):
+            found.configs[component] = json_object(config)
+    if is_file(scheduler := found.path / "scheduler" / "scheduler_config.json"):
+        found.scheduler = json_object(scheduler)
     return found
 
 
-def _add_main(found: Found, file: Path) -> None:
-    for kind in split(read_header(file).entries)[0]:
-        if kind != "clip":
-            found.weights[kind] = file
+def _add_beside(found: Found, file: Path) -> None:
+    """Take the other models that the file of the transformer holds; a text tower must say by a prefix which it is."""
+    for name in split_of(found, file).models:
+        if name in REGISTRY:
+            found.weights.setdefault(name, file)
 
 
-def _add(found: Found, more: Mapping[Component, Path]) -> None:
-    for component, file in more.items():
-        found.weights.setdefault(component, file)
+def _add(found: Found, place: str, folder: Path) -> None:
+    """Take the models of a place in the layouts that the folder holds, except the transformer."""
+    files: list[Path] | None = None
+    for component, kind in REGISTRY.items():
+        if kind.place == place and component != "transformer" and component not in found.weights:
+            files = found.files.weights(folder) if files is None else files
+            _choose(found, component, _holding(found, component, files, alone=True))
 
 
-def _add_vae(found: Found, folder: Path) -> None:
-    if "vae" not in found.weights:
-        files = [file for file in sorted(folder.glob("*.safetensors")) if _holds_vae(file)]
-        found.weights |= {"vae": _only("vae", files)} if files else {}
+def _add_text_encoders(found: Found, folders: Iterable[Path], *, nested: bool = True) -> None:
+    """Take the text encoders that the folders hold and that are not known yet; tensors say which is which."""
+    wanted = {c for c, kind in REGISTRY.items() if kind.place == "text"} - found.weights.keys() - found.several.keys()
+    if not wanted:
+        return
+    candidates: dict[Component, list[Path]] = {}
+    for folder in folders:
+        for file in found.files.weights(folder, nested=nested):
+            role = _text_role(found, file)
+            if role in wanted and file not in candidates.setdefault(role, []):
+                candidates[role].append(file)
+    for component, files in candidates.items():
+        _choose(found, component, files)
 
 
-def _holds_vae(file: Path) -> bool:
-    models, left = split(read_header(file).entries)
-    return "vae" in models and not left  # what is left would be a model of another kind, and the VAE its own
+def _text_role(found: Found, file: Path) -> Component | None:
+    """Which text encoder a file is; None, and it is set aside, where it is none or its role is not said."""
+    if (header := found.files.usable(file)) is None:
+        return None
+    names = split(header.entries, ema=found.ema)
+    text = [
+        name for name in names.models if any(name in (c, k.family) for c, k in REGISTRY.items() if k.place == "text")
+    ]
+    if len(names.models) != 1 or not text:
+        if not names.models:
+            found.files.aside[file] = f"{file} looks like {looks_like(header.entries)}"
+        return None
+    try:
+        return _role(file, text[0], {key: entry.shape for key, entry in header.entries.items()})
+    except CheckpointError as error:
+        found.files.aside[file] = str(error)
+        return None
 
 
-def _main_files(files: Iterable[Path]) -> list[Path]:
-    return [file for file in sorted(files) if "transformer" in split(read_header(file).entries)[0]]
+def _holding(found: Found, component: Component, files: Iterable[Path], *, alone: bool = False) -> list[Path]:
+    """The files that hold a model; `alone` for those that hold no other one, nor anything unknown."""
+    holding = []
+    for file in files:
+        if found.files.usable(file) is None:
+            continue
+        names = split_of(found, file)
+        if component in names.models and not (alone and (names.left or len(names.models) > 1)):
+            holding.append(file)
+        elif not names.models:
+            found.files.aside[file] = f"{file} looks like {looks_like(found.files.header(file).entries)}"
+    return holding
 
 
-def _single(files: list[Path], folder: Path) -> Path:
-    if len(files) > 1:
-        names = ", ".join(str(file.relative_to(folder)) for file in files)
-        raise CheckpointError(f"{folder} holds {len(files)} transformers: {names}; give one of these files by its path")
-    return files[0]
+def _choose(found: Found, component: Component, files: list[Path]) -> None:
+    """Take the only file of a model; of T5, the one of 16 or 32 bits is preferred to float8."""
+    if len(files) > 1 and component == "t5":
+        entries = {file: found.files.header(file).entries.values() for file in files}
+        files = [file for file in files if all(entry.dtype.itemsize > 1 for entry in entries[file])] or files
+    if len(files) == 1:
+        found.weights[component] = files[0]
+        found.several.pop(component, None)
+    elif files:
+        found.several[component] = files
 
 
-def _only(component: Component, files: list[Path]) -> Path:
-    if component == "t5" and len(files) > 1:
-        wide = [file for file in files if all(e.dtype.itemsize > 1 for e in read_header(file).entries.values())]
-        files = wide or files
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{len(files)} files are the {TITLES[component]}: {', '.join(map(str, files))}; "
-            f"keep one, or name one with {component}="
-        )
-    return files[0]
-
-
-def _clip_role(file: Path, shapes: Mapping[str, tuple[int, ...]], asked: Component | None = None) -> Component:
+def _role(file: Path, name: str, shapes: Mapping[str, tuple[int, ...]], asked: Component = "") -> Component:
+    """The component that a model of a file is; within a family its width says it, else its place or its file's name."""
+    if name in REGISTRY:
+        return name
+    relatives = {component: kind for component, kind in REGISTRY.items() if kind.family == name}
     tables = [shape for key, shape in shapes.items() if key.endswith("token_embedding.weight")]
     width = tables[0][-1] if tables and tables[0] else 0
-    if width in CLIP_WIDTHS:
-        return CLIP_WIDTHS[width]
-    if asked is not None:
+    by_width = [component for component, kind in relatives.items() if kind.width == width]
+    if by_width:
+        return by_width[0]
+    if asked in relatives:
         return asked
-    by_name: list[Component] = [role for role in ("clip_l", "clip_g") if role in file.name]
-    by_name += [role for role in ("clip_l", "clip_g") if DIFFUSERS_FOLDERS[role] == file.parent.name]
+    by_name = [component for component in relatives if component in file.name]
+    by_name += [component for component, kind in relatives.items() if kind.folder == file.parent.name]
     if len(by_name) != 1:
+        widths = ", ".join(f"{kind.title} has {kind.width}" for kind in relatives.values())
+        arguments = " or ".join(f"{component}=" for component in relatives)
         raise CheckpointError(
-            f"{file} is a CLIP text tower of width {width}: CLIP-L has 768, CLIP-G 1280. "
-            "Say which it is: name the file clip_l… or clip_g…, or pass it as clip_l= or clip_g="
+            f"{file} is a text tower of width {width}: {widths}. Say which it is: begin the file's name with "
+            f"{' or '.join(relatives)}, or pass it as {arguments}"
         )
     return by_name[0]
 
 
+def ambiguous(found: Found, component: Component) -> CheckpointError:
+    """The error for several files of one model."""
+    files = found.several[component]
+    return CheckpointError(
+        f"{found.path}: {len(files)} files are the {title(component)}: {', '.join(map(str, files))}; "
+        + (
+            "give one of these files by its path"
+            if component == "transformer"
+            else f"keep one, or name one with {component}="
+        )
+    )
+
+
 def _index(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
+    weight_map = json_object(path, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(
             f"{path} is no shard index: it has no weight_map from tensors to files. "
             "Give a .safetensors file, its .safetensors.index.json, or the folder"
         )
+    for shard in set(weight_map.values()):
+        plain_name(path, shard)
     return weight_map
 
 
+def _snapshot(folder: Path) -> Path:
+    """The files of a repository in the hub's cache: of its main branch, else of its only commit."""
+    if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
+        return folder
+    commits = sorted(place for place in (folder / "snapshots").iterdir() if place.is_dir())
+    main = folder / "refs" / "main"
+    if is_file(main):
+        said = main.read_bytes()[:100].decode("ascii", "replace").strip()
+        commits = [place for place in commits if place.name == said] or commits
+    if len(commits) != 1:
+        raise CheckpointError(
+            f"{folder} is a repository in the hub's cache with {len(commits)} commits; give one of the folders in "
+            f"{folder / 'snapshots'}"
+        )
+    return commits[0]
+
+
 def _no_such(path: str) -> str:
-    said = f"{path} does not exist; expected a safetensors file or a folder of checkpoints"
+    said = f"{path:.300} does not exist; expected a safetensors file or a folder of checkpoints"
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         said += (
-            f". If it names a repository on Hugging Face, download it first: hf download {path} "
+            f". If it names a repository on Hugging Face, write hf:{path}, or download it first: hf download {path} "
             f"--local-dir {path.rpartition('/')[2]}  (the tool comes with: pip install huggingface_hub)"
         )
     return said
 
 
-def _nothing_in(folder: Path) -> str:
+def _nothing_in(found: Found, folder: Path) -> str:
     """What a folder without a transformer of SD3 has instead."""
-    files = sorted(folder.glob("**/*.safetensors"))
-    pickles = sorted(file.name for ending in _PICKLE_ENDINGS for file in folder.glob(f"**/*{ending}"))
+    files = found.files.weights(folder)
+    others = sorted(file.name for file in found.files.aside if file.suffix.lower() in OTHER_ENDINGS)
     said = f"{folder} holds no transformer of SD3"
     if files:
-        seen = (f"{file.relative_to(folder)} ({looks_like(read_header(file).entries)})" for file in files[:_SHOWN])
+        seen = (f"{file.relative_to(folder)} ({_seen(found, file)})" for file in files[:_SHOWN])
         said += f". It has {len(files)} safetensors files: {', '.join(seen)}"
         if shards := [file for file in files if _SHARD in file.name and not list(file.parent.glob("*.index.json"))]:
             said += (
                 f". Shards need their index: download {shards[0].name.partition(_SHARD)[0][:-6]}.safetensors.index.json"
             )
-    elif pickles:
+    elif others:
         said += (
-            f": no safetensors, only pickles ({', '.join(pickles[:_SHOWN])}), which can run code and are never opened"
+            f": no safetensors, only files that are never opened ({', '.join(others[:_SHOWN])}), since pickles can run "
+            "code and other formats are not read"
         )
     return (
         f"{said}. Expected are sd3*.safetensors with text_encoders/ beside it (official), transformer/, vae/ and "
-        "text_encoder*/ (diffusers), or models/checkpoints/ (ComfyUI), all as .safetensors"
+        f"text_encoder*/ (diffusers), or models/checkpoints/ (ComfyUI), with files in {' or '.join(ENDINGS)}"
     )
+
+
+def _seen(found: Found, file: Path) -> str:
+    header = found.files.usable(file)
+    return found.files.aside[file].removeprefix(f"{file} ") if header is None else looks_like(header.entries)

@@ -15,14 +15,13 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mmdit.checkpoints.components import TITLES, Component
+from mmdit.checkpoints.components import Component
 from mmdit.checkpoints.float8 import Spelling
 from mmdit.checkpoints.lazy import Codes, LazyTensor
-from mmdit.checkpoints.load import StoredModel, check_tensors, empty, open_model
+from mmdit.checkpoints.load import StoredModel, empty
 from mmdit.checkpoints.locate import Found, locate
-from mmdit.checkpoints.official import unknown
 from mmdit.checkpoints.safetensors_io import CheckpointError
-from mmdit.checkpoints.write import OUT_LAYOUTS, tokenizers_of, write_checkpoint
+from mmdit.checkpoints.write import OUT_LAYOUTS, opened, tokenizers_of, write_checkpoint
 from mmdit.utils import bar
 from quant.formats import DTYPES, FLOAT8
 from quant.quantize import kept, linears_of
@@ -88,18 +87,18 @@ def quantize_checkpoint(
         raise FileExistsError(f"{target} exists already; give another place, or remove it first")
     found = locate(source)
     layout = _layout(found, target)
-    parts = _parts(found)
-    linears = {part.component: [name for name, _ in linears_of(empty(part))] for part in parts}
+    models = opened(found)
+    linears = {model.component: [name for name, _ in linears_of(empty(model))] for model in models}
     every = {(component, name) for component, names in linears.items() for name in names}
-    chosen = _chosen(parts, every, select)
+    chosen = _chosen(models, every, select)
     scales = _input_scales(every, chosen, recipe, input_scales or {})
-    total = len(chosen) + sum(len(part.tensors) for part in parts)
+    total = len(chosen) + sum(len(model.tensors) for model in models)
     with _ticking(total, progress) as tick:
-        quantized = [_quantized(part, chosen, recipe, scales, tick) for part in parts]
+        quantized = [_quantized(model, chosen, recipe, scales, tick) for model in models]
         shift = 3.0 if found.shift is None else found.shift
-        tokenizers = tokenizers_of(found, parts)
+        tokenizers = tokenizers_of(found, models)
         write_checkpoint(quantized, target, layout, shift=shift, tokenizers=tokenizers, spelling=spelling)
-    return Quantized(target, len(chosen), sum(map(len, linears.values())), _bytes(parts), _bytes_at(target))
+    return Quantized(target, len(chosen), sum(map(len, linears.values())), _bytes(models), _bytes_at(target))
 
 
 def _checked(recipe: Recipe | str, spelling: Spelling) -> Recipe:
@@ -128,35 +127,30 @@ def _layout(found: Found, target: Path) -> str:
     return found.layout
 
 
-def _parts(found: Found) -> list[StoredModel]:
-    if not found.weights:
-        raise CheckpointError(unknown(found))
-    parts = [open_model(found, component) for component in found.weights]
-    for part in parts:
-        check_tensors(part, empty(part))
-    return parts
-
-
-def _chosen(parts: Sequence[StoredModel], every: set[Linear], select: str | Sequence[str] | None) -> set[Linear]:
+def _chosen(models: Sequence[StoredModel], every: set[Linear], select: str | Sequence[str] | None) -> set[Linear]:
     """The Linears to quantize, as component and name."""
     patterns = [select] if isinstance(select, str) else select
     if patterns is None:
-        usual = [part.component for part in parts if part.component in USUAL] or [part.component for part in parts]
+        usual = [model.component for model in models if model.component in USUAL] or [
+            model.component for model in models
+        ]
         chosen = {(where, name) for where, name in every if where in usual and kept(name) is None}
     else:
         chosen = {linear for pattern in patterns for linear in _matches(pattern, every)}
-    done = [part for part in parts if part.dtypes & set(FLOAT8) and any(where == part.component for where, _ in chosen)]
-    left = {(where, name) for where, name in chosen if where not in [part.component for part in done]}
+    done = [
+        model for model in models if model.dtypes & set(FLOAT8) and any(where == model.component for where, _ in chosen)
+    ]
+    left = {(where, name) for where, name in chosen if where not in [model.component for model in done]}
     if done and (patterns is not None or not left):
         raise CheckpointError(
-            f"{done[0].source}: the {TITLES[done[0].component]} is float8 already ({done[0].scales.spelling}), and to "
+            f"{done[0].source}: the {done[0].kind.title} is float8 already ({done[0].scales.spelling}), and to "
             "round it again would lose more: quantize the 16- or 32-bit file of the same model"
         )
-    for part in done:
-        warnings.warn(f"{part.source}: the {TITLES[part.component]} is float8 already and stays as it is", stacklevel=3)
+    for model in done:
+        warnings.warn(f"{model.source}: the {model.kind.title} is float8 already and stays as it is", stacklevel=3)
     if not left:
         why = "there is no Linear" if not every else "select= names none"
-        raise CheckpointError(f"{', '.join(str(part.source) for part in parts)}: nothing to quantize, {why}")
+        raise CheckpointError(f"{', '.join(str(model.source) for model in models)}: nothing to quantize, {why}")
     return left
 
 
@@ -194,16 +188,16 @@ def _input_scales(
 
 
 def _quantized(
-    part: StoredModel,
+    model: StoredModel,
     chosen: set[Linear],
     recipe: Recipe,
     input_scales: Mapping[Linear, Tensor],
     tick: Callable[[], None],
 ) -> StoredModel:
-    """The part with float8 in place of the chosen weights; their scales are found here, their codes when written."""
-    tensors = dict(part.tensors)
-    for key, lazy in part.tensors.items():
-        linear = part.component, key.removesuffix(".weight")
+    """The model with float8 in place of the chosen weights; their scales are found here, their codes when written."""
+    tensors = dict(model.tensors)
+    for key, lazy in model.tensors.items():
+        linear = model.component, key.removesuffix(".weight")
         if key.endswith(".weight") and linear in chosen:
             # All scales are made before a weight is read: between weights they would be holes in the heap.
             scale = torch.empty((lazy.shape[0], 1) if recipe.granularity == "row" else ())
@@ -211,10 +205,10 @@ def _quantized(
             codes = Codes(lazy.shape, load, scale, input_scales.get(linear), recipe, logical=lazy.dtype)
             tensors[key] = replace(lazy, codes=codes)
     for key, lazy in tensors.items():
-        if lazy.codes is not None and lazy is not part.tensors[key]:
-            lazy.codes.scale.copy_(_scale(part.source, key, lazy, recipe))
+        if lazy.codes is not None and lazy is not model.tensors[key]:
+            lazy.codes.scale.copy_(_scale(model.source, key, lazy, recipe))
             tick()
-    return replace(part, tensors={key: _counted(lazy, tick) for key, lazy in tensors.items()})
+    return replace(model, tensors={key: _counted(lazy, tick) for key, lazy in tensors.items()})
 
 
 def _scale(source: Path, key: str, lazy: LazyTensor, recipe: Recipe) -> Tensor:
@@ -264,8 +258,8 @@ def _ticking(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
         pass
 
 
-def _bytes(parts: Sequence[StoredModel]) -> int:
-    return sum(lazy.nbytes for part in parts for lazy in part.tensors.values())
+def _bytes(models: Sequence[StoredModel]) -> int:
+    return sum(lazy.nbytes for model in models for lazy in model.tensors.values())
 
 
 def _bytes_at(target: Path) -> int:

@@ -1,7 +1,8 @@
 """Reading and writing safetensors files, tensor by tensor.
 
 The header is checked here because the safetensors library accepts duplicate keys, and because a broken download
-should be explained. Tensors are read straight into their final memory, so a process holds no second copy.
+should be explained. Tensors are read straight into their final memory, so a process holds no second copy. A file that
+is replaced while it is read is an error.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -9,16 +10,19 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from encoders.json_files import JSONError, described, parse_json, printable
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.utils import replacing
 
@@ -42,9 +46,13 @@ DTYPES = {  # in the order in which the safetensors library writes them
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+MAX_TENSORS = 100_000  # of one file; the largest official one has 2,500
+MAX_DIMENSIONS = 16
+MAX_DEPTH = 8  # of brackets in a header: two are enough
 _LOCAL = threading.local()
 STAGING = 8 * 2**20  # bytes read at a time where a tensor is cast or moved on its way
-_MAX_SIDE = 2**63  # torch counts in 64 bits
+_MAX_ELEMENTS = 2**59  # torch counts bytes in signed 64 bits, and numbers have up to 16
+_SPACE = b" \t\r\n"
 _PICKLE = "pickles can run code and are never opened"
 _OTHER_FILES = {  # how files begin that are taken for safetensors
     b"PK\x03\x04": ("a PyTorch pickle (zip)", _PICKLE),
@@ -72,6 +80,21 @@ class Entry(NamedTuple):
     stop: int
 
 
+class Identity(NamedTuple):
+    """What tells a file from another one under the same name."""
+
+    device: int
+    inode: int
+    size: int
+    changed: int  # nanoseconds
+
+    @classmethod
+    def of(cls, descriptor: int) -> Identity:
+        """The identity of an open file."""
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 @dataclass(frozen=True)
 class Header:
     """What a file says that it holds."""
@@ -79,6 +102,11 @@ class Header:
     path: Path
     entries: dict[str, Entry]
     metadata: dict[str, str]
+    identity: Identity
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """The tensors of the file, each read when it is asked for."""
+        return {key: _lazy(self, entry) for key, entry in self.entries.items()}
 
 
 def read_header(path: str | Path) -> Header:
@@ -89,14 +117,14 @@ def read_header(path: str | Path) -> Header:
         CheckpointError: it is not a safetensors file, is truncated, or its header contradicts itself.
     """
     path = Path(path)
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        text = _header_text(path, file, size)
+    with _opened(path) as file:
+        identity = Identity.of(file)
+        text = _header_text(path, file, identity.size)
     header, metadata = _parsed(path, text)
     start = 8 + len(text)
     entries = {key: _entry(path, key, value, start) for key, value in header.items()}
-    _check_offsets(path, entries, start, size)
-    return Header(path, entries, metadata)
+    _check_offsets(path, entries, start, identity.size)
+    return Header(path, entries, metadata, identity)
 
 
 def open_tensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -106,18 +134,29 @@ def open_tensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str
         FileNotFoundError, CheckpointError: see `read_header`.
     """
     header = read_header(path)
-    return {key: _lazy(header.path, entry) for key, entry in header.entries.items()}, header.metadata
+    return header.tensors(), header.metadata
 
 
 def write_tensors(
-    path: str | Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, LazyTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    new: bool = False,
 ) -> None:
     """Write a file tensor by tensor, in the order and with the header of the safetensors library.
 
     The file appears under its name only when it is complete.
 
+    Args:
+        path: the file.
+        tensors: what it holds, by name.
+        metadata: texts by name; None writes none.
+        new: there must be no such file, nor may one be made meanwhile.
+
     Raises:
-        ValueError: a tensor has a dtype that is not written.
+        FileExistsError: `new`, and there is one.
+        ValueError: a tensor has a dtype that is not written, or the header is larger than is read.
     """
     if odd := [f"{key!r} is {lazy.dtype}" for key, lazy in tensors.items() if lazy.dtype not in NAMES]:
         raise ValueError(f"{path}: {odd[0]}, which is not written; known are {', '.join(map(str, NAMES))}")
@@ -131,15 +170,31 @@ def write_tensors(
         header[key] = {"dtype": NAMES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(Path(path)) as part, part.open("wb") as file:
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"{path}: the header would take {len(text)} bytes, {MAX_HEADER} are the most that is read")
+    with replacing(Path(path), new=new) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
             file.write(_bytes(tensors[key].read()))
 
 
-def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
-    first = file.read(32)
-    if first[8:9] != b"{":  # a length can begin like a pickle does; what follows it cannot
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file for reading, as a descriptor; a pipe, which would wait for ever, and a folder are refused."""
+    # O_NONBLOCK, because opening a pipe would wait for its writer; regular files do not know it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{path} is no regular file; expected a safetensors file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _header_text(path: Path, file: int, size: int) -> bytes:
+    first = os.read(file, 32)
+    # A length can begin like a pickle or a web page does; the brace or space that follows it cannot.
+    if first[8:9] not in (b"{", *(_SPACE[i : i + 1] for i in range(len(_SPACE)))):
         for magic, (what, why) in _OTHER_FILES.items():
             if first.startswith(magic):
                 raise CheckpointError(
@@ -161,63 +216,63 @@ def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
             f"{path} is truncated: the header takes {length} bytes, the file has {size - 8} after its length; "
             "download it again"
         )
-    file.seek(8)
-    return file.read(length)
+    text = bytearray(length)
+    os.lseek(file, 8, os.SEEK_SET)
+    _read_into(path, file, memoryview(text))
+    return bytes(text)
 
 
 def _parsed(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     """The entries of a header and its metadata, checked to be JSON objects of unique keys."""
+    if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
+        raise CheckpointError(f"{path} names {count} tensors, {MAX_TENSORS} are the most of a checkpoint")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not valid JSON ({error}); download the file again") from error
-    except _DuplicateKeyError as error:
-        raise CheckpointError(f"{path}: the header names {error} twice; the file was written wrongly") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is a JSON {type(header).__name__}, expected an object")
+        header = parse_json(text, f"{path}: the header", kind=dict, max_bytes=MAX_HEADER, max_depth=MAX_DEPTH)
+    except JSONError as error:
+        raise CheckpointError(str(error)) from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: __metadata__ is a JSON {type(metadata).__name__}, expected an object")
+        raise CheckpointError(f"{path}: __metadata__ holds {described(metadata)}, expected an object")
     if odd := [key for key, value in metadata.items() if not isinstance(value, str)]:
         raise CheckpointError(
-            f"{path}: __metadata__ must map strings to strings, but {odd[0]!r} is {metadata[odd[0]]!r}"
+            f"{path}: __metadata__ must map strings to strings, but {printable(odd[0], 80)!r} is "
+            f"{described(metadata[odd[0]])}"
         )
     return header, metadata
 
 
-class _DuplicateKeyError(Exception):
-    """A JSON object names a key twice."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(repr(next(name for name in names if names.count(name) > 1)))
-    return found
-
-
 def _entry(path: Path, key: str, value: Any, start: int) -> Entry:
-    try:
-        name, shape, (begin, end) = str(value["dtype"]), tuple(value["shape"]), value["data_offsets"]
-    except (KeyError, TypeError, ValueError) as error:
+    where = f"{path}: {printable(key, 200)!r}"
+    sides, span = (value.get(name) if isinstance(value, dict) else None for name in ("shape", "data_offsets"))
+    if not isinstance(value, dict) or not isinstance(sides, list) or not isinstance(span, list) or "dtype" not in value:
         raise CheckpointError(
-            f"{path}: the header entry of {key!r} is {value!r}, expected dtype, shape and two data_offsets"
-        ) from error
-    if not all(type(number) is int and 0 <= number < _MAX_SIDE for number in (*shape, begin, end)):
-        raise CheckpointError(
-            f"{path}: {key!r} has shape {list(shape)} and offsets {[begin, end]}, expected counts (whole, not negative)"
+            f"{path}: the header entry of {printable(key, 200)!r} is {_short(value)}, expected dtype, shape and two "
+            "data_offsets"
         )
-    if name not in DTYPES:
-        what = "packed numbers of MX and NVFP4; use a float8 or 16-bit file" if name in _PACKED else "unknown"
-        raise CheckpointError(f"{path}: {key!r} has dtype {name!r} ({what}); read are {', '.join(DTYPES)}")
-    dtype = DTYPES[name]
-    if end - begin != prod(shape) * dtype.itemsize:
+    if len(span) != 2 or not all(type(number) is int and number >= 0 for number in (*sides, *span)):
         raise CheckpointError(
-            f"{path}: {key!r} is {name} {list(shape)}, which takes {prod(shape) * dtype.itemsize} bytes, "
+            f"{where} has shape {_short(sides)} and offsets {_short(span)}, expected counts (whole, not negative)"
+        )
+    name, dtype = value["dtype"], DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        what = "packed numbers of MX and NVFP4; use a float8 or 16-bit file" if name in _PACKED else "unknown"
+        raise CheckpointError(f"{where} has dtype {_short(name)} ({what}); read are {', '.join(DTYPES)}")
+    # Strides are products of sides too, also where another side is 0.
+    if len(sides) > MAX_DIMENSIONS or prod(max(side, 1) for side in sides) > _MAX_ELEMENTS:
+        raise CheckpointError(
+            f"{where} has shape {_short(sides)}: at most {MAX_DIMENSIONS} sides and {_MAX_ELEMENTS} elements are read"
+        )
+    begin, end = span
+    if end - begin != prod(sides) * dtype.itemsize:
+        raise CheckpointError(
+            f"{where} is {name} {sides}, which takes {prod(sides) * dtype.itemsize} bytes, "
             f"but its offsets span {end - begin}"
         )
-    return Entry(dtype, shape, start + begin, start + end)
+    return Entry(dtype, tuple(sides), start + begin, start + end)
+
+
+def _short(value: Any) -> str:
+    return printable(repr(value), 120)
 
 
 def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
@@ -237,25 +292,35 @@ def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: i
         raise CheckpointError(f"{path}: {size - end} bytes follow the last tensor; the file was written wrongly")
 
 
-def _lazy(path: Path, entry: Entry) -> LazyTensor:
+def _lazy(header: Header, entry: Entry) -> LazyTensor:
     def load(dtype: torch.dtype, device: torch.device) -> Tensor:
-        with path.open("rb", buffering=0) as file:
-            file.seek(entry.start)
+        with _opened(header.path) as file:
+            _check_same(header, file)
+            os.lseek(file, entry.start, os.SEEK_SET)
             tensor = torch.empty(entry.shape, dtype=dtype, device=device)
             if dtype == entry.dtype and device.type == "cpu":
-                _fill(path, file, tensor)
+                _read_into(header.path, file, _bytes(tensor))
             else:
-                _fill_through_staging(path, file, tensor, entry.dtype)
+                _fill_through_staging(header.path, file, tensor, entry.dtype)
+            _check_same(header, file)
         return tensor
 
     return LazyTensor(entry.shape, entry.dtype, load)
 
 
-def _fill_through_staging(path: Path, file: Any, tensor: Tensor, stored: torch.dtype) -> None:
+def _check_same(header: Header, file: int) -> None:
+    """Raise CheckpointError where the file is not the one, or not in the state, whose header was read."""
+    if Identity.of(file) != header.identity:
+        raise CheckpointError(
+            f"{header.path} was replaced or written to after its header was read; nothing of it is used: load it again"
+        )
+
+
+def _fill_through_staging(path: Path, file: int, tensor: Tensor, stored: torch.dtype) -> None:
     flat, staging = tensor.view(-1), _staging(pinned=tensor.device.type == "cuda").view(stored)
     for begin in range(0, flat.numel(), len(staging)):
         piece = staging[: min(len(staging), flat.numel() - begin)]
-        _fill(path, file, piece)
+        _read_into(path, file, _bytes(piece))
         flat[begin : begin + len(staging)].copy_(piece)
 
 
@@ -267,13 +332,20 @@ def _staging(*, pinned: bool) -> Tensor:
     return buffers[pinned]
 
 
-def _fill(path: Path, file: Any, tensor: Tensor) -> None:
-    rest = _bytes(tensor)
+def _read_into(path: Path, file: int, rest: memoryview) -> None:
+    """Fill memory with the bytes that follow in a file."""
     while len(rest):
-        done = file.readinto(rest)
+        done = os.readv(file, [rest]) if hasattr(os, "readv") else _read_once(file, rest)
         if not done:
             raise CheckpointError(f"{path} ended while it was being read; was it replaced?")
         rest = rest[done:]
+
+
+def _read_once(file: int, rest: memoryview) -> int:
+    """`os.readv` for systems that do not have it."""
+    data = os.read(file, min(len(rest), STAGING))
+    rest[: len(data)] = data
+    return len(data)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

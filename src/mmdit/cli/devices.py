@@ -84,19 +84,19 @@ def load(
     hub: dict[str, Any] | None = None,
     **options: Any,
 ) -> Pipeline:
-    """The pipeline that a model's name on the command line means: the one place that decides.
+    """The pipeline that a model's name on the command line means, see `mmdit.checkpoints.load_pipeline.Source`.
 
     Args:
         model: A folder, a file, or owner/name on the Hugging Face Hub; None and "demo" are the embedded model.
         device, dtype: The device and dtype of all models.
-        beside: What `Pipeline.from_single_file` takes beside a file.
-        hub: What `Pipeline.from_pretrained` takes for a repository.
+        beside: Files and the folder of tokenizers to take beside a single file, by argument of `from_single_file`.
+        hub: The revision and the variant of a repository.
         options: What all ways of loading take.
     """
+    from mmdit.checkpoints.load_pipeline import Source
     from mmdit.pipeline.pipeline import Pipeline
 
-    if model is None or model == DEMO:
-        return Pipeline.demo(device=device, dtype=dtype, **options)
-    if is_file(model):
-        return Pipeline.from_single_file(model, device=device, dtype=dtype, **(beside or {}), **options)
-    return Pipeline.from_pretrained(model, device=device, dtype=dtype, **(hub or {}), **options)
+    others = dict(beside or {})
+    tokenizers = others.pop("tokenizers", None)
+    source = Source(DEMO if model is None else model, others, tokenizers, **(hub or {}))
+    return Pipeline.load(source, device=device, dtype=dtype, **options)

@@ -17,7 +17,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the description of a checkpoint, or the settings of a picture."""
+    """Print the description of a checkpoint, or the settings of a picture; 1 where the loader refuses it."""
     path = Path(options.path)
     if path.suffix.lower() == ".png" and not path.is_dir():
         from mmdit.pipeline.settings import read_settings
@@ -25,8 +25,9 @@ def run(options: argparse.Namespace) -> int:
         shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
         say(json.dumps(read_settings(path), indent=2, ensure_ascii=not shows_all))
         return 0
-    from mmdit.checkpoints.describe import describe
+    from mmdit.checkpoints.describe import inspect
     from mmdit.cli.devices import path_of
 
-    say(describe(path_of(options.path)))
-    return 0
+    found = inspect(path_of(options.path))
+    say(found.text)
+    return 1 if found.problems else 0

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from mmdit.checkpoints.load import load_vae
-from mmdit.checkpoints.load_pipeline import Components, from_folder
+from mmdit.checkpoints.load_pipeline import Components, load
 from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
@@ -52,7 +52,7 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
     gather = make_dataset(recipe.scenes, recipe.captions_per_scene, recipe.seed, run.pool)
     parts, averaged = (initial_parts(run.recipe.architecture, run.recipe.seed) for _ in range(2))
     if start_from is not None:
-        parts, averaged = (from_folder(start_from, "cpu", torch.float32) for _ in range(2))
+        parts, averaged = (load(start_from, "cpu", torch.float32) for _ in range(2))
         torch.save(parts.vae.state_dict(), run.folder / "vae.pt")
         run.journal.say(f"weights of {start_from} instead of new ones; its VAE is kept")
     elif vae is not None:

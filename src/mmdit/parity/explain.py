@@ -6,12 +6,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmdit.checkpoints.components import TITLES, Component
+from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.parity.sides import Side
 
@@ -64,7 +64,7 @@ def explain(a: Side, b: Side, failed: Sequence[str], tokens: Mapping[str, tuple[
 def component_of(stage: str) -> Component | None:
     """Whose work a stage is; None for what no model computes."""
     if text := re.match(r"(prompt|negative) (clip_l|clip_g|t5) (?!tokens)", stage):
-        return cast(Component, text[2])
+        return text[2]
     if re.match(r"vae |pixels", stage):
         return "vae"
     sampler = r"step \d+ (guided|latent|input .*|timestep \+ pooled)"
@@ -110,7 +110,7 @@ def _ids(a: Side, b: Side, stage: str, ids_a: Tensor, ids_b: Tensor) -> Iterator
     text = "the negative prompt" if which == "negative" else "the prompt"
     if len(ids_a) != len(ids_b):
         yield f"{encoder} reads {len(ids_a)} tokens of {text} in a, {len(ids_b)} in b"
-    ends = (ids == side.end_token(cast(Component, encoder)) for side, ids in ((a, ids_a), (b, ids_b)))
+    ends: Iterator[Tensor] = (ids == side.end_token(encoder) for side, ids in ((a, ids_a), (b, ids_b)))
     places = [one.nonzero().flatten().tolist() for one in ends]
     for who, mine, other in (("a", *places), ("b", *reversed(places))):
         if other and not mine:
@@ -130,7 +130,7 @@ def _schedule(a: Side, b: Side, failed: Sequence[str]) -> Iterator[str]:
 def _models(a: Side, b: Side, component: Component) -> Iterator[str]:
     for who, side in (("a", a), ("b", b)):
         if component not in side.models:
-            yield f"{who} has no {TITLES[component]}"
+            yield f"{who} has no {title(component)}"
             return
     config_a, config_b = a.config(component), b.config(component)
     for key in sorted(config_a.keys() & config_b.keys()):

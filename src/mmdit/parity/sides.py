@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from encoders import Conditioning
-from mmdit.checkpoints.components import UNUSED, Component
-from mmdit.checkpoints.config_json import to_diffusers
+from mmdit.checkpoints.components import Component, to_diffusers
 from mmdit.checkpoints.keymaps import count, mmdit_rules, to_ours, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
+from mmdit.checkpoints.recognise import UNUSED
 from mmdit.parity.taps import Job, Modules, Run, restored_attributes
 from mmdit.pipeline.images import to_pil
 from mmdit.pipeline.pipeline import Pipeline

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmdit.checkpoints.components import TITLES, Component
+from mmdit.checkpoints.components import Component, title
 from mmdit.pipeline.passes import Branch
 from mmdit.runtime.hooks import After, Hook, hooks
 from mmdit.utils import is_out_of_memory, weight_bytes
@@ -26,7 +26,7 @@ def explained_memory_errors(models: Mapping[Component, nn.Module], what: str) ->
         if not is_out_of_memory(error):
             raise
         what_failed = (str(error) or type(error).__name__).splitlines()[0]
-        weights = ", ".join(f"{TITLES[name]} {weight_bytes(model) / 1e9:.2f} GB" for name, model in models.items())
+        weights = ", ".join(f"{title(name)} {weight_bytes(model) / 1e9:.2f} GB" for name, model in models.items())
         raise MemoryError(
             f"out of memory while drawing {what}. Weights: {weights}. What failed: {what_failed}. "
             "What helps: a smaller height and width, fewer pictures at once (num_images_per_prompt), "

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from mmdit.checkpoints.components import Component
-from mmdit.checkpoints.hub import Variant, fetch, is_repo_id
+from mmdit.checkpoints.hub import Variant
 from mmdit.checkpoints.load import model_in_memory
-from mmdit.checkpoints.load_pipeline import from_file, from_folder
+from mmdit.checkpoints.load_pipeline import DEMO, Source, load
 from mmdit.checkpoints.write import write_checkpoint
-from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.arguments import (
     Offload,
     Shift,
@@ -40,7 +39,7 @@ from mmdit.utils import bar, whole
 from quant.recipe import Recipe
 from samplers import Step
 
-DEMO = "demo"  # what settings call the embedded model
+__all__ = ["DEMO", "Pipeline", "PipelineOutput"]
 # (pipeline, step index, timestep, {"latents": [b, c, h, w], "denoised": [b, c, h, w]}) -> None, or {"latents": others}
 OnStepEnd = Callable[[Any, int, float, dict[str, Tensor]], dict[str, Tensor] | None]
 
@@ -85,18 +84,36 @@ class Pipeline(PipelineSteps):
         Args:
             device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`; stored is float16.
         """
-        pipe = cls.from_pretrained(
-            EMBEDDED,
-            device=device,
-            dtype=dtype,
-            quant=quant,
-            profile=profile,
-            preset=preset,
-            offload=offload,
-            fast=fast,
-        )
-        pipe.name = DEMO
-        return pipe
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "profile": profile, "preset": preset}
+        return cls.load(Source(DEMO), offload=offload, fast=fast, **how)
+
+    @classmethod
+    def load(
+        cls,
+        source: Source | str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        fast: bool = False,
+    ) -> Self:
+        """Load whatever the source is: a file, a folder of any layout, a repository, or "demo".
+
+        Args:
+            source: a path or name, or a `mmdit.checkpoints.load_pipeline.Source`, which says what goes with it.
+            device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError, mmdit.CheckpointError, mmdit.HubError: see `mmdit.checkpoints.load_pipeline`.
+        """
+        source = source if isinstance(source, Source) else Source(source)
+        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
+        rest |= {"offload": checked_offload(offload), "device": device}
+        pipe = cls(load(source, "cpu" if offload else device, dtype), name=source.name, **rest)
+        return pipe._faster() if fast else pipe
 
     @classmethod
     def from_pretrained(
@@ -133,16 +150,10 @@ class Pipeline(PipelineSteps):
             mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
             mmdit.HubError: the repository cannot be had; why, and what to do.
         """
-        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
-        rest |= {"offload": checked_offload(offload), "device": device}
-        path = Path(folder)
-        if is_repo_id(folder):
-            path = fetch(str(folder), revision=revision, token=token, variant=variant, cache_dir=cache_dir)
-        elif given := [k for k, v in (("revision", revision), ("variant", variant)) if v is not None]:
-            raise ValueError(f"{given[0]} is for a repository of the hub, but {folder} is none")
-        name = f"./{folder}" if str(folder) == DEMO else str(folder)
-        pipe = cls(from_folder(path, "cpu" if offload else device, dtype), name=name, **rest)
-        return pipe._faster() if fast else pipe
+        path = Path(folder) if folder == DEMO else folder  # a folder of that name, not the embedded model
+        source = Source(path, revision=revision, token=token, variant=variant, cache_dir=cache_dir)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "profile": profile, "preset": preset}
+        return cls.load(source, offload=offload, fast=fast, **how)
 
     @classmethod
     def from_single_file(
@@ -174,10 +185,9 @@ class Pipeline(PipelineSteps):
             FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
         """
         others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
-        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
-        rest |= {"offload": checked_offload(offload), "device": device}
-        pipe = cls(from_file(path, others, tokenizers, "cpu" if offload else device, dtype), name=str(path), **rest)
-        return pipe._faster() if fast else pipe
+        source = Source(Path(path), others, tokenizers)
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "profile": profile, "preset": preset}
+        return cls.load(source, offload=offload, fast=fast, **how)
 
     def accelerate(self, *, graph: bool | None = None, attention: str | None = None) -> AccelerationReport:
         """Draw faster from now on, by a second forward of the transformer over the same parameters.

@@ -55,7 +55,7 @@ def test_shards(folder):
     refuses(lambda: load_mmdit(index), f"{index} is not valid JSON")
     index.unlink()
     refuses(
-        lambda: load_mmdit(folder), "Shards need their index: download diffusion_pytorch_model.safetensors.index.json"
+        lambda: load_mmdit(folder), "needs the index of its shards", "diffusion_pytorch_model.safetensors.index.json"
     )
 
 
@@ -104,7 +104,7 @@ def test_config_json_that_contradicts_the_tensors(folder, case):
 
 
 def test_config_json_that_is_none(folder):
-    for text, said in (("[]", "holds a JSON list, expected an object"), ("{", "is not valid JSON")):
+    for text, said in (("[]", "holds an array, expected an object"), ("{", "is not valid JSON")):
         (folder / "vae" / "config.json").write_text(text)
         refuses(lambda: load_vae(folder), folder / "vae" / "config.json", said)
     (folder / "vae" / "config.json").unlink()
@@ -172,7 +172,9 @@ def test_two_of_a_kind(folder, tmp_path):
     refuses(lambda: Pipeline.from_pretrained(official), "2 files are the CLIP-L text encoder", clip, other, "keep one")
     assert Pipeline.from_single_file(main, clip_l=other).clip_l is not None
     shutil.copy(main, official / "second.safetensors")
-    refuses(lambda: load_mmdit(official), f"{official} holds 2 transformers", "second.safetensors; give one of these")
+    refuses(
+        lambda: load_mmdit(official), official, "2 files are the transformer", "second.safetensors; give one of these"
+    )
 
 
 def test_models_that_do_not_go_together(folder):

@@ -370,10 +370,10 @@ def test_describe_says_what_float8_is_there(weights, theirs, tmp_path):
         path = write(tmp_path / f"{spelling}.safetensors", *spelled(weights, float8, spelling))
         text = describe(path)
         assert f"float8 scales: {words}" in text
-        assert f"kept in float8: {count} F8_E4M3; activations: {count} float8 under the input scale" in text
+        assert f"kept in float8: {count} F8_E4M3; activations: {count} float8 with the stored input scale" in text
     text = describe(write(tmp_path / "rows.safetensors", theirs | their_qkv((0.1, 0.2, 0.3))))
     assert "3 weights, 0 inputs" in text
-    assert "kept in float8: 1 F8_E4M3, 1 with a scale per row; activations: 1 as they are" in text
+    assert "kept in float8: 1 F8_E4M3, 1 with a scale per row; activations: 1 not rounded" in text
     plain = write(tmp_path / "plain.safetensors", {key: spellings.cast(each, E5M2) for key, each in weights.items()})
     assert f"plain float8 (no scales): {len(weights)} F8_E5M2" in describe(plain)
     assert "loat8:" not in describe(write(tmp_path / "wide.safetensors", weights))

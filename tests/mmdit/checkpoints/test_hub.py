@@ -18,10 +18,10 @@ import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from encoders import tokenize
 from mmdit import Pipeline
-from mmdit.checkpoints.hub import _TOKENIZER_FILES, HubError, fetch, is_repo_id, needed
-from mmdit.checkpoints.locate import DIFFUSERS_FOLDERS, weights_in
+from mmdit.checkpoints.components import REGISTRY
+from mmdit.checkpoints.hub import HubError, fetch, is_repo_id, needed
+from mmdit.checkpoints.locate import weights_in
 from mmdit.checkpoints.write import convert
 from refusals import refuses
 
@@ -88,7 +88,7 @@ def test_official_repositories(tmp_path, names, transformer):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    read = {str(weights_in(tmp_path / folder).relative_to(tmp_path)) for folder in DIFFUSERS_FOLDERS.values()}
+    read = {str(weights_in(tmp_path / kind.folder).relative_to(tmp_path)) for kind in REGISTRY.values()}
     assert read <= set(needed(names)), "the loader would read others of a whole copy"
     assert needed(names) == sorted([*SMALL, *TEXTS, *transformer, VAE])
     assert needed(names, variant="fp16") == sorted([*SMALL, *TEXTS_FP16, *transformer, VAE])
@@ -149,10 +149,6 @@ def test_incomplete_repositories():
     refuses(lambda: needed(["README.md"]), "missing: one transformer", "clip_l", "tokenizer_2/", error=HubError)
     plain = [name for name in MEDIUM_3_DIFFUSERS if "fp16" not in name]
     refuses(lambda: needed(plain, variant="fp16"), "has no fp16 files; leave out variant='fp16'", error=HubError)
-
-
-def test_tokenizer_files_are_those_that_are_read():
-    assert sorted(_TOKENIZER_FILES) == sorted(tokenize._KNOWN_FILES)
 
 
 def test_what_is_a_repository(tmp_path, monkeypatch):

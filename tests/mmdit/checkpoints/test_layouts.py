@@ -14,7 +14,7 @@ from mmdit.checkpoints.describe import describe
 from mmdit.checkpoints.locate import locate
 from mmdit.checkpoints.write import convert
 
-README = Path(__file__).parents[3] / "README.md"
+README = Path(__file__).parents[3] / "src" / "mmdit" / "checkpoints" / "README.md"
 LAYOUTS = {
     "official file": "official",
     "file without prefix": "bare",

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 import golden
-from mmdit.checkpoints import config_json
-from mmdit.checkpoints.components import split
+from mmdit.checkpoints.components import REGISTRY, to_diffusers
 from mmdit.checkpoints.keymaps import Concat, SwapHalves, count, mmdit_rules, to_ours, to_theirs, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.load import MODULES
 from mmdit.checkpoints.official import variant
+from mmdit.checkpoints.recognise import split
 
 SINGLE_FILES = {
     "sd3_medium": ("SD3-Medium", 491),
@@ -28,22 +27,23 @@ def lazy(found: dict[str, tuple[int, ...]]) -> dict[str, LazyTensor]:
 
 def keys_of_our_model(component: str, found: dict[str, tuple[int, ...]], said=None) -> dict[str, tuple[int, ...]]:
     """The shapes that the model inferred from these shapes has."""
-    config = config_json.infer(component, found, {component: said or {}})
+    config = REGISTRY[component].config_of(found, said or {})
     with torch.device("meta"):
-        model = MODULES[component](config)
+        model = REGISTRY[component].module(config)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", SINGLE_FILES)
 def test_single_files(name):
     stored = shapes(f"{name}.safetensors")
-    models, left = split(stored)
-    assert left == []
+    models = split(stored).models
+    assert (split(stored).left, split(stored).dropped) == ([], {})
     assert set(models) == {"transformer", "vae"}
     for component, model in models.items():
         found = {own: stored[key] for own, key in model.keys.items()}
         assert keys_of_our_model(component, found) == found
-    config = config_json.infer("transformer", {own: stored[key] for own, key in models["transformer"].keys.items()}, {})
+    transformer = {own: stored[key] for own, key in models["transformer"].keys.items()}
+    config = REGISTRY["transformer"].config_of(transformer, {})
     assert (variant(config)[0], len(models["transformer"].keys)) == SINGLE_FILES[name]
     assert config.dual_attention_blocks == (tuple(range(13)) if name == "sd3.5_medium" else ())
 
@@ -109,14 +109,14 @@ def test_diffusers_vae():
 def test_text_encoders(name, component, said):
     """The official config.json files agree with what the shapes say, too."""
     stored = shapes(name)
-    models, left = split(stored)
-    assert left == []
+    models = split(stored).models
+    assert (split(stored).left, split(stored).dropped) == ([], {})
     assert set(models) == {"t5" if component == "t5" else "clip"}
     stored.pop("encoder.embed_tokens.weight", None)  # the same table twice, see test_layouts
     config = golden.official_config(said)
     assert keys_of_our_model(component, stored, config) == stored
-    bare = config_json.infer(component, stored, {})
-    assert bare == config_json.infer(component, stored, {component: config})
+    bare = REGISTRY[component].config_of(stored, {})
+    assert bare == REGISTRY[component].config_of(stored, config)
 
 
 def test_all_in_one_files():
@@ -128,8 +128,8 @@ def test_all_in_one_files():
         ("text_encoders.t5xxl.transformer.", "t5xxl_fp8_e4m3fn.safetensors"),
     ):
         stored |= {prefix + key for key in shapes(name)}
-    models, left = split(stored)
-    assert left == []
+    models = split(stored).models
+    assert (split(stored).left, split(stored).dropped) == ([], {})
     assert set(models) == {"transformer", "vae", "clip_l", "clip_g", "t5"}
     assert (
         len(stored)
@@ -138,9 +138,9 @@ def test_all_in_one_files():
 
 
 def test_official_vae_and_scheduler_configs():
-    vae = config_json.infer("vae", golden_vae_shapes(), {"vae": golden.official_config("vae")})
+    vae = REGISTRY["vae"].config_of(golden_vae_shapes(), golden.official_config("vae"))
     assert (vae.scale, vae.shift, vae.widths) == (1.5305, 0.0609, (128, 256, 512, 512))
-    assert config_json.to_diffusers("vae", vae)["block_out_channels"] == [128, 256, 512, 512]
+    assert to_diffusers("vae", vae)["block_out_channels"] == [128, 256, 512, 512]
     assert golden.official_config("scheduler", "scheduler_config.json")["shift"] == 3.0
 
 

@@ -1,0 +1,173 @@
+"""Files and folders appear whole or not at all: links, threads, kills, permissions, and what was made meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mmdit import utils
+from mmdit.utils import replacing, replacing_folder
+
+linux = pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="the system opens links only one way")
+
+
+def test_a_link_that_stands_in_for_the_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    victim, path = tmp_path / "victim", tmp_path / "out" / "file"
+    victim.write_text("kept")
+    path.parent.mkdir()
+    monkeypatch.setattr(utils, "_temporary_name", lambda: ".mmdit-0123456789abcdef")
+    (path.parent / ".mmdit-0123456789abcdef").symlink_to(victim)
+    with pytest.raises(FileExistsError), replacing(path):
+        pass
+    assert victim.read_text() == "kept"
+    assert not path.exists()
+
+
+def test_a_temporary_file_that_is_exchanged_is_noticed(tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "file"
+    victim.write_text("kept")
+    with pytest.raises(OSError, match="was replaced while it was written"), replacing(path) as part:
+        part.unlink()
+        part.symlink_to(victim)
+    assert victim.read_text() == "kept"
+    assert [file.name for file in tmp_path.iterdir()] == ["victim"]
+
+
+def test_names_are_random_and_of_one_length(tmp_path):
+    """A file name as long as the system takes leaves room for no longer temporary name."""
+    seen = set()
+    for name in ("a", "a", "x" * 255):
+        with replacing(tmp_path / name) as part:
+            part.write_text(name)
+            seen.add(part.name)
+        assert (tmp_path / name).read_text() == name
+    assert len(seen) == 3
+    assert {len(name) for name in seen} == {23}
+
+
+def test_permissions_are_kept(tmp_path):
+    path = tmp_path / "file"
+    for mode in (0o600, 0o644):
+        path.write_text("old")
+        path.chmod(mode)
+        with replacing(path) as part:
+            part.write_text("new")
+        assert (path.read_text(), path.stat().st_mode & 0o777) == ("new", mode)
+
+
+def test_a_target_that_is_made_meanwhile_is_refused(tmp_path):
+    with pytest.raises(FileExistsError, match="file"), replacing(tmp_path / "file", new=True) as part:
+        part.write_text("mine")
+        (tmp_path / "file").write_text("theirs")
+    for made in (lambda path: path.mkdir(), lambda path: path.write_text("theirs")):
+        folder = tmp_path / f"folder{made.__code__.co_firstlineno}{made.__code__.co_name}"
+        with pytest.raises(FileExistsError, match="folder"), replacing_folder(folder) as part:
+            (part / "a").write_text("mine")
+            made(folder)
+        assert not (folder / "a").exists()
+        folder.rmdir() if folder.is_dir() else folder.unlink()
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "theirs")]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    old, young, held = (tmp_path / f".mmdit-{letter * 16}" for letter in "abc")
+    folder, other = tmp_path / f".mmdit-{'d' * 16}", tmp_path / ".mmdit-settings"
+    for path in (old, young, held, other):
+        path.write_text("x")
+    folder.mkdir()
+    (folder / "shard").write_text("x")
+    for path in (old, held, folder, other):
+        os.utime(path, (time.time() - 2 * 86400,) * 2)
+    link = tmp_path / f".mmdit-{'e' * 16}"
+    link.symlink_to(other)
+    with replacing(tmp_path / "file") as part:
+        os.utime(part, (time.time() - 2 * 86400,) * 2)  # slow, and not dead: it holds a lock
+        with replacing(tmp_path / "more") as second:
+            second.write_text("x")
+        assert part.exists()
+        part.write_text("x")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"file", "more", young.name, other.name, link.name}
+
+
+def test_two_threads_never_tear_each_others_files(tmp_path):
+    path, barrier, errors = tmp_path / "file", threading.Barrier(4), []
+
+    def write(letter):
+        barrier.wait()
+        try:
+            for _ in range(30):
+                with replacing(path) as part, part.open("w") as file:
+                    for _ in range(20):
+                        file.write(letter * 1000)
+        except OSError as error:
+            errors.append(error)
+
+    def read():
+        barrier.wait()
+        for _ in range(300):
+            if path.exists():
+                text = path.read_text()
+                if len(text) != 20_000 or len(set(text)) != 1:
+                    errors.append(text[:10])
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "ab"]
+    threads += [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from mmdit.utils import replacing, replacing_folder
+print("ready", flush=True)
+number = 0
+while True:
+    number += 1
+    with replacing(Path(sys.argv[1], "file")) as part, part.open("w") as file:
+        for _ in range(50):
+            file.write(str(number) * 200 + chr(10))
+    with replacing_folder(Path(sys.argv[1], f"folder{number}")) as folder:
+        for name in "ab":
+            (folder / name).write_text(str(number) * 1000)
+"""
+
+
+@linux
+def test_kills_leave_whole_files_or_none(tmp_path):
+    """A child that writes without an end is killed at 12 moments."""
+    for moment in range(12):
+        place = tmp_path / str(moment)
+        place.mkdir()
+        child = subprocess.Popen([sys.executable, "-c", CHILD, place], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(0.003 * moment)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        for path in place.glob("f*"):
+            if path.is_dir():
+                texts = [(path / name).read_text() for name in "ab"] if any(path.iterdir()) else []
+                assert all(len(text) >= 1000 for text in texts)
+            else:
+                assert len(set(path.read_text().splitlines())) == 1
+
+
+def test_errors_of_the_system_name_the_file(tmp_path):
+    path = tmp_path / "file"
+    with pytest.raises(OSError, match="file") as caught, replacing(path):
+        raise OSError(28, "No space left on device")
+    assert (caught.value.errno, caught.value.filename) == (28, str(path))
+    assert not list(tmp_path.iterdir())
+    assert isinstance(path, Path)
