@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from mmdit.checkpoints.components import to_diffusers
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
+from mmdit.runtime.accelerate import Accelerated
 from quant.quantize import linears_of, quantize_
 from quant.recipe import RECIPES
 
+TIMESTEP = 500.0  # of the step that is measured
 MODELS: dict[str, MMDiTConfig] = {
     "large": MMDiTConfig(38, 2432, 4096, 2048, 192),
     "medium": MMDiTConfig(24, 1536, 4096, 2048, 384, dual_attention_blocks=tuple(range(13))),
@@ -79,7 +81,7 @@ class Inputs:
         cells = size // 8
         return cls(
             draw(batch, config.in_channels, cells, cells),
-            torch.full((batch,), 500.0, device=device),
+            torch.full((batch,), TIMESTEP, device=device),
             draw(batch, text, config.context_dim),
             draw(batch, config.pooled_dim),
         )
@@ -89,8 +91,10 @@ Step = Callable[[Inputs], Any]
 Built = tuple[nn.Module, Step]
 
 
-def ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any, dtype: torch.dtype) -> Built:
-    """Our transformer with random weights; `compiled` compiles its blocks."""
+def ours(
+    config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any, dtype: torch.dtype, fast: bool = False
+) -> Built:
+    """Our transformer with random weights; `compiled` compiles its blocks, `fast` runs its second forward."""
     with torch.device("meta"):
         model = MMDiT(config)
     fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
@@ -99,6 +103,10 @@ def ours(config: MMDiTConfig, *, recipe: str | None, compiled: bool, device: Any
     if compiled:
         for block in model.joint_blocks:
             block.compile(fullgraph=True)
+    if fast:
+        accelerated = Accelerated(model)
+        accelerated.begin([TIMESTEP])
+        return model, lambda inputs: accelerated.velocity(inputs.latent, TIMESTEP, [inputs.context], [inputs.pooled])
     return model, lambda inputs: model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
 
 

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from mmdit.bench.floor import floor_of
 from mmdit.bench.random_models import MODELS, Built, Inputs, Step, check_names, check_peers, check_size, ours, theirs
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
@@ -83,6 +84,8 @@ class Timed:
     teraflops: float  # of all operations of a step, a second
     parts: dict[str, float]  # milliseconds of the device in a step: "attention", "matmul", "rest"; empty on a CPU
     kernels: list[tuple[str, int, float]]  # those that take longest: name, how often, milliseconds
+    host: float = 0.0  # milliseconds until the host has launched a step, median; 0 on a CPU, which does the work too
+    floor: float = 0.0  # milliseconds, see `mmdit.bench.floor`; 0 where it was not measured
 
 
 def bench(
@@ -94,6 +97,7 @@ def bench(
     recipes: Sequence[str] = ("fp8", "fp8-static"),
     against: Sequence[str] = (),
     compiled: bool = True,
+    fast: bool = False,
     only: Sequence[str] = ("*",),
     repeats: int = 20,
     device: torch.device | str = "cuda",
@@ -111,6 +115,7 @@ def bench(
         against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row, "torchao-tuned" the
             same with the compiler settings that torchao asks for (minutes of compiling more).
         compiled: whether to measure with compiled blocks too.
+        fast: whether to measure `mmdit.Pipeline.accelerate`'s forward too, and the floor of each row.
         only: globs over names of rows; others are left out.
         repeats: steps of which the median is taken.
         device, dtype: of the models.
@@ -131,10 +136,15 @@ def bench(
     inputs = Inputs.random(config, size, text, batch, device, dtype)
     work = work_of(model, size=size, text=text, batch=batch)
     start = time.monotonic()
-    for name, build in _chosen(dict(_rows(config, recipes, against, compiled, device, dtype)), only):
+    sizes: dict[str, Any] = {"size": size, "text": text, "batch": batch, "device": device, "dtype": dtype}
+    floors: dict[str | None, float] = {}
+    for name, build in _chosen(dict(_rows(config, recipes, against, compiled, fast, device, dtype)), only):
         if time.monotonic() - start < seconds:
+            recipe = _multiplies_in(name)
+            if fast and recipe not in floors:
+                floors[recipe] = floor_of(model, recipe, **sizes)
             with _own_compiler_settings():
-                yield _timed(name, build, inputs, work, repeats, device)
+                yield replace(_timed(name, build, inputs, work, repeats, device), floor=floors.get(recipe, 0.0))
 
 
 def work_of(model: str = "large", *, size: int | None = None, text: int = 333, batch: int = 2) -> Work:
@@ -144,8 +154,8 @@ def work_of(model: str = "large", *, size: int | None = None, text: int = 333, b
 
 
 _TITLES = (
-    *("", "ms a step", "to the first", "quartiles", "TFLOP/s", "attention, matmul, rest", "peak GB", "weights"),
-    "first s",
+    *("", "ms a step", "to the first", "floor", "host ms", "quartiles", "TFLOP/s", "attention, matmul, rest"),
+    *("peak GB", "weights", "first s"),
 )
 
 
@@ -161,6 +171,8 @@ def table(work: Work, found: Sequence[Timed]) -> str:
             one.name,
             f"{one.milliseconds:.2f}",
             f"{one.milliseconds / found[0].milliseconds:.3f}",
+            f"{one.floor:.1f}" if one.floor else "-",
+            f"{one.host:.1f}" if one.host else "-",
             f"{one.spread:.2f}",
             f"{one.teraflops:.3g}",
             ", ".join(f"{value:.1f}" for value in one.parts.values()) or "-",
@@ -179,9 +191,19 @@ def save(path: Path, work: Work, found: Sequence[Timed]) -> None:
 
 
 def _rows(
-    config: MMDiTConfig, recipes: Sequence[str], against: Sequence[str], compiled: bool, device: Any, dtype: torch.dtype
+    config: MMDiTConfig,
+    recipes: Sequence[str],
+    against: Sequence[str],
+    compiled: bool,
+    fast: bool,
+    device: Any,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[str, Build]]:
     word = str(dtype).removeprefix("torch.")
+    if fast:
+        mine = partial(ours, config, compiled=False, fast=True, device=device, dtype=dtype)
+        for recipe in (None, *recipes):
+            yield f"mmdit {recipe or word} fast", partial(mine, recipe=recipe)
     modes = (False, True) if compiled else (False,)
     for mode in modes:
         suffix = "compiled" if mode else "eager"
@@ -195,6 +217,12 @@ def _rows(
             yield f"diffusers + torchao float8 {suffix}", partial(others, float8=True)
         if "torchao-tuned" in against and mode:
             yield f"diffusers + torchao float8 {suffix}, tuned", partial(others, float8=True, tuned=True)
+
+
+def _multiplies_in(row: str) -> str | None:
+    """The recipe whose products a row has; None for 16 bits, and for recipes that multiply in 16 bits."""
+    name = "fp8" if "torchao" in row else row.split()[1].removesuffix("+exact")
+    return name if name in RECIPES and RECIPES[name].activation in ("token", "static") else None
 
 
 def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Build]]:
@@ -232,7 +260,8 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
         torch.cuda.synchronize(device)
     first = time.perf_counter() - start
     step(inputs)
-    times = [_once(step, inputs, device) for _ in range(repeats)]
+    both = [_once(step, inputs, device) for _ in range(repeats)]
+    times = [time for time, _ in both]
     peak = torch.cuda.max_memory_allocated(device) if cuda else 0
     quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     median = statistics.median(times)
@@ -242,7 +271,8 @@ def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, de
     torch.compiler.reset()
     rate = flops / median / 1e9
     spread = quarters[2] - quarters[0]
-    return Timed(name, median, spread, peak / 1e9, weights / 1e9, first, rate, parts_of(kernels), kernels[:15])
+    sizes, host = (peak / 1e9, weights / 1e9), statistics.median(host for _, host in both)
+    return Timed(name, median, spread, *sizes, first, rate, parts_of(kernels), kernels[:15], host)
 
 
 def kernels_of(run: Callable[[], object]) -> list[tuple[str, int, float]]:
@@ -268,15 +298,16 @@ def parts_of(kernels: Sequence[tuple[str, int, float]]) -> dict[str, float]:
     return parts
 
 
-def _once(step: Step, inputs: Inputs, device: torch.device) -> float:
-    """Milliseconds of a step, by the device's own clock where it has one."""
+def _once(step: Step, inputs: Inputs, device: torch.device) -> tuple[float, float]:
+    """Milliseconds of a step, by the device's own clock where it has one, and of the host until it is launched."""
+    start = time.perf_counter()
     if device.type != "cuda":
-        start = time.perf_counter()
         step(inputs)
-        return 1000 * (time.perf_counter() - start)
+        return 1000 * (time.perf_counter() - start), 0.0
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     step(inputs)
     end.record()
+    host = 1000 * (time.perf_counter() - start)
     end.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end), host

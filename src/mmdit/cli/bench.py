@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     peers = "diffusers, torchao, torchao-tuned: in the same run"
     add_option("--against", nargs="*", default=[], metavar="PEER", help=peers)
     add_option("--eager", action="store_true", help="leave out the rows with compiled blocks")
+    add_option("--fast", action="store_true", help="add rows of accelerated models, and the floor of each row")
     only = "rows by name, such as '*compiled' (default: all)"
     add_option("--only", nargs="+", default=["*"], metavar="GLOB", help=only)
     add_option("--repeats", type=int, default=20, help="steps of which the median is taken (default: %(default)s)")

@@ -44,6 +44,7 @@ def _steps(options: Namespace, note: Note) -> Iterator[str]:
         recipes=options.quant,
         against=options.against,
         compiled=not options.eager,
+        fast=options.fast,
         only=options.only,
         repeats=repeats,
         **_where(options),

@@ -7,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdit import MMDiT
+from mmdit.bench import step
+from mmdit.bench.floor import floor_of
 from mmdit.bench.random_models import MODELS, Inputs
 from mmdit.bench.step import Work, bench
 from mmdit.cli.app import main
@@ -49,6 +51,21 @@ def test_every_row_is_measured(tmp_path, capsys):
     assert rows[1]["weights_gb"] < rows[0]["weights_gb"]
     assert rows[0]["weights_gb"] == pytest.approx(rows[2]["weights_gb"], rel=0.02)
     assert "TFLOP a step" in capsys.readouterr().out
+
+
+def test_fast_rows_and_floors(monkeypatch):
+    few = {"model": "demo", "size": 64, "text": 20, "repeats": 1, "device": "cpu", "dtype": torch.float32}
+    asked = []
+    monkeypatch.setattr(step, "floor_of", lambda model, recipe, **sizes: asked.append(recipe) or 1.0 + len(asked))
+    found = list(bench(**few, fast=True, compiled=False, recipes=["fp8+exact"], only=["*fast", "*fp8*"]))
+    rows = {row.name: row.floor for row in found}
+    assert rows == {"mmdit float32 fast": 2.0, "mmdit fp8+exact fast": 3.0, "mmdit fp8+exact eager": 3.0}
+    assert asked == [None, "fp8"]
+    assert "mmdit float32 fast" not in {row.name for row in bench(**few, compiled=False, recipes=[])}
+
+
+def test_a_cpu_has_no_floor():
+    assert floor_of("demo", None, device="cpu") == 0
 
 
 def test_rows_by_name():

@@ -8,6 +8,8 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.fast import FastMMDiT
+from mmdit.runtime.products import Product
+from mmdit.runtime.rows import Part
 from quant.quantize import linears_of, quantize_
 from quant.recipe import RECIPES
 from skips import SKIPS
@@ -86,6 +88,19 @@ def test_streams_of_different_recipes():
     quantize_(model, "fp8-tensor", ["joint_blocks.*.context_block.mlp.*"])
     inputs = inputs_of(model, dtype=torch.float32)
     assert error(fast_of(model, inputs), model(*inputs).double()) < 2e-3
+
+
+def test_static_scales_repeated_per_row_give_the_same_product():
+    model = model_of("sd3.5-large", torch.float32)
+    quantized(model, "fp8-static")
+    product = Product(model.joint_blocks[0].x_block.mlp.fc1)
+    codes = torch.randint(0, 120, (7, 64), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    alone, repeated = (torch.empty(7, 256, device=DEVICE) for _ in range(2))
+    product(Part(codes, product.static), alone)
+    product._as_rows = DEVICE == "cpu"  # a GPU multiplies so in bfloat16 alone
+    for _ in range(2):
+        product(Part(codes, product.static), repeated)
+        assert torch.equal(repeated, alone)
 
 
 def test_weights_are_read_where_they_lie():
