@@ -110,7 +110,7 @@ def _set_data(self: Tensor, data: Tensor) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         Tensor.data.__set__(self, data)  # type: ignore[attr-defined]
     self.qdata, self.scale, self.input_scale, self.recipe = data.qdata, data.scale, data.input_scale, data.recipe
-    self.snr, self._shares_scale = data.snr, data._shares_scale
+    self.snr, self._shares_scale, self._is_part = data.snr, data._shares_scale, data._is_part
 
 
 def _set_requires_grad(self: Tensor, value: bool) -> None:
@@ -356,6 +356,10 @@ def _copy(func: Any, into: Tensor, source: Tensor, non_blocking: bool = False) -
             "copy_ into a part of a Float8Tensor whose scale is that of other parts too; quantize the whole again"
         )
     source = _like(into, source)
+    if into._is_part and source.input_scale is not None and not _same(into.input_scale, source.input_scale):
+        raise NotImplementedError(
+            "copy_ of another input scale into a part of a Float8Tensor: the input scale is that of the whole layer"
+        )
     func(into.qdata.view(torch.uint8), source.qdata.view(torch.uint8), non_blocking)
     func(into.scale, source.scale, non_blocking)
     if source.input_scale is not None:

@@ -50,6 +50,7 @@ class Float8Tensor(Tensor):
     recipe: Recipe
     snr: float | None  # signal-to-noise ratio in dB, as `quantize_` measured it
     _shares_scale: bool  # whether values outside of this view have the same scale
+    _is_part: bool  # whether there are values outside of this view, which have the same input scale
 
     @staticmethod
     def __new__(
@@ -64,7 +65,7 @@ class Float8Tensor(Tensor):
     ) -> None:
         _check_parts(qdata, scale, input_scale, recipe, dtype)
         self.qdata, self.scale, self.input_scale, self.recipe = qdata, scale, input_scale, recipe
-        self.snr, self._shares_scale = None, False
+        self.snr, self._shares_scale, self._is_part = None, False, False
 
     @classmethod
     def quantize(
@@ -177,7 +178,7 @@ class Float8Tensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle qdata as bytes, because pickle knows no float8."""
         parts = (self.qdata.view(torch.uint8), self.scale, self.input_scale, self.recipe, self.dtype)
-        return _rebuilt, (*parts, self.snr, isinstance(self, nn.Parameter), self._shares_scale)
+        return _rebuilt, (*parts, self.snr, isinstance(self, nn.Parameter), self._shares_scale, self._is_part)
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: no memory holds the values.
@@ -224,8 +225,9 @@ class Float8Tensor(Tensor):
         """A view; it is an inference tensor where this tensor is one, as torch requires of views."""
         with torch.inference_mode(self.is_inference()) if torch.is_inference_mode_enabled() else nullcontext():
             view = self._replace(qdata=qdata, scale=scale)
-        fewer = qdata.numel() < self.qdata.numel() and scale.numel() == self.scale.numel()
-        view._shares_scale = self._shares_scale or fewer
+        fewer = qdata.numel() < self.qdata.numel()
+        view._shares_scale = self._shares_scale or (fewer and scale.numel() == self.scale.numel())
+        view._is_part = self._is_part or fewer
         return view
 
     @classmethod
@@ -351,10 +353,11 @@ def _rebuilt(
     snr: float | None,
     is_parameter: bool,
     shares_scale: bool = False,
+    is_part: bool = False,
 ) -> Tensor:
     qdata = codes.view(DTYPES[recipe.format]) if has_float8(codes.device) else codes
     tensor = Float8Tensor(qdata, scale, input_scale, recipe, dtype)
-    tensor.snr, tensor._shares_scale = snr, shares_scale
+    tensor.snr, tensor._shares_scale, tensor._is_part = snr, shares_scale, is_part
     return nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 

@@ -1,6 +1,7 @@
 """Float8 spellings: values that are read equal stored * scale, and every fault of a file is named."""
 
 import json
+import math
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from encoders.json_files import parse_json
 from mmdit import CheckpointError, load_mmdit
+from mmdit.checkpoints.lazy import LazyTensor
 from quant import check_formats, dequantize, find_scales, format_in, layers_in, unread_quantization
 from quant.packing import kinds_in
 from quant.spellings import parse_text
@@ -158,6 +160,39 @@ def test_sizes_are_checked_before_anything_is_read():
         with pytest.raises(ValueError, match=r"bytes|shape"):
             stored_weights(shapes, dtypes, get, {}, {})
         assert key not in read
+
+
+HUGE = {  # what a sparse file of 256 MB claims of one layer
+    "note": {"weight_scale": ("F32", []), "comfy_quant": ("U8", [2**28])},
+    "scale": {"weight_scale": ("F32", [2**26])},
+    "input scale": {"weight_scale": ("F32", []), "input_scale": ("F32", [2**26])},
+    "older scale": {"scale_weight": ("F64", [2**25])},
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_huge_scales_and_notes_of_a_file_are_not_read(tmp_path, monkeypatch, case):
+    layer, read = "joint_blocks.0.x_block.attn.qkv", []
+    tensors = {f"{layer}.weight": ("F8_E4M3", [4, 4])} | {f"{layer}.{name}": said for name, said in HUGE[case].items()}
+    tensors |= {"context_embedder.weight": ("F32", [8, 8]), "x_embedder.proj.weight": ("F32", [8, 16, 2, 2])}
+    header, end = {}, 0
+    for key, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * {"F8_E4M3": 1, "U8": 1, "F32": 4, "F64": 8}[dtype]
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text, path = json.dumps(header).encode(), tmp_path / "sparse.safetensors"
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    load = LazyTensor.read
+
+    def counted(lazy, *how, **where):
+        read.append(lazy.nbytes)
+        return load(lazy, *how, **where)
+
+    monkeypatch.setattr(LazyTensor, "read", counted)
+    with pytest.raises(CheckpointError, match=layer):
+        load_mmdit(path)
+    assert max(read, default=0) < 2**12
 
 
 def tensor_of(name, shapes, dtypes):

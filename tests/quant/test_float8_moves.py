@@ -404,6 +404,23 @@ def test_copy_into_values_that_share_their_scale_with_others():
     assert torch.equal(one[:].copy_(torch.ones(6, 8)).dequantize(), torch.ones(6, 8))
 
 
+def test_copy_of_another_input_scale_into_a_part():
+    q, other = (quantized(6, 8, activation="static") for _ in range(2))
+    q.input_scale, other.input_scale = torch.tensor(0.5), torch.tensor(0.25)
+    before = q.clone()
+    for part in (q[2:4], q.split(2)[1], q.view(3, 2, 8)[1]):
+        with pytest.raises(NotImplementedError, match="input scale"):
+            part.copy_(other[:2])
+        assert torch.equal(q, before)
+    other.input_scale = torch.tensor(0.5)
+    q[2:4].copy_(other[:2])
+    q[:2].copy_(torch.ones(2, 8))
+    assert torch.equal(q.dequantize()[2:4], other.dequantize()[:2])
+    assert q.input_scale == 0.5
+    q[:].copy_(other)
+    assert torch.equal(q, other)
+
+
 def test_copy_into_a_transposed_one():
     q = quantized(8, 8)
     before = q.clone()
