@@ -19,6 +19,10 @@ from samplers.noise import BrownianTree as BrownianTree
 from samplers.noise import Fresh as Fresh
 from samplers.noise import Noise as Noise
 from samplers.noise import gaussian as gaussian
+from samplers.scheduler_config import ResolutionShift as ResolutionShift
+from samplers.scheduler_config import SamplingDefaults as SamplingDefaults
+from samplers.scheduler_config import from_scheduler_config as from_scheduler_config
+from samplers.scheduler_config import to_scheduler_config as to_scheduler_config
 from samplers.schedules import SCHEDULES as SCHEDULES
 from samplers.schedules import checked_sigmas as checked_sigmas
 from samplers.schedules import resolution_shift as resolution_shift
@@ -26,6 +30,7 @@ from samplers.schedules import shifted as shifted
 from samplers.schedules import sigmas as sigmas
 from samplers.solvers import SOLVERS as SOLVERS
 from samplers.solvers import Solver as Solver
+from samplers.solvers import as_solver as as_solver
 from samplers.solvers import solvers_markdown as solvers_markdown
 from samplers.solvers.adams import deis as deis
 from samplers.solvers.adams import flow_deis as flow_deis

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from samplers.checks import number
 from samplers.types import Denoise, Guide, Guided, Mix, Predict
 from samplers.windows import ALWAYS, Window
 
@@ -35,6 +36,10 @@ class Weaker:
     scale: float
     window: Window = ALWAYS
     rescale: float = 0.0  # the share of `rescaled`, on x0, as in ComfyUI's SkipLayerGuidanceDiT
+
+    def __post_init__(self) -> None:
+        number("scale of a weaker pass", self.scale)
+        number("rescale of a weaker pass", self.rescale)
 
 
 def guide(
@@ -60,13 +65,21 @@ def guide(
         weaker: passes of weakened models.
         rescale: the share of `rescaled`, on the velocity, which is what the paper and diffusers rescale.
         read_uncond: run the unconditional pass outside of the window too, for solvers that take it (`Solver.guided`).
+
+    Raises:
+        ValueError: a number is not finite; or, when called, `predict` returns another number of predictions.
     """
+    rescale = number("rescale", rescale)
 
     def guided(x: Tensor, sigma: float) -> Guided:
         mixed = uncond is not None and sigma in window
         without = [uncond] if mixed or (read_uncond and uncond is not None) else []
         worse = [one for one in weaker if sigma in one.window]
-        found = iter(predict(x, sigma, [*without, cond, *(one.conditioning for one in worse)]))
+        asked = [*without, cond, *(one.conditioning for one in worse)]
+        predictions = predict(x, sigma, asked)
+        if len(predictions) != len(asked):
+            raise ValueError(f"predict returned {len(predictions)} predictions for {len(asked)} conditionings")
+        found = iter(predictions)
         away = next(found) if without else None
         given = next(found)
         x0 = mix(x, given, away) if mixed and away is not None else given
@@ -84,6 +97,7 @@ def cfg(predict: Predict, cond: Any, uncond: Any, scale: float) -> Guide:
 
 def plain(scale: float) -> Mix:
     """Return classifier-free guidance: u + scale (c - u) (Ho & Salimans 2022, arXiv 2207.12598; scale as in Imagen)."""
+    scale = number("scale", scale)
     return lambda x, cond, uncond: uncond + scale * (cond - uncond)
 
 
@@ -103,6 +117,8 @@ def projected(scale: float, *, eta: float = 0.0, threshold: float = 0.0, momentu
         momentum: the factor of the d before; negative in the paper. A solver that calls the model several times a step
             updates it at each call.
     """
+    scale, eta, momentum = number("scale", scale), number("eta", eta), number("momentum", momentum)
+    threshold = number("threshold", threshold, 0)
     before: Tensor | float = 0.0
 
     def mix(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
@@ -118,6 +134,7 @@ def projected(scale: float, *, eta: float = 0.0, threshold: float = 0.0, momentu
 
 def zero_star(scale: float) -> Mix:
     """Return CFG-Zero*: s u + scale (c - s u) on velocities, s = <c, u> / |u|^2 (Fan et al. 2025, arXiv 2503.18886)."""
+    scale = number("scale", scale)
 
     def mix(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
         given, without = x - cond, x - uncond
@@ -163,6 +180,9 @@ def averaged(predict: Predict) -> Predict:
 
     def mean(x: Tensor, sigma: float, conditionings: Sequence[Sequence[Within]]) -> list[Tensor]:
         counting = [[one.conditioning for one in several if sigma in one.window] for several in conditionings]
+        if not all(counting):
+            at = counting.index([])
+            raise ValueError(f"no window of conditioning {at} holds sigma {sigma}: give windows that cover every level")
         found = iter(predict(x, sigma, [one for several in counting for one in several]))
         parts = [[next(found) for _ in several] for several in counting]
         return [sum(part[1:], start=part[0]) / len(part) for part in parts]

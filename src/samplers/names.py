@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TypeVar
 
+from samplers.checks import shown
+
 Value = TypeVar("Value")
 
 
@@ -13,8 +15,8 @@ def pick(table: Mapping[str, Value], name: str, what: str) -> Value:
     Raises:
         ValueError: there is no such entry; the message lists the nearest names and all names.
     """
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
-    near = get_close_matches(str(name), table, n=3)
+    near = get_close_matches(name, table, n=3) if isinstance(name, str) else []
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    raise ValueError(f"unknown {what} {name!r}; {hint}Known: {', '.join(table)}")
+    raise ValueError(f"unknown {what} {shown(name)}; {hint}Known: {', '.join(table)}")

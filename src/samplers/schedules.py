@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from samplers.checks import MAX_STEPS, MIN_GAP, as_levels, check_apart, number, whole
 from samplers.names import pick
 
 TRAIN_STEPS = 1000  # the models were trained with a table of timesteps: 1/1000 ... 1
@@ -32,7 +33,7 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return torch.where(t == 1, t, moved.clamp(max=1))
 
 
-def checked_sigmas(levels: Sequence[float] | Tensor) -> Tensor:
+def checked_sigmas(levels: Sequence[float] | np.ndarray | Tensor) -> Tensor:
     """Return given noise levels as a schedule, float64 [steps + 1]. No shift is applied.
 
     Args:
@@ -41,34 +42,23 @@ def checked_sigmas(levels: Sequence[float] | Tensor) -> Tensor:
     Raises:
         ValueError: the levels are not so; the message names the first place.
     """
-    schedule = torch.as_tensor(levels, dtype=torch.float64, device="cpu")
-    check_falls(schedule)
+    schedule = as_levels(levels)
     if schedule[0] > 1 or schedule[-1] != 0:
         raise ValueError(
             f"sigmas go from {float(schedule[0])} to {float(schedule[-1])}, expected from at most 1 to 0: append 0.0, "
             "and divide timesteps by 1000"
         )
+    check_apart(schedule)
     return schedule
 
 
-def check_falls(levels: Tensor) -> None:
-    """Raise ValueError unless these are finite levels of shape [steps + 1], each below the one before."""
-    if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(f"sigmas have shape {list(levels.shape)}, expected [steps + 1] with at least one step")
-    if not torch.isfinite(levels).all():
-        raise ValueError(f"sigmas hold {int((~torch.isfinite(levels)).sum())} values that are not finite")
-    if (rises := levels.diff() >= 0).any():
-        at = int(rises.nonzero()[0])
-        raise ValueError(f"sigmas must fall, but sigmas[{at + 1}] = {levels[at + 1]} after {levels[at]}")
-
-
-def normal(steps: int, shift: float) -> Tensor:
+def normal(steps: int, shift: float, terminal: float | None = None) -> Tensor:
     """Even timesteps between the ends of the shifted table, shifted once more; then 0.
 
     The default of the three references (Stability `get_sigmas`, ComfyUI `normal`, diffusers
     FlowMatchEulerDiscreteScheduler). The ends are rounded to float32, as in these.
     """
-    return _to_zero(_even_shifted(steps, shift))
+    return _to_zero(_stretched(_even_shifted(steps, shift), terminal))
 
 
 def sgm_uniform(steps: int, shift: float) -> Tensor:
@@ -131,28 +121,42 @@ def kl_optimal(steps: int, shift: float) -> Tensor:
     return _to_zero(levels)
 
 
-def diffusers_karras(steps: int, shift: float) -> Tensor:
+def diffusers_karras(steps: int, shift: float, terminal: float | None = None) -> Tensor:
     """`karras` between the ends of `normal`: FlowMatchEulerDiscreteScheduler with `use_karras_sigmas`."""
-    return _to_zero(_karras(steps, _last(steps, shift)))
+    return _to_zero(_karras(steps, _last(normal(steps, shift, terminal))))
 
 
-def diffusers_exponential(steps: int, shift: float) -> Tensor:
+def diffusers_exponential(steps: int, shift: float, terminal: float | None = None) -> Tensor:
     """`exponential` between the ends of `normal`: FlowMatchEulerDiscreteScheduler with `use_exponential_sigmas`."""
-    return _to_zero(_exponential(steps, _last(steps, shift)))
+    return _to_zero(_exponential(steps, _last(normal(steps, shift, terminal))))
 
 
-def diffusers_beta(steps: int, shift: float) -> Tensor:
+def diffusers_beta(steps: int, shift: float, terminal: float | None = None) -> Tensor:
     """Quantiles of the beta distribution between the ends of `normal`: the same with `use_beta_sigmas`."""
-    low = _last(steps, shift)
-    return _to_zero(low + (1 - low) * beta_quantile(1 - _even(steps)))
+    return _to_zero(_beta(steps, _last(normal(steps, shift, terminal))))
 
 
-def diffusers_dynamic(steps: int, shift: float) -> Tensor:
+def diffusers_dynamic(steps: int, shift: float, terminal: float | None = None) -> Tensor:
     """Even timesteps from 1 to 1/1000, shifted once; then 0: the same with `use_dynamic_shifting`.
 
     The shift is then `resolution_shift` of the picture.
     """
-    return _to_zero(shifted(1 - _even(steps) * (1 - 1 / TRAIN_STEPS), shift))
+    return _to_zero(_stretched(shifted(1 - _even(steps) * (1 - 1 / TRAIN_STEPS), shift), terminal))
+
+
+def diffusers_dynamic_karras(steps: int, shift: float, terminal: float | None = None) -> Tensor:
+    """`karras` between the ends of `diffusers_dynamic`."""
+    return _to_zero(_karras(steps, _last(diffusers_dynamic(steps, shift, terminal))))
+
+
+def diffusers_dynamic_exponential(steps: int, shift: float, terminal: float | None = None) -> Tensor:
+    """`exponential` between the ends of `diffusers_dynamic`."""
+    return _to_zero(_exponential(steps, _last(diffusers_dynamic(steps, shift, terminal))))
+
+
+def diffusers_dynamic_beta(steps: int, shift: float, terminal: float | None = None) -> Tensor:
+    """Quantiles of the beta distribution between the ends of `diffusers_dynamic`."""
+    return _to_zero(_beta(steps, _last(diffusers_dynamic(steps, shift, terminal))))
 
 
 def diffusers_dpm(steps: int, shift: float) -> Tensor:
@@ -163,7 +167,15 @@ def diffusers_dpm(steps: int, shift: float) -> Tensor:
     return shifted((1 - _even(steps + 1)) * (1 - 1 / TRAIN_STEPS), shift)
 
 
-SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {
+def diffusers_uni_pc(steps: int, shift: float, terminal: float | None = None) -> Tensor:
+    """Even timesteps from 1 to 1/1000, one more than steps, shifted once, with 0 in place of the last.
+
+    UniPCMultistepScheduler with `use_flow_sigmas`. It replaces the first level by 1 - 1e-6, as `flow_uni_pc` does.
+    """
+    return _to_zero(_stretched(shifted(1 - _even(steps + 1) * (1 - 1 / TRAIN_STEPS), shift)[:-1], terminal))
+
+
+SCHEDULES: dict[str, Callable[..., Tensor]] = {  # (steps, shift) -> levels; some take a terminal too
     "normal": normal,
     "simple": simple,
     "sgm_uniform": sgm_uniform,
@@ -177,29 +189,48 @@ SCHEDULES: dict[str, Callable[[int, float], Tensor]] = {
     "diffusers_exponential": diffusers_exponential,
     "diffusers_beta": diffusers_beta,
     "diffusers_dynamic": diffusers_dynamic,
+    "diffusers_dynamic_karras": diffusers_dynamic_karras,
+    "diffusers_dynamic_exponential": diffusers_dynamic_exponential,
+    "diffusers_dynamic_beta": diffusers_dynamic_beta,
     "diffusers_dpm": diffusers_dpm,
+    "diffusers_uni_pc": diffusers_uni_pc,
 }
+WITH_TERMINAL = tuple(
+    name for name in SCHEDULES if name == "normal" or (name.startswith("diffusers") and name != "diffusers_dpm")
+)
 
 
-def sigmas(name: str, steps: int, *, shift: float = 3.0) -> Tensor:
+def sigmas(name: str, steps: int, *, shift: float = 3.0, terminal: float | None = None) -> Tensor:
     """Return the noise levels of a schedule, float64 [steps + 1], falling, the last one 0.
 
     `ddim_uniform` may have more steps than asked for, `beta` fewer.
 
     Args:
         name: a key of `SCHEDULES`.
-        steps: the number of steps, at least 1.
-        shift: 3.0 for SD3 and SD3.5; 1 leaves the timesteps even.
+        steps: the number of steps, from 1 to 10,000.
+        shift: above 0; 3.0 for SD3 and SD3.5; 1 leaves the timesteps even.
+        terminal: stretch the levels so that the last above 0 is this one (diffusers' `shift_terminal`); only for
+            `normal` and diffusers' schedules.
 
     Raises:
-        ValueError: an unknown name, no step, more steps than there are levels, or a shift that is not above 0.
+        ValueError: an unknown name, no step, more steps than there are levels, or a number out of its bounds.
     """
     schedule = pick(SCHEDULES, name, "schedule")
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
-    if not 0 < shift < inf:
-        raise ValueError(f"shift must be above 0, got {shift}")
-    return checked_sigmas(schedule(steps, shift))
+    steps, shift = whole("steps", steps, 1, MAX_STEPS), number("shift", shift, 0, above=True)
+    try:
+        if terminal is None:
+            return checked_sigmas(schedule(steps, shift))
+        return checked_sigmas(schedule(steps, shift, _checked_terminal(name, steps, terminal)))
+    except (ValueError, OverflowError) as error:  # a logarithm of 0, or levels that are equal after rounding
+        raise ValueError(f"schedule {name!r} with {steps} steps and shift {shift:g} cannot be made: {error}") from error
+
+
+def _checked_terminal(name: str, steps: int, terminal: float) -> float:
+    if name not in WITH_TERMINAL:
+        raise ValueError(f"terminal is given, which only {', '.join(WITH_TERMINAL)} take")
+    if steps < 2:
+        raise ValueError("a terminal level needs at least 2 steps")
+    return number("terminal", terminal, 0, 1 - MIN_GAP, above=True)
 
 
 def resolution_shift(
@@ -222,9 +253,19 @@ def resolution_shift(
         base_tokens, max_tokens: the numbers of tokens at which mu is `base_shift` and `max_shift`.
         base_shift, max_shift: mu at these.
         kind: "exponential" for e^mu, "linear" for mu.
+
+    Raises:
+        ValueError: a number is out of its bounds, or the shift is.
     """
+    pick({"exponential": kind, "linear": kind}, kind, "kind of resolution_shift")
+    tokens = whole("tokens", tokens, 1, 2**53)
+    base_shift, max_shift = number("base_shift", base_shift), number("max_shift", max_shift)
+    base_tokens, max_tokens = whole("base_tokens", base_tokens, 1, 2**53), whole("max_tokens", max_tokens, 1, 2**53)
+    if base_tokens == max_tokens:
+        raise ValueError(f"base_tokens and max_tokens are both {base_tokens}, expected two numbers")
     mu = base_shift + (tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
-    return exp(mu) if kind == "exponential" else mu
+    shift = (exp(mu) if mu < 700 else inf) if kind == "exponential" else mu
+    return number(f"the shift for {tokens} tokens", shift, 0, above=True)
 
 
 def beta_quantile(shares: Tensor) -> Tensor:
@@ -266,9 +307,14 @@ def _even_shifted(steps: int, shift: float) -> Tensor:
     return shifted(torch.linspace(TRAIN_STEPS, lowest, steps, dtype=torch.float64) / TRAIN_STEPS, shift)
 
 
-def _last(steps: int, shift: float) -> float:
-    """Return the last level of `normal` above 0."""
-    return float(_even_shifted(steps, shift)[-1])
+def _last(levels: Tensor) -> float:
+    """Return the last level above 0."""
+    return float(levels[-2])
+
+
+def _stretched(levels: Tensor, terminal: float | None) -> Tensor:
+    """Return the levels stretched from 1 so that the last is `terminal`; as they are for None (`shift_terminal`)."""
+    return levels if terminal is None else 1 - (1 - levels) / ((1 - levels[-1]) / (1 - terminal))
 
 
 def _karras(steps: int, lowest: float) -> Tensor:
@@ -277,6 +323,10 @@ def _karras(steps: int, lowest: float) -> Tensor:
 
 def _exponential(steps: int, lowest: float) -> Tensor:
     return (log(lowest) * _even(steps)).exp()
+
+
+def _beta(steps: int, lowest: float) -> Tensor:
+    return lowest + (1 - lowest) * beta_quantile(1 - _even(steps))
 
 
 def _to_zero(levels: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from samplers import schedules
+from samplers.checks import number, whole
+
 __all__ = [
     "MODE_SCALES",
     "WEIGHTINGS",
@@ -74,9 +77,7 @@ def mode_map(u: Tensor, scale: float) -> Tensor:
     Raises:
         ValueError: `scale` is outside `MODE_SCALES`.
     """
-    low, high = MODE_SCALES
-    if not low <= scale <= high:
-        raise ValueError(f"mode scale must lie in [{low:g}, {high:.4f}], got {scale}")
+    scale = number("mode scale", scale, *MODE_SCALES)
     return 1 - u - scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
 
@@ -94,14 +95,12 @@ def cosmap(n: int, generator: torch.Generator | None = None) -> Tensor:
 def shifted(t: Tensor, shift: float) -> Tensor:
     """Move times towards noise: shift t / (1 + (shift - 1) t) (eq. 23 with shift = sqrt(m / n)); any shape.
 
-    shifted(shifted(t, a), b) = shifted(t, a b), and 1 / shift is the inverse.
+    shifted(shifted(t, a), b) = shifted(t, a b), and 1 / shift is the inverse. `samplers.shifted`, with a check.
 
     Raises:
-        ValueError: `shift` is not positive.
+        ValueError: `shift` is not a positive finite number.
     """
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift must be positive and finite, got {shift}")
-    return shift * t / (1 + (shift - 1) * t)
+    return schedules.shifted(t, number("shift", shift, 0, above=True))
 
 
 def noised(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -197,10 +196,8 @@ def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
 
 
 def _check_count(n: int) -> None:
-    if n < 0:
-        raise ValueError(f"the number of times must not be negative, got {n}")
+    whole("the number of times", n, 0, 2**31)
 
 
 def _check_std(std: float) -> None:
-    if not 0 < std < math.inf:
-        raise ValueError(f"std must be positive and finite, got {std}")
+    number("std", std, 0, above=True)

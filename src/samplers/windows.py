@@ -13,6 +13,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from samplers.checks import number, whole
 from samplers.schedules import shifted
 
 
@@ -44,14 +45,19 @@ def steps_inside(sigmas: Tensor, start: float, stop: float) -> Window:
         sigmas: [n + 1] falling levels.
         start, stop: shares of the steps, 0 to 1. Both ends are outside: with start 0 the first step is outside.
     """
-    levels = sigmas.tolist()
+    levels, start, stop = sigmas.tolist(), number("start", start), number("stop", stop)
     count = len(levels) - 1
     inside = [i for i in range(count) if count * start < i < count * stop]
     return Window(levels[inside[0]], levels[inside[-1] + 1]) if inside else NEVER
 
 
 def first_steps(sigmas: Tensor, count: int) -> Window:
-    """Return the window of the first `count` steps of the levels `sigmas`."""
+    """Return the window of the first `count` steps of the levels `sigmas`.
+
+    Raises:
+        ValueError: there are not so many steps.
+    """
+    count = whole("count", count, 0, len(sigmas) - 1)
     return Window(low=float(sigmas[count])) if count else NEVER
 
 
@@ -67,8 +73,8 @@ def percents(start: float, stop: float, shift: float) -> Window:
 
 def level_at(percent: float, shift: float) -> float:
     """Return the level at this share of the timesteps: 1 - percent, shifted (ComfyUI `ModelSamplingDiscreteFlow`)."""
-    rest = torch.tensor(min(max(1 - percent, 0), 1), dtype=torch.float64)
-    return float(shifted(rest, shift))
+    rest = torch.tensor(min(max(1 - number("percent", percent), 0), 1), dtype=torch.float64)
+    return float(shifted(rest, number("shift", shift, 0, above=True)))
 
 
 def gap(windows: Sequence[Window], high: float, low: float) -> tuple[float, float] | None:

@@ -91,7 +91,7 @@ def test_ends_and_order(name):
 def test_more_steps_than_levels_are_refused():
     with pytest.raises(ValueError, match="sigmas must fall"):
         samplers.sigmas("simple", 1001)
-    with pytest.raises(ValueError, match="shift must be above 0, got inf"):
+    with pytest.raises(ValueError, match="shift .* got inf"):
         samplers.sigmas("simple", 4, shift=float("inf"))
 
 
@@ -126,3 +126,43 @@ def test_levels_of_ones_own_are_used_as_they_are():
 def test_levels_that_are_no_schedule(levels, said):
     with pytest.raises(ValueError, match=said):
         samplers.checked_sigmas(levels)
+
+
+SHIFTS = (1e-6, 1e-3, 0.01, 0.1, 0.3, 1 / 3, 0.5, 0.7, 0.9, 0.999, 1.0, 1.1, 1.5, 3.0, 3.3, 5.7, 10.0, 123.0, 1e3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_shifted_ends_at_1_exactly(dtype):
+    """The formula alone gives 1.0000000000000002 for 0.1 in float64, and 1.0000002 in float32."""
+    one, near = torch.ones((), dtype=dtype), torch.linspace(0.9, 1, 99, dtype=torch.float64).to(dtype)
+    for shift in (*SHIFTS, *np.random.default_rng(0).uniform(0.01, 20, 2000).tolist()):
+        for function in (samplers.shifted, samplers.training.shifted):
+            assert function(one, shift) == 1, shift
+            assert float(function(near, shift).max()) <= 1, shift
+            assert function(0 * one, shift) == 0, shift
+
+
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("name", samplers.SCHEDULES)
+def test_every_schedule_with_every_shift(name, shift):
+    for steps in (1, 2, 7, 28):
+        levels = samplers.sigmas(name, steps, shift=shift).tolist()
+        assert levels[0] <= 1
+        assert levels[-1] == 0
+        assert all(a > b for a, b in pairwise(levels))
+        if name not in ("ddim_uniform", "diffusers_dpm"):
+            assert levels[0] == 1, "it starts with noise alone"
+
+
+@pytest.mark.parametrize("name", [*samplers.schedules.WITH_TERMINAL])
+def test_the_terminal_level_is_the_last_above_0(name):
+    levels = samplers.sigmas(name, 8, shift=3.0, terminal=0.07)
+    assert levels[0] == 1
+    assert float(levels[-2]) == pytest.approx(0.07, abs=1e-12)
+    with pytest.raises(ValueError, match="terminal"):
+        samplers.sigmas(name, 1, shift=3.0, terminal=0.07)
+
+
+def test_other_schedules_take_no_terminal():
+    with pytest.raises(ValueError, match="terminal"):
+        samplers.sigmas("karras", 8, terminal=0.07)

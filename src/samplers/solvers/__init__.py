@@ -4,6 +4,6 @@ A solver calls `denoise(x, sigma)`, which returns the predicted picture x0, and 
 never switches gradients on or off: a graph is recorded only where weights or latents require gradients.
 """
 
-from samplers.solvers.table import SOLVERS, Solver, solvers_markdown
+from samplers.solvers.table import SOLVERS, Solver, as_solver, solvers_markdown
 
-__all__ = ["SOLVERS", "Solver", "solvers_markdown"]
+__all__ = ["SOLVERS", "Solver", "as_solver", "solvers_markdown"]

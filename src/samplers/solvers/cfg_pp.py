@@ -12,7 +12,7 @@ from math import expm1, log, sqrt
 from torch import Tensor
 
 from samplers.noise import Noise
-from samplers.solvers.common import Churn, ancestral, show, slope, toward
+from samplers.solvers.common import Churn, ancestral, log_ratio, show, slope, toward
 from samplers.solvers.exponential import res_step
 from samplers.solvers.first_order import posterior
 from samplers.types import Guided, Step
@@ -153,7 +153,7 @@ def res_multistep_ancestral_cfg_pp(
             if before is None or not down:
                 x = guided.x0 + down * slope(x, sigma, uncond)
             else:
-                moved, place = x + guided.x0 - uncond, log(down_before / levels[i - 1])
+                moved, place = x + guided.x0 - uncond, log_ratio(down_before, levels[i - 1])
                 x = res_step(moved, sigma, down, uncond, before, place)
             x = churn.add(x, up, sigma, sigma_next)
             before, down_before = uncond, down

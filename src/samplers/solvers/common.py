@@ -57,6 +57,11 @@ def at_half_log_snr(value: float) -> float:
     return 1 / (1 + exp(value))
 
 
+def log_ratio(low: float, high: float) -> float:
+    """Return ln(low / high), -inf where low is 0."""
+    return log(low / high) if low else -inf
+
+
 def phi_1(h: float) -> float:
     """Return (e^h - 1) / h, the weight of a constant in an exponential integrator."""
     return expm1(h) / h
@@ -113,15 +118,25 @@ def descent(sigma: float, sigma_next: float, eta: float) -> Descent:
     """Return the ancestral step of rectified flows: down to sigma' (1 + (sigma' / sigma - 1) eta), then up to sigma'.
 
     ComfyUI, `sample_euler_ancestral_RF`: after both, the shares of picture and noise are those of sigma'.
+
+    Raises:
+        ValueError: eta is so far above 1 that the step would go below level 0.
     """
     down = sigma_next * (1 + (sigma_next / sigma - 1) * eta)
+    if down <= 0:
+        raise ValueError(f"eta = {eta} goes below level 0 from {sigma} to {sigma_next}; give eta from 0 to 1")
     grow = (1 - sigma_next) / (1 - down)
     return Descent(down, grow, sqrt(max(sigma_next**2 - (down * grow) ** 2, 0.0)))
 
 
 def below_one(levels: Sequence[float], start: float) -> list[float]:
-    """Return the levels, with `start` in place of a first level of 1, at which the half log-SNR is infinite."""
-    return [start, *levels[1:]] if levels[0] >= 1 else list(levels)
+    """Return the levels, with `start` in place of a first level of 1, at which the half log-SNR is infinite.
+
+    Where the second level is above `start`, the first becomes the middle between 1 and the second, so that levels fall.
+    """
+    if levels[0] < 1:
+        return list(levels)
+    return [start if levels[1] < start else (1 + levels[1]) / 2, *levels[1:]]
 
 
 def comfyui_start(shift: float) -> float:

@@ -51,6 +51,8 @@ def dpm_adaptive(
     h, i, low_before = h_init, 0, x
     while t < last - 1e-5:
         t_next = min(last, t + h)
+        if t_next <= t:
+            raise ValueError(f"dpm_adaptive finds no step small enough for rtol={rtol}, atol={atol}: give larger ones")
         stage = _Stage.at(denoise, x, t)
         low, high = stage.pair(denoise, t_next)
         allowed = torch.clamp(rtol * torch.maximum(low.abs(), low_before.abs()), min=atol)

@@ -16,6 +16,7 @@ from samplers.solvers.common import (
     below_one,
     comfyui_start,
     half_log_snr,
+    log_ratio,
     phi_1,
     phi_2,
     show,
@@ -116,7 +117,7 @@ def res_multistep_ancestral(
             if before is None or not down:
                 x = toward(denoised, x, down / sigma)
             else:
-                x = res_step(x, sigma, down, denoised, before, log(down_before / levels[i - 1]))
+                x = res_step(x, sigma, down, denoised, before, log_ratio(down_before, levels[i - 1]))
             x = x + up * (s_noise * churn.noise(sigma, sigma_next)) if eta else x
             before, down_before = denoised, down
         x = yield from show(i, sigma_next, x, denoised)

@@ -42,17 +42,18 @@ def uni_pc_bh2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     return _comfyui_unipc(denoise, x, sigmas.tolist(), lambda h: expm1(-h))
 
 
-def flow_uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """UniPC of order 2 with B(h) = e^h - 1, in the flow's half log-SNR.
+def flow_uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 2) -> Iterator[Step]:
+    """UniPC with B(h) = e^h - 1, in the flow's half log-SNR.
 
     Zhao et al. 2023, arXiv 2302.04867. diffusers: UniPCMultistepScheduler with `use_flow_sigmas`. A first level of 1,
     at which the half log-SNR is infinite, becomes 1 - 1e-6, as there.
 
     Args:
         denoise, x, sigmas: see `samplers.euler`.
+        order: the highest order.
     """
     levels = below_one(sigmas.tolist(), 1 - 1e-6)
-    return _unipc(denoise, x, levels, half_log_snr, lambda sigma: 1 - sigma, lambda h: expm1(-h), 2)
+    return _unipc(denoise, x, levels, half_log_snr, lambda sigma: 1 - sigma, lambda h: expm1(-h), order)
 
 
 def _comfyui_unipc(denoise: Denoise, x: Tensor, levels: list[float], b: Callable[[float], float]) -> Iterator[Step]:

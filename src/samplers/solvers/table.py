@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial, wraps
+from inspect import signature
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from samplers.schedules import check_falls
+from samplers.checks import as_levels, check_apart, number, shown, whole
+from samplers.names import pick
 from samplers.solvers import (
     adams,
     cfg_pp,
@@ -69,12 +73,55 @@ class Solver:
             options: the solver's own keyword arguments: eta, s_noise, noise, shift, order, gamma ...
 
         Raises:
-            ValueError: the levels do not fall from at most 1 to at least 0.
+            TypeError: the solver has no such option, `denoise` cannot be called, or x is no tensor of numbers.
+            ValueError: the levels do not fall from at most 1 to at least 0, or a number is out of its bounds.
         """
-        check_falls(sigmas)
-        if sigmas[0] > 1 or sigmas[-1] < 0:
-            raise ValueError(f"sigmas go from {sigmas[0]} to {sigmas[-1]}, expected levels between 1 and 0")
-        return self.run(denoise, x, sigmas, **options)
+        levels = as_levels(sigmas)
+        if levels[0] > 1 or levels[-1] < 0:
+            raise ValueError(
+                f"sigmas go from {float(levels[0])} to {float(levels[-1])}, expected levels between 1 and 0"
+            )
+        check_apart(levels)
+        _check_latent(x)
+        if not callable(denoise):
+            raise TypeError(f"denoise is {shown(denoise)}, expected a function of a latent and a noise level")
+        return self.run(denoise, x, levels, **self._checked(options))
+
+    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the options with their numbers as Python's own."""
+        known = list(signature(self.run).parameters)[3:]
+        for name in options:
+            if name not in known:
+                near = f"it takes {', '.join(known)}" if known else "it takes none"
+                raise TypeError(f"{self.run.__name__} has no option {name!r}; {near}")
+        return {name: _OPTIONS[name](name, value) if name in _OPTIONS else value for name, value in options.items()}
+
+
+def _check_latent(x: Tensor) -> None:
+    """Raise TypeError unless x is a dense tensor of real numbers of at least 16 bits."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x is {shown(x)}, expected the latent to start from, a floating-point tensor")
+    if not x.is_floating_point() or x.element_size() < 2 or x.layout != torch.strided:
+        raise TypeError(f"x is a {x.layout} tensor of {x.dtype}, expected a dense floating-point tensor")
+
+
+def _noise(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} is {shown(value)}, expected a function of two noise levels, or None")
+    return value
+
+
+_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
+    "eta": partial(number, low=0, high=100),
+    "s_noise": number,
+    "gamma": number,
+    "shift": partial(number, low=0, above=True),
+    "rtol": partial(number, low=0, high=1e6, above=True),
+    "atol": partial(number, low=0, high=1e6, above=True),
+    "h_init": partial(number, low=0, high=1e6, above=True),
+    "order": partial(whole, low=1, high=8),
+    "noise": _noise,
+}
 
 
 def _log_snr_sde(run: Callable[..., Iterator[Step]], order: int, calls: int, **more: Any) -> Solver:
@@ -166,6 +213,65 @@ SOLVERS: dict[str, Solver] = {
     "flow_deis": Solver(adams.flow_deis, 2, 1, "log_snr", origin="diffusers"),
     "flow_ddpm": Solver(first_order.flow_ddpm, 1, 1, "log_snr", "fresh", eta=True, origin="ours"),
 }
+
+
+def as_solver(sampler: str | Solver | Callable[..., Iterator[Step]]) -> Solver:
+    """Return the solver that a name, a `Solver` or a function of your own stands for.
+
+    A function of your own is a generator `run(denoise, x, sigmas, *, ...)`:
+        denoise: (latent, noise level as a float) -> predicted x0, of the latent's shape.
+        x: the noise to start from, a tensor of any shape; the solver shall not change it in place.
+        sigmas: float64 [steps + 1] on the CPU, falling, from at most 1, usually to 0.
+        It yields a `Step(i, sigma, x, denoised)` after every step, i from 0, with the latent's new level, and continues
+        from `step.x`, which the caller may have changed. A keyword argument `noise`, `eta` or `shift` makes it known as
+        a solver that takes fresh noise, that is an ODE solver at eta 0, or that takes the schedule's shift. A solver
+        that takes `samplers.Guided` is given as `Solver(run, order, guided=True)`.
+
+    Raises:
+        TypeError: it is none of these, or the function does not take (denoise, x, sigmas).
+        ValueError: the name is unknown; the nearest names are listed.
+
+    What the function yields is checked in every step: a TypeError or ValueError says what is wrong with it.
+    """
+    if isinstance(sampler, Solver):
+        return sampler
+    if isinstance(sampler, str):
+        return pick(SOLVERS, sampler, "sampler")
+    name = getattr(sampler, "__name__", type(sampler).__name__)
+    if not callable(sampler) or isinstance(sampler, type):
+        raise TypeError(f"sampler is {shown(sampler)}, expected a name, a samplers.Solver or a generator function")
+    takes = signature(sampler).parameters
+    try:
+        signature(sampler).bind(None, None, None)
+    except TypeError as error:
+        raise TypeError(f"sampler {name} must take (denoise, x, sigmas), but it takes {signature(sampler)}") from error
+    noise: Literal["none", "fresh"] = "fresh" if "noise" in takes else "none"
+    return Solver(
+        _checked_steps(sampler), order=0, noise=noise, eta="eta" in takes, shift="shift" in takes, origin="ours"
+    )
+
+
+def _checked_steps(run: Callable[..., Iterator[Step]]) -> Callable[..., Iterator[Step]]:
+    """Return `run` with a check of what it yields."""
+
+    @wraps(run)
+    def checked(denoise: Callable[[Tensor, float], Any], x: Tensor, sigmas: Tensor, **options: Any) -> Iterator[Step]:
+        name, steps = run.__name__, run(denoise, x, sigmas, **options)
+        if not isinstance(steps, Iterator):
+            raise TypeError(f"sampler {name} returned {shown(steps)}, expected a generator that yields samplers.Step")
+        step = None
+        for step in steps:
+            if not isinstance(step, Step):
+                raise TypeError(f"sampler {name} yielded {shown(step)}, expected a samplers.Step")
+            if not isinstance(step.x, Tensor) or step.x.shape != x.shape:
+                found = list(step.x.shape) if isinstance(step.x, Tensor) else shown(step.x)
+                raise ValueError(f"sampler {name} yielded a latent {found}, expected the shape {list(x.shape)}")
+            number(f"sampler {name}: step.sigma", step.sigma, 0, 1)
+            yield step
+        if step is None:
+            raise ValueError(f"sampler {name} yielded no step for {len(sigmas) - 1} steps")
+
+    return checked
 
 
 def solvers_markdown() -> str:
