@@ -91,7 +91,7 @@ def test_ends_and_order(name):
 def test_more_steps_than_levels_are_refused():
     with pytest.raises(ValueError, match="sigmas must fall"):
         samplers.sigmas("simple", 1001)
-    with pytest.raises(ValueError, match="shift .* got inf"):
+    with pytest.raises(ValueError, match=r"shift .* got inf"):
         samplers.sigmas("simple", 4, shift=float("inf"))
 
 

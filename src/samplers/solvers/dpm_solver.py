@@ -51,7 +51,7 @@ def dpm_adaptive(
     h, i, low_before = h_init, 0, x
     while t < last - 1e-5:
         t_next = min(last, t + h)
-        if t_next <= t:
+        if h < 1e-9:
             raise ValueError(f"dpm_adaptive finds no step small enough for rtol={rtol}, atol={atol}: give larger ones")
         stage = _Stage.at(denoise, x, t)
         low, high = stage.pair(denoise, t_next)
