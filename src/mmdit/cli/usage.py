@@ -29,7 +29,8 @@ SAMPLERS = (
 )
 SCHEDULES = (
     "normal, simple, sgm_uniform, ddim_uniform, beta, karras, exponential, linear_quadratic, kl_optimal, "
-    "diffusers_karras, diffusers_exponential, diffusers_beta, diffusers_dynamic, diffusers_dpm"
+    "diffusers_karras, diffusers_exponential, diffusers_beta, diffusers_dynamic, diffusers_dynamic_karras, "
+    "diffusers_dynamic_exponential, diffusers_dynamic_beta, diffusers_dpm, diffusers_uni_pc"
 )
 # Samplers of diffusers by the names of their classes.
 _CLASSES = {"flowmatcheulerdiscretescheduler": "euler", "flowmatchheundiscretescheduler": "flow_heun"}
