@@ -20,7 +20,8 @@ Activation = Literal["quick_gelu", "gelu"]
 class CLIPConfig:
     """Shapes of a CLIP text tower, and its activation, which no shape tells: quick_gelu in CLIP-L, gelu in CLIP-G.
 
-    Official values (transformers' CLIPTextConfig): L 768 x 12 layers, G 1280 x 32 layers.
+    Official values (transformers' CLIPTextConfig): L 768 x 12 layers, G 1280 x 32 layers. The official `eos_token_id`
+    is 2, by which transformers means None here.
     """
 
     width: int
@@ -31,19 +32,27 @@ class CLIPConfig:
     vocabulary: int = 49408
     positions: int = 77
     projection_dim: int | None = None  # None: the file has no text_projection (clip_l.safetensors)
+    eos_id: int | None = None  # pooled at the first token of this id; None: at the largest id of the prompt
 
     def __post_init__(self) -> None:
-        """Raise ValueError, with the numbers, where they cannot describe a tower."""
+        """Raise ValueError, with the numbers, where the fields cannot describe a tower."""
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"CLIP activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
         if self.width % self.heads:
             raise ValueError(f"CLIP width {self.width} is not a multiple of its {self.heads} heads")
+        if self.eos_id is not None and not 0 <= self.eos_id < self.vocabulary:
+            raise ValueError(f"CLIP eos_token_id is {self.eos_id}, its vocabulary has {self.vocabulary} tokens")
 
     @classmethod
     def from_shapes(
-        cls, shapes: Mapping[str, Sequence[int]], *, activation: Activation, heads: int | None = None
+        cls,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        activation: Activation,
+        heads: int | None = None,
+        eos_id: int | None = None,
     ) -> Self:
-        """Infer the config from `{official key: shape}`; heads are of size 64 unless said otherwise.
+        """Infer the config from `{official key: shape}`; heads have size 64 unless their number is given.
 
         Raises:
             ValueError: the tensors are not those of a CLIP text tower.
@@ -64,11 +73,12 @@ class CLIPConfig:
             vocabulary=embedding[0],
             positions=shapes["text_model.embeddings.position_embedding.weight"][0],
             projection_dim=None if projection is None else projection[0],
+            eos_id=eos_id,
         )
 
 
 class CLIPOutput(NamedTuple):
-    """What SD3 takes from a tower, and what it is made of."""
+    """The outputs of a tower that SD3 uses."""
 
     penultimate: Tensor  # [b, n, width]: output of the last layer but one, without final norm
     last: Tensor  # [b, n, width]: output of the last layer after the final norm
@@ -92,8 +102,9 @@ class CLIPText(nn.Module):
     def forward(self, ids: Int[Tensor, "b n"], dtype: torch.dtype | None = None) -> CLIPOutput:
         """Encode token ids; with a `dtype`, 16-bit weights compute in that (float32) in place of their own."""
         penultimate, last = self.text_model(ids, dtype)
-        # The end-of-text id is the largest of the vocabulary, and argmax finds its first place.
-        pooled = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
+        # The official end-of-text id is the largest of the vocabulary; argmax finds the first place of the largest.
+        ranks = ids if self.config.eos_id is None else (ids == self.config.eos_id).int()
+        pooled = last[torch.arange(len(ids), device=ids.device), ranks.argmax(dim=-1)]
         projected = None if self.config.projection_dim is None else self.text_projection(pooled)
         return CLIPOutput(penultimate, last, pooled, projected)
 
@@ -128,7 +139,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers; gives the outputs of the last two."""
+    """The layers; returns the outputs of the last layer but one and of the last."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__()

@@ -53,6 +53,7 @@ _CLIP_NEEDS: Needs = (
 _T5_NEEDS: Needs = ((("tokenizer.json",), ("spiece.model",)),)
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MORE = ("additional_special_tokens", "extra_special_tokens")  # transformers 4's and 5's word for the same
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _CLIP_ROLES = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
 _T5_ROLES = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -234,7 +235,7 @@ class Tokenizers:
 def _clip_model(files: TokenizerFiles, unk_token: str) -> BPE:
     split = {"vocab.json", "merges.txt"} <= files.data.keys()
     with files.blame("vocab.json" if split else "tokenizer.json"):
-        model: Any = {"vocab": files.json("vocab.json")} if split else _model(files)
+        model: Any = {"vocab": files.json("vocab.json")} if split else _model(files.json("tokenizer.json"))
         vocabulary = checked_vocabulary(model.get("vocab"))
     with files.blame("merges.txt" if split else "tokenizer.json"):
         # "a b" in merges.txt and older tokenizer.json, ["a", "b"] in newer ones
@@ -243,16 +244,17 @@ def _clip_model(files: TokenizerFiles, unk_token: str) -> BPE:
         return BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=unk_token)
 
 
-def _model(files: TokenizerFiles) -> dict[str, Any]:
-    model: dict[str, Any] = expect(files.json("tokenizer.json").get("model"), dict, "model")
+def _model(content: Mapping[str, Any]) -> dict[str, Any]:
+    model: dict[str, Any] = expect(content.get("model"), dict, "model")
     return model
 
 
 def _t5_json(files: TokenizerFiles) -> tuple[list[tuple[str, float]], int, bytes]:
     """Pieces, the id of the unknown token and the character map, which may be empty, from tokenizer.json."""
-    model = _model(files)
+    content = files.json("tokenizer.json")
+    model = _model(content)
     pieces, unk_id = checked_pieces(model.get("vocab"), model.get("unk_id"))
-    normalizer = files.json("tokenizer.json").get("normalizer") or {}
+    normalizer = content.get("normalizer") or {}
     steps = expect(expect(normalizer, dict, "normalizer").get("normalizers", [normalizer]), list, "normalizers")
     maps = [step for step in steps if expect(step, dict, "a normalizer").get("type") == "Precompiled"]
     charsmap = expect(maps[0].get("precompiled_charsmap"), str, "precompiled_charsmap") if maps else ""
@@ -340,8 +342,7 @@ def _special_tokens(files: TokenizerFiles, defaults: Mapping[str, str]) -> tuple
         added: _Added = {token.content: (index, token) for index, token in tokens}
         named = {role: _added_token(stated[role]) for role in _ROLES if stated.get(role)}
         named = {role: _added_token(text) for role, text in defaults.items()} | named
-        listed = expect(stated.get("additional_special_tokens") or [], list, "additional_special_tokens")
-        more = [_added_token(token) for token in listed]
+        more = [_added_token(token) for name in _MORE for token in expect(stated.get(name) or [], list, name)]
         for token in (*named.values(), *more):
             added.setdefault(token.content, (None, token))
         checked_tokens(list(added), "the added tokens", MAX_ADDED)

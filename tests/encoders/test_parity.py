@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 import tiny
-from encoders.clip import CLIPText
+from encoders.clip import CLIPConfig, CLIPText
 from encoders.t5 import T5Encoder
 from encoders.vae import VAE
 from float64 import references_in_float64
@@ -45,6 +46,28 @@ def test_clip(folder, reference, which):
         tiny.error(single(tokens).penultimate, theirs.float()(tokens, output_hidden_states=True).hidden_states[-2])
         < 1e-5
     )
+
+
+@pytest.mark.parametrize("eos", [2, 60, 63])
+def test_clip_pools_where_eos_token_id_says(eos):
+    """60 is a token below the largest ids, as end of text is where tokens were added after it."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = CLIPTextConfig(**sizes, num_attention_heads=2, projection_dim=16, eos_token_id=eos)
+    theirs = tiny.randomize(CLIPTextModelWithProjection(config), 3).double()
+    shapes = {key: list(tensor.shape) for key, tensor in theirs.state_dict().items()}
+    ours = CLIPText(CLIPConfig.from_shapes(shapes, activation="quick_gelu", heads=2, eos_id=None if eos == 2 else eos))
+    ours.double().load_state_dict({key: theirs.state_dict()[key] for key in ours.state_dict()})
+    tokens = torch.randint(3, 60, (3, 20))
+    tokens[:, 4], tokens[:, 9], tokens[:, 12], tokens[1, 6] = 63, 60, 60, 60
+    with torch.no_grad():
+        wanted, found = theirs(tokens), ours(tokens)
+    assert tiny.error(found.projected, wanted.text_embeds) <= 1e-10
+    assert tiny.error(found.last, wanted.last_hidden_state) <= 1e-10
+
+
+def test_an_eos_token_outside_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match=r"eos_token_id is 64.* 64 tokens"):
+        CLIPConfig(32, 1, 64, "gelu", heads=2, vocabulary=64, eos_id=64)
 
 
 @pytest.mark.parametrize("length", [1, 77, 256, 300])

@@ -616,6 +616,7 @@ def test_bad_json_is_named(tiny_tokenizers: Path, name: str, data: bytes, said: 
         (lambda c: c.update(added_tokens_decoder={"-1": {"content": "!"}}), "'-1' in added_tokens_decoder"),
         (lambda c: c.update(additional_special_tokens=7), "additional_special_tokens is the number 7"),
         (lambda c: c.update(additional_special_tokens=[None]), "an added token is null"),
+        (lambda c: c.update(extra_special_tokens={"a": "b"}), "extra_special_tokens is an object"),
         (lambda c: c.update(additional_special_tokens=[""]), "empty"),
         (lambda c: c.update(additional_special_tokens=[f"<{i}>" for i in range(10_001)]), "10000"),
     ],
@@ -702,7 +703,8 @@ def test_extra_ids_are_a_whole_number_with_a_bound(tiny_spiece: bytes, tmp_path:
 OTHER = {"padding_side": "left", "truncation_side": "left", "split_special_tokens": True, "add_prefix_space": 0}
 CLIP_OTHER = OTHER | {"model_max_length": 64, "add_prefix_space": True, "do_lower_case": False}
 T5_OTHER = OTHER | {"sp_model_kwargs": {"enable_sampling": True}}
-FOLLOWED = {"added_tokens_decoder", "additional_special_tokens", "bos_token", "eos_token", "pad_token", "unk_token"}
+FOLLOWED = {"added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"}
+FOLLOWED |= {"bos_token", "eos_token", "pad_token", "unk_token"}
 WITHOUT_EFFECT = {
     "clean_up_tokenization_spaces": "decoding only",
     "errors": "decoding only",
