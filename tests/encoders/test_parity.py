@@ -153,7 +153,9 @@ def quick_gelu_for_gelu(model: CLIPText) -> None:
 
 
 def last_layer_for_penultimate(model: CLIPText) -> None:
-    model.text_model.encoder.layers.append(torch.nn.Identity())
+    extra = torch.nn.Identity()
+    extra.resid_pre = torch.nn.Identity()
+    model.text_model.encoder.layers.append(extra)
 
 
 def no_causal_mask(model: CLIPText) -> None:
