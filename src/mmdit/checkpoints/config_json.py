@@ -21,6 +21,7 @@ MAX_SIDE = 2**24  # elements along one side of a tensor; the largest official si
 MAX_NUMBER = 10**9  # of any number that is taken from a config.json
 _ACTIVATIONS = ("quick_gelu", "gelu")
 _PROJECTION = "text_projection.weight"
+_LARGEST = 2  # eos_token_id by which transformers means "pool at the largest id", which is how SD3 was trained
 
 
 def mmdit_config(shapes: Shapes, said: Mapping[str, Any]) -> MMDiTConfig:
@@ -64,7 +65,10 @@ def _clip_config(
             f"the config.json of {name} says hidden_act = {activation!r}, "
             f"expected {' or '.join(map(repr, _ACTIVATIONS))}"
         )
-    config = CLIPConfig.from_shapes(shapes, activation=activation, heads=said.get("num_attention_heads"))
+    eos = said.get("eos_token_id", _LARGEST)
+    config = CLIPConfig.from_shapes(
+        shapes, activation=activation, heads=said.get("num_attention_heads"), eos_id=None if eos == _LARGEST else eos
+    )
     if config.width in others:
         raise ValueError(
             f"a CLIP text tower of width {config.width} is {others[config.width]}, where {name} (width {width}) is "
@@ -104,7 +108,7 @@ def check_entries(title: str, said: Mapping[str, Any], classes: Sequence[str]) -
     Raises:
         ValueError: an entry is of the wrong kind, or the class is another model's.
     """
-    for name, (kind, low, words) in _TAKEN.items():
+    for name, (kind, low, words) in TAKEN.items():
         value = said.get(name)
         if name not in said or (value is None and name in _MAY_BE_NULL):
             continue
@@ -131,7 +135,14 @@ def check_agree(title: str, said: Mapping[str, Any], found: Mapping[str, Any], o
         ValueError: they contradict each other.
     """
     for name, value in found.items():
-        if name in _SETTLED and name in said and _plain(said[name]) != _plain(value):
+        if name not in said or _plain(said[name]) == _plain(value):
+            continue
+        if name in CONSTANT:
+            raise ValueError(
+                f"the config.json of the {title} says {name} = {_shown(said[name])}, Stable Diffusion 3 has only "
+                f"{value!r}; this is another model"
+            )
+        if name in SETTLED:
             raise ValueError(
                 f"the config.json of the {title} says {name} = {_shown(said[name])}, its tensors say {value!r}; "
                 "they are not of the same model: download both again"
@@ -194,6 +205,7 @@ def vae_json(config: VAEConfig) -> dict[str, Any]:
         "in_channels": 3,
         "latent_channels": config.latent_channels,
         "layers_per_block": config.blocks_per_level,
+        "mid_block_add_attention": True,
         "norm_num_groups": config.groups,
         "out_channels": 3,
         "sample_size": 1024,
@@ -210,7 +222,7 @@ def clip_json(config: CLIPConfig) -> dict[str, Any]:
     return {
         "architectures": ["CLIPTextModelWithProjection"],
         "bos_token_id": 0,
-        "eos_token_id": 2,  # transformers' sign for "pool at the largest id", which is how SD3 was trained
+        "eos_token_id": _LARGEST if config.eos_id is None else config.eos_id,
         "hidden_act": config.activation,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_dim,
@@ -280,20 +292,27 @@ T5_DIMENSIONS = {
     r"shared\.weight|.*\.relative_attention_bias\.weight|.*\.(SelfAttention\.q|DenseReluDense\.wo)\.weight": 2,
 }
 # Entries that are taken from config.json because no shape tells them: type, lower bound (exclusive) and words.
-_TAKEN: Mapping[str, tuple[Any, float, str]] = {
+TAKEN: Mapping[str, tuple[Any, float, str]] = {
     "sample_size": (int, 0, "a whole number above 0"),
     "norm_num_groups": (int, 0, "a whole number above 0"),
     "num_attention_heads": (int, 0, "a whole number above 0"),
+    "eos_token_id": (int, -1, "a token id"),
     "scaling_factor": ((int, float), 0, "a number above 0"),
     "shift_factor": ((int, float), -inf, "a number"),
 }
 _MAY_BE_NULL = ("sample_size", "num_attention_heads")  # which then has its usual value
-# Entries that tensors or our code settle; all others say nothing about the computation.
-_SETTLED = (
+# Entries that the tensors settle.
+SETTLED = (
     *("attention_head_dim", "caption_projection_dim", "dual_attention_layers", "in_channels", "joint_attention_dim"),
     *("num_attention_heads", "num_layers", "out_channels", "patch_size", "pooled_projection_dim"),
     *("pos_embed_max_size", "qk_norm", "block_out_channels", "latent_channels", "layers_per_block"),
-    *("use_quant_conv", "use_post_quant_conv", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    *("max_position_embeddings", "vocab_size", "d_ff", "d_kv", "d_model", "num_heads", "feed_forward_proj"),
-    *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_eps", "layer_norm_epsilon"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "vocab_size"),
+    *("d_ff", "d_kv", "d_model", "num_heads"),
+    "relative_attention_num_buckets",
+)
+# Entries that would change what is computed and of which the code knows one value only.
+CONSTANT = (
+    *("act_fn", "down_block_types", "up_block_types", "mid_block_add_attention", "use_quant_conv"),
+    *("use_post_quant_conv", "feed_forward_proj", "dense_act_fn", "is_gated_act", "layer_norm_eps"),
+    *("layer_norm_epsilon", "relative_attention_max_distance"),
 )

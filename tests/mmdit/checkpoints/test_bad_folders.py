@@ -92,6 +92,12 @@ CONFIGS = {
         {"hidden_act": "relu"},
         "says hidden_act = 'relu', expected 'quick_gelu' or 'gelu'",
     ),
+    "CLIP end of text": ("text_encoder", {"eos_token_id": "2"}, "CLIP-L text encoder says eos_token_id = '2'"),
+    "CLIP end of text outside": ("text_encoder", {"eos_token_id": 10**6}, "eos_token_id is 1000000"),
+    "VAE activation": ("vae", {"act_fn": "gelu"}, "VAE says act_fn = 'gelu'"),
+    "VAE blocks": ("vae", {"up_block_types": ["AttnUpDecoderBlock2D"]}, "VAE says up_block_types"),
+    "VAE attention": ("vae", {"mid_block_add_attention": False}, "VAE says mid_block_add_attention = False"),
+    "T5 activation": ("text_encoder_3", {"dense_act_fn": "relu"}, "T5 encoder says dense_act_fn = 'relu'"),
     "T5 layers": ("text_encoder_3", {"num_layers": 24}, "T5 encoder says num_layers = 24, its tensors say 2"),
 }
 

@@ -5,6 +5,7 @@ import torch
 
 import golden
 from mmdit.checkpoints.components import REGISTRY, to_diffusers
+from mmdit.checkpoints.config_json import CONSTANT, SETTLED, TAKEN
 from mmdit.checkpoints.keymaps import Concat, SwapHalves, count, mmdit_rules, to_ours, to_theirs, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.official import variant
@@ -148,3 +149,37 @@ def golden_vae_shapes() -> dict[str, tuple[int, ...]]:
     prefix = "first_stage_model."
     stored = shapes("sd3_medium.safetensors")
     return {key.removeprefix(prefix): shape for key, shape in stored.items() if key.startswith(prefix)}
+
+
+# Entries of official config.json files that change nothing that is computed here, and why.
+WITHOUT_EFFECT = {
+    **dict.fromkeys(("_diffusers_version", "transformers_version", "torch_dtype", "model_type"), "a note"),
+    **dict.fromkeys(("attention_dropout", "dropout", "dropout_rate", "classifier_dropout"), "training only"),
+    **dict.fromkeys(("initializer_factor", "initializer_range"), "training only"),
+    **dict.fromkeys(("decoder_start_token_id", "num_decoder_layers", "use_cache", "output_past"), "T5's decoder only"),
+    **dict.fromkeys(("is_encoder_decoder", "tie_word_embeddings"), "T5's decoder only"),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), "the tokenizer decides"),
+    "force_upcast": "the dtype is an argument of the loader",
+    **dict.fromkeys(("latents_mean", "latents_std"), "diffusers' SD3 pipelines do not read them"),
+    "architectures": "held against the component",
+    "_class_name": "held against the component",
+    "projection_dim": "held against text_projection",
+    "hidden_act": "taken",
+}
+PLACES = {"transformer": "transformer", "vae": "vae", "clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+
+
+@pytest.mark.parametrize(("component", "place"), [*PLACES.items(), ("t5", "text_encoder_3")])
+def test_every_entry_of_an_official_config_is_taken_or_settled_or_without_effect(component, place):
+    said = golden.official_config(place)
+    assert said.keys() - TAKEN.keys() - set(SETTLED) - set(CONSTANT) - WITHOUT_EFFECT.keys() == set()
+    assert not (set(SETTLED) | set(CONSTANT) | TAKEN.keys() - {"num_attention_heads"}) & WITHOUT_EFFECT.keys()
+
+
+def test_the_end_of_text_token_is_taken_and_written_back():
+    stored = shapes("clip_l.safetensors")
+    found = {key.removeprefix("text_encoders.clip_l.transformer."): shape for key, shape in stored.items()}
+    for said, eos in ((2, None), (49407, 49407), (5, 5)):
+        config = REGISTRY["clip_l"].config_of(found, {"eos_token_id": said})
+        assert config.eos_id == eos
+        assert to_diffusers("clip_l", config)["eos_token_id"] == said
