@@ -70,17 +70,17 @@ def test_hooks_run_in_their_order_and_are_gone():
     assert not layer._forward_pre_hooks_with_kwargs
 
 
-def waiting(pipe, inside, release):
-    """A hook that stops this thread in the middle of a pass, until the other thread has drawn."""
-    stopped = []
+def waiting(pipe, inside, release, *, perturbed):
+    """A hook that stops this thread in the middle of a pass (of the perturbed branch), until the other has drawn."""
+    stopped, block = [], pipe.transformer.joint_blocks[1]
 
     def wait(*_):
-        if not stopped:
+        if not stopped and (block.attend.held or not perturbed):
             stopped.append(True)
             inside.wait(60)
             release.wait(60)
 
-    return Hook(pipe.transformer.joint_blocks[1].x_block.mlp, "input", wait)
+    return Hook(block.x_block.mlp, "input", wait)
 
 
 WAYS = {
@@ -121,7 +121,7 @@ def test_two_threads_on_one_pipeline(demo, way):
     inside, release, found = threading.Barrier(2), threading.Event(), []
 
     def other():
-        found.append(run([waiting(demo, inside, release)]))
+        found.append(run([waiting(demo, inside, release, perturbed=way == "perturbed")]))
 
     thread = threading.Thread(target=other)
     thread.start()
