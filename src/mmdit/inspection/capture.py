@@ -286,7 +286,7 @@ def _reducer(given: object) -> Reducer:
         return given
     made = [name for name, one in vars(reducers).items() if _makes_reducers(one)]
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
-    near = get_close_matches(name, made, n=1, cutoff=0.8)
+    near = get_close_matches(name, made, n=1, cutoff=0.7)
     if near:
         hint = f"write mmdit.reducers.{near[0]}(...), with its parentheses, which makes one"
     else:
