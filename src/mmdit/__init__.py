@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from mmdit.pipeline.calibration import Calibration as Calibration
     from mmdit.pipeline.calibration import calibrate as calibrate
     from mmdit.pipeline.calibration import quantize_static as quantize_static
+    from mmdit.pipeline.callbacks import OnStepEnd as OnStepEnd
     from mmdit.pipeline.guidance import Guidance as Guidance
     from mmdit.pipeline.passes import Branch as Branch
-    from mmdit.pipeline.pipeline import OnStepEnd as OnStepEnd
     from mmdit.pipeline.pipeline import Pipeline as Pipeline
     from mmdit.pipeline.pipeline import PipelineOutput as PipelineOutput
     from mmdit.pipeline.previews import preview as preview
@@ -83,9 +83,10 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.parity.compare": ("compare",),
     "mmdit.parity.report": ("Comparison",),
     "mmdit.pipeline.calibration": ("Calibration", "calibrate", "quantize_static"),
+    "mmdit.pipeline.callbacks": ("OnStepEnd",),
     "mmdit.pipeline.guidance": ("Guidance",),
     "mmdit.pipeline.passes": ("Branch",),
-    "mmdit.pipeline.pipeline": ("OnStepEnd", "Pipeline", "PipelineOutput"),
+    "mmdit.pipeline.pipeline": ("Pipeline", "PipelineOutput"),
     "mmdit.pipeline.previews": ("preview",),
     "mmdit.pipeline.profiles": ("PRESETS", "PROFILES", "Preset", "Profile"),
     "mmdit.pipeline.prompts": ("Ranged",),

@@ -61,8 +61,8 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What settings call it; a folder that is called like the embedded model is told from it."""
-        return f"./{self.path}" if isinstance(self.path, Path) and str(self.path) == DEMO else str(self.path)
+        """What settings of a picture call it: "demo", owner/name, or an absolute path."""
+        return str(self.path) if self.is_demo or self.is_repository else str(Path(self.path).resolve())
 
     def find(self) -> Found:
         """Locate all models: of the path, of the files given with it, and of those that lie beside a single file.

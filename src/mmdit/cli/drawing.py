@@ -72,6 +72,8 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     with usage_errors():
         output, sheet = outputs(ask.output, ask.grid, len(pictures))
     pipe = _pipeline(ask, profile, _device(ask, before, note), note)
+    if before is not None and before.model_digest not in ("", pipe.digest) and _is_alike(pipe, before):
+        note(f"{ask.settings} was drawn with other weights than those of {ask.model}, so its picture will differ")
     note_long_run(pipe, ask, len(pictures), note)
     drawn, names = [], output.names()
     for number, (image, settings) in enumerate(_drawn(pipe, ask, pictures), 1):
@@ -81,6 +83,11 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
         drawn += [(image, settings)] if sheet else []
     if sheet:
         yield _write_grid(sheet, drawn, len(ask.seed))
+
+
+def _is_alike(pipe: Pipeline, before: Settings) -> bool:
+    """Whether dtype and quantization are those of a picture, so that digests can be compared."""
+    return (str(pipe.dtype).removeprefix("torch."), pipe.quant) == (before.dtype, before.quant)
 
 
 def _settings(path: str) -> Settings:
@@ -99,6 +106,11 @@ def _filled(options: Namespace, before: Settings | None, note: Note) -> Namespac
     for option, value in ({"negative_prompt": "", "profile": "diffusers"} | said).items():
         if getattr(ask, option) is None:
             setattr(ask, option, value)
+    if before is not None and options.model is None and is_repo_id(before.model):
+        raise ValueError(
+            f"{ask.settings} was drawn with {before.model}, a repository of the Hugging Face Hub, and nothing is "
+            f"downloaded because of a picture; if you trust it: --model {before.model}"
+        )
     ask.prompts = _prompts(options, before, note)
     if ask.seed == [None]:
         raise ValueError(

@@ -43,7 +43,10 @@ class Watched(Protocol):
     """A `mmdit.Pipeline`, or anything that tells its `watchers` of every run of its transformer."""
 
     transformer: MMDiT
-    watchers: list[Watcher]
+
+    @property
+    def watchers(self) -> list[Watcher]:
+        """Who is told."""
 
 
 @checks_names

@@ -16,7 +16,7 @@ from mmdit.checkpoints.keymaps import count, mmdit_rules, to_ours, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.recognise import UNUSED
 from mmdit.parity.taps import Job, Modules, Run, restored_attributes
-from mmdit.pipeline.images import to_pil
+from mmdit.pipeline.images import to_pil, to_unit
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.profiles import PROFILES, Profile
 
@@ -155,7 +155,9 @@ class OurSide(Side):
             run.in_step("guided")(step.denoised)
             step.x = x = run.tap(f"step {run.step} latent", step.x)
             run.step += 1
-        return pipe.decode(run.tap("final latent", x.to(pipe.dtype)))
+        latent = run.tap("final latent", x.to(pipe.dtype))
+        pipe._enter("vae")
+        return to_unit(pipe.vae.decode(latent))  # `pipe.decode` refuses what is not finite, which is to be shown here
 
     def eight_bits(self, pixels: Tensor) -> Tensor:
         return torch.stack([_array(picture) for picture in to_pil(pixels, self.profile.to_uint8)])

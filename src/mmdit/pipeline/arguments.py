@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from operator import index
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mmdit.models.config import MMDiTConfig
 from mmdit.pipeline.images import OUTPUT_TYPES
 from mmdit.pipeline.profiles import PRESETS, PROFILES, Profile
+from mmdit.utils import is_boolean, number, shortened
 from quant.recipe import Recipe, as_recipe
 from samplers import pick, resolution_shift
 
+LEAST_TILE = 16  # pixels of a side; a tile of one pixel would take a layer's call for each
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Offload = Literal["stages"]
 Shift = float | Literal["resolution"] | None
 
@@ -61,20 +65,38 @@ def shift_for(shift: Shift, default: float, sides: Sequence[int], patch: int) ->
     if isinstance(shift, str):
         pick({"resolution": shift}, shift, "shift")
         return resolution_shift((sides[0] // patch) * (sides[1] // patch))
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < inf:
+    found = number('shift, which may be "resolution",', shift, 0)
+    if not found:
         raise ValueError(f'shift must be a finite number above 0, or "resolution", got {shift!r}')
-    return float(shift)
+    return found
+
+
+def check_tensor(name: str, value: object, *, finite: bool = False) -> None:
+    """Raise TypeError or ValueError unless a value is a dense tensor of floating-point numbers, and those finite."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {type(value).__name__}, expected a tensor of floating-point numbers")
+    if value.layout != torch.strided or value.dtype not in _FLOATS or value.device.type == "meta":
+        raise ValueError(
+            f"{name} is a tensor of {value.dtype}, {value.layout}, on {value.device}; expected a dense one of "
+            "float16, bfloat16, float32 or float64, with values"
+        )
+    if finite and (bad := int((~torch.isfinite(value)).sum())):
+        raise ValueError(f"{bad} of {value.numel()} values of {name} are not finite; give finite ones")
 
 
 def cells(pixels: int, name: str, config: MMDiTConfig, cell: int, unit: int) -> int:
     """The latent cells, of `cell` pixels each and in multiples of `unit`, along a side of so many pixels."""
-    if not isinstance(pixels, int):
-        raise TypeError(f"{name} is {type(pixels).__name__}, expected int: {pixels!r}")
+    try:
+        pixels = index("" if is_boolean(pixels) else pixels)  # type: ignore[arg-type] # no index of a string
+    except TypeError as error:
+        raise TypeError(f"{name} is {type(pixels).__name__}, expected int: {shortened(pixels)}") from error
     unit *= cell
     most = cell * config.patch_size * config.pos_embed_size
     if pixels % unit or not unit <= pixels <= most:
-        near = min(max(round(pixels / unit) * unit, unit), most)
-        raise ValueError(f"{name} must be a multiple of {unit} from {unit} to {most}, got {pixels}; use {near}")
+        near = min(max(round(min(pixels, most) / unit) * unit, unit), most) if pixels > 0 else unit
+        raise ValueError(
+            f"{name} must be a multiple of {unit} from {unit} to {most}, got {shortened(pixels)}; use {near}"
+        )
     return pixels // cell
 
 
@@ -82,6 +104,7 @@ def check_latents(
     latents: Tensor, count: int, config: MMDiTConfig, cell: int, unit: int, height: int | None, width: int | None
 ) -> None:
     """Raise ValueError unless they are `count` latents of a size that the model draws, and that was asked for."""
+    check_tensor("latents", latents, finite=True)
     most = config.patch_size * config.pos_embed_size
     drawn = all(unit <= side <= most and side % unit == 0 for side in latents.shape[2:])
     if latents.ndim != 4 or latents.shape[:2] != (count, config.in_channels) or not drawn:

@@ -36,11 +36,19 @@ def explained_memory_errors(models: Mapping[Component, nn.Module], what: str) ->
 
 
 class Call(NamedTuple):
-    """What a solver asked the model for."""
+    """One call of the model by a solver."""
 
     x: Tensor
     sigma: float
     branches: Sequence[Branch]
+
+
+def check_all_finite(values: Tensor, what: str) -> None:
+    """Raise FloatingPointError where values are NaN or infinite; their number is said."""
+    if bad := int((~torch.isfinite(values)).sum()):
+        raise FloatingPointError(
+            f"{bad} of {values.numel()} values of {what} are not finite; use a wider dtype, such as torch.float32"
+        )
 
 
 PredictAgain = Callable[[Tensor, float, Sequence[Branch]], Sequence[Tensor]]
@@ -52,7 +60,7 @@ def check_finite(step: Step, calls: Sequence[Call], predict: PredictAgain, trans
     Args:
         step: the step that was just made.
         calls: the calls of the model in this step.
-        predict: makes the predictions of a call again, and tells nobody of it.
+        predict: makes the predictions of a call again, without watchers.
         transformer: the model whose layers are watched while it does.
     """
     if bool(torch.isfinite(step.x).all()):
@@ -65,7 +73,7 @@ def check_finite(step: Step, calls: Sequence[Call], predict: PredictAgain, trans
 def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> str:
     for call in calls:
         if not torch.isfinite(call.x).all():
-            return f"what the model was given at sigma {call.sigma:g} was not finite already"
+            return f"the input of the model at sigma {call.sigma:g} was not finite"
         with _first_bad(transformer) as names, torch.no_grad():
             predictions = predict(*call)
         if names:
@@ -75,7 +83,7 @@ def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module
             )
         if any(not torch.isfinite(one).all() for one in predictions):
             return f"at sigma {call.sigma:g} all layers are finite, and the prediction made from them is not"
-    return "all predictions of the step are finite, so the sampler, its noise or the guidance made them so"
+    return "all predictions of the step are finite, so the values come from the sampler, its noise or the guidance"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, get_args, get_type_hints
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import Ranged
-from mmdit.utils import whole
+from mmdit.utils import number, whole
 from samplers import (
     Guide,
     Mix,
@@ -33,6 +33,9 @@ from samplers import (
     zero_star,
 )
 
+# A function of the caller's own: (x, sigma, cond, uncond) -> x0. x is the latent [b, c, h, w] at noise level sigma,
+# cond and uncond are the pictures that the model predicts of it with the prompts and with the negative prompts.
+GuidanceFunction = Callable[[Tensor, float, Tensor, Tensor], Tensor]
 _MIXES: dict[str, Callable[[Guidance, float], Mix]] = {
     "cfg": lambda _, scale: plain(scale),
     "apg": lambda one, scale: projected(scale, eta=one.eta, threshold=one.threshold, momentum=one.momentum),
@@ -51,7 +54,7 @@ class Guidance:
         ValueError: a value is out of its range; the message names it.
     """
 
-    kind: str = "cfg"  # how cond and uncond are mixed: "cfg", "apg" or "zero_star"
+    kind: str | GuidanceFunction = "cfg"  # how cond and uncond are mixed: "cfg", "apg", "zero_star" or a function
     interval: tuple[float, float] = (0.0, 1.0)  # noise levels, above the first up to the second, where they are mixed
     rescale: float = 0.0  # see `samplers.rescaled`; the paper's is 0.7
     eta: float = 0.0  # of "apg", as are the next two
@@ -69,19 +72,25 @@ class Guidance:
     sequential: bool = False  # a pass for each conditioning, for less memory
 
     def __post_init__(self) -> None:
-        pick(_MIXES, self.kind, "guidance kind")
+        if not callable(self.kind):
+            pick(_MIXES, self.kind, "guidance kind")
         for name in ("skip_guidance_layers", "perturbed_layers"):
             object.__setattr__(self, name, _layers(name, getattr(self, name)))
         for name, least, most in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and least <= value <= most):
-                raise ValueError(f"guidance {name} must be a number from {least:g} to {most:g}, got {value}")
+            if value is not None:
+                object.__setattr__(self, name, number(f"guidance {name}", value, least, most))
         for name in ("interval", "perturbed_interval"):
             object.__setattr__(self, name, _interval(name, getattr(self, name)))
         object.__setattr__(self, "zero_init", whole("guidance zero_init", self.zero_init, 0))
         start, stop = self.skip_layer_guidance_start, self.skip_layer_guidance_stop
         if start is not None and stop is not None:
             _check_order(start, stop)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the caller's own function mixes cond and uncond."""
+        return callable(self.kind)
 
     def of(self, profile: Profile) -> Self:
         """With the profile's numbers where skip-layer guidance leaves them to it."""
@@ -139,11 +148,17 @@ class Guidance:
             read_uncond: see `samplers.guide`.
         """
         own = self.of(profile)
+        now = [math.nan]  # the noise level, which a guidance function is told
+
+        def noting(x: Tensor, sigma: float, branches: Sequence[Any]) -> list[Tensor]:
+            now[:] = [sigma]
+            return predict(x, sigma, branches)
+
         found = guide(
-            averaged(one_by_one(predict) if self.sequential else predict),
+            averaged(one_by_one(noting) if self.sequential else noting),
             _branches(cond, shift, "cond"),
             None if uncond is None else _branches(uncond, shift, "uncond"),
-            _MIXES[self.kind](self, scale),
+            _own_mix(self.kind, now) if callable(self.kind) else _MIXES[self.kind](self, scale),
             window=_between(self.interval),
             weaker=list(own._weaker(cond, profile, sigmas, shift, mixed=uncond is not None)),
             rescale=self.rescale,
@@ -167,7 +182,7 @@ class Guidance:
             ValueError: an unknown name, the same name twice, or a value that is none.
         """
         found: dict[str, Any] = {}
-        types = get_type_hints(cls)
+        types = get_type_hints(cls) | {"kind": str}
         for word in text.split():
             name, equals, value = word.partition("=")
             kind = pick(types, name, "guidance setting")
@@ -199,7 +214,37 @@ class Guidance:
             yield Weaker(perturbed, self.perturbed_scale, _between(self.perturbed_interval))
 
 
-def with_skip_layers(guidance: Guidance | None, layers: Sequence[int] | None, *rest: float | None) -> Guidance | None:
+GuidanceLike = Guidance | GuidanceFunction  # what `guidance=` takes
+
+
+def as_guidance(guidance: GuidanceLike | None) -> Guidance:
+    """The argument `guidance` as settings: None is plain classifier-free guidance, a function mixes by itself.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if guidance is None or isinstance(guidance, Guidance):
+        return guidance or Guidance()
+    if callable(guidance):
+        return Guidance(kind=guidance)
+    hint = "; give mmdit.Guidance(**guidance)" if isinstance(guidance, Mapping) else ""
+    raise TypeError(f"guidance is {type(guidance).__name__}, expected mmdit.Guidance or a function{hint}")
+
+
+def _own_mix(function: GuidanceFunction, now: Sequence[float]) -> Mix:
+    def mix(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
+        found = function(x, now[0], cond, uncond)
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise TypeError(f"the guidance function returned {shape}, expected a tensor x0 of shape {list(x.shape)}")
+        return found
+
+    return mix
+
+
+def with_skip_layers(
+    guidance: GuidanceLike | None, layers: Sequence[int] | None, *rest: float | None
+) -> GuidanceLike | None:
     """The settings with skip-layer guidance as diffusers' arguments of the same names say it.
 
     Args:
@@ -214,7 +259,7 @@ def with_skip_layers(guidance: Guidance | None, layers: Sequence[int] | None, *r
     given: dict[str, Any] = {name: value for name, value in values if value is not None}
     if not given:
         return guidance
-    base = guidance or Guidance()
+    base = as_guidance(guidance)
     if twice := [name for name in given if getattr(base, name) not in (None, ())]:
         raise ValueError(f"{twice[0]} is given, and in guidance too; give one of them")
     found = replace(base, **given)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +13,18 @@ import samplers
 from mmdit.models.config import MMDiTConfig
 from mmdit.pipeline.arguments import Shift, shift_for
 from mmdit.pipeline.failures import Call
-from mmdit.pipeline.guidance import Guidance
+from mmdit.pipeline.guidance import Guidance, GuidanceLike, as_guidance
 from mmdit.pipeline.passes import Branch, Drawing
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged, checked_ranges
 from mmdit.pipeline.seeds import Generators, solver_options
-from mmdit.utils import whole
-from samplers import SOLVERS, Guide, Predict, Solver, Step, only_x0, pick
+from mmdit.utils import number, whole
+from samplers import SOLVERS, Guide, Guided, Predict, Solver, Step, only_x0, pick
+
+MOST_STEPS = 100_000
+SigmasLike = Sequence[float] | np.ndarray | Tensor  # what `sigmas=` takes
+PredictInStep = Callable[[Tensor, float, Sequence[Branch], int], list[Tensor]]
+SamplerLike = str | Solver | Callable[..., Iterator[Step]]  # what `sampler=` takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +35,7 @@ class SamplingPlan:
     """
 
     profile: Profile
-    sampler: str  # the name of the solver
+    sampler: str  # the name of the solver; "" of one of the caller's own
     solver: Solver
     schedule: str | None  # None where the caller gave the sigmas
     num_inference_steps: int
@@ -41,6 +46,11 @@ class SamplingPlan:
     uses_uncond: bool  # whether the unconditional branch runs
     shape: tuple[int, ...]  # of the latents: [b, c, h, w]
     generator: Generators  # draws the noise that a stochastic solver adds
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the caller's own function samples or guides, which settings cannot say."""
+        return not self.sampler or self.guidance.is_own
 
     def ranges(self, name: str, given: ConditioningLike) -> tuple[Ranged, ...]:
         """The argument `name` as ranges with one prompt per picture that cover every sigma of this plan.
@@ -76,7 +86,9 @@ class SamplingPlan:
             guide(torch.ones(1, 1, 1, 1), sigma)
             return tuple(asked)
 
-        guide = self.guide(stand_in, cond, uncond)  # one of its own, because guidance with momentum remembers
+        # A guide of its own, because guidance with momentum remembers; a function of the caller's is not called.
+        plan = replace(self, guidance=replace(self.guidance, kind="cfg")) if self.guidance.is_own else self
+        guide = plan.guide(stand_in, cond, uncond)
         sigmas = tuple(self.sigmas.tolist())
         return Drawing(sigmas, tuple(branches_at(guide, sigma) for sigma in sigmas[:-1]), self.shape)
 
@@ -89,12 +101,47 @@ class SamplingPlan:
         return self.solver(guide if self.solver.guided else only_x0(guide), x, self.sigmas, **options)
 
 
-@dataclass
-class Progress:
-    """How far a drawing is: the steps that its solver has finished, and the calls of the model since."""
+class Run:
+    """A plan under way: how far its solver is, and what callbacks have changed since.
 
-    step: int = 0
-    calls: list[Call] = field(default_factory=list)
+    Args:
+        plan: of the drawing.
+        predict: (x, sigma, branches, step) -> the predicted picture of each branch.
+        cond: the prompts, encoded, as `SamplingPlan.ranges` gives them.
+        uncond: the negative prompts; None where the unconditional branch does not run.
+    """
+
+    def __init__(
+        self, plan: SamplingPlan, predict: PredictInStep, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None
+    ) -> None:
+        self.plan, self.cond, self.uncond = plan, cond, uncond
+        self.step = 0  # steps that the solver has finished
+        self.calls: list[Call] = []  # of the model, in this step
+        self._predict_in_step = predict
+        self.rebuild()
+
+    def __call__(self, x: Tensor, sigma: float) -> Guided:
+        """What the solver asks for: the combined prediction at a noise level."""
+        return self._guide(x, sigma)
+
+    def rebuild(self) -> None:
+        """Go on with the plan and the conditionings as they are now."""
+        self._guide = self.plan.guide(self._predict, self.cond, self.uncond if self.plan.uses_uncond else None)
+
+    def scale(self, guidance_scale: float) -> None:
+        """Go on with another guidance scale; at one without guidance, the unconditional branch does not run."""
+        reads = self.plan.profile.reads_negative(guidance_scale) or self.plan.solver.guided
+        uses_uncond = reads and self.uncond is not None
+        self.plan = replace(self.plan, guidance_scale=guidance_scale, uses_uncond=uses_uncond)
+        self.rebuild()
+
+    def finished(self, step: Step) -> None:
+        """The solver has been asked to go on after this step."""
+        self.step, self.calls = step.i + 1, []
+
+    def _predict(self, x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
+        self.calls.append(Call(x, sigma, branches))
+        return self._predict_in_step(x, sigma, branches, self.step)
 
 
 def make_plan(
@@ -105,12 +152,12 @@ def make_plan(
     default_shift: float,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
-    sampler: str | None = None,
+    sampler: SamplerLike | None = None,
     schedule: str | None = None,
-    sigmas: Sequence[float] | Tensor | None = None,
+    sigmas: SigmasLike | None = None,
     shift: Shift = None,
     generator: Generators = None,
-    guidance: Guidance | None = None,
+    guidance: GuidanceLike | None = None,
 ) -> SamplingPlan:
     """Resolve and check the arguments of a drawing; None is the profile's default.
 
@@ -128,17 +175,20 @@ def make_plan(
     name, solver = resolve_sampler(profile, sampler)
     shift = shift_for(shift, default_shift, shape[2:], config.patch_size)
     levels = resolve_sigmas(profile, solver, shift, num_inference_steps, schedule, sigmas)
-    scale = _resolve_guidance_scale(profile, guidance_scale)
+    asked = as_guidance(guidance)
+    if asked.is_own and guidance_scale is not None:
+        raise ValueError("guidance is a function, so guidance_scale has no effect; leave one of them out")
+    scale = number("guidance_scale", profile.guidance_scale if guidance_scale is None else guidance_scale)
     steps = len(levels) - 1
-    asked = guidance or Guidance()
-    uses_uncond = profile.reads_negative(scale) or solver.guided  # CFG++ takes the branch at every scale
+    # CFG++ and a guidance function take the unconditional branch at every scale.
+    uses_uncond = profile.reads_negative(scale) or solver.guided or asked.is_own
     asked.check(profile, scale, mixed=uses_uncond, depth=config.depth, steps=steps)
     return SamplingPlan(
         profile=profile,
         sampler=name,
         solver=solver,
-        schedule=None if sigmas is not None else schedule or profile.schedule,
-        num_inference_steps=steps if sigmas is not None else num_inference_steps or profile.steps,
+        schedule=None if sigmas is not None else profile.schedule if schedule is None else schedule,
+        num_inference_steps=steps if sigmas is not None else int(num_inference_steps or profile.steps),
         sigmas=levels,
         shift=shift,
         guidance_scale=scale,
@@ -149,14 +199,26 @@ def make_plan(
     )
 
 
-def resolve_sampler(profile: Profile, sampler: str | None) -> tuple[str, Solver]:
-    """The name of a solver, and the solver; None is the profile's.
+def resolve_sampler(profile: Profile, sampler: SamplerLike | None) -> tuple[str, Solver]:
+    """The name of a solver, and the solver.
+
+    Args:
+        profile: whose sampler None is.
+        sampler: a name; a function `(denoise, x, sigmas) -> iterator of samplers.Step`; or a `samplers.Solver`, which
+            also says what such a function needs, such as noise.
 
     Raises:
         ValueError: the name is unknown; the nearest names are listed.
+        TypeError: it is something else.
     """
-    name = sampler or profile.sampler
-    return name, pick(SOLVERS, name, "sampler")
+    if isinstance(sampler, Solver):
+        return "", sampler
+    if sampler is None or isinstance(sampler, str):
+        name = profile.sampler if sampler is None else sampler
+        return name, pick(SOLVERS, name, "sampler")
+    if not callable(sampler):
+        raise TypeError(f"sampler is {type(sampler).__name__}, expected a name of samplers.SOLVERS or a function")
+    return "", Solver(sampler, order=0, origin="ours")
 
 
 def resolve_sigmas(
@@ -165,7 +227,7 @@ def resolve_sigmas(
     shift: float,
     num_inference_steps: int | None = None,
     schedule: str | None = None,
-    sigmas: Sequence[float] | Tensor | None = None,
+    sigmas: SigmasLike | None = None,
 ) -> Tensor:
     """The noise levels of the steps, float64 [steps + 1]; see `mmdit.Pipeline.sigmas`.
 
@@ -173,19 +235,18 @@ def resolve_sigmas(
         ValueError: no step, an unknown schedule, sigmas that do not fall from at most 1 to 0, or both are given.
     """
     if sigmas is not None:
+        if profile.open_sigmas == "shift" and len(sigmas) and float(sigmas[-1]) > 0:
+            if num_inference_steps == len(sigmas):
+                num_inference_steps = None  # diffusers' users give both
+            shifted = samplers.shifted(torch.as_tensor(sigmas, dtype=torch.float64), shift)
+            sigmas = torch.cat([shifted, shifted.new_zeros(1)])
         named = (("num_inference_steps", num_inference_steps), ("schedule", schedule))
         if given := [name for name, value in named if value is not None]:
             raise ValueError(f"sigmas and {given[0]} are both given; sigmas are all the steps: give one of them")
-        return samplers.checked_sigmas(sigmas)
-    steps = profile.steps if num_inference_steps is None else num_inference_steps
-    steps = whole("num_inference_steps", steps, 1)
+        return samplers.checked_sigmas(torch.as_tensor(sigmas, dtype=torch.float64))
+    steps = whole("num_inference_steps", profile.steps if num_inference_steps is None else num_inference_steps, 1)
+    if steps > MOST_STEPS:
+        raise ValueError(f"num_inference_steps must be at most {MOST_STEPS}, got {steps}")
     one_more = profile.second_last == "left_out" and solver.drops_second_last
-    found = samplers.sigmas(schedule or profile.schedule, steps + one_more, shift=shift)
+    found = samplers.sigmas(profile.schedule if schedule is None else schedule, steps + one_more, shift=shift)
     return torch.cat([found[:-2], found[-1:]]) if one_more else found
-
-
-def _resolve_guidance_scale(profile: Profile, guidance_scale: float | None) -> float:
-    scale = profile.guidance_scale if guidance_scale is None else guidance_scale
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale must be a finite number, got {scale}")
-    return scale

@@ -49,6 +49,8 @@ class Profile:
     first_level: Literal["all_noise", "its_share"] = "all_noise"
     # dpm_2 and uni_pc: the levels asked for (D), or one more of which the second-last is left out (C: KSampler).
     second_last: Literal["kept", "left_out"] = "kept"
+    # Sigmas that the caller gives and that end above 0: shifted, with a 0 at the end (D), or refused (C, R).
+    open_sigmas: Literal["shift", "refuse"] = "shift"
     state_dtype: Literal["model", "float32"] = "model"  # the latent between steps: model's dtype (D), float32 (C, R)
     # When the negative prompt is read: guidance above 1 (D), any but 1 (C), always (R).
     uncond_pass: Literal["above_1", "unless_1", "always"] = "above_1"
@@ -142,6 +144,7 @@ PROFILES: dict[str, Profile] = {
         noise_dtype="float32",
         step_noise="same_seed",
         first_level="its_share",
+        open_sigmas="refuse",
         second_last="left_out",
         state_dtype="float32",
         uncond_pass="unless_1",
@@ -162,6 +165,7 @@ PROFILES: dict[str, Profile] = {
         noise_dtype="float16",
         one_seed="each_alone",
         first_level="its_share",
+        open_sigmas="refuse",
         state_dtype="float32",
         uncond_pass="always",
         skip_scale=2.5,

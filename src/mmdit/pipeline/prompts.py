@@ -11,6 +11,7 @@ from torch import Tensor
 
 from encoders import Conditioning, checked_prompts
 from mmdit.models.config import MMDiTConfig
+from mmdit.pipeline.arguments import check_tensor
 from samplers import Window, gap, percents
 
 
@@ -130,6 +131,8 @@ class Prompts:
                 "pooled_prompt_embeds)"
             )
         for one in self.conditionings:
+            for what in ("context", "pooled"):
+                check_tensor(f"{self.name}: {what}", getattr(one.conditioning, what), finite=True)
             found, pooled = list(one.conditioning.context.shape), list(one.conditioning.pooled.shape)
             if len(found) != 3 or found[2] != config.context_dim or pooled != [len(self), config.pooled_dim]:
                 raise ValueError(

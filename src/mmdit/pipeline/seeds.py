@@ -6,38 +6,58 @@ from collections.abc import Sequence
 from operator import index
 from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmdit.pipeline.profiles import StepNoise
+from mmdit.utils import is_boolean, shortened
 from samplers import BrownianTree, Fresh, Noise, Solver
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+SeedLike = SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor  # what `seed=` takes
 
 
-def generators(
-    seed: int | Sequence[int] | None, generator: Generators, count: int, *, alone: bool = False
-) -> Generators:
+def checked_seeds(seed: SeedLike | None) -> int | list[int] | None:
+    """The argument `seed` as a whole number, or as a list of them: sequences, arrays and tensors are taken.
+
+    Raises:
+        ValueError: it is no whole number of at most 64 bits, and no list of them.
+    """
+    if seed is None:
+        return None
+    if isinstance(seed, np.ndarray | Tensor) and seed.ndim > 0:
+        return [_checked_seed(one) for one in seed.reshape(-1)]
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+        return [_checked_seed(one) for one in seed]
+    return _checked_seed(seed)
+
+
+def fresh_seeds(count: int) -> list[int]:
+    """Seeds for pictures that were given none, from torch's global state, so that `torch.manual_seed` repeats them."""
+    return torch.randint(2**32, (count,)).tolist()
+
+
+def generators(seed: int | list[int] | None, generator: Generators, count: int, *, alone: bool = False) -> Generators:
     """What draws the noise of `count` pictures.
 
     Args:
         seed, generator: one of them, or neither.
-        count: pictures.
-        alone: one seed for several pictures is that of each.
+        count: number of pictures.
+        alone: whether one seed for several pictures is the seed of each.
+
+    Raises:
+        ValueError: both are given, or their number is not the number of pictures.
+        TypeError: a generator is no `torch.Generator`.
     """
     if seed is not None and generator is not None:
         raise ValueError("seed and generator are both given; give one of them")
     if seed is None:
-        if isinstance(generator, Sequence) and len(generator) != count:
-            raise ValueError(
-                f"{len(generator)} generators for {count} pictures; give one, or a list of one per picture"
-            )
-        return generator
-    if isinstance(seed, SupportsIndex):
+        return _checked_generators(generator, count)
+    if isinstance(seed, int):
         return [_seeded(seed) for _ in range(count)] if alone else _seeded(seed)
-    if not isinstance(seed, Sequence) or len(seed) != count:
-        found = f"{len(seed)} seeds" if isinstance(seed, Sequence) else f"seed {seed!r}"
-        raise ValueError(f"{found} for {count} pictures; give one whole number, or a list of one per picture")
+    if len(seed) != count:
+        raise ValueError(f"{len(seed)} seeds for {count} pictures; give one whole number, or a list of one per picture")
     return [_seeded(one) for one in seed]
 
 
@@ -47,23 +67,40 @@ def check_draws_nothing(**sources: object) -> None:
         raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw: give one of them")
 
 
-def own_seeds(seed: int | Sequence[int] | None, count: int, *, alone: bool) -> list[int | None]:
+def own_seeds(seed: int | list[int] | None, count: int, *, alone: bool) -> list[int | None]:
     """The seed with which each of `count` pictures can be drawn again by itself; None where there is none.
 
     Args:
-        seed: as it was given.
-        count: pictures.
-        alone: one seed for several pictures draws each as if alone.
+        seed: one for all pictures, or one for each.
+        count: number of pictures.
+        alone: whether one seed for several pictures is the seed of each.
     """
-    if isinstance(seed, Sequence):
-        return [index(one) for one in seed]
-    return [index(seed) if seed is not None and (alone or count == 1) else None] * count
+    if isinstance(seed, list):
+        return list(seed)
+    return [seed if seed is not None and (alone or count == 1) else None] * count
 
 
-def _seeded(seed: SupportsIndex) -> torch.Generator:
-    if not isinstance(seed, SupportsIndex) or not -(2**63) <= index(seed) < 2**64:
-        raise ValueError(f"a seed is a whole number of at most 64 bits, got {seed!r}")
-    return torch.Generator().manual_seed(index(seed))
+def _checked_generators(generator: Generators, count: int) -> Generators:
+    for one in generator if isinstance(generator, Sequence) else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise TypeError(f"generator is {type(one).__name__}, expected a torch.Generator or a list of them")
+    if isinstance(generator, Sequence) and len(generator) != count:
+        raise ValueError(f"{len(generator)} generators for {count} pictures; give one, or a list of one per picture")
+    return generator
+
+
+def _checked_seed(seed: object) -> int:
+    try:
+        found = None if is_boolean(seed) else index(seed)  # type: ignore[arg-type] # what it is for
+    except TypeError:
+        found = None
+    if found is None or not -(2**63) <= found < 2**64:
+        raise ValueError(f"a seed is a whole number of at most 64 bits, got {shortened(seed)}")
+    return found
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(_checked_seed(seed))
 
 
 def solver_options(

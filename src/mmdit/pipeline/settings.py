@@ -11,27 +11,41 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from hashlib import sha256
 from itertools import repeat
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, NoReturn, Self, get_args, get_type_hints
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from torch import nn
 
 from mmdit._version import __version__
 from mmdit.pipeline.images import png_path
 from mmdit.pipeline.prompts import Prompts
 from mmdit.utils import replacing
+from quant.tensor import Float8Tensor
 
 KEYWORD = "mmdit"
-FORMAT_VERSION = 2  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
+FORMAT_VERSION = 3  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
 _EXACT = 2**53  # up to here every whole number is a float
 _JSON = "give Unicode strings, finite numbers, bools, None, and lists and dicts of these"
+# The least and the most that a number can be: a picture cannot ask for more than any drawing takes.
+_BOUNDS = {
+    "seed": (-(2**63), 2**64 - 1),
+    "height": (1, 2**16),
+    "width": (1, 2**16),
+    "num_inference_steps": (1, 10**5),
+    "guidance_scale": (-1e9, 1e9),
+    "shift": (0, 1e9),
+    "max_sequence_length": (2, 2**16),
+}
 # What Pillow raises for broken files: chunks that are cut short are an IndexError, a struct.error or the like.
 _BROKEN = (
     OSError,
@@ -71,13 +85,14 @@ class Settings:
     shift: float
     profile: str  # its name
     max_sequence_length: int | None  # T5 tokens; None is the profile's number
-    model: str  # as the user named it, or "demo"
+    model: str  # the absolute path, a repository of the hub, or "demo"
     dtype: str  # float32, bfloat16 ...
     quant: str | None  # recipe of float8; None is none
     device: str  # cpu, cuda ...: the kind, without a number
     guidance: str = ""  # beside guidance_scale, as `mmdit.Guidance.from_text` reads it; since version 2
-    library_version: str = __version__
-    format_version: int = FORMAT_VERSION
+    model_digest: str = ""  # of the transformer's weights, see `digest_of`; "" where it is not known; since version 3
+    library_version: str = field(default=__version__, repr=False)
+    format_version: int = field(default=FORMAT_VERSION, repr=False)
 
     def __post_init__(self) -> None:
         if mistakes := _mistakes(vars(self)):
@@ -96,8 +111,9 @@ class Settings:
             SettingsError: of a newer format; or keys are unknown or missing or of a wrong type, all of them listed.
         """
         _check_version(where, found)
-        if found["format_version"] < 2:
-            found = {"guidance": ""} | dict(found) | {"format_version": FORMAT_VERSION}
+        added = {"guidance": 2, "model_digest": 3}  # in which version
+        older = {name: "" for name, version in added.items() if found["format_version"] < version}
+        found = older | dict(found) | {"format_version": FORMAT_VERSION}
         names = _types()
         known = {name: value for name, value in found.items() if name in names}
         odd = [f"{name!r} is unknown" for name in found if name not in names]
@@ -131,19 +147,36 @@ def settings_of(
     )
 
 
-def save_png(image: Image.Image, path: str | Path, settings: Mapping[str, Any]) -> Path:
+def digest_of(model: nn.Module) -> str:
+    """Sixteen hexadecimal digits of up to 16 values of each weight: other weights give other digits.
+
+    It says whether a model is the one that drew a picture, in the same dtype and with the same quantization.
+    """
+    parts = []
+    for weight in model.parameters():
+        values = weight.qdata.view(torch.uint8) if isinstance(weight, Float8Tensor) else weight.detach()
+        flat = values.reshape(-1)
+        parts.append(flat[:: max(1, flat.numel() // 16)][:16].double())
+    return sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def save_png(image: Image.Image, path: str | Path, settings: Settings | Mapping[str, Any]) -> Path:
     """Write a picture with its settings; it appears under its name only when it is complete.
 
     Args:
         image: of a mode that PNG has (RGB, RGBA, L ...); its pixels are kept as they are.
         path: ends in .png.
-        settings: `Settings.to_json()`, or other JSON values by name; `format_version` must be among them.
+        settings: `output.settings[0]`, or JSON values by name; `format_version` must be among them.
 
     Raises:
         ValueError: another ending.
         SettingsError: a value that JSON does not keep (NaN, a tuple, a lone surrogate ...), or no known version.
     """
     path = png_path(path)
+    if not isinstance(settings, Settings | Mapping):
+        hint = "; give the settings of this picture, such as output.settings[0]" if isinstance(settings, tuple) else ""
+        raise TypeError(f"settings is {type(settings).__name__}, expected mmdit.Settings or a dict{hint}")
+    settings = settings.to_json() if isinstance(settings, Settings) else settings
     _check_version(path, settings)
     info = PngInfo()
     info.add_text(KEYWORD, _written(path, settings))
@@ -221,6 +254,8 @@ def _mistake(name: str, value: Any, types: tuple[Any, ...]) -> str | None:
         return f"{found}, which holds the lone surrogate U+{ord(lone[0]):X} and is no Unicode text; leave it out"
     if float in types and not _is_finite(value):
         return f"{found}, expected a finite float"
+    if name in _BOUNDS and value is not None and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
+        return f"{found}, expected a number from {_BOUNDS[name][0]:g} to {_BOUNDS[name][1]:g}"
     return None
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import Any, Self
 
 import torch
@@ -13,30 +13,35 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
-from mmdit.checkpoints.components import Component
+from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.pipeline.arguments import (
+    LEAST_TILE,
     Offload,
     Shift,
     cells,
+    check_tensor,
     checked_offload,
     checked_quant,
     profile_of,
 )
-from mmdit.pipeline.failures import Call, check_finite
-from mmdit.pipeline.guidance import Guidance
+from mmdit.pipeline.callbacks import CallState
+from mmdit.pipeline.failures import check_all_finite, check_finite
+from mmdit.pipeline.guidance import GuidanceLike
 from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.passes import Branch, Pass, Planner, Watcher
-from mmdit.pipeline.plan import Progress, SamplingPlan, make_plan, resolve_sampler, resolve_sigmas
+from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike, make_plan, resolve_sampler, resolve_sigmas
 from mmdit.pipeline.predict import predict_branches, timestep_of
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
-from mmdit.pipeline.seeds import Generators, generators
+from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.devices import resolve_device, warn_if_slow
 from mmdit.runtime.offload import Turns
-from mmdit.utils import whole
+from mmdit.utils import number, weight_bytes, whole
 from quant.quantize import is_quantized, quantize_, refuse_quantized
 from quant.recipe import Recipe, recipe_name
+from quant.tensor import Float8Tensor
 from samplers import Step, gaussian
 
 
@@ -84,11 +89,34 @@ class PipelineSteps:
             for model in (self.transformer, self.t5):
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
-        self.watchers: list[Watcher] = []  # called before every pass of the transformer
-        self.planners: list[Planner] = []  # called before the first pass of every drawing
-        self._predictions = count()
+        self._here = _PerThread()
+        self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # of the transformer in this state
         self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
-        self._turns = None if checked_offload(offload) is None else Turns(device)
+        self._turns = None if checked_offload(offload) is None else Turns(resolve_device(device))
+
+    @property
+    def watchers(self) -> list[Watcher]:
+        """Called before every pass of the transformer in this thread."""
+        return self._here.watchers
+
+    @property
+    def planners(self) -> list[Planner]:
+        """Called before the first pass of every drawing of this thread."""
+        return self._here.planners
+
+    def __repr__(self) -> str:
+        """What the pipeline is made of: each model with its size, dtype, device and quantization."""
+        profile = self.profile
+        lines = [
+            f"{type(self).__name__} {self.name!r}, profile {profile.name}: {profile.steps} steps, guidance "
+            f"{profile.guidance_scale:g}, {profile.sampler}, shift {self.shift:g}"
+        ]
+        return "\n".join([*lines, *(_line(title(name), model) for name, model in self.models.items())])
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The models that are there and the tokenizers, by name."""
+        return {**dict[str, Any](self.models.items()), "tokenizers": self.tokenizers}
 
     @property
     def models(self) -> dict[Component, nn.Module]:
@@ -112,8 +140,24 @@ class PipelineSteps:
         """The dtype that the transformer computes in."""
         return self.transformer.pos_embed.dtype
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or cast all models; with `offload` they stay, and take their turns on the new device."""
+    def to(self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or cast all models, as `nn.Module.to` does: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, or both.
+
+        With `offload` the models stay where they are, and take their turns on the new device.
+
+        Args:
+            device: a name, "auto" or a `torch.device`; a dtype is taken for `dtype`.
+            dtype: of weights and arithmetic; None keeps it.
+
+        Raises:
+            ValueError: there is no such device here, or two dtypes are given.
+        """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise ValueError(f"two dtypes are given, {device} and {dtype}; give a device and a dtype")
+            device, dtype = None, device
+        device = None if device is None else resolve_device(device)
+        warn_if_slow(self.device if device is None else device, dtype)
         if self._turns is not None:
             self._turns.leave()
             self._turns = Turns(self._turns.device if device is None else device)
@@ -148,7 +192,7 @@ class PipelineSteps:
 
     def noise(
         self,
-        seed: int | Sequence[int] | None = None,
+        seed: SeedLike | None = None,
         *,
         count: int = 1,
         height: int | None = None,
@@ -168,9 +212,9 @@ class PipelineSteps:
         Raises:
             ValueError: a size is not possible, or the numbers of seeds and pictures differ.
         """
-        shape = self._latent_shape(count, height, width)
+        shape = self._latent_shape(whole("count", count, 1), height, width)
         dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
-        drawn_by = generators(seed, generator, count, alone=self.profile.one_seed == "each_alone")
+        drawn_by = generators(checked_seeds(seed), generator, count, alone=self.profile.one_seed == "each_alone")
         noise = gaussian(shape, drawn_by, dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
@@ -196,9 +240,14 @@ class PipelineSteps:
 
         Returns:
             One tensor [b, c, h, w] for each conditioning.
+
+        Raises:
+            ValueError: the latents or the conditionings have another shape, or there are several noise levels.
+            TypeError: the latents are no tensor of floating-point numbers, or a conditioning is none.
         """
         branches = [one if isinstance(one, Branch) else Branch(one, None) for one in conditionings]
-        return self._predict(x, float(sigma), branches, step, self.watchers)
+        self._check_prediction(x, branches)
+        return self._predict(x, _one_level(sigma), branches, step, self.watchers)
 
     def predictor(self, **conditionings: Conditioning) -> Predictor:
         """A function `(x, sigma) -> [x0, ...]` for a sampling loop of your own: `predict` with named conditionings.
@@ -225,12 +274,12 @@ class PipelineSteps:
         *,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        sampler: str | None = None,
+        sampler: SamplerLike | None = None,
         schedule: str | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
+        sigmas: SigmasLike | None = None,
         shift: Shift = None,
         generator: Generators = None,
-        guidance: Guidance | None = None,
+        guidance: GuidanceLike | None = None,
     ) -> Iterator[Step]:
         """Draw, step by step, from noise to latents. Change `step.x`, and the solver goes on from there.
 
@@ -242,12 +291,14 @@ class PipelineSteps:
             noise: what to start from, [b, c, h, w], of unit variance; see `noise`.
             num_inference_steps: steps of the schedule. Like all that follows, None is the profile's default.
             guidance_scale: weight of classifier-free guidance; 1 is none.
-            sampler: a name of `samplers.SOLVERS`.
+            sampler: a name of `samplers.SOLVERS`; or a function `(denoise, x, sigmas) -> iterator of samplers.Step`,
+                where `denoise(x, sigma)` gives x0.
             schedule: a name of `samplers.SCHEDULES`.
             sigmas: noise levels to use as they are, see `Pipeline.sigmas`.
             shift: of the schedule, above 0; "resolution" is `samplers.resolution_shift` of the latents' size.
             generator: what drew `noise`. Samplers that add noise go on with it, or with its seed, as the profile says.
-            guidance: settings beyond classifier-free guidance; None is that alone.
+            guidance: settings beyond classifier-free guidance; None is that alone. Or a function
+                `(x, sigma, cond, uncond) -> x0` of the latent, its noise level and the two predicted pictures.
 
         Returns:
             An iterator of `samplers.Step`; `step.x` of the last one is the latent to decode.
@@ -275,15 +326,15 @@ class PipelineSteps:
                 f"guidance_scale {plan.guidance_scale} needs a conditioning to guide away from: give uncond"
             )
         against = None if uncond is None else plan.ranges("uncond", uncond)
-        return self._steps(plan, plan.ranges("cond", cond), against, noise)
+        return self._steps(self._run(plan, plan.ranges("cond", cond), against), noise)
 
     def sigmas(
         self,
         num_inference_steps: int | None = None,
         schedule: str | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
+        sigmas: SigmasLike | None = None,
         shift: float | None = None,
-        sampler: str | None = None,
+        sampler: SamplerLike | None = None,
     ) -> Tensor:
         """The noise levels of the steps, float64 [steps + 1], falling to 0.
 
@@ -308,44 +359,53 @@ class PipelineSteps:
         Args:
             latent: latents of shape [b, c, h, w], in model space, of any size.
             tile: decode in tiles of this many pixels a side, which takes less memory; see `encoders.decode_tiled`.
+
+        Raises:
+            ValueError: the latents have another number of channels than the VAE.
+            FloatingPointError: the latents, or the pictures that the VAE makes of them, are not finite.
         """
+        check_tensor("latent", latent)
+        channels = self.vae.config.latent_channels
+        if latent.ndim != 4 or latent.shape[1] != channels:
+            raise ValueError(f"latent has shape {list(latent.shape)}, expected [b, {channels}, h, w] in model space")
         self._enter("vae")
         first = next(self.vae.parameters())
         latent = latent.to(first.device, first.dtype)
-        return to_unit(self.vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile))
+        check_all_finite(latent, "the latent to decode")
+        tile = None if tile is None else whole("tile", tile, LEAST_TILE)
+        decoded = self.vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile)
+        check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
+        return to_unit(decoded)
 
     def _plan(self, shape: Sequence[int], **arguments: Any) -> SamplingPlan:
         """The plan of a drawing of latents of this shape, by the arguments of `sample`."""
         return make_plan(self.profile, self.transformer.config, shape, default_shift=self.shift, **arguments)
 
-    def _steps(
-        self, plan: SamplingPlan, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None, noise: Tensor
-    ) -> Iterator[Step]:
-        """The steps of a plan; whoever listens is told of the drawing before this returns."""
+    def _run(self, plan: SamplingPlan, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None) -> Run:
+        """A plan that is ready to run; whoever listens has been told of the drawing."""
         if self.planners:
             drawing = plan.forecast(cond, uncond)
             for planner in self.planners:
                 planner(drawing)
-        progress = Progress()
+        return Run(plan, lambda x, sigma, branches, step: self.predict(x, sigma, branches, step=step), cond, uncond)
 
-        def predict(x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
-            progress.calls.append(Call(x, sigma, branches))
-            return self.predict(x, sigma, branches, step=progress.step)
-
-        steps = plan.steps(plan.guide(predict, cond, uncond), noise)
+    def _steps(self, run: Run, noise: Tensor) -> Iterator[Step]:
+        """The steps of a drawing, checked; the solver is set up before this returns."""
+        steps = run.plan.steps(run, noise)
         if self.accelerated is not None:
-            steps = self.accelerated.drawing(steps, [timestep_of(self.profile, one) for one in plan.sigmas.tolist()])
-        return self._checked(steps, plan.profile, progress)
+            timesteps = [timestep_of(self.profile, one) for one in run.plan.sigmas.tolist()]
+            steps = self.accelerated.drawing(steps, timesteps)
+        return self._checked(run, steps)
 
-    def _checked(self, steps: Iterator[Step], profile: Profile, progress: Progress) -> Iterator[Step]:
+    def _checked(self, run: Run, steps: Iterator[Step]) -> Iterator[Step]:
         """The steps, each finite, with latents in the dtype that the profile keeps (diffusers: the model's)."""
         for step in steps:
-            if profile.state_dtype == "model":
+            if run.plan.profile.state_dtype == "model":
                 step.x = step.x.to(self.dtype).to(step.x.dtype)
             again = partial(self._predict, step=None, watchers=(), plain=True)
-            check_finite(step, progress.calls, again, self.transformer)
+            check_finite(step, run.calls, again, self.transformer)
             yield step
-            progress.step, progress.calls = step.i + 1, []
+            run.finished(step)
 
     def _predict(
         self,
@@ -356,7 +416,8 @@ class PipelineSteps:
         watchers: Sequence[Watcher],
         plain: bool = False,
     ) -> list[Tensor]:
-        prediction = next(self._predictions)
+        self._here.predictions += 1
+        prediction = self._here.predictions
 
         def announce(batch: tuple[Branch, ...]) -> None:
             self._enter("transformer")
@@ -365,6 +426,25 @@ class PipelineSteps:
 
         accelerated = None if plain else self.accelerated
         return predict_branches(self.transformer, self.profile, x, sigma, branches, announce, accelerated)
+
+    def _check_prediction(self, x: Tensor, branches: Sequence[Branch]) -> None:
+        """Raise ValueError or TypeError where latents and conditionings do not fit the transformer or each other."""
+        check_tensor("x", x)
+        channels = self.transformer.config.in_channels
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"x has shape {list(x.shape)}, expected [b, {channels}, h, w]: latents in model space")
+        if not branches:
+            raise ValueError("no conditioning is given; give at least one, see pipe.encode")
+        for branch in branches:
+            if not isinstance(branch.conditioning, Conditioning):
+                raise TypeError(
+                    f"a conditioning is {type(branch.conditioning).__name__}, expected a Conditioning, see pipe.encode"
+                )
+            if len(branch.conditioning) != len(x):
+                raise ValueError(
+                    f"a conditioning holds {len(branch.conditioning)} prompts for {len(x)} latents; give one prompt "
+                    "for each, such as conditioning.repeat(n)"
+                )
 
     def _rules(self, max_sequence_length: int | None) -> TextRules:
         rules = self.profile.text
@@ -397,6 +477,37 @@ class PipelineSteps:
     def _unit(self) -> int:
         """What the sides of a latent are multiples of."""
         return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
+
+
+class _PerThread(threading.local):
+    """What belongs to the drawings of one thread. A copy or a pickle of it is empty."""
+
+    def __init__(self) -> None:
+        self.watchers: list[Watcher] = []
+        self.planners: list[Planner] = []
+        self.predictions = 0  # calls of `predict` until now
+        self.call: CallState | None = None  # what callbacks see of the drawing
+
+    def __reduce__(self) -> tuple[type[_PerThread], tuple[()]]:
+        return type(self), ()
+
+
+def _one_level(sigma: float | Tensor) -> float:
+    """A noise level; all latents of a call have the same one."""
+    if isinstance(sigma, Tensor) and sigma.numel() != 1:
+        raise ValueError(f"sigma has shape {list(sigma.shape)}, expected one noise level for all latents of a call")
+    return number("sigma", sigma.item() if isinstance(sigma, Tensor) else sigma)
+
+
+def _line(called: str, model: nn.Module) -> str:
+    """A line about a model."""
+    weights = list(model.parameters())
+    dtypes = " and ".join(sorted({str(one.dtype).removeprefix("torch.") for one in weights}))
+    devices = " and ".join(sorted({str(one.device) for one in weights}))
+    recipes = sorted({recipe_name(one.recipe) for one in weights if isinstance(one, Float8Tensor)})
+    quantized = f", quantized to {' and '.join(recipes)}" if recipes else ""
+    size = f"{sum(one.numel() for one in weights) / 1e6:,.1f} M parameters, {weight_bytes(model) / 1e9:.2f} GB"
+    return f"  {called}: {size}, {dtypes} on {devices}{quantized}"
 
 
 class Predictor:

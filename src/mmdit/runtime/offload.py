@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from threading import RLock
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ class Turns:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
+        self.lock = RLock()  # of whoever draws with the models
         self._guests: list[_Guest] = []
         self._group: frozenset[int] = frozenset()
 

@@ -307,6 +307,23 @@ def test_a_picture_of_a_device_that_is_not_here(here, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_nothing_is_downloaded_because_of_a_picture(here, loaded, capsys):
+    picture = saying("x.png", model="someone/model")
+    assert main(["generate", "--settings", picture]) == 1
+    assert loaded == []
+    assert "--model someone/model" in capsys.readouterr().err
+    assert main(["generate", "--settings", picture, "-m", "someone/model", "--device", "cpu"]) == 1
+    assert [one["model"] for one in loaded] == ["someone/model"]  # asked for
+
+
+def test_a_picture_of_other_weights_is_told(here, capsys):
+    few = {"height": 32, "width": 32, "num_inference_steps": 1}
+    assert main(["generate", "--settings", saying("x.png", model_digest="0" * 16, **few), "-o", "y.png"]) == 0
+    assert "x.png was drawn with other weights" in capsys.readouterr().err
+    assert main(["generate", "--settings", "y.png", "-o", "z.png"]) == 0
+    assert "weights" not in capsys.readouterr().err
+
+
 def test_inspect_shows_the_settings_of_a_picture(tiny, here, capsys):
     assert tiny("a café", "-o", "x.PNG") == 0
     capsys.readouterr()
@@ -397,7 +414,7 @@ def test_options_reach_the_drawing(tiny, here, monkeypatch):
         (["--guidance-scale", "nan"], "--guidance-scale must be a finite number"),
         (["--guidance", "momentun=1"], "unknown guidance setting 'momentun'; did you mean 'momentum'"),
         (["--guidance", "rescale=x"], "guidance 'rescale=x': 'x' is no value of it"),
-        (["--guidance", "rescale=2"], "guidance rescale must be a number from 0 to 1, got 2.0"),
+        (["--guidance", "rescale=2"], "guidance rescale must be a finite number from 0 to 1, got 2.0"),
         (["--seed", "1", str(2**64)], "at most 64 bits"),
         (["-n", "\udc80"], "no Unicode text"),
         (["-o", "picture.jpg"], "must end in .png"),

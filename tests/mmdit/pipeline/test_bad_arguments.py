@@ -82,9 +82,27 @@ VALUES = {  # what changes, what is said
         "the batch of negative prompts is empty; give at least one negative",
     ),
     "seed, generator": ({"seed": 1, "generator": generator()}, "seed and generator are both given; give one of them"),
-    "seeds": ({"seed": [1, 2]}, "2 seeds for 1 pictures; give one whole number, or a list of one per picture"),
+    "seeds": ({"seed": [1, 2], "prompt": ["a"] * 3}, "2 seeds for 3 pictures; give one whole number, or a list of"),
     "seeds, two each": ({"seed": [1], "num_images_per_prompt": 2}, "1 seeds for 2 pictures; give one whole number"),
-    "seed 1.5": ({"seed": 1.5}, "seed 1.5 for 1 pictures; give one whole number"),
+    "seed 1.5": ({"seed": 1.5}, "a seed is a whole number of at most 64 bits, got 1.5"),
+    "seed True": ({"seed": True}, "a seed is a whole number of at most 64 bits, got True"),
+    "steps True": ({"num_inference_steps": True}, "num_inference_steps must be a whole number of at least 1, got True"),
+    "too many steps": ({"num_inference_steps": 10**9}, "num_inference_steps must be at most 100000, got 1000000000"),
+    "guidance_scale of text": ({"guidance_scale": "7"}, "guidance_scale must be a finite number, got '7'"),
+    "guidance_scale beyond floats": ({"guidance_scale": 10**400}, "guidance_scale must be a finite number, got 1000"),
+    "guidance_scale True": ({"guidance_scale": True}, "guidance_scale must be a finite number, got True"),
+    "shift of text": ({"shift": "3"}, "unknown shift '3'"),
+    "shift beyond floats": ({"shift": 10**400}, "must be a finite number from 0 to inf, got 1000"),
+    "tile of a pixel": ({"vae_tile": 1}, "vae_tile must be a whole number of at least 16, got 1"),
+    "latents of NaN": ({"latents": zeros(1, 16, 4, 4) / 0}, "256 of 256 values of latents are not finite"),
+    "sparse latents": ({"latents": zeros(1, 16, 4, 4).to_sparse()}, "latents is a tensor of torch.float32"),
+    "meta latents": ({"latents": zeros(1, 16, 4, 4).to("meta")}, "latents is a tensor of torch.float32"),
+    "complex latents": ({"latents": zeros(1, 16, 4, 4) + 0j}, "latents is a tensor of torch.complex64"),
+    "float8 latents": ({"latents": zeros(1, 16, 4, 4).to(torch.float8_e4m3fn)}, "is a tensor of torch.float8_e4m3fn"),
+    "own guidance and scale": (
+        {"guidance": lambda x, s, c, u: c, "guidance_scale": 4.0},
+        "guidance_scale has no effect",
+    ),
     "seed in a list": ({"seed": ["1"]}, "a seed is a whole number of at most 64 bits, got '1'"),
     "huge seed": ({"seed": 2**64}, "a seed is a whole number of at most 64 bits, got 18446744073709551616"),
     "generators": ({"generator": [generator()] * 2}, "2 generators for 1 pictures; give one, or a list of one per"),
@@ -117,6 +135,22 @@ VALUES = {  # what changes, what is said
     "output": ({"output_type": "pill"}, "unknown output_type 'pill'; did you mean 'pil'? Known: pil, pt, np, latent"),
 }
 TYPES = {
+    "latents of a list": ({"latents": [[0.0]]}, "latents is list, expected a tensor"),
+    "embeddings of a list": ({"prompt": None, "prompt_embeds": [0.0], "pooled_prompt_embeds": [0.0]}, "is list"),
+    "a generator that is none": ({"generator": "cpu"}, "generator is str, expected a torch.Generator"),
+    "guidance of a dict": (
+        {"guidance": {"rescale": 0.7}},
+        "guidance is dict",
+    ),
+    "guidance of text": ({"guidance": "apg"}, "guidance is str, expected mmdit.Guidance or a function"),
+    "sampler of a number": ({"sampler": 3}, "sampler is int, expected a name of samplers.SOLVERS or a function"),
+    "a misspelt name": ({"guidence_scale": 3.0}, "unknown argument 'guidence_scale'; did you mean guidance_scale"),
+    "a name of ComfyUI": ({"cfg": 3.0}, "cfg=3.0 is not taken here; give guidance_scale"),
+    "prompt_2": ({"prompt_2": "b"}, "prompt_2='b' is not taken here"),
+    "clip_skip": ({"clip_skip": 2}, "clip_skip=2 is not taken here"),
+    "return_dict": ({"return_dict": False}, "return_dict=False is not taken here; a call returns a PipelineOutput"),
+    "mu": ({"mu": 1.2}, "give shift=math.exp(mu)"),
+    "height True": ({"height": True}, "height is bool, expected int: True"),
     "prompt": ({"prompt": 5}, "prompt is int, expected str or a list of str: 5"),
     "no prompt": ({"prompt": None}, "prompt is NoneType, expected str or a list of str: None"),
     "bytes": ({"prompt": b"a"}, "prompt is bytes, expected str or a list of str: b'a'"),
@@ -142,8 +176,20 @@ def test_wrong_arguments(pipe, case, monkeypatch):
 def test_right_arguments_are_not_refused(pipe):
     """The cases above differ from these only in what they are about."""
     torch.manual_seed(0)
-    for more in ({"seed": np.int64(3)}, {"seed": [3]}, {"generator": [generator()]}, {"latents": zeros(1, 16, 4, 4)}):
-        assert pipe("a", **SMALL, **more).images.shape == (1, 16, 4, 4)
+    neutral = {"prompt_2": None, "clip_skip": None, "return_dict": True, "mu": None, "joint_attention_kwargs": None}
+    for more in (
+        {"seed": np.int64(3)},
+        {"seed": [3]},
+        {"seed": np.array([3])},
+        {"seed": torch.tensor(3)},
+        {"generator": [generator()]},
+        {"latents": zeros(1, 16, 4, 4)},
+        {"latents": zeros(1, 16, 4, 4), "generator": generator()},
+        {"height": np.int64(32), "width": np.int32(32), "num_inference_steps": np.int64(1)},
+        {"guidance_scale": np.float32(4), "shift": np.float64(2), "num_images_per_prompt": None},
+        neutral,
+    ):
+        assert pipe("a", **(SMALL | more)).images.shape == (1, 16, 4, 4)
     assert pipe(("a", "b"), ["", "c"], **SMALL, seed=[1, 2]).images.shape == (2, 16, 4, 4)
     torch.manual_seed(0)
 
@@ -195,7 +241,7 @@ HELPS = ("a smaller height and width", "num_images_per_prompt", "dtype=torch.bfl
 @pytest.mark.parametrize("count", [10**12, 10**18], ids=["too much", "beyond 64 bits"])
 def test_noise_for_an_absurd_number_of_pictures(pipe, count):
     said = ("out of memory while drawing", f"{count} pictures at once", "Weights: transformer (MMDiT) 0.0", *HELPS)
-    message = refuses(lambda: pipe("a", **SMALL, num_images_per_prompt=count), *said, error=MemoryError)
+    message = refuses(lambda: pipe("a", **SMALL, seed=0, num_images_per_prompt=count), *said, error=MemoryError)
     if count == 10**12:
         assert f"{count * 16 * 4 * 4 * 4} bytes" in message  # what was needed
 

@@ -120,7 +120,7 @@ def test_callbacks_see_and_change_what_diffusers_shows(pipe, theirs):
 
     def ours(which, i, timestep, tensors):
         assert which is pipe
-        seen.append((i, timestep, tensors["latents"].clone()))
+        seen.append((i, float(timestep), tensors["latents"].clone()))
         return {"latents": tensors["latents"] * 0.9} if i == 0 else None
 
     def others(_, i, timestep, tensors):
@@ -140,7 +140,8 @@ def test_callbacks_see_and_change_what_diffusers_shows(pipe, theirs):
 def test_callbacks_that_return_something_else(pipe):
     for found, said, error in (
         ([1], "callback_on_step_end returned list, expected a dict or None", TypeError),
-        ({"prompt_embeds": 1}, "returned 'prompt_embeds'; what it can change is 'latents'", ValueError),
+        ({"prompts": 1}, "returned 'prompts'; it can change 'latents'", ValueError),
+        ({"prompt_embeds": 1}, "returned int for 'prompt_embeds', expected a tensor", TypeError),
         ({"latents": torch.zeros(1)}, "returned latents [1], expected [1, 16, 4, 6]", ValueError),
     ):
         refuses(

@@ -353,8 +353,14 @@ def silent(pipes, monkeypatch) -> Pipeline:
         ({"skip_guidance_layers": [1, 3, 7]}, "skip_guidance_layers [3, 7] do not exist; this model has layers 0 to 2"),
         ({"skip_guidance_layers": [-1]}, "skip_guidance_layers[0] must be a whole number of at least 0, got -1"),
         ({"skip_layer_guidance_scale": 2.0}, "skip_layer_guidance_scale is given without skip_guidance_layers"),
-        (SKIP | {"skip_layer_guidance_scale": float("nan")}, "skip_layer_guidance_scale must be a number from -inf"),
-        (SKIP | {"skip_layer_guidance_stop": 1.5}, "skip_layer_guidance_stop must be a number from 0 to 1, got 1.5"),
+        (
+            SKIP | {"skip_layer_guidance_scale": float("nan")},
+            "skip_layer_guidance_scale must be a finite number, got nan",
+        ),
+        (
+            SKIP | {"skip_layer_guidance_stop": 1.5},
+            "skip_layer_guidance_stop must be a finite number from 0 to 1, got 1.5",
+        ),
         (
             SKIP | {"skip_layer_guidance_start": 0.5, "skip_layer_guidance_stop": 0.4},
             "skip_layer_guidance_start 0.5 is after skip_layer_guidance_stop 0.4",
@@ -379,8 +385,8 @@ def test_guidance_that_cannot_be(silent, settings, said):
     ("settings", "said"),
     [
         ({"kind": "agp"}, "unknown guidance kind 'agp'; did you mean 'apg'"),
-        ({"rescale": 1.1}, "guidance rescale must be a number from 0 to 1, got 1.1"),
-        ({"threshold": -1.0}, "guidance threshold must be a number from 0 to inf"),
+        ({"rescale": 1.1}, "guidance rescale must be a finite number from 0 to 1, got 1.1"),
+        ({"threshold": -1.0}, "guidance threshold must be a finite number from 0 to inf"),
         ({"momentum": float("inf")}, "guidance momentum must be"),
         ({"interval": (0.9, 0.1)}, "guidance interval must be two noise levels 0 <= low < high <= 1, got (0.9, 0.1)"),
         ({"perturbed_interval": (0.5, 0.5)}, "guidance perturbed_interval must be two noise levels"),

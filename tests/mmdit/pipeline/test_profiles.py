@@ -192,6 +192,7 @@ WRONG = [
     ("step_noise", "same_seeds"),
     ("first_level", "all"),
     ("second_last", "left out"),
+    ("open_sigmas", "shifted"),
     ("state_dtype", "float16"),
     ("uncond_pass", "above1"),
     ("skip_window", "step"),

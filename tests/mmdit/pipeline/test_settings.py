@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import mmdit
 from mmdit._version import __version__
 from mmdit.pipeline.settings import FORMAT_VERSION, KEYWORD, Settings, SettingsError, grid, read_settings, save_png
 from refusals import refuses
@@ -153,8 +155,10 @@ def test_newer_version(tmp_path):
 
 
 def test_older_version_is_filled_in():
-    older = {name: value for name, value in JSON.items() if name != "guidance"} | {"format_version": 1}
-    assert Settings.from_json(older) == replace(USED, guidance="")
+    second = {name: value for name, value in JSON.items() if name != "model_digest"} | {"format_version": 2}
+    assert Settings.from_json(second) == replace(USED, model_digest="")
+    older = {name: value for name, value in second.items() if name != "guidance"} | {"format_version": 1}
+    assert Settings.from_json(older) == replace(USED, guidance="", model_digest="")
     refuses(lambda: Settings.from_json(older | {"format_version": 2}), "guidance is missing", error=SettingsError)
 
 
@@ -292,3 +296,35 @@ def test_grid_refusals():
     refuses(lambda: grid([]), "no pictures", error=ValueError)
     refuses(lambda: grid([one, one, picture(size=(5, 7))]), "picture 0 is 7 x 5, picture 2 is 5 x 7", error=ValueError)
     refuses(lambda: grid([one], 0), "at least 1, got 0", error=ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_inference_steps", 10**9),
+        ("num_inference_steps", 0),
+        ("height", 2**32),
+        ("width", -16),
+        ("max_sequence_length", 2**50),
+        ("guidance_scale", 1e30),
+        ("shift", -1.0),
+        ("seed", 2**64),
+    ],
+)
+def test_numbers_of_a_picture_are_bounded(name, value):
+    refuses(
+        lambda: Settings.from_json(JSON | {name: value}), f"{name} is", "expected a number from", error=SettingsError
+    )
+
+
+def test_a_digest_tells_weights_apart():
+    pipe = mmdit.Pipeline.demo()
+    first = pipe.digest
+    assert first == mmdit.Pipeline.demo().digest
+    assert len(first) == 16
+    few = {"height": 32, "width": 32, "num_inference_steps": 1, "output_type": "latent"}
+    assert pipe("a", seed=1, **few).settings[0].model_digest == first
+    with torch.no_grad():
+        pipe.transformer.joint_blocks[1].x_block.mlp.fc1.weight.mul_(1.01)
+    assert pipe.digest != first
+    assert mmdit.Pipeline.demo(quant="fp8").digest != first

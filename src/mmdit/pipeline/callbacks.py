@@ -1,0 +1,147 @@
+"""What a call tells its caller after each step, and what the caller can change there: diffusers' callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoders import Conditioning
+from mmdit.pipeline.plan import Run
+from mmdit.pipeline.prompts import Ranged
+from mmdit.utils import shortened
+from samplers import Step, pick
+
+# (pipeline, step index, timestep, tensors by name) -> None, or the tensors to go on with, by name
+OnStepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
+TENSOR_INPUTS = ("latents", "denoised", "prompt_embeds", "pooled_prompt_embeds")
+_BY_DEFAULT = ("latents", "denoised")
+
+
+def tensor_inputs_of(callback: OnStepEnd, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of the tensors that a callback is given: its own `tensor_inputs`, those asked for, or the default.
+
+    Raises:
+        ValueError: there is no tensor of that name.
+    """
+    found = getattr(callback, "tensor_inputs", names)
+    if found is None:
+        return _BY_DEFAULT
+    for name in found:
+        pick(dict.fromkeys(TENSOR_INPUTS), name, "tensor of callback_on_step_end_tensor_inputs")
+    return tuple(dict.fromkeys(found))
+
+
+def after_step(
+    callback: OnStepEnd, names: Sequence[str], pipe: object, run: Run, step: Step, sigma: float, dtype: torch.dtype
+) -> None:
+    """Call `callback` as diffusers does, and go on with the tensors that it returns.
+
+    Args:
+        callback: see `OnStepEnd`.
+        names: of the tensors that it is given.
+        pipe: the pipeline.
+        run: the drawing.
+        step: that was just made.
+        sigma: the noise level that the step started from; the timestep is 1000 times that.
+        dtype: of the tensors that it is given.
+
+    Raises:
+        TypeError: the callback returned something else than a dict of tensors or None.
+        ValueError: it returned a tensor of another name or of another shape.
+    """
+    given = {name: _tensor(name, run, step, dtype) for name in names}
+    found = callback(pipe, step.i, torch.tensor(1000 * sigma, dtype=torch.float32, device=step.x.device), dict(given))
+    if found is None:
+        return
+    if not isinstance(found, dict):
+        raise TypeError(f"callback_on_step_end returned {type(found).__name__}, expected a dict or None")
+    changed = {name: value for name, value in found.items() if name not in given or value is not given[name]}
+    for name, value in changed.items():
+        if name not in TENSOR_INPUTS or name == "denoised":
+            raise ValueError(
+                f"callback_on_step_end returned {name!r}; it can change 'latents', 'prompt_embeds' and "
+                "'pooled_prompt_embeds'"
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(f"callback_on_step_end returned {type(value).__name__} for {name!r}, expected a tensor")
+    if "latents" in changed:
+        step.x = _latents(changed["latents"], step.x)
+    if "prompt_embeds" in changed or "pooled_prompt_embeds" in changed:
+        now = {name: found.get(name, _tensor(name, run, step, dtype)) for name in TENSOR_INPUTS[2:]}
+        _change_conditionings(run, now["prompt_embeds"], now["pooled_prompt_embeds"])
+
+
+def _latents(latents: Tensor, x: Tensor) -> Tensor:
+    if latents.shape != x.shape:
+        raise ValueError(f"callback_on_step_end returned latents {list(latents.shape)}, expected {list(x.shape)}")
+    return latents.to(x)
+
+
+def _tensor(name: str, run: Run, step: Step, dtype: torch.dtype) -> Tensor:
+    match name:
+        case "latents":
+            return step.x.to(dtype)
+        case "denoised":
+            return step.denoised.to(dtype)
+        case "prompt_embeds":
+            return torch.cat([one.context for one in _conditionings(run)])
+        case _:
+            return torch.cat([one.pooled for one in _conditionings(run)])
+
+
+def _conditionings(run: Run) -> list[Conditioning]:
+    """The negative prompts, where they are read, and the prompts: in diffusers' order."""
+    ranged = [*(run.uncond or ()), *run.cond] if run.plan.uses_uncond else list(run.cond)
+    found = [one.conditioning for one in ranged]
+    if len(found) > 2 or len({one.context.shape for one in found}) > 1:
+        raise ValueError(
+            "callback_on_step_end asks for prompt_embeds, which are one tensor, but this drawing has "
+            f"{len(found)} conditionings of {sorted({one.context.shape[1] for one in found})} tokens"
+        )
+    return found
+
+
+def _change_conditionings(run: Run, context: Tensor, pooled: Tensor) -> None:
+    """Go on with other embeddings: those of the prompts alone, or of the negative prompts and the prompts."""
+    pictures = run.plan.shape[0]
+    if context.ndim != 3 or len(context) != len(pooled) or len(context) not in (1, pictures, 2 * pictures):
+        raise ValueError(
+            f"callback_on_step_end returned prompt_embeds {list(context.shape)} and pooled_prompt_embeds "
+            f"{list(pooled.shape)}, expected {pictures} or {2 * pictures} rows in both"
+        )
+    if len(context) == 2 * pictures and run.plan.uses_uncond:
+        run.uncond = (Ranged(Conditioning(context[:pictures], pooled[:pictures])),)
+    context, pooled = (part[-pictures:].expand(pictures, *part.shape[1:]) for part in (context, pooled))
+    run.cond = (Ranged(Conditioning(context, pooled)),)
+    run.rebuild()
+
+
+class CallState:
+    """What diffusers' callbacks read and write on the pipeline while it draws."""
+
+    def __init__(self, guidance_scale: float) -> None:
+        self.guidance_scale = guidance_scale
+        self.num_timesteps = 0
+        self.interrupt = False
+        self.run: Run | None = None
+
+    def begin(self, run: Run) -> None:
+        """A drawing begins."""
+        self.guidance_scale, self.num_timesteps = run.plan.guidance_scale, len(run.plan.sigmas) - 1
+        self.interrupt, self.run = False, run
+
+    def end(self) -> None:
+        """The drawing has ended; its numbers can still be read."""
+        self.run = None
+
+    def scale(self, guidance_scale: float) -> None:
+        """Go on with another guidance scale."""
+        if self.run is None:
+            raise AttributeError(
+                f"guidance_scale is an argument of the call: pipe(..., guidance_scale={shortened(guidance_scale)})"
+            )
+        self.guidance_scale = guidance_scale
+        self.run.scale(guidance_scale)
