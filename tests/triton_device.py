@@ -12,12 +12,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _interpreted() -> None:
-    """Triton's interpreter cuts off what does not fit float8 and bfloat16, and its fma rounds twice; a GPU does not."""
+    """What a GPU does and Triton's interpreter does not.
+
+    A GPU rounds to nearest where the interpreter cuts off what does not fit float8 and bfloat16; its fma rounds once,
+    not twice; its plain maximum passes NaN by.
+    """
     import ml_dtypes
     import numpy as np
     from triton.runtime import interpreter
-
-    import quant.kernels
 
     types = {"bf16": ml_dtypes.bfloat16, "fp8e4nv": ml_dtypes.float8_e4m3fn, "fp16": np.float16, "fp32": np.float32}
 
@@ -29,11 +31,18 @@ def _interpreted() -> None:
         exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
         return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
 
-    def reduce(self, found):  # by numpy where the interpreter would go value by value
-        assert self.combine_fn is quant.kernels._larger
-        return self.to_tensor(np.max(found[0].handle.data, axis=self.axis), found[0].dtype)
+    def reduce(self, found):  # by halves, where the interpreter would go value by value
+        data, dtype = np.moveaxis(found[0].handle.data, self.axis, 0), found[0].dtype
+        while len(data) > 1:
+            halves = (self.to_tensor(half, dtype) for half in np.split(data, 2))
+            data = self.combine_fn.fn(*halves).handle.data
+        return self.to_tensor(data[0], dtype)
+
+    def maxnum(self, a, b):
+        return self.binary_op(a, b, np.fmax)
 
     interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_maxnumf = maxnum
     interpreter.ReduceOps.generic_reduce = reduce
     interpreter.InterpreterBuilder.create_fma = fma
 
