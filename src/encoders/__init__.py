@@ -1,4 +1,4 @@
-"""Text encoders, VAE and tokenizers of Stable Diffusion 3. A leaf: imports small libraries and nothing of ours."""
+"""Text encoders, VAE and tokenizers of Stable Diffusion 3. A leaf: it imports no other package of this library."""
 
 from encoders.clip import CLIPConfig, CLIPOutput, CLIPText
 from encoders.conditioning import Conditioner, Conditioning, TokenSpan, checked_prompts

@@ -31,7 +31,7 @@ class T5Config:
     max_distance: int = 128
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the buckets cannot be split by sign and distance."""
+        """Raise ValueError where the number of buckets cannot be split by sign and distance."""
         if self.buckets % 4 or self.buckets < 4:
             raise ValueError(f"T5 needs a multiple of 4 relative position buckets, got {self.buckets}")
 
@@ -61,7 +61,7 @@ class T5Config:
 
 
 class T5Encoder(nn.Module):
-    """Token ids to text features; no mask, so padding is attended to as SD3 was trained.
+    """Token ids to text features [b, n, width], without a mask: padding is attended to, because SD3 was trained so.
 
     Source: Raffel et al. 2020 (arXiv 1910.10683), T5 v1.1; Stability-AI/sd3.5 `other_impls.py`.
     """
@@ -186,30 +186,32 @@ class RMSNorm(nn.Module):
 
 
 def widened(x: Tensor) -> Tensor:
-    """float16 as float32, every other dtype as it is.
+    """Upcast float16 to float32; every other dtype stays.
 
-    T5-XXL's residual stream and the output of `wo` exceed float16's 65504; transformers keeps both in float32 too.
+    T5-XXL's residual stream and the output of `wo` exceed 65504, the largest float16; transformers also keeps both in
+    float32.
     """
     return x.float() if x.dtype == torch.float16 else x
 
 
 def position_bias(table: Float[Tensor, "buckets h"], length: int, max_distance: int) -> Float[Tensor, "1 h n n"]:
-    """What is added to the scores of `length` tokens, by head, query and key."""
+    """The bias that is added to the attention scores of `length` tokens, by head, query and key."""
     position = torch.arange(length, device=table.device)
     buckets = relative_buckets(position[None, :] - position[:, None], len(table), max_distance)
     return F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
 def relative_buckets(relative: Int[Tensor, "n m"], buckets: int = 32, max_distance: int = 128) -> Int[Tensor, "n m"]:
-    """Bucket of each key position minus query position.
+    """The bucket of each relative position, which is that of the key less that of the query.
 
-    Half of the buckets for later keys; in each half the first half exact, the rest logarithmic up to `max_distance`.
+    Half of the buckets are for later keys. In each half, the first half of the buckets stands for single distances, and
+    the others are logarithmic up to `max_distance`.
     Source: T5, arXiv 1910.10683 section 2.1, as in mesh-tensorflow (bidirectional).
     """
     half = buckets // 2
     exact = half // 2
     distance = relative.abs()
-    # float32 as in every reference: at the borders of the logarithmic buckets the rounding decides.
+    # float32 as in every reference: at the borders of the logarithmic buckets, rounding decides.
     ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
     return (relative > 0).long() * half + torch.where(distance < exact, distance, far)

@@ -1,7 +1,7 @@
-"""Decoding tile by tile what does not fit whole: the same picture, with the memory of a tile.
+"""Tiled decoding: the same picture as whole decoding, with the memory of one tile on the device.
 
-Activations rest whole on one device, and each layer goes over them tile by tile on another. A tile is read with its
-neighbours' cells around it, and a norm uses the statistics of the whole picture, so that no seam can arise.
+Whole activations rest on one device, and each layer is computed tile by tile on another. A tile is read with the
+neighbouring cells around it, and a norm uses the statistics of the whole picture, so that no seam can arise.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ RIM = 1  # input cells around a tile that one 3x3 convolution sees; norms and ac
 def decode_tiled(
     vae: VAE, latent: Tensor, *, tile: int = 256, park: torch.device | str = "cpu"
 ) -> Float[Tensor, "b 3 h8 w8"]:
-    """What `vae.decode(latent)` returns, up to rounding and without gradients, computed tile by tile.
+    """Compute `vae.decode(latent)` tile by tile, equal up to rounding and without gradients.
 
-    Only the attention sees all cells at once; it works at the latent's size. With the official widths in bfloat16, one
-    picture of 1024 x 1024 pixels takes 0.2 GiB of activations on the latent's device and 1.0 GiB on `park`, whole
-    decoding 1.5 GiB; one of 2048 x 2048 takes 0.5 and 4.0 in place of 6.0 GiB (elements counted, not measured).
+    Only the attention sees all cells at once; it runs at the latent's size. With the official widths in bfloat16, a
+    picture of 1024 x 1024 pixels takes 0.2 GiB of activations on the latent's device and 1.0 GiB on `park`, where whole
+    decoding takes 1.5 GiB; one of 2048 x 2048 takes 0.5 and 4.0 GiB in place of 6.0 (elements counted, not measured).
 
     Args:
-        vae: on the latent's device, in its dtype.
-        latent: in the model's space, [b, z, h, w].
-        tile: side of a tile, in cells of each layer's output: pixels in the last layers, latent cells in the first.
-        park: where whole activations rest between layers. With the latent's own device nothing travels, and whole
-            decoding's memory shrinks by a third only.
+        vae: The VAE, on the device and in the dtype of the latent.
+        latent: Latents of shape [b, z, h, w], in model space.
+        tile: Side of a tile in cells of each layer's output: pixels in the last layers, latent cells in the first.
+        park: The device on which whole activations rest between layers. If it is the latent's own device, nothing is
+            copied, and the memory is only a third less than that of whole decoding.
 
     Raises:
-        ValueError: `tile` is below 1, or the latent is not of this VAE.
+        ValueError: `tile` is below 1, or the latent does not have the channels of this VAE.
     """
     _check(vae, latent, tile)
     walk, decoder = _Walk(tile, latent.device, torch.device(park)), vae.decoder
@@ -67,7 +67,7 @@ def _check(vae: VAE, latent: Tensor, tile: int) -> None:
 
 
 class Moments(NamedTuple):
-    """Values in a group, and their mean and sum of squared deviations, [b, groups], in float32 or better."""
+    """Number of values in a group, and mean and sum of squared deviations [b, groups], in float32 or wider."""
 
     total: int
     mean: Tensor
@@ -75,13 +75,13 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, x: Float[Tensor, "b c h w"], groups: int) -> Self:
-        """The moments of one tile."""
+        """Compute the moments of one tile."""
         values = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1)).flatten(2)  # b groups n
         variance, mean = torch.var_mean(values, dim=2, correction=0)
         return cls(values.shape[2], mean, variance * values.shape[2])
 
     def merge(self, other: Self) -> Self:
-        """The moments of both together, without cancellation (Chan, Golub and LeVeque 1979)."""
+        """Combine the moments of two sets of values without cancellation (Chan, Golub and LeVeque 1979)."""
         share, delta = other.total / (self.total + other.total), other.mean - self.mean
         squares = self.squares + other.squares + delta.square() * (self.total * share)
         return type(self)(self.total + other.total, self.mean + delta * share, squares)
@@ -89,14 +89,14 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class _Walk:
-    """How layers go over activations: the side of a tile, where tiles are computed, where the whole rests."""
+    """How layers are computed: the side of a tile, the device of the tiles, the device of whole activations."""
 
     tile: int
     device: torch.device
     park: torch.device
 
     def resnet(self, block: ResnetBlock, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
-        """`block(x)`; overwrites x where the width stays."""
+        """Compute `block(x)`; overwrites x where the block keeps its width."""
         hidden = self.run(block.conv1, x, block.norm1)
         shortcut = self.run(block.nin_shortcut, x) if hasattr(block, "nin_shortcut") else x
         for area, update in self.outputs(block.conv2, hidden, block.norm2):
@@ -106,7 +106,7 @@ class _Walk:
     def run(
         self, layer: nn.Conv2d | Upsample, x: Float[Tensor, "b c h w"], norm: nn.GroupNorm | None = None
     ) -> Float[Tensor, "b d h2 w2"]:
-        """`layer(silu(norm(x)))`, or without a norm `layer(x)`."""
+        """Compute `layer(silu(norm(x)))`, or `layer(x)` without a norm."""
         conv, factor = (layer.conv, 2) if isinstance(layer, Upsample) else (layer, 1)
         whole = x.new_empty(x.shape[0], conv.out_channels, x.shape[2] * factor, x.shape[3] * factor)
         for area, part in self.outputs(layer, x, norm, factor):
@@ -116,7 +116,7 @@ class _Walk:
     def outputs(
         self, layer: nn.Module, x: Float[Tensor, "b c h w"], norm: nn.GroupNorm | None, factor: int = 1
     ) -> Iterator[tuple[Area, Tensor]]:
-        """`layer(silu(norm(x)))` tile by tile, each with its place; `factor` times as large as x."""
+        """Yield `layer(silu(norm(x)))` tile by tile, each with its place in the output (`factor` times x)."""
         height, width = x.shape[2:]
         moments = self.moments(x, norm.num_groups) if norm else None
         for rows, columns in self.tiles(height * factor, width * factor):
@@ -128,7 +128,7 @@ class _Walk:
             yield (..., rows, columns), layer(part)[own]
 
     def moments(self, x: Float[Tensor, "b c h w"], groups: int) -> Moments:
-        """The moments of the whole, each cell counted once."""
+        """The moments of whole activations; each cell counts once."""
         parts = (x[..., rows, columns].to(self.device) for rows, columns in self.tiles(*x.shape[2:]))
         return reduce(Moments.merge, (Moments.of(part, groups) for part in parts))
 
@@ -139,18 +139,18 @@ class _Walk:
 
 
 def _seen(own: slice, size: int, factor: int) -> slice:
-    """Input cells that the outputs `own` depend on; clipped, so that a convolution's zeros are at the true border."""
+    """The input cells that the outputs `own` depend on, clipped so that zero padding is at the true border only."""
     return slice(max(own.start // factor - RIM, 0), min(-(-own.stop // factor) + RIM, size))
 
 
 def _within(own: slice, seen: slice, factor: int) -> slice:
-    """Where the outputs `own` are among those of the inputs `seen`."""
+    """The position of the outputs `own` among the outputs of the inputs `seen`."""
     start = own.start - seen.start * factor
     return slice(start, start + own.stop - own.start)
 
 
 def _normed(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], moments: Moments) -> Float[Tensor, "b c h w"]:
-    """`norm(x)` with given statistics. Batch norm takes such, one per channel: here per channel of each sample."""
+    """Compute `norm(x)` with given statistics, by a batch norm that takes one mean and variance for each channel."""
     samples, channels = x.shape[:2]
     mean, variance = (
         part.repeat_interleave(channels // norm.num_groups, dim=1).flatten()

@@ -1,4 +1,4 @@
-"""The 16-channel VAE of Stable Diffusion 3: pictures in [-1, 1] to latents at 1/8 of their size, and back.
+"""The 16-channel VAE of Stable Diffusion 3: pictures in [-1, 1] to latents with 1/8 of their sides, and back.
 
 Module names are those of the official files (LDM names, without `first_stage_model.`).
 """
@@ -19,9 +19,9 @@ MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Widths per level, finest first, and the latent's place in the model's space.
+    """Widths per level, finest first, and the scale and shift between the VAE's own latents and model space.
 
-    Official values: Stability-AI/sd3.5 `sd3_impls.SDVAE`, and scaling_factor, shift_factor of diffusers' config.
+    Official values: Stability-AI/sd3.5 `sd3_impls.SDVAE`; scaling_factor and shift_factor of diffusers' config.json.
     """
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
@@ -32,7 +32,7 @@ class VAEConfig:
     shift: float = 0.0609
 
     def __post_init__(self) -> None:
-        """Raise ValueError where a width does not divide into groups."""
+        """Raise ValueError where a width is not a multiple of the number of groups."""
         if uneven := [width for width in self.widths if width % self.groups]:
             raise ValueError(f"VAE widths {uneven} are not multiples of the {self.groups} groups of their norms")
 
@@ -48,7 +48,7 @@ class VAEConfig:
         """Infer widths, latent channels and depth from `{official key: shape}`.
 
         Raises:
-            ValueError: the tensors are not those of such a VAE.
+            ValueError: the tensors are not those of a VAE in LDM names.
         """
         widths: list[int] = []
         blocks = 0
@@ -62,7 +62,7 @@ class VAEConfig:
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, twice, around a shortcut (1x1 conv where the width changes)."""
+    """Norm, SiLU and convolution, twice, with a residual shortcut (a 1x1 convolution where the width changes)."""
 
     def __init__(self, in_width: int, out_width: int, groups: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention over all cells, one head."""
+    """Self-attention over all latent cells, with one head."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size: pad right and bottom by one, 3x3 conv of stride 2."""
+    """Halve both sides: pad right and bottom by one, then a 3x3 convolution of stride 2."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: nearest neighbour, then a 3x3 conv."""
+    """Double both sides: nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Upsample(nn.Module):
 
 
 class Mid(nn.Module):
-    """The coarsest level: resnet, attention, resnet."""
+    """The middle, at the coarsest level: resnet block, attention, resnet block."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Mid(nn.Module):
 
 
 class DownLevel(nn.Module):
-    """Resnets of one width, then half the size (not after the coarsest level)."""
+    """Resnet blocks of one width, then `Downsample` (not after the coarsest level)."""
 
     def __init__(self, in_width: int, width: int, blocks: int, groups: int, *, last: bool) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Resnets of one width, then twice the size (not after the finest level)."""
+    """Resnet blocks of one width, then `Upsample` (not after the finest level)."""
 
     def __init__(self, in_width: int, width: int, blocks: int, groups: int, *, last: bool) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ def _resnets(in_width: int, width: int, blocks: int, groups: int) -> Iterator[Re
 
 
 class Encoder(nn.Module):
-    """Picture to mean and log-variance, side by side in the channels."""
+    """Picture to the mean and the log-variance of its latent, one after the other in the channels."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent to picture. `up` is indexed by level, finest first, and runs from the last to the first."""
+    """Latent to picture. `up` is indexed by level, finest first, and runs from the last level to the first."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -206,24 +206,24 @@ class Decoder(nn.Module):
 
 @dataclass(frozen=True)
 class DiagonalGaussian:
-    """What the encoder says of a latent, in the model's space: one normal distribution per cell, [b, z, h, w]."""
+    """A normal distribution for each value of a latent [b, z, h, w], in model space."""
 
     mean: Tensor
     std: Tensor
 
     def mode(self) -> Tensor:
-        """The most likely latent."""
+        """The most likely latent, which is the mean."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """A latent drawn with `generator`, on the generator's device."""
+        """A random latent; its noise is drawn on the generator's device, or without a generator on the mean's."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
 
 
 class VAE(nn.Module):
-    """Encoder and decoder; latents go in and out in the model's space, (z - shift) * scale."""
+    """Encoder and decoder; both take and return latents in model space, (z - shift) * scale."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
@@ -232,10 +232,10 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
-        """The distribution of the latent of a picture in [-1, 1], whose sides must be multiples of 8.
+        """Encode pictures with pixels in [-1, 1] to the distribution of their latents.
 
         Raises:
-            ValueError: a side is not a multiple of the downscale.
+            ValueError: a side of the picture is not a multiple of `config.downscale` (8).
         """
         if any(size % self.config.downscale for size in image.shape[2:]):
             raise ValueError(
@@ -247,13 +247,13 @@ class VAE(nn.Module):
         return DiagonalGaussian(self.to_model(mean), std * self.config.scale)
 
     def decode(self, latent: Float[Tensor, "b z h w"]) -> Float[Tensor, "b 3 h8 w8"]:
-        """The picture of a latent in the model's space, about in [-1, 1] and not clamped."""
+        """Decode latents in model space to pictures with pixels about in [-1, 1], not clamped."""
         return self.decoder(self.from_model(latent))
 
     def to_model(self, z: Tensor) -> Tensor:
-        """From the VAE's own latent to the model's space."""
+        """Convert latents of the VAE to model space."""
         return (z - self.config.shift) * self.config.scale
 
     def from_model(self, latent: Tensor) -> Tensor:
-        """From the model's space to the VAE's own latent."""
+        """Convert latents in model space to those of the VAE."""
         return latent / self.config.scale + self.config.shift

@@ -1,4 +1,4 @@
-"""Tokenizer folders for the tests: the official one where it is there, and a tiny one made here."""
+"""Tokenizer folders for the tests: the official one if it is present, and a tiny one that is made here."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def byte_alphabet() -> list[str]:
 
 
 def write_clip(folder: Path, pad: str) -> None:
-    """A CLIP tokenizer with five merges; words are "cat", "a" and whatever bytes spell."""
+    """Write a CLIP tokenizer with five merges; its words are "cat", "wow" and single characters."""
     merges = ["c a", "ca t</w>", "w o", "wo w</w>", "! !</w>"]
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *(m.replace(" ", "") for m in merges)]
@@ -56,7 +56,7 @@ def write_clip(folder: Path, pad: str) -> None:
 
 
 def write_t5(folder: Path) -> None:
-    """A T5 tokenizer.json with whole words and letters, no character map and two sentinels."""
+    """Write a T5 tokenizer.json with a few words and all letters, two sentinels and no character map."""
     words = [("▁", -2.0), ("▁cat", -3.0), ("▁a", -2.5), ("▁photo", -4.0), ("!", -3.0)]
     letters = [(letter, -6.0 - i / 10) for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -75,7 +75,7 @@ def write_t5(folder: Path) -> None:
 
 @pytest.fixture
 def tiny_tokenizers(tmp_path: Path) -> Path:
-    """A folder like the official one, small enough to break; a new one for each test."""
+    """A small folder with the layout of the official one, new for each test, which may break it."""
     root = tmp_path / "tiny"
     write_clip(root / "tokenizer", pad="<|endoftext|>")
     write_clip(root / "tokenizer_2", pad="!")

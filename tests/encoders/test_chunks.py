@@ -1,4 +1,4 @@
-"""From prompts to rows of ids under each reference's rules: units, cuts, chunk borders, places in the prompt."""
+"""From prompts to rows of ids under the rules of each reference: units, cuts, chunk borders, token positions."""
 
 import re
 import time
@@ -29,7 +29,7 @@ def official(official_tokenizers: Path) -> Tokenizers:
 
 
 def spelled(reading: Reading, tokenizer) -> list[str]:
-    """Each chunk as its tokens, a stroke after each; "_" is a word's end in CLIP and its beginning in T5."""
+    """The tokens of each chunk, joined by "|"; "_" marks the end of a word in CLIP and its beginning in T5."""
     names = [[tokenizer.backend.id_to_token(token.id) for token in chunk] for chunk in reading.chunks]
     return ["|".join(row).replace("</w>", "_").replace("▁", "_") for row in names]
 
@@ -65,7 +65,7 @@ def test_segments_are_tokenized_by_themselves(official: Tokenizers, row: dict):
         assert [token.weight for token in chunk] == pytest.approx([weight for _, weight in wanted])
 
 
-# What weights are
+# Weights
 
 
 def test_weights_are_text_ignored_or_applied(tiny: Tokenizers):
@@ -182,7 +182,7 @@ def test_characters_of_a_prompt_are_counted_before_its_brackets_are_read(tiny: T
 # Units, rows and places
 
 
-def test_words_are_units_and_their_spaces_and_line_feeds_nobodys(tiny: Tokenizers):
+def test_words_are_units_without_their_spaces_and_line_feeds(tiny: Tokenizers):
     by_word = replace(CHUNKED_WORDS, clip_length=4)
     assert spelled(read("dog\na cat", tiny.clip_l, by_word), tiny.clip_l) == ["d|o", "g_|a_", "cat_"]
     whole = replace(COMFYUI, clip_length=4)
@@ -228,7 +228,7 @@ def test_every_token_knows_its_characters(tiny: Tokenizers, words: list[str], na
             assert text in ("", "<unk>", source, re.sub(r"\\([()])", r"\1", source))
 
 
-# Prompts without end
+# Prompts of any length
 
 
 @pytest.mark.parametrize("name", EVERY)

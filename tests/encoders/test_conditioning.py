@@ -21,7 +21,7 @@ def tiny(tiny_tokenizers: Path) -> Tokenizers:
 
 @pytest.fixture
 def conditioner(tiny: Tokenizers, tiny_encoders: dict):
-    """Makes a Conditioner under rules, without some of the encoders."""
+    """Build a Conditioner under some rules, without the encoders that are named."""
 
     def make(rules: TextRules, *without: str, tokenizers: Tokenizers = tiny, **sizes: int) -> Conditioner:
         models = [None if name in without else tiny_encoders[name] for name in NAMES]
@@ -32,7 +32,7 @@ def conditioner(tiny: Tokenizers, tiny_encoders: dict):
 
 @contextmanager
 def watched(models: dict):
-    """The ids that each encoder is given."""
+    """Record the ids that each encoder is called with."""
     seen: dict[str, list] = {}
     hooks = [
         model.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].tolist()}))
@@ -46,7 +46,7 @@ def watched(models: dict):
 
 
 def slowly(model, chunks: list[list[tuple[int, float]]], ends: tuple[list[int], int, int], length: int):
-    """Hidden states and pooled output: each chunk alone, each token weighed by itself."""
+    """Hidden states and pooled output, with each chunk encoded alone and each token weighted by itself."""
     head, eos, pad = ends
 
     def run(ids: list[int]):

@@ -50,7 +50,7 @@ def test_clip(folder, reference, which):
 
 @pytest.mark.parametrize("eos", [2, 60, 63])
 def test_clip_pools_where_eos_token_id_says(eos):
-    """60 is a token below the largest ids, as end of text is where tokens were added after it."""
+    """60 is not the largest id, as the end-of-text token is not where tokens were added after it."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = CLIPTextConfig(**sizes, num_attention_heads=2, projection_dim=16, eos_token_id=eos)
     theirs = tiny.randomize(CLIPTextModelWithProjection(config), 3).double()
@@ -103,7 +103,7 @@ def test_vae(folder, reference, size):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_the_reference(folder, dtype):
-    """At most twice the error that the reference has at this dtype against float64 on the same weights."""
+    """The error is at most twice the error of the reference in this dtype; both are measured against float64."""
     reference = tiny.load(folder)
     tokens = torch.randint(0, 900, (2, 77))
     cases = [
@@ -129,7 +129,7 @@ def test_low_precision_is_as_good_as_the_reference(folder, dtype):
 
 
 def test_t5_in_float16_stays_finite_where_wo_overflows(folder):
-    """T5-XXL's MLP output exceeds float16; here its weights are scaled until a plain float16 `wo` gives infinity."""
+    """T5-XXL's MLP output exceeds float16. Here weights are scaled until a plain float16 `wo` gives infinity."""
     wide = load_t5(folder, dtype=torch.float64)
     for block in wide.encoder.block:
         block.layer[1].DenseReluDense.wo.weight *= 2e4
@@ -195,7 +195,7 @@ def test_t5_parity_fails_on_a_broken_encoder(folder, reference, mutate):
 
 
 def test_vae_attention_suits_fused_kernels(folder, monkeypatch):
-    """They refuse operands whose last stride is not 1; the fallback holds the scores of all cells against all."""
+    """Fused kernels refuse operands whose last stride is not 1, and the fallback holds all scores in memory."""
     seen = []
     fused = torch.nn.functional.scaled_dot_product_attention
 

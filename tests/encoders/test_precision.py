@@ -1,4 +1,4 @@
-"""16-bit encoders compute in float32 where the rules say so, and no pass leaves anything on a model."""
+"""16-bit encoders compute in float32 where the rules say so, and no pass changes a model."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -85,7 +85,7 @@ def test_two_threads_share_the_encoders(conditioner: Any):
 
 @contextmanager
 def interrupted(at: int) -> Iterator[list[int]]:
-    """Raise KeyboardInterrupt at the `at`th line that runs in the encoders package; gives the count of lines."""
+    """Raise KeyboardInterrupt at line number `at` of those that run in the encoders package, and count the lines."""
     lines = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tiled decoding against whole decoding, with a trained VAE and with random ones, and the memory that it takes."""
+"""Tiled decoding equals whole decoding, with a trained VAE and random ones, and takes less memory."""
 
 import weakref
 from functools import reduce
@@ -24,7 +24,7 @@ CONFIGS = [
 
 
 def random_vae(config):
-    """Weights that no initialization makes the same for all channels."""
+    """Random weights and norms, so that no two channels are equal."""
     vae = VAE(config).double()
     for name, weight in vae.named_parameters():
         torch.nn.init.normal_(weight, mean=float("norm" in name and "weight" in name), std=0.3)
@@ -38,7 +38,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def latent(trained):
-    """Of a bright disc before a slope of colours, 192 x 256 pixels."""
+    """The latent of a bright disc before a slope of colours, 192 x 256 pixels."""
     y, x = torch.meshgrid(torch.linspace(-0.75, 0.75, 192), torch.linspace(-1, 1, 256), indexing="ij")
     slope = torch.stack([x, y, -x * y]).mul(0.6)
     disc = torch.tensor([0.9, 0.7, -0.5])[:, None, None]
@@ -62,12 +62,12 @@ def error(a, b):
 
 
 def close_pixels(image, wanted):
-    """The share of values within 2 of 255 grey levels."""
+    """The share of values that differ by at most 2 of 255 grey levels."""
     return ((image.float() - wanted.float()).abs() * 127.5 <= 2).float().mean().item()
 
 
 def seam_ratio(image):
-    """Mean step between neighbouring pixels across seams, by that elsewhere; the larger of both directions."""
+    """Mean difference of neighbouring pixels across seams divided by that elsewhere; the larger of both directions."""
     ratios = []
     for steps in (image.float().diff(dim=2).abs(), image.float().diff(dim=3).abs().transpose(2, 3)):
         across = torch.arange(1, steps.shape[2] + 1) % SEAM == 0
@@ -102,13 +102,13 @@ def test_shows_no_seams_in_any_dtype(trained, latent, truth, dtype):
 
 
 def statistics_of_each_tile(monkeypatch):
-    """What naive tiling does; own tiles and rims alike."""
+    """Naive tiling: the statistics of each tile in place of those of the whole picture."""
     normed = tiling._normed
     monkeypatch.setattr(tiling, "_normed", lambda norm, x, _: normed(norm, x, Moments.of(x, norm.num_groups)))
 
 
 def no_neighbours(monkeypatch):
-    """Zeros instead of the neighbours' cells at each convolution."""
+    """Zeros in place of the neighbouring cells at each convolution."""
     monkeypatch.setattr(tiling, "RIM", 0)
 
 
@@ -122,7 +122,7 @@ def test_naive_tiling_misses_the_bars(trained, latent, truth, naive, monkeypatch
 
 
 def test_merged_moments_do_not_cancel():
-    """In float32, around a mean 1000 times the deviation, from parts of unlike sizes and means."""
+    """In float32, with a mean of 1000 times the deviation, from parts of different sizes and means."""
     x = torch.randn(2, 6, 10, 9) + 1000 + torch.arange(10.0)[:, None]
     parts = [Moments.of(part, 3) for part in x.split([1, 7, 2], dim=2)]
     merged, wanted = reduce(Moments.merge, parts), x.double().unflatten(1, (3, 2)).flatten(2)
@@ -139,7 +139,7 @@ def test_float16_is_as_good_as_plain_pytorch():
 
 
 class AliveAtOnce(TorchDispatchMode):
-    """The most elements that tensors hold at a time on the computing device, that is, anywhere but on `meta`."""
+    """The most elements that tensors hold at one time on the computing device, which is every one but `meta`."""
 
     def __init__(self):
         super().__init__()

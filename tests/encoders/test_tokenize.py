@@ -1,4 +1,4 @@
-"""Tokenizers: equal ids to transformers and sentencepiece, clear errors, and what is written is read back."""
+"""Tokenizers: ids equal to those of transformers and sentencepiece, clear errors, and files written back."""
 
 import base64
 import inspect
@@ -110,7 +110,7 @@ def piece(rng: random.Random) -> str:
 
 
 def varied_strings(count: int = 2500, seed: int = 20) -> list[str]:
-    """Empty, every piece alone and within a word, runs of one, and `count` random mixtures."""
+    """The empty string, every piece alone and within a word, repetitions, and `count` random mixtures."""
     rng = random.Random(seed)
     pieces = [p for group in PIECES for p in group]
     runs = [
@@ -121,18 +121,18 @@ def varied_strings(count: int = 2500, seed: int = 20) -> list[str]:
 
 
 def every_character() -> list[str]:
-    """All assigned characters, 24 to a string, each between letters so that none combines with the next."""
+    """All assigned characters, 24 in a string, each between letters so that none combines with the next."""
     assigned = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
     return ["a".join(assigned[i : i + 24]) + "b" for i in range(0, len(assigned), 24)]
 
 
 def is_plain(text: str) -> bool:
-    """Whether no special token is in the text: sentencepiece spells those out."""
+    """Whether the text has no special token, which sentencepiece would read as plain text."""
     return not any(token in text for token in SPECIAL[:5])
 
 
 def differing(ours: Callable[[str], Tokens], theirs: Callable[[Any], Any], strings: Sequence[str]) -> list[str]:
-    """The strings that two tokenizers disagree on."""
+    """The strings for which two tokenizers give different ids."""
     wanted = theirs(list(strings)).input_ids
     return [text for text, ids in zip(strings, wanted, strict=True) if list(ours(text).ids) != ids]
 
@@ -144,7 +144,7 @@ def ours(official_tokenizers: Path) -> Tokenizers:
 
 @pytest.fixture(scope="module")
 def theirs(official_tokenizers: Path) -> dict[str, Any]:
-    """What diffusers loads: model_index.json names these classes."""
+    """The tokenizers that diffusers loads; model_index.json names these classes."""
     return {
         "clip_l": transformers.CLIPTokenizer.from_pretrained(official_tokenizers / "tokenizer"),
         "clip_g": transformers.CLIPTokenizer.from_pretrained(official_tokenizers / "tokenizer_2"),

@@ -1,4 +1,4 @@
-"""Prompt weights: the recorded results, trees of brackets written out and read back, and what holds for any text."""
+"""Prompt weights: recorded results, trees of brackets written and read back, and properties of any text."""
 
 import itertools
 import re
@@ -71,7 +71,7 @@ def merged(parts: list[tuple[str, float]], borders: list[bool]) -> list[tuple[st
 
 
 def starts(node, after_text: bool) -> tuple[list[bool], bool]:
-    """For each leaf whether it begins a segment, which it does unless it follows a leaf; and what comes last."""
+    """Whether each leaf begins a segment, which it does unless it follows a leaf; and whether a leaf is last."""
     if isinstance(node, str):
         return [not after_text], True
     found, last = [], False
