@@ -92,7 +92,7 @@ class MMDiTConfig:
             out_channels=shape["final_layer.linear.weight"][0] // patch**2,
             mlp_dim=shape["joint_blocks.0.x_block.mlp.fc1.weight"][0],
             qk_norm="rms" if norm else None,
-            dual_attention_blocks=tuple(i for i in range(last + 1) if _has_dual_attention(shapes, i)),
+            dual_attention_blocks=tuple(sorted(_dual_attention_blocks(shapes))),
             sample_size=sample_size,
         )
 
@@ -111,5 +111,6 @@ def _block_numbers(shapes: Mapping[str, Sequence[int]]) -> set[int]:
     return {int(found[1]) for key in shapes if (found := _BLOCK.fullmatch(key))}
 
 
-def _has_dual_attention(shapes: Mapping[str, Sequence[int]], block: int) -> bool:
-    return any(key.startswith(f"joint_blocks.{block}.x_block.attn2.") for key in shapes)
+def _dual_attention_blocks(shapes: Mapping[str, Sequence[int]]) -> set[int]:
+    blocks = (found for key in shapes if (found := _BLOCK.fullmatch(key)))
+    return {int(found[1]) for found in blocks if found[2].startswith("x_block.attn2.")}

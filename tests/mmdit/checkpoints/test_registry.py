@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import mmdit
 from mmdit import Pipeline
 from mmdit.checkpoints import keymaps, safetensors_io
 from mmdit.checkpoints.components import REGISTRY, ModelKind, Naming
@@ -15,6 +16,7 @@ from mmdit.checkpoints.load import build, open_model
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.checkpoints.locate import locate
 from mmdit.checkpoints.write import convert
+from mmdit.parity import sides
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,17 @@ def test_rows_are_whole():
     folders, prefixes = [[getattr(kind, name) for kind in REGISTRY.values()] for name in ("folder", "prefixes")]
     assert len(set(folders)) == len(folders)
     assert len({prefix for of_one in prefixes for prefix in of_one}) == sum(map(len, prefixes))
+
+
+def test_tables_of_other_rooms_cover_the_registry():
+    """Rooms that look into models keep tables of their own."""
+    models = Pipeline.demo().models
+    assert models.keys() == REGISTRY.keys()
+    for component, model in models.items():
+        assert mmdit.points(model), f"mmdit.points knows no {component}"
+    texts = {component: kind.folder for component, kind in REGISTRY.items() if kind.place == "text"}
+    assert texts == sides._THEIR_ENCODERS
+    assert sides._THEIR_TOKENIZERS.keys() == texts.keys()
 
 
 def test_a_file_is_opened_once(monkeypatch):

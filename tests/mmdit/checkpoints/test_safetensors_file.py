@@ -1,5 +1,7 @@
 """The safetensors reader and writer against the safetensors library, and what happens when writing fails."""
 
+import os
+
 import pytest
 import safetensors.torch
 import torch
@@ -84,6 +86,25 @@ def test_failed_write_changes_nothing(tmp_path, before, error):
     with pytest.raises(type(error)):
         write_tensors(path, lazy({"a": torch.ones(9)}) | {"b": LazyTensor((2,), torch.float32, fail)})
     assert [(file, file.read_bytes()) for file in path.parent.iterdir()] == ([(path, before)] if before else [])
+
+
+@pytest.mark.parametrize("how", ["replaced", "written to", "touched"])
+def test_a_file_that_changes_after_its_header_is_not_mixed(tmp_path, how):
+    path = tmp_path / "f.safetensors"
+    write_tensors(path, lazy({"a": torch.ones(8), "b": torch.ones(8)}))
+    tensors, _ = open_tensors(path)
+    assert tensors["a"].read().sum() == 8
+    if how == "replaced":
+        write_tensors(path, lazy({"a": torch.zeros(8), "b": torch.zeros(8)}))
+    if how == "written to":
+        with path.open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"abcd")
+    if how == "touched":
+        os.utime(path, ns=(1, 1))
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(CheckpointError, match=r"f\.safetensors was replaced or written to"):
+            tensors["b"].read(dtype)
 
 
 def test_a_dtype_that_is_not_written_is_named(tmp_path):
