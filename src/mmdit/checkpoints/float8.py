@@ -1,4 +1,4 @@
-"""The float8 of checkpoint files: scales taken in on reading, and spelled out on writing."""
+"""Float8 in checkpoint files: scales are joined with their weights on reading, and spelled out on writing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAX_SCALES = 2**20  # bytes of one scale or note; one scale for each row of T5's
 def absorb_scales(
     source: Path, keys: Mapping[str, str], stored: Mapping[str, LazyTensor], metadata: Mapping[str, str]
 ) -> tuple[Tensors, Scales]:
-    """The tensors of one model of a file, which know their scales, and how these were spelled.
+    """The tensors of one model of a file, joined with their scales, and the spelling of these scales.
 
     Scales and notes are read, and nothing else.
 
@@ -84,11 +84,11 @@ def _read_small(tensors: Mapping[str, LazyTensor], key: str) -> Tensor:
 
 
 def disagreeing(tensors: Mapping[str, LazyTensor], merges: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Of weights that become one, those whose parts have other scales or rules for their (common) input.
+    """The weights that become one and whose parts disagree on the scale, or the rounding, of their common input.
 
     Args:
-        tensors: as `absorb_scales` gives them.
-        merges: names of tensors that are put together.
+        tensors: The tensors that `absorb_scales` returns.
+        merges: The names of tensors that are put together, one tuple for each result.
     """
     found = []
     for names in merges:
@@ -100,12 +100,12 @@ def disagreeing(tensors: Mapping[str, LazyTensor], merges: Iterable[tuple[str, .
 
 
 def spelled(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> Tensors:
-    """The tensors of a model as a file holds them: codes, scales, and what ComfyUI looks for.
+    """The tensors of a model as a file holds them: codes, scales, and the notes that ComfyUI looks for.
 
-    Float8 that had no scales is written without.
+    Float8 that had no scales is written without scales.
 
     Raises:
-        ValueError: the older spelling has no way to say it.
+        ValueError: the older spelling cannot hold these weights.
     """
     kept = _kept(tensors)
     found = dict(tensors)
@@ -124,7 +124,7 @@ def spelled(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> Tensors:
 
 
 def metadata_in(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> dict[str, str]:
-    """What a file with these tensors says in its metadata."""
+    """The metadata of a file with these tensors."""
     metadata = metadata_of({key: Kind(codes.recipe, codes.logical) for key, codes in _kept(tensors).items()})
     if spelling == "comfyui-old":
         metadata.pop(HEADER, None)  # where it is, ComfyUI looks for the newer spelling
@@ -136,7 +136,10 @@ def _kept(tensors: Mapping[str, LazyTensor]) -> dict[str, Codes]:
 
 
 def _marker(kept: Mapping[str, Codes]) -> LazyTensor:
-    """What says that float8 is scaled, once for all: its dtype is theirs, two elements widen all weights."""
+    """The tensor `scaled_fp8`, which marks a file of scaled float8 and has the dtype of its weights.
+
+    With two elements instead of none, ComfyUI dequantizes all weights before it multiplies.
+    """
     if rows := [key for key, codes in kept.items() if codes.scale.ndim]:
         raise ValueError(f"the older spelling has one scale per weight, but {rows[0]!r} has one per row: use 'comfyui'")
     if other := [key for key, codes in kept.items() if codes.dtype != torch.float8_e4m3fn]:

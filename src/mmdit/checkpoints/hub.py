@@ -22,33 +22,15 @@ from mmdit.checkpoints.missing import TOKENIZER_FILES
 
 Variant = Literal["fp16"]
 
-# The hub's own rule: at most 96 ASCII letters, digits, "_", "-" and ".", the last two neither at an end nor doubled;
-# that ".safetensors" is a file is ours.
+# The Hub's own rule: at most 96 ASCII letters, digits, "_", "-" and "."; the last two not at an end, nor doubled.
+# Names that end in ".safetensors" are taken for files, which is our own rule.
 _NAME = r"\w(?:[\w.-]{0,94}\w)?"
 _REPOSITORY = re.compile(rf"(?!.*(?:--|\.\.))(?!.*\.(?:git|safetensors)$){_NAME}/{_NAME}", re.ASCII)
 EXPLICIT = "hf:"  # before "owner/name", where a path could be meant
-_LOCAL = frozenset(  # first folders of paths
-    [
-        "checkpoint",
-        "checkpoints",
-        "clip",
-        "comfyui",
-        "data",
-        "diffusion_models",
-        "downloads",
-        "home",
-        "loras",
-        "mnt",
-        "model",
-        "models",
-        "output",
-        "outputs",
-        "text_encoders",
-        "tmp",
-        "unet",
-        "vae",
-        "weights",
-    ]
+_LOCAL = re.compile(  # first folders of paths
+    "checkpoints?|clip|comfyui|data|diffusion_models|downloads|home|loras|mnt|models?|outputs?|text_encoders|tmp|unet|vae"
+    "|weights",
+    re.IGNORECASE,
 )
 _INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
 _CLIP_ENOUGH = (
@@ -78,7 +60,7 @@ def is_repo_id(text: str | Path) -> bool:
     if _REPOSITORY.fullmatch(text) is None or Path(text).exists():
         return False
     first = text.partition("/")[0]
-    return first.lower() not in _LOCAL and not Path(first).exists()
+    return _LOCAL.fullmatch(first) is None and not Path(first).exists()
 
 
 def fetch(
@@ -90,21 +72,21 @@ def fetch(
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
 ) -> Path:
-    """Download what a pipeline needs of a repository, and no more; the folder that holds it.
+    """Download the files of a repository that a pipeline needs, and no others; returns the folder that holds them.
 
-    What is in the cache already is not downloaded again, and an interrupted download goes on where it stopped.
-    Without a network (or with HF_HUB_OFFLINE=1) a complete cache is enough.
+    Files that are in the cache already are not downloaded again, and an interrupted download continues where it
+    stopped. Without a network (or with HF_HUB_OFFLINE=1) a complete cache is enough.
 
     Args:
         repo_id: "owner/name" or "hf:owner/name".
-        revision: a branch, tag or commit; None is the main branch.
-        token: None takes the one of `hf auth login` or HF_TOKEN, False none.
+        revision: A branch, tag or commit; None is the main branch.
+        token: An access token; None takes that of `hf auth login` or HF_TOKEN, False sends none.
         variant: "fp16" prefers the files of half precision where a repository has both.
-        cache_dir: None is the hub's own, see HF_HOME.
-        endpoint: None is HF_ENDPOINT, else https://huggingface.co.
+        cache_dir: The folder of the cache; None is the Hub's own, see HF_HOME.
+        endpoint: The address of the Hub; None is HF_ENDPOINT, else https://huggingface.co.
 
     Raises:
-        ValueError: `repo_id` is none.
+        ValueError: `repo_id` is not the name of a repository.
         HubError: huggingface_hub is not installed; there is no such repository or revision; it may not be read; the
             hub cannot be reached and the cache is incomplete; or the repository holds no complete pipeline.
         mmdit.CheckpointError: a downloaded file is broken, see `mmdit.checkpoints.locate.locate`.
@@ -126,10 +108,10 @@ def fetch(
 
 
 def needed(names: Iterable[str], *, variant: Variant | None = None, repository: str = "the repository") -> list[str]:
-    """The files of a repository that the loader reads: of the diffusers layout if complete, else of the official one.
+    """The files of a repository that the loader reads: of the diffusers layout if it is complete, else of the official.
 
-    Of each model one variant: without `variant` the plain one, as the loader does; of T5 in the official layout the
-    one of 16 bits. Never pickles.
+    One variant of each model is chosen: without `variant` the plain one, as the loader does; for T5 in the official
+    layout the one of 16 bits. Pickles are never chosen.
 
     Args:
         names: all files of the repository, as paths with "/".
@@ -271,7 +253,7 @@ def _check_kind(folder: Path, repo_id: str) -> None:
 
 
 def _check_read(folder: Path, chosen: Collection[str]) -> None:
-    """Raise HubError where the cache holds more than was chosen, of other downloads, and that would be read instead."""
+    """Raise HubError where the cache holds files of other downloads that would be read instead of the chosen ones."""
     read = {file.relative_to(folder).as_posix() for file in locate(folder).weights.values()}
     if others := sorted(read - set(chosen)):
         raise HubError(

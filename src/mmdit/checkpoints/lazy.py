@@ -24,13 +24,13 @@ Load = Callable[[torch.dtype, torch.device], Tensor]
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Shape and dtype of a stored tensor, and how to bring its values to a dtype and device."""
+    """A stored tensor that is not read: its shape, its dtype, and a function that reads it to a dtype and device."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Load
-    codes: Codes | None = None  # of float8, for those who keep it
-    widened: bool = False  # it was float8 with scales, and has no codes that keep its values
+    codes: Codes | None = None  # the float8 codes and their scale, for readers that keep them
+    widened: bool = False  # it was scaled float8, and what was made of it has no codes with the same values
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +38,7 @@ class LazyTensor:
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """The values, at the stored dtype unless another is asked for."""
+        """Read the values, at the stored dtype unless another is asked for."""
         return self.load(dtype or self.dtype, torch.device(device))
 
     def as_dtype(self, dtype: torch.dtype) -> LazyTensor:
@@ -47,16 +47,16 @@ class LazyTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        """A tensor that is there already."""
+        """A tensor in memory as a lazy one."""
         if isinstance(tensor, Float8Tensor):
             return cls(tuple(tensor.shape), tensor.dtype, partial(_dequantized, tensor), Codes.of(tensor))
         return cls(tuple(tensor.shape), tensor.dtype, lambda dtype, device: tensor.to(device, dtype))
 
     @classmethod
     def derived(cls, operation: Callable[..., Tensor], *sources: LazyTensor) -> Self:
-        """What `operation`, which only moves elements around, makes of other lazy tensors.
+        """The result of `operation`, which only moves elements, on other lazy tensors.
 
-        The elements are cast first: float8 has hardly any operations of its own.
+        Elements are cast before they are moved, because float8 has hardly any operations of its own.
         """
         made = operation(*(torch.empty(source.shape, dtype=torch.uint8, device="meta") for source in sources))
 
@@ -75,30 +75,30 @@ def _dequantized(tensor: Float8Tensor, dtype: torch.dtype, device: torch.device)
 
 
 def _common(dtypes: set[torch.dtype]) -> torch.dtype:
-    """The dtype that holds numbers of all of these; float8 beside wider ones is widened."""
+    """The dtype that holds the numbers of all of these dtypes; float8 beside wider ones is upcast."""
     wide = sorted(dtypes - set(FLOAT8), key=str)
     return reduce(torch.promote_types, wide) if wide else min(dtypes, key=str)
 
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """What a float8 tensor is made of; Linears can compute with matrices, [out, in]."""
+    """The parts of a float8 tensor of shape [out, in] or more; Linears compute with matrices."""
 
     shape: tuple[int, ...]
     load: Callable[[torch.device], Tensor]  # the codes, of the recipe's float8 dtype
     scale: Tensor  # float32, () or [out, 1] (or with more ones)
     input_scale: Tensor | None  # float32, ()
     recipe: Recipe
-    plain: bool = False  # the file stores no scale: it is 1
-    logical: torch.dtype = torch.bfloat16  # what it stands for, where the reader does not say
+    plain: bool = False  # the file stores no scale, so that it is 1
+    logical: torch.dtype = torch.bfloat16  # the dtype that the weight stands for, where the reader asks for none
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the codes."""
+        """The float8 dtype of the codes."""
         return DTYPES[self.recipe.format]
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float8Tensor:
-        """A weight that stands for `dtype`."""
+        """Read a weight whose logical dtype is `dtype`."""
         codes = self.load(device if has_float8(device) else torch.device("cpu"))
         if not has_float8(device):
             codes = codes.view(torch.uint8).to(device)
@@ -107,7 +107,7 @@ class Codes:
 
     @classmethod
     def of(cls, tensor: Float8Tensor) -> Self:
-        """Of a weight that is there already."""
+        """The parts of a weight in memory."""
         dtype = DTYPES[tensor.recipe.format]
 
         def load(device: torch.device) -> Tensor:
@@ -123,10 +123,10 @@ class Codes:
     def derived(
         cls, operation: Callable[..., Tensor], shape: tuple[int, ...], parts: Sequence[Codes | None]
     ) -> Self | None:
-        """What `operation`, which only moves elements around, makes of others; None where rows do not stay whole.
+        """The result of `operation`, which only moves elements, on other codes; None where rows do not stay whole.
 
-        One scale of all parts stays one, different ones become one per row. Activations have one scale in a layer:
-        where the parts do not agree on it, they stay as they are (weight-only).
+        A scale that all parts share stays one scale; different ones become one per row. A layer has one scale for its
+        input: where the parts do not agree on it, activations are not rounded (weight-only).
         """
         known = [part for part in parts if part is not None]
         if len(known) < len(parts) or len({part.dtype for part in known}) > 1:
@@ -158,7 +158,7 @@ def agree(parts: Sequence[Codes]) -> bool:
 
 
 def moved(operation: Callable[..., Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """What an operation that only moves elements around makes of tensors of one dtype, float8 too."""
+    """The result of an operation that only moves elements on tensors of one dtype, which may be float8."""
     dtype = parts[0].dtype
     if dtype.itemsize > 1 or not dtype.is_floating_point:
         return operation(*parts)

@@ -48,6 +48,7 @@ class Source:
     token: str | bool | None = None
     variant: Variant | None = None  # of a repository: the files of half precision
     cache_dir: str | Path | None = None
+    ema: bool = False  # whether averaged weights are taken in the place of the others
 
     @property
     def is_demo(self) -> bool:
@@ -73,7 +74,7 @@ class Source:
             mmdit.HubError: the repository cannot be had.
             CheckpointError: a file is broken, or a folder holds nothing that is known.
         """
-        found = locate(self._local())
+        found = locate(self._local(), ema=self.ema)
         for component, given in (self.others or {}).items():
             if given is not None:
                 _take(found, component, locate(given, clip=component))

@@ -395,7 +395,8 @@ def _no_such(path: str) -> str:
     said = f"{path:.300} does not exist; expected a safetensors file or a folder of checkpoints"
     if path.count("/") == 1 and not path.startswith((".", "/", "~")):
         said += (
-            f". If it names a repository on Hugging Face, write hf:{path}, or download it first: hf download {path} "
+            f". If it names a repository on Hugging Face, write hf:{path} where a pipeline is loaded, or download it "
+            f"first: hf download {path} "
             f"--local-dir {path.rpartition('/')[2]}  (the tool comes with: pip install huggingface_hub)"
         )
     return said

@@ -30,7 +30,7 @@ from quant.scaling import checked_input_scale, scale_of, to_codes
 from samplers import pick
 
 Linear = tuple[Component, str]  # model and name
-# What is quantized unless `select` says otherwise, as `Pipeline(quant=)` does. ComfyUI reads no scales of CLIP in SD3.
+# Models that are quantized unless `select` says otherwise, as in `Pipeline(quant=)`; ComfyUI reads no scales of CLIP.
 USUAL: tuple[Component, ...] = ("transformer", "t5")
 OTHER_FILES = (".safetensor", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
 PIECE = 2**22  # weights that are rounded at a time: their float32 copies stay small
@@ -60,21 +60,21 @@ def quantize_checkpoint(
     input_scales: Mapping[str, Tensor] | None = None,
     progress: bool | None = None,
 ) -> Quantized:
-    """Write the checkpoint at `source`, of any layout, with Linears in float8; everything else stays byte for byte.
+    """Write the checkpoint at `source`, of any layout, with Linears in float8; all other tensors stay byte for byte.
 
     Codes and scales are those of `quant.Float8Tensor.quantize`. One tensor at a time is in memory; a weight is read
-    twice, for its scale and for its codes. With one scale per weight, the files load in ComfyUI too.
+    twice, for its scale and for its codes. Files with one scale per weight load in ComfyUI too.
 
     Args:
-        source: a file or folder; all models in it are written.
-        target: a .safetensors file, which gets official names; or a folder, in the layout of the source's.
-        recipe: or the name of one of `quant.RECIPES`.
-        spelling: of scales; "comfyui-old" (`scaled_fp8`, `scale_weight`) has one per weight, and no E5M2.
-        select: globs over names of Linears, with their model ("t5.*") or without; None takes those of transformer and
-            T5 but `quant.quantize.KEPT` (where there is neither, those of CLIP), and leaves models alone that are
-            float8 already.
-        input_scales: by such names, for recipes with static activations.
-        progress: show a bar; None shows it in terminals and notebooks.
+        source: A file or folder; all models in it are written.
+        target: A .safetensors file, which gets official names, or a folder, which gets the layout of the source.
+        recipe: A recipe, or the name of one of `quant.RECIPES`.
+        spelling: The spelling of scales; "comfyui-old" (`scaled_fp8`, `scale_weight`) has one per weight, and no E5M2.
+        select: Globs over names of Linears, with their model ("t5.*") or without; None takes those of transformer and
+            T5 except `quant.quantize.KEPT` (those of CLIP where there is neither), and leaves models that are float8
+            already as they are.
+        input_scales: The scales of inputs by such names, for recipes with static activations.
+        progress: Whether to show a bar; None shows it in terminals and notebooks.
 
     Raises:
         FileExistsError: there is something at `target`.
@@ -234,7 +234,7 @@ def _codes(lazy: LazyTensor, scale: Tensor, recipe: Recipe, device: torch.device
 
 
 def _counted(lazy: LazyTensor, tick: Callable[[], None]) -> LazyTensor:
-    """The same, and `tick` is called when it is first read."""
+    """The same tensor; `tick` is called when it is first read."""
     once = iter([tick])
 
     def load(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -251,7 +251,7 @@ def _counted(lazy: LazyTensor, tick: Callable[[], None]) -> LazyTensor:
 
 @contextmanager
 def _ticking(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
-    """A bar that is one step further after each call."""
+    """A function that moves a bar on by one step in each call."""
     ticks = bar(repeat(None, total), total, progress)
     yield lambda: next(ticks, None)
     for _ in ticks:  # to the end, past what the layout has no place for

@@ -128,6 +128,13 @@ def test_t5_is_optional_and_whole():
     )
 
 
+def test_the_only_variant_is_taken():
+    small = [name for name in SMALL if not name.startswith(("text_encoder_3/", "tokenizer_3/"))]
+    names = [name.replace(".safetensors", ".bf16.safetensors") for name in [*small, *CLIPS, ONE, VAE]]
+    assert needed(names) == sorted(names)
+    refuses(lambda: needed([*names, ONE.replace(".", ".fp32.", 1)]), "missing: transformer/", error=HubError)
+
+
 def test_incomplete_repositories():
     name = "stabilityai/stable-diffusion-3-medium"
     message = refuses(
@@ -166,6 +173,12 @@ def test_what_is_a_repository(tmp_path, monkeypatch):
     for text in refused:
         with pytest.raises(HFValidationError):
             validate_repo_id(text)
+    for text in ("models/sd36", "Checkpoints/a", "here/a"):
+        (tmp_path / "here").mkdir(exist_ok=True)
+        assert not is_repo_id(text), "a missing folder is not looked for on the Hub"
+        assert is_repo_id(f"hf:{text}")
+        refuses(lambda text=text: Pipeline.from_pretrained(text), text, f"hf:{text}", error=FileNotFoundError)
+    assert not is_repo_id("hf:a")
     (tmp_path / "a" / "b").mkdir(parents=True)
     assert not is_repo_id("a/b")
     with pytest.raises(ValueError, match="repo_id must be owner/name, got 'a'"):
