@@ -32,13 +32,13 @@ VALUES: tuple[Any, ...] = (
 )
 
 
-def cases(first: int = 0) -> Iterator[tuple[int, random.Random]]:
-    """Seeds and their random generators, until the time is over; MMDIT_FUZZ_SEED runs one of them alone."""
+def cases(least: int = 1) -> Iterator[tuple[int, random.Random]]:
+    """Seeds and their random generators, at least so many, until the time is over; MMDIT_FUZZ_SEED runs one alone."""
     if (alone := os.environ.get("MMDIT_FUZZ_SEED")) is not None:
         yield int(alone), random.Random(int(alone))
         return
-    end, seed = time.monotonic() + SECONDS, first
-    while time.monotonic() < end:
+    end, seed = time.monotonic() + SECONDS, 0
+    while seed < least or time.monotonic() < end:
         yield seed, random.Random(seed)
         seed += 1
 
