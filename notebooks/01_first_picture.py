@@ -12,10 +12,10 @@ import torch
 import mmdit
 from mmdit import plots
 
+torch.set_grad_enabled(False)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
 STEPS = 4 if QUICK else 20
 PROMPT = "a large red circle above a blue star, on a white background"
-torch.set_grad_enabled(False)
 
 # %%
 pipe = mmdit.Pipeline.demo()
@@ -40,7 +40,7 @@ steps = list(pipe.sample(cond, uncond, pipe.noise(7), num_inference_steps=STEPS,
 shown = steps[:: max(1, STEPS // 5)]
 figure, axes = plt.subplots(1, len(shown), figsize=(2 * len(shown), 2.4))
 for axis, step in zip(axes, shown, strict=True):
-    axis.imshow(pipe.decode(step.denoised)[0].permute(1, 2, 0))
+    axis.imshow(pipe.decode(step.denoised)[0].permute(1, 2, 0).float().cpu())
     axis.set_title(f"step {step.i}, to {step.sigma:.2f}", fontsize=9)
     axis.set_axis_off()
 
@@ -55,7 +55,7 @@ print(mmdit.points(pipe, "joint_blocks.1.x_block.*", height=128, width=128))
 every = "joint_blocks.*.x_block.resid_post"
 with mmdit.capture(pipe, every, branch="cond", reduce=mmdit.reducers.norm()) as seen:
     pipe(PROMPT, seed=7, num_inference_steps=STEPS, guidance_scale=4.5)
-norms = torch.stack([seen[f"joint_blocks.{i}.x_block.resid_post"].float().mean((1, 2)) for i in range(4)])
+norms = torch.stack([values.float().mean((1, 2)) for values in seen.values()])
 plots.layer_step_grid(norms.T, label="norm of the residual stream, mean over tokens")
 
 # %% [markdown]

@@ -13,11 +13,11 @@ import torch
 import mmdit
 from mmdit import plots
 
+torch.set_grad_enabled(False)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
 STEPS = 4 if QUICK else 20
 PROMPT = "a large red circle above a blue star, on a white background"
 WORDS = ["red", "circle", "blue", "star"]
-torch.set_grad_enabled(False)
 
 # %%
 pipe = mmdit.Pipeline.demo()
@@ -59,7 +59,9 @@ plots.layer_step_grid(shares[..., 1], label="share that patches give to text")
 peak = {word: maps.words[word][:, :, 0].flatten(2).amax(-1).mean(0) for word in WORDS}
 figure, axis = plt.subplots(figsize=(4, 2.6))
 for word, values in peak.items():
-    axis.plot(range(len(values)), values, marker="o", label=word)
+    axis.plot(range(len(values)), values.cpu(), marker="o", label=word)
+axis.set_xticks(range(len(values)))
 axis.set_xlabel("block")
 axis.set_ylabel("largest share of a patch")
 axis.legend(fontsize=8)
+figure.tight_layout()

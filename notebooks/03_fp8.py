@@ -16,12 +16,12 @@ import quant
 from mmdit import plots
 from mmdit.demo.captions import prompts as make_prompts
 
+torch.set_grad_enabled(False)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
 STEPS = 2 if QUICK else 20
 PROMPT = "a large red circle above a blue star, on a white background"
 HOW = {"seed": 7, "num_inference_steps": STEPS, "guidance_scale": 4.5}
 CALIBRATION = make_prompts(1 if QUICK else 8, 3, held_out=False)
-torch.set_grad_enabled(False)
 
 # %%
 load = mmdit.Pipeline.demo
@@ -81,8 +81,8 @@ def drawn(recipe, **options):
 
 rows = {"weight-only": drawn("fp8-weight-only"), "per token and row": drawn("fp8"), "E5M2 weights": drawn("fp8-e5m2")}
 rows |= {"static": drawn("fp8-static"), "static, mean folded": drawn("fp8-static", mean=True)}
-figure, axes = plt.subplots(1, len(rows) + 1, figsize=(2 * (len(rows) + 1), 2.5))
+figure, axes = plt.subplots(1, len(rows) + 1, figsize=(2 * (len(rows) + 1), 2.6), layout="constrained")
 for axis, (name, (picture, ratio)) in zip(axes, [("not quantized", (truth, None)), *rows.items()], strict=True):
-    axis.imshow(picture.permute(1, 2, 0))
+    axis.imshow(picture.permute(1, 2, 0).float().cpu())
     axis.set_title(name if ratio is None else f"{name}\n{ratio:.1f} dB", fontsize=8)
     axis.set_axis_off()

@@ -14,12 +14,12 @@ import torch
 import mmdit
 import samplers
 
+torch.set_grad_enabled(False)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
 COUNTS = (4, 8) if QUICK else (4, 6, 8, 12, 20, 32)
 FINE = 10 if QUICK else 100
 NAMES = ("euler", "heun", "dpmpp_2m", "flow_dpmpp_2m", "deis")
 PROMPT = "a large red circle above a blue star, on a white background"
-torch.set_grad_enabled(False)
 
 # %%
 pipe = mmdit.Pipeline.demo()
@@ -34,9 +34,11 @@ pipe = mmdit.Pipeline.demo()
 figure, axis = plt.subplots(figsize=(5, 3))
 for name in ("normal", "simple", "karras", "beta", "exponential"):
     axis.plot(samplers.sigmas(name, 20), marker=".", label=name)
+axis.set_xticks(range(0, 21, 5))
 axis.set_xlabel("step")
 axis.set_ylabel("sigma")
 axis.legend(fontsize=8)
+figure.tight_layout()
 
 # %% [markdown]
 # ## Trajectories
@@ -52,10 +54,10 @@ def path(name, count, schedule="normal"):
     pipe.watchers.append(calls.append)
     try:
         how = {"num_inference_steps": count, "guidance_scale": 4.5, "sampler": name, "schedule": schedule}
-        steps = [step.x.flatten() for step in pipe.sample(cond, uncond, noise, **how)]
+        steps = [step.x.flatten().float().cpu() for step in pipe.sample(cond, uncond, noise, **how)]
     finally:
-        pipe.watchers.clear()
-    return torch.stack([noise.flatten(), *steps]), len(calls)
+        pipe.watchers.remove(calls.append)
+    return torch.stack([noise.flatten().float().cpu(), *steps]), len(calls)
 
 
 paths = {name: path(name, COUNTS[-1] // 2)[0] for name in NAMES}
@@ -68,6 +70,7 @@ for name, one in paths.items():
 axis.set_xlabel("first direction")
 axis.set_ylabel("second direction")
 axis.legend(fontsize=8)
+figure.tight_layout()
 
 # %% [markdown]
 # ## Error against model calls
@@ -83,6 +86,7 @@ for name in NAMES:
 axis.set_xlabel("model calls")
 axis.set_ylabel("relative error of the latent")
 axis.legend(fontsize=8)
+figure.tight_layout()
 
 # %% [markdown]
 # ## Guidance

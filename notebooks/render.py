@@ -9,22 +9,32 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
-FIGURES = "import matplotlib\nmatplotlib.rcParams['figure.dpi'] = 70\n"
+SETTINGS = "import matplotlib\nmatplotlib.rcParams['figure.dpi'] = 110\n"
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
 def render(source: Path) -> Path:
     """Run one, from top to bottom; the result replaces the one that was there once it is whole."""
     notebook = jupytext.read(source)
-    settings = nbformat.v4.new_code_cell(FIGURES, metadata={"tags": ["settings"]})
+    settings = nbformat.v4.new_code_cell(SETTINGS, metadata={"tags": ["settings"]})
     notebook.cells.insert(0, settings)
     os.environ |= {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # no bars and hints among the pictures
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
     notebook.cells.remove(settings)
+    notebook.metadata["kernelspec"] = KERNEL
+    if noise := [output for cell in notebook.cells for output in cell.get("outputs", ()) if _is_noise(output)]:
+        raise RuntimeError(f"{source.name} leaves {len(noise)} outputs that no reader wants, such as {noise[0]}")
     target = HERE / "rendered" / f"{source.stem}.ipynb"
     target.parent.mkdir(exist_ok=True)
     partial = target.with_suffix(".partial")
     nbformat.write(notebook, partial)
     return partial.replace(target)
+
+
+def _is_noise(output: nbformat.NotebookNode) -> bool:
+    """Progress bars, warnings, and values that show themselves as text: a cell prints what it has to say."""
+    stray = output.output_type == "execute_result" and "image/png" not in output.data
+    return output.get("name") == "stderr" or stray
 
 
 if __name__ == "__main__":
