@@ -36,6 +36,9 @@ $(VENV)/.venv:
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.venv pyproject.toml constraints.txt
+	@echo "Downloading torch and a dozen small packages into $(VENV): 0.9 GB on disk with the CPU build of torch, several"
+	@echo "GB with CUDA (on Linux the package index gives that one; take the CPU build by PIP_INDEX_URL or pip's own"
+	@echo "settings). The embedded model, 29 MB, is part of the repository; nothing else is downloaded."
 	$(INSTALL) --editable .
 	touch $@
 

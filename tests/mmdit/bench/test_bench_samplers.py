@@ -54,7 +54,7 @@ def test_everything_is_written(pipe, tmp_path, monkeypatch, capsys):
     for name in written:
         if name.endswith(".png"):
             Image.open(tmp_path / "found" / name).verify()
-    assert "| euler |" in (tmp_path / "found" / "steps.md").read_text()
+    assert "| euler " in (tmp_path / "found" / "steps.md").read_text()
 
 
 def test_time_that_is_over_starts_nothing_more(pipe, tmp_path):

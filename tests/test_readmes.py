@@ -1,0 +1,76 @@
+"""The snippets of all READMEs work as they stand: Python blocks run, and command lines are what the parser takes."""
+
+import re
+import shlex
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+from mmdit import PROFILES
+from mmdit.cli import generate
+from mmdit.cli.app import parser
+
+ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", *sorted((ROOT / "src").glob("**/README.md"))]
+# What a test changes in a snippet: fewer steps, so that it is quick, and places that only its reader has.
+SUBSTITUTIONS = {
+    r"num_inference_steps=\d+": "num_inference_steps=5",
+    r"\bsigmas\(28\)": "sigmas(5)",
+    r'device="cuda"': 'device="cpu"',
+}
+ELSEWHERE = re.compile(r"\bFOLDER\b|from_pretrained\(|from_single_file\(|load_lora|\bfolder\b")  # needs weights
+
+
+def fenced(text: str, *languages: str) -> list[str]:
+    """The contents of the fenced blocks of these languages."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [content for language, content in blocks if language in languages]
+
+
+def commands(text: str) -> list[str]:
+    """The command lines of `mmdit` in fenced and indented blocks."""
+    indented = re.findall(
+        r"^    (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    lines = "\n".join([*fenced(text, "", "console", "sh", "bash"), *indented]).replace("\\\n", " ").splitlines()
+    return [line.strip().removeprefix("$ ") for line in lines if re.match(r"\s*(\$ )?mmdit ", line)]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", [path for path in READMES if fenced(path.read_text(), "python")], ids=name_of)
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    """All blocks of a file in one namespace, in their order."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setitem(PROFILES, "diffusers", replace(PROFILES["diffusers"], steps=5))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, block in enumerate(fenced(path.read_text(), "python")):
+        if ELSEWHERE.search(re.sub(r"#.*", "", block)):
+            compile(block, f"{path.name}, block {number}", "exec")
+            continue
+        quick = reduce(lambda code, pair: re.sub(*pair, code), SUBSTITUTIONS.items(), block)
+        exec(compile(quick, f"{path.name}, block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", [path for path in READMES if commands(path.read_text())], ids=name_of)
+def test_command_lines_are_taken(path):
+    for line in commands(path.read_text()):
+        try:
+            options = parser().parse_args(shlex.split(line, comments=True)[1:])
+            if options.run is generate.run:
+                generate.check_usage(options)
+        except SystemExit as stopped:
+            assert stopped.code == 0, f"{name_of(path)}: {line}"
+
+
+def test_snippets_are_found():
+    text = "```python\na = 1\n```\n\n```\nmmdit inspect x\n$ mmdit verify \\\n  y  # z\n```\n\n    mmdit bench --eager"
+    assert fenced(text, "python") == ["a = 1\n"]
+    assert commands(text) == ["mmdit inspect x", "mmdit verify    y  # z", "mmdit bench --eager"]
+    assert len(READMES) > 3 and fenced(READMES[0].read_text(), "python") and commands(READMES[0].read_text())
