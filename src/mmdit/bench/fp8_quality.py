@@ -113,7 +113,7 @@ def built(
 
 @torch.no_grad()
 def inner_snr(before: MMDiT, after: MMDiT, pipe: Pipeline, texts: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """What signal rounding leaves inside, in dB: the mean over block outputs; each Linear from its own inputs.
+    """The SNR inside the quantized model, in dB: the mean over block outputs, and that of each Linear's own output.
 
     Both models see pictures of the prompts' own kind under noise at three levels.
     """
@@ -223,7 +223,7 @@ def quality(
 
 
 def tally(verdicts: Sequence[dict[Any, bool]]) -> tuple[Tensor, Tensor]:
-    """How many statements of each kind hold in each picture, and how many there are: float64 [pictures, kinds]."""
+    """Counts of statements by picture and kind, those that hold and all of them: two float64 [pictures, kinds]."""
     counts = torch.zeros(2, len(verdicts), len(KINDS), dtype=torch.float64)
     for i, verdict in enumerate(verdicts):
         for statement, holds in verdict.items():

@@ -42,8 +42,8 @@ class Measured:
     runs: str  # the backend
     plain: float  # 16-bit matmul
     float8: float  # rounding of the activations and matmul
-    rounding: float  # of the activations alone
-    snr: float  # of the backend against the emulated one, dB
+    rounding: float  # the time of rounding the activations alone
+    snr: float  # SNR of the backend's output against the emulated one's, dB
     snr_fast: float  # the same with fast accumulation
 
 

@@ -193,9 +193,9 @@ def sheet(pipe: Pipeline, prompt: str, words: Sequence[str], seed: int, path: Pa
     Args:
         pipe: the embedded model.
         prompt: what to draw.
-        words: of the prompt.
-        seed: of the noise.
-        path: of a PNG.
+        words: Words of the prompt whose maps are shown.
+        seed: Seed of the noise.
+        path: Where the PNG is written.
     """
     with attention_maps(pipe, words) as maps:
         picture = pipe(prompt, seed=seed, output_type="np").images[0]

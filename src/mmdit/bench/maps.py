@@ -23,7 +23,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, Pass, Watcher
 
 CLIP = 77  # tokens before those of T5
-TOKENS = 2  # of a word, for each encoder
+TOKENS = 2  # tokens of a word, in each encoder
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ def cost(
     """Measure `rounds` drawings without and with maps; times are medians.
 
     Args:
-        model: one of `mmdit.bench.random_models.MODELS`.
-        words: of two tokens each, in CLIP and in T5.
-        steps: of a drawing; the transformer only, both branches in one batch.
+        model: A name of `mmdit.bench.random_models.MODELS`.
+        words: Number of words, of two tokens each in CLIP and in T5.
+        steps: Steps of a drawing; only the transformer runs, with both branches in one batch.
         blocks, heads, directions, quadrants: see `mmdit.attention_maps`.
         size, text: pixels a side, and text tokens.
-        rounds: drawings of each kind.
-        device, dtype: of the model.
+        rounds: Number of drawings without and with maps.
+        device, dtype: The device and dtype of the model.
     """
     check_names((model,), MODELS)
     size = check_size(model, size)

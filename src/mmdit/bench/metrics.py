@@ -1,4 +1,4 @@
-"""How close pictures are to others: PSNR and SSIM by pair, Fréchet distance by set, bootstrap intervals."""
+"""Measures of pictures: PSNR and SSIM of pairs, Fréchet distance of sets, bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -71,12 +71,13 @@ def bootstrap(
     """The interval that holds `share` of a statistic's values when its items are drawn again with replacement.
 
     Args:
-        statistic: of the items with these indices, [count], repeats among them. Two conditions that are compared item
-            by item are both computed from the same indices: then the interval is that of a paired difference or ratio.
-        count: items.
-        times: draws.
-        seed: of the draws.
-        share: of the values that the interval holds.
+        statistic: Computes the statistic from the items with the given indices, [count], which may repeat. To compare
+            two conditions item by item, compute both from the same indices: the interval is then that of a paired
+            difference or ratio.
+        count: Number of items.
+        times: Number of draws.
+        seed: Seed of the draws.
+        share: Share of the values that the interval holds.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randint(count, (count,), generator=generator) for _ in range(times))

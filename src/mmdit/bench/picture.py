@@ -50,7 +50,7 @@ def pictures(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Drawn]:
-    """Draw with all models on the device: 16 bits eager, 16 bits compiled, and the recipes likewise.
+    """Draw with all models on the device: in 16 bits and with each recipe, eager and compiled.
 
     A row draws twice; the second time counts. The prompt is encoded with T5 at 256 tokens, by T5-XXL, CLIP-L and CLIP-G
     of official size (for the embedded model's size, by itself).
@@ -58,10 +58,11 @@ def pictures(
     Args:
         model: one of `mmdit.bench.random_models.MODELS`.
         recipes: names as in `mmdit.bench.step.bench`; they quantize transformer and T5.
-        steps, size: of the picture.
+        steps: Sampler steps.
+        size: Side of the picture in pixels; None is the model's default.
         compiled: whether to draw with compiled blocks too.
         against: ("diffusers",) adds its pipeline, eager, with the same embeddings and without text encoders.
-        device, dtype: of all models.
+        device, dtype: The device and dtype of all models.
 
     Raises:
         ValueError: an unknown name.

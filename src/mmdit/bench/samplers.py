@@ -1,4 +1,4 @@
-"""What samplers cost and give, on the embedded model or another of its grammar: `mmdit bench samplers`.
+"""Cost and quality of samplers on the embedded model or another model of its grammar: `mmdit bench samplers`.
 
     orders    observed orders on a flow with a known solution (`samplers.convergence`); no model is loaded
     error     distance from the exact end of the guided ODE against calls of the model, without fresh noise
@@ -39,7 +39,7 @@ PLAIN = "a large red circle above a small blue star, on a white background"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure, and how large; None is each measure's own choice."""
+    """The samplers and sizes of a measurement; None is the measure's own default."""
 
     samplers: tuple[str, ...] = tuple(SOLVERS)
     schedules: tuple[str, ...] = ("normal", "karras", "beta")
@@ -49,7 +49,7 @@ class Plan:
     fine: int = 100  # steps of the run that counts as exact
     batch: int = 32
     minutes: float = float("inf")  # nothing is started that would end later
-    pool: Executor | None = field(default=None, compare=False)  # of the scoring
+    pool: Executor | None = field(default=None, compare=False)  # processes that score pictures
 
     def __post_init__(self) -> None:
         for names, known, what in ((self.samplers, SOLVERS, "sampler"), (self.schedules, SCHEDULES, "schedule")):
@@ -71,10 +71,10 @@ def measure(name: str, pipe: Callable[[], Pipeline], plan: Plan, folder: Path) -
     """Run one of `MEASURES` and write what it found.
 
     Args:
-        name: of the measure.
-        pipe: loads the model.
-        plan: what to measure.
-        folder: where to write; made where it is missing.
+        name: A name of `MEASURES`.
+        pipe: Loads the model.
+        plan: The samplers and sizes.
+        folder: The folder to write to; it is made where it is missing.
 
     Raises:
         ValueError: an unknown name.

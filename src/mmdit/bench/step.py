@@ -1,4 +1,4 @@
-"""How long a step takes and what it holds, beside what must be computed and moved: `mmdit bench`.
+"""Time and memory of a step, beside the operations and bytes that it needs at least: `mmdit bench`.
 
 All rows run in one process on the same random weights and inputs: ours in 16 bits and float8, eager and with compiled
 blocks, and, where asked for, diffusers and torchao. A step is the transformer on both branches of the guidance as one
@@ -37,9 +37,9 @@ _KINDS = {"attention": ("flash", "fmha", "sdpa", "attention"), "matmul": ("gemm"
 
 @dataclass(frozen=True)
 class Work:
-    """What one step must do at least."""
+    """The least work of one step."""
 
-    linear_flops: float  # of Linears in the blocks, which float8 makes quicker
+    linear_flops: float  # operations of the blocks' Linears, which float8 makes quicker
     other_flops: float  # attention, and Linears once per picture
     weight_bytes: float  # read once, 2 bytes each
     tokens: int
@@ -78,10 +78,10 @@ class Timed:
     name: str
     milliseconds: float  # median of a step
     spread: float  # from the first to the third quartile
-    peak_gb: float  # of the device's memory, weights included
+    peak_gb: float  # peak of the device's memory, weights included
     weights_gb: float
     first_seconds: float  # the first step, with compiling
-    teraflops: float  # of all operations of a step, a second
+    teraflops: float  # operations per second
     parts: dict[str, float]  # milliseconds of the device in a step: "attention", "matmul", "rest"; empty on a CPU
     kernels: list[tuple[str, int, float]]  # those that take longest: name, how often, milliseconds
     host: float = 0.0  # milliseconds until the host has launched a step, median; 0 on a CPU, which does the work too
@@ -118,7 +118,7 @@ def bench(
         fast: whether to measure `mmdit.Pipeline.accelerate`'s forward too, and the floor of each row.
         only: globs over names of rows; others are left out.
         repeats: steps of which the median is taken.
-        device, dtype: of the models.
+        device, dtype: The device and dtype of the models.
         seconds: no row is started after so many.
 
     Raises:
@@ -148,7 +148,7 @@ def bench(
 
 
 def work_of(model: str = "large", *, size: int | None = None, text: int = 333, batch: int = 2) -> Work:
-    """What a step of `bench` must do."""
+    """The least work of a step of `bench`."""
     with torch.device("meta"):
         return Work.of(MMDiT(MODELS[model]), check_size(model, size), text, batch)
 
@@ -234,7 +234,7 @@ def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Buil
 
 @contextmanager
 def _own_compiler_settings() -> Iterator[None]:
-    """What a row changes of the compiler's settings, as torchao may do, ends with the row."""
+    """Restore the compiler's settings after a row, because torchao may change them."""
     import torch._inductor.config as settings
 
     before = settings.save_config()

@@ -11,7 +11,7 @@ _SIZE = "side of the picture in pixels (default: the model's; large and medium: 
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What to measure: by itself, a step."""
+    """The measurement; without a name it is that of a step."""
     parser.set_defaults(what="steps")
     more = parser.add_subparsers(title="instead of a step", metavar="layers, picture, samplers, quality, maps")
     for name, add, said in (

@@ -1,4 +1,4 @@
-"""What the command line says: stdout and stderr that never end a command, notes, and warnings as notes."""
+"""Output of the command line: stdout and stderr that never end a command, notes, and warnings as notes."""
 
 from __future__ import annotations
 

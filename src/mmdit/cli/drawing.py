@@ -264,7 +264,7 @@ def _drawn(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Itera
 
 
 def _batches(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
-    """What is drawn at once: at most --batch, in their order, of prompts that are equally long for the encoders.
+    """The pictures that are drawn at once, in order: at most --batch, of prompts equally long for the encoders.
 
     Shorter prompts would be filled up to the longest of a batch, which changes their pictures.
     """

@@ -11,7 +11,7 @@ from mmdit.cli.console import say
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What to look into."""
+    """The checkpoint or picture."""
     what = "safetensors file, shard index, folder, a PNG that mmdit wrote, or demo for the embedded model"
     parser.add_argument("path", help=what)
 

@@ -17,7 +17,7 @@ from mmdit.pipeline.images import png_path
 from mmdit.pipeline.settings import save_png
 
 DEFAULT = Path("picture.png")
-_NAME_BYTES, _PATH_BYTES = 255, 4095  # of Linux; those of other systems are not smaller for ASCII names
+_NAME_BYTES, _PATH_BYTES = 255, 4095  # limits of Linux
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def outputs(output: str | None, grid: str | None, count: int) -> tuple[Output, O
     """Where pictures and their grid go.
 
     Args:
-        output: of the command line; None is `DEFAULT` in the current folder, and nothing there is overwritten.
+        output: The option --output; None is `DEFAULT` in the current folder, where nothing is overwritten.
         grid: None for none, "" for a name derived from the output.
         count: pictures.
 

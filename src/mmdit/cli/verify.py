@@ -9,7 +9,7 @@ from mmdit.cli.usage import dtype_name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What to compare with diffusers."""
+    """The checkpoint, and how it is compared."""
     say = parser.add_argument
     say("folder", help="checkpoint to verify: a folder or file of any layout, or demo for the embedded model")
     say("--device", default="cpu", help="(default: %(default)s)")

@@ -301,7 +301,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def _awake(parts: Components, device: torch.device) -> Components:
-    """What starts at zero gets small weights, or the gradient of nearly everything would be zero."""
+    """Give small weights to layers that start at zero; otherwise nearly all gradients would be zero."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in trainee_of(parts).parameters():

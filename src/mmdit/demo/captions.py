@@ -95,7 +95,7 @@ def prompts(n: int, seed: int, *, held_out: bool) -> list[str]:
 
     Args:
         n: how many.
-        seed: of the scenes and of the wording.
+        seed: Seed of the scenes and of the wording.
         held_out: True: each states at least one held-out combination; False: none does, as in training.
 
     Raises:

@@ -24,7 +24,7 @@ from mmdit.demo.vocab import write_tokenizers
 
 __all__ = ["LENGTH", "Dataset", "TokenTable", "make_dataset", "own_tokenizers", "tokenize", "workers"]
 
-LENGTH = 77  # of every caption, in every tokenizer: the longest one has about 60 tokens
+LENGTH = 77  # tokens of every caption, in every tokenizer: the longest one has about 60 tokens
 _CHUNK = 2000  # scenes of one task; each chunk has a seed of its own, so cores do not change the data
 
 
@@ -43,7 +43,7 @@ class TokenTable:
         return TokenTable(self.clip_l[index], self.clip_g[index], self.t5[index])
 
     def to(self, device: torch.device | str) -> TokenTable:
-        """The same on a device."""
+        """A copy on a device."""
         return TokenTable(self.clip_l.to(device), self.clip_g.to(device), self.t5.to(device))
 
 
@@ -65,7 +65,7 @@ class Dataset:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> Dataset:
-        """What `state_dict` gave."""
+        """Restore from what `state_dict` gave."""
         scenes = Scenes(**{f.name: state[f.name] for f in dataclasses.fields(Scenes)})
         tokens = TokenTable(**{f.name: state["tokens." + f.name] for f in dataclasses.fields(TokenTable)})
         return cls(scenes, tokens, int(state["per_scene"]))

@@ -1,4 +1,4 @@
-"""How much of what prompts say the model draws: `python -m mmdit.demo.evaluate --prompts 64 --seeds 1`.
+"""The share of what prompts state that the model draws: `python -m mmdit.demo.evaluate --prompts 64 --seeds 1`.
 
 `--table guidance` compares kinds of guidance, `--table steps` says how accuracy falls with few steps.
 
@@ -49,7 +49,7 @@ __all__ = [
     "markdown",
 ]
 
-SEED = 20_260_101  # of the prompts
+SEED = 20_260_101  # seed of the prompts
 _SCORED = 64  # pictures of one scoring task
 
 
@@ -103,7 +103,7 @@ FEW = (1, 2, 3, 4, 6, 8, 12, 20)
 
 @dataclass(frozen=True)
 class Result:
-    """What one setting reached: by kind the share of fulfilled statements and their number."""
+    """The result of one setting: the share of fulfilled statements and their number, by kind."""
 
     setting: Setting
     by_kind: dict[str, tuple[float, int]]

@@ -15,7 +15,7 @@ from mmdit.pipeline.pipeline import Pipeline
 
 __all__ = ["MAX_BYTES", "cast_copy", "export", "write_pieces"]
 
-MAX_BYTES = 30_000_000  # of the committed folder
+MAX_BYTES = 30_000_000  # largest size of the committed folder
 PIECE = 15 * 2**20
 ARCHIVE = "embedded.tar"
 

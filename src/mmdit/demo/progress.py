@@ -16,10 +16,10 @@ __all__ = ["Budget", "Ema", "Every", "Journal", "learning_rate", "save_whole"]
 
 
 class Budget:
-    """How much of a stage is done: by time, so that it always ends, or by steps where they end first.
+    """The share of a stage that is done: by time, so that it always ends, or by steps where they end first.
 
     Args:
-        seconds: of the stage.
+        seconds: Time that the stage may take.
         steps: it ends after so many; None is no limit.
         done: share that an earlier run did already.
         clock: seconds that only grow.
@@ -77,7 +77,7 @@ class Ema:
             into.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` takes."""
+        """The state that `load_state_dict` takes."""
         return {"average": self.average, "updates": self.updates}
 
     @torch.no_grad()

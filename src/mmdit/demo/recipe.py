@@ -1,4 +1,4 @@
-"""What the embedded model is made of and how it is trained: every number in one place.
+"""The architecture of the embedded model and every number of its training.
 
 The widths follow from the formats: head size 64 everywhere and width = 64 x depth, so that any SD3.5 reader infers the
 transformer from its shapes; 32 groups in the VAE, which readers assume where no config.json says otherwise.
@@ -56,14 +56,14 @@ class TrainingRecipe:
 
     scenes: int = 400_000
     captions_per_scene: int = 4
-    held_out_scenes: int = 512  # of a seed of their own, for the checks of the VAE
+    held_out_scenes: int = 512  # scenes for the checks of the VAE, with a seed of their own
 
-    vae_share: float = 0.20  # of the minutes
+    vae_share: float = 0.20  # share of the minutes
     vae_batch: int = 128
     vae_rate: float = 1e-3
     vae_warmup: int = 200
     vae_ema: float = 0.999
-    vae_kl: float = 1e-6  # of the KL summed over a picture's latent
+    vae_kl: float = 1e-6  # weight of the KL divergence summed over a picture's latent
     vae_steps: int | None = None
     min_psnr: float = 32.0
     min_verdicts: float = 0.99

@@ -18,16 +18,16 @@ __all__ = ["Run"]
 
 @dataclass(frozen=True)
 class Run:
-    """What every stage needs."""
+    """One training run, as every stage needs it."""
 
     recipe: TrainingRecipe
     device: torch.device
     folder: Path
     journal: Journal
     pool: Executor
-    seconds: float  # of the whole run
-    compiled: Collection[str] = ()  # of `trainee.REGIONS`
-    quick: Collection[str] = ()  # of `trainee.QUICK`
+    seconds: float  # time of the whole run
+    compiled: Collection[str] = ()  # names of `trainee.REGIONS`
+    quick: Collection[str] = ()  # names of `trainee.QUICK`
     start: float = field(default_factory=time.monotonic)
 
     @property

@@ -105,7 +105,7 @@ def sample(n: int, seed: int | torch.Generator) -> Scenes:
     low, high = (torch.tensor([SIZES[s][i] for s in ("small", "large")])[large.long()] for i in (0, 1))
     across = low + (high - low) * torch.rand(n, MAX_OBJECTS, generator=g)
     angle = TILT * _signed(g, n, MAX_OBJECTS)
-    half = across / 2 * (angle.cos() + angle.sin().abs())  # of the box that holds every tilted shape
+    half = across / 2 * (angle.cos() + angle.sin().abs())  # half the side of the box that holds every tilted shape
     x, y = _places(half, count, g)
     tint = TINT * _signed(g, n, MAX_OBJECTS, 3)
     background = torch.randint(len(BACKGROUNDS), (n,), generator=g)

@@ -52,10 +52,10 @@ class Batches:
 
     Args:
         latents: [scenes, 16, h, w].
-        tokens: of scenes x `per_scene` captions.
+        tokens: Token ids of scenes x `per_scene` captions.
         per_scene: captions of a scene.
         dropped: share of captions replaced by the empty one.
-        shift: of the times.
+        shift: Shift of the sampled times.
         generator: on the device of the latents.
     """
 
@@ -73,7 +73,7 @@ class Batches:
         self.empty = tokenize([""]).to(latents.device)
 
     def draw(self, size: int) -> Batch:
-        """A batch of pairs, each with noise and a time of its own."""
+        """A batch of pairs, each with its own noise and time."""
         device, g = self.latents.device, self.generator
         scene = torch.randint(len(self.latents), (size,), generator=g, device=device)
         caption = scene * self.per_scene + torch.randint(self.per_scene, (size,), generator=g, device=device)
@@ -85,7 +85,7 @@ class Batches:
 
 
 def draw_form(rng: random.Random, run: Run, fraction: float) -> T5Form:
-    """What stands where T5's tokens do in the next step: drawn per step, so that shapes are few."""
+    """The form of T5's part in the next step; it is drawn once per step, so that there are few shapes."""
     recipe = run.recipe
     mix = asdict(recipe.mix if fraction < 1 - recipe.decay else recipe.late_mix)
     return rng.choices(_FORMS, [mix[form] for form in _FORMS])[0]
@@ -110,7 +110,7 @@ class Engine:
     Args:
         run: its `compiled` and `quick`; "graphs" needs a GPU.
         parts: the float32 weights that an optimizer changes. Call `refresh` after it did.
-        backend: of torch.compile.
+        backend: The backend of torch.compile.
     """
 
     def __init__(self, run: Run, parts: Components, backend: str = "inductor") -> None:

@@ -165,7 +165,7 @@ def compile_regions(module: nn.Module, kinds: Iterable[str], backend: str = "ind
     """
     classes = tuple(region for kind in kinds for region in REGIONS[kind])
     found = [child for child in module.modules() if isinstance(child, classes)]
-    # Each shape of context, with and without its last block, is a graph of its own; none may fall back unseen.
+    # Each shape of context, with and without its last block, compiles to its own graph; none may fall back silently.
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for child in found:
@@ -174,7 +174,7 @@ def compile_regions(module: nn.Module, kinds: Iterable[str], backend: str = "ind
 
 
 def graph_breaks() -> int:
-    """How often torch.compile gave up within a region so far; 0 is what these regions reach."""
+    """The number of times that torch.compile gave up within a region so far; these regions reach 0."""
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 

@@ -45,7 +45,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a picture shows; objects by area, largest first."""
+    """The background and the objects of a picture, the largest object first."""
 
     background: str
     objects: tuple[Found, ...]

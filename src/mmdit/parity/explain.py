@@ -1,4 +1,4 @@
-"""What explains a stage that differs: profiles, configs, the schedule's shift, tokens, weights."""
+"""Reasons for stages that differ: profiles, configs, the schedule's shift, tokens, weights."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Part(NamedTuple):
 
 
 def explain(a: Side, b: Side, failed: Sequence[str], tokens: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-    """Lines on why these stages differ, as far as that is known.
+    """Lines that say why these stages differ, as far as that is known.
 
     Args:
-        a, b: the pipelines.
-        failed: names of the stages that are beyond rounding.
-        tokens: ids of a and of b, by the name of their stage.
+        a, b: The two sides.
+        failed: Names of the stages that differ beyond rounding.
+        tokens: Token ids of a and of b, by the name of their stage.
     """
     return (
         *_fields(a, b, failed),
@@ -62,7 +62,7 @@ def explain(a: Side, b: Side, failed: Sequence[str], tokens: Mapping[str, tuple[
 
 
 def component_of(stage: str) -> Component | None:
-    """Whose work a stage is; None for what no model computes."""
+    """The component that computes a stage; None where no model does."""
     if text := re.match(r"(prompt|negative) (clip_l|clip_g|t5) (?!tokens)", stage):
         return text[2]
     if re.match(r"vae |pixels", stage):

@@ -22,7 +22,7 @@ class Kept:
         return value
 
     def shape(self, name: str) -> Shape | None:
-        """Of all rows together."""
+        """The shape of all rows together; None where the stage is missing."""
         rows = self.rows.get(name)
         return None if rows is None else (len(rows), *rows[0].shape)
 
@@ -34,7 +34,7 @@ class Score:
         self.shapes: list[tuple[Shape, Shape | None]] = []
         self.maximum = self._error = 0.0
         self._sizes = [0.0, 0.0]
-        self.finite = [True, True]  # of either run
+        self.finite = [True, True]  # whether all values of the measured and of the kept run are finite
 
     def add(self, row: Tensor, kept: Tensor | None) -> None:
         """A row and its partner, if there is one; of rows of different lengths, what both have is measured."""
@@ -63,7 +63,7 @@ class Score:
 
     @property
     def shape(self) -> Shape:
-        """Of the measured rows together."""
+        """The shape of the measured rows together."""
         return (len(self.shapes), *self.shapes[0][0])
 
     def relative(self, base: int) -> float:
@@ -76,8 +76,8 @@ class Against:
     """A tap that measures every value against the one that was kept of another run.
 
     Args:
-        kept: of that run.
-        feed: go on with the kept value after every stage, so that no error reaches the next one.
+        kept: The values of the other run.
+        feed: Continue with the kept value after every stage, so that no error reaches the next one.
     """
 
     def __init__(self, kept: Kept, *, feed: bool) -> None:

@@ -46,7 +46,7 @@ class Side(ABC):
     @property
     @abstractmethod
     def shift(self) -> float:
-        """Of the noise schedule."""
+        """The shift of the noise schedule."""
 
     @property
     @abstractmethod
@@ -55,15 +55,15 @@ class Side(ABC):
 
     @abstractmethod
     def noise(self, job: Job) -> Tensor:
-        """What it draws for the seed, [1, c, h, w]."""
+        """The starting noise of the job's seed, of shape [1, c, h, w]."""
 
     @abstractmethod
     def encode(self, prompt: str) -> Conditioning:
-        """What its transformer reads of a prompt."""
+        """The conditioning of a prompt, as its transformer reads it."""
 
     @abstractmethod
     def draw(self, run: Run, cond: Conditioning, uncond: Conditioning, noise: Tensor) -> Tensor:
-        """The picture, [1, 3, h, w] in [0, 1]; taps what no module computes: levels, guidance and latents."""
+        """The picture, of shape [1, 3, h, w] in [0, 1]; taps what no module computes: sigmas, guidance and latents."""
 
     @abstractmethod
     def eight_bits(self, pixels: Tensor) -> Tensor:

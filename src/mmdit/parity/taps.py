@@ -16,18 +16,18 @@ from mmdit.runtime.hooks import Hook, hooks
 # (name of the stage, its value with the batch first) -> what the pipeline goes on with
 Tap = Callable[[str, Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
-Argument = int | str  # of a module's call: a position or a keyword
+Argument = int | str  # an argument of a module's call, by position or keyword
 
 
 class Job(NamedTuple):
-    """What both pipelines draw."""
+    """The picture that both pipelines draw."""
 
     prompt: str
     negative_prompt: str
     steps: int
     guidance: float
     seed: int
-    sampler: str | None  # of ours; None: each profile's own
+    sampler: str | None  # the sampler of our pipelines; None is that of each profile
     height: int
     width: int
     looked: frozenset[int]  # steps whose blocks are looked into
@@ -38,14 +38,14 @@ class Modules(NamedTuple):
 
     encoders: Mapping[Component, nn.Module]
     transformer: nn.Module
-    latent: Argument  # of the transformer, as are the three that follow
+    latent: Argument  # the argument of the transformer's call, as are the three that follow
     timestep: Argument
     context: Argument
     pooled: Argument
     embedders: Mapping[str, nn.Module]
     blocks: nn.ModuleList  # each gives (context or None, x)
-    x: Argument  # of a block
-    vector: Argument  # of a block: the embedded timestep + pooled text
+    x: Argument  # the argument of a block's call
+    vector: Argument  # likewise: the embedded timestep + pooled text
     final: nn.Module
     decoder: nn.Module
     decoder_parts: Mapping[str, nn.Module]
