@@ -64,7 +64,7 @@ def here(tmp_path, monkeypatch) -> Path:
     def stop(*_: object, **__: object) -> None:
         raise PassedError
 
-    for name in ("demo", "from_pretrained", "from_single_file"):
+    for name in ("load", "demo", "from_pretrained", "from_single_file"):
         monkeypatch.setattr(Pipeline, name, stop)
     for name in (
         *("mmdit.checkpoints.describe.describe", "mmdit.checkpoints.write.convert", "mmdit.parity.verify.verify"),
