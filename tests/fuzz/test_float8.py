@@ -33,7 +33,7 @@ REGRESSIONS: dict[str, tuple[int, ...]] = {
     "codec": (),
     "operations": (159,),  # squeeze(0) of a scalar
 }
-FEWEST = 50  # inputs of a test, however slow the machine
+FEWEST = 100  # inputs of a test, however slow the machine
 LONGEST = 2000  # characters of an error
 
 
@@ -143,7 +143,7 @@ def test_key_sets_with_scales():
                 assert value is tensors[key], seed
         again = unpack(*pack({key: value for key, value in state.items() if isinstance(value, Float8Tensor)}))
         assert all(torch.equal(again[key], state[key]) for key in again), seed
-    assert read > 10
+    assert read > 5
 
 
 # Metadata: what `pack` writes, with something changed.
