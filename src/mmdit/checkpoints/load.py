@@ -70,14 +70,15 @@ def load_mmdit(
     """The transformer of a checkpoint of any layout, in eval mode.
 
     Args:
-        path: a safetensors file, a shard index, or a folder.
-        device: where the weights go, tensor by tensor.
-        dtype: to compute in; None keeps what is stored (beside float8: that of the rest, bfloat16 if there is no rest).
-        float8: "keep", because that is what such files are for, makes weights of Linears `quant.Float8Tensor`s with the
-            codes and scales of the file. With an input scale activations are rounded to float8 too, unless the file
-            asks for full precision. Norms, biases, embeddings and convolutions cannot compute in float8 and are
-            widened. "dequantize" widens everything, and needs a dtype.
-        ema: take the averaged weights (`model_ema.`) of a file of a training run in the place of the others.
+        path: A safetensors file, a shard index, or a folder.
+        device: The device of the weights, which are moved tensor by tensor.
+        dtype: The dtype to compute in; None keeps the stored one (of a float8 file, the dtype of its other tensors, or
+            bfloat16 where there are none).
+        float8: "keep" makes weights of Linears `quant.Float8Tensor`s with the codes and scales of the file. With an
+            input scale activations are rounded to float8 too, unless the file asks for full precision. Norms, biases,
+            embeddings and convolutions cannot compute in float8 and are upcast. "dequantize" dequantizes all tensors
+            and needs a dtype.
+        ema: Take the averaged weights (`model_ema.`) of a file of a training run in the place of the others.
 
     Raises:
         FileNotFoundError: there is no such path.
@@ -87,7 +88,7 @@ def load_mmdit(
 
 
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VAE:
-    """The VAE of a checkpoint of any layout; see `load_mmdit` for arguments and errors. It has no Linears to keep."""
+    """The VAE of a checkpoint of any layout, whose float8 is upcast; see `load_mmdit` for arguments and errors."""
     return _load(path, "vae", device, dtype, "keep")
 
 
@@ -120,7 +121,7 @@ def open_model(found: Found, component: Component) -> StoredModel:
     """One model of a located checkpoint: names mapped, float8 scales read, config inferred, and no weight read.
 
     Raises:
-        CheckpointError: the checkpoint does not hold this model, or not all of it, or more than it, or several.
+        CheckpointError: the checkpoint holds no such model, a part of one, several, or tensors that belong to none.
     """
     if component in found.several and component not in found.weights:
         raise ambiguous(found, component)
@@ -209,7 +210,7 @@ def build(stored: StoredModel, device: torch.device | str, dtype: torch.dtype | 
 
 
 def _compute_dtype(stored: StoredModel, dtype: torch.dtype | None, float8: Float8) -> torch.dtype:
-    """The dtype that was asked for, else the one of what is not float8."""
+    """The dtype that was asked for, else the stored dtype of the tensors that are not float8."""
     if dtype is not None:
         return dtype
     if float8 == "dequantize" and stored.dtypes & set(FLOAT8):
@@ -237,7 +238,7 @@ def _merge_notes(merges: list[tuple[str, ...]]) -> list[str]:
 
 
 def check_tensors(stored: StoredModel, model: nn.Module) -> None:
-    """Raise one CheckpointError that lists every tensor that is missing, unexpected, mis-shaped or not a number."""
+    """Raise one CheckpointError that lists all missing, unexpected and mis-shaped tensors, and those of integers."""
     wanted = model.state_dict()
     shapes = [key for key in wanted if key in stored.tensors and wanted[key].shape != stored.tensors[key].shape]
     integers = [key for key in wanted if key in stored.tensors and not stored.tensors[key].dtype.is_floating_point]

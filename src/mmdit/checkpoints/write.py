@@ -71,7 +71,7 @@ def convert(
         source: a file or folder; all models in it are converted.
         target: a folder, or for "single" a .safetensors file; it must not exist yet.
         layout: "official", "diffusers", "comfyui" or "single" (one file with the official prefixes, weights only).
-        dtype: None keeps what is stored, byte for byte; the scales of float8 are spelled as ComfyUI does now.
+        dtype: The dtype of all tensors; None keeps the stored bytes, and spells scales of float8 as ComfyUI does now.
         max_shard_bytes: files of the diffusers layout are split at this size.
 
     Raises:
