@@ -782,11 +782,12 @@ def test_a_small_character_map_computes(tmp_path: Path, tiny_tokenizers: Path) -
         struct.pack("<I", 1020) + bytes(1020),
         struct.pack("<I", 2**32 - 4) + bytes(1024),
         charsmap({98: 98 | 1 << 8 | 300 << 10}),  # a step out of the trie
+        charsmap({98: 98 | 300 << 10}),  # the same before a unit without a leaf
         charsmap({98: 98 | 1 << 8 | 1 << 10, 99: 1 << 31 | 3}),  # a leaf past the texts
         charsmap({98: 98 | 1 << 8 | 1 << 10, 99: 1 << 31 | 1}, "\u00e9\0".encode()),  # a leaf inside a character
         charsmap({}, b"\xff\0"),
     ],
-    ids=["short", "no trie", "no bytes", "odd size", "huge", "step", "leaf", "character", "no text"],
+    ids=["short", "no trie", "no bytes", "odd size", "huge", "step", "inner step", "leaf", "character", "no text"],
 )
 def test_a_broken_character_map_is_refused(tiny_tokenizers: Path, data: bytes) -> None:
     step = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
