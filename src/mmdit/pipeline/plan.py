@@ -19,7 +19,7 @@ from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged, checked_ranges
 from mmdit.pipeline.seeds import Generators, solver_options
 from mmdit.utils import number, whole
-from samplers import SOLVERS, Guide, Guided, Predict, Solver, Step, only_x0, pick
+from samplers import SOLVERS, Guide, Guided, Predict, Solver, Step, as_solver, only_x0, pick
 
 MOST_STEPS = 100_000
 SigmasLike = Sequence[float] | np.ndarray | Tensor  # what `sigmas=` takes
@@ -204,21 +204,16 @@ def resolve_sampler(profile: Profile, sampler: SamplerLike | None) -> tuple[str,
 
     Args:
         profile: whose sampler None is.
-        sampler: a name; a function `(denoise, x, sigmas) -> iterator of samplers.Step`; or a `samplers.Solver`, which
-            also says what such a function needs, such as noise.
+        sampler: a name; or a function or `samplers.Solver` of the caller's own, see `samplers.as_solver`.
 
     Raises:
         ValueError: the name is unknown; the nearest names are listed.
         TypeError: it is something else.
     """
-    if isinstance(sampler, Solver):
-        return "", sampler
     if sampler is None or isinstance(sampler, str):
         name = profile.sampler if sampler is None else sampler
         return name, pick(SOLVERS, name, "sampler")
-    if not callable(sampler):
-        raise TypeError(f"sampler is {type(sampler).__name__}, expected a name of samplers.SOLVERS or a function")
-    return "", Solver(sampler, order=0, origin="ours")
+    return "", as_solver(sampler)
 
 
 def resolve_sigmas(

@@ -143,7 +143,7 @@ TYPES = {
         "guidance is dict",
     ),
     "guidance of text": ({"guidance": "apg"}, "guidance is str, expected mmdit.Guidance or a function"),
-    "sampler of a number": ({"sampler": 3}, "sampler is int, expected a name of samplers.SOLVERS or a function"),
+    "sampler of a number": ({"sampler": 3}, "sampler is 3, expected a name"),
     "a misspelt name": ({"guidence_scale": 3.0}, "unknown argument 'guidence_scale'; did you mean guidance_scale"),
     "a name of ComfyUI": ({"cfg": 3.0}, "cfg=3.0 is not taken here; give guidance_scale"),
     "prompt_2": ({"prompt_2": "b"}, "prompt_2='b' is not taken here"),
