@@ -1,4 +1,4 @@
-"""Arguments of a pipeline, checked: each error says what was found, what is expected and what to give."""
+"""Checks of the arguments of a pipeline: each error says what was found, what is expected and what to give."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ Shift = float | Literal["resolution"] | None
 
 
 def profile_of(profile: str | Profile, preset: str | None = None) -> Profile:
-    """A profile, or the one of that name, with the settings of a preset as its defaults."""
+    """The profile of this name, or the profile itself, with the settings of a preset as its defaults.
+
+    Raises:
+        ValueError: a name is unknown; the nearest names are listed.
+    """
     found = profile if isinstance(profile, Profile) else pick(PROFILES, profile, "profile")
     return found if preset is None else pick(PRESETS, preset, "preset").applied(found)
 
 
 def checked_offload(offload: str | None) -> str | None:
-    """Raise ValueError unless it is None or "stages"."""
+    """The argument `offload`; raises ValueError unless it is None or "stages"."""
     return offload if offload is None else pick({"stages": offload}, offload, "offload")
 
 
@@ -50,15 +54,21 @@ def checked_quant(quant: str | Recipe | None) -> Recipe | None:
 
 
 def check_output_type(output_type: str) -> None:
-    """Raise ValueError, with the nearest names, for one that is unknown."""
+    """Raise ValueError for an unknown output type; the nearest names are listed."""
     pick(dict.fromkeys(OUTPUT_TYPES), output_type, "output_type")
 
 
 def shift_for(shift: Shift, default: float, sides: Sequence[int], patch: int) -> float:
-    """The shift as a number: None is the default, "resolution" that of a latent with these sides.
+    """The argument `shift` as a number.
+
+    Args:
+        shift: a number above 0; None is the default; "resolution" goes by the size of the latents.
+        default: the model's shift.
+        sides: height and width of the latents, in cells.
+        patch: the transformer's patch size, in cells.
 
     Raises:
-        ValueError: it is something else, or not a finite number above 0.
+        ValueError: it is something else, or no finite number above 0.
     """
     if shift is None:
         return default
@@ -85,7 +95,19 @@ def check_tensor(name: str, value: object, *, finite: bool = False) -> None:
 
 
 def cells(pixels: int, name: str, config: MMDiTConfig, cell: int, unit: int) -> int:
-    """The latent cells, of `cell` pixels each and in multiples of `unit`, along a side of so many pixels."""
+    """The number of latent cells along a side of a picture.
+
+    Args:
+        pixels: of the side.
+        name: of the argument, for errors.
+        config: the transformer's.
+        cell: pixels of a side of a latent cell.
+        unit: the number of cells that a side is a multiple of.
+
+    Raises:
+        TypeError: `pixels` is no whole number.
+        ValueError: it is no such multiple, or larger than the transformer's position table.
+    """
     try:
         pixels = index("" if is_boolean(pixels) else pixels)  # type: ignore[arg-type] # no index of a string
     except TypeError as error:
@@ -103,7 +125,7 @@ def cells(pixels: int, name: str, config: MMDiTConfig, cell: int, unit: int) -> 
 def check_latents(
     latents: Tensor, count: int, config: MMDiTConfig, cell: int, unit: int, height: int | None, width: int | None
 ) -> None:
-    """Raise ValueError unless they are `count` latents of a size that the model draws, and that was asked for."""
+    """Raise ValueError unless there are `count` finite latents of a size that the model draws and that was asked for."""
     check_tensor("latents", latents, finite=True)
     most = config.patch_size * config.pos_embed_size
     drawn = all(unit <= side <= most and side % unit == 0 for side in latents.shape[2:])
@@ -114,4 +136,4 @@ def check_latents(
         )
     for name, pixels, side in (("height", height, latents.shape[2]), ("width", width, latents.shape[3])):
         if pixels is not None and pixels != side * cell:
-            raise ValueError(f"{name} is {pixels}, but that of the latents is {side * cell}; leave {name} out")
+            raise ValueError(f"{name} is {pixels}, but the {name} of the latents is {side * cell}; leave {name} out")

@@ -26,7 +26,7 @@ _BEFORE = "calibrate and fold before quantizing"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was seen: statistics by the name of the transformer's Linear, and of what they were taken."""
+    """What the transformer's Linears read: statistics by the name of the Linear, the prompts, and the steps of each."""
 
     observed: Mapping[str, Observed] = field(repr=False)
     prompts: tuple[str, ...]
@@ -56,11 +56,11 @@ def calibrate(
     """Draw the prompts and count what the Linears of the transformer read, both branches of the guidance together.
 
     Args:
-        pipe: with a transformer that is neither quantized nor compiled; nothing of it changes.
+        pipe: its transformer must be neither quantized nor compiled; nothing of it changes.
         prompts: some tens, like those that will be drawn.
-        num_inference_steps, guidance_scale, height, width: as they will be drawn; None is the profile's.
-        seed: of the first picture; the others have those that follow.
-        batch: pictures at once.
+        num_inference_steps, guidance_scale, height, width: of the drawings to come; None is the profile's.
+        seed: of the first picture; the seeds that follow are those of the other pictures.
+        batch: the number of pictures that are drawn at once.
 
     Raises:
         ValueError: the transformer is quantized already or compiled, or a Linear read values that are not finite.
@@ -85,11 +85,11 @@ def calibrate(
 
 
 def folds_of(model: MMDiT) -> Iterator[Fold]:
-    """Every tensor between Linears of the model that a scale or a mean can be moved out of.
+    """Every tensor between two Linears of the model out of which a scale or a mean can be moved.
 
-    Inputs of qkv and of fc1 come from adaLN's shift and scale rows. The input of attention's proj is a mean of values,
-    so it is made by the v rows of qkv; where both streams meet, by those of both. The input of fc2 comes out of the
-    GELU and stays as it is.
+    Inputs of qkv and of fc1 come from the shift and scale rows of adaLN. The input of attention's proj is a mean of
+    values, so the v rows of qkv make it; in joint attention, the v rows of both streams do. The input of fc2 is the
+    output of the GELU and stays as it is.
     """
     width = model.config.hidden_size
     for i, block in enumerate(model.joint_blocks):
@@ -118,16 +118,16 @@ def _adaln(stream: str, first: int, width: int) -> tuple[Rows, Rows]:
 
 
 def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: bool = False) -> int:
-    """Move means, then scales, out of what the Linears read; the model computes the same up to rounding.
+    """Move means, then scales, out of the inputs of Linears; the model computes the same up to rounding.
 
     Args:
         model: changed in place.
-        seen: calibration of this model as it is; afterwards it is out of date.
-        smooth: strength of `quant.folds.smoothing`, 0.5 as a rule; None leaves scales where they are.
+        seen: the calibration of this model as it is now; after the fold it is out of date.
+        smooth: the strength of `quant.folds.smoothing`, 0.5 as a rule; None leaves scales where they are.
         mean: whether to take out the calibrated mean of each channel.
 
     Returns:
-        How many tensors were changed so.
+        The number of tensors that were changed.
 
     Raises:
         ValueError: the model is quantized already, or a Linear read nothing in the calibration; it is then unchanged.

@@ -19,17 +19,21 @@ OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "pt", "np", "latent")
 
 
 def to_unit(decoded: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """From the VAE's [-1, 1] to [0, 1], clamped; float32 at least."""
+    """Pictures from the VAE's range [-1, 1] to [0, 1], clamped, in float32 at least."""
     return (decoded.to(torch.promote_types(decoded.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 
 
 def to_array(pictures: Float[Tensor, "b 3 h w"]) -> np.ndarray:
-    """[b, h, w, 3], float32, on the CPU."""
+    """Pictures as an array [b, h, w, 3] of float32."""
     return pictures.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def to_pil(pictures: Float[Tensor, "b 3 h w"], rounding: Literal["round", "truncate"]) -> list[Image.Image]:
-    """8-bit pictures; diffusers rounds, ComfyUI and Stability's code truncate."""
+    """Pictures of 8 bits. diffusers rounds values to them, ComfyUI and Stability's code truncate.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
     if broken := int((~torch.isfinite(pictures)).sum()):
         raise ValueError(f"{broken} of {pictures.numel()} values of the picture are not finite; use a wider dtype")
     levels = to_array(pictures) * 255
@@ -37,10 +41,10 @@ def to_pil(pictures: Float[Tensor, "b 3 h w"], rounding: Literal["round", "trunc
 
 
 def png_path(path: str | Path) -> Path:
-    """The path, if it is one of a PNG.
+    """The path of a PNG.
 
     Raises:
-        ValueError: it ends in something else.
+        ValueError: the path does not end in .png.
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"pictures are written as PNG: {path} must end in .png")
@@ -58,7 +62,7 @@ def save_png(picture: Image.Image, path: str | Path) -> Path:
 def convert_output(
     pictures: Float[Tensor, "b c h w"], output_type: OutputType, rounding: Literal["round", "truncate"]
 ) -> Tensor | np.ndarray | Sequence[Image.Image]:
-    """What the caller of a pipeline asked for; latents pass as they are."""
+    """Pictures [b, 3, h, w] in [0, 1] in the form that the caller asked for; latents stay as they are."""
     match output_type:
         case "pt" | "latent":
             return pictures

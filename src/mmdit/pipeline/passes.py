@@ -57,7 +57,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What `sample` is about to do: known before the transformer runs, so that what it will take can be computed."""
+    """What `sample` is about to do. It is known before the transformer runs, so memory can be computed from it."""
 
     sigmas: tuple[float, ...]  # the noise levels of the steps, and 0
     branches: tuple[tuple[Branch, ...], ...]  # of each step

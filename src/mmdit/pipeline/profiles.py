@@ -79,7 +79,7 @@ class Profile:
         number("Profile.skip_stop", self.skip_stop, 0, 1)
 
     def reads_negative(self, guidance_scale: float) -> bool:
-        """Whether the unconditional pass runs at this scale."""
+        """Whether the unconditional branch runs at this guidance scale."""
         match self.uncond_pass:
             case "above_1":
                 return guidance_scale > 1
@@ -185,7 +185,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def is_known(profile: Profile) -> bool:
-    """Whether a profile is one of `PROFILES` but for defaults that a preset or a model's config may set."""
+    """Whether a profile is one of `PROFILES`, apart from defaults that a preset or a model's config may set."""
     known = PROFILES.get(profile.name)
     settings = ("steps", "guidance_scale", "sampler", "schedule", "shift")
     return known is not None and profile == replace(known, **{name: getattr(profile, name) for name in settings})

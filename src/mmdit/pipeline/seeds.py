@@ -106,15 +106,15 @@ def _seeded(seed: int) -> torch.Generator:
 def solver_options(
     solver: Solver, x: Tensor, sigmas: Tensor, shift: float, generators: Generators, rule: StepNoise
 ) -> dict[str, Any]:
-    """The options of a solver in a drawing.
+    """What a pipeline gives to a solver in a drawing, beside the model: the schedule's shift, and noise.
 
     Args:
         solver: of `samplers.SOLVERS`.
-        x: what it starts from.
+        x: the latents that it starts from, [b, c, h, w].
         sigmas: float64 [steps + 1], falling.
         shift: of the schedule.
         generators: what the starting noise was drawn with; None is torch's global state.
-        rule: of the profile.
+        rule: how the profile draws that noise.
 
     Raises:
         ImportError: the rule asks for a Brownian tree, and torchsde is not installed.
@@ -130,7 +130,7 @@ def _continued(x: Tensor, generators: Generators) -> Noise:
 
 
 def _again(solver: Solver, x: Tensor, sigmas: Tensor, generators: Generators) -> Noise:
-    """Noise from the seeds once more: of ComfyUI's two kinds."""
+    """Noise from new generators with the same seeds, as ComfyUI draws it: independent, or along a Brownian path."""
     seeds = _seeds(generators)
     if solver.noise == "path":
         if seeds is None:
@@ -144,7 +144,7 @@ def _again(solver: Solver, x: Tensor, sigmas: Tensor, generators: Generators) ->
 
 
 def _seeds(generators: Generators) -> int | list[int] | None:
-    """What generators were seeded with."""
+    """The seeds that generators were made with."""
     if generators is None or isinstance(generators, torch.Generator):
         return None if generators is None else generators.initial_seed()
     return [generator.initial_seed() for generator in generators]

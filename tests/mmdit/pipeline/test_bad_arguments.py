@@ -123,7 +123,7 @@ VALUES = {  # what changes, what is said
     "latents, none": ({"latents": zeros(1, 16, 0, 4)}, "latents have shape [1, 16, 0, 4]"),
     "latents, height": (
         {"latents": zeros(1, 16, 4, 4), "height": 64},
-        "height is 64, but that of the latents is 32",
+        "height is 64, but the height of the latents is 32",
     ),
     "latents, seed": (
         {"latents": zeros(1, 16, 4, 4), "seed": 1},
