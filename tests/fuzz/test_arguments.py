@@ -140,10 +140,13 @@ FAILED_ONCE: list[dict[str, object]] = [
     {"callback_on_step_end": 3},
     {"sigmas": []},
     {"schedule": {}},
+    {"sigmas": "1, 0"},
+    {"sigmas": torch.ones(2, 2)},
 ]
 
 
 @pytest.mark.parametrize("number", range(len(FAILED_ONCE)))
 def test_what_failed_once(pipe, number):
-    with pytest.raises(REFUSALS):
+    with pytest.raises(REFUSALS) as caught:
         pipe("a", **FAILED_ONCE[number])
+    assert (traceback.extract_tb(caught.tb)[-1].line or "").startswith("raise"), caught.value

@@ -125,7 +125,7 @@ def cells(pixels: int, name: str, config: MMDiTConfig, cell: int, unit: int) -> 
 def check_latents(
     latents: Tensor, count: int, config: MMDiTConfig, cell: int, unit: int, height: int | None, width: int | None
 ) -> None:
-    """Raise ValueError unless there are `count` finite latents of a size that the model draws and that was asked for."""
+    """Raise ValueError unless there are `count` finite latents, of a size that the model draws and that was given."""
     check_tensor("latents", latents, finite=True)
     most = config.patch_size * config.pos_embed_size
     drawn = all(unit <= side <= most and side % unit == 0 for side in latents.shape[2:])

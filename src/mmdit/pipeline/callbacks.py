@@ -25,10 +25,15 @@ def tensor_inputs_of(callback: OnStepEnd, names: Sequence[str] | None) -> tuple[
 
     Raises:
         ValueError: there is no tensor of that name.
+        TypeError: the callback is no function, or the names are no list.
     """
+    if not callable(callback):
+        raise TypeError(f"callback_on_step_end is {type(callback).__name__}, expected a function")
     found = getattr(callback, "tensor_inputs", names)
     if found is None:
         return _BY_DEFAULT
+    if isinstance(found, str | bytes) or not isinstance(found, Sequence):
+        raise TypeError(f"callback_on_step_end_tensor_inputs is {type(found).__name__}, expected a list of names")
     for name in found:
         pick(dict.fromkeys(TENSOR_INPUTS), name, "tensor of callback_on_step_end_tensor_inputs")
     return tuple(dict.fromkeys(found))

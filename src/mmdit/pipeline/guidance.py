@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, get_args, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import Ranged
-from mmdit.utils import number, whole
+from mmdit.utils import number, shortened, whole
 from samplers import (
     Guide,
     Mix,
@@ -255,7 +256,7 @@ def with_skip_layers(
         ValueError: something is given twice, or without layers.
     """
     names = ("skip_guidance_layers", *(f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")))
-    values = zip(names, (None if layers is None else tuple(layers), *rest), strict=True)
+    values = zip(names, (None if layers is None else _layers(names[0], layers), *rest), strict=True)
     given: dict[str, Any] = {name: value for name, value in values if value is not None}
     if not given:
         return guidance
@@ -293,13 +294,19 @@ def _between(interval: tuple[float, float]) -> Window:
 
 
 def _layers(name: str, layers: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(layers, str | bytes) or not isinstance(layers, Sequence | np.ndarray):
+        raise TypeError(f"{name} is {type(layers).__name__}, expected a list of numbers of blocks")
     return tuple(sorted({whole(f"{name}[{i}]", layer, 0) for i, layer in enumerate(layers)}))
 
 
 def _interval(name: str, interval: Sequence[float]) -> tuple[float, float]:
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
-        raise ValueError(f"guidance {name} must be two noise levels 0 <= low < high <= 1, got {interval}")
-    return float(interval[0]), float(interval[1])
+    said = f"guidance {name} must be two noise levels 0 <= low < high <= 1, got {shortened(interval)}"
+    if isinstance(interval, str | bytes) or not isinstance(interval, Sequence) or len(interval) != 2:
+        raise ValueError(said)
+    low, high = (number(f"guidance {name}", one) for one in interval)
+    if not 0 <= low < high <= 1:
+        raise ValueError(said)
+    return low, high
 
 
 def _check_order(start: float, stop: float) -> None:

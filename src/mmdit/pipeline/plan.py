@@ -18,7 +18,7 @@ from mmdit.pipeline.passes import Branch, Drawing
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged, checked_ranges
 from mmdit.pipeline.seeds import Generators, solver_options
-from mmdit.utils import number, whole
+from mmdit.utils import number, shortened, whole
 from samplers import SOLVERS, Guide, Guided, Predict, Solver, Step, as_solver, only_x0, pick
 
 MOST_STEPS = 100_000
@@ -230,18 +230,30 @@ def resolve_sigmas(
         ValueError: no step, an unknown schedule, sigmas that do not fall from at most 1 to 0, or both are given.
     """
     if sigmas is not None:
+        sigmas = _levels(sigmas)
         if profile.open_sigmas == "shift" and len(sigmas) and float(sigmas[-1]) > 0:
             if num_inference_steps == len(sigmas):
                 num_inference_steps = None  # diffusers' users give both
-            shifted = samplers.shifted(torch.as_tensor(sigmas, dtype=torch.float64), shift)
+            shifted = samplers.shifted(sigmas, shift)
             sigmas = torch.cat([shifted, shifted.new_zeros(1)])
         named = (("num_inference_steps", num_inference_steps), ("schedule", schedule))
         if given := [name for name, value in named if value is not None]:
             raise ValueError(f"sigmas and {given[0]} are both given; sigmas are all the steps: give one of them")
-        return samplers.checked_sigmas(torch.as_tensor(sigmas, dtype=torch.float64))
+        return samplers.checked_sigmas(sigmas)
     steps = whole("num_inference_steps", profile.steps if num_inference_steps is None else num_inference_steps, 1)
     if steps > MOST_STEPS:
         raise ValueError(f"num_inference_steps must be at most {MOST_STEPS}, got {steps}")
     one_more = profile.second_last == "left_out" and solver.drops_second_last
     found = samplers.sigmas(profile.schedule if schedule is None else schedule, steps + one_more, shift=shift)
     return torch.cat([found[:-2], found[-1:]]) if one_more else found
+
+
+def _levels(sigmas: SigmasLike) -> Tensor:
+    """The argument `sigmas` as a tensor of float64 on the CPU."""
+    try:
+        found = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"sigmas are {shortened(sigmas)}, expected a list of numbers") from error
+    if found.ndim != 1:
+        raise ValueError(f"sigmas have shape {list(found.shape)}, expected [steps + 1]")
+    return found

@@ -12,6 +12,7 @@ from torch import Tensor
 from encoders import Conditioning, checked_prompts
 from mmdit.models.config import MMDiTConfig
 from mmdit.pipeline.arguments import check_tensor
+from mmdit.utils import number
 from samplers import Window, gap, percents
 
 
@@ -35,6 +36,8 @@ class Ranged:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("start", "stop"):
+            object.__setattr__(self, name, number(f"Ranged {name}", getattr(self, name)))
         if not 0 <= self.start < self.stop <= 1:
             raise ValueError(f"Ranged start {self.start} and stop {self.stop} must be 0 <= start < stop <= 1")
 

@@ -15,6 +15,7 @@ from mmdit.utils import is_boolean, shortened
 from samplers import BrownianTree, Fresh, Noise, Solver
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+MOST_PICTURES = 2**16
 SeedLike = SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor  # what `seed=` takes
 
 
@@ -35,6 +36,7 @@ def checked_seeds(seed: SeedLike | None) -> int | list[int] | None:
 
 def fresh_seeds(count: int) -> list[int]:
     """Seeds for pictures that were given none, from torch's global state, so that `torch.manual_seed` repeats them."""
+    _check_few(count)
     return torch.randint(2**32, (count,)).tolist()
 
 
@@ -55,7 +57,10 @@ def generators(seed: int | list[int] | None, generator: Generators, count: int, 
     if seed is None:
         return _checked_generators(generator, count)
     if isinstance(seed, int):
-        return [_seeded(seed) for _ in range(count)] if alone else _seeded(seed)
+        if alone:
+            _check_few(count)
+            return [_seeded(seed) for _ in range(count)]
+        return _seeded(seed)
     if len(seed) != count:
         raise ValueError(f"{len(seed)} seeds for {count} pictures; give one whole number, or a list of one per picture")
     return [_seeded(one) for one in seed]
@@ -87,6 +92,12 @@ def _checked_generators(generator: Generators, count: int) -> Generators:
     if isinstance(generator, Sequence) and len(generator) != count:
         raise ValueError(f"{len(generator)} generators for {count} pictures; give one, or a list of one per picture")
     return generator
+
+
+def _check_few(count: int) -> None:
+    """Raise ValueError for more pictures at once than anybody draws: each would take a generator."""
+    if count > MOST_PICTURES:
+        raise ValueError(f"{count} pictures at once are asked for, at most {MOST_PICTURES} have seeds of their own")
 
 
 def _checked_seed(seed: object) -> int:

@@ -47,13 +47,16 @@ def loaded(monkeypatch) -> list[dict]:
     """What the pipeline is loaded with, in place of loading it."""
     seen: list[dict] = []
 
-    def load(model, **options):
-        seen.append({"model": model, **options})
+    def load(source, **options):
+        about = {"revision": source.revision, "variant": source.variant}
+        if source.is_demo:
+            about = {}
+        elif Path(source.path).is_file():
+            about = {**(source.others or {}), "tokenizers": source.tokenizers}
+        seen.append({"model": source.path, **about, **options})
         raise ValueError("enough")
 
-    for name in ("from_pretrained", "from_single_file"):
-        monkeypatch.setattr(Pipeline, name, load)
-    monkeypatch.setattr(Pipeline, "demo", lambda **options: load("demo", **options))
+    monkeypatch.setattr(Pipeline, "load", load)
     return seen
 
 
