@@ -109,7 +109,7 @@ def _read_lcm(config: Config) -> SamplingDefaults:
 def _read_flow_match(config: Config, sampler: str) -> SamplingDefaults:
     _refuse(config, "invert_sigmas", False)
     spacing = _spacing(config)
-    shift: float | ResolutionShift = number("shift", config.get("shift", 1.0), 0, above=True)
+    shift: float | ResolutionShift = _fixed_shift(config, "shift")
     dynamic = _flag(config, "use_dynamic_shifting")
     if dynamic:
         shift = _resolution_shift(config, 1.15)
@@ -119,7 +119,7 @@ def _read_flow_match(config: Config, sampler: str) -> SamplingDefaults:
 
 
 def _read_heun(config: Config) -> SamplingDefaults:
-    return SamplingDefaults("flow_heun", "normal", number("shift", config.get("shift", 1.0), 0, above=True))
+    return SamplingDefaults("flow_heun", "normal", _fixed_shift(config, "shift"))
 
 
 def _write_flow_match(defaults: SamplingDefaults) -> dict[str, Any] | None:
@@ -188,7 +188,7 @@ def _flow_shift(config: Config) -> float | ResolutionShift:
     if _flag(config, "use_dynamic_shifting"):
         _word(config, "time_shift_type", "exponential", ("exponential",))
         return _resolution_shift(config, 1.16)  # what StableDiffusion3Pipeline takes for classes without max_shift
-    return number("flow_shift", config.get("flow_shift", 1.0), 0, above=True)
+    return _fixed_shift(config, "flow_shift")
 
 
 def _write_multistep(defaults: SamplingDefaults) -> dict[str, Any] | None:
@@ -215,6 +215,10 @@ def _resolution_shift(config: Config, max_shift: float) -> ResolutionShift:
         number("max_shift", config.get("max_shift", max_shift)),
         "linear" if kind == "linear" else "exponential",
     )
+
+
+def _fixed_shift(config: Config, key: str) -> float:
+    return number(key, config.get(key, 1.0), 0, 1e6, above=True)
 
 
 def _shift_keys(defaults: SamplingDefaults, key: str) -> dict[str, Any]:

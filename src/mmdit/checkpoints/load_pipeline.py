@@ -20,6 +20,7 @@ from mmdit.checkpoints.missing import how_to_get, missing
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
+from samplers import SamplingDefaults
 
 DEMO = "demo"  # the name of the embedded model, where a path is expected
 
@@ -34,7 +35,8 @@ class Components:
     clip_g: CLIPText | None
     t5: T5Encoder | None
     tokenizers: Tokenizers
-    shift: float | None  # of the scheduler's config, where there is one
+    shift: float | None  # the timestep shift of the scheduler's config, where it says one number
+    sampling: SamplingDefaults | None = None  # the scheduler's config, where it says more than a shift
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,9 @@ def load(
     assert found.tokenizers is not None, "missing() looks for them"
     tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in models)
     check_tokenizers(models, tokenizers)
-    shift = found.shift  # read before the weights, because it can be wrong
+    shift, sampling = found.shift, found.sampling  # read before the weights, because it can be wrong
+    if sampling is not None and sampling.is_plain:
+        sampling = None
     say_notes(models.values())
     if "t5" not in models:
         lines = (line.strip() for line in how_to_get(["t5"], found))
@@ -130,7 +134,7 @@ def load(
             f"{found.path} has no T5 encoder; prompts are followed less well. {' '.join(lines)}", stacklevel=3
         )
     built: dict[str, Any] = {name: build(model, device, dtype, float8) for name, model in models.items()}
-    return Components(**({"t5": None} | built), tokenizers=tokenizers, shift=shift)
+    return Components(**({"t5": None} | built), tokenizers=tokenizers, shift=shift, sampling=sampling)
 
 
 def _take(found: Found, component: Component, given: Found) -> None:

@@ -16,6 +16,7 @@ from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.recognise import Split, looks_like, split
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from quant.packing import merge_metadata
+from samplers import SamplingDefaults, from_scheduler_config
 
 Layout = Literal["official", "diffusers", "comfyui", "single file"]
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -42,16 +43,24 @@ class Found:
     ema: bool = False  # whether averaged weights are read in the place of the others
 
     @property
-    def shift(self) -> float | None:
-        """The timestep shift of the scheduler's config, where there is one; CheckpointError if it is no number."""
-        shift = (self.scheduler or {}).get("shift")
-        if shift is None:
+    def sampling(self) -> SamplingDefaults | None:
+        """What the scheduler's config says, where there is one.
+
+        Raises:
+            CheckpointError: the config says something that is wrong, or has no equal here; the key is named.
+        """
+        if self.scheduler is None:
             return None
-        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < 10**6:
-            raise CheckpointError(
-                f"{self.path}: scheduler_config.json says shift = {shift!r:.80}, expected a number above 0"
-            )
-        return float(shift)
+        try:
+            return from_scheduler_config(self.scheduler)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: scheduler_config.json: {error}") from error
+
+    @property
+    def shift(self) -> float | None:
+        """The timestep shift of the scheduler's config, where it says one number; CheckpointError as `sampling`."""
+        sampling = self.sampling
+        return sampling.shift if sampling is not None and isinstance(sampling.shift, float) else None
 
 
 def locate(path: str | Path, *, clip: Component = "", ema: bool = False) -> Found:

@@ -97,7 +97,15 @@ def quantize_checkpoint(
         quantized = [_quantized(model, chosen, recipe, scales, tick) for model in models]
         shift = 3.0 if found.shift is None else found.shift
         tokenizers = tokenizers_of(found, models)
-        write_checkpoint(quantized, target, layout, shift=shift, tokenizers=tokenizers, spelling=spelling)
+        write_checkpoint(
+            quantized,
+            target,
+            layout,
+            shift=shift,
+            sampling=found.sampling,
+            tokenizers=tokenizers,
+            spelling=spelling,
+        )
     return Quantized(target, len(chosen), sum(map(len, linears.values())), _bytes(models), _bytes_at(target))
 
 

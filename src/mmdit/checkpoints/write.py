@@ -25,7 +25,7 @@ from mmdit.checkpoints.locate import TOKENIZERS, Found, locate
 from mmdit.checkpoints.missing import unknown
 from mmdit.checkpoints.safetensors_io import CheckpointError, write_tensors
 from mmdit.utils import replacing, replacing_folder
-from samplers import pick
+from samplers import SamplingDefaults, pick, to_scheduler_config
 
 OUT_LAYOUTS = ("official", "diffusers", "comfyui", "single")
 METADATA = {"format": "pt"}  # transformers refuses files without it
@@ -40,7 +40,6 @@ _DTYPE_WORDS = {
 }
 _PLACES = {"official": ("", "text_encoders/"), "comfyui": ("models/checkpoints/", "models/text_encoders/")}
 _OTHER_CLASSES = {
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
@@ -87,6 +86,7 @@ def convert(
         target,
         layout,
         shift=shift,
+        sampling=found.sampling,
         tokenizers=tokenizers_of(found, models),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
@@ -114,6 +114,7 @@ def write_checkpoint(
     layout: str,
     *,
     shift: float,
+    sampling: SamplingDefaults | None = None,
     tokenizers: Callable[[Path], None] | None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD,
@@ -125,6 +126,7 @@ def write_checkpoint(
         models: what to write; each is checked, so that nothing is written that cannot be read again.
         target, layout, dtype, max_shard_bytes: see `convert`.
         shift: the timestep shift of the scheduler.
+        sampling: what its config says; None is Euler on the default schedule, with `shift`.
         tokenizers: writes the three tokenizer folders into a folder.
         spelling: how the scales of float8 are written.
 
@@ -138,27 +140,30 @@ def write_checkpoint(
     pick(dict.fromkeys(OUT_LAYOUTS), layout, "layout")
     for model in models:
         check_loads(model)
+    sampling = sampling or SamplingDefaults(shift=float(shift))
     cast = [model if dtype is None else _cast(model, dtype) for model in models]
     if layout == "single":
         if target.suffix != ".safetensors":
             raise ValueError(f"layout 'single' writes one file: {target} must end in .safetensors")
-        _warn_of_loss(models, shift)
+        _warn_of_loss(models, sampling)
         _write(Plan(spelling, {target.name: single_file(cast, spelling)}), target.parent, None)
         return target
     if layout == "comfyui":
-        _warn_of_loss(models, shift)
+        _warn_of_loss(models, sampling)
     diffusers = layout == "diffusers"
     plan = _diffusers(cast, max_shard_bytes, spelling) if diffusers else _files(cast, _PLACES[layout], spelling)
     if layout != "comfyui":
-        plan.texts |= _small_files(cast, shift, has_tokenizers=tokenizers is not None)
+        plan.texts |= _small_files(cast, to_scheduler_config(sampling), has_tokenizers=tokenizers is not None)
     with replacing_folder(target) as folder:
         _write(plan, folder, tokenizers)
     return target
 
 
-def _warn_of_loss(models: Sequence[StoredModel], shift: float) -> None:
+def _warn_of_loss(models: Sequence[StoredModel], sampling: SamplingDefaults) -> None:
     """Say which numbers have no place in a layout without config files."""
-    lost = [] if shift == 3.0 else [f"the scheduler's shift {shift}"]
+    lost = [] if sampling.shift == 3.0 else [f"the scheduler's shift {sampling.shift}"]
+    if not sampling.is_plain:
+        lost.append(f"the scheduler's sampler {sampling.sampler} and schedule {sampling.schedule}")
     for config in (model.config for model in models):
         if isinstance(config, VAEConfig) and (config.scale, config.shift, config.groups) != (1.5305, 0.0609, 32):
             lost.append(f"the VAE's scale {config.scale}, shift {config.shift}, groups {config.groups}")
@@ -225,18 +230,20 @@ def _shards(tensors: Mapping[str, LazyTensor], most: int) -> list[dict[str, Lazy
     return shards
 
 
-def _small_files(models: Sequence[StoredModel], shift: float, *, has_tokenizers: bool) -> dict[str, dict[str, Any]]:
+def _small_files(
+    models: Sequence[StoredModel], scheduler: dict[str, Any], *, has_tokenizers: bool
+) -> dict[str, dict[str, Any]]:
     """config.json of every model, the scheduler's, and model_index.json."""
     texts = {f"{model.kind.folder}/config.json": model.kind.to_json(model.config) for model in models}
     if not any(model.component == "transformer" for model in models):
         return texts
-    texts["scheduler/scheduler_config.json"] = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": shift,
-    }
+    texts["scheduler/scheduler_config.json"] = scheduler
     present = {"scheduler", *(model.kind.folder for model in models), *(TOKENIZERS if has_tokenizers else ())}
-    every = _OTHER_CLASSES | {kind.folder: (kind.library, kind.classes[0]) for kind in REGISTRY.values()}
+    every = (
+        _OTHER_CLASSES
+        | {"scheduler": ("diffusers", scheduler["_class_name"])}
+        | {kind.folder: (kind.library, kind.classes[0]) for kind in REGISTRY.values()}
+    )
     classes = {name: list(pair) if name in present else [None, None] for name, pair in sorted(every.items())}
     return texts | {"model_index.json": {"_class_name": "StableDiffusion3Pipeline", **classes}}
 

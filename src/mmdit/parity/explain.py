@@ -23,6 +23,7 @@ _CONCERN = {
     r"first_level": r"step 0 input latent",
     r"second_last": r"sigmas|timesteps",
     r"step_noise|sampler": r"step \d+ latent",
+    r"whole_timesteps": r"timesteps|step \d+ (guided|latent)",
     r"sigma_dtype": r"timesteps|step \d+ (guided|latent)",
     r"uncond_pass": r"step \d+ .*",
     r"noise_dtype": r"noise",

@@ -99,6 +99,7 @@ def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
         target,
         "diffusers",
         shift=3.0 if found.shift is None else found.shift,
+        sampling=found.sampling,
         tokenizers=tokenizers.save,
         dtype=dtype if _has_float8(found) else None,
     )

@@ -50,6 +50,7 @@ from mmdit.runtime.accelerate import Accelerated, AccelerationReport
 from mmdit.runtime.devices import resolve_device, warn_if_slow
 from mmdit.utils import bar, number, whole
 from quant.recipe import Recipe
+from samplers import ResolutionShift, SamplingDefaults
 
 __all__ = ["DEMO", "Pipeline", "PipelineOutput"]
 
@@ -285,7 +286,15 @@ class Pipeline(PipelineSteps):
             FileExistsError: the folder exists.
         """
         parts = [model_in_memory(name, model) for name, model in self.models.items()]
-        return write_checkpoint(parts, folder, layout, shift=self.shift, tokenizers=self.tokenizers.save)
+        return write_checkpoint(
+            parts, folder, layout, shift=self.shift, sampling=self._saved_sampling(), tokenizers=self.tokenizers.save
+        )
+
+    def _saved_sampling(self) -> SamplingDefaults | None:
+        """What the scheduler's config of a saved pipeline says; its shift is the pipeline's, which may be set."""
+        if self.sampling is None or isinstance(self.sampling.shift, ResolutionShift):
+            return self.sampling
+        return replace(self.sampling, shift=float(self.shift))
 
     @torch.no_grad()
     @explains_names(CALL)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import samplers
 from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.arguments import Shift, shift_for
 from mmdit.pipeline.failures import Call
 from mmdit.pipeline.guidance import Guidance, GuidanceLike, as_guidance
@@ -19,7 +21,19 @@ from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged, checked_ranges
 from mmdit.pipeline.seeds import Generators, solver_options
 from mmdit.utils import number, shortened, whole
-from samplers import SOLVERS, Guide, Guided, Predict, Solver, Step, as_solver, only_x0, pick
+from samplers import (
+    SOLVERS,
+    Guide,
+    Guided,
+    Predict,
+    ResolutionShift,
+    SamplingDefaults,
+    Solver,
+    Step,
+    as_solver,
+    only_x0,
+    pick,
+)
 
 MOST_STEPS = 100_000
 SigmasLike = Sequence[float] | np.ndarray | Tensor  # what `sigmas=` takes
@@ -46,6 +60,7 @@ class SamplingPlan:
     uses_uncond: bool  # whether the unconditional branch runs
     shape: tuple[int, ...]  # of the latents: [b, c, h, w]
     generator: Generators  # draws the noise that a stochastic solver adds
+    options: Mapping[str, Any]  # keyword arguments of the solver that the scheduler's config says
 
     @property
     def is_own(self) -> bool:
@@ -98,6 +113,7 @@ class SamplingPlan:
         if self.profile.first_level == "its_share":
             x = x * float(self.sigmas[0])
         options = solver_options(self.solver, x, self.sigmas, self.shift, self.generator, self.profile.step_noise)
+        options |= self.options
         return self.solver(guide if self.solver.guided else only_x0(guide), x, self.sigmas, **options)
 
 
@@ -150,6 +166,7 @@ def make_plan(
     shape: Sequence[int],
     *,
     default_shift: float,
+    sampling: SamplingDefaults | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: SamplerLike | None = None,
@@ -166,6 +183,7 @@ def make_plan(
         config: the transformer's.
         shape: of the latents, [b, c, h, w].
         default_shift: the shift of the model, where `shift` is None.
+        sampling: the scheduler's config, whose options hold for its own sampler, and its terminal for its schedule.
         num_inference_steps, guidance_scale, sampler, schedule, sigmas, shift, generator, guidance: as
             `mmdit.Pipeline.sample` takes them.
 
@@ -174,7 +192,7 @@ def make_plan(
     """
     name, solver = resolve_sampler(profile, sampler)
     shift = shift_for(shift, default_shift, shape[2:], config.patch_size)
-    levels = resolve_sigmas(profile, solver, shift, num_inference_steps, schedule, sigmas)
+    levels = resolve_sigmas(profile, solver, shift, num_inference_steps, schedule, sigmas, sampling=sampling)
     asked = as_guidance(guidance)
     if asked.is_own and guidance_scale is not None:
         raise ValueError("guidance is a function, so guidance_scale has no effect; leave one of them out")
@@ -196,6 +214,7 @@ def make_plan(
         uses_uncond=uses_uncond,
         shape=tuple(shape),
         generator=generator,
+        options=sampling.options if sampling is not None and name == sampling.sampler else {},
     )
 
 
@@ -223,6 +242,8 @@ def resolve_sigmas(
     num_inference_steps: int | None = None,
     schedule: str | None = None,
     sigmas: SigmasLike | None = None,
+    *,
+    sampling: SamplingDefaults | None = None,
 ) -> Tensor:
     """The noise levels of the steps, float64 [steps + 1]; see `mmdit.Pipeline.sigmas`.
 
@@ -244,7 +265,9 @@ def resolve_sigmas(
     if steps > MOST_STEPS:
         raise ValueError(f"num_inference_steps must be at most {MOST_STEPS}, got {steps}")
     one_more = profile.second_last == "left_out" and solver.drops_second_last
-    found = samplers.sigmas(profile.schedule if schedule is None else schedule, steps + one_more, shift=shift)
+    name = profile.schedule if schedule is None else schedule
+    terminal = sampling.terminal if sampling is not None and name == sampling.schedule else None
+    found = samplers.sigmas(name, steps + one_more, shift=shift, terminal=terminal)
     return torch.cat([found[:-2], found[-1:]]) if one_more else found
 
 
@@ -257,3 +280,11 @@ def _levels(sigmas: SigmasLike) -> Tensor:
     if found.ndim != 1:
         raise ValueError(f"sigmas have shape {list(found.shape)}, expected [steps + 1]")
     return found
+
+
+def default_shift(sampling: SamplingDefaults | None, shift: float, sides: Sequence[int], transformer: MMDiT) -> float:
+    """The shift where none is given: the model's, or that for latents with these sides, if its scheduler says so."""
+    if sampling is None or not isinstance(sampling.shift, ResolutionShift):
+        return shift
+    patch = transformer.config.patch_size
+    return sampling.shift.at((sides[0] // patch) * (sides[1] // patch))

@@ -54,7 +54,9 @@ def predict_branches(
 
 
 def timestep_of(profile: Profile, sigma: float) -> float:
-    """What the model sees of a noise level: 1000 sigma, in the profile's dtype."""
+    """What the model sees of a noise level: 1000 sigma, in the profile's dtype, or without its fraction."""
+    if profile.whole_timesteps:
+        return float(int(1000 * sigma))
     return float((_seen(profile, sigma) * 1000).float())
 
 

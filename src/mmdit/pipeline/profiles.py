@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from encoders import COMFYUI, DIFFUSERS, REFERENCE, TextRules
 from mmdit.utils import number, whole
-from samplers import SCHEDULES, SOLVERS, pick
+from samplers import SCHEDULES, SOLVERS, SamplingDefaults, pick
 
 StepNoise = Literal["continued", "same_seed"]
 
@@ -37,6 +37,8 @@ class Profile:
     shift: float = 3.0  # where no scheduler config and no preset says otherwise (all; R's SD3-Medium: preset)
     # What the model's timestep and x0 = x - sigma v see of a noise level: R's stay float16, as its first latent is.
     sigma_dtype: Literal["float32", "float16"] = "float32"
+    # Whether the model sees 1000 sigma without its fraction, as with diffusers' DPM-Solver++ and UniPC schedulers.
+    whole_timesteps: bool = False
     # The starting noise, always drawn on the CPU or on the given generator's device: in the model's dtype (D), in
     # float32 (C), in float32 and then rounded to float16 (R).
     noise_dtype: Literal["model", "float32", "float16"] = "model"
@@ -71,8 +73,9 @@ class Profile:
         for name, choices in _choices().items():
             pick(dict.fromkeys(choices), getattr(self, name), f"Profile.{name}")
         pick(SCHEDULES, self.schedule, "Profile.schedule")
-        if not isinstance(self.skip_alone, bool):
-            raise ValueError(f"Profile.skip_alone must be True or False, got {self.skip_alone!r}")
+        for name in ("skip_alone", "whole_timesteps"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Profile.{name} must be True or False, got {getattr(self, name)!r}")
         _check_defaults("Profile", self.steps, self.guidance_scale, self.sampler, self.shift)
         number("Profile.skip_scale", self.skip_scale)
         number("Profile.skip_start", self.skip_start, 0, 1)
@@ -184,8 +187,18 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def with_sampling(profile: Profile, sampling: SamplingDefaults) -> Profile:
+    """The profile with the sampler and the schedule that the scheduler's config of a model says."""
+    return replace(
+        profile,
+        sampler=sampling.sampler,
+        schedule=sampling.schedule,
+        whole_timesteps=sampling.whole_timesteps,
+    )
+
+
 def is_known(profile: Profile) -> bool:
     """Whether a profile is one of `PROFILES`, apart from defaults that a preset or a model's config may set."""
     known = PROFILES.get(profile.name)
-    settings = ("steps", "guidance_scale", "sampler", "schedule", "shift")
+    settings = ("steps", "guidance_scale", "sampler", "schedule", "shift", "whole_timesteps")
     return known is not None and profile == replace(known, **{name: getattr(profile, name) for name in settings})

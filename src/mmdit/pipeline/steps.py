@@ -30,9 +30,18 @@ from mmdit.pipeline.failures import check_all_finite, check_finite
 from mmdit.pipeline.guidance import GuidanceLike
 from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.passes import Branch, Pass, Planner, Watcher
-from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike, make_plan, resolve_sampler, resolve_sigmas
+from mmdit.pipeline.plan import (
+    Run,
+    SamplerLike,
+    SamplingPlan,
+    SigmasLike,
+    default_shift,
+    make_plan,
+    resolve_sampler,
+    resolve_sigmas,
+)
 from mmdit.pipeline.predict import predict_branches, timestep_of
-from mmdit.pipeline.profiles import Profile
+from mmdit.pipeline.profiles import Profile, with_sampling
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
 from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
 from mmdit.runtime.accelerate import Accelerated
@@ -76,7 +85,11 @@ class PipelineSteps:
         self.clip_g: CLIPText | None = parts.clip_g
         self.t5, self.name = parts.t5, name
         self.profile = profile_of(profile, preset)
+        self.sampling = parts.sampling  # the scheduler's config, where it says more than a shift
         self.shift = self.profile.shift if parts.shift is None else parts.shift
+        if self.sampling is not None:
+            self.profile = with_sampling(self.profile, self.sampling)
+            self.shift = default_shift(self.sampling, self.shift, (self._cells(None, "height"),) * 2, self.transformer)
         recipe = checked_quant(quant)
         self.quant = None if recipe is None else recipe_name(recipe)
         if recipe is not None:
@@ -351,7 +364,9 @@ class PipelineSteps:
         """
         solver = resolve_sampler(self.profile, sampler)[1]
         shift = self.shift if shift is None else shift
-        return resolve_sigmas(self.profile, solver, shift, num_inference_steps, schedule, sigmas)
+        return resolve_sigmas(
+            self.profile, solver, shift, num_inference_steps, schedule, sigmas, sampling=self.sampling
+        )
 
     def decode(self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None) -> Float[Tensor, "b 3 h8 w8"]:
         """The pictures of latents, [b, 3, 8 h, 8 w], in [0, 1].
@@ -379,7 +394,15 @@ class PipelineSteps:
 
     def _plan(self, shape: Sequence[int], **arguments: Any) -> SamplingPlan:
         """The plan of a drawing of latents of this shape, by the arguments of `sample`."""
-        return make_plan(self.profile, self.transformer.config, shape, default_shift=self.shift, **arguments)
+        shift = default_shift(self.sampling, self.shift, shape[2:], self.transformer)
+        return make_plan(
+            self.profile,
+            self.transformer.config,
+            shape,
+            default_shift=shift,
+            sampling=self.sampling,
+            **arguments,
+        )
 
     def _run(self, plan: SamplingPlan, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None) -> Run:
         """A plan that is ready to run; whoever listens has been told of the drawing."""

@@ -347,7 +347,7 @@ def test_inspect_refuses_what_the_loader_refuses(tiny_folders, tmp_path, case, c
 def test_inspect_finds_what_does_not_go_together(tiny_folders, tmp_path):
     folder = shutil.copytree(tiny_folders["sd3-medium"], tmp_path / "folder")
     (folder / "scheduler" / "scheduler_config.json").write_text('{"shift": -1}')
-    assert "shift = -1" in inspect(folder).problems[0]
+    assert "shift" in inspect(folder).problems[0] and "-1" in inspect(folder).problems[0]
     (folder / "scheduler" / "scheduler_config.json").write_text('{"shift": NaN}')
     refuses(lambda: inspect(folder), "scheduler_config.json", "NaN")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 10**30}))
