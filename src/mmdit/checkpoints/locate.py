@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from encoders.json_files import parse_json
+from encoders.json_files import JSONError, parse_json, read_bytes
 from mmdit.checkpoints.components import REGISTRY, Component, title
 from mmdit.checkpoints.files import ENDINGS, OTHER_ENDINGS, Files, is_file, json_object, plain_name, regular_files
 from mmdit.checkpoints.keymaps import some
@@ -25,6 +25,7 @@ _MAIN_FOLDERS = ("checkpoints", "diffusion_models", "unet")
 _TEXT_FOLDERS = ("text_encoders", "clip")
 _SHOWN = 5  # files that a message names
 _SHARD = "-of-"
+_INFINITE = re.compile(rb'("lambda_min_clipped"\s*:\s*)-Infinity')
 _VARIANT = r"[A-Za-z0-9_]+"
 
 
@@ -254,8 +255,18 @@ def _with_configs(found: Found) -> Found:
         if is_file(config := found.path / kind.folder / "config.json"):
             found.configs[component] = json_object(config)
     if is_file(scheduler := found.path / "scheduler" / "scheduler_config.json"):
-        found.scheduler = json_object(scheduler)
+        found.scheduler = _scheduler_config(scheduler)
     return found
+
+
+def _scheduler_config(path: Path) -> dict[str, Any]:
+    """The scheduler's config; diffusers writes the default of one key, which flows do not use, as -Infinity."""
+    try:
+        text = _INFINITE.sub(rb"\1null", read_bytes(path))
+        value: dict[str, Any] = parse_json(text, path, kind=dict)
+    except JSONError as error:
+        raise CheckpointError(str(error)) from error
+    return value
 
 
 def _add_beside(found: Found, file: Path) -> None:
