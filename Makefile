@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all notebooks check lint format clean
+.PHONY: demo test test-all fuzz notebooks docs check lint format clean
 
 demo: $(VENV)/.installed
 	mkdir -p out
@@ -17,6 +17,18 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	MMDIT_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
 
+# An hour of generated input; what failed once is a regression case beside its generator.
+fuzz: $(VENV)/.test
+	MMDIT_FUZZ_SECONDS=$${MMDIT_FUZZ_SECONDS:-300} OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n 2 --quiet
+
+# An API reference from the docstrings, to out/docs. pdoc sees only names that are loaded, and ours load when first used.
+docs: $(VENV)/.docs
+	$(BIN)/python -c "import mmdit, pdoc, pathlib; \
+	  vars(mmdit).update({name: getattr(mmdit, name) for name in mmdit.__all__}); \
+	  pdoc.render.configure(docformat='google'); \
+	  pdoc.pdoc('mmdit', 'encoders', 'quant', 'samplers', output_directory=pathlib.Path('out/docs'))"
+	@echo "wrote out/docs/index.html"
+
 notebooks: $(VENV)/.notebooks
 	$(BIN)/python notebooks/render.py
 
@@ -26,6 +38,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/check_links.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
@@ -48,6 +61,10 @@ $(VENV)/.test: $(VENV)/.installed
 
 $(VENV)/.dev: $(VENV)/.test
 	$(INSTALL) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(INSTALL) --editable ".[docs]"
 	touch $@
 
 $(VENV)/.notebooks: $(VENV)/.installed
