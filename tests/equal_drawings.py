@@ -102,7 +102,9 @@ def main() -> int:
         return 0
     wanted = json.loads(options.file.read_text(encoding="utf-8"))
     differing = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
-    print("\n".join([*(f"differs: {name}" for name in differing), f"{len(found) - len(differing)} of {len(found)} equal"]))
+    print(
+        "\n".join(f"differs: {name}" for name in differing) + f"\n{len(found) - len(differing)} of {len(found)} equal"
+    )
     return 1 if differing else 0
 
 
