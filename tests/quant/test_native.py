@@ -14,9 +14,12 @@ from quant.scaling import scale_of, to_codes
 from quant.tensor import Float8Tensor
 from skips import SKIPS
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason=SKIPS["float8 gpu"]
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason=SKIPS["float8 gpu"]
+    ),
+]
 NATIVE = ("fp8", "fp8-tensor", "fp8-static")
 SHAPES = [(666, 2432, 2432), (8192, 7296, 2432), (333, 9728, 2432), (1, 256, 9728), (17, 64, 64)]
 

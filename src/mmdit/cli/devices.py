@@ -17,21 +17,17 @@ DEMO = "demo"  # the embedded model, wherever a model is named
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of that name, if it is here; None takes CUDA where there is one, else the CPU."""
-    import torch
+    """The device of that name, if it is here; None and "auto" take CUDA where there is one, else the CPU.
 
-    if name in (None, "auto"):
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Raises:
+        UsageError: torch knows no such name, or the machine has no such device.
+    """
+    from mmdit.runtime.devices import resolve_device
+
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name} is none that torch knows: use cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu")
-    here = torch.accelerator.current_accelerator(check_available=True)
-    if device.type not in ("cpu", here and here.type):
-        raise UsageError(f"--device {name}: there is none here; use cpu")
-    return device
+        return resolve_device(name, "--device")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def dtype_of(name: str | None, device: torch.device | None = None) -> torch.dtype | None:

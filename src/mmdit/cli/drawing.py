@@ -29,6 +29,7 @@ from mmdit.pipeline.seeds import generators
 from mmdit.pipeline.settings import FORMAT_VERSION, Settings, SettingsError, grid, read_settings
 from mmdit.utils import whole
 from samplers import SCHEDULES, SOLVERS, pick
+from samplers.checks import MAX_STEPS
 
 Picture = tuple[str, int]  # prompt and seed
 OTHERS = ("clip_l", "clip_g", "t5", "vae", "tokenizers")
@@ -50,7 +51,6 @@ TAKEN = {
     "dtype": "dtype",
     "quant": "quant",
 }
-MOST_STEPS = 10_000  # more are a mistake, or come from a picture that means harm
 LEAST = {"height": 1, "width": 1, "steps": 1, "max_sequence_length": 2, "vae_tile": 64, "batch": 1, "threads": 1}
 
 
@@ -177,8 +177,8 @@ def _check_values(ask: Namespace) -> Profile:
     for option, least in LEAST.items():
         if (value := getattr(ask, option)) is not None:
             whole(f"--{option.replace('_', '-')}", value, least)
-    if ask.steps is not None and ask.steps > MOST_STEPS:
-        raise ValueError(f"--steps must be at most {MOST_STEPS}, got {ask.steps}")
+    if ask.steps is not None and ask.steps > MAX_STEPS:
+        raise ValueError(f"--steps must be at most {MAX_STEPS}, got {ask.steps}")
     if ask.guidance_scale is not None and not math.isfinite(ask.guidance_scale):
         raise ValueError(f"--guidance-scale must be a finite number, got {ask.guidance_scale}")
     Guidance.from_text(ask.guidance or "")

@@ -157,8 +157,7 @@ def _reasons() -> tuple[str, ...]:
 
 
 def _loaded(path: Path, device: torch.device | str, dtype: torch.dtype) -> Pipeline:
-    load = Pipeline.from_single_file if path.is_file() else Pipeline.from_pretrained
-    pipe = load(path, device=device, dtype=dtype)
+    pipe = Pipeline.load(path, device=device, dtype=dtype)
     for model in pipe.models.values():  # the reference has no float8
         dequantize_(model)
     return pipe

@@ -34,8 +34,8 @@ from samplers import (
     only_x0,
     pick,
 )
+from samplers.checks import MAX_STEPS
 
-MOST_STEPS = 100_000
 SigmasLike = Sequence[float] | np.ndarray | Tensor  # what `sigmas=` takes
 PredictInStep = Callable[[Tensor, float, Sequence[Branch], int], list[Tensor]]
 SamplerLike = str | Solver | Callable[..., Iterator[Step]]  # what `sampler=` takes
@@ -262,8 +262,8 @@ def resolve_sigmas(
             raise ValueError(f"sigmas and {given[0]} are both given; sigmas are all the steps: give one of them")
         return samplers.checked_sigmas(sigmas)
     steps = whole("num_inference_steps", profile.steps if num_inference_steps is None else num_inference_steps, 1)
-    if steps > MOST_STEPS:
-        raise ValueError(f"num_inference_steps must be at most {MOST_STEPS}, got {steps}")
+    if steps > MAX_STEPS:
+        raise ValueError(f"num_inference_steps must be at most {MAX_STEPS}, got {steps}")
     one_more = profile.second_last == "left_out" and solver.drops_second_last
     name = profile.schedule if schedule is None else schedule
     terminal = sampling.terminal if sampling is not None and name == sampling.schedule else None

@@ -193,6 +193,7 @@ def test_an_attention_kernel_that_is_not_here():
         BestAttention("flash-attn-9")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason=SKIPS["gpu"])
 def test_graphs_are_bit_equal_and_few(model):
     fast, plain = Accelerated(model, graphs=2), Accelerated(model, graph=False)
