@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -126,42 +127,62 @@ def test_two_threads_never_tear_each_others_files(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-CHILD = """
+# It imports once, forks a writer for each folder that it is told, and says how the writer ended.
+PARENT = """
+import os
 import sys
 from pathlib import Path
 from mmdit.utils import replacing, replacing_folder
-print("ready", flush=True)
-number = 0
-while True:
-    number += 1
-    with replacing(Path(sys.argv[1], "file")) as part, part.open("w") as file:
-        for _ in range(50):
-            file.write(str(number) * 200 + chr(10))
-    with replacing_folder(Path(sys.argv[1], f"folder{number}")) as folder:
-        for name in "ab":
-            (folder / name).write_text(str(number) * 1000)
+
+def write(place):
+    number = 0
+    while True:
+        number += 1
+        with replacing(Path(place, "file")) as part, part.open("w") as file:
+            for _ in range(50):
+                file.write(str(number) * 200 + chr(10))
+        with replacing_folder(Path(place, f"folder{number}")) as folder:
+            for name in "ab":
+                (folder / name).write_text(str(number) * 1000)
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        write(line.strip())
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) * -1, flush=True)
 """
 
 
 @linux
 def test_kills_leave_whole_files_or_none(tmp_path):
-    """A child that writes without an end is killed at 12 moments."""
-    for moment in range(12):
-        place = tmp_path / str(moment)
+    """Thirty processes that write without an end are killed, each at a random moment."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    moments, written = Random(0), 0
+    for number in range(30):
+        place = tmp_path / str(number)
         place.mkdir()
-        child = subprocess.Popen([sys.executable, "-c", CHILD, place], stdout=subprocess.PIPE)
-        assert child.stdout is not None
-        child.stdout.readline()
-        time.sleep(0.003 * moment)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
+        parent.stdin.write(f"{place}\n")
+        child = int(parent.stdout.readline())
+        time.sleep(moments.uniform(0.0, 0.06))
+        os.kill(child, signal.SIGKILL)
+        assert parent.stdout.readline() == f"{int(signal.SIGKILL)}\n"
         for path in place.glob("f*"):
+            written += 1
             if path.is_dir():
-                texts = [(path / name).read_text() for name in "ab"] if any(path.iterdir()) else []
-                assert all(len(text) >= 1000 for text in texts)
+                assert sorted(inner.name for inner in path.iterdir()) == ["a", "b"]
+                assert all(len(inner.read_text()) >= 1000 for inner in path.iterdir())
             else:
+                assert len(path.read_text().splitlines()) == 50
                 assert len(set(path.read_text().splitlines())) == 1
+    parent.stdin.close()
+    parent.stdout.close()
+    assert parent.wait() == 0
+    assert written > 30
 
 
 def test_errors_of_the_system_name_the_file(tmp_path):
