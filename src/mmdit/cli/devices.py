@@ -25,9 +25,12 @@ def device_of(name: str | None) -> torch.device:
     from mmdit.runtime.devices import resolve_device
 
     try:
-        return resolve_device(name, "--device")
+        device = resolve_device(name, "--device")
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if device.type == "meta":  # a device for loading alone, on which nothing is computed
+        raise UsageError(f"--device {name}: there is none here; use cpu")
+    return device
 
 
 def dtype_of(name: str | None, device: torch.device | None = None) -> torch.dtype | None:

@@ -16,7 +16,7 @@ from mmdit.checkpoints.keymaps import count, mmdit_rules, to_ours, vae_rules
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.recognise import UNUSED
 from mmdit.parity.taps import Job, Modules, Run, restored_attributes
-from mmdit.pipeline.images import to_pil, to_unit
+from mmdit.pipeline.images import to_pil
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.profiles import PROFILES, Profile
 
@@ -155,9 +155,8 @@ class OurSide(Side):
             run.in_step("guided")(step.denoised)
             step.x = x = run.tap(f"step {run.step} latent", step.x)
             run.step += 1
-        latent = run.tap("final latent", x.to(pipe.dtype))
-        pipe._enter("vae")
-        return to_unit(pipe.vae.decode(latent))  # `pipe.decode` refuses what is not finite, which is to be shown here
+        # What is not finite is a stage to be shown, not an error.
+        return pipe.decode(run.tap("final latent", x.to(pipe.dtype)), finite=False)
 
     def eight_bits(self, pixels: Tensor) -> Tensor:
         return torch.stack([_array(picture) for picture in to_pil(pixels, self.profile.to_uint8)])

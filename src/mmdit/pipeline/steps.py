@@ -368,12 +368,15 @@ class PipelineSteps:
             self.profile, solver, shift, num_inference_steps, schedule, sigmas, sampling=self.sampling
         )
 
-    def decode(self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None) -> Float[Tensor, "b 3 h8 w8"]:
+    def decode(
+        self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None, finite: bool = True
+    ) -> Float[Tensor, "b 3 h8 w8"]:
         """The pictures of latents, [b, 3, 8 h, 8 w], in [0, 1].
 
         Args:
             latent: latents of shape [b, c, h, w], in model space, of any size.
             tile: decode in tiles of this many pixels a side, which takes less memory; see `encoders.decode_tiled`.
+            finite: refuse latents and pictures that are not finite; False passes them on, to look at.
 
         Raises:
             ValueError: the latents have another number of channels than the VAE.
@@ -386,10 +389,12 @@ class PipelineSteps:
         self._enter("vae")
         first = next(self.vae.parameters())
         latent = latent.to(first.device, first.dtype)
-        check_all_finite(latent, "the latent to decode")
+        if finite:
+            check_all_finite(latent, "the latent to decode")
         tile = None if tile is None else whole("tile", tile, LEAST_TILE)
         decoded = self.vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile)
-        check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
+        if finite:
+            check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
         return to_unit(decoded)
 
     def _plan(self, shape: Sequence[int], **arguments: Any) -> SamplingPlan:

@@ -250,7 +250,8 @@ def test_what_is_given_beside_the_settings_wins(tiny, here, tiny_folders):
         words = [word for name in names for word in changes[name]]
         assert main(["generate", "--settings", "x.png", "-o", "y.png", *words]) == 0
         after = read_settings("y.png")
-        assert {key for key in before if before[key] != after[key]} == set(names)
+        changed = {key for key in before if before[key] != after[key]}
+        assert changed == set(names) | ({"model_digest"} if "model" in names else set())
         assert {str(after[name]) for name in names} == {changes[name][-1] for name in names}
     Path("lines.txt").write_text("one\ntwo\n")
     assert main(["generate", "--prompts", "lines.txt", "--settings", "x.png", "-o", "z.png"]) == 0
@@ -481,7 +482,7 @@ def test_errors_of_the_hub_are_for_users_and_our_bugs_are_not(here, capsys, monk
     def broken(*args: object, **options: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Pipeline, "demo", broken)
+    monkeypatch.setattr(Pipeline, "load", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["generate", "x"])
     with pytest.raises(ValueError, match="at least 1"):

@@ -113,7 +113,8 @@ def drop_the_qk_norm(pipe):
 
 
 def drop_the_second_attention(pipe):
-    pipe.transformer.joint_blocks[0].dual_attention = False
+    attn2 = pipe.transformer.joint_blocks[0].x_block.attn2
+    attn2.register_forward_hook(lambda module, args, update: torch.zeros_like(update))
 
 
 def transpose_the_patches(pipe):

@@ -68,7 +68,7 @@ def test_round_trip(tmp_path):
 
 
 @FUZZED
-@given(prompt=st.text(), negative=st.text(), seed=st.integers(), scale=st.floats(allow_nan=False, allow_infinity=False))
+@given(prompt=st.text(), negative=st.text(), seed=st.integers(-(2**63), 2**64 - 1), scale=st.floats(-1e9, 1e9))
 def test_any_text_and_number_comes_back(tmp_path, prompt, negative, seed, scale):
     used = replace(USED, prompt=prompt, negative_prompt=negative, seed=seed, guidance_scale=scale)
     back = Settings.from_json(read_settings(save_png(picture(), tmp_path / "a.png", used.to_json())))
