@@ -13,8 +13,9 @@ import pytest
 
 from mmdit import utils
 from mmdit.utils import replacing, replacing_folder
+from skips import SKIPS
 
-linux = pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="the system opens links only one way")
+linux = pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason=SKIPS["links"])
 
 
 def test_a_link_that_stands_in_for_the_temporary_file_is_not_followed(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from mmdit.cli.app import main
 from mmdit.cli.console import Stream
 from mmdit.cli.usage import dtype_name, sampler_name, schedule_name
 from mmdit.embedded import EMBEDDED
+from skips import SKIPS
 
 FEW = ["--steps", "1", "--height", "16", "--width", "16", "--device", "cpu"]
 
@@ -78,7 +79,7 @@ def test_a_stdout_that_fails_stops_no_drawing(here, capsys, monkeypatch, error):
     assert ("No space left" in capsys.readouterr().err) == (code == 1)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason=SKIPS["full disk"])
 def test_a_full_stdout_in_a_process_of_its_own(here):
     command = [sys.executable, "-m", "mmdit", "inspect", str(EMBEDDED)]
     with Path("/dev/full").open("w") as full:
@@ -254,7 +255,7 @@ def test_scripts_name_every_command_and_option(capsys):
         assert ("guidance-scale" in text) and "float16" in text
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.skipif(shutil.which("bash") is None, reason=SKIPS["bash"])
 def test_bash_completes(here, capsys):
     main(["completion", "bash"])
     Path("complete.sh").write_text(capsys.readouterr().out)
