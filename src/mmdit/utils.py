@@ -161,9 +161,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             yield part
             for file in part.rglob("*"):
                 _sync_file(file)
-            path.mkdir()  # of several that make it only one goes on
+            if path.exists() or path.is_symlink():
+                raise FileExistsError(errno.EEXIST, "something was made there meanwhile", str(path))
             try:
-                part.rename(path)  # a folder may take the place of an empty one
+                part.rename(path)  # of several that make it only one goes on: a folder with files is never replaced
             except OSError as error:
                 raise FileExistsError(errno.EEXIST, "something was made there meanwhile", str(path)) from error
         finally:

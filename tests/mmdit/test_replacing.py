@@ -76,6 +76,19 @@ def test_a_target_that_is_made_meanwhile_is_refused(tmp_path):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "theirs")]
 
 
+def test_a_folder_has_no_name_before_it_is_whole(tmp_path, monkeypatch):
+    """What ends a process just before the last step leaves no empty folder."""
+
+    def stopped(part: Path, path: Path) -> None:
+        assert not path.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "folder") as part:
+        (part / "a").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     old, young, held = (tmp_path / f".mmdit-{letter * 16}" for letter in "abc")
     folder, other = tmp_path / f".mmdit-{'d' * 16}", tmp_path / ".mmdit-settings"

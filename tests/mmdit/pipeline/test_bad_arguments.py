@@ -87,7 +87,7 @@ VALUES = {  # what changes, what is said
     "seed 1.5": ({"seed": 1.5}, "a seed is a whole number of at most 64 bits, got 1.5"),
     "seed True": ({"seed": True}, "a seed is a whole number of at most 64 bits, got True"),
     "steps True": ({"num_inference_steps": True}, "num_inference_steps must be a whole number of at least 1, got True"),
-    "too many steps": ({"num_inference_steps": 10**9}, "num_inference_steps must be at most 100000, got 1000000000"),
+    "too many steps": ({"num_inference_steps": 10**9}, "num_inference_steps must be at most 10000, got 1000000000"),
     "guidance_scale of text": ({"guidance_scale": "7"}, "guidance_scale must be a finite number, got '7'"),
     "guidance_scale beyond floats": ({"guidance_scale": 10**400}, "guidance_scale must be a finite number, got 1000"),
     "guidance_scale True": ({"guidance_scale": True}, "guidance_scale must be a finite number, got True"),
