@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from mmdit.pipeline.calibration import quantize_static as quantize_static
     from mmdit.pipeline.callbacks import OnStepEnd as OnStepEnd
     from mmdit.pipeline.guidance import Guidance as Guidance
+    from mmdit.pipeline.output import PipelineOutput as PipelineOutput
     from mmdit.pipeline.passes import Branch as Branch
     from mmdit.pipeline.pipeline import Pipeline as Pipeline
-    from mmdit.pipeline.pipeline import PipelineOutput as PipelineOutput
     from mmdit.pipeline.previews import preview as preview
     from mmdit.pipeline.profiles import PRESETS as PRESETS
     from mmdit.pipeline.profiles import PROFILES as PROFILES
@@ -85,8 +85,9 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.pipeline.calibration": ("Calibration", "calibrate", "quantize_static"),
     "mmdit.pipeline.callbacks": ("OnStepEnd",),
     "mmdit.pipeline.guidance": ("Guidance",),
+    "mmdit.pipeline.output": ("PipelineOutput",),
     "mmdit.pipeline.passes": ("Branch",),
-    "mmdit.pipeline.pipeline": ("Pipeline", "PipelineOutput"),
+    "mmdit.pipeline.pipeline": ("Pipeline",),
     "mmdit.pipeline.previews": ("preview",),
     "mmdit.pipeline.profiles": ("PRESETS", "PROFILES", "Preset", "Profile"),
     "mmdit.pipeline.prompts": ("Ranged",),

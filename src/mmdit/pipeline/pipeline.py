@@ -2,90 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from io import BytesIO
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmdit.checkpoints.components import Component
-from mmdit.checkpoints.hub import Variant
-from mmdit.checkpoints.load import model_in_memory
-from mmdit.checkpoints.load_pipeline import DEMO, Components, Source, load
-from mmdit.checkpoints.write import write_checkpoint
-from mmdit.pipeline.arguments import (
-    LEAST_TILE,
-    Offload,
-    Shift,
-    check_latents,
-    check_output_type,
-    checked_offload,
-    checked_quant,
-    profile_of,
-)
-from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step, tensor_inputs_of
-from mmdit.pipeline.diffusers_names import CALL, LOAD, explains_names
-from mmdit.pipeline.failures import explained_memory_errors
+from mmdit.checkpoints.load_pipeline import DEMO
+from mmdit.pipeline.arguments import Shift
+from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step
+from mmdit.pipeline.diffusers_names import CALL, explains_names
+from mmdit.pipeline.files import PipelineFiles
 from mmdit.pipeline.guidance import GuidanceLike, with_skip_layers
 from mmdit.pipeline.images import OutputType, convert_output
+from mmdit.pipeline.output import PipelineOutput
 from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike
-from mmdit.pipeline.profiles import Profile, is_known
-from mmdit.pipeline.prompts import PromptLike, Prompts, Ranged, checked_ranges
-from mmdit.pipeline.seeds import (
-    Generators,
-    SeedLike,
-    check_draws_nothing,
-    checked_seeds,
-    fresh_seeds,
-    generators,
-    own_seeds,
-)
-from mmdit.pipeline.settings import Settings, digest_of, grid, settings_of
+from mmdit.pipeline.profiles import is_known
+from mmdit.pipeline.prompts import PromptLike, Prompts, Ranged
+from mmdit.pipeline.request import Request, make_request
+from mmdit.pipeline.seeds import Generators, SeedLike, own_seeds
+from mmdit.pipeline.settings import Settings, settings_of
 from mmdit.pipeline.steps import PipelineSteps
-from mmdit.runtime.accelerate import Accelerated, AccelerationReport
-from mmdit.runtime.devices import resolve_device, warn_if_slow
-from mmdit.utils import bar, number, whole
-from quant.recipe import Recipe
-from samplers import ResolutionShift, SamplingDefaults
+from mmdit.utils import bar, number
 
 __all__ = ["DEMO", "Pipeline", "PipelineOutput"]
 
 
-@dataclass(frozen=True, repr=False)
-class PipelineOutput:
-    """The pictures of a call; a notebook shows them.
-
-    `images`: a list of PIL pictures, an array [b, h, w, 3], a tensor [b, 3, h, w] in [0, 1], or latents [b, c, h, w].
-    `settings`: how each picture was drawn, for `mmdit.save_png`. They are empty where settings cannot say it: with
-    embeddings, latents, sigmas, a callback, or a sampler or guidance of your own.
-    """
-
-    images: Any
-    settings: tuple[Settings, ...] = ()
-
-    def __repr__(self) -> str:
-        count = len(self.images)
-        kind = (
-            "pictures" if isinstance(self.images, list) else f"{type(self.images).__name__} {list(self.images.shape)}"
-        )
-        said = f"{count} {kind}" if isinstance(self.images, list) else kind
-        seeds = [one.seed for one in self.settings]
-        return f"PipelineOutput({said}{f', seeds {seeds}' if seeds else ''})"
-
-    def _repr_png_(self) -> bytes | None:
-        """The pictures side by side, for notebooks; None where they are no PIL pictures."""
-        if not isinstance(self.images, list):
-            return None
-        with BytesIO() as file:
-            grid(self.images).save(file, format="png")
-            return file.getvalue()
-
-
-class Pipeline(PipelineSteps):
+class Pipeline(PipelineFiles, PipelineSteps):
     """Stable Diffusion 3 / 3.5: text encoders, transformer, solver and VAE.
 
     `pipe("a cat").images[0]` draws; `encode`, `noise`, `predict`, `sample` and `decode` are the same in steps.
@@ -94,207 +37,6 @@ class Pipeline(PipelineSteps):
     Several threads may draw with one pipeline: what looks inside (`mmdit.capture` and others) sees the drawings of its
     own thread. With `offload`, their calls run one after the other.
     """
-
-    @classmethod
-    def demo(
-        cls,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = torch.float32,
-        quant: str | Recipe | None = None,
-        profile: str | Profile = "diffusers",
-        preset: str | None = None,
-        offload: Offload | None = None,
-        fast: bool = False,
-    ) -> Self:
-        """Load the embedded model: 128 x 128 pictures of 1 to 4 shapes, as prompts of a small grammar say.
-
-        "a large red circle above a blue star, on a white background": 7 shapes, 8 colours, 2 sizes, 6 backgrounds,
-        counts and relations; `mmdit.demo.captions` makes more.
-
-        Args:
-            device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`; the files hold float16.
-        """
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "profile": profile, "preset": preset}
-        return cls.load(Source(DEMO), offload=offload, fast=fast, **how)
-
-    @classmethod
-    def load(
-        cls,
-        source: Source | str | Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        quant: str | Recipe | None = None,
-        profile: str | Profile = "diffusers",
-        preset: str | None = None,
-        offload: Offload | None = None,
-        fast: bool = False,
-    ) -> Self:
-        """Load whatever the source is: a file, a folder of any layout, a repository, or "demo".
-
-        Args:
-            source: a path or name, or a `mmdit.checkpoints.load_pipeline.Source`, which says what goes with it.
-            device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`.
-
-        Raises:
-            FileNotFoundError, ValueError, mmdit.CheckpointError, mmdit.HubError: see `mmdit.checkpoints.load_pipeline`.
-        """
-        source = source if isinstance(source, Source) else Source(source)
-        place = _place(device, dtype, offload)
-        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
-        rest |= {"offload": checked_offload(offload), "device": place.device}
-        pipe = cls(_widened(load(source, place.home, place.dtype), place), name=source.name, **rest)
-        return pipe._faster() if fast else pipe
-
-    @classmethod
-    @explains_names(LOAD)
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        quant: str | Recipe | None = None,
-        profile: str | Profile = "diffusers",
-        preset: str | None = None,
-        offload: Offload | None = None,
-        fast: bool = False,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        variant: Variant | None = None,
-        cache_dir: str | Path | None = None,
-        torch_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Load a folder in the official, diffusers or ComfyUI layout, or a repository of the Hugging Face Hub.
-
-        Args:
-            folder: a folder, or "owner/name" of a repository, of which the files that are needed are downloaded.
-            device: where the models are loaded to and compute. "auto" is CUDA where there is one, else the CPU.
-            dtype: of weights and arithmetic. None keeps the dtype of the files, but on a CPU float16 and bfloat16
-                become float32, which is far faster there.
-            quant: quantize transformer and T5 to float8: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
-            profile: the reference whose behaviour to follow, a name of `mmdit.PROFILES` or an `mmdit.Profile`.
-            preset: default settings of a kind of model, such as "turbo": a name of `mmdit.PRESETS`.
-            offload: "stages" keeps the models on the CPU; text encoders, transformer and VAE take turns on the device.
-            fast: whether to `accelerate` the pipeline.
-            revision: branch, tag or commit of the repository.
-            token: of the hub, for repositories that ask for one.
-            variant: which files of the repository, such as "fp16".
-            cache_dir: where downloads are kept.
-            torch_dtype: diffusers' name for `dtype`.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
-            mmdit.HubError: the repository cannot be had; why, and what to do.
-        """
-        path = Path(folder) if folder == DEMO else folder  # a folder of that name, not the embedded model
-        source = Source(path, revision=revision, token=token, variant=variant, cache_dir=cache_dir)
-        how: dict[str, Any] = {
-            "device": device,
-            "dtype": _one_dtype(dtype, torch_dtype),
-            "quant": quant,
-            "profile": profile,
-            "preset": preset,
-        }
-        return cls.load(source, offload=offload, fast=fast, **how)
-
-    @classmethod
-    @explains_names(LOAD)
-    def from_single_file(
-        cls,
-        path: str | Path,
-        *,
-        clip_l: str | Path | None = None,
-        clip_g: str | Path | None = None,
-        t5: str | Path | None = None,
-        vae: str | Path | None = None,
-        tokenizers: str | Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        quant: str | Recipe | None = None,
-        profile: str | Profile = "diffusers",
-        preset: str | None = None,
-        offload: Offload | None = None,
-        fast: bool = False,
-        torch_dtype: torch.dtype | None = None,
-    ) -> Self:
-        """Load a single file, with text encoders inside, given here, or lying beside it in `text_encoders/`.
-
-        Args:
-            path: a safetensors file that holds the transformer.
-            clip_l, clip_g, t5, vae: files or folders that hold these models.
-            tokenizers: the folder that holds tokenizer, tokenizer_2 and tokenizer_3; None looks for it beside the file.
-            device, dtype, quant, profile, preset, offload, fast, torch_dtype: see `from_pretrained`.
-
-        Raises:
-            FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
-        """
-        others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
-        source = Source(Path(path), others, tokenizers)
-        how: dict[str, Any] = {
-            "device": device,
-            "dtype": _one_dtype(dtype, torch_dtype),
-            "quant": quant,
-            "profile": profile,
-            "preset": preset,
-        }
-        return cls.load(source, offload=offload, fast=fast, **how)
-
-    def accelerate(self, *, graph: bool | None = None, attention: str | None = None) -> AccelerationReport:
-        """Draw faster from now on, by a second forward of the transformer over the same parameters.
-
-        It has few kernels (Triton), the best exact attention that is installed, the modulation of all steps computed
-        at once, and each step as a CUDA graph. Where there is no Triton or no GPU, the report says what is left out.
-        It rounds a little differently; its error is no larger. A changed weight is noticed at the next drawing. What
-        looks inside (`mmdit.capture`, `patch`, `attention_maps`) refuses an accelerated pipeline: call `plain` first.
-
-        Args:
-            graph: record steps as CUDA graphs; None does on a GPU. A graph holds up to a gigabyte, see the report.
-            attention: "cudnn", "flash", "flash-attn-4" or "flash-attn-3"; None measures those that are installed.
-
-        Returns:
-            What was chosen. Attention and graphs are filled in as pictures are drawn: print it after the first.
-
-        Raises:
-            ValueError: the pipeline has `offload`; the transformer is compiled, hooked or changed; no such kernel.
-        """
-        if self._turns is not None:
-            raise ValueError(
-                "accelerate: graphs and tables need weights that stay in place, and offload='stages' moves them: load "
-                "the pipeline without offload"
-            )
-        self.plain()
-        self.accelerated = Accelerated(self.transformer, graph=graph, attention=attention)
-        return self.accelerated.report()
-
-    def plain(self) -> None:
-        """Undo `accelerate`: draw by the transformer's own forward, and free graphs and tables."""
-        if self.accelerated is not None:
-            self.accelerated.close()
-            self.accelerated = None
-
-    def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
-        """Write all models and tokenizers into a new folder, and return its path.
-
-        Args:
-            folder: that is made.
-            layout: "official", "diffusers" or "comfyui".
-
-        Raises:
-            FileExistsError: the folder exists.
-        """
-        parts = [model_in_memory(name, model) for name, model in self.models.items()]
-        return write_checkpoint(
-            parts, folder, layout, shift=self.shift, sampling=self._saved_sampling(), tokenizers=self.tokenizers.save
-        )
-
-    def _saved_sampling(self) -> SamplingDefaults | None:
-        """What the scheduler's config of a saved pipeline says; its shift is the pipeline's, which may be set."""
-        if self.sampling is None or isinstance(self.sampling.shift, ResolutionShift):
-            return self.sampling
-        return replace(self.sampling, shift=float(self.shift))
 
     @torch.no_grad()
     @explains_names(CALL)
@@ -392,72 +134,48 @@ class Pipeline(PipelineSteps):
             FloatingPointError: values are not finite; the step and the first such layer are named.
             MemoryError: the device has too little memory; the message says what helps.
         """
-        guidance = with_skip_layers(
-            guidance,
-            skip_guidance_layers,
-            skip_layer_guidance_scale,
-            skip_layer_guidance_start,
-            skip_layer_guidance_stop,
-        )
-        prompts = Prompts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds)
-        against = (negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds)
-        negatives = Prompts.of("negative_prompt", *against)
-        prompts.check(self.transformer.config)
-        seeds = checked_seeds(seed)
-        per_prompt = _pictures_per_prompt(num_images_per_prompt, prompts, seeds)
-        count = len(prompts) * per_prompt
-        check_output_type(output_type)
-        self._rules(max_sequence_length)
-        vae_tile = None if vae_tile is None else whole("vae_tile", vae_tile, LEAST_TILE)
-        names = (
-            ()
-            if callback_on_step_end is None
-            else tensor_inputs_of(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        )
-        shape = self._shape(latents, count, height, width)
-        alone = self.profile.one_seed == "each_alone"
-        generators(seeds, generator, count, alone=alone)
-        plan = self._plan(
-            shape,
+        request = make_request(
+            self,
+            Prompts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
+            Prompts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds),
+            height=height,
+            width=width,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            num_images_per_prompt=num_images_per_prompt,
+            max_sequence_length=max_sequence_length,
+            callback=callback_on_step_end,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+            vae_tile=vae_tile,
+            output_type=output_type,
+            progress=progress,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
             schedule=schedule,
             sigmas=sigmas,
             shift=shift,
-            guidance=guidance,
+            guidance=with_skip_layers(
+                guidance,
+                skip_guidance_layers,
+                skip_layer_guidance_scale,
+                skip_layer_guidance_start,
+                skip_layer_guidance_stop,
+            ),
         )
-        if latents is not None and not plan.solver.is_stochastic:
-            check_draws_nothing(seed=seed)
-        pair = (prompts, negatives.for_each(len(prompts), self.transformer.config) if plan.uses_uncond else None)
-        for one in pair:
-            if one is not None and one.conditionings:
-                checked_ranges(one.name, one.conditionings, plan.sigmas, plan.shift, len(one))
-        with self._drawing(f"{count} pictures at once"):
-            if seeds is None and generator is None and latents is None:
-                seeds = fresh_seeds(count)
-            drawn_by = generators(seeds, generator, count, alone=alone)
-            noise = self._start(latents, drawn_by, count, height, width)
-            cond, uncond = (
-                None if one is None else self._encoded(one, max_sequence_length, per_prompt) for one in pair
-            )
-            assert cond is not None
-            run = self._run(replace(plan, generator=drawn_by), cond, uncond)
-            latent = self._latent(run, noise, callback_on_step_end, names, progress)
-            pictures = latent if output_type == "latent" else self.decode(latent, tile=vae_tile)
-            images = convert_output(pictures, output_type, self.profile.to_uint8)
-        if latents is not None or sigmas is not None or callback_on_step_end is not None or plan.is_own:
-            return PipelineOutput(images)
-        common = self._settings(plan, max_sequence_length)
-        return PipelineOutput(images, settings_of(pair, per_prompt, own_seeds(seeds, count, alone=alone), common))
+        with self._drawing(f"{request.count} pictures at once"):
+            return self._draw(request)
 
-    @property
-    def digest(self) -> str:
-        """What settings of a picture call the weights of the transformer, see `mmdit.pipeline.settings.digest_of`."""
-        state = tuple((id(weight), weight._version) for weight in self.transformer.parameters())
-        if self._digest is None or self._digest[0] != state:
-            self._digest = state, digest_of(self.transformer)
-        return self._digest[1]
+    def _draw(self, request: Request) -> PipelineOutput:
+        """The pictures of a request: encode, start, sample, decode."""
+        noise = self._start(request)
+        cond = self._encoded(request, request.prompts)
+        uncond = None if request.negatives is None else self._encoded(request, request.negatives)
+        latent = self._latent(request, self._run(request.plan, cond, uncond), noise)
+        pictures = latent if request.output_type == "latent" else self.decode(latent, tile=request.vae_tile)
+        images = convert_output(pictures, request.output_type, self.profile.to_uint8)
+        return PipelineOutput(images, self._settings(request) if request.has_settings else ())
 
     @property
     def guidance_scale(self) -> float:
@@ -498,24 +216,30 @@ class Pipeline(PipelineSteps):
         call = CallState(value) if self._here.call is None else self._here.call
         call.scale(number("guidance_scale", value))
 
-    def _faster(self) -> Self:
-        self.accelerate()
-        return self
+    def _start(self, request: Request) -> Tensor:
+        """The latents that a drawing starts from: those given, or noise."""
+        if request.latents is not None:
+            return request.latents.to(self.device)
+        return self._noise(request.plan.shape, request.plan.generator)
 
-    def _latent(
-        self, run: Run, noise: Tensor, callback: OnStepEnd | None, names: Sequence[str], progress: bool | None
-    ) -> Tensor:
+    def _encoded(self, request: Request, prompts: Prompts) -> list[Ranged]:
+        """The conditionings of prompts, one for each picture."""
+        found = prompts.conditionings
+        if prompts.texts is not None:
+            found = (Ranged(self.encode(prompts.texts, max_sequence_length=request.max_sequence_length)),)
+        return [one.to(self.device, self.dtype).repeat(request.per_prompt) for one in found]
+
+    def _latent(self, request: Request, run: Run, noise: Tensor) -> Tensor:
         """Run the steps of a drawing; the last latent, in the transformer's dtype."""
         call = self._here.call = CallState(run.plan.guidance_scale)
         call.begin(run)
         dtype = self.dtype if run.plan.profile.state_dtype == "model" else torch.float32
         sigma = float(run.plan.sigmas[0])
+        total = None if run.plan.solver.own_steps else call.num_timesteps
         try:
-            for step in bar(
-                self._steps(run, noise), None if run.plan.solver.own_steps else call.num_timesteps, progress
-            ):
-                if callback is not None:
-                    after_step(callback, names, self, run, step, sigma, dtype)
+            for step in bar(self._steps(run, noise), total, request.progress):
+                if request.callback is not None:
+                    after_step(request.callback, request.tensor_inputs, self, run, step, sigma, dtype)
                 if call.interrupt:
                     break
                 sigma = step.sigma
@@ -523,7 +247,13 @@ class Pipeline(PipelineSteps):
             call.end()
         return step.x.to(self.dtype)
 
-    def _settings(self, plan: SamplingPlan, max_sequence_length: int | None) -> dict[str, Any]:
+    def _settings(self, request: Request) -> tuple[Settings, ...]:
+        """The settings of each picture of a request."""
+        seeds = own_seeds(request.seeds, request.count, alone=self.profile.one_seed == "each_alone")
+        common = self._common_settings(request.plan, request.max_sequence_length)
+        return settings_of((request.prompts, request.negatives), request.per_prompt, seeds, common)
+
+    def _common_settings(self, plan: SamplingPlan, max_sequence_length: int | None) -> dict[str, Any]:
         """What the settings of all pictures of a call have in common."""
         rows, columns = plan.shape[2:]
         return {
@@ -543,78 +273,3 @@ class Pipeline(PipelineSteps):
             "device": self.device.type,
             "model_digest": self.digest,
         }
-
-    @contextmanager
-    def _drawing(self, what: str) -> Iterator[None]:
-        """Explain running out of memory; with `offload`, leave nothing on the device, whatever happens."""
-        if self._turns is None:
-            with explained_memory_errors(self.models, what):
-                yield
-            return
-        with self._turns.lock:  # the models are on one device in turn, so one thread draws at a time
-            try:
-                with explained_memory_errors(self.models, what):
-                    yield
-            finally:
-                self._turns.leave()
-
-    def _shape(self, latents: Tensor | None, count: int, height: int | None, width: int | None) -> tuple[int, ...]:
-        """The shape of the latents, [b, c, h, w]: of those given, or for pictures of this size."""
-        if latents is None:
-            return self._latent_shape(count, height, width)
-        cell = self.vae.config.downscale
-        check_latents(latents, count, self.transformer.config, cell, self._unit, height, width)
-        return tuple(latents.shape)
-
-    def _encoded(self, prompts: Prompts, max_sequence_length: int | None, times: int) -> list[Ranged]:
-        """The conditionings of prompts, each prompt `times` in a row."""
-        found = prompts.conditionings
-        if prompts.texts is not None:
-            found = (Ranged(self.encode(prompts.texts, max_sequence_length=max_sequence_length)),)
-        return [one.to(self.device, self.dtype).repeat(times) for one in found]
-
-    def _start(
-        self, latents: Tensor | None, drawn_by: Generators, count: int, height: int | None, width: int | None
-    ) -> Tensor:
-        """The latents to start from: those given, or noise."""
-        if latents is not None:
-            return latents.to(self.device)
-        return self.noise(count=count, height=height, width=width, generator=drawn_by)
-
-
-class _Place(NamedTuple):
-    """Where models are loaded to, where they compute, and in which dtype."""
-
-    home: torch.device
-    device: torch.device
-    dtype: torch.dtype | None
-
-
-def _one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype, under our name or under that of diffusers."""
-    if dtype is not None and torch_dtype is not None:
-        raise ValueError("dtype and torch_dtype are both given; give one of them")
-    return torch_dtype if dtype is None else dtype
-
-
-def _place(device: torch.device | str, dtype: torch.dtype | None, offload: str | None) -> _Place:
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype is {type(dtype).__name__} {dtype!r}, expected a torch.dtype such as torch.bfloat16")
-    found = resolve_device(device)
-    warn_if_slow(found, dtype)
-    return _Place(torch.device("cpu") if offload else found, found, dtype)
-
-
-def _widened(parts: Components, place: _Place) -> Components:
-    """The models in float32 where they would compute in 16 bits on a CPU and nobody asked for that."""
-    if place.dtype is None and place.device.type == "cpu":
-        for model in (parts.transformer, parts.vae, parts.clip_l, parts.clip_g, parts.t5):
-            if model is not None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
-                model.to(torch.float32)
-    return parts
-
-
-def _pictures_per_prompt(given: int | None, prompts: Prompts, seeds: int | list[int] | None) -> int:
-    """The number of pictures of each prompt: as many as there are seeds, where there is one prompt."""
-    count = 1 if given is None else whole("num_images_per_prompt", given, 1)
-    return len(seeds) if isinstance(seeds, list) and seeds and len(prompts) == count == 1 else count

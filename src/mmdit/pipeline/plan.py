@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -39,6 +39,18 @@ from samplers.checks import MAX_STEPS
 SigmasLike = Sequence[float] | np.ndarray | Tensor  # what `sigmas=` takes
 PredictInStep = Callable[[Tensor, float, Sequence[Branch], int], list[Tensor]]
 SamplerLike = str | Solver | Callable[..., Iterator[Step]]  # what `sampler=` takes
+
+
+class PlanArguments(TypedDict, total=False):
+    """The sampling arguments of `mmdit.Pipeline.sample`, which `make_plan` resolves; None is the profile's default."""
+
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    sampler: SamplerLike | None
+    schedule: str | None
+    sigmas: SigmasLike | None
+    shift: Shift
+    guidance: GuidanceLike | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from encoders import Conditioning
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, perturbed
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.utils import whole
 
 _SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 Announce = Callable[[tuple[Branch, ...]], None]  # told of the branches of a pass before it runs
+PredictInLoop = Callable[[Tensor, float | Tensor, Sequence[Branch], int], list[Tensor]]  # the last one is the step
 
 
 def predict_branches(
@@ -106,3 +109,23 @@ def _fast(
         [text.pooled for text in texts],
         skip_layers=branches[0].skip_layers,
     )
+
+
+class Predictor:
+    """`mmdit.Pipeline.predict` under conditionings that have names; see `mmdit.Pipeline.predictor`."""
+
+    def __init__(self, predict: PredictInLoop, conditionings: Mapping[str, Conditioning]) -> None:
+        if not conditionings:
+            raise TypeError("predictor takes conditionings by name, such as cond=pipe.encode(prompt); got none")
+        for name, one in conditionings.items():
+            if not isinstance(one, Conditioning):
+                raise TypeError(f"predictor: {name} is {type(one).__name__}, expected a Conditioning, see pipe.encode")
+        self.branches = tuple(Branch(one, name) for name, one in conditionings.items())
+        self._predict, self._step = predict, 0
+
+    def __call__(self, x: Tensor, sigma: float | Tensor, *, step: int | None = None) -> list[Tensor]:
+        """The predicted pictures (x0) of latents [b, c, h, w] at a noise level, one for each conditioning."""
+        number = self._step if step is None else whole("step", step, 0)
+        found = self._predict(x, sigma, self.branches, number)
+        self._step = number + 1
+        return found

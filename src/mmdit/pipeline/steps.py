@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from encoders import CLIPText, Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
-from mmdit.checkpoints.components import Component, title
-from mmdit.checkpoints.load_pipeline import Components
-from mmdit.pipeline.arguments import (
-    LEAST_TILE,
-    Offload,
-    Shift,
-    cells,
-    check_tensor,
-    checked_offload,
-    checked_quant,
-    profile_of,
-)
-from mmdit.pipeline.callbacks import CallState
+from encoders import Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
+from mmdit.pipeline.arguments import LEAST_TILE, Shift, check_tensor
+from mmdit.pipeline.base import PipelineModels
 from mmdit.pipeline.failures import check_all_finite, check_finite
 from mmdit.pipeline.guidance import GuidanceLike
 from mmdit.pipeline.images import to_unit
-from mmdit.pipeline.passes import Branch, Pass, Planner, Watcher
+from mmdit.pipeline.passes import Branch, Pass, Watcher
 from mmdit.pipeline.plan import (
+    PlanArguments,
     Run,
     SamplerLike,
     SamplingPlan,
@@ -40,144 +29,15 @@ from mmdit.pipeline.plan import (
     resolve_sampler,
     resolve_sigmas,
 )
-from mmdit.pipeline.predict import predict_branches, timestep_of
-from mmdit.pipeline.profiles import Profile, with_sampling
+from mmdit.pipeline.predict import Predictor, predict_branches, timestep_of
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
 from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
-from mmdit.runtime.accelerate import Accelerated
-from mmdit.runtime.devices import resolve_device, warn_if_slow
-from mmdit.runtime.offload import Turns
-from mmdit.utils import number, weight_bytes, whole
-from quant.quantize import is_quantized, quantize_, refuse_quantized
-from quant.recipe import Recipe, recipe_name
-from quant.tensor import Float8Tensor
+from mmdit.utils import number, whole
 from samplers import Step, gaussian
 
 
-class PipelineSteps:
-    """The models and a profile, with a method for each step of a drawing; `mmdit.Pipeline` adds loading and the call.
-
-    Args:
-        parts: the models.
-        profile: a name of `mmdit.PROFILES`, or a profile of your own (`dataclasses.replace`).
-        preset: a name of `mmdit.PRESETS`: steps, guidance, sampler and shift of a kind of model.
-        offload: "stages" keeps the models where they are; text encoders, transformer and VAE take turns on `device`.
-        device: where models compute with `offload`.
-        quant: a name of `quant.RECIPES` or a `quant.Recipe`. Linears of the transformer and of T5 are quantized to
-            float8, except those of `quant.quantize.KEPT`. A model that was float8 in its file stays as it is; if the
-            transformer's recipe in the file is another one, that is an error.
-        name: what the settings of a picture call the model.
-    """
-
-    def __init__(
-        self,
-        parts: Components,
-        *,
-        profile: str | Profile = "diffusers",
-        preset: str | None = None,
-        offload: Offload | None = None,
-        device: torch.device | str = "cuda",
-        quant: str | Recipe | None = None,
-        name: str = "",
-    ) -> None:
-        self.transformer, self.vae, self.tokenizers = parts.transformer, parts.vae, parts.tokenizers
-        self.clip_l: CLIPText | None = parts.clip_l
-        self.clip_g: CLIPText | None = parts.clip_g
-        self.t5, self.name = parts.t5, name
-        self.profile = profile_of(profile, preset)
-        self.sampling = parts.sampling  # the scheduler's config, where it says more than a shift
-        self.shift = self.profile.shift if parts.shift is None else parts.shift
-        if self.sampling is not None:
-            self.profile = with_sampling(self.profile, self.sampling)
-            self.shift = default_shift(self.sampling, self.shift, (self._cells(None, "height"),) * 2, self.transformer)
-        recipe = checked_quant(quant)
-        self.quant = None if recipe is None else recipe_name(recipe)
-        if recipe is not None:
-            refuse_quantized(
-                self.transformer,
-                f"{name or 'the pipeline'}: the transformer",
-                f"quant= asks for {recipe_name(recipe)}; leave quant out, or give a 16-bit file",
-                unless=recipe,
-            )
-            for model in (self.transformer, self.t5):
-                if model is not None and not is_quantized(model):
-                    quantize_(model, recipe)
-        self._here = _PerThread()
-        self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # of the transformer in this state
-        self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
-        self._turns = None if checked_offload(offload) is None else Turns(resolve_device(device))
-
-    @property
-    def watchers(self) -> list[Watcher]:
-        """Called before every pass of the transformer in this thread."""
-        return self._here.watchers
-
-    @property
-    def planners(self) -> list[Planner]:
-        """Called before the first pass of every drawing of this thread."""
-        return self._here.planners
-
-    def __repr__(self) -> str:
-        """What the pipeline is made of: each model with its size, dtype, device and quantization."""
-        profile = self.profile
-        lines = [
-            f"{type(self).__name__} {self.name!r}, profile {profile.name}: {profile.steps} steps, guidance "
-            f"{profile.guidance_scale:g}, {profile.sampler}, shift {self.shift:g}"
-        ]
-        return "\n".join([*lines, *(_line(title(name), model) for name, model in self.models.items())])
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The models that are there and the tokenizers, by name."""
-        return {**dict[str, Any](self.models.items()), "tokenizers": self.tokenizers}
-
-    @property
-    def models(self) -> dict[Component, nn.Module]:
-        """The models that are there, by component."""
-        every: dict[Component, nn.Module | None] = {
-            "transformer": self.transformer,
-            "vae": self.vae,
-            "clip_l": self.clip_l,
-            "clip_g": self.clip_g,
-            "t5": self.t5,
-        }
-        return {name: model for name, model in every.items() if model is not None}
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the transformer computes on."""
-        return self.transformer.pos_embed.device if self._turns is None else self._turns.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the transformer computes in."""
-        return self.transformer.pos_embed.dtype
-
-    def to(self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or cast all models, as `nn.Module.to` does: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, or both.
-
-        With `offload` the models stay where they are, and take their turns on the new device.
-
-        Args:
-            device: a name, "auto" or a `torch.device`; a dtype is taken for `dtype`.
-            dtype: of weights and arithmetic; None keeps it.
-
-        Raises:
-            ValueError: there is no such device here, or two dtypes are given.
-        """
-        if isinstance(device, torch.dtype):
-            if dtype is not None:
-                raise ValueError(f"two dtypes are given, {device} and {dtype}; give a device and a dtype")
-            device, dtype = None, device
-        device = None if device is None else resolve_device(device)
-        warn_if_slow(self.device if device is None else device, dtype)
-        if self._turns is not None:
-            self._turns.leave()
-            self._turns = Turns(self._turns.device if device is None else device)
-            device = None
-        for model in self.models.values():
-            model.to(device=device, dtype=dtype)
-        return self
+class PipelineSteps(PipelineModels):
+    """The steps of a drawing, a method for each; `mmdit.Pipeline` adds files and the call."""
 
     def encode(self, prompts: str | Sequence[str], *, max_sequence_length: int | None = None) -> Conditioning:
         """Encode prompts with the text encoders; the result is on the transformer's device and in its dtype.
@@ -226,10 +86,8 @@ class PipelineSteps:
             ValueError: a size is not possible, or the numbers of seeds and pictures differ.
         """
         shape = self._latent_shape(whole("count", count, 1), height, width)
-        dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
-        drawn_by = generators(checked_seeds(seed), generator, count, alone=self.profile.one_seed == "each_alone")
-        noise = gaussian(shape, drawn_by, dtype).to(self.device)
-        return noise.half() if self.profile.noise_dtype == "float16" else noise
+        alone = self.profile.one_seed == "each_alone"
+        return self._noise(shape, generators(checked_seeds(seed), generator, shape[0], alone=alone))
 
     def predict(
         self,
@@ -277,7 +135,7 @@ class PipelineSteps:
         Raises:
             TypeError: none is given, or one is no `Conditioning`.
         """
-        return Predictor(self, conditionings)
+        return Predictor(lambda x, sigma, branches, step: self.predict(x, sigma, branches, step=step), conditionings)
 
     def sample(
         self,
@@ -397,7 +255,14 @@ class PipelineSteps:
             check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
         return to_unit(decoded)
 
-    def _plan(self, shape: Sequence[int], **arguments: Any) -> SamplingPlan:
+    def _noise(self, shape: Sequence[int], drawn_by: Generators) -> Tensor:
+        dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
+        noise = gaussian(shape, drawn_by, dtype).to(self.device)
+        return noise.half() if self.profile.noise_dtype == "float16" else noise
+
+    def _plan(
+        self, shape: Sequence[int], *, generator: Generators = None, **arguments: Unpack[PlanArguments]
+    ) -> SamplingPlan:
         """The plan of a drawing of latents of this shape, by the arguments of `sample`."""
         shift = default_shift(self.sampling, self.shift, shape[2:], self.transformer)
         return make_plan(
@@ -406,6 +271,7 @@ class PipelineSteps:
             shape,
             default_shift=shift,
             sampling=self.sampling,
+            generator=generator,
             **arguments,
         )
 
@@ -480,11 +346,6 @@ class PipelineSteps:
             return rules
         return replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
 
-    def _enter(self, *names: Component) -> None:
-        """With `offload`, these models come to the device."""
-        if self._turns is not None:
-            self._turns.enter(model for name, model in self.models.items() if name in names)
-
     def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """The shape [b, c, h, w] of the latents of pictures of this size in pixels; None is the model's own size."""
         return (
@@ -494,65 +355,9 @@ class PipelineSteps:
             self._cells(width, "width"),
         )
 
-    def _cells(self, pixels: int | None, name: str) -> int:
-        """The latent cells along a side of so many pixels."""
-        config = self.transformer.config
-        if pixels is None:
-            return config.sample_size or 128
-        return cells(pixels, name, config, self.vae.config.downscale, self._unit)
-
-    @property
-    def _unit(self) -> int:
-        """What the sides of a latent are multiples of."""
-        return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
-
-
-class _PerThread(threading.local):
-    """What belongs to the drawings of one thread. A copy or a pickle of it is empty."""
-
-    def __init__(self) -> None:
-        self.watchers: list[Watcher] = []
-        self.planners: list[Planner] = []
-        self.predictions = 0  # calls of `predict` until now
-        self.call: CallState | None = None  # what callbacks see of the drawing
-
-    def __reduce__(self) -> tuple[type[_PerThread], tuple[()]]:
-        return type(self), ()
-
 
 def _one_level(sigma: float | Tensor) -> float:
     """A noise level; all latents of a call have the same one."""
     if isinstance(sigma, Tensor) and sigma.numel() != 1:
         raise ValueError(f"sigma has shape {list(sigma.shape)}, expected one noise level for all latents of a call")
     return number("sigma", sigma.item() if isinstance(sigma, Tensor) else sigma)
-
-
-def _line(called: str, model: nn.Module) -> str:
-    """A line about a model."""
-    weights = list(model.parameters())
-    dtypes = " and ".join(sorted({str(one.dtype).removeprefix("torch.") for one in weights}))
-    devices = " and ".join(sorted({str(one.device) for one in weights}))
-    recipes = sorted({recipe_name(one.recipe) for one in weights if isinstance(one, Float8Tensor)})
-    quantized = f", quantized to {' and '.join(recipes)}" if recipes else ""
-    size = f"{sum(one.numel() for one in weights) / 1e6:,.1f} M parameters, {weight_bytes(model) / 1e9:.2f} GB"
-    return f"  {called}: {size}, {dtypes} on {devices}{quantized}"
-
-
-class Predictor:
-    """`PipelineSteps.predict` under conditionings that have names; see `PipelineSteps.predictor`."""
-
-    def __init__(self, pipe: PipelineSteps, conditionings: Mapping[str, Conditioning]) -> None:
-        if not conditionings:
-            raise TypeError("predictor takes conditionings by name, such as cond=pipe.encode(prompt); got none")
-        for name, one in conditionings.items():
-            if not isinstance(one, Conditioning):
-                raise TypeError(f"predictor: {name} is {type(one).__name__}, expected a Conditioning, see pipe.encode")
-        self.branches = tuple(Branch(one, name) for name, one in conditionings.items())
-        self._pipe, self._step = pipe, 0
-
-    def __call__(self, x: Tensor, sigma: float | Tensor, *, step: int | None = None) -> list[Tensor]:
-        """The predicted pictures (x0) of latents [b, c, h, w] at a noise level, one for each conditioning."""
-        number = self._step if step is None else whole("step", step, 0)
-        found = self._pipe.predict(x, sigma, self.branches, step=number)
-        self._step = number + 1
-        return found

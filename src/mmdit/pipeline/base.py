@@ -1,0 +1,251 @@
+"""The models of a pipeline: where they are, how they compute, and what the drawings of a thread share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from encoders import CLIPText
+from mmdit.checkpoints.components import Component, title
+from mmdit.checkpoints.load_pipeline import Components
+from mmdit.pipeline.arguments import Offload, cells, checked_offload, checked_quant, profile_of
+from mmdit.pipeline.callbacks import CallState
+from mmdit.pipeline.failures import explained_memory_errors
+from mmdit.pipeline.passes import Planner, Watcher
+from mmdit.pipeline.plan import default_shift
+from mmdit.pipeline.profiles import Profile, with_sampling
+from mmdit.pipeline.settings import digest_of
+from mmdit.runtime.accelerate import Accelerated, AccelerationReport
+from mmdit.runtime.devices import resolve_device, warn_if_slow
+from mmdit.runtime.offload import Turns
+from mmdit.utils import weight_bytes
+from quant.quantize import is_quantized, quantize_, refuse_quantized
+from quant.recipe import Recipe, recipe_name
+from quant.tensor import Float8Tensor
+
+
+class PipelineModels:
+    """The models of a pipeline and its profile, on their device and in their dtype; `mmdit.Pipeline` draws with them.
+
+    Args:
+        parts: the models.
+        profile: a name of `mmdit.PROFILES`, or a profile of your own (`dataclasses.replace`).
+        preset: a name of `mmdit.PRESETS`: steps, guidance, sampler and shift of a kind of model.
+        offload: "stages" keeps the models where they are; text encoders, transformer and VAE take turns on `device`.
+        device: where models compute with `offload`.
+        quant: a name of `quant.RECIPES` or a `quant.Recipe`. Linears of the transformer and of T5 are quantized to
+            float8, except those of `quant.quantize.KEPT`. A model that was float8 in its file stays as it is; if the
+            transformer's recipe in the file is another one, that is an error.
+        name: what the settings of a picture call the model.
+    """
+
+    def __init__(
+        self,
+        parts: Components,
+        *,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        device: torch.device | str = "cuda",
+        quant: str | Recipe | None = None,
+        name: str = "",
+    ) -> None:
+        self.transformer, self.vae, self.tokenizers = parts.transformer, parts.vae, parts.tokenizers
+        self.clip_l: CLIPText | None = parts.clip_l
+        self.clip_g: CLIPText | None = parts.clip_g
+        self.t5, self.name = parts.t5, name
+        self.profile = profile_of(profile, preset)
+        self.sampling = parts.sampling  # the scheduler's config, where it says more than a shift
+        self.shift = self.profile.shift if parts.shift is None else parts.shift
+        if self.sampling is not None:
+            self.profile = with_sampling(self.profile, self.sampling)
+            self.shift = default_shift(self.sampling, self.shift, (self._cells(None, "height"),) * 2, self.transformer)
+        recipe = checked_quant(quant)
+        self.quant = None if recipe is None else recipe_name(recipe)
+        if recipe is not None:
+            refuse_quantized(
+                self.transformer,
+                f"{name or 'the pipeline'}: the transformer",
+                f"quant= asks for {recipe_name(recipe)}; leave quant out, or give a 16-bit file",
+                unless=recipe,
+            )
+            for model in (self.transformer, self.t5):
+                if model is not None and not is_quantized(model):
+                    quantize_(model, recipe)
+        self._here = _PerThread()
+        self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # of the transformer in this state
+        self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
+        self._turns = None if checked_offload(offload) is None else Turns(resolve_device(device))
+
+    @property
+    def watchers(self) -> list[Watcher]:
+        """Called before every pass of the transformer in this thread."""
+        return self._here.watchers
+
+    @property
+    def planners(self) -> list[Planner]:
+        """Called before the first pass of every drawing of this thread."""
+        return self._here.planners
+
+    def __repr__(self) -> str:
+        """What the pipeline is made of: each model with its size, dtype, device and quantization."""
+        profile = self.profile
+        lines = [
+            f"{type(self).__name__} {self.name!r}, profile {profile.name}: {profile.steps} steps, guidance "
+            f"{profile.guidance_scale:g}, {profile.sampler}, shift {self.shift:g}"
+        ]
+        return "\n".join([*lines, *(_line(title(name), model) for name, model in self.models.items())])
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The models that are there and the tokenizers, by name."""
+        return {**dict[str, Any](self.models.items()), "tokenizers": self.tokenizers}
+
+    @property
+    def models(self) -> dict[Component, nn.Module]:
+        """The models that are there, by component."""
+        every: dict[Component, nn.Module | None] = {
+            "transformer": self.transformer,
+            "vae": self.vae,
+            "clip_l": self.clip_l,
+            "clip_g": self.clip_g,
+            "t5": self.t5,
+        }
+        return {name: model for name, model in every.items() if model is not None}
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the transformer computes on."""
+        return self.transformer.pos_embed.device if self._turns is None else self._turns.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the transformer computes in."""
+        return self.transformer.pos_embed.dtype
+
+    def to(self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move or cast all models, as `nn.Module.to` does: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, or both.
+
+        With `offload` the models stay where they are, and take their turns on the new device.
+
+        Args:
+            device: a name, "auto" or a `torch.device`; a dtype is taken for `dtype`.
+            dtype: of weights and arithmetic; None keeps it.
+
+        Raises:
+            ValueError: there is no such device here, or two dtypes are given.
+        """
+        if isinstance(device, torch.dtype):
+            if dtype is not None:
+                raise ValueError(f"two dtypes are given, {device} and {dtype}; give a device and a dtype")
+            device, dtype = None, device
+        device = None if device is None else resolve_device(device)
+        warn_if_slow(self.device if device is None else device, dtype)
+        if self._turns is not None:
+            self._turns.leave()
+            self._turns = Turns(self._turns.device if device is None else device)
+            device = None
+        for model in self.models.values():
+            model.to(device=device, dtype=dtype)
+        return self
+
+    @property
+    def digest(self) -> str:
+        """What settings of a picture call the weights of the transformer, see `mmdit.pipeline.settings.digest_of`."""
+        state = tuple((id(weight), weight._version) for weight in self.transformer.parameters())
+        if self._digest is None or self._digest[0] != state:
+            self._digest = state, digest_of(self.transformer)
+        return self._digest[1]
+
+    def accelerate(self, *, graph: bool | None = None, attention: str | None = None) -> AccelerationReport:
+        """Draw faster from now on, by a second forward of the transformer over the same parameters.
+
+        It has few kernels (Triton), the best exact attention that is installed, the modulation of all steps computed
+        at once, and each step as a CUDA graph. Where there is no Triton or no GPU, the report says what is left out.
+        It rounds a little differently; its error is no larger. A changed weight is noticed at the next drawing. What
+        looks inside (`mmdit.capture`, `patch`, `attention_maps`) refuses an accelerated pipeline: call `plain` first.
+
+        Args:
+            graph: record steps as CUDA graphs; None does on a GPU. A graph holds up to a gigabyte, see the report.
+            attention: "cudnn", "flash", "flash-attn-4" or "flash-attn-3"; None measures those that are installed.
+
+        Returns:
+            What was chosen. Attention and graphs are filled in as pictures are drawn: print it after the first.
+
+        Raises:
+            ValueError: the pipeline has `offload`; the transformer is compiled, hooked or changed; no such kernel.
+        """
+        if self._turns is not None:
+            raise ValueError(
+                "accelerate: graphs and tables need weights that stay in place, and offload='stages' moves them: load "
+                "the pipeline without offload"
+            )
+        self.plain()
+        self.accelerated = Accelerated(self.transformer, graph=graph, attention=attention)
+        return self.accelerated.report()
+
+    def plain(self) -> None:
+        """Undo `accelerate`: draw by the transformer's own forward, and free graphs and tables."""
+        if self.accelerated is not None:
+            self.accelerated.close()
+            self.accelerated = None
+
+    def _enter(self, *names: Component) -> None:
+        """With `offload`, these models come to the device."""
+        if self._turns is not None:
+            self._turns.enter(model for name, model in self.models.items() if name in names)
+
+    def _cells(self, pixels: int | None, name: str) -> int:
+        """The latent cells along a side of so many pixels."""
+        config = self.transformer.config
+        if pixels is None:
+            return config.sample_size or 128
+        return cells(pixels, name, config, self.vae.config.downscale, self._unit)
+
+    @property
+    def _unit(self) -> int:
+        """What the sides of a latent are multiples of."""
+        return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
+
+    @contextmanager
+    def _drawing(self, what: str) -> Iterator[None]:
+        """Explain running out of memory; with `offload`, leave nothing on the device, whatever happens."""
+        if self._turns is None:
+            with explained_memory_errors(self.models, what):
+                yield
+            return
+        with self._turns.lock:  # the models are on one device in turn, so one thread draws at a time
+            try:
+                with explained_memory_errors(self.models, what):
+                    yield
+            finally:
+                self._turns.leave()
+
+
+class _PerThread(threading.local):
+    """What belongs to the drawings of one thread. A copy or a pickle of it is empty."""
+
+    def __init__(self) -> None:
+        self.watchers: list[Watcher] = []
+        self.planners: list[Planner] = []
+        self.predictions = 0  # calls of `predict` until now
+        self.call: CallState | None = None  # what callbacks see of the drawing
+
+    def __reduce__(self) -> tuple[type[_PerThread], tuple[()]]:
+        return type(self), ()
+
+
+def _line(called: str, model: nn.Module) -> str:
+    """A line about a model."""
+    weights = list(model.parameters())
+    dtypes = " and ".join(sorted({str(one.dtype).removeprefix("torch.") for one in weights}))
+    devices = " and ".join(sorted({str(one.device) for one in weights}))
+    recipes = sorted({recipe_name(one.recipe) for one in weights if isinstance(one, Float8Tensor)})
+    quantized = f", quantized to {' and '.join(recipes)}" if recipes else ""
+    size = f"{sum(one.numel() for one in weights) / 1e6:,.1f} M parameters, {weight_bytes(model) / 1e9:.2f} GB"
+    return f"  {called}: {size}, {dtypes} on {devices}{quantized}"

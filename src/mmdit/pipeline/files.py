@@ -1,0 +1,231 @@
+"""A pipeline from files, and back into files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+
+from mmdit.checkpoints.components import Component
+from mmdit.checkpoints.hub import Variant
+from mmdit.checkpoints.load import model_in_memory
+from mmdit.checkpoints.load_pipeline import DEMO, Components, Source, load
+from mmdit.checkpoints.write import write_checkpoint
+from mmdit.pipeline.arguments import Offload, checked_offload, checked_quant, profile_of
+from mmdit.pipeline.base import PipelineModels
+from mmdit.pipeline.diffusers_names import LOAD, explains_names
+from mmdit.pipeline.profiles import Profile
+from mmdit.runtime.devices import resolve_device, warn_if_slow
+from quant.recipe import Recipe
+from samplers import ResolutionShift, SamplingDefaults
+
+
+class PipelineFiles(PipelineModels):
+    """Loading a pipeline from any layout of files, and saving it; `mmdit.Pipeline` draws with it."""
+
+    @classmethod
+    def demo(
+        cls,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        fast: bool = False,
+    ) -> Self:
+        """Load the embedded model: 128 x 128 pictures of 1 to 4 shapes, as prompts of a small grammar say.
+
+        "a large red circle above a blue star, on a white background": 7 shapes, 8 colours, 2 sizes, 6 backgrounds,
+        counts and relations; `mmdit.demo.captions` makes more.
+
+        Args:
+            device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`; the files hold float16.
+        """
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "profile": profile, "preset": preset}
+        return cls.load(Source(DEMO), offload=offload, fast=fast, **how)
+
+    @classmethod
+    def load(
+        cls,
+        source: Source | str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        fast: bool = False,
+    ) -> Self:
+        """Load whatever the source is: a file, a folder of any layout, a repository, or "demo".
+
+        Args:
+            source: a path or name, or a `mmdit.checkpoints.load_pipeline.Source`, which says what goes with it.
+            device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError, mmdit.CheckpointError, mmdit.HubError: see `mmdit.checkpoints.load_pipeline`.
+        """
+        source = source if isinstance(source, Source) else Source(source)
+        place = _place(device, dtype, offload)
+        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
+        rest |= {"offload": checked_offload(offload), "device": place.device}
+        pipe = cls(_widened(load(source, place.home, place.dtype), place), name=source.name, **rest)
+        return pipe._faster() if fast else pipe
+
+    @classmethod
+    @explains_names(LOAD)
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        fast: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        variant: Variant | None = None,
+        cache_dir: str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load a folder in the official, diffusers or ComfyUI layout, or a repository of the Hugging Face Hub.
+
+        Args:
+            folder: a folder, or "owner/name" of a repository, of which the files that are needed are downloaded.
+            device: where the models are loaded to and compute. "auto" is CUDA where there is one, else the CPU.
+            dtype: of weights and arithmetic. None keeps the dtype of the files, but on a CPU float16 and bfloat16
+                become float32, which is far faster there.
+            quant: quantize transformer and T5 to float8: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
+            profile: the reference whose behaviour to follow, a name of `mmdit.PROFILES` or an `mmdit.Profile`.
+            preset: default settings of a kind of model, such as "turbo": a name of `mmdit.PRESETS`.
+            offload: "stages" keeps the models on the CPU; text encoders, transformer and VAE take turns on the device.
+            fast: whether to `accelerate` the pipeline.
+            revision: branch, tag or commit of the repository.
+            token: of the hub, for repositories that ask for one.
+            variant: which files of the repository, such as "fp16".
+            cache_dir: where downloads are kept.
+            torch_dtype: diffusers' name for `dtype`.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
+            mmdit.HubError: the repository cannot be had; why, and what to do.
+        """
+        path = Path(folder) if folder == DEMO else folder  # a folder of that name, not the embedded model
+        source = Source(path, revision=revision, token=token, variant=variant, cache_dir=cache_dir)
+        how: dict[str, Any] = {
+            "device": device,
+            "dtype": _one_dtype(dtype, torch_dtype),
+            "quant": quant,
+            "profile": profile,
+            "preset": preset,
+        }
+        return cls.load(source, offload=offload, fast=fast, **how)
+
+    @classmethod
+    @explains_names(LOAD)
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        clip_l: str | Path | None = None,
+        clip_g: str | Path | None = None,
+        t5: str | Path | None = None,
+        vae: str | Path | None = None,
+        tokenizers: str | Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        quant: str | Recipe | None = None,
+        profile: str | Profile = "diffusers",
+        preset: str | None = None,
+        offload: Offload | None = None,
+        fast: bool = False,
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Load a single file, with text encoders inside, given here, or lying beside it in `text_encoders/`.
+
+        Args:
+            path: a safetensors file that holds the transformer.
+            clip_l, clip_g, t5, vae: files or folders that hold these models.
+            tokenizers: the folder that holds tokenizer, tokenizer_2 and tokenizer_3; None looks for it beside the file.
+            device, dtype, quant, profile, preset, offload, fast, torch_dtype: see `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
+        """
+        others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
+        source = Source(Path(path), others, tokenizers)
+        how: dict[str, Any] = {
+            "device": device,
+            "dtype": _one_dtype(dtype, torch_dtype),
+            "quant": quant,
+            "profile": profile,
+            "preset": preset,
+        }
+        return cls.load(source, offload=offload, fast=fast, **how)
+
+    def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
+        """Write all models and tokenizers into a new folder, and return its path.
+
+        Args:
+            folder: that is made.
+            layout: "official", "diffusers" or "comfyui".
+
+        Raises:
+            FileExistsError: the folder exists.
+        """
+        parts = [model_in_memory(name, model) for name, model in self.models.items()]
+        return write_checkpoint(
+            parts, folder, layout, shift=self.shift, sampling=self._saved_sampling(), tokenizers=self.tokenizers.save
+        )
+
+    def _saved_sampling(self) -> SamplingDefaults | None:
+        """What the scheduler's config of a saved pipeline says; its shift is the pipeline's, which may be set."""
+        if self.sampling is None or isinstance(self.sampling.shift, ResolutionShift):
+            return self.sampling
+        return replace(self.sampling, shift=float(self.shift))
+
+    def _faster(self) -> Self:
+        self.accelerate()
+        return self
+
+
+class _Place(NamedTuple):
+    """Where models are loaded to, where they compute, and in which dtype."""
+
+    home: torch.device
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+def _one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype, under our name or under that of diffusers."""
+    if dtype is not None and torch_dtype is not None:
+        raise ValueError("dtype and torch_dtype are both given; give one of them")
+    return torch_dtype if dtype is None else dtype
+
+
+def _place(device: torch.device | str, dtype: torch.dtype | None, offload: str | None) -> _Place:
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {type(dtype).__name__} {dtype!r}, expected a torch.dtype such as torch.bfloat16")
+    found = resolve_device(device)
+    warn_if_slow(found, dtype)
+    return _Place(torch.device("cpu") if offload else found, found, dtype)
+
+
+def _widened(parts: Components, place: _Place) -> Components:
+    """The models in float32 where they would compute in 16 bits on a CPU and nobody asked for that."""
+    if place.dtype is None and place.device.type == "cpu":
+        for model in (parts.transformer, parts.vae, parts.clip_l, parts.clip_g, parts.t5):
+            if model is not None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
+                model.to(torch.float32)
+    return parts

@@ -1,0 +1,131 @@
+"""What a call asks for: its arguments, gathered and checked before any model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Unpack
+
+from torch import Tensor
+
+from mmdit.pipeline.arguments import LEAST_TILE, check_latents, check_output_type
+from mmdit.pipeline.callbacks import OnStepEnd, tensor_inputs_of
+from mmdit.pipeline.images import OutputType
+from mmdit.pipeline.plan import PlanArguments, SamplingPlan
+from mmdit.pipeline.prompts import Prompts, checked_ranges
+from mmdit.pipeline.seeds import Generators, SeedLike, check_draws_nothing, checked_seeds, fresh_seeds, generators
+from mmdit.pipeline.steps import PipelineSteps
+from mmdit.utils import whole
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """One call of the pipeline: its arguments, checked, with every default filled in.
+
+    `make_request` makes it, and `mmdit.Pipeline` draws it. Arguments that belong together are one field, a frozen value
+    whose own file checks it, as `Prompts` and `SamplingPlan` are.
+    """
+
+    prompts: Prompts
+    negatives: Prompts | None  # one for each prompt; None where the unconditional branch does not run
+    per_prompt: int  # pictures of each prompt
+    seeds: int | list[int] | None  # one for all pictures, or one for each; None with generators or latents
+    latents: Tensor | None  # [b, c, h, w] in model space, in place of noise
+    plan: SamplingPlan
+    max_sequence_length: int | None
+    callback: OnStepEnd | None
+    tensor_inputs: tuple[str, ...]  # names of the tensors that the callback is given
+    vae_tile: int | None  # pixels of a side
+    output_type: OutputType
+    progress: bool | None
+
+    @property
+    def count(self) -> int:
+        """The number of pictures."""
+        return self.plan.shape[0]
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether `mmdit.Settings` can say how the pictures are drawn."""
+        given = self.latents is not None or self.callback is not None or self.plan.schedule is None
+        return not given and not self.plan.is_own
+
+
+def make_request(
+    pipe: PipelineSteps,
+    prompts: Prompts,
+    negatives: Prompts,
+    *,
+    height: int | None,
+    width: int | None,
+    seed: SeedLike | None,
+    generator: Generators,
+    latents: Tensor | None,
+    num_images_per_prompt: int | None,
+    max_sequence_length: int | None,
+    callback: OnStepEnd | None,
+    tensor_inputs: Sequence[str] | None,
+    vae_tile: int | None,
+    output_type: OutputType,
+    progress: bool | None,
+    **sampling: Unpack[PlanArguments],
+) -> Request:
+    """Check the arguments of `mmdit.Pipeline.__call__`, which describes them.
+
+    Raises:
+        ValueError: an argument is out of its range, unknown, or excludes another one; the message names it.
+        TypeError: an argument is of another type.
+    """
+    config = pipe.transformer.config
+    prompts.check(config)
+    seeds = checked_seeds(seed)
+    per_prompt = _pictures_per_prompt(num_images_per_prompt, prompts, seeds)
+    count = len(prompts) * per_prompt
+    check_output_type(output_type)
+    pipe._rules(max_sequence_length)
+    vae_tile = None if vae_tile is None else whole("vae_tile", vae_tile, LEAST_TILE)
+    names = () if callback is None else tensor_inputs_of(callback, tensor_inputs)
+    shape = _shape(pipe, latents, count, height, width)
+    alone = pipe.profile.one_seed == "each_alone"
+    drawn_by = generators(seeds, generator, count, alone=alone)
+    plan = pipe._plan(shape, generator=drawn_by, **sampling)
+    if latents is not None and not plan.solver.is_stochastic:
+        check_draws_nothing(seed=seed)
+    against = negatives.for_each(len(prompts), config) if plan.uses_uncond else None
+    for one in (prompts, against):
+        if one is not None and one.conditionings:
+            checked_ranges(one.name, one.conditionings, plan.sigmas, plan.shift, len(one))
+    if seeds is None and generator is None and latents is None:
+        seeds = fresh_seeds(count)
+        plan = replace(plan, generator=generators(seeds, None, count))
+    return Request(
+        prompts=prompts,
+        negatives=against,
+        per_prompt=per_prompt,
+        seeds=seeds,
+        latents=latents,
+        plan=plan,
+        max_sequence_length=max_sequence_length,
+        callback=callback,
+        tensor_inputs=names,
+        vae_tile=vae_tile,
+        output_type=output_type,
+        progress=progress,
+    )
+
+
+def _shape(
+    pipe: PipelineSteps, latents: Tensor | None, count: int, height: int | None, width: int | None
+) -> tuple[int, ...]:
+    """The shape of the latents, [b, c, h, w]: of those given, or for pictures of this size in pixels."""
+    if latents is None:
+        return pipe._latent_shape(count, height, width)
+    cell = pipe.vae.config.downscale
+    check_latents(latents, count, pipe.transformer.config, cell, pipe._unit, height, width)
+    return tuple(latents.shape)
+
+
+def _pictures_per_prompt(given: int | None, prompts: Prompts, seeds: int | list[int] | None) -> int:
+    """The number of pictures of each prompt: as many as there are seeds, where there is one prompt."""
+    count = 1 if given is None else whole("num_images_per_prompt", given, 1)
+    return len(seeds) if isinstance(seeds, list) and seeds and len(prompts) == count == 1 else count
