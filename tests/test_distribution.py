@@ -24,7 +24,7 @@ COMPARERS = {
 # The rooms of `src/mmdit`: a room imports only rooms of lines above its own; rooms of one line do not see each other.
 LAYERS = (
     ("_version", "embedded", "utils"),
-    ("models",),
+    ("models", "pictures"),
     ("checkpoints",),
     ("runtime",),
     ("pipeline",),

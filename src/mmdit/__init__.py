@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from mmdit.models.mmdit import MMDiT as MMDiT
     from mmdit.parity.compare import compare as compare
     from mmdit.parity.report import Comparison as Comparison
+    from mmdit.pictures import images as images
+    from mmdit.pictures.outpaint import pad_for_outpaint as pad_for_outpaint
     from mmdit.pipeline.calibration import Calibration as Calibration
     from mmdit.pipeline.calibration import calibrate as calibrate
     from mmdit.pipeline.calibration import quantize_static as quantize_static
@@ -82,6 +84,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.models.mmdit": ("MMDiT",),
     "mmdit.parity.compare": ("compare",),
     "mmdit.parity.report": ("Comparison",),
+    "mmdit.pictures.outpaint": ("pad_for_outpaint",),
     "mmdit.pipeline.calibration": ("Calibration", "calibrate", "quantize_static"),
     "mmdit.pipeline.callbacks": ("OnStepEnd",),
     "mmdit.pipeline.guidance": ("Guidance",),
@@ -95,6 +98,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 _MODULES = {
     "encoders": "encoders",
+    "images": "mmdit.pictures.images",
     "plots": "mmdit.inspection.plots",
     "quant": "quant",
     "reducers": "mmdit.inspection.reducers",

@@ -1,0 +1,103 @@
+"""The operations on pictures, masks and latents, under one name: `mmdit.images`.
+
+Pictures are tensors [b, h, w, c] and masks [b, h, w], both in [0, 1], as in ComfyUI; latents are [b, c, h, w].
+`fit`, `crop_region` and `paste_back` take Pillow's pictures, as diffusers does.
+"""
+
+from mmdit.pictures.composite import batch, blur, composite, crop, gray_inside, invert, solid
+from mmdit.pictures.latents import (
+    add_latents,
+    batch_latents,
+    blend_latents,
+    composite_latents,
+    crop_latent,
+    flip_latent,
+    from_vae_scale,
+    interpolate_latents,
+    multiply_latent,
+    paste_latent,
+    rotate_latent,
+    subtract_latents,
+    to_vae_scale,
+)
+from mmdit.pictures.masks import (
+    binary_mask,
+    color_to_mask,
+    combine_masks,
+    crop_mask,
+    feather_mask,
+    grow_mask,
+    invert_mask,
+    mask_to_picture,
+    mask_to_size,
+    picture_to_mask,
+    solid_mask,
+    threshold_mask,
+)
+from mmdit.pictures.outpaint import pad_for_outpaint
+from mmdit.pictures.overlay import Box, crop_region, fit, paste_back
+from mmdit.pictures.read import LoadedImage, PictureLike, load_image, load_mask
+from mmdit.pictures.resize import (
+    FILTERS,
+    Size,
+    bislerp,
+    center_crop,
+    resize,
+    resize_latent,
+    size_by,
+    size_of_megapixels,
+    size_or_aspect,
+)
+
+__all__ = [
+    "FILTERS",
+    "Box",
+    "LoadedImage",
+    "PictureLike",
+    "Size",
+    "add_latents",
+    "batch",
+    "batch_latents",
+    "binary_mask",
+    "bislerp",
+    "blend_latents",
+    "blur",
+    "center_crop",
+    "color_to_mask",
+    "combine_masks",
+    "composite",
+    "composite_latents",
+    "crop",
+    "crop_latent",
+    "crop_mask",
+    "crop_region",
+    "feather_mask",
+    "fit",
+    "flip_latent",
+    "from_vae_scale",
+    "gray_inside",
+    "grow_mask",
+    "interpolate_latents",
+    "invert",
+    "invert_mask",
+    "load_image",
+    "load_mask",
+    "mask_to_picture",
+    "mask_to_size",
+    "multiply_latent",
+    "pad_for_outpaint",
+    "paste_back",
+    "paste_latent",
+    "picture_to_mask",
+    "resize",
+    "resize_latent",
+    "rotate_latent",
+    "size_by",
+    "size_of_megapixels",
+    "size_or_aspect",
+    "solid",
+    "solid_mask",
+    "subtract_latents",
+    "threshold_mask",
+    "to_vae_scale",
+]
