@@ -4,7 +4,7 @@ from encoders.clip import CLIPConfig, CLIPOutput, CLIPText
 from encoders.conditioning import Conditioner, Conditioning, TokenSpan, checked_prompts
 from encoders.rules import COMFYUI, DIFFUSERS, REFERENCE, TextRules
 from encoders.t5 import T5Config, T5Encoder
-from encoders.tiling import decode_tiled
+from encoders.tiling import decode_tiled, encode_tiled
 from encoders.tokenize import CLIPTokenizer, T5Tokenizer, Tokenizers
 from encoders.vae import VAE, DiagonalGaussian, VAEConfig
 
@@ -29,4 +29,5 @@ __all__ = [
     "VAEConfig",
     "checked_prompts",
     "decode_tiled",
+    "encode_tiled",
 ]

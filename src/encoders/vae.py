@@ -237,12 +237,20 @@ class VAE(nn.Module):
         Raises:
             ValueError: a side of the picture is not a multiple of `config.downscale` (8).
         """
+        self.check_sides(image)
+        return self.posterior(self.encoder(image))
+
+    def check_sides(self, image: Float[Tensor, "b 3 h w"]) -> None:
+        """Raise ValueError unless both sides of a picture are multiples of `config.downscale`."""
         if any(size % self.config.downscale for size in image.shape[2:]):
             raise ValueError(
                 f"picture is {image.shape[2]} x {image.shape[3]} pixels; both must be multiples of "
                 f"{self.config.downscale}"
             )
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
+
+    def posterior(self, moments: Float[Tensor, "b z2 h w"]) -> DiagonalGaussian:
+        """The distribution, in model space, that the encoder's output says: means, then log-variances."""
+        mean, logvar = moments.chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
         return DiagonalGaussian(self.to_model(mean), std * self.config.scale)
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from mmdit.pipeline.calibration import quantize_static as quantize_static
     from mmdit.pipeline.callbacks import OnStepEnd as OnStepEnd
     from mmdit.pipeline.guidance import Guidance as Guidance
+    from mmdit.pipeline.hires import Hires as Hires
     from mmdit.pipeline.output import PipelineOutput as PipelineOutput
     from mmdit.pipeline.passes import Branch as Branch
     from mmdit.pipeline.pipeline import Pipeline as Pipeline
@@ -89,6 +90,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.pipeline.callbacks": ("OnStepEnd",),
     "mmdit.pipeline.guidance": ("Guidance",),
     "mmdit.pipeline.output": ("PipelineOutput",),
+    "mmdit.pipeline.hires": ("Hires",),
     "mmdit.pipeline.passes": ("Branch",),
     "mmdit.pipeline.pipeline": ("Pipeline",),
     "mmdit.pipeline.previews": ("preview",),

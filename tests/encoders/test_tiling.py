@@ -1,4 +1,4 @@
-"""Tiled decoding equals whole decoding, with a trained VAE and random ones, and takes less memory."""
+"""Tiled decoding and encoding equal those in one piece, with a trained VAE and random ones, and takes less memory."""
 
 import weakref
 from functools import reduce
@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from encoders import VAE, VAEConfig, decode_tiled, tiling
+from encoders import VAE, VAEConfig, decode_tiled, encode_tiled, tiling
 from encoders.tiling import Moments
 from mmdit import load_vae
 from mmdit.embedded import EMBEDDED
@@ -52,6 +52,18 @@ def truth(trained, latent):
     return whole(trained, latent)
 
 
+@pytest.fixture(scope="module")
+def picture(truth):
+    """A part of the decoded picture, 96 x 128 pixels."""
+    return truth[..., 40:136, 64:192].contiguous()
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def code(trained, picture):
+    return trained.encode(picture).mode()
+
+
 @torch.no_grad()
 def whole(vae, latent):
     return vae.decode(latent)
@@ -86,6 +98,26 @@ def test_equals_whole_decoding(config, tile, size):
     assert torch.equal(latent, given)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("tile", [1, 3, 8, 1000])
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+@torch.no_grad()
+def test_equals_whole_encoding(config, tile, size):
+    vae = random_vae(config)
+    image = torch.randn(2, 3, *(side * config.downscale for side in size)).double()
+    given = image.clone()
+    found, wanted = encode_tiled(vae, image, tile=tile), vae.encode(image)
+    for part, whole_part in ((found.mean, wanted.mean), (found.std, wanted.std)):
+        assert error(part, whole_part) <= 1e-10 * max(1, whole_part.abs().max().item())
+    assert torch.equal(image, given)
+    samples = [one.sample(torch.Generator().manual_seed(3)) for one in (found, wanted)]
+    assert error(*samples) <= 1e-10 * max(1, wanted.std.max().item())
+
+
+def test_equals_whole_encoding_with_trained_weights(trained, picture, code):
+    assert error(encode_tiled(trained, picture, tile=SEAM).mode(), code) <= 1e-10
+
+
 def test_equals_whole_decoding_with_trained_weights(trained, latent, truth):
     assert error(decode_tiled(trained, latent, tile=SEAM), truth) <= 1e-10
 
@@ -110,6 +142,21 @@ def statistics_of_each_tile(monkeypatch):
 def no_neighbours(monkeypatch):
     """Zeros in place of the neighbouring cells at each convolution."""
     monkeypatch.setattr(tiling, "RIM", 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_encodes_as_well_in_any_dtype(picture, code, dtype):
+    vae, image = load_vae(EMBEDDED, dtype=dtype), picture.to(dtype)
+    tiled = encode_tiled(vae, image, tile=SEAM).mode()
+    assert tiled.dtype == dtype
+    assert error(tiled, code) <= 2 * error(vae.encode(image).mode(), code)
+
+
+@pytest.mark.parametrize("naive", [statistics_of_each_tile, no_neighbours])
+def test_naive_tiling_misses_the_bar_of_encoding(trained, picture, code, naive, monkeypatch):
+    naive(monkeypatch)
+    assert error(encode_tiled(trained, picture, tile=SEAM).mode(), code) > 1e-4
 
 
 @pytest.mark.parametrize("naive", [statistics_of_each_tile, no_neighbours])
@@ -175,6 +222,29 @@ def test_the_computing_device_holds_a_few_tiles():
             latent = torch.empty(1, 16, side, side)
             assert peak(lambda latent=latent: decode_tiled(vae, latent, tile=tile, park="meta")) <= bound
         assert peak(lambda: vae.decode(latent)) > 5 * bound
+
+
+def test_the_computing_device_holds_a_few_tiles_of_a_picture():
+    """At the official widths; a layer that halves the sides holds twice the side of its tile, also padded."""
+    with FakeTensorMode(), torch.no_grad():
+        vae, tile, image = VAE(VAEConfig(blocks_per_level=1)), 128, torch.empty(1, 3, 512, 512)
+        bound = 2.5 * vae.config.widths[1] * (2 * tile + 1) ** 2  # the widest level of which a whole tile is halved
+        assert peak(lambda: encode_tiled(vae, image, tile=tile, park="meta")) <= bound
+        assert peak(lambda: vae.encode(image)) > 2 * bound
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "said"),
+    [
+        ((1, 3, 8, 8), 0, ("tile is 0", "at least 1")),
+        ((1, 4, 8, 8), 8, ("[1, 4, 8, 8]", "[b, 3, h, w]")),
+        ((3, 8, 8), 8, ("[3, 8, 8]", "[b, 3, h, w]")),
+        ((1, 3, 8, 6), 8, ("8 x 6 pixels", "multiples of 4")),
+    ],
+)
+def test_refuses_pictures_of_another_shape(shape, tile, said):
+    vae = random_vae(CONFIGS[0])
+    refuses(lambda: encode_tiled(vae, torch.zeros(shape).double(), tile=tile), *said, error=ValueError)
 
 
 @pytest.mark.parametrize("tile", [0, -8])

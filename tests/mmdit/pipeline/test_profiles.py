@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jaxtyping import config as jaxtyping_config
 
 from mmdit import PROFILES, Pipeline
 from mmdit.pipeline.profiles import PRESETS, Profile
@@ -207,14 +206,6 @@ WRONG = [
     ("skip_alone", "no"),
     ("skip_stop", 1.5),
 ]
-
-
-@pytest.fixture
-def as_users_run_it():
-    """Signatures are checked only in tests; errors must come without that too."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("as_users_run_it")

@@ -1,0 +1,73 @@
+"""The second pass: enlarge what was drawn, add noise, and draw it again from there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from encoders import VAE
+from mmdit.pictures.checks import check_latent
+from mmdit.pictures.resize import LATENT_FILTERS, PICTURE_FILTERS, Filter, Size, resize, resize_latent, size_by
+from mmdit.utils import number, whole
+from samplers import pick
+
+Space = Literal["latent", "pixel"]
+MOST_SCALE = 8.0
+
+
+@dataclass(frozen=True)
+class Hires:
+    """A second pass at a larger size, as ComfyUI's templates have it; the defaults are theirs.
+
+    Raises:
+        ValueError: a number is out of its range, or a word is unknown or does not go with the space.
+    """
+
+    scale: int | float = 1.5  # of both sides, from 1 to 8; the new size is rounded as `size` says
+    strength: int | float = (
+        0.5  # of the second pass, from 0 to 1; below 0.5 resized latents show seams
+    )
+    steps: int | None = None  # of the second pass; None is those of the first
+    filter: Filter = "nearest-exact"  # "bislerp" for latents only, "lanczos" for pixels only
+    space: Literal["latent", "pixel"] = "latent"  # what is resized: the latents, or the decoded picture, encoded anew
+
+    def __post_init__(self) -> None:
+        number("Hires.scale", self.scale, 1, MOST_SCALE)
+        number("Hires.strength", self.strength, 0, 1)
+        if self.steps is not None:
+            whole("Hires.steps", self.steps, 1)
+        pick(dict.fromkeys(get_args(Space)), self.space, "Hires.space")
+        filters = LATENT_FILTERS if self.space == "latent" else PICTURE_FILTERS
+        pick(dict.fromkeys(filters), self.filter, f"Hires.filter for space={self.space!r}")
+
+    def size(self, height: int, width: int, unit: int = 1) -> Size:
+        """The sides times `scale`, rounded half to even, to multiples of `unit`.
+
+        Args:
+            height, width: in cells of latents or in pixels.
+            unit: what the sides of the result are multiples of, such as the transformer's patch size for latents.
+        """
+        if unit == 1:
+            return size_by(height, width, self.scale)
+        return Size(*(max(1, round(side * self.scale / unit)) * unit for side in (height, width)))
+
+    def enlarged_latent(self, latent: Tensor, vae: VAE, unit: int = 1) -> Float[Tensor, "b c h2 w2"]:
+        """Latents of the second pass's size, without its noise.
+
+        ComfyUI resizes latents at the scale of the VAE, which "bislerp" is not indifferent to, and so does this.
+
+        Args:
+            latent: [b, c, h, w], in model space.
+            vae: whose scale and shift count.
+            unit: see `size`, in cells.
+        """
+        check_latent("latent", latent)
+        size = self.size(*latent.shape[2:], unit)
+        return vae.to_model(resize_latent(vae.from_model(latent), **size._asdict(), filter=self.filter))
+
+    def enlarged_picture(self, picture: Tensor, unit: int = 8) -> Float[Tensor, "b h2 w2 c"]:
+        """Pictures [b, h, w, c] in [0, 1] of the second pass's size, to encode; `unit` counts in pixels."""
+        return resize(picture, **self.size(*picture.shape[1:3], unit)._asdict(), filter=self.filter)
