@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from encoders import VAE
-from mmdit.pictures.checks import check_latent
+from mmdit.pictures.checks import check_latent, check_picture
 from mmdit.pictures.resize import LATENT_FILTERS, PICTURE_FILTERS, Filter, Size, resize, resize_latent, size_by
 from mmdit.utils import number, whole
 from samplers import pick
@@ -27,9 +27,7 @@ class Hires:
     """
 
     scale: int | float = 1.5  # of both sides, from 1 to 8; the new size is rounded as `size` says
-    strength: int | float = (
-        0.5  # of the second pass, from 0 to 1; below 0.5 resized latents show seams
-    )
+    strength: int | float = 0.5  # of the second pass, from 0 to 1; below 0.5 resized latents show seams
     steps: int | None = None  # of the second pass; None is those of the first
     filter: Filter = "nearest-exact"  # "bislerp" for latents only, "lanczos" for pixels only
     space: Literal["latent", "pixel"] = "latent"  # what is resized: the latents, or the decoded picture, encoded anew
@@ -65,9 +63,12 @@ class Hires:
             unit: see `size`, in cells.
         """
         check_latent("latent", latent)
-        size = self.size(*latent.shape[2:], unit)
+        height, width = latent.shape[2:]
+        size = self.size(height, width, unit)
         return vae.to_model(resize_latent(vae.from_model(latent), **size._asdict(), filter=self.filter))
 
     def enlarged_picture(self, picture: Tensor, unit: int = 8) -> Float[Tensor, "b h2 w2 c"]:
         """Pictures [b, h, w, c] in [0, 1] of the second pass's size, to encode; `unit` counts in pixels."""
-        return resize(picture, **self.size(*picture.shape[1:3], unit)._asdict(), filter=self.filter)
+        check_picture("picture", picture)
+        height, width = picture.shape[1:3]
+        return resize(picture, **self.size(height, width, unit)._asdict(), filter=self.filter)
