@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
 from operator import index
@@ -142,12 +142,26 @@ def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
         _sync_folder(path.parent)
 
 
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to, which gets the name `path` at the end, and is removed if the writing fails.
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: a killed process leaves the old file or the new one.
 
     Raises:
-        FileExistsError: there is something at `path`, or something was made there meanwhile.
+        OSError: the file cannot be written; the error names `path`.
+    """
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_folder(path: Path, *, over: bool = False) -> Iterator[Path]:
+    """A folder to write to, which gets the name `path` at the end, and is removed if the writing fails.
+
+    Args:
+        path: where the folder goes.
+        over: it takes the place of the folder that is there.
+
+    Raises:
+        FileExistsError: not `over`, and there is something at `path`, or something was made there meanwhile.
         OSError: the folder cannot be written; the error names `path`.
     """
     with _named(path):
@@ -161,17 +175,37 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             yield part
             for file in part.rglob("*"):
                 _sync_file(file)
-            if path.exists() or path.is_symlink():
-                raise FileExistsError(errno.EEXIST, "something was made there meanwhile", str(path))
-            try:
-                part.rename(path)  # of several that make it only one goes on: a folder with files is never replaced
-            except OSError as error:
-                raise FileExistsError(errno.EEXIST, "something was made there meanwhile", str(path)) from error
+            with _aside(path) if over else nullcontext():
+                _name_folder(part, path)
         finally:
             if folder is not None:
                 os.close(folder)
             shutil.rmtree(part, ignore_errors=True)
         _sync_folder(path.parent)
+
+
+def _name_folder(part: Path, path: Path) -> None:
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "something was made there meanwhile", str(path))
+    try:
+        part.rename(path)  # of several that make it only one goes on: a folder with files is never replaced
+    except OSError as error:
+        raise FileExistsError(errno.EEXIST, "something was made there meanwhile", str(path)) from error
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[None]:
+    """Give a folder that is to be replaced another name; it is removed at the end, and comes back where that fails."""
+    if path.is_symlink() or not path.is_dir():
+        yield
+        return
+    old = path.rename(path.parent / _temporary_name())
+    try:
+        yield
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _temporary_name() -> str:

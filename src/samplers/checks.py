@@ -74,7 +74,18 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     return found
 
 
-def as_levels(levels: Sequence[float] | np.ndarray | Tensor) -> Tensor:
+def tensor(name: str, value: Any) -> Tensor:
+    """Return a tensor as it is.
+
+    Raises:
+        TypeError: it is none; lists and arrays are not taken, because their dtype and device are not said.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is {shown(value)}, expected a tensor: torch.tensor(...) makes one of numbers")
+    return value
+
+
+def as_levels(levels: Any) -> Tensor:
     """Return noise levels as a float64 tensor [steps + 1] on the CPU, checked to be finite and to fall.
 
     Args:

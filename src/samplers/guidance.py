@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from samplers.checks import number
+from samplers.checks import number, tensor
 from samplers.types import Denoise, Guide, Guided, Mix, Predict
 from samplers.windows import ALWAYS, Window
 
@@ -162,6 +162,7 @@ def rescaled(value: Tensor, like: Tensor, share: float) -> Tensor:
     """
     if not share:
         return value
+    value, like = tensor("value", value), tensor("like", like)
     dims = tuple(range(1, value.ndim))
     ratio = like.std(dims, keepdim=True) / value.std(dims, keepdim=True)
     return (share * ratio + (1 - share)) * value

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from samplers.checks import MAX_STEPS, MIN_GAP, as_levels, check_apart, number, whole
+from samplers.checks import MAX_STEPS, MIN_GAP, as_levels, check_apart, number, tensor, whole
 from samplers.names import pick
 
 TRAIN_STEPS = 1000  # the models were trained with a table of timesteps: 1/1000 ... 1
@@ -28,7 +28,11 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     Args:
         t: timesteps in [0, 1].
         shift: above 0; 1 changes nothing.
+
+    Raises:
+        TypeError: t is no tensor.
     """
+    t = tensor("t", t)
     moved = shift * t / (1 + (shift - 1) * t)
     return torch.where(t == 1, t, moved.clamp(max=1))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from samplers import schedules
-from samplers.checks import number, whole
+from samplers.checks import number, tensor, whole
 
 __all__ = [
     "MODE_SCALES",
@@ -185,13 +185,13 @@ def _device(generator: torch.Generator | None) -> torch.device:
 
 
 def _per_sample(value: Tensor, like: Tensor) -> Tensor:
-    if value.shape != like.shape[:1]:
+    if tensor("the times or weights", value).shape != like.shape[:1]:
         raise ValueError(f"expected one value per sample, shape {tuple(like.shape[:1])}, got {tuple(value.shape)}")
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _check_pair(a: Tensor, b: Tensor, name_a: str, name_b: str) -> None:
-    if a.shape != b.shape:
+    if tensor(name_a, a).shape != tensor(name_b, b).shape:
         raise ValueError(f"{name_a} has shape {tuple(a.shape)} but {name_b} has {tuple(b.shape)}")
 
 

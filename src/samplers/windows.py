@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from samplers.checks import number, whole
+from samplers.checks import as_levels, number, whole
 from samplers.schedules import shifted
 
 
@@ -36,7 +37,7 @@ ALWAYS = Window()
 NEVER = Window(-inf, -inf)
 
 
-def steps_inside(sigmas: Tensor, start: float, stop: float) -> Window:
+def steps_inside(sigmas: Sequence[float] | np.ndarray | Tensor, start: float, stop: float) -> Window:
     """Return the window of the steps i of n with start n < i < stop n.
 
     diffusers and Stability's code count so for skip-layer guidance.
@@ -45,20 +46,21 @@ def steps_inside(sigmas: Tensor, start: float, stop: float) -> Window:
         sigmas: [n + 1] falling levels.
         start, stop: shares of the steps, 0 to 1. Both ends are outside: with start 0 the first step is outside.
     """
-    levels, start, stop = sigmas.tolist(), number("start", start), number("stop", stop)
+    levels, start, stop = as_levels(sigmas).tolist(), number("start", start), number("stop", stop)
     count = len(levels) - 1
     inside = [i for i in range(count) if count * start < i < count * stop]
     return Window(levels[inside[0]], levels[inside[-1] + 1]) if inside else NEVER
 
 
-def first_steps(sigmas: Tensor, count: int) -> Window:
+def first_steps(sigmas: Sequence[float] | np.ndarray | Tensor, count: int) -> Window:
     """Return the window of the first `count` steps of the levels `sigmas`.
 
     Raises:
         ValueError: there are not so many steps.
     """
-    count = whole("count", count, 0, len(sigmas) - 1)
-    return Window(low=float(sigmas[count])) if count else NEVER
+    levels = as_levels(sigmas)
+    count = whole("count", count, 0, len(levels) - 1)
+    return Window(low=float(levels[count])) if count else NEVER
 
 
 def percents(start: float, stop: float, shift: float) -> Window:

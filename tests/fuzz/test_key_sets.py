@@ -1,11 +1,8 @@
 """Sets of tensor names and shapes: every file is described, or refused by our own error; none builds a large model."""
 
-import json
 import re
 import resource
-import struct
 import warnings
-from math import prod
 
 import pytest
 
@@ -14,6 +11,7 @@ from fuzzing import NUMBERS, cases, survives
 from mmdit import CheckpointError
 from mmdit.checkpoints.describe import inspect
 from mmdit.checkpoints.recognise import split
+from sparse import sparse as written
 
 # Names and shapes of real files, at toy size: what is left of long dimensions is 64.
 FILES = ("sd3.5_medium.safetensors", "clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors")
@@ -36,16 +34,7 @@ def shapes(name: str, blocks: int = 3) -> dict[str, list[int]]:
 
 
 def sparse(path, sides: dict[str, list[int]], dtype: str = "F16", metadata=None):
-    """A file with these tensors, whose data take no room on the disk."""
-    header, end = {"__metadata__": metadata} if metadata else {}, 0
-    for key, shape in sides.items():
-        begin, end = end, end + prod(shape) * {"F16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}[dtype]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text)
-    with path.open("r+b") as file:
-        file.truncate(8 + len(text) + end)
-    return path
+    return written(path, {key: (dtype, shape) for key, shape in sides.items()}, metadata)
 
 
 def changed(found: dict[str, list[int]], random) -> dict[str, list[int]]:

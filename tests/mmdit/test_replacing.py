@@ -76,6 +76,42 @@ def test_a_target_that_is_made_meanwhile_is_refused(tmp_path):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "theirs")]
 
 
+def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path):
+    folder, target = tmp_path / "folder", tmp_path / "elsewhere"
+    for text in ("first", "second"):
+        with replacing_folder(folder, over=True) as part:
+            (part / text).write_text(text)
+        assert [(file.name, file.read_text()) for file in folder.iterdir()] == [(text, text)]
+    with pytest.raises(ZeroDivisionError), replacing_folder(folder, over=True) as part:
+        (part / "third").write_text("third")
+        raise ZeroDivisionError
+    assert [file.name for file in folder.iterdir()] == ["second"]
+    target.mkdir()
+    for name, make in (("link", lambda path: path.symlink_to(target)), ("file", lambda path: path.write_text("x"))):
+        make(tmp_path / name)
+        with pytest.raises(FileExistsError, match=name), replacing_folder(tmp_path / name, over=True):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "elsewhere", "link", "file"}
+
+
+def test_a_folder_that_cannot_get_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    rename = Path.rename
+
+    def refused(part: Path, path: Path) -> Path:
+        if (part / "new").exists():
+            raise OSError(5, "refused")
+        return rename(part, path)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(FileExistsError), replacing_folder(folder, over=True) as part:
+        (part / "new").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in folder.iterdir()] == ["old"]
+
+
 def test_a_folder_has_no_name_before_it_is_whole(tmp_path, monkeypatch):
     """What ends a process just before the last step leaves no empty folder."""
 

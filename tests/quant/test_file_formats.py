@@ -1,7 +1,6 @@
 """Float8 spellings: values that are read equal stored * scale, and every fault of a file is named."""
 
 import json
-import math
 import re
 
 import pytest
@@ -16,6 +15,7 @@ from quant import check_formats, dequantize, find_scales, format_in, layers_in, 
 from quant.packing import kinds_in
 from quant.spellings import parse_text
 from quant.stored import stored_weights
+from sparse import HUGE, HUGE_LAYER, huge
 
 E4M3, E5M2, F32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float32
 LAYER = "transformer_blocks.1.attn.to_k"
@@ -162,27 +162,9 @@ def test_sizes_are_checked_before_anything_is_read():
         assert key not in read
 
 
-HUGE = {  # what a sparse file of 256 MB claims of one layer
-    "note": {"weight_scale": ("F32", []), "comfy_quant": ("U8", [2**28])},
-    "scale": {"weight_scale": ("F32", [2**26])},
-    "input scale": {"weight_scale": ("F32", []), "input_scale": ("F32", [2**26])},
-    "older scale": {"scale_weight": ("F64", [2**25])},
-}
-
-
 @pytest.mark.parametrize("case", HUGE)
 def test_huge_scales_and_notes_of_a_file_are_not_read(tmp_path, monkeypatch, case):
-    layer, read = "joint_blocks.0.x_block.attn.qkv", []
-    tensors = {f"{layer}.weight": ("F8_E4M3", [4, 4])} | {f"{layer}.{name}": said for name, said in HUGE[case].items()}
-    tensors |= {"context_embedder.weight": ("F32", [8, 8]), "x_embedder.proj.weight": ("F32", [8, 16, 2, 2])}
-    header, end = {}, 0
-    for key, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * {"F8_E4M3": 1, "U8": 1, "F32": 4, "F64": 8}[dtype]
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text, path = json.dumps(header).encode(), tmp_path / "sparse.safetensors"
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+    path, read = huge(tmp_path / "sparse.safetensors", case), []
     load = LazyTensor.read
 
     def counted(lazy, *how, **where):
@@ -190,7 +172,7 @@ def test_huge_scales_and_notes_of_a_file_are_not_read(tmp_path, monkeypatch, cas
         return load(lazy, *how, **where)
 
     monkeypatch.setattr(LazyTensor, "read", counted)
-    with pytest.raises(CheckpointError, match=layer):
+    with pytest.raises(CheckpointError, match=HUGE_LAYER):
         load_mmdit(path)
     assert max(read, default=0) < 2**12
 

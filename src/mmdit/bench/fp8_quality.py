@@ -30,7 +30,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.calibration import calibrate, fold, quantize_calibrated
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.hooks import Hook, hooks
-from mmdit.utils import markdown_table
+from mmdit.utils import markdown_table, write_text
 from quant.quantize import linears_of, quantize_, snr
 from quant.recipe import Recipe
 
@@ -319,6 +319,6 @@ def run(
             inner = inner_snr(before, pipe.transformer, pipe, calibrating)
             seconds = time.monotonic() - start
             found.append(quality(row, drawn, base, rendered, inner, seconds, device))
-            (folder / "fp8_quality.json").write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")
-            (folder / "fp8_quality.md").write_text(markdown(found), encoding="utf-8")
+            write_text(folder / "fp8_quality.json", json.dumps([asdict(one) for one in found], indent=1) + "\n")
+            write_text(folder / "fp8_quality.md", markdown(found))
             yield found[-1]

@@ -30,7 +30,7 @@ from mmdit.inspection.attention import Direction
 from mmdit.inspection.attention_maps import AttentionMaps, attention_maps
 from mmdit.inspection.words import Encoder, words_of
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.utils import markdown_table
+from mmdit.utils import markdown_table, write_text
 
 DIRECTIONS: tuple[Direction, ...] = ("i2t", "t2i")
 ENCODERS: tuple[Encoder, ...] = ("all", "clip", "t5")
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad():
         rows = rows_of(list(localise(pipe, texts, steps=args.steps, batch=args.batch)))
     if args.output is not None:
-        args.output.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        write_text(args.output, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     print(markdown(rows))  # noqa: T201
     return 0
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mmdit.utils import replacing
+
 SIDE, GAP, LABEL, BLOCKS = 84, 2, 180, 3  # of the page: pixels, and how many blocks stand side by side
 
 
@@ -102,11 +104,15 @@ def page(pictures: Mapping[tuple[str, str], Image.Image], title: str, path: Path
         for j, column in enumerate(columns):
             image = pictures[row, column].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(image, (x + LABEL + j * down, y))
-    sheet.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    with replacing(path) as part:
+        sheet.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
+            part, format="png", optimize=True
+        )
     return path
 
 
 def _saved(plots: Any, figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=110, format="png")
     plots.close(figure)
     return path

@@ -28,7 +28,7 @@ from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.evaluate import SEED, Setting, evaluate
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.utils import markdown_table
+from mmdit.utils import markdown_table, write_text
 from samplers import SOLVERS, Solver, cfg, only_x0, pick, sigmas
 from samplers.convergence import orders_markdown
 from samplers.schedules import SCHEDULES
@@ -237,7 +237,7 @@ def _say(text: str) -> None:
 
 
 def _text(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

@@ -25,7 +25,7 @@ from mmdit.bench.floor import floor_of
 from mmdit.bench.random_models import MODELS, Built, Inputs, Step, check_names, check_peers, check_size, ours, theirs
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.utils import markdown_table, weight_bytes
+from mmdit.utils import markdown_table, weight_bytes, write_text
 from quant.quantize import linears_of
 from quant.recipe import RECIPES
 
@@ -187,7 +187,7 @@ def table(work: Work, found: Sequence[Timed]) -> str:
 
 def save(path: Path, work: Work, found: Sequence[Timed]) -> None:
     """All numbers as JSON."""
-    path.write_text(json.dumps({"work": asdict(work), "rows": [asdict(one) for one in found]}, indent=1) + "\n")
+    write_text(path, json.dumps({"work": asdict(work), "rows": [asdict(one) for one in found]}, indent=1) + "\n")
 
 
 def _rows(

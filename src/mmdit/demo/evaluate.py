@@ -32,7 +32,7 @@ from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
-from mmdit.utils import markdown_table
+from mmdit.utils import markdown_table, replacing, write_text
 from samplers import SOLVERS, pick
 
 __all__ = [
@@ -198,9 +198,9 @@ def evaluate_all(
             continue
         results.append(evaluate(pipe, setting, prompts, seeds, batch=batch, pool=pool))
         left_out = [s.name for s in settings if s not in [r.setting for r in results]]
-        (folder / "evaluation.md").write_text(markdown(results, left_out, pipe), encoding="utf-8")
+        write_text(folder / "evaluation.md", markdown(results, left_out, pipe))
         rows = [asdict(result) | {"macro": result.macro} for result in results]
-        (folder / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        write_text(folder / "evaluation.json", json.dumps(rows, indent=1) + "\n")
     return results
 
 
@@ -241,8 +241,8 @@ def write_sheet(pipe: Pipeline, path: Path, setting: Setting = MAIN, count: int 
     """A contact sheet of held-out prompts, seeds 0, 1, ..."""
     texts = make_prompts(count, SEED + 1, held_out=True)
     pictures = torch.cat(list(draw(pipe, texts, range(count), setting, 32)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(pictures, texts).save(path)
+    with replacing(path) as part:
+        contact_sheet(pictures, texts).save(part, format="png")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
+import io
 import tarfile
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.utils import replacing_folder
 
 __all__ = ["MAX_BYTES", "cast_copy", "export", "write_pieces"]
 
@@ -35,14 +36,8 @@ def export(parts: Components, folder: Path) -> int:
     Raises:
         ValueError: the folder is larger than `MAX_BYTES`; it is written all the same.
     """
-    part, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    Pipeline(cast_copy(parts, "cpu", torch.float16)).save_pretrained(part, layout="official")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(folder, over=True) as part:
+        Pipeline(cast_copy(parts, "cpu", torch.float16)).save_pretrained(part, layout="official")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MAX_BYTES:
         raise ValueError(f"{folder} has {size} bytes, more than the {MAX_BYTES} that may be committed")
@@ -54,23 +49,15 @@ def write_pieces(folder: Path, target: Path) -> list[Path]:
 
     To unpack: `cat embedded.tar.* | tar x` beside `sha256sum -c SHA256SUMS`.
     """
-    part, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
-    for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
-    archive = part / ARCHIVE
-    with tarfile.open(archive, "w") as tar:
-        tar.add(folder, arcname=folder.name)
-    data = archive.read_bytes()
-    archive.unlink()
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            tar.add(folder, arcname=folder.name)
+        data = file.getvalue()
     sums = [f"{hashlib.sha256(data).hexdigest()}  {ARCHIVE}\n"]
-    for i, first in enumerate(range(0, len(data), PIECE)):
-        piece = part / f"{ARCHIVE}.{i:02}"
-        piece.write_bytes(data[first : first + PIECE])
-        sums.append(f"{hashlib.sha256(piece.read_bytes()).hexdigest()}  {piece.name}\n")
-    (part / "SHA256SUMS").write_text("".join(sums))
-    if target.exists():
-        target.replace(old)
-    part.replace(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(target, over=True) as part:
+        for i, first in enumerate(range(0, len(data), PIECE)):
+            piece = part / f"{ARCHIVE}.{i:02}"
+            piece.write_bytes(data[first : first + PIECE])
+            sums.append(f"{hashlib.sha256(piece.read_bytes()).hexdigest()}  {piece.name}\n")
+        (part / "SHA256SUMS").write_text("".join(sums))
     return sorted(target.iterdir())

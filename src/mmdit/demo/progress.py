@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdit.utils import replacing
+
 __all__ = ["Budget", "Ema", "Every", "Journal", "learning_rate", "save_whole"]
 
 
@@ -131,10 +133,9 @@ class Journal:
 
 
 def save_whole(value: Any, path: Path) -> None:
-    """torch.save under another name first, so that a killed run leaves the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    torch.save(value, part)
-    part.replace(path)
+    """torch.save under a random name first, so that a killed run leaves the old file or the new one."""
+    with replacing(path) as part:
+        torch.save(value, part)
 
 
 def mean_of(values: Iterable[Tensor]) -> float:

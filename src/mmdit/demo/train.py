@@ -24,7 +24,7 @@ from mmdit.checkpoints.load_pipeline import Components, load
 from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
-from mmdit.demo.progress import Journal
+from mmdit.demo.progress import Journal, save_whole
 from mmdit.demo.recipe import FULL, SMOKE
 from mmdit.demo.run import Run
 from mmdit.demo.train_mmdit import Batches, Engine, rehearse, train_mmdit
@@ -53,10 +53,10 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
     parts, averaged = (initial_parts(run.recipe.architecture, run.recipe.seed) for _ in range(2))
     if start_from is not None:
         parts, averaged = (load(start_from, "cpu", torch.float32) for _ in range(2))
-        torch.save(parts.vae.state_dict(), run.folder / "vae.pt")
+        save_whole(parts.vae.state_dict(), run.folder / "vae.pt")
         run.journal.say(f"weights of {start_from} instead of new ones; its VAE is kept")
     elif vae is not None:
-        torch.save(load_vae(vae, dtype=torch.float32).state_dict(), run.folder / "vae.pt")
+        save_whole(load_vae(vae, dtype=torch.float32).state_dict(), run.folder / "vae.pt")
         run.journal.say(f"VAE of {vae} instead of a new one")
     for each in (parts, averaged):
         _move(each, run.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import zlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -25,6 +24,7 @@ from mmdit.demo.data import TokenTable, own_tokenizers
 from mmdit.demo.recipe import Architecture
 from mmdit.models.blocks import JointBlock
 from mmdit.models.mmdit import MMDiT
+from mmdit.utils import replacing_folder
 
 __all__ = [
     "QUICK",
@@ -190,10 +190,9 @@ def graph_breaks() -> int:
 def save_compiled(folder: Path) -> int:
     """Write what torch.compile made in this process, in pieces small enough to carry; returns the bytes."""
     data = zlib.compress((torch.compiler.save_cache_artifacts() or (b"",))[0], 3)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for i, first in enumerate(range(0, len(data), _PIECE)):
-        (folder / f"compiled.{i:02}").write_bytes(data[first : first + _PIECE])
+    with replacing_folder(folder, over=True) as part:
+        for i, first in enumerate(range(0, len(data), _PIECE)):
+            (part / f"compiled.{i:02}").write_bytes(data[first : first + _PIECE])
     return len(data)
 
 

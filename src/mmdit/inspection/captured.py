@@ -281,13 +281,13 @@ def load_capture(path: str | Path) -> Captured:
     tensors, metadata = open_tensors(path)
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(
-            f"{path} is not a capture: its format is {metadata.get('format')!r}, expected {_FORMAT!r}"
+            f"{path} is not a capture: its format is {_short(metadata.get('format'))}, expected {_FORMAT!r}"
         )
     try:
         about = parse_json(metadata.get("capture", ""), f"{path}: capture", kind=dict, max_bytes=_MAX_NOTES)
         return _Reader(tensors).captured(about)
     except (JSONError, _BrokenError) as error:
-        raise CheckpointError(f"{path} is a broken capture: {error}. Capture again") from error
+        raise CheckpointError(f"{path} is a broken capture: {_cut(str(error), 600)}. Capture again") from error
 
 
 class _BrokenError(ValueError):
@@ -367,8 +367,11 @@ def _row(value: Any, length: int, what: str) -> list[Any]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return _cut(repr(value), 60)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _written(label: Any) -> Any:

@@ -9,6 +9,7 @@ from math import log, sqrt
 import numpy as np
 from torch import Tensor
 
+from samplers.solvers.arguments import solver
 from samplers.solvers.common import below_one, show, slope, toward, weighted_sum
 from samplers.types import Denoise, Step
 
@@ -21,6 +22,7 @@ EQUAL_STEPS = (
 )
 
 
+@solver
 def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 4) -> Iterator[Step]:
     """Linear multistep: Adams-Bashforth over sigma, with the weights of unequal steps.
 
@@ -46,6 +48,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 4) -> Itera
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def ipndm(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Improved PNDM: Adams-Bashforth of order 4 with the weights of equal steps, whatever the steps.
 
@@ -62,6 +65,7 @@ def ipndm(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def ipndm_v(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """`ipndm` with weights that follow the widths of the steps, as ComfyUI and its origin have them.
 
@@ -83,6 +87,7 @@ def ipndm_v(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def gradient_estimation(denoise: Denoise, x: Tensor, sigmas: Tensor, *, gamma: float = 2.0) -> Iterator[Step]:
     """Euler's method with the slope gamma d + (1 - gamma) d_before. First order.
 
@@ -102,6 +107,7 @@ def gradient_estimation(denoise: Denoise, x: Tensor, sigmas: Tensor, *, gamma: f
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Iterator[Step]:
     """DEIS with polynomials in the time of a variance preserving diffusion, as ComfyUI runs it.
 
@@ -126,6 +132,7 @@ def deis(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 3) -> Iter
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def flow_deis(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DEIS on a flow: the line through two noise predictions in ln rho, integrated over rho = sigma / (1 - sigma).
 

@@ -12,6 +12,7 @@ from math import expm1, log, sqrt
 from torch import Tensor
 
 from samplers.noise import Noise
+from samplers.solvers.arguments import guided_solver
 from samplers.solvers.common import Churn, ancestral, log_ratio, show, slope, toward
 from samplers.solvers.exponential import res_step
 from samplers.solvers.first_order import posterior
@@ -31,6 +32,7 @@ def uncond_of(guided: Guided) -> Tensor:
     return guided.uncond
 
 
+@guided_solver
 def euler_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """`euler` to (1 - sigma') x0 + sigma' n, where n is the noise that the unconditional prediction leaves in x.
 
@@ -41,6 +43,7 @@ def euler_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterator[
     return euler_ancestral_cfg_pp(denoise, x, sigmas, eta=0.0)
 
 
+@guided_solver
 def euler_ancestral_cfg_pp(
     denoise: DenoiseGuided,
     x: Tensor,
@@ -63,6 +66,7 @@ def euler_ancestral_cfg_pp(
         x = yield from show(i, sigma_next, x, guided.x0)
 
 
+@guided_solver
 def dpmpp_2m_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """`dpmpp_2m` with CFG++ in the variance exploding form, as ComfyUI runs it: wrong on a flow.
 
@@ -84,6 +88,7 @@ def dpmpp_2m_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterat
         x = yield from show(i, sigma_next, x, guided.x0)
 
 
+@guided_solver
 def dpmpp_2s_ancestral_cfg_pp(
     denoise: DenoiseGuided,
     x: Tensor,
@@ -116,6 +121,7 @@ def dpmpp_2s_ancestral_cfg_pp(
         x = yield from show(i, sigma_next, x, guided.x0)
 
 
+@guided_solver
 def res_multistep_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """`res_multistep` with CFG++ in the variance exploding form, as ComfyUI runs it: wrong on a flow.
 
@@ -125,6 +131,7 @@ def res_multistep_cfg_pp(denoise: DenoiseGuided, x: Tensor, sigmas: Tensor) -> I
     return res_multistep_ancestral_cfg_pp(denoise, x, sigmas, eta=0.0)
 
 
+@guided_solver
 def res_multistep_ancestral_cfg_pp(
     denoise: DenoiseGuided,
     x: Tensor,
@@ -160,6 +167,7 @@ def res_multistep_ancestral_cfg_pp(
         x = yield from show(i, sigma_next, x, guided.x0)
 
 
+@guided_solver
 def gradient_estimation_cfg_pp(
     denoise: DenoiseGuided, x: Tensor, sigmas: Tensor, *, gamma: float = 2.0
 ) -> Iterator[Step]:

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from samplers.solvers.arguments import solver
 from samplers.solvers.common import phi_1, show, slope
 from samplers.types import Denoise, Step
 
 
+@solver
 def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver-fast in -ln sigma: steps of three model calls and a rest, in all as many calls as there are levels.
 
@@ -33,6 +35,7 @@ def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, exp(-t_next), x, stage.denoised)
 
 
+@solver
 def dpm_adaptive(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, rtol: float = 0.05, atol: float = 0.0078, h_init: float = 0.05
 ) -> Iterator[Step]:

@@ -9,6 +9,7 @@ from math import exp, expm1, log, sqrt
 from torch import Tensor
 
 from samplers.noise import Noise
+from samplers.solvers.arguments import solver
 from samplers.solvers.common import (
     Churn,
     ancestral,
@@ -25,6 +26,7 @@ from samplers.solvers.common import (
 from samplers.types import Denoise, Step
 
 
+@solver
 def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver++(2M): one model call a step, second order from the second step on; the last step is Euler's.
 
@@ -48,6 +50,7 @@ def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def flow_dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """DPM-Solver++(2M) in the flow's half log-SNR. From level 1, where it is infinite, Euler's step.
 
@@ -75,6 +78,7 @@ def _extrapolated(denoised: Tensor, before: Tensor, share: float) -> Tensor:
     return (1 + share) * denoised - share * before
 
 
+@solver
 def res_multistep(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """RES, the refined exponential solver, as a multistep method of order 2 in -ln sigma.
 
@@ -95,6 +99,7 @@ def res_multistep(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def res_multistep_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, s_noise: float = 1.0, noise: Noise | None = None
 ) -> Iterator[Step]:
@@ -138,6 +143,7 @@ def res_step(x: Tensor, sigma: float, down: float, denoised: Tensor, before: Ten
     return exp(-h) * x + h * ((phi_1(-h) - share) * denoised + share * before)
 
 
+@solver
 def dpmpp_sde(
     denoise: Denoise,
     x: Tensor,
@@ -180,6 +186,7 @@ def _ancestral_step(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float
     return churn.add(x, alpha_next * up, sigma, sigma_next)
 
 
+@solver
 def dpmpp_2m_sde(
     denoise: Denoise,
     x: Tensor,
@@ -201,6 +208,7 @@ def dpmpp_2m_sde(
     return _sde_2m(denoise, x, sigmas, Churn.of(x, noise, eta, s_noise), shift, lambda wide: -expm1(-wide) / 2)
 
 
+@solver
 def dpmpp_2m_sde_heun(
     denoise: Denoise,
     x: Tensor,
@@ -245,6 +253,7 @@ def _sde_2m(
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def dpmpp_3m_sde(
     denoise: Denoise,
     x: Tensor,

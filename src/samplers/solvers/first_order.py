@@ -9,10 +9,12 @@ from math import inf
 from torch import Tensor
 
 from samplers.noise import Fresh, Noise
+from samplers.solvers.arguments import solver
 from samplers.solvers.common import Churn, ancestral, descent, show, slope, toward
 from samplers.types import Denoise, Step
 
 
+@solver
 def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Euler's method on dx/dsigma: one model call a step, first order. On a flow it is DDIM.
 
@@ -30,6 +32,7 @@ def euler(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 ddim = euler  # on a flow DDIM is Euler's method; ComfyUI's differs only in how it seeds inpainting
 
 
+@solver
 def euler_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, s_noise: float = 1.0, noise: Noise | None = None
 ) -> Iterator[Step]:
@@ -53,6 +56,7 @@ def euler_ancestral(
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """Predict the picture and add fresh noise to it, sigma' n + (1 - sigma') x0, as consistency models do.
 
@@ -69,6 +73,7 @@ def lcm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = No
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = None) -> Iterator[Step]:
     """The posterior of DDPM in the variance exploding form, as ComfyUI runs it: wrong on a flow, see `flow_ddpm`.
 
@@ -90,6 +95,7 @@ def ddpm(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: Noise | None = N
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def flow_ddpm(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, s_noise: float = 1.0, noise: Noise | None = None
 ) -> Iterator[Step]:

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from samplers.noise import Noise
+from samplers.solvers.arguments import solver
 from samplers.solvers.common import Churn, below_one, comfyui_start, half_log_snr, show, weighted_sum
 from samplers.types import Denoise, Step
 from samplers.windows import level_at
@@ -21,6 +22,7 @@ from samplers.windows import level_at
 LAST = 0.001  # the level that ComfyUI puts in place of 0 for UniPC
 
 
+@solver
 def uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """UniPC of order 3 with B(h) = h, in -ln sigma, as ComfyUI runs it.
 
@@ -33,6 +35,7 @@ def uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     return _comfyui_unipc(denoise, x, sigmas.tolist(), lambda h: -h)
 
 
+@solver
 def uni_pc_bh2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """`uni_pc` with B(h) = e^h - 1.
 
@@ -42,6 +45,7 @@ def uni_pc_bh2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     return _comfyui_unipc(denoise, x, sigmas.tolist(), lambda h: expm1(-h))
 
 
+@solver
 def flow_uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor, *, order: int = 2) -> Iterator[Step]:
     """UniPC with B(h) = e^h - 1, in the flow's half log-SNR.
 
@@ -137,6 +141,7 @@ def _solved(nodes: Sequence[float], h: float, b: Callable[[float], float]) -> li
     return [float(one) for one in np.linalg.solve(np.vander(nodes, increasing=True).T, wanted)]
 
 
+@solver
 def sa_solver(
     denoise: Denoise,
     x: Tensor,
@@ -158,6 +163,7 @@ def sa_solver(
     return _sa(denoise, x, sigmas.tolist(), Churn.of(x, noise, eta, s_noise), shift, evaluate_again=False)
 
 
+@solver
 def sa_solver_pece(
     denoise: Denoise,
     x: Tensor,

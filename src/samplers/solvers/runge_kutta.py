@@ -9,6 +9,7 @@ from math import sqrt
 from torch import Tensor
 
 from samplers.noise import Noise
+from samplers.solvers.arguments import solver
 from samplers.solvers.common import (
     Churn,
     at_half_log_snr,
@@ -22,6 +23,7 @@ from samplers.solvers.common import (
 from samplers.types import Denoise, Step
 
 
+@solver
 def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Heun's method: Euler's step, then the mean of the slopes at both ends; the step to 0 is Euler's. Second order.
 
@@ -45,6 +47,7 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
 flow_heun = heun  # diffusers' FlowMatchHeunDiscreteScheduler
 
 
+@solver
 def heunpp2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """Heun++: the slopes at this level and the next two, weighted by sigma; near the end at fewer levels.
 
@@ -70,6 +73,7 @@ def heunpp2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def dpm_2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
     """The midpoint method with the middle at sqrt(sigma sigma'). Second order.
 
@@ -85,6 +89,7 @@ def dpm_2(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def dpm_2_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, s_noise: float = 1.0, noise: Noise | None = None
 ) -> Iterator[Step]:
@@ -112,6 +117,7 @@ def midpoint(denoise: Denoise, x: Tensor, denoised: Tensor, sigma: float, to: fl
     return x + slope(halfway, middle, denoise(halfway, middle)) * (to - sigma)
 
 
+@solver
 def dpmpp_2s_ancestral(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, eta: float = 1.0, s_noise: float = 1.0, noise: Noise | None = None
 ) -> Iterator[Step]:

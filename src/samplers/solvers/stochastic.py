@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from samplers.noise import Noise
+from samplers.solvers.arguments import solver
 from samplers.solvers.common import Churn, at_half_log_snr, below_one, comfyui_start, half_log_snr, phi_2, show
 from samplers.solvers.exponential import decayed
 from samplers.types import Denoise, Step
@@ -17,6 +18,7 @@ from samplers.types import Denoise, Step
 POINTS = 200  # of the sums of ER-SDE
 
 
+@solver
 def er_sde(
     denoise: Denoise,
     x: Tensor,
@@ -71,6 +73,7 @@ def _er_integrals(here: float, to: float) -> tuple[float, float]:
     return float(shares.sum()) * width, float(((points - here) * shares).sum()) * width
 
 
+@solver
 def seeds_2(
     denoise: Denoise,
     x: Tensor,
@@ -102,6 +105,7 @@ def seeds_2(
         x = yield from show(i, sigma_next, x, denoised)
 
 
+@solver
 def seeds_3(
     denoise: Denoise,
     x: Tensor,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from inspect import signature
 from typing import Any, Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from samplers.checks import as_levels, check_apart, number, shown, whole
+from samplers.checks import number, shown
 from samplers.names import pick
 from samplers.solvers import (
     adams,
@@ -23,12 +23,13 @@ from samplers.solvers import (
     runge_kutta,
     stochastic,
 )
+from samplers.solvers.arguments import checked
 from samplers.types import Step
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A solver and its properties; call it as `solver(denoise, x, sigmas)`.
+    """A solver and its properties; call it as `solver(denoise, x, sigmas)`. Its arguments are checked.
 
     `steps_in` is the variable in which its steps are taken:
         "sigma": sigma itself, in which a flow and the variance exploding form are one ODE;
@@ -51,6 +52,9 @@ class Solver:
     flow_form: str = ""  # the solver to use instead, where this one is wrong on flows
     origin: Literal["comfyui", "diffusers", "ours"] = "comfyui"  # whose numbers it reproduces
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "run", checked(self.run, guided=self.guided))
+
     @property
     def is_stochastic(self) -> bool:
         """Whether it adds fresh noise."""
@@ -62,66 +66,25 @@ class Solver:
         return self.steps_in != "variance_exploding" or not (self.is_stochastic or self.guided)
 
     def __call__(
-        self, denoise: Callable[[Tensor, float], Any], x: Tensor, sigmas: Tensor, **options: Any
+        self,
+        denoise: Callable[[Tensor, float], Any],
+        x: Tensor,
+        sigmas: Sequence[float] | np.ndarray | Tensor,
+        **options: Any,
     ) -> Iterator[Step]:
         """Return an iterator of the steps; the arguments are checked before the first of them.
 
         Args:
             denoise: (latent, noise level) -> predicted x0, or `samplers.Guided` where `guided`.
             x: the noise to start from, any shape.
-            sigmas: [steps + 1] falling noise levels.
+            sigmas: [steps + 1] falling noise levels; a tensor, an array or a list.
             options: the solver's own keyword arguments: eta, s_noise, noise, shift, order, gamma ...
 
         Raises:
             TypeError: the solver has no such option, `denoise` cannot be called, or x is no tensor of numbers.
             ValueError: the levels do not fall from at most 1 to at least 0, or a number is out of its bounds.
         """
-        levels = as_levels(sigmas)
-        if levels[0] > 1 or levels[-1] < 0:
-            raise ValueError(
-                f"sigmas go from {float(levels[0])} to {float(levels[-1])}, expected levels between 1 and 0"
-            )
-        check_apart(levels)
-        _check_latent(x)
-        if not callable(denoise):
-            raise TypeError(f"denoise is {shown(denoise)}, expected a function of a latent and a noise level")
-        return self.run(denoise, x, levels, **self._checked(options))
-
-    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the options with their numbers as Python's own."""
-        known = list(signature(self.run).parameters)[3:]
-        for name in options:
-            if name not in known:
-                near = f"it takes {', '.join(known)}" if known else "it takes none"
-                raise TypeError(f"{self.run.__name__} has no option {name!r}; {near}")
-        return {name: _OPTIONS[name](name, value) if name in _OPTIONS else value for name, value in options.items()}
-
-
-def _check_latent(x: Tensor) -> None:
-    """Raise TypeError unless x is a dense tensor of real numbers of at least 16 bits."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is {shown(x)}, expected the latent to start from, a floating-point tensor")
-    if not x.is_floating_point() or x.element_size() < 2 or x.layout != torch.strided:
-        raise TypeError(f"x is a {x.layout} tensor of {x.dtype}, expected a dense floating-point tensor")
-
-
-def _noise(name: str, value: Any) -> Any:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} is {shown(value)}, expected a function of two noise levels, or None")
-    return value
-
-
-_OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "eta": partial(number, low=0, high=100),
-    "s_noise": number,
-    "gamma": number,
-    "shift": partial(number, low=0, above=True),
-    "rtol": partial(number, low=0, high=1e6, above=True),
-    "atol": partial(number, low=0, high=1e6, above=True),
-    "h_init": partial(number, low=0, high=1e6, above=True),
-    "order": partial(whole, low=1, high=8),
-    "noise": _noise,
-}
+        return self.run(denoise, x, sigmas, **options)
 
 
 def _log_snr_sde(run: Callable[..., Iterator[Step]], order: int, calls: int, **more: Any) -> Solver:
@@ -237,6 +200,9 @@ def as_solver(sampler: str | Solver | Callable[..., Iterator[Step]]) -> Solver:
         return sampler
     if isinstance(sampler, str):
         return pick(SOLVERS, sampler, "sampler")
+    for one in SOLVERS.values():
+        if one.run is sampler:
+            return one
     name = getattr(sampler, "__name__", type(sampler).__name__)
     if not callable(sampler) or isinstance(sampler, type):
         raise TypeError(f"sampler is {shown(sampler)}, expected a name, a samplers.Solver or a generator function")

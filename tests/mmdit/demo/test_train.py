@@ -20,7 +20,7 @@ from mmdit.checkpoints.load import load_vae
 from mmdit.demo import evaluate, recipe, train, trainee
 from mmdit.demo.data import LENGTH, TokenTable, make_dataset, own_tokenizers, tokenize
 from mmdit.demo.export import PIECE, write_pieces
-from mmdit.demo.progress import Budget, Ema, Journal, learning_rate
+from mmdit.demo.progress import Budget, Ema, Journal, learning_rate, save_whole
 from mmdit.demo.recipe import FULL, Architecture, T5Mix
 from mmdit.demo.run import Run
 from mmdit.demo.train_mmdit import Batches, Engine, draw_form, flow_loss, make_optimizer
@@ -94,6 +94,26 @@ def test_budget_ends_by_time_or_steps_and_goes_on_from_where_it_was() -> None:
     assert resumed.fraction(0) == 0.75
     with pytest.raises(ValueError, match="seconds > 0"):
         Budget(0.0)
+
+
+def test_a_state_is_saved_whole_and_through_no_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "run" / "mmdit.pt"
+    victim.write_text("kept")
+    path.parent.mkdir()
+    (path.parent / "mmdit.pt.part").symlink_to(victim)
+    save_whole({"step": 1}, path)
+    assert victim.read_text() == "kept"
+    assert torch.load(path) == {"step": 1}
+
+    def full(value: object, part: Path) -> None:
+        part.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_whole({"step": 2}, path)
+    assert torch.load(path) == {"step": 1}
+    assert {file.name for file in path.parent.iterdir()} == {"mmdit.pt", "mmdit.pt.part"}
 
 
 def test_ema_is_the_weighted_mean_and_comes_back_from_its_state() -> None:
