@@ -61,18 +61,19 @@ def bar(items: Iterable[Item], total: int | None, shown: bool | None) -> Iterato
         yield from tqdm(items, total=total)
 
 
-def whole(name: str, value: SupportsIndex, least: int) -> int:
+def whole(name: str, value: SupportsIndex, least: int, most: int = 2**63 - 1) -> int:
     """The argument `name`, which counts something, as an int: NumPy's whole numbers are taken, booleans are not.
 
     Raises:
-        ValueError: it is no whole number from `least` to 2**63 - 1.
+        ValueError: it is no whole number from `least` to `most`.
     """
     try:
         found = None if is_boolean(value) else index(value)
     except TypeError:
         found = None
-    if found is None or not least <= found < 2**63:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {shortened(value)}")
+    if found is None or not least <= found <= most:
+        bound = "" if most == 2**63 - 1 else f" and at most {most}"
+        raise ValueError(f"{name} must be a whole number of at least {least}{bound}, got {shortened(value)}")
     return found
 
 

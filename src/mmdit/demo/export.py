@@ -37,7 +37,10 @@ def export(parts: Components, folder: Path) -> int:
         ValueError: the folder is larger than `MAX_BYTES`; it is written all the same.
     """
     with replacing_folder(folder, over=True) as part:
-        Pipeline(cast_copy(parts, "cpu", torch.float16)).save_pretrained(part, layout="official")
+        Pipeline(cast_copy(parts, "cpu", torch.float16)).save_pretrained(part / "model", layout="official")
+        for path in (part / "model").iterdir():
+            path.rename(part / path.name)
+        (part / "model").rmdir()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if size > MAX_BYTES:
         raise ValueError(f"{folder} has {size} bytes, more than the {MAX_BYTES} that may be committed")

@@ -134,8 +134,8 @@ class Journal:
 
 def save_whole(value: Any, path: Path) -> None:
     """torch.save under a random name first, so that a killed run leaves the old file or the new one."""
-    with replacing(path) as part:
-        torch.save(value, part)
+    with replacing(path) as part, part.open("wb") as file:  # torch.save takes no name that begins with a dot
+        torch.save(value, file)
 
 
 def mean_of(values: Iterable[Tensor]) -> float:

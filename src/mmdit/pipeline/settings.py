@@ -36,6 +36,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
 _EXACT = 2**53  # up to here every whole number is a float
 _JSON = "give Unicode strings, finite numbers, bools, None, and lists and dicts of these"
+MAX_T5_TOKENS = 2**16  # that `max_sequence_length` may ask for
 # The least and the most that a number can be: a picture cannot ask for more than any drawing takes.
 _BOUNDS = {
     "seed": (-(2**63), 2**64 - 1),
@@ -44,7 +45,7 @@ _BOUNDS = {
     "num_inference_steps": (1, 10**5),
     "guidance_scale": (-1e9, 1e9),
     "shift": (0, 1e9),
-    "max_sequence_length": (2, 2**16),
+    "max_sequence_length": (2, MAX_T5_TOKENS),
 }
 # What Pillow raises for broken files: chunks that are cut short are an IndexError, a struct.error or the like.
 _BROKEN = (

@@ -32,6 +32,7 @@ from mmdit.pipeline.plan import (
 from mmdit.pipeline.predict import Predictor, predict_branches, timestep_of
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
 from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
+from mmdit.pipeline.settings import MAX_T5_TOKENS
 from mmdit.utils import number, whole
 from samplers import Step, gaussian
 
@@ -344,7 +345,7 @@ class PipelineSteps(PipelineModels):
         rules = self.profile.text
         if max_sequence_length is None:
             return rules
-        return replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2))
+        return replace(rules, t5_length=whole("max_sequence_length", max_sequence_length, 2, MAX_T5_TOKENS))
 
     def _latent_shape(self, count: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
         """The shape [b, c, h, w] of the latents of pictures of this size in pixels; None is the model's own size."""

@@ -6,7 +6,7 @@ from concurrent.futures import Executor, Future
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -105,8 +105,8 @@ def test_a_state_is_saved_whole_and_through_no_link(tmp_path: Path, monkeypatch:
     assert victim.read_text() == "kept"
     assert torch.load(path) == {"step": 1}
 
-    def full(value: object, part: Path) -> None:
-        part.write_text("half")
+    def full(value: object, file: BinaryIO) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
