@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A first picture, and what happens inside
 #
-# Everything here runs on the embedded model: Stable Diffusion 3.5 in miniature, four blocks, no download.
+# Everything here runs on the embedded model, a Stable Diffusion 3.5 with four blocks that comes with the package.
 
 # %%
 import os
@@ -29,9 +29,9 @@ axis.imshow(picture)
 axis.set_axis_off()
 
 # %% [markdown]
-# ## The same in steps
-# A prompt becomes tokens of three encoders; noise becomes a latent, level by level. `step.denoised` is what the model
-# would draw from where it stands: first a blur, then places, then edges.
+# ## The same, step by step
+# Three text encoders turn the prompt into tokens, and the sampler turns noise into a latent, one noise level at a time.
+# `step.denoised` is the picture that the model predicts at that step: first a blur, then the layout, then the edges.
 
 # %%
 cond, uncond = pipe.encode(PROMPT), pipe.encode("")
@@ -45,8 +45,9 @@ for axis, step in zip(axes, shown, strict=True):
     axis.set_axis_off()
 
 # %% [markdown]
-# ## What is inside
-# Every activation has a name made of the official checkpoint keys. The list needs no run.
+# ## Named activations
+# Every activation has a name that follows the official checkpoint keys. `mmdit.points` lists them without running the
+# model.
 
 # %%
 print(mmdit.points(pipe, "joint_blocks.1.x_block.*", height=128, width=128))
@@ -60,13 +61,13 @@ plots.layer_step_grid(norms.T, label="norm of the residual stream, mean over tok
 
 # %% [markdown]
 # ## Change something
-# Head 2 of block 1 is silenced in the first half of the steps.
+# Here the output of head 2 in block 1 is set to zero during the first half of the steps.
 
 # %%
 with mmdit.patch(pipe, "joint_blocks.1.x_block.attn.z", ablate="zero", heads=[2], steps=slice(0, STEPS // 2)):
     changed = pipe(PROMPT, seed=7, num_inference_steps=STEPS, guidance_scale=4.5).images[0]
 figure, axes = plt.subplots(1, 2, figsize=(5, 2.7))
-for axis, one, title in zip(axes, (picture, changed), ("as it is", "without head 2 of block 1"), strict=True):
+for axis, one, title in zip(axes, (picture, changed), ("unchanged", "without head 2 of block 1"), strict=True):
     axis.imshow(one)
     axis.set_title(title, fontsize=9)
     axis.set_axis_off()

@@ -1,8 +1,9 @@
 # %% [markdown]
-# # Attention: which word goes where, by block and step
+# # Attention: which patches read which word, by block and step
 #
-# A patch of the picture asks (its query), every word answers (its key). `attention_maps` keeps, for the words you name, the
-# share of attention that each patch gives them: exact, beside the fused kernel, and bit-equal to a run without it.
+# Each patch of the picture has a query, and each word has keys. `attention_maps` records how much of its attention each
+# patch gives to the words that you name. The maps are exact, attention still runs in the fused kernel, and the picture is
+# bit-equal to one drawn without maps.
 
 # %%
 import os
@@ -31,7 +32,8 @@ print(maps.words["circle"].shape, "passes, blocks, samples, rows, columns;", f"{
 
 # %% [markdown]
 # ## By block
-# Shapes find their place in block 2, colours in block 3: the colour of an object is read where its shape already is.
+# In block 2 the maps of shapes show where the objects are; the maps of colours do so in block 3. A colour is read at the
+# place where the shape was found before.
 
 # %%
 blocks = range(pipe.transformer.config.depth)
@@ -40,7 +42,7 @@ plots.heat_maps(picture, by_block, columns=len(blocks))
 
 # %% [markdown]
 # ## By step
-# The map of "circle" in the last block: it is there before the circle can be seen.
+# The map of "circle" in the last block shows the circle before the predicted picture does.
 
 # %%
 circle = maps.words["circle"][:, -1, 0]  # passes, rows, columns
@@ -49,7 +51,8 @@ plots.heat_maps(picture, {f"circle, step {i}": circle[i] for i in shown})
 
 # %% [markdown]
 # ## How much each stream reads of the other
-# Of all that the picture's patches read (I2I, I2T) and all that the text reads (T2I, T2T), the share that is text.
+# Attention has four quadrants: image patches read patches (I2I) and text (I2T), and text tokens read patches (T2I) and
+# text (T2T). The plot shows I2T as a share of all that patches read.
 
 # %%
 shares = maps.shares.float().mean(dim=tuple(range(2, maps.shares.ndim - 1)))  # passes, blocks, quadrants

@@ -1,8 +1,9 @@
 # %% [markdown]
-# # FP8: where the error is born, and what each recipe does about it
+# # FP8: which layers cause the error, and what each recipe does about it
 #
-# A float8 Linear rounds its weight once and its input at every step. Theory: rounding normal numbers to E4M3 leaves
-# 31.5 dB, both factors of a product 28.5 dB, E5M2 weights 25.6 dB. Where a layer falls short, its input has outliers.
+# A float8 Linear rounds its weight once and its input at every step. For normally distributed numbers, theory predicts an
+# SNR of 31.5 dB after rounding to E4M3, 28.5 dB for a product with both factors in E4M3, and 25.6 dB for E5M2 weights. A
+# layer that stays below that has outliers in its input.
 
 # %%
 import copy
@@ -32,14 +33,15 @@ truth = pipe(PROMPT, **HOW, output_type="pt").images[0]
 original = copy.deepcopy(pipe.transformer)
 
 # %% [markdown]
-# ## One word quantizes; the report says what was done
+# ## Quantize, and read the report
 
 # %%
 print(quant.quantize_(pipe.transformer, "fp8"))
 
 # %% [markdown]
-# ## What each layer loses, at each step
-# From its own input: so this is the error that is born there, not what came with it.
+# ## The error of each layer at each step
+# Each layer is measured on the input that it received, so its SNR shows the error of this layer alone and not the error
+# of the layers before it.
 
 # %%
 errors = mmdit.float8_errors(pipe, PROMPT, original, **HOW)
@@ -48,7 +50,7 @@ plots.layer_step_grid(errors.grid("snr").T, label="SNR of the output, dB", down=
 
 # %% [markdown]
 # ## Which layer changes the picture most
-# One layer at a time is quantized, and the picture drawn again.
+# One layer at a time is quantized, and the picture is drawn again.
 
 # %%
 pipe = load()
@@ -64,7 +66,7 @@ figure.tight_layout()
 
 # %% [markdown]
 # ## Recipes side by side
-# Static scales are calibrated on other prompts; mean folding takes the mean of a layer's input out before it is rounded.
+# Static scales are calibrated on other prompts. Mean folding subtracts the mean of a layer's input before it is rounded.
 
 
 # %%

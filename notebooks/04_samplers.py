@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Samplers: trajectories and error
 #
-# A sampler solves dx/dsigma = v from noise (sigma 1) to a picture (sigma 0). The flow is the same for all; what differs is
-# where they land with few calls of the model. (Ancestral and SDE samplers add fresh noise: they end in other pictures, and
-# have no error against one truth.)
+# A sampler integrates dx/dsigma = v from noise (sigma 1) to a picture (sigma 0). All samplers solve the same ODE; with few
+# model calls they end at different points. (Ancestral and SDE samplers add fresh noise, so they end in other pictures, and
+# no error against a single solution can be given for them.)
 
 # %%
 import os
@@ -27,8 +27,8 @@ pipe = mmdit.Pipeline.demo()
 # pipe = mmdit.Pipeline.from_pretrained("stabilityai/stable-diffusion-3.5-large", device="cuda", dtype=torch.bfloat16)
 
 # %% [markdown]
-# ## Levels
-# Schedules differ in where they spend their steps.
+# ## Schedules
+# Schedules differ in the noise levels at which they take their steps.
 
 # %%
 figure, axis = plt.subplots(figsize=(5, 3))
@@ -42,7 +42,7 @@ figure.tight_layout()
 
 # %% [markdown]
 # ## Trajectories
-# One latent seen along the two directions in which the paths vary most.
+# The paths of one latent, projected onto their first two principal components.
 
 # %%
 cond, uncond, noise = pipe.encode(PROMPT), pipe.encode(""), pipe.noise(7)
@@ -74,7 +74,8 @@ figure.tight_layout()
 
 # %% [markdown]
 # ## Error against model calls
-# The truth is a fine run of heun. A solver of order p falls like calls^-p once its steps are small.
+# The reference solution is a run of heun with many steps. The error of a solver of order p falls as calls^-p once its steps
+# are small.
 
 # %%
 truth = path("heun", FINE)[0][-1]
@@ -90,7 +91,7 @@ figure.tight_layout()
 
 # %% [markdown]
 # ## Guidance
-# The same noise under other ways to combine the two predictions.
+# The same starting noise with different ways to combine the conditional and the unconditional prediction.
 
 # %%
 kinds = {

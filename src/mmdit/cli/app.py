@@ -12,27 +12,27 @@ from mmdit.cli import bench, compare, completion, convert, generate, inspect, qu
 from mmdit.cli.console import Stream, note_of, streams, warnings_shown_by
 from mmdit.cli.usage import UsageError
 
-# What users can do something about; anything else is our bug and shows its traceback.
+# Errors that users can act on. Any other exception is our bug and shows its traceback.
 USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, FloatingPointError)
 # Each command is a module with add_options(parser) and run(options), which returns the exit code.
 COMMANDS: dict[ModuleType, str] = {
     generate: "draw pictures of prompts",
-    inspect: "say what a checkpoint holds, or how a picture was drawn",
+    inspect: "describe a checkpoint, or show how a picture was drawn",
     convert: "write a checkpoint in another layout",
-    quantize: "write a checkpoint in float8, for here and for ComfyUI",
-    verify: "compare your weights with diffusers",
+    quantize: "write a checkpoint in float8 that loads here and in ComfyUI",
+    verify: "compare this library with diffusers on your weights, stage by stage",
     compare: "find the first stage at which two pipelines differ, and why",
-    bench: "measure a step, its layers, a whole picture, samplers, quality or maps; beside other libraries",
-    completion: "print a script that completes commands and options in your shell",
+    bench: "measure speed, memory and quality, also against diffusers and torchao",
+    completion: "print a script for the shell that completes commands and options",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, or 1 after an error, 2 for wrong usage, 130 after Ctrl-C, 141 where nobody
-    reads on (`| head`).
+    """Run a command and return its exit code.
 
-    What is printed never ends a command: characters that stdout cannot encode are written as escapes, and a stdout that
-    is full or closed is reported at the end.
+    The exit code is 0 after success, 1 after an error, 2 for wrong usage, 130 after Ctrl-C, and 141 where the reader of
+    stdout has gone (`| head`). Printing never ends a command: characters that stdout cannot encode are written as
+    escapes, and a stdout that is full or closed is reported at the end.
     """
     with streams() as out:
         code = _run(arguments)
@@ -56,7 +56,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _code_of(out: Stream) -> int:
-    """The exit code after the command did its work: not 0 where its output was lost."""
+    """The exit code of a command that has finished: not 0 where its output was lost."""
     if out.error is None:
         return 0
     if isinstance(out.error, BrokenPipeError):
@@ -66,7 +66,7 @@ def _code_of(out: Stream) -> int:
 
 
 def _said(error: Exception) -> str:
-    """The message of an error; those of the system name the file first."""
+    """The message of an error; messages of the operating system begin with the file's name."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         other = f" -> {error.filename2}" if error.filename2 is not None else ""
         return f"{error.filename}{other}: {error.strerror}"
@@ -74,7 +74,7 @@ def _said(error: Exception) -> str:
 
 
 def _is_for_users(error: Exception) -> bool:
-    """Whether users can do something about an error; the hub's are RuntimeErrors of its own kind."""
+    """Whether users can act on an error; `HubError` is a RuntimeError and is looked up separately."""
     if isinstance(error, USER_ERRORS):
         return True
     from mmdit.checkpoints.hub import HubError

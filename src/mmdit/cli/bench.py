@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from mmdit.cli.console import note, say
-from mmdit.cli.usage import DTYPES, dtype_name
+from mmdit.cli.usage import DEFAULT_DEVICE, DTYPES, dtype_name
 
-_SIZE = "side of the picture in pixels (default: the model's; large and medium: 1024, demo: 128)"
+_SIZE = "side of the picture in pixels (default: 1024 for large and medium, 128 for demo)"
+_BATCH = "samples in a batch (default: 2, the two branches of guidance)"
+_TEXT = "number of text tokens (default: %(default)s, CLIP's 77 and T5's 256)"
+_STEPS = "number of sampler steps (default: %(default)s)"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The measurement; without a name it is that of a step."""
+    """Add the measurements as subcommands, and the options of the default one, which measures a step."""
     parser.set_defaults(what="steps")
-    more = parser.add_subparsers(title="instead of a step", metavar="layers, picture, samplers, quality, maps")
+    more = parser.add_subparsers(title="other measurements", metavar="layers, picture, samplers, quality, maps")
     for name, add, said in (
-        ("layers", _layers, "each Linear of a block by itself, and native against emulated float8"),
-        ("picture", _picture, "a whole picture with all models: seconds by stage, and memory"),
-        ("samplers", _samplers, "what samplers cost and give on the embedded model, in tables and plots"),
-        ("quality", _quality, "what each float8 recipe costs in quality on the embedded model"),
-        ("maps", _maps, "what attention maps cost in time and memory; exit code 1 where outputs differ"),
+        ("layers", _layers, "measure each Linear of a block alone, and native against emulated float8"),
+        ("picture", _picture, "draw a whole picture with all models: time of each stage, and memory"),
+        ("samplers", _samplers, "measure error and accuracy of samplers on the embedded model, as tables and plots"),
+        ("quality", _quality, "measure the quality that each float8 recipe loses on the embedded model"),
+        ("maps", _maps, "measure time and memory of attention maps; exit code 1 where outputs differ"),
     ):
         one = more.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}.")
         one.set_defaults(what=name)
         add(one)
     _add_sizes(parser, "fp8", "fp8-static")
     add_option = parser.add_argument
-    add_option("--batch", type=int, default=2, help="samples of a step (default: 2, the branches of guidance)")
-    add_option("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
-    peers = "diffusers, torchao, torchao-tuned: in the same run"
+    add_option("--batch", type=int, default=2, help=_BATCH)
+    add_option("--text", type=int, default=333, help=_TEXT)
+    peers = "also measure diffusers, torchao or torchao-tuned in the same run"
     add_option("--against", nargs="*", default=[], metavar="PEER", help=peers)
-    add_option("--eager", action="store_true", help="leave out the rows with compiled blocks")
-    add_option("--fast", action="store_true", help="add rows of accelerated models, and the floor of each row")
-    only = "rows by name, such as '*compiled' (default: all)"
+    add_option("--eager", action="store_true", help="skip the rows with compiled blocks")
+    add_option("--fast", action="store_true", help="add rows of accelerated models, and a lower bound for each row")
+    only = "measure only the rows whose names match, such as '*compiled' (default: all)"
     add_option("--only", nargs="+", default=["*"], metavar="GLOB", help=only)
-    add_option("--repeats", type=int, default=20, help="steps of which the median is taken (default: %(default)s)")
-    add_option("-o", "--output", metavar="FILE.json", help="all numbers as JSON")
+    add_option("--repeats", type=int, default=20, help="timed steps, whose median is shown (default: %(default)s)")
+    add_option("-o", "--output", metavar="FILE.json", help="also write all numbers to this file")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure and print tables, or say which files hold them; exit code 1 where a measure finds a difference."""
+    """Measure, and print tables or the names of their files; the exit code is 1 where `maps` finds a difference."""
     from mmdit.cli.benches import BENCHES
 
     code = 0
@@ -54,77 +58,92 @@ def run(options: argparse.Namespace) -> int:
 def _add_sizes(parser: argparse.ArgumentParser, *recipes: str) -> None:
     say = parser.add_argument
     _add_model(parser)
-    names = f"float8 recipes; NAME+exact sums without fast accumulation (default: {' '.join(recipes)})"
+    names = f"float8 recipes; NAME+exact turns fast accumulation off (default: {' '.join(recipes)})"
     say("--quant", nargs="*", default=list(recipes), metavar="NAME", help=names)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     say = parser.add_argument
-    say("--model", default="large", help="large, medium or demo; random weights (default: %(default)s)")
+    say(
+        "--model",
+        default="large",
+        help="size of the model with random weights: large, medium, demo (default: large)",
+    )
     say("--size", type=int, metavar="PIXELS", help=_SIZE)
-    say("--device", help="(default: cuda where there is one)")
-    say("--dtype", type=dtype_name, choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
+    _add_device(parser, DTYPES, "bfloat16")
+
+
+def _add_device(parser: argparse.ArgumentParser, dtypes: Sequence[str], default: str) -> None:
+    parser.add_argument("--device", help=f"cpu, cuda, cuda:1 ... {DEFAULT_DEVICE}")
+    dtype = "dtype of weights and arithmetic (default: %(default)s)"
+    parser.add_argument("--dtype", type=dtype_name, choices=dtypes, default=default, help=dtype)
 
 
 def _layers(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser, "fp8", "fp8-tensor")
-    parser.add_argument("--batch", type=int, default=2, help="samples of a step (default: 2, the branches of guidance)")
-    parser.add_argument("--text", type=int, default=333, help="text tokens (default: %(default)s, T5 at 256)")
+    parser.add_argument("--batch", type=int, default=2, help=_BATCH)
+    parser.add_argument("--text", type=int, default=333, help=_TEXT)
 
 
 def _picture(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser, "fp8")
-    parser.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    parser.add_argument("--against", nargs="*", default=[], metavar="PEER", help="diffusers: in the same run")
-    parser.add_argument("--eager", action="store_true", help="leave out the rows with compiled blocks")
+    parser.add_argument("--steps", type=int, default=20, help=_STEPS)
+    peers = "diffusers: also measure its pipeline in the same run"
+    parser.add_argument("--against", nargs="*", default=[], metavar="PEER", help=peers)
+    parser.add_argument("--eager", action="store_true", help="skip the rows with compiled blocks")
 
 
 def _samplers(parser: argparse.ArgumentParser) -> None:
     say = parser.add_argument
     measures = "orders, error (against model calls), accuracy (sampler by schedule), steps (sampler by steps), page"
     say("--measure", nargs="+", default=["error"], metavar="NAME", help=f"{measures} (default: error)")
-    say("--samplers", nargs="+", metavar="NAME", help="(default: all)")
-    say("--schedules", nargs="+", metavar="NAME", help="for accuracy and page (default: normal karras beta)")
-    say("--steps", nargs="+", type=int, metavar="N", help="(default: 20 for accuracy and page, several for the others)")
-    say("--prompts", type=int, metavar="N", help="(default: 64, for error 4)")
-    say("--guidance-scale", "--cfg", type=float, default=4.5, metavar="X", help="(default: %(default)s)")
-    say("--fine", type=int, default=100, metavar="N", help="steps of heun that count as exact (default: %(default)s)")
+    say("--samplers", nargs="+", metavar="NAME", help="samplers to measure (default: all)")
+    say("--schedules", nargs="+", metavar="NAME", help="schedules of accuracy and page (default: normal karras beta)")
+    steps = "numbers of sampler steps (default: 20 for accuracy and page, several for the other measures)"
+    say("--steps", nargs="+", type=int, metavar="N", help=steps)
+    say("--prompts", type=int, metavar="N", help="number of prompts (default: 64, and 4 for error)")
+    scale = "weight of classifier-free guidance (default: %(default)s)"
+    say("--guidance-scale", "--cfg", type=float, default=4.5, metavar="X", help=scale)
+    say("--fine", type=int, default=100, metavar="N", help="steps of heun in the reference run (default: %(default)s)")
     say("--batch", type=int, default=32, metavar="N", help="pictures drawn at once (default: %(default)s)")
-    say("--minutes", type=float, default=float("inf"), metavar="X", help="start nothing that would end later")
+    minutes = "start no run that would end after so many minutes (default: no limit)"
+    say("--minutes", type=float, default=float("inf"), metavar="X", help=minutes)
     say("--workers", type=int, metavar="N", help="processes that score pictures (default: this one)")
-    say("--model", metavar="FOLDER", help="of a model of the same grammar (default: the embedded one)")
-    say("--profile", default="diffusers", metavar="NAME", help="(default: %(default)s)")
-    say("--device", help="(default: cuda where there is one)")
-    say("--dtype", type=dtype_name, choices=DTYPES, default="float32", help="(default: %(default)s)")
-    say("-o", "--output", default="samplers", metavar="FOLDER", help="(default: %(default)s)")
+    say("--model", metavar="FOLDER", help="a model that draws the same grammar (default: the embedded model)")
+    profile = "the program whose behaviour to follow (default: %(default)s)"
+    say("--profile", default="diffusers", metavar="NAME", help=profile)
+    _add_device(parser, DTYPES, "float32")
+    say("-o", "--output", default="samplers", metavar="FOLDER", help="folder of the results (default: %(default)s)")
 
 
 def _quality(parser: argparse.ArgumentParser) -> None:
     say = parser.add_argument
     say("--prompts", type=int, default=512, metavar="N", help="held-out prompts that are scored (default: %(default)s)")
     say("--seeds", type=int, default=4, metavar="N", help="pictures of each prompt (default: %(default)s)")
-    pictures = "for the Fréchet distance, the scored ones among them (default: %(default)s)"
+    pictures = "pictures for the Fréchet distance, including those that are scored (default: %(default)s)"
     say("--pictures", type=int, default=4000, metavar="N", help=pictures)
-    rows = "numbers of rows; 0, the model that is not quantized, comes first (default: all)"
+    rows = "numbers of the table's rows; the first must be 0, the model that is not quantized (default: all)"
     say("--rows", type=int, nargs="+", metavar="N", help=rows)
-    say("--steps", type=int, default=20, metavar="N", help="(default: %(default)s)")
-    prompts = "prompts that static scales are calibrated with, of no held-out combination (default: %(default)s)"
+    say("--steps", type=int, default=20, metavar="N", help=_STEPS)
+    prompts = "prompts, none of them held out, that static scales are calibrated on (default: %(default)s)"
     say("--calibration", type=int, default=32, metavar="N", help=prompts)
     say("--batch", type=int, default=256, metavar="N", help="pictures drawn at once (default: %(default)s)")
     say("--workers", type=int, metavar="N", help="processes that score pictures (default: one per core)")
-    say("--device", help="(default: cuda where there is one)")
-    say("--dtype", type=dtype_name, choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
-    say("-o", "--output", default="fp8_quality", metavar="FOLDER", help="(default: %(default)s)")
+    _add_device(parser, ("bfloat16", "float32"), "bfloat16")
+    say("-o", "--output", default="fp8_quality", metavar="FOLDER", help="folder of the results (default: %(default)s)")
 
 
 def _maps(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     say = parser.add_argument
-    say("--words", type=int, default=5, metavar="N", help="of two tokens each (default: %(default)s)")
-    say("--blocks", nargs="+", type=int, metavar="N", help="(default: all)")
-    say("--steps", type=int, default=20, metavar="N", help="(default: %(default)s)")
-    say("--heads", default="mean", choices=("mean", "each"), help="(default: %(default)s)")
-    say("--directions", nargs="+", default=["i2t"], choices=("i2t", "t2i"), help="(default: i2t)")
-    say("--no-quadrants", action="store_true", help="without the shares of the four quadrants of attention")
-    say("--text", type=int, default=333, metavar="N", help="text tokens (default: %(default)s)")
-    say("--rounds", type=int, default=3, metavar="N", help="drawings of each kind (default: %(default)s)")
+    say("--words", type=int, default=5, metavar="N", help="number of words, of two tokens each (default: %(default)s)")
+    say("--blocks", nargs="+", type=int, metavar="N", help="blocks whose maps are kept (default: all)")
+    say("--steps", type=int, default=20, metavar="N", help=_STEPS)
+    heads = "keep the mean over heads, or each head (default: %(default)s)"
+    say("--heads", default="mean", choices=("mean", "each"), help=heads)
+    directions = "image patches that read words, or words that read patches (default: i2t)"
+    say("--directions", nargs="+", default=["i2t"], choices=("i2t", "t2i"), help=directions)
+    say("--no-quadrants", action="store_true", help="do not sum up the four quadrants of attention")
+    say("--text", type=int, default=333, metavar="N", help=_TEXT)
+    rounds = "runs with maps, and as many without, whose medians are shown (default: %(default)s)"
+    say("--rounds", type=int, default=3, metavar="N", help=rounds)

@@ -6,33 +6,35 @@ import argparse
 from typing import Any
 
 from mmdit.cli.console import say
-from mmdit.cli.usage import DTYPES, dtype_name, sampler_name
+from mmdit.cli.usage import DEFAULT_DEVICE, DEFAULT_DTYPE, DTYPES, JSON, dtype_name, sampler_name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Two sides, and what both draw."""
-    parser.add_argument("prompt", help="what both draw")
-    parser.add_argument("-n", "--negative-prompt", default="", help="what both draw away from")
+    """Add the options of each side and those of both."""
+    parser.add_argument("prompt", help="the prompt that both sides draw")
+    parser.add_argument("-n", "--negative-prompt", default="", help="negative prompt of both sides (default: empty)")
     for side, model in (("a", "demo, the embedded model"), ("b", "that of a")):
         group = parser.add_argument_group(f"side {side}")
         add = group.add_argument
-        add(f"--model-{side}", metavar="MODEL", help=f"folder, file or hub id (default: {model})")
-        add(f"--profile-{side}", metavar="PROFILE", default="diffusers", help="(default: %(default)s)")
-        dtypes = "(default: float32 on the CPU, else bfloat16)"
-        add(f"--dtype-{side}", type=dtype_name, choices=DTYPES, help=dtypes)
-        add(f"--device-{side}", metavar="DEVICE", help="(default: cuda where there is one)")
+        add(f"--model-{side}", metavar="MODEL", help=f"folder, file, or owner/name on the hub (default: {model})")
+        profile = "the program whose behaviour to follow: diffusers, comfyui, reference (default: %(default)s)"
+        add(f"--profile-{side}", metavar="PROFILE", default="diffusers", help=profile)
+        dtype = f"dtype of weights and arithmetic {DEFAULT_DTYPE}"
+        add(f"--dtype-{side}", type=dtype_name, choices=DTYPES, help=dtype)
+        add(f"--device-{side}", metavar="DEVICE", help=f"cpu, cuda, cuda:1 ... {DEFAULT_DEVICE}")
         if side == "b":
-            add("--diffusers", action="store_true", help="b is diffusers itself, on a checkpoint of any layout")
+            add("--diffusers", action="store_true", help="run diffusers as side b, on a checkpoint of any layout")
     both = parser.add_argument_group("both sides").add_argument
-    both("--steps", type=int, metavar="N", help="sampler steps (default: those of a's profile)")
-    look = "steps to look into (default: first, last)"
+    both("--steps", type=int, metavar="N", help="number of sampler steps (default: that of a's profile)")
+    look = "steps whose blocks are compared; negative numbers count from the end (default: first and last)"
     both("--look", type=int, nargs="+", default=[0, -1], metavar="N", help=look)
-    both("--guidance-scale", "--cfg", type=float, metavar="X", help="(default: that of a's profile)")
-    both("--sampler", type=sampler_name, metavar="NAME", help="(default: that of each profile)")
-    both("--seed", type=int, default=0, metavar="N", help="of the noise that both start from (default: %(default)s)")
-    both("--height", type=int, metavar="PIXELS", help="(default: the model's own)")
-    both("--width", type=int, metavar="PIXELS", help="(default: the model's own)")
-    both("--json", action="store_true", help="print everything as JSON")
+    scale = "weight of classifier-free guidance (default: that of a's profile)"
+    both("--guidance-scale", "--cfg", type=float, metavar="X", help=scale)
+    both("--sampler", type=sampler_name, metavar="NAME", help="sampler of ours (default: that of each profile)")
+    both("--seed", type=int, default=0, metavar="N", help="seed of the starting noise (default: %(default)s)")
+    both("--height", type=int, metavar="PIXELS", help="height of the picture (default: the model's own size)")
+    both("--width", type=int, metavar="PIXELS", help="width of the picture (default: the model's own size)")
+    both("--json", action="store_true", help=JSON)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise UsageError for what is wrong whatever the models are."""
+    """Raise UsageError for options that are wrong for every model."""
     from mmdit.cli.usage import usage_errors
     from mmdit.pipeline.arguments import profile_of
     from mmdit.utils import whole

@@ -17,16 +17,16 @@ LAYOUT = {"epilog": _HOW, "formatter_class": argparse.RawDescriptionHelpFormatte
 
 
 class Command(NamedTuple):
-    """What can follow a command: its options, their choices, and commands below it."""
+    """A command with its options, their choices, and its subcommands."""
 
     words: tuple[str, ...]  # ("bench", "layers")
-    options: dict[str, tuple[str, ...]]  # values by option; none where a file or a number follows
+    options: dict[str, tuple[str, ...]]  # the choices of each option; () where a file or a number follows
     commands: tuple[str, ...]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The shell."""
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="for which shell")
+    """Add the name of the shell."""
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell to write the script for")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def commands_of(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[Command]:
-    """A parser and all parsers below it."""
+    """The command of a parser, and those of all its subparsers."""
     options: dict[str, tuple[str, ...]] = {}
     below: dict[str, argparse.ArgumentParser] = {}
     for action in parser._actions:
@@ -51,7 +51,7 @@ def commands_of(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) ->
 
 
 def _bash(commands: list[Command], *, zsh: bool) -> str:
-    """One function; zsh runs it through its own compatibility with bash."""
+    """A completion function for bash, which zsh runs through its bash compatibility."""
     cases = []
     for command in reversed(commands):  # the longest first
         words = " ".join((*command.commands, *command.options))

@@ -9,11 +9,12 @@ from mmdit.cli.usage import DTYPES, dtype_name, usage_errors
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint that is read and the one that is written."""
-    parser.add_argument("source", help="safetensors file or folder of any layout, or demo for the embedded model")
+    """Add the checkpoint to read, the one to write, and its layout and dtype."""
+    parser.add_argument("source", help="a safetensors file or folder of any layout, or demo for the embedded model")
     parser.add_argument("target", help="a new folder, or a new .safetensors file for --layout single")
-    parser.add_argument("--layout", required=True, help="official, diffusers, comfyui or single")
-    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help="cast (default: keep every byte)")
+    parser.add_argument("--layout", required=True, help="layout to write: official, diffusers, comfyui or single")
+    dtype = "dtype that all tensors are cast to (default: none, every byte is kept)"
+    parser.add_argument("--dtype", type=dtype_name, choices=DTYPES, help=dtype)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from mmdit.cli.console import note_of, say
 from mmdit.cli.usage import (
+    DEFAULT_DEVICE,
+    DEFAULT_DTYPE,
     DTYPES,
+    QUIET,
     SAMPLERS,
     SCHEDULES,
     dtype_name,
@@ -30,30 +33,30 @@ USAGE = """mmdit generate PROMPT [PROMPT ...] [options]
        mmdit generate --prompts FILE [options]
        mmdit generate --settings PICTURE.png [options]"""
 EXAMPLES = """examples:
-  the embedded model, without any download:
+  with the embedded model, which needs no download:
     mmdit generate "a large red circle above a blue star, on a white background"
-  weights of your own, to a file of your own:
+  with your own weights, written to cat.png:
     mmdit generate "a cat on a red chair" -m sd3.5-large/ -o cat.png
-  from the Hugging Face Hub, two prompts with three seeds each, and a grid:
+  with weights from the Hugging Face Hub; two prompts, three seeds each, a grid:
     mmdit generate "a cat" "a dog" --seed 1 2 3 --grid \\
       -m stabilityai/stable-diffusion-3.5-medium
-  a Turbo model, which takes 4 steps without guidance:
+  with a Turbo model, which needs 4 steps and no guidance:
     mmdit generate "a cat" -m sd3.5_large_turbo.safetensors --preset turbo
-  many prompts on a small GPU, to pets/cat-0.png, pets/cat-1.png ...:
+  many prompts on a small GPU, written to pets/cat-0.png, pets/cat-1.png ...:
     mmdit generate --prompts cats.txt -m sd3.5-large/ -o pets/cat.png \\
       --offload stages --vae-tile 256
-  a picture once more, with its own seed and settings but more steps:
+  the same picture again, with its seed and settings but more steps:
     mmdit generate --settings cat.png --steps 50 -o finer.png
 
-Every picture holds its settings; `mmdit inspect PICTURE.png` shows them.
+Every PNG contains its settings; `mmdit inspect PICTURE.png` shows them.
 Each picture is reported on stdout: wrote PATH (W x H, seed S; picture 3 of 12)
-Exit code: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+Exit codes: 0 success, 1 error, 2 wrong usage, 130 Ctrl-C."""
 
 LAYOUT = {"usage": USAGE, "epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is not given is None, so that the settings of a picture can stand in for it."""
+    """Add the options. Options that are not given are None, so that the settings of a picture can fill them in."""
     parser.set_defaults(wrong=parser.error)
     _add_what(parser.add_argument_group("what to draw"))
     _add_model(parser.add_argument_group("with which model"))
@@ -63,77 +66,76 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_what(group: argparse._ArgumentGroup) -> None:
     say = group.add_argument
-    say("prompt", nargs="*", metavar="PROMPT", help="what to draw; every prompt is drawn with every seed")
-    lines = "instead: a text file with one prompt a line, without lines that begin with #; - is standard input"
+    say("prompt", nargs="*", metavar="PROMPT", help="the prompts; every prompt is drawn with every seed")
+    lines = "read prompts from a text file, one per line; lines that begin with # are ignored; - reads standard input"
     say("--prompts", metavar="FILE", help=lines)
-    say("-n", "--negative-prompt", metavar="TEXT", help="what to draw away from (default: nothing)")
-    seed = "start of each picture: another seed, another picture; the same seed, the same picture (default: 0)"
+    say("-n", "--negative-prompt", metavar="TEXT", help="what the pictures should not show (default: empty)")
+    seed = "seeds of the starting noise; each seed draws one picture of every prompt (default: 0)"
     say("--seed", nargs="+", type=seed_value, metavar="N", help=seed)
-    again = "draw this picture again, exactly as mmdit drew it; other options count more than what it says"
+    again = "draw this picture again with the settings stored in it; options on the command line take precedence"
     say("--settings", metavar="PICTURE.png", help=again)
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     say = group.add_argument
-    model = "folder, .safetensors file, or owner/name to download from the Hugging Face Hub (default: demo, the "
-    say("-m", "--model", help=f"{model}small embedded model, which knows a few shapes and colours)")
-    say("--revision", metavar="NAME", help="with owner/name: branch, tag or commit (default: main)")
-    say("--variant", choices=("fp16",), help="with owner/name: files of half precision (default: the plain ones)")
+    model = "a folder, a .safetensors file, or owner/name to download from the Hugging Face Hub (default: demo, the "
+    say("-m", "--model", help=f"{model}small embedded model, which draws a few shapes and colours)")
+    say("--revision", metavar="NAME", help="for owner/name: the branch, tag or commit (default: main)")
+    say("--variant", choices=("fp16",), help="for owner/name: the half-precision files (default: the plain files)")
     for name in ("clip-l", "clip-g", "t5", "vae"):
-        say(f"--{name}", metavar="FILE", help=f"with a .safetensors file: where {name} is (default: in or beside it)")
-    tokenizers = "with a .safetensors file: what holds tokenizer, tokenizer_2, tokenizer_3 (default: beside it)"
+        where = "(default: in that file or in a folder beside it)"
+        say(f"--{name}", metavar="FILE", help=f"for a .safetensors file: the file or folder of {name} {where}")
+    tokenizers = "for a .safetensors file: the folder of tokenizer, tokenizer_2 and tokenizer_3 (default: beside it)"
     say("--tokenizers", metavar="FOLDER", help=tokenizers)
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
     say = group.add_argument
     for side in ("height", "width"):
-        say(f"--{side}", type=int, metavar="PIXELS", help="a multiple of 16 (default: the model's own)")
-    say(
-        "--steps", type=int, metavar="N", help="more take longer and draw finer (default: the profile's; diffusers: 28)"
-    )
-    scale = "how strongly the prompt counts; 1 turns guidance off (default: the profile's; diffusers: 7)"
+        size = f"{side} of the pictures, a multiple of 16 (default: the model's own size)"
+        say(f"--{side}", type=int, metavar="PIXELS", help=size)
+    say("--steps", type=int, metavar="N", help="number of sampler steps (default: the profile's; diffusers: 28)")
+    scale = "weight of classifier-free guidance; 1 turns it off (default: the profile's; diffusers: 7)"
     say("--guidance-scale", "--cfg", type=float, metavar="X", help=scale)
-    more = "what else guides, such as 'skip_guidance_layers=7,8,9' (SD3.5-Medium) or 'kind=apg momentum=-0.5'; a wrong "
-    say("--guidance", metavar="'NAME=VALUE ...'", help=f"{more}name lists all (default: nothing)")
-    preset = "turbo, sd3_medium, sd3.5_medium, sd3.5_large, sd3.5_large_turbo: steps, guidance and sampler that suit "
-    say("--preset", metavar="NAME", help=f"{preset}such a model (default: the profile's)")
-    profile = "diffusers, comfyui, reference: whose defaults and small choices to follow (default: diffusers)"
+    more = (
+        "other kinds of guidance, such as 'skip_guidance_layers=7,8,9' (SD3.5-Medium) or 'kind=apg momentum=-0.5'; an "
+    )
+    say("--guidance", metavar="'NAME=VALUE ...'", help=f"{more}unknown name lists them all (default: none)")
+    preset = "turbo, sd3_medium, sd3.5_medium, sd3.5_large, sd3.5_large_turbo: steps, guidance and sampler of "
+    say("--preset", metavar="NAME", help=f"{preset}a kind of model (default: those of the profile)")
+    profile = "diffusers, comfyui, reference: the program whose defaults and details to follow (default: diffusers)"
     say("--profile", metavar="NAME", help=profile)
     say("--sampler", type=sampler_name, metavar="NAME", help=f"{SAMPLERS} (default: the profile's; diffusers: euler)")
-    schedule = f"noise levels of the steps: {SCHEDULES} (default: the profile's; diffusers: normal)"
+    schedule = f"spacing of the noise levels: {SCHEDULES} (default: the profile's; diffusers: normal)"
     say("--schedule", type=schedule_name, metavar="NAME", help=schedule)
-    shift = "more of the steps at high noise: a number above 0, or resolution, for what suits the size of the picture "
+    shift = "shift of the schedule to high noise: a number above 0, or resolution: by the picture's size "
     say("--shift", type=shift_value, metavar="X", help=f"{shift}(default: the model's; SD3.5: 3)")
-    length = "how much of a long prompt T5 reads (default: the profile's; diffusers: 256)"
+    length = "number of T5 tokens that prompts are padded or cut to (default: the profile's; diffusers: 256)"
     say("--max-sequence-length", type=int, metavar="TOKENS", help=length)
-    say("--device", metavar="NAME", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    say(
-        "--dtype",
-        type=dtype_name,
-        choices=DTYPES,
-        help="what to compute in (default: float32 on the CPU, else bfloat16)",
-    )
-    threads = "of a CPU (default: 1 for the embedded model, where more wait for each other; else torch's, all cores)"
+    say("--device", metavar="NAME", help=f"cpu, cuda, cuda:1 ... {DEFAULT_DEVICE}")
+    say("--dtype", type=dtype_name, choices=DTYPES, help=f"dtype of weights and arithmetic {DEFAULT_DTYPE}")
+    threads = "CPU threads (default: 1 for the embedded model, whose steps are too small for more; else one per core)"
     say("--threads", type=int, metavar="N", help=threads)
-    say("--quant", metavar="NAME", help="float8 for transformer and T5: fp8, fp8-weight-only ... (default: none)")
-    batch = "pictures drawn at once: faster on a GPU, and rounded a little differently (default: 1)"
+    quant = "float8 recipe for the transformer and T5: fp8, fp8-weight-only ... (default: no quantization)"
+    say("--quant", metavar="NAME", help=quant)
+    batch = "pictures drawn at once; more are faster on a GPU and round a little differently (default: 1)"
     say("--batch", type=int, default=1, metavar="N", help=batch)
-    offload = "for small GPUs: text encoders, transformer and VAE take turns on it (default: all stay)"
+    offload = "for small GPUs: move text encoders, transformer and VAE to the GPU in turn (default: keep all there)"
     say("--offload", choices=("stages",), help=offload)
-    fast = "on a GPU: fused kernels, CUDA graphs and the quickest attention that is installed (default: off)"
+    fast = "on a GPU: fused kernels, CUDA graphs and the fastest installed attention kernel (default: off)"
     say("--fast", action="store_true", help=fast)
-    say("--vae-tile", type=int, metavar="PIXELS", help="for small GPUs: decode in such tiles, say 256 (default: whole)")
+    tile = "for small GPUs: decode in tiles with sides of this many pixels, such as 256 (default: all at once)"
+    say("--vae-tile", type=int, metavar="PIXELS", help=tile)
 
 
 def _add_where(group: argparse._ArgumentGroup) -> None:
     say = group.add_argument
-    output = "several pictures become FILE-0.png, FILE-1.png ...; what exists is replaced (default: picture.png here; "
-    more = "what exists is kept, and the next free one of picture-1.png, picture-2.png ... is taken)"
+    output = "file of the picture, which is overwritten; several pictures become FILE-0.png, FILE-1.png ... (default: "
+    more = "picture.png in this folder, or the next free of picture-1.png, picture-2.png ...; nothing is overwritten)"
     say("-o", "--output", metavar="FILE.png", help=output + more)
-    grid = "also write all pictures in one, a row for each prompt, a column for each seed (default name: FILE-grid.png)"
+    grid = "also write all pictures into one file, a row per prompt and a column per seed (default name: FILE-grid.png)"
     say("--grid", nargs="?", const="", metavar="FILE.png", help=grid)
-    say("--quiet", action="store_true", help="no progress bar and no notes")
+    say("--quiet", action="store_true", help=QUIET)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -147,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def check_usage(options: argparse.Namespace) -> None:
-    """Leave with exit code 2 where options do not go together; this needs no torch."""
+    """Exit with code 2 where options exclude each other; this check needs no torch."""
     if options.prompt and options.prompts is not None:
         options.wrong("a PROMPT and --prompts FILE are both given; give one of them")
     if not options.prompt and options.prompts is None and options.settings is None:
@@ -159,4 +161,4 @@ def check_usage(options: argparse.Namespace) -> None:
         ending = Path(text).suffix.lower()
         if ending in _FILES and (len(text.split()) == 1 or exists(text)):
             hint = f"--settings takes one picture, {options.settings}" if options.settings else _FILES[ending]
-            options.wrong(f"the prompt {text!r} is the name of a file; {hint} (as words to draw, put it into a file)")
+            options.wrong(f"the prompt {text!r} is the name of a file; {hint} (to draw the words, use --prompts FILE)")

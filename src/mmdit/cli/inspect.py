@@ -11,13 +11,13 @@ from mmdit.cli.console import say
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint or picture."""
-    what = "safetensors file, shard index, folder, a PNG that mmdit wrote, or demo for the embedded model"
+    """Add the path of the checkpoint or picture."""
+    what = "a safetensors file, a shard index, a folder, a PNG that mmdit wrote, or demo for the embedded model"
     parser.add_argument("path", help=what)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the description of a checkpoint, or the settings of a picture; 1 where the loader refuses it."""
+    """Print the description of a checkpoint or the settings of a picture; 1 where the loader refuses the checkpoint."""
     path = Path(options.path)
     if path.suffix.lower() == ".png" and not path.is_dir():
         from mmdit.pipeline.settings import read_settings

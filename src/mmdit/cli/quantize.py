@@ -7,39 +7,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdit.cli.console import Note, note_of, say
-from mmdit.cli.usage import DTYPES, UsageError, dtype_name, usage_errors
+from mmdit.cli.usage import DEFAULT_DEVICE, DEFAULT_DTYPE, DTYPES, QUIET, UsageError, dtype_name, usage_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint that is read, the one that is written, and the recipe."""
+    """Add the checkpoint to read, the one to write, the recipe, and the options of calibration."""
     say = parser.add_argument
-    source = "safetensors file or folder of any layout, or demo; all models in it are written"
+    source = "a safetensors file or folder of any layout, or demo; all models in it are written"
     say("source", help=source)
     say("target", help="a new .safetensors file, or, for a folder, a new folder in the same layout")
-    recipes = "fp8, fp8-tensor, fp8-static, fp8-weight-only, fp8-e5m2 (default: %(default)s, the one for ComfyUI)"
+    recipes = "fp8, fp8-tensor, fp8-static, fp8-weight-only, fp8-e5m2 (default: %(default)s, which ComfyUI reads)"
     say("--recipe", default="fp8-tensor", metavar="NAME", help=recipes)
-    spelling = "how scales are written: comfyui, or comfyui-old for versions of before late 2025 (default: %(default)s)"
+    spelling = "spelling of the scales: comfyui, or comfyui-old for ComfyUI before late 2025 (default: %(default)s)"
     say("--spelling", default="comfyui", metavar="NAME", help=spelling)
-    select = "names of Linears, such as 'joint_blocks.*' or 't5.*' (default: the large ones of transformer and T5)"
+    select = "globs over names of Linears, such as 'joint_blocks.*' or 't5.*' (default: the large Linears of "
+    select += "transformer and T5)"
     say("--select", nargs="+", metavar="GLOB", help=select)
     static = parser.add_argument_group("calibration, for fp8-static")
-    static.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line, some tens")
-    static.add_argument("--steps", type=int, metavar="N", help="as pictures will be drawn (default: the profile's)")
-    static.add_argument("--guidance-scale", "--cfg", type=float, metavar="X", help="likewise")
-    percentile = "of absolute values that the scales reach (default: 100, all)"
+    static.add_argument("--prompts", metavar="FILE", help="a text file with some tens of prompts, one per line")
+    steps = "number of sampler steps; take the number that you will draw with (default: the profile's)"
+    static.add_argument("--steps", type=int, metavar="N", help=steps)
+    scale = "guidance scale; take the one that you will draw with (default: the profile's)"
+    static.add_argument("--guidance-scale", "--cfg", type=float, metavar="X", help=scale)
+    percentile = "percentile of the absolute inputs that the scales cover (default: 100, all of them)"
     static.add_argument("--percentile", type=float, default=100.0, metavar="X", help=percentile)
-    static.add_argument("--device", metavar="NAME", help="(default: cuda where there is one)")
-    static.add_argument(
-        "--dtype", type=dtype_name, choices=DTYPES, help="to draw in (default: float32 on the CPU, else bfloat16)"
-    )
-    say("--quiet", action="store_true", help="no progress bar and no notes")
+    static.add_argument("--device", metavar="NAME", help=f"cpu, cuda, cuda:1 ... {DEFAULT_DEVICE}")
+    dtype = f"dtype of weights and arithmetic {DEFAULT_DTYPE}"
+    static.add_argument("--dtype", type=dtype_name, choices=DTYPES, help=dtype)
+    say("--quiet", action="store_true", help=QUIET)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the checkpoint and say what was done."""
+    """Write the checkpoint and print a line about it."""
     say(f"wrote {quantized(options, note_of(options))}")
     return 0
 
@@ -61,12 +63,12 @@ def quantized(options: argparse.Namespace, note: Note) -> str:
     static = recipe.activation == "static"
     if static and options.prompts is None:
         raise UsageError(
-            f"--recipe {options.recipe} needs --prompts FILE, a text file with a prompt in each line: it scales "
-            "activations by the largest values that the transformer's Linears read while these prompts are drawn"
+            f"--recipe {options.recipe} needs --prompts FILE, a text file with one prompt per line: its activation "
+            "scales are the largest inputs of the transformer's Linears while these prompts are drawn"
         )
     if options.prompts is not None and not static:
         raise UsageError(
-            f"--prompts is for recipes with static scales; {options.recipe} scales activations in every call"
+            f"--prompts is for recipes with static scales; {options.recipe} finds its scales in every call"
         )
     if Path(options.target).exists():  # before an hour of drawing, not after it
         raise FileExistsError(f"{options.target} exists already; give another place, or remove it first")

@@ -1,4 +1,4 @@
-"""Wrong usage of the command line, which ends with exit code 2, and names by which users know things elsewhere."""
+"""What commands share about their options: help texts, usage errors (exit code 2), names from other programs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _DTYPE_ALIASES = {
     "fp64": "float64",
     "double": "float64",
 }
-# Names of samplers.SOLVERS and SCHEDULES, for help without torch.
+DEFAULT_DEVICE = "(default: cuda where there is one, else cpu)"
+DEFAULT_DTYPE = "(default: float32 on the CPU, else bfloat16)"
+QUIET = "show no progress bar and no notes"
+JSON = "print all results as JSON"
+# The names of samplers.SOLVERS and SCHEDULES, so that help needs no torch.
 SAMPLERS = (
     "euler, euler_ancestral, ddim, heun, heunpp2, dpm_2, dpm_2_ancestral, lms, ipndm, ipndm_v, gradient_estimation, "
     "dpmpp_2m, res_multistep, deis, uni_pc, uni_pc_bh2, dpm_fast, dpm_adaptive, dpmpp_2s_ancestral, dpmpp_sde, "
@@ -37,12 +41,12 @@ _CLASSES = {"flowmatcheulerdiscretescheduler": "euler", "flowmatchheundiscretesc
 
 
 class UsageError(ValueError):
-    """Options are wrong, out of range, or do not go together."""
+    """An option is unknown or out of range, or two options exclude each other."""
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Every ValueError inside is an error of usage."""
+    """Within the context, turn every ValueError into a `UsageError`."""
     try:
         yield
     except ValueError as error:
@@ -50,7 +54,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def exists(text: str) -> bool:
-    """Whether a file of this name exists; False for texts that cannot be a name."""
+    """Whether a file of this name exists; False for a text that cannot be a file name."""
     try:
         return Path(text).is_file()
     except (OSError, ValueError):  # too long, or with a null character
@@ -58,16 +62,16 @@ def exists(text: str) -> bool:
 
 
 def dtype_name(text: str) -> str:
-    """The dtype that "fp16", "torch.float16" and the like mean; other texts are returned as they are."""
+    """The name of the dtype that "fp16", "torch.float16" and the like mean; other texts are returned unchanged."""
     name = text.lower().removeprefix("torch.")
     return _DTYPE_ALIASES.get(name, name)
 
 
 def sampler_name(text: str) -> str:
-    """The sampler of ours that "DPM++ 2M", "Euler a" and the like mean; other texts are returned as they are.
+    """Our name of the sampler "DPM++ 2M", "Euler a" and the like; other texts are returned unchanged.
 
     Raises:
-        argparse.ArgumentTypeError: the name is that of a sampler and a schedule, such as "DPM++ 2M Karras".
+        argparse.ArgumentTypeError: the text names a sampler and a schedule, such as "DPM++ 2M Karras".
     """
     samplers, schedules = SAMPLERS.split(", "), SCHEDULES.split(", ")
     if (found := _known(text, samplers)) is not None:
@@ -82,12 +86,12 @@ def sampler_name(text: str) -> str:
 
 
 def schedule_name(text: str) -> str:
-    """The schedule of ours that "Karras", "SGM Uniform" and the like mean; other texts are returned as they are."""
+    """Our name of the schedule "Karras", "SGM Uniform" and the like; other texts are returned unchanged."""
     return _known(text, SCHEDULES.split(", ")) or text
 
 
 def _known(text: str, names: Sequence[str]) -> str | None:
-    """The name that a text means when case, spaces, underscores and hyphens do not count, and "++" is "pp"."""
+    """The name that equals the text when case, spaces, underscores and hyphens are ignored and "++" is read as "pp"."""
     table = _CLASSES | {_squeezed(name): name for name in names}
     key = _squeezed(text)
     found = table.get(key) or (table.get(f"{key[:-1]}ancestral") if re.search(r"[\s_-]a$", text.lower()) else None)

@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 
 from mmdit.cli.console import say
-from mmdit.cli.usage import dtype_name
+from mmdit.cli.usage import JSON, dtype_name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The checkpoint, and how it is compared."""
+    """Add the checkpoint and the options of the comparison."""
     say = parser.add_argument
-    say("folder", help="checkpoint to verify: a folder or file of any layout, or demo for the embedded model")
-    say("--device", default="cpu", help="(default: %(default)s)")
+    say("folder", help="the checkpoint: a folder or file of any layout, or demo for the embedded model")
+    say("--device", default="cpu", help="device of both sides (default: %(default)s)")
     wide = ("float32", "float64")
-    say("--dtype", type=dtype_name, default="float32", choices=wide, help="(default: %(default)s)")
-    say("--steps", type=int, default=3, metavar="N", help="sampler steps to compare (default: %(default)s)")
-    say("--json", action="store_true", help="print everything as JSON")
+    dtype = "dtype of both sides, to which stored weights are upcast (default: %(default)s)"
+    say("--dtype", type=dtype_name, default="float32", choices=wide, help=dtype)
+    say("--steps", type=int, default=3, metavar="N", help="number of sampler steps (default: %(default)s)")
+    say("--json", action="store_true", help=JSON)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the comparison; exit code 1 where a stage is beyond its limit."""
+    """Print the comparison; the exit code is 1 where a stage is beyond its limit."""
     import torch
 
     from mmdit.cli.devices import device_of, path_of

@@ -131,7 +131,7 @@ def test_quantize_with_and_without_calibration(tmp_path, capsys):
     ("arguments", "code", "says"),
     [
         (["--recipe", "fp8-static"], 2, "--recipe fp8-static needs --prompts FILE"),
-        (["--prompts", "PROMPTS"], 2, "fp8-tensor scales activations in every call"),
+        (["--prompts", "PROMPTS"], 2, "fp8-tensor"),
         (["--recipe", "fp8-static", "--prompts", "EMPTY"], 1, "holds no prompt"),
         (["--recipe", "fp9"], 2, "unknown recipe 'fp9'; did you mean"),
     ],
