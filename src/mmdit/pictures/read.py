@@ -21,7 +21,7 @@ from torch import Tensor
 from mmdit.pictures.masks import CHANNELS
 from samplers import pick
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 8192 * 8192  # of all frames together
 Frames = Literal["refuse", "first", "all"]
 MaskChannel = Literal["gray", "red", "green", "blue", "alpha"]
@@ -133,7 +133,7 @@ def _opened(source: str | Path | bytes, called: str) -> Image.Image:
 
 
 def _frames(image: Image.Image, called: str, frames: Frames) -> Iterator[Image.Image]:
-    """The frames that are asked for. MPO files, of some cameras, hold several pictures but no animation."""
+    """The frames that are asked for. MPO files, JPEGs of some cameras, hold several pictures but no animation."""
     _check_size(image, 1, called)
     animated = getattr(image, "is_animated", False) and image.format != "MPO"
     if animated and frames == "refuse":

@@ -56,6 +56,12 @@ def resize(
     return _resized(picture.movedim(-1, 1), _size(height, width), filter, crop).movedim(1, -1)
 
 
+def resize_nearest(picture: Tensor, *, height: int, width: int) -> Float[Tensor, "b h w c"]:
+    """Pictures of another size, where each pixel is the one at its upper left (diffusers, for arrays and tensors)."""
+    check_picture("picture", picture)
+    return F.interpolate(picture.movedim(-1, 1), size=tuple(_size(height, width))).movedim(1, -1)
+
+
 def resize_latent(
     latent: Tensor, *, height: int, width: int, filter: Filter = "nearest-exact", crop: Crop = "disabled"
 ) -> Float[Tensor, "b c h w"]:
