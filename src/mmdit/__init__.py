@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mmdit.checkpoints.load import load_mmdit as load_mmdit
     from mmdit.checkpoints.load import load_t5 as load_t5
     from mmdit.checkpoints.load import load_vae as load_vae
+    from mmdit.checkpoints.lora import Lora as Lora
+    from mmdit.checkpoints.lora import load_lora as load_lora
+    from mmdit.checkpoints.lora_merge import merge_lora as merge_lora
     from mmdit.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
     from mmdit.checkpoints.safetensors_io import CheckpointError as CheckpointError
     from mmdit.inspection import plots as plots
@@ -68,6 +71,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit._version": ("__version__",),
     "mmdit.checkpoints.hub": ("HubError",),
     "mmdit.checkpoints.load": ("load_clip", "load_mmdit", "load_t5", "load_vae"),
+    "mmdit.checkpoints.lora": ("Lora", "load_lora"),
+    "mmdit.checkpoints.lora_merge": ("merge_lora",),
     "mmdit.checkpoints.quantize": ("quantize_checkpoint",),
     "mmdit.checkpoints.safetensors_io": ("CheckpointError",),
     "mmdit.inspection.addresses": ("Address", "Word"),

@@ -1,0 +1,376 @@
+"""LoRAs merged into weights: in float32 from the weights that are given, rounded once to the dtype that they had."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from operator import lt
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, get_args, overload
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdit.checkpoints.components import REGISTRY, title
+from mmdit.checkpoints.keymaps import some
+from mmdit.checkpoints.lora import Lora
+from mmdit.checkpoints.lora_kinds import LowRank
+from mmdit.checkpoints.lora_modules import Patch
+from mmdit.checkpoints.lora_names import PARTS, Part
+from mmdit.checkpoints.lora_rules import LoraRules
+from mmdit.checkpoints.recognise import split, unwrapped
+from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.utils import number
+from quant.formats import FORMAT_OF, Format
+from quant.packing import scale_keys
+from quant.scaling import scale_of, to_codes
+from quant.stochastic import stochastic_codes
+from quant.tensor import Float8Tensor
+from samplers import pick
+
+Rounding = Literal["nearest", "comfyui", "comfyui-new-scale"]
+Model = TypeVar("Model", bound=nn.Module)
+Shapes: TypeAlias = Mapping[str, torch.Size | tuple[int, ...]]
+# What ComfyUI calls the weights of each model; the seeds of stochastic rounding are made of these names.
+COMFYUI_PREFIXES: Final[dict[Part, str]] = {
+    "transformer": "diffusion_model.",
+    "clip_l": "clip_l.transformer.",
+    "clip_g": "clip_g.transformer.",
+    "t5": "t5xxl.transformer.",
+}
+
+
+class Weighted(NamedTuple):
+    """A patch, its strength, the reading of its file, and whether its two halves of rows are exchanged."""
+
+    patch: Patch
+    strength: float
+    rules: LoraRules
+    exchanged: bool
+
+
+@overload
+def merge_lora(
+    model: Model,
+    lora: Lora | Sequence[Lora],
+    strength: float | Sequence[float] = ...,
+    *,
+    part: Part | None = ...,
+    rounding: Rounding | None = ...,
+) -> Model: ...
+@overload
+def merge_lora(
+    model: Mapping[str, Tensor],
+    lora: Lora | Sequence[Lora],
+    strength: float | Sequence[float] = ...,
+    *,
+    part: Part | None = ...,
+    rounding: Rounding | None = ...,
+) -> dict[str, Tensor]: ...
+
+
+def merge_lora(
+    model: nn.Module | Mapping[str, Tensor],
+    lora: Lora | Sequence[Lora],
+    strength: float | Sequence[float] = 1.0,
+    *,
+    part: Part | None = None,
+    rounding: Rounding | None = None,
+) -> Any:
+    """Add a LoRA, or several in this order, to the weights of a model.
+
+    Each changed weight is computed in float32 (float64 for float64) and rounded once to its own dtype. A float8 weight
+    is dequantized, changed and quantized again by its own recipe. Nothing is changed where a patch does not fit.
+
+    Args:
+        model: A model, which is changed in place (its changed parameters are new ones), or a state dict in official
+            names, with or without the prefixes of single files. Of the dict a new one is made; tensors that are not
+            changed are the same objects.
+        lora: What `mmdit.load_lora` read; several are rounded once together, in repeated calls each time.
+        strength: The strength of the LoRA, or of each.
+        part: Which model it is: "transformer", "clip_l", "clip_g" or "t5". None tells it by its class or names; CLIP-L
+            and CLIP-G have the same ones, so it must be said where a file changes both.
+        rounding: How float8 is rounded. "nearest" finds a new scale; weights without a scale keep none. "comfyui" keeps
+            the scale and rounds stochastically with ComfyUI's seeds, "comfyui-new-scale" finds a new scale first.
+            None goes by the profile of the LoRA that was read.
+
+    Returns:
+        The model, or the new state dict.
+
+    Raises:
+        CheckpointError: shapes do not fit, or the LoRA changes nothing of this model.
+        ValueError: a strength is not finite, the part is unknown or must be said, or the names are not official.
+    """
+    loras, strengths = _pairs(lora, strength)
+    if part is not None:
+        pick(dict.fromkeys(PARTS), part, "part")
+    for name, names in _models(model, loras, part):
+        tensors = _tensors(model)
+        local = {ours: tensors[key] for ours, key in names.items()}
+        plan = planned(name, {key: tensor.shape for key, tensor in local.items()}, loras, strengths)
+        new = {names[key]: merged(local[key], key, name, patches, rounding) for key, patches in plan.items()}
+        model = _with(model, new)
+    return model
+
+
+def planned(part: Part, shapes: Shapes, loras: Sequence[Lora], strengths: Sequence[float]) -> dict[str, list[Weighted]]:
+    """The patches of each tensor of a model, in their order, after a check that all of them fit.
+
+    Args:
+        part: the model.
+        shapes: of its tensors, by official name.
+        loras, strengths: what is applied; those that change nothing of this part are passed over.
+
+    Raises:
+        CheckpointError: a patch does not fit its tensor, or a LoRA changes this part and no tensor of it is there.
+    """
+    plan: dict[str, list[Weighted]] = {}
+    for lora, strength in zip(loras, strengths, strict=True):
+        patches = lora.of(part)
+        missing = [patch for patch in patches if patch.target.key not in shapes]
+        if patches and len(missing) == len(patches):
+            raise CheckpointError(
+                f"{lora.source}: this {title(part)} has none of the {len(patches)} tensors that the LoRA changes, "
+                f"first {patches[0].target.key}; it fits {lora.base}"
+            )
+        present = [patch for patch in patches if patch.target.key in shapes]
+        if odd := [mistake for patch in present if (mistake := _mistake(patch, shapes))]:
+            raise CheckpointError(
+                f"{lora.source}: {len(odd)} of {len(patches)} patches do not fit this {title(part)}, which is not "
+                f"changed: {some(odd, 3)}. The LoRA fits {lora.base}"
+            )
+        if missing:
+            warnings.warn(
+                f"{lora.source}: this {title(part)} has not all that the LoRA changes; {len(missing)} of {len(patches)} "
+                f"patches are left out: {some((patch.target.key for patch in missing), 3)}",
+                stacklevel=3,
+            )
+        for patch in present:
+            weighted = Weighted(patch, strength, lora.rules, _is_exchanged(patch, shapes))
+            plan.setdefault(patch.target.key, []).append(weighted)
+    return plan
+
+
+def merged(
+    tensor: Tensor, key: str, part: Part, patches: Sequence[Weighted], rounding: Rounding | None = None
+) -> Tensor:
+    """A tensor after its patches, in the dtype (and float8 recipe) that it had.
+
+    Args:
+        tensor: the weight as it was before any patch.
+        key: its official name.
+        part: the model.
+        patches: in the order in which they act.
+        rounding: see `merge_lora`.
+    """
+    values = tensor.dequantize(torch.float32) if isinstance(tensor, Float8Tensor) else tensor.detach()
+    wide = torch.promote_types(torch.float32, values.dtype) if values.dtype not in FORMAT_OF else torch.float32
+    how = rounding or patches[-1].rules.float8
+    return stored_as(tensor, changed(values.to(wide), patches), f"{COMFYUI_PREFIXES[part]}{key}", how)
+
+
+def changed(weight: Tensor, patches: Iterable[Weighted]) -> Tensor:
+    """A weight of float32 or float64 after its patches."""
+    for each in patches:
+        target, padded = each.patch.target, _padding(each.patch)
+        weight = weight if padded is None else _padded(weight, padded)
+        rows = target.rows(len(weight))
+        new = _changed_part(weight[rows], each)
+        if target.third is None:
+            weight = new
+        else:
+            weight = weight.clone()
+            weight[rows] = new
+    return weight
+
+
+def stored_as(like: Tensor, values: Tensor, name: str, rounding: str) -> Tensor:
+    """Values as `like` stores its own: cast to its dtype, or quantized by its recipe.
+
+    Args:
+        like: the weight whose place they take.
+        values: float32 or float64.
+        name: what ComfyUI calls the weight, which makes the seed.
+        rounding: see `merge_lora`.
+    """
+    if rounding not in get_args(Rounding):
+        pick(dict.fromkeys(get_args(Rounding)), rounding, "rounding")
+    if isinstance(like, Float8Tensor):
+        return _requantized(like, values, name, rounding)
+    if like.dtype not in FORMAT_OF:
+        return values.to(like.dtype)
+    format = FORMAT_OF[like.dtype]
+    if rounding == "nearest":
+        return to_codes(values, torch.ones((), device=values.device), format)
+    return stochastic_codes(values, format, crc32(name.encode()))
+
+
+def _requantized(like: Float8Tensor, values: Tensor, name: str, rounding: str) -> Float8Tensor:
+    recipe, input_scale = like.recipe, like.input_scale
+    if rounding == "nearest":
+        new = Float8Tensor.quantize(values, recipe=recipe, input_scale=input_scale)
+        return Float8Tensor(new.qdata, new.scale, new.input_scale, recipe, like.dtype)
+    scale = like.scale if rounding == "comfyui" else _new_scale(values, like, recipe.format)
+    codes = stochastic_codes(values / scale, recipe.format, crc32(name.encode()))
+    return Float8Tensor(codes.view(like.qdata.dtype), scale, input_scale, recipe, like.dtype)
+
+
+def _new_scale(values: Tensor, like: Float8Tensor, format: Format) -> Tensor:
+    amax = values.abs().amax(dim=-1, keepdim=True) if like.scale.ndim else values.abs().amax()
+    return scale_of(amax, format)
+
+
+def _changed_part(weight: Tensor, each: Weighted) -> Tensor:
+    """The rows of one patch after it; exchanged ones are brought into the file's order first.
+
+    ComfyUI's order is another: it computes on the rows as they lie and exchanges the change alone, not DoRA's norms.
+    """
+    if each.exchanged and each.rules.exchanges_magnitude:
+        return _halves_exchanged(_applied(_halves_exchanged(weight), each))
+    return _applied(weight, each, exchanges_change=each.exchanged)
+
+
+def _applied(weight: Tensor, each: Weighted, *, exchanges_change: bool = False) -> Tensor:
+    norms, strength = each.patch.magnitude, each.strength
+    change = each.patch.change.of(weight, strength if norms is None or norms.rule == "peft" else 1.0)
+    change = _halves_exchanged(change) if exchanges_change else change
+    return weight + change if norms is None else norms.changed(weight, change, strength)
+
+
+def _halves_exchanged(tensor: Tensor) -> Tensor:
+    return tensor.roll(len(tensor) // 2, dims=0)
+
+
+def _padded(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """The weight with zeros beside and below it."""
+    grown = [side for size, wanted in zip(weight.shape[::-1], shape[::-1], strict=True) for side in (0, wanted - size)]
+    return F.pad(weight, grown)
+
+
+def _padding(patch: Patch) -> tuple[int, ...] | None:
+    return patch.change.padded if isinstance(patch.change, LowRank) else None
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and inputs of a tensor."""
+    return shape[0], prod(shape[1:])
+
+
+def _is_exchanged(patch: Patch, shapes: Shapes) -> bool:
+    """Whether the halves lie the other way round; a bias has the order of its weight."""
+    key = patch.target.key
+    weight = f"{key.removesuffix('bias')}weight" if key.endswith(".bias") else key
+    rows, columns = _matrix(shapes.get(weight, shapes[key]))
+    return patch.target.is_exchanged(rows, columns)
+
+
+def _mistake(patch: Patch, shapes: Shapes) -> str | None:
+    """Why a patch does not fit its tensor."""
+    shape, padded = tuple(shapes[patch.target.key]), _padding(patch)
+    if padded is not None:
+        if len(padded) != len(shape) or patch.target.third is not None or any(map(lt, padded, shape)):
+            return f"{patch.module} grows {patch.target} to {list(padded)}, which has {list(shape)}"
+        shape = padded
+    rows, columns = _matrix(shape)
+    rows = rows if patch.target.third is None else rows // 3
+    said = patch.change.sizes
+    norms = None if patch.magnitude is None else patch.magnitude.values
+    fits = all(one in (None, other) for one, other in zip(said, (rows, columns), strict=True))
+    if fits and (norms is None or norms.numel() in (rows, columns if len(shape) == 2 else shape[1])):
+        return None
+    words = " x ".join("any" if side is None else str(side) for side in said)
+    scale = "" if norms is None else f" with norms {list(norms.shape)}"
+    return f"{patch.module} is for {words}{scale}, and {patch.target} has {rows} x {columns}"
+
+
+def _pairs(lora: Lora | Sequence[Lora], strength: float | Sequence[float]) -> tuple[Sequence[Lora], Sequence[float]]:
+    """As many strengths as LoRAs, all of them finite."""
+    loras = [lora] if isinstance(lora, Lora) else list(lora)
+    given = list(strength) if isinstance(strength, Sequence) else [strength] * len(loras)
+    if len(given) != len(loras):
+        raise ValueError(f"strength has {len(given)} numbers for {len(loras)} LoRAs; give one, or one for each")
+    return loras, [number("strength", one) for one in given]
+
+
+def _models(
+    model: nn.Module | Mapping[str, Tensor], loras: Sequence[Lora], part: Part | None
+) -> list[tuple[Part, dict[str, str]]]:
+    """The models that are changed, with their tensors as `{official name: name in the model or dict}`."""
+    wanted = [each for each in PARTS if any(lora.of(each) for lora in loras)]
+    found = [(_part(known, wanted, part), names) for known, names in _known(model, part)]
+    changed = [(each, names) for each, names in found if each in wanted]
+    if not changed:
+        given = type(model).__name__ if isinstance(model, nn.Module) else f"a dict of {len(model)} tensors"
+        raise CheckpointError(
+            f"{', '.join(lora.source for lora in loras)}: nothing of {given} is changed; the LoRA changes "
+            f"{', '.join(map(title, wanted))}"
+        )
+    return [(each, names) for each, names in changed if each is not None]
+
+
+def _known(model: nn.Module | Mapping[str, Tensor], part: Part | None) -> Iterator[tuple[list[Part], dict[str, str]]]:
+    """The models that there are, each as the parts that it may be and its names."""
+    if isinstance(model, nn.Module):
+        kinds = [each for each in PARTS if isinstance(model, REGISTRY[each].module)]
+        yield kinds, {unwrapped(key): key for key in model.state_dict()}
+        return
+    _refuse_scales(model)
+    models = split(model).models
+    if not models and part is not None:
+        yield [part], {key: key for key in model}
+    for name, each in models.items():
+        if name == "vae":
+            continue
+        if each.naming.name != "official":
+            raise ValueError(
+                f"the state dict has the names of {each.naming.name}, and merging needs the official ones: load the "
+                "model by mmdit.load_mmdit (load_clip, load_t5), or convert the file by `mmdit convert`"
+            )
+        yield [kind for kind in PARTS if name in (kind, REGISTRY[kind].family)], each.keys
+
+
+def _part(known: Sequence[Part], wanted: Sequence[Part], part: Part | None) -> Part | None:
+    """Which of the parts that a model may be it is; None where none is asked for."""
+    if part is not None:
+        if len(known) == 1 and known[0] != part:
+            return None
+        return part if part in known else None
+    possible = [each for each in known if each in wanted]
+    if len(possible) > 1:
+        raise ValueError(f"the model may be {' or '.join(possible)}, and the LoRA changes both: say part=")
+    return possible[0] if possible else None
+
+
+def _refuse_scales(state: Mapping[str, Tensor]) -> None:
+    """Refuse float8 whose scales lie beside it: the codes alone are not the weight."""
+    for key, tensor in state.items():
+        scales = [other for other in (scale_keys(key)[0], scale_keys(key, older=True)[0]) if other in state]
+        if tensor.dtype in FORMAT_OF and scales:
+            raise ValueError(
+                f"{key} is float8 with its scale beside it ({scales[0]}): give quant.unpack(state_dict), or a model"
+            )
+
+
+def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+
+
+def _with(model: nn.Module | Mapping[str, Tensor], new: Mapping[str, Tensor]) -> nn.Module | dict[str, Tensor]:
+    if not isinstance(model, nn.Module):
+        return dict(model) | dict(new)
+    for key, tensor in new.items():
+        replace_tensor(model, key, tensor)
+    return model
+
+
+def replace_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, as a new parameter."""
+    path, _, name = key.rpartition(".")
+    owner = model.get_submodule(path)
+    old = owner._parameters.get(name)
+    if old is None:
+        owner._buffers[name] = tensor
+    else:
+        owner._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
