@@ -138,13 +138,13 @@ def planned(part: Part, shapes: Shapes, loras: Sequence[Lora], strengths: Sequen
         present = [patch for patch in patches if patch.target.key in shapes]
         if odd := [mistake for patch in present if (mistake := _mistake(patch, shapes))]:
             raise CheckpointError(
-                f"{lora.source}: {len(odd)} of {len(patches)} patches do not fit this {title(part)}, which is not "
-                f"changed: {some(odd, 3)}. The LoRA fits {lora.base}"
+                f"{lora.source}: {len(odd)} of {len(patches)} patches do not fit this {title(part)}, which is "
+                f"not changed: {some(odd, 3)}. The LoRA fits {lora.base}"
             )
         if missing:
             warnings.warn(
-                f"{lora.source}: this {title(part)} has not all that the LoRA changes; {len(missing)} of {len(patches)} "
-                f"patches are left out: {some((patch.target.key for patch in missing), 3)}",
+                f"{lora.source}: this {title(part)} has not all that the LoRA changes; {len(missing)} of "
+                f"{len(patches)} patches are left out: {some((patch.target.key for patch in missing), 3)}",
                 stacklevel=3,
             )
         for patch in present:

@@ -14,9 +14,7 @@ FLOAT8 = [(case, run) for case, run in recorded.RUNS if case["name"].startswith(
 
 
 def named(pairs: list[tuple[dict, dict]]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        ("case", "run"), pairs, ids=[f"{case['name']}-{run['id']}" for case, run in pairs]
-    )
+    return pytest.mark.parametrize(("case", "run"), pairs, ids=[f"{case['name']}-{run['id']}" for case, run in pairs])
 
 
 def test_all_cases_are_here() -> None:
@@ -48,9 +46,7 @@ def test_unused_keys(case: dict, run: dict) -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in recorded.golden() if name.split("|")[-1] == "out"))
 def test_velocity_of_the_patched_model(name: str) -> None:
-    case, run = next(
-        (case, run) for case, run in PLAIN if name.split("|")[:2] == [case["name"], run["id"]]
-    )
+    case, run = next((case, run) for case, run in PLAIN if name.split("|")[:2] == [case["name"], run["id"]])
     state = merge_lora(
         recorded.bare(case["model"]),
         recorded.loras_of(case, run),
