@@ -16,10 +16,11 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.arguments import Shift, shift_for
 from mmdit.pipeline.failures import Call
 from mmdit.pipeline.guidance import Guidance, GuidanceLike, as_guidance
+from mmdit.pipeline.masks import Blend, Source, noisy
 from mmdit.pipeline.passes import Branch, Drawing
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged, checked_ranges
-from mmdit.pipeline.seeds import Generators, solver_options
+from mmdit.pipeline.seeds import Generators, next_noise, solver_options
 from mmdit.utils import number, shortened, whole
 from samplers import (
     SOLVERS,
@@ -36,6 +37,7 @@ from samplers import (
 )
 from samplers.checks import MAX_STEPS
 
+FULL_STRENGTH = 0.9999  # from here on ComfyUI draws from all of the noise
 SigmasLike = Sequence[float] | np.ndarray | Tensor  # what `sigmas=` takes
 PredictInStep = Callable[[Tensor, float, Sequence[Branch], int], list[Tensor]]
 SamplerLike = str | Solver | Callable[..., Iterator[Step]]  # what `sampler=` takes
@@ -51,6 +53,10 @@ class PlanArguments(TypedDict, total=False):
     sigmas: SigmasLike | None
     shift: Shift
     guidance: GuidanceLike | None
+    strength: float | None
+    start: int | None
+    stop: int | None
+    leftover_noise: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +76,8 @@ class SamplingPlan:
     guidance_scale: float
     guidance: Guidance  # with the profile's numbers filled in
     uses_uncond: bool  # whether the unconditional branch runs
+    strength: float | None  # of a drawing that starts from a picture; None without one
+    all_noise: bool  # whether it starts from all of the noise, whatever its first level says
     shape: tuple[int, ...]  # of the latents: [b, c, h, w]
     generator: Generators  # draws the noise that a stochastic solver adds
     options: Mapping[str, Any]  # keyword arguments of the solver that the scheduler's config says
@@ -119,14 +127,54 @@ class SamplingPlan:
         sigmas = tuple(self.sigmas.tolist())
         return Drawing(sigmas, tuple(branches_at(guide, sigma) for sigma in sigmas[:-1]), self.shape)
 
-    def steps(self, guide: Guide, noise: Tensor) -> Iterator[Step]:
-        """The solver's steps from noise of unit variance, [b, c, h, w]; they run in float32 at least."""
+    def start(self, noise: Tensor, source: Source | None = None) -> Tensor:
+        """The latents at the first noise level, [b, c, h, w], in float32 at least.
+
+        Args:
+            noise: of unit variance, [b, c, h, w].
+            source: the picture to start from; without one, the profile says how much of the noise there is.
+        """
         x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        if self.profile.first_level == "its_share":
-            x = x * float(self.sigmas[0])
+        first = float(self.sigmas[0])
+        if source is None:
+            return x if self.all_noise else x * first
+        if source.mask is not None and self.all_noise:
+            return x
+        x = noisy(source.latents.to(x), x, first)
+        return x.to(noise.dtype).to(x.dtype) if self.profile.state_dtype == "model" else x
+
+    def steps(self, guide: Guide, noise: Tensor, source: Source | None = None) -> Iterator[Step]:
+        """The solver's steps from noise of unit variance, [b, c, h, w]; they run in float32 at least.
+
+        Args:
+            guide: what the solver calls.
+            noise: see `start`.
+            source: the picture to start from, and the mask in which it is drawn anew.
+        """
+        return self.steps_from(guide, self.start(noise, source), noise, source)
+
+    def steps_from(self, guide: Guide, x: Tensor, noise: Tensor, source: Source | None = None) -> Iterator[Step]:
+        """The solver's steps from latents [b, c, h, w] at the first noise level.
+
+        Args:
+            guide: what the solver calls.
+            x: the latents.
+            noise: of unit variance, which a mask lays over its picture; not added to x.
+            source: the picture and the mask.
+        """
+        blend = None if source is None else Blend.of(source.to(x), self._mask_noise(x, noise), self.sigmas, self.shift)
+        if blend is not None and self.profile.mask_acts == "around_model":
+            guide = blend.around(guide)
         options = solver_options(self.solver, x, self.sigmas, self.shift, self.generator, self.profile.step_noise)
         options |= self.options
-        return self.solver(guide if self.solver.guided else only_x0(guide), x, self.sigmas, **options)
+        found = self.solver(guide if self.solver.guided else only_x0(guide), x, self.sigmas, **options)
+        return found if blend is None or self.profile.mask_acts == "around_model" else blend.after(found)
+
+    def _mask_noise(self, x: Tensor, noise: Tensor) -> Tensor:
+        """The noise that lies over the picture outside of a mask, like x."""
+        if self.sampler == "ddim" and self.profile.ddim_mask_noise == "of_the_next_seed":
+            return next_noise(x, self.generator)
+        return noise.to(x)
 
 
 class Run:
@@ -187,6 +235,11 @@ def make_plan(
     shift: Shift = None,
     generator: Generators = None,
     guidance: GuidanceLike | None = None,
+    strength: float | None = None,
+    start: int | None = None,
+    stop: int | None = None,
+    leftover_noise: bool = True,
+    from_picture: bool = False,
 ) -> SamplingPlan:
     """Resolve and check the arguments of a drawing; None is the profile's default.
 
@@ -196,34 +249,40 @@ def make_plan(
         shape: of the latents, [b, c, h, w].
         default_shift: the shift of the model, where `shift` is None.
         sampling: the scheduler's config, whose options hold for its own sampler, and its terminal for its schedule.
-        num_inference_steps, guidance_scale, sampler, schedule, sigmas, shift, generator, guidance: as
-            `mmdit.Pipeline.sample` takes them.
+        num_inference_steps, guidance_scale, sampler, schedule, sigmas, shift, generator, guidance, strength, start,
+            stop, leftover_noise: as `mmdit.Pipeline.sample` takes them.
+        from_picture: whether the drawing starts from a picture.
 
     Raises:
         ValueError: a name is unknown, a number is out of its range, or arguments exclude each other.
     """
     name, solver = resolve_sampler(profile, sampler)
     shift = shift_for(shift, default_shift, shape[2:], config.patch_size)
-    levels = resolve_sigmas(profile, solver, shift, num_inference_steps, schedule, sigmas, sampling=sampling)
+    default_steps = (profile.image_steps if from_picture else None) or profile.steps
+    steps = default_steps if num_inference_steps is None and sigmas is None else num_inference_steps
+    strength = resolve_strength(profile, strength, from_picture)
+    levels = resolve_sigmas(profile, solver, shift, steps, schedule, sigmas, sampling=sampling, strength=strength)
+    levels = between(levels, start, stop, leftover_noise)
     asked = as_guidance(guidance)
     if asked.is_own and guidance_scale is not None:
         raise ValueError("guidance is a function, so guidance_scale has no effect; leave one of them out")
     scale = number("guidance_scale", profile.guidance_scale if guidance_scale is None else guidance_scale)
-    steps = len(levels) - 1
     # CFG++ and a guidance function take the unconditional branch at every scale.
     uses_uncond = profile.reads_negative(scale) or solver.guided or asked.is_own
-    asked.check(profile, scale, mixed=uses_uncond, depth=config.depth, steps=steps)
+    asked.check(profile, scale, mixed=uses_uncond, depth=config.depth, steps=len(levels) - 1)
     return SamplingPlan(
         profile=profile,
         sampler=name,
         solver=solver,
         schedule=None if sigmas is not None else profile.schedule if schedule is None else schedule,
-        num_inference_steps=steps if sigmas is not None else int(num_inference_steps or profile.steps),
+        num_inference_steps=len(levels) - 1 if sigmas is not None else int(steps or default_steps),
         sigmas=levels,
         shift=shift,
         guidance_scale=scale,
         guidance=asked.of(profile),
         uses_uncond=uses_uncond,
+        strength=strength,
+        all_noise=profile.first_level == "all_noise" and strength in (None, 1) and not start,
         shape=tuple(shape),
         generator=generator,
         options=sampling.options if sampling is not None and name == sampling.sampler else {},
@@ -247,6 +306,26 @@ def resolve_sampler(profile: Profile, sampler: SamplerLike | None) -> tuple[str,
     return "", as_solver(sampler)
 
 
+def resolve_strength(profile: Profile, strength: float | None, from_picture: bool) -> float | None:
+    """The strength of a drawing; None where it starts from no picture.
+
+    Raises:
+        ValueError: it is not from 0 to 1, or given without a picture.
+    """
+    if not from_picture:
+        if strength is not None:
+            raise ValueError(f"strength {strength} is given without image; strength says how much of one is drawn anew")
+        return None
+    if strength is None:
+        return profile.strength
+    if isinstance(strength, Sequence | np.ndarray) or (isinstance(strength, Tensor) and strength.ndim):
+        raise ValueError(
+            f"strength is {shortened(strength)}, expected one number: all pictures of a call have the same noise "
+            "levels; draw pictures with other strengths in calls of their own"
+        )
+    return number("strength", strength, 0, 1)
+
+
 def resolve_sigmas(
     profile: Profile,
     solver: Solver,
@@ -256,6 +335,7 @@ def resolve_sigmas(
     sigmas: SigmasLike | None = None,
     *,
     sampling: SamplingDefaults | None = None,
+    strength: float | None = None,
 ) -> Tensor:
     """The noise levels of the steps, float64 [steps + 1]; see `mmdit.Pipeline.sigmas`.
 
@@ -272,15 +352,62 @@ def resolve_sigmas(
         named = (("num_inference_steps", num_inference_steps), ("schedule", schedule))
         if given := [name for name, value in named if value is not None]:
             raise ValueError(f"sigmas and {given[0]} are both given; sigmas are all the steps: give one of them")
-        return samplers.checked_sigmas(sigmas)
+        return _part_of(samplers.checked_sigmas(sigmas), profile, strength)
     steps = whole("num_inference_steps", profile.steps if num_inference_steps is None else num_inference_steps, 1)
     if steps > MAX_STEPS:
         raise ValueError(f"num_inference_steps must be at most {MAX_STEPS}, got {steps}")
-    one_more = profile.second_last == "left_out" and solver.drops_second_last
     name = profile.schedule if schedule is None else schedule
     terminal = sampling.terminal if sampling is not None and name == sampling.schedule else None
-    found = samplers.sigmas(name, steps + one_more, shift=shift, terminal=terminal)
-    return torch.cat([found[:-2], found[-1:]]) if one_more else found
+    one_more = profile.second_last == "left_out" and solver.drops_second_last
+
+    def of_schedule(steps: int) -> Tensor:
+        found = samplers.sigmas(name, steps + one_more, shift=shift, terminal=terminal)
+        return torch.cat([found[:-2], found[-1:]]) if one_more else found
+
+    if strength is None or profile.strength_levels != "last_of_more" or strength > FULL_STRENGTH:
+        return _part_of(of_schedule(steps), profile, strength)
+    if not strength or steps / strength > MAX_STEPS:
+        raise ValueError(f"strength {strength:g} leaves the picture as it is; give at least {steps / MAX_STEPS:g}")
+    return of_schedule(int(steps / strength))[-(steps + 1) :]
+
+
+def _part_of(levels: Tensor, profile: Profile, strength: float | None) -> Tensor:
+    """The levels that a strength leaves of all of a drawing's."""
+    steps = len(levels) - 1
+    match profile.strength_levels:
+        case _ if strength is None:
+            return levels
+        case "without_first":
+            first = int(max(steps - min(steps * strength, steps), 0))
+        case "without_share":
+            first = int(steps * (1 - strength))
+        case _ if strength > FULL_STRENGTH:
+            return levels
+        case _:
+            raise ValueError(
+                f"sigmas and strength {strength:g} are given; in profile {profile.name!r} the first of the sigmas says "
+                "how noisy the picture is: leave strength out"
+            )
+    if first >= steps:
+        raise ValueError(f"strength {strength:g} leaves none of {steps} steps; give more strength or more steps")
+    return levels[first:]
+
+
+def between(levels: Tensor, start: int | None, stop: int | None, leftover_noise: bool) -> Tensor:
+    """The levels from step `start` up to step `stop`, counted from 0; see `mmdit.Pipeline.sample`.
+
+    Raises:
+        ValueError: no step is left.
+    """
+    if start is None and stop is None:
+        return levels
+    steps = len(levels) - 1
+    first = whole("start", 0 if start is None else start, 0)
+    last = min(whole("stop", steps if stop is None else stop, 0), steps)
+    if first >= last:
+        raise ValueError(f"start {first} and stop {last} leave none of {steps} steps; give start < stop")
+    found = levels[first : last + 1]
+    return found if leftover_noise or not found[-1] else torch.cat([found[:-1], found.new_zeros(1)])
 
 
 def _levels(sigmas: SigmasLike) -> Tensor:

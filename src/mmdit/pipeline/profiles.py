@@ -66,6 +66,30 @@ class Profile:
     # Latents with an odd side: refused (D; in R they fail), or filled up from the other edge and cropped (C).
     odd_latents: Literal["refuse", "wrap"] = "refuse"
     to_uint8: Literal["round", "truncate"] = "round"  # pixels to 8 bits: round (D), truncate (C, R)
+    # Pictures as input. For these D is also `StableDiffusion3Img2ImgPipeline` and `StableDiffusion3InpaintPipeline`.
+    image_steps: int | None = 50  # steps where a picture is given: 50 (D), or None, those without a picture (C, R)
+    strength: float = 0.6  # .6 (D), 1 (C: KSampler's denoise), .8 (R)
+    # The levels of a strength s: of those of n steps, without the first int(n - n s) (D) or int(n (1 - s)) (R), which
+    # differ by rounding; or always n steps, the last of the levels of int(n / s) steps (C).
+    strength_levels: Literal["without_first", "without_share", "last_of_more"] = "without_first"
+    # The size of a drawing that is given none: the model's own, to which the picture is resized (D, R), or the
+    # picture's, cut around its centre to multiples (C: VAEEncode).
+    image_size: Literal["model", "picture"] = "model"
+    # Arrays and tensors of another size than that asked for: nearest (D), or Pillow's LANCZOS by way of truncated 8
+    # bits (C: ImageScale). Pillow's pictures always take its LANCZOS (D, C, R).
+    array_resize: Literal["nearest", "lanczos"] = "nearest"
+    # A picture's latent: drawn from the VAE's distribution by the call's generators, before the noise (D), or from
+    # torch's global state (R), or its mean (C).
+    image_latent: Literal["sampled", "sampled_globally", "mean"] = "sampled"
+    # Masks: 0 or 1, resized by LANCZOS, cut at 0.5 and nearest (D); or any share, bilinear (C). R has none.
+    mask_values: Literal["binary", "soft"] = "binary"
+    # Where the mask acts: on the latent after every step (D), or before and after every call of the model, on its
+    # input and its prediction (C). R has no inpainting; it does as C.
+    mask_acts: Literal["after_step", "around_model"] = "after_step"
+    # The sampler "ddim" outside of a mask: the noise of the start, or that of the next seed (C).
+    ddim_mask_noise: Literal["of_the_start", "of_the_next_seed"] = "of_the_start"
+    # Whether the VAE's shift is added before a drawing with a mask is decoded: D 0.42.1 leaves it out.
+    inpaint_shift: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, TextRules):
@@ -73,13 +97,16 @@ class Profile:
         for name, choices in _choices().items():
             pick(dict.fromkeys(choices), getattr(self, name), f"Profile.{name}")
         pick(SCHEDULES, self.schedule, "Profile.schedule")
-        for name in ("skip_alone", "whole_timesteps"):
+        for name in ("skip_alone", "whole_timesteps", "inpaint_shift"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Profile.{name} must be True or False, got {getattr(self, name)!r}")
         _check_defaults("Profile", self.steps, self.guidance_scale, self.sampler, self.shift)
         number("Profile.skip_scale", self.skip_scale)
         number("Profile.skip_start", self.skip_start, 0, 1)
         number("Profile.skip_stop", self.skip_stop, 0, 1)
+        number("Profile.strength", self.strength, 0, 1)
+        if self.image_steps is not None:
+            whole("Profile.image_steps", self.image_steps, 1)
 
     def reads_negative(self, guidance_scale: float) -> bool:
         """Whether the unconditional branch runs at this guidance scale."""
@@ -113,6 +140,7 @@ class Preset:
         return replace(
             profile,
             steps=self.steps,
+            image_steps=None,
             guidance_scale=self.guidance_scale,
             sampler=self.sampler,
             shift=profile.shift if self.shift is None else self.shift,
@@ -157,6 +185,16 @@ PROFILES: dict[str, Profile] = {
         skip_alone=True,
         odd_latents="wrap",
         to_uint8="truncate",
+        image_steps=None,
+        strength=1.0,
+        strength_levels="last_of_more",
+        image_size="picture",
+        array_resize="lanczos",
+        image_latent="mean",
+        mask_values="soft",
+        mask_acts="around_model",
+        ddim_mask_noise="of_the_next_seed",
+        inpaint_shift=True,
     ),
     "reference": Profile(
         name="reference",
@@ -174,6 +212,14 @@ PROFILES: dict[str, Profile] = {
         skip_scale=2.5,
         skip_alone=True,
         to_uint8="truncate",
+        image_steps=None,
+        strength=0.8,
+        strength_levels="without_share",
+        array_resize="lanczos",
+        image_latent="sampled_globally",
+        mask_values="soft",
+        mask_acts="around_model",
+        inpaint_shift=True,
     ),
 }
 
@@ -200,5 +246,5 @@ def with_sampling(profile: Profile, sampling: SamplingDefaults) -> Profile:
 def is_known(profile: Profile) -> bool:
     """Whether a profile is one of `PROFILES`, apart from defaults that a preset or a model's config may set."""
     known = PROFILES.get(profile.name)
-    settings = ("steps", "guidance_scale", "sampler", "schedule", "shift", "whole_timesteps")
+    settings = ("steps", "image_steps", "guidance_scale", "sampler", "schedule", "shift", "whole_timesteps")
     return known is not None and profile == replace(known, **{name: getattr(profile, name) for name in settings})

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmdit.pipeline.profiles import StepNoise
 from mmdit.utils import is_boolean, shortened
-from samplers import BrownianTree, Fresh, Noise, Solver
+from samplers import BrownianTree, Fresh, Noise, Solver, gaussian
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 MOST_PICTURES = 2**16
@@ -152,6 +152,20 @@ def _again(solver: Solver, x: Tensor, sigmas: Tensor, generators: Generators) ->
     if isinstance(seeds, int):
         return Fresh(x, torch.Generator(x.device).manual_seed(seeds))
     return Fresh(x, [torch.Generator(x.device).manual_seed(seed) for seed in seeds])
+
+
+def next_noise(x: Tensor, generators: Generators) -> Tensor:
+    """Noise like x of the seeds after those of the generators, drawn on the CPU; of torch's state without generators.
+
+    ComfyUI lays it over the picture outside of a mask, where the sampler is "ddim".
+    """
+    seeds = _seeds(generators)
+    drawn_by: Generators = None
+    if isinstance(seeds, list):
+        drawn_by = [_seeded((seed + 1) % 2**64) for seed in seeds]
+    elif seeds is not None:
+        drawn_by = _seeded((seeds + 1) % 2**64)
+    return gaussian(x.shape, drawn_by, torch.float32).to(x)
 
 
 def _seeds(generators: Generators) -> int | list[int] | None:
