@@ -38,6 +38,14 @@ class Picture(NamedTuple):
         return self.pixels.shape[2], self.pixels.shape[3]
 
 
+class PictureSize(NamedTuple):
+    """The size at which pictures are drawn, in pixels."""
+
+    height: int
+    width: int
+    cut: bool  # whether they are cut to it around their centre; else they are resized
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageInputs:
     """The arguments of a call that are about pictures, checked; `image_inputs` makes it.
@@ -55,8 +63,8 @@ class ImageInputs:
 
     @property
     def count(self) -> int:
-        """The number of pictures."""
-        return len(self.pictures) if self.latents is None else len(self.latents)
+        """The number of drawings that pictures and masks are for; a single one of them is for all."""
+        return max(len(self.pictures) if self.latents is None else len(self.latents), len(self.masks))
 
     def size(self, profile: Profile, unit: int) -> tuple[int, int] | None:
         """Height and width of a drawing that is given none, in pixels, cut to multiples of `unit`.
@@ -76,30 +84,21 @@ class ImageInputs:
             raise ValueError(f"image is {height} x {width} pixels (height x width); its sides must be at least {unit}")
         return height - height % unit, width - width % unit
 
-    def drawn(self, height: int, width: int, profile: Profile, *, cut: bool) -> Float[Tensor, "b 3 h w"]:
-        """The pictures at the size of the drawing, in [0, 1].
+    def drawn(self, size: PictureSize, profile: Profile) -> Float[Tensor, "b 3 h w"]:
+        """The pictures at the size of the drawing, in [0, 1]; the profile says how arrays are resized."""
+        return torch.cat([_at_size(one, size, profile) for one in self.pictures])
 
-        Args:
-            height, width: in pixels.
-            profile: says how arrays are resized.
-            cut: whether the pictures are cut around their centre, as where the drawing was given no size.
-        """
-        return torch.cat([_at_size(one, height, width, profile, cut) for one in self.pictures])
-
-    def outside(self, height: int, width: int, profile: Profile, *, cut: bool) -> Float[Tensor, "b 1 h w"]:
+    def inside(self, size: PictureSize, profile: Profile) -> Float[Tensor, "b 1 h w"]:
         """The masks at the size of the drawing, in [0, 1], neither rounded nor cut at 0.5."""
-        return torch.cat([_at_size(one, height, width, profile, cut) for one in self.masks])
+        return torch.cat([_at_size(one, size, profile) for one in self.masks])
 
-    def mask_of(self, height: int, width: int, cell: int, profile: Profile) -> Float[Tensor, "b 1 h8 w8"]:
-        """The masks at the size of the latents of a drawing of this size in pixels."""
-        cells = (height // cell, width // cell)
+    def latent_masks(self, size: PictureSize, cell: int, profile: Profile) -> Float[Tensor, "b 1 h8 w8"] | None:
+        """The masks at the size of the latents, of cells of so many pixels; None where there are none."""
+        if not self.masks:
+            return None
         values: MaskValues = "soft" if self.differential else profile.mask_values
-        found = []
-        for one in self.masks:
-            if values == "binary":
-                one = one._replace(pixels=_at_size(one, height, width, profile, cut=False))
-            found.append(latent_mask(one.pixels[:, 0], *cells, values))
-        return torch.cat(found)
+        pixels = [one.pixels if values == "soft" else _at_size(one, size, profile) for one in self.masks]
+        return torch.cat([latent_mask(one[:, 0], size.height // cell, size.width // cell, values) for one in pixels])
 
 
 def image_inputs(
@@ -153,7 +152,9 @@ def fitted(picture: Tensor, height: int, width: int, *, nearest: bool = False) -
     if nearest:
         return F.interpolate(picture, size=(height, width))
     levels = (picture.float().cpu() * 255).clamp(0, 255).to(torch.uint8).numpy()
-    planes = [[Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS) for plane in one] for one in levels]
+    planes = [
+        [Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS) for plane in one] for one in levels
+    ]
     found = np.stack([np.stack([np.asarray(plane) for plane in one]) for one in planes])
     return (torch.from_numpy(found.astype(np.float32)) / 255).to(picture.device)
 
@@ -164,10 +165,11 @@ def center_cut(picture: Tensor, height: int, width: int) -> Float[Tensor, "b c h
     return picture[..., top : top + height, left : left + width]
 
 
-def _at_size(one: Picture, height: int, width: int, profile: Profile, cut: bool) -> Tensor:
-    if cut:
-        return center_cut(one.pixels, height, width)
-    return fitted(one.pixels, height, width, nearest=profile.array_resize == "nearest" and not one.from_pillow)
+def _at_size(one: Picture, size: PictureSize, profile: Profile) -> Tensor:
+    if size.cut:
+        return center_cut(one.pixels, size.height, size.width)
+    nearest = profile.array_resize == "nearest" and not one.from_pillow
+    return fitted(one.pixels, size.height, size.width, nearest=nearest)
 
 
 def _latents_in(image: Any, channels: int) -> Tensor | None:
@@ -201,8 +203,8 @@ def _picture(name: str, given: Any) -> Picture:
         values = values.movedim(2, 0)
     if values.ndim != 3 or values.shape[0] != 3 or 0 in values.shape:
         raise ValueError(
-            f"{name} has shape {list(values.shape)}, expected a picture [3, h, w] or [h, w, 3] with values in [0, 1], or "
-            "latents [b, c, h, w]"
+            f"{name} has shape {list(values.shape)}, expected a picture [3, h, w] or [h, w, 3] with values in [0, 1], "
+            "or latents [b, c, h, w]"
         )
     return _of_values(values)
 

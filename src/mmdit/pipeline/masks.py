@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mmdit.utils import number
 from samplers import Guide, Guided, Step, shifted
 
 MaskValues = Literal["binary", "soft"]
@@ -27,6 +28,29 @@ class Source:
     def to(self, x: Tensor) -> Source:
         """The same on the device and in the dtype of x."""
         return replace(self, latents=self.latents.to(x), mask=None if self.mask is None else self.mask.to(x))
+
+
+def checked_source(source: Source, shape: Sequence[int]) -> Source:
+    """The source with a picture and a mask for each latent of this shape, [b, c, h, w].
+
+    Raises:
+        ValueError: a picture or a mask of another shape, or a share outside of [0, 1].
+    """
+    count, _, *cells = shape
+    latents = _for_each("image", source.latents, count, [shape[1], *cells])
+    mask = None if source.mask is None else _for_each("mask", source.mask, count, [1, *cells])
+    return replace(source, latents=latents, mask=mask, differential=number("differential", source.differential, 0, 1))
+
+
+def _for_each(name: str, value: Tensor, count: int, wanted: list[int]) -> Tensor:
+    if [*value.shape[1:]] != wanted or len(value) not in (1, count):
+        raise ValueError(f"{name} has shape {list(value.shape)}, expected {[count, *wanted]}, or 1 in place of {count}")
+    return value.expand(count, *wanted)
+
+
+def repeated(batch: Tensor, count: int) -> Tensor:
+    """A batch of `count`, each entry as often as the others, the repetitions of one after each other."""
+    return batch.repeat_interleave(count // len(batch), 0)
 
 
 def noisy(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:

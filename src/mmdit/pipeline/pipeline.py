@@ -14,7 +14,9 @@ from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step
 from mmdit.pipeline.diffusers_names import CALL, explains_names
 from mmdit.pipeline.files import PipelineFiles
 from mmdit.pipeline.guidance import GuidanceLike, with_skip_layers
+from mmdit.pipeline.image_inputs import ImageLike, image_inputs
 from mmdit.pipeline.images import OutputType, convert_output
+from mmdit.pipeline.masks import Source, repeated
 from mmdit.pipeline.output import PipelineOutput
 from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike
 from mmdit.pipeline.profiles import is_known
@@ -56,6 +58,11 @@ class Pipeline(PipelineFiles, PipelineSteps):
         seed: SeedLike | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
+        image: ImageLike | None = None,
+        mask_image: ImageLike | None = None,
+        strength: float | None = None,
+        keep_outside: bool = False,
+        differential: float | bool = False,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -100,6 +107,17 @@ class Pipeline(PipelineFiles, PipelineSteps):
                 noise on the way take it from the same seeds.
             generator: a `torch.Generator`, or one for each picture, instead of seeds.
             latents: what to start from instead of noise, [b, c, h/8, w/8], in model space.
+            image: a picture to start from: of PIL, an array [h, w, 3] or a tensor [3, h, w] in [0, 1], or latents
+                [b, c, h/8, w/8]; a batch or a list of these has one for each drawing. Without height and width, the
+                profile says whether it is drawn at its own size, cut to multiples (ComfyUI), or resized to the
+                model's (diffusers).
+            mask_image: where the picture is drawn anew: white (1) is, black (0) stays. A PIL picture, an array or a
+                tensor [h, w] in [0, 1] of the picture's size, a batch or a list of these. The profile says whether
+                grays count.
+            strength: how much of the picture is drawn anew, 0 to 1; None is the profile's.
+            keep_outside: whether the given picture is laid over the drawing outside of the mask, pixel by pixel.
+            differential: Differential Diffusion, in which the grays of a mask say at which noise level a place may
+                change; or the share of it, 0 to 1.
             prompt_embeds: context of shape [b, tokens, context_dim], as `encode` gives it, instead of prompts.
             pooled_prompt_embeds: of shape [b, pooled_dim], with prompt_embeds.
             negative_prompt_embeds: likewise, instead of negative prompts.
@@ -143,6 +161,15 @@ class Pipeline(PipelineFiles, PipelineSteps):
             seed=seed,
             generator=generator,
             latents=latents,
+            images=image_inputs(
+                image,
+                mask_image,
+                channels=self.vae.config.latent_channels,
+                strength=strength,
+                keep_outside=keep_outside,
+                differential=differential,
+            ),
+            strength=strength,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
             callback=callback_on_step_end,
@@ -169,11 +196,11 @@ class Pipeline(PipelineFiles, PipelineSteps):
 
     def _draw(self, request: Request) -> PipelineOutput:
         """The pictures of a request: encode, start, sample, decode."""
-        noise = self._start(request)
         cond = self._encoded(request, request.prompts)
         uncond = None if request.negatives is None else self._encoded(request, request.negatives)
-        latent = self._latent(request, self._run(request.plan, cond, uncond), noise)
-        pictures = latent if request.output_type == "latent" else self.decode(latent, tile=request.vae_tile)
+        source = self._source(request)  # before the noise, because it may draw from the same generators
+        latent = self._latent(request, self._run(request.plan, cond, uncond), self._start(request), source)
+        pictures = latent if request.output_type == "latent" else self._decoded(request, latent)
         images = convert_output(pictures, request.output_type, self.profile.to_uint8)
         return PipelineOutput(images, self._settings(request) if request.has_settings else ())
 
@@ -222,6 +249,33 @@ class Pipeline(PipelineFiles, PipelineSteps):
             return request.latents.to(self.device)
         return self._noise(request.plan.shape, request.plan.generator)
 
+    def _source(self, request: Request) -> Source | None:
+        """The picture that a drawing starts from, encoded, and its mask."""
+        given = request.images
+        if given is None:
+            return None
+        latents = self._encoded_images(given, request.size, request.count, request.plan.generator)
+        mask = given.latent_masks(request.size, self.vae.config.downscale, self.profile)
+        return Source(
+            latents, None if mask is None else repeated(mask, request.count).to(latents.device), given.differential
+        )
+
+    def _decoded(self, request: Request, latent: Tensor) -> Tensor:
+        """The pictures of the last latents, [b, 3, h, w] in [0, 1]."""
+        given = request.images
+        if given is None or not given.masks:
+            return self.decode(latent, tile=request.vae_tile)
+        if not self.profile.inpaint_shift:
+            latent = latent - self.vae.config.shift * self.vae.config.scale
+        found = self.decode(latent, tile=request.vae_tile)
+        if not given.keep_outside:
+            return found
+        before, inside = (
+            repeated(one, len(found)).to(found)
+            for one in (given.drawn(request.size, self.profile), given.inside(request.size, self.profile))
+        )
+        return inside * found + (1 - inside) * before
+
     def _encoded(self, request: Request, prompts: Prompts) -> list[Ranged]:
         """The conditionings of prompts, one for each picture."""
         found = prompts.conditionings
@@ -229,7 +283,7 @@ class Pipeline(PipelineFiles, PipelineSteps):
             found = (Ranged(self.encode(prompts.texts, max_sequence_length=request.max_sequence_length)),)
         return [one.to(self.device, self.dtype).repeat(request.per_prompt) for one in found]
 
-    def _latent(self, request: Request, run: Run, noise: Tensor) -> Tensor:
+    def _latent(self, request: Request, run: Run, noise: Tensor, source: Source | None = None) -> Tensor:
         """Run the steps of a drawing; the last latent, in the transformer's dtype."""
         call = self._here.call = CallState(run.plan.guidance_scale)
         call.begin(run)
@@ -237,7 +291,7 @@ class Pipeline(PipelineFiles, PipelineSteps):
         sigma = float(run.plan.sigmas[0])
         total = None if run.plan.solver.own_steps else call.num_timesteps
         try:
-            for step in bar(self._steps(run, noise), total, request.progress):
+            for step in bar(self._steps(run, noise, source), total, request.progress):
                 if request.callback is not None:
                     after_step(request.callback, request.tensor_inputs, self, run, step, sigma, dtype)
                 if call.interrupt:

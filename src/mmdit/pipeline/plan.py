@@ -143,24 +143,14 @@ class SamplingPlan:
         x = noisy(source.latents.to(x), x, first)
         return x.to(noise.dtype).to(x.dtype) if self.profile.state_dtype == "model" else x
 
-    def steps(self, guide: Guide, noise: Tensor, source: Source | None = None) -> Iterator[Step]:
-        """The solver's steps from noise of unit variance, [b, c, h, w]; they run in float32 at least.
+    def steps(self, guide: Guide, x: Tensor, noise: Tensor, source: Source | None = None) -> Iterator[Step]:
+        """The solver's steps.
 
         Args:
             guide: what the solver calls.
-            noise: see `start`.
-            source: the picture to start from, and the mask in which it is drawn anew.
-        """
-        return self.steps_from(guide, self.start(noise, source), noise, source)
-
-    def steps_from(self, guide: Guide, x: Tensor, noise: Tensor, source: Source | None = None) -> Iterator[Step]:
-        """The solver's steps from latents [b, c, h, w] at the first noise level.
-
-        Args:
-            guide: what the solver calls.
-            x: the latents.
-            noise: of unit variance, which a mask lays over its picture; not added to x.
-            source: the picture and the mask.
+            x: the latents at the first noise level, [b, c, h, w], in float32 at least; see `start`.
+            noise: of unit variance, which a mask lays over its picture; it is not added to x.
+            source: the picture and the mask in which it is drawn anew.
         """
         blend = None if source is None else Blend.of(source.to(x), self._mask_noise(x, noise), self.sigmas, self.shift)
         if blend is not None and self.profile.mask_acts == "around_model":

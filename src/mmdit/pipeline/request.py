@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmdit.pipeline.arguments import LEAST_TILE, check_latents, check_output_type
 from mmdit.pipeline.callbacks import OnStepEnd, tensor_inputs_of
+from mmdit.pipeline.image_inputs import ImageInputs, PictureSize
 from mmdit.pipeline.images import OutputType
 from mmdit.pipeline.plan import PlanArguments, SamplingPlan
 from mmdit.pipeline.prompts import Prompts, checked_ranges
@@ -31,6 +32,8 @@ class Request:
     per_prompt: int  # pictures of each prompt
     seeds: int | list[int] | None  # one for all pictures, or one for each; None with generators or latents
     latents: Tensor | None  # [b, c, h, w] in model space, in place of noise
+    images: ImageInputs | None  # pictures to start from
+    size: PictureSize  # of the drawing
     plan: SamplingPlan
     max_sequence_length: int | None
     callback: OnStepEnd | None
@@ -48,6 +51,7 @@ class Request:
     def has_settings(self) -> bool:
         """Whether `mmdit.Settings` can say how the pictures are drawn."""
         given = self.latents is not None or self.callback is not None or self.plan.schedule is None
+        given = given or (self.images is not None and self.images.latents is not None)
         return not given and not self.plan.is_own
 
 
@@ -61,6 +65,7 @@ def make_request(
     seed: SeedLike | None,
     generator: Generators,
     latents: Tensor | None,
+    images: ImageInputs | None,
     num_images_per_prompt: int | None,
     max_sequence_length: int | None,
     callback: OnStepEnd | None,
@@ -79,16 +84,18 @@ def make_request(
     config = pipe.transformer.config
     prompts.check(config)
     seeds = checked_seeds(seed)
-    per_prompt = _pictures_per_prompt(num_images_per_prompt, prompts, seeds)
+    per_prompt = _pictures_per_prompt(num_images_per_prompt, prompts, seeds, images)
     count = len(prompts) * per_prompt
     check_output_type(output_type)
     pipe._rules(max_sequence_length)
     vae_tile = None if vae_tile is None else whole("vae_tile", vae_tile, LEAST_TILE)
     names = () if callback is None else tensor_inputs_of(callback, tensor_inputs)
-    shape = _shape(pipe, latents, count, height, width)
+    size = _size(pipe, latents, images, count, height, width)
+    cell = pipe.vae.config.downscale
+    shape = (count, config.in_channels, size.height // cell, size.width // cell)
     alone = pipe.profile.one_seed == "each_alone"
     drawn_by = generators(seeds, generator, count, alone=alone)
-    plan = pipe._plan(shape, generator=drawn_by, **sampling)
+    plan = pipe._plan(shape, generator=drawn_by, from_picture=images is not None, **sampling)
     if latents is not None and not plan.solver.is_stochastic:
         check_draws_nothing(seed=seed)
     against = negatives.for_each(len(prompts), config) if plan.uses_uncond else None
@@ -104,6 +111,8 @@ def make_request(
         per_prompt=per_prompt,
         seeds=seeds,
         latents=latents,
+        images=images,
+        size=size,
         plan=plan,
         max_sequence_length=max_sequence_length,
         callback=callback,
@@ -114,18 +123,41 @@ def make_request(
     )
 
 
-def _shape(
-    pipe: PipelineSteps, latents: Tensor | None, count: int, height: int | None, width: int | None
-) -> tuple[int, ...]:
-    """The shape of the latents, [b, c, h, w]: of those given, or for pictures of this size in pixels."""
-    if latents is None:
-        return pipe._latent_shape(count, height, width)
+def _size(
+    pipe: PipelineSteps,
+    latents: Tensor | None,
+    images: ImageInputs | None,
+    count: int,
+    height: int | None,
+    width: int | None,
+) -> PictureSize:
+    """The size of the drawing: of the latents or pictures given, or that which is asked for."""
+    if images is not None:
+        if latents is not None:
+            raise ValueError(
+                "latents and image are both given; latents are what a drawing without a picture starts from: leave one "
+                "out, or give `sample` noise and an image"
+            )
+        if count % images.count:
+            raise ValueError(
+                f"image and mask_image are for {images.count} drawings, but {count} are asked for; give one picture, "
+                "or one for each"
+            )
+        return pipe._picture_size(images, height, width)
     cell = pipe.vae.config.downscale
-    check_latents(latents, count, pipe.transformer.config, cell, pipe._unit, height, width)
-    return tuple(latents.shape)
+    if latents is None:
+        rows, columns = pipe._latent_shape(count, height, width)[2:]
+    else:
+        check_latents(latents, count, pipe.transformer.config, cell, pipe._unit, height, width)
+        rows, columns = latents.shape[2:]
+    return PictureSize(rows * cell, columns * cell, cut=False)
 
 
-def _pictures_per_prompt(given: int | None, prompts: Prompts, seeds: int | list[int] | None) -> int:
-    """The number of pictures of each prompt: as many as there are seeds, where there is one prompt."""
+def _pictures_per_prompt(
+    given: int | None, prompts: Prompts, seeds: int | list[int] | None, images: ImageInputs | None
+) -> int:
+    """The number of pictures of each prompt: as many as there are seeds or pictures, where there is one prompt."""
     count = 1 if given is None else whole("num_images_per_prompt", given, 1)
-    return len(seeds) if isinstance(seeds, list) and seeds and len(prompts) == count == 1 else count
+    if len(prompts) > 1 or count > 1:
+        return count
+    return len(seeds) if isinstance(seeds, list) and seeds else count if images is None else images.count

@@ -12,11 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from encoders import Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
-from mmdit.pipeline.arguments import LEAST_TILE, Shift, check_tensor
+from mmdit.pipeline.arguments import LEAST_TILE, Shift, check_latents, check_tensor
 from mmdit.pipeline.base import PipelineModels
 from mmdit.pipeline.failures import check_all_finite, check_finite
 from mmdit.pipeline.guidance import GuidanceLike
+from mmdit.pipeline.image_inputs import ImageInputs, ImageLike, PictureSize, image_inputs
 from mmdit.pipeline.images import to_unit
+from mmdit.pipeline.masks import Source, checked_source, repeated
 from mmdit.pipeline.passes import Branch, Pass, Watcher
 from mmdit.pipeline.plan import (
     PlanArguments,
@@ -142,7 +144,7 @@ class PipelineSteps(PipelineModels):
         self,
         cond: ConditioningLike,
         uncond: ConditioningLike | None,
-        noise: Tensor,
+        noise: Tensor | None,
         *,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
@@ -152,6 +154,14 @@ class PipelineSteps(PipelineModels):
         shift: Shift = None,
         generator: Generators = None,
         guidance: GuidanceLike | None = None,
+        image: Tensor | None = None,
+        mask: Tensor | None = None,
+        strength: float | None = None,
+        differential: float = 0.0,
+        start: int | None = None,
+        stop: int | None = None,
+        add_noise: bool = True,
+        leftover_noise: bool = True,
     ) -> Iterator[Step]:
         """Draw, step by step, from noise to latents. Change `step.x`, and the solver goes on from there.
 
@@ -160,7 +170,8 @@ class PipelineSteps(PipelineModels):
         Args:
             cond: the prompts, encoded, one for each picture; or several `mmdit.Ranged`, each for a part of the way.
             uncond: the negative prompts, likewise; None where the profile runs no unconditional branch.
-            noise: what to start from, [b, c, h, w], of unit variance; see `noise`.
+            noise: what to start from, [b, c, h, w], of unit variance; see `noise`. None with an image and
+                add_noise=False.
             num_inference_steps: steps of the schedule. Like all that follows, None is the profile's default.
             guidance_scale: weight of classifier-free guidance; 1 is none.
             sampler: a name of `samplers.SOLVERS`; or a function `(denoise, x, sigmas) -> iterator of samplers.Step`,
@@ -171,6 +182,19 @@ class PipelineSteps(PipelineModels):
             generator: what drew `noise`. Samplers that add noise go on with it, or with its seed, as the profile says.
             guidance: settings beyond classifier-free guidance; None is that alone. Or a function
                 `(x, sigma, cond, uncond) -> x0` of the latent, its noise level and the two predicted pictures.
+            image: a picture to start from, as latents without noise in model space, [b, c, h, w] or [1, c, h, w]; see
+                `encode_image`.
+            mask: where the image is drawn anew, [b, 1, h, w] or [1, 1, h, w] in [0, 1]; see `mmdit.latent_mask`.
+            strength: how much of the image is drawn anew, 0 to 1: the profile says at which noise level that starts.
+                With `start`, None is 1.
+            differential: share of Differential Diffusion, in which a soft mask says at which level a cell may change.
+            start, stop: begin with this step and end before that one, counted from 0; together with `add_noise` and
+                `leftover_noise` they are ComfyUI's KSamplerAdvanced. To go on with the latent of another call, give
+                its `step.x` as `noise` with `add_noise=False` and without `image`.
+            add_noise: False takes `noise` as the latent at the first noise level, or with an image starts from
+                (1 - sigma) image.
+            leftover_noise: whether a drawing that ends at `stop` keeps the noise of that level; False draws its last
+                step to 0.
 
         Returns:
             An iterator of `samplers.Step`; `step.x` of the last one is the latent to decode.
@@ -180,8 +204,16 @@ class PipelineSteps(PipelineModels):
             ImportError: the sampler's noise needs torchsde, which is not installed.
             FloatingPointError: a step gave values that are not finite; its sigma and the first such layer are named.
         """
+        noise, source = self._begun(noise, image, mask, differential, add_noise)
+        if source is not None and strength is None and start is not None:
+            strength = 1.0
         plan = self._plan(
             noise.shape,
+            from_picture=source is not None,
+            strength=strength,
+            start=start,
+            stop=stop,
+            leftover_noise=leftover_noise,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             sampler=sampler,
@@ -198,7 +230,9 @@ class PipelineSteps(PipelineModels):
                 f"guidance_scale {plan.guidance_scale} needs a conditioning to guide away from: give uncond"
             )
         against = None if uncond is None else plan.ranges("uncond", uncond)
-        return self._steps(self._run(plan, plan.ranges("cond", cond), against), noise)
+        run = self._run(plan, plan.ranges("cond", cond), against)
+        x = noise if source is None and not add_noise else None
+        return self._steps(run, noise, source, x=x)
 
     def sigmas(
         self,
@@ -207,6 +241,7 @@ class PipelineSteps(PipelineModels):
         sigmas: SigmasLike | None = None,
         shift: float | None = None,
         sampler: SamplerLike | None = None,
+        strength: float | None = None,
     ) -> Tensor:
         """The noise levels of the steps, float64 [steps + 1], falling to 0.
 
@@ -217,15 +252,59 @@ class PipelineSteps(PipelineModels):
                 user's and appends the 0: `samplers.shifted` does that.)
             shift: of the schedule; None is the model's.
             sampler: for some, ComfyUI leaves out the second-last level; None is the profile's.
+            strength: the levels of a drawing that starts from a picture, see `sample`; None is one that does not.
 
         Raises:
             ValueError: no step, an unknown name, levels that do not fall from at most 1 to 0; or both are given.
         """
         solver = resolve_sampler(self.profile, sampler)[1]
         shift = self.shift if shift is None else shift
+        strength = None if strength is None else number("strength", strength, 0, 1)
         return resolve_sigmas(
-            self.profile, solver, shift, num_inference_steps, schedule, sigmas, sampling=self.sampling
+            self.profile,
+            solver,
+            shift,
+            num_inference_steps,
+            schedule,
+            sigmas,
+            sampling=self.sampling,
+            strength=strength,
         )
+
+    def encode_image(
+        self,
+        image: ImageLike,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        seed: SeedLike | None = None,
+        generator: Generators = None,
+    ) -> Float[Tensor, "b c h w"]:
+        """The latents of pictures, [b, c, h, w], in model space; see `sample(image=)`.
+
+        Args:
+            image: a PIL picture, an array [h, w, 3] or a tensor [3, h, w] in [0, 1], a batch or a list of these.
+                Latents are returned as they are.
+            height, width: to draw at, in pixels. None is the profile's: the picture's own size, cut to multiples, or
+                the model's.
+            seed, generator: what samples the latent, where the profile does; see `noise`.
+
+        Raises:
+            ValueError, TypeError: the picture, its size or the numbers of seeds are not possible.
+            FloatingPointError: the latents that the VAE makes of it are not finite.
+        """
+        inputs = image_inputs(
+            image,
+            None,
+            channels=self.vae.config.latent_channels,
+            strength=None,
+            keep_outside=False,
+            differential=0.0,
+        )
+        assert inputs is not None
+        alone = self.profile.one_seed == "each_alone"
+        drawn_by = generators(checked_seeds(seed), generator, inputs.count, alone=alone)
+        return self._encoded_images(inputs, self._picture_size(inputs, height, width), inputs.count, drawn_by)
 
     def decode(
         self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None, finite: bool = True
@@ -256,13 +335,73 @@ class PipelineSteps(PipelineModels):
             check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
         return to_unit(decoded)
 
+    def _picture_size(self, inputs: ImageInputs, height: int | None, width: int | None) -> PictureSize:
+        """The size at which pictures are drawn."""
+        cell = self.vae.config.downscale
+        own = None
+        if inputs.latents is not None:
+            rows, columns = inputs.latents.shape[2:]
+            check_latents(inputs.latents, len(inputs.latents), self.transformer.config, cell, self._unit, height, width)
+            return PictureSize(rows * cell, columns * cell, cut=False)
+        if height is None and width is None:
+            own = inputs.size(self.profile, cell * self._unit)
+        rows, columns = self._cells(own[0] if own else height, "height"), self._cells(own[1] if own else width, "width")
+        return PictureSize(rows * cell, columns * cell, cut=own is not None)
+
+    def _encoded_images(
+        self, inputs: ImageInputs, size: PictureSize, count: int, drawn_by: Generators
+    ) -> Float[Tensor, "b c h w"]:
+        """The latents of `count` drawings; pictures are repeated, each after itself.
+
+        A picture for several drawings has one sample for all of them, or one by each of several generators.
+        """
+        dtype = self.dtype if self.profile.state_dtype == "model" else torch.float32
+        if inputs.latents is not None:
+            return repeated(inputs.latents, count).to(self.device, dtype)
+        self._enter("vae")
+        first = next(self.vae.parameters())
+        pixels = inputs.drawn(size, self.profile)
+        found = self.vae.encode((2 * pixels - 1).to(first.device, first.dtype))
+        mean, std = found.mean, found.std
+        if isinstance(drawn_by, Sequence):
+            mean, std = repeated(mean, count), repeated(std, count)
+        if self.profile.image_latent != "mean":
+            given = drawn_by if self.profile.image_latent == "sampled" else None
+            mean = mean + std * gaussian(mean.shape, given, mean.dtype).to(mean.device)
+        check_all_finite(
+            mean, f"the latent that the VAE made of the picture in {str(first.dtype).removeprefix('torch.')}"
+        )
+        return repeated(mean, count).to(self.device, dtype)
+
+    def _begun(
+        self, noise: Tensor | None, image: Tensor | None, mask: Tensor | None, differential: float, add_noise: bool
+    ) -> tuple[Tensor, Source | None]:
+        """What `sample` starts from: noise, and the picture that it is laid over."""
+        if image is None:
+            if noise is None or mask is not None:
+                missing = "noise" if noise is None else "image"
+                raise ValueError(f"{missing} is missing: give {missing}, latents [b, c, h, w]")
+            return noise, None
+        check_tensor("image", image)
+        if noise is None or not add_noise:
+            if add_noise:
+                raise ValueError("noise is missing: give noise, latents [b, c, h, w], or add_noise=False")
+            noise = torch.zeros_like(image if noise is None else noise)
+        source = Source(image.to(noise.device), None if mask is None else mask.to(noise.device), differential)
+        return noise, checked_source(source, noise.shape)
+
     def _noise(self, shape: Sequence[int], drawn_by: Generators) -> Tensor:
         dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
         noise = gaussian(shape, drawn_by, dtype).to(self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
     def _plan(
-        self, shape: Sequence[int], *, generator: Generators = None, **arguments: Unpack[PlanArguments]
+        self,
+        shape: Sequence[int],
+        *,
+        generator: Generators = None,
+        from_picture: bool = False,
+        **arguments: Unpack[PlanArguments],
     ) -> SamplingPlan:
         """The plan of a drawing of latents of this shape, by the arguments of `sample`."""
         shift = default_shift(self.sampling, self.shift, shape[2:], self.transformer)
@@ -273,6 +412,7 @@ class PipelineSteps(PipelineModels):
             default_shift=shift,
             sampling=self.sampling,
             generator=generator,
+            from_picture=from_picture,
             **arguments,
         )
 
@@ -284,9 +424,21 @@ class PipelineSteps(PipelineModels):
                 planner(drawing)
         return Run(plan, lambda x, sigma, branches, step: self.predict(x, sigma, branches, step=step), cond, uncond)
 
-    def _steps(self, run: Run, noise: Tensor) -> Iterator[Step]:
-        """The steps of a drawing, checked; the solver is set up before this returns."""
-        steps = run.plan.steps(run, noise)
+    def _steps(
+        self, run: Run, noise: Tensor, source: Source | None = None, *, x: Tensor | None = None
+    ) -> Iterator[Step]:
+        """The steps of a drawing, checked; the solver is set up before this returns.
+
+        Args:
+            run: the drawing.
+            noise: of unit variance.
+            source: the picture to start from.
+            x: the latents at the first level; None makes them of noise and source.
+        """
+        if x is None:
+            x = run.plan.start(noise, source)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        steps = run.plan.steps(run, x, noise, source)
         if self.accelerated is not None:
             timesteps = [timestep_of(self.profile, one) for one in run.plan.sigmas.tolist()]
             steps = self.accelerated.drawing(steps, timesteps)
