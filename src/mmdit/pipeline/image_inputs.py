@@ -12,16 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
+from mmdit.pictures.read import PictureLike, load_image, load_mask
+from mmdit.pictures.resize import resize
 from mmdit.pipeline.arguments import check_tensor
 from mmdit.pipeline.masks import MaskValues, latent_mask
 from mmdit.pipeline.profiles import Profile
 from mmdit.utils import number
-
-PictureLike = Image.Image | np.ndarray | Tensor
-ImageLike = PictureLike | Sequence[PictureLike]  # what `image=` and `mask_image=` take
 
 
 class Picture(NamedTuple):
@@ -54,12 +52,12 @@ class ImageInputs:
     of its latents, both as the profile says.
     """
 
-    pictures: tuple[Picture, ...]  # one, or one for each drawing; none where latents are given
-    latents: Float[Tensor, "b c h w"] | None  # instead of pictures
-    masks: tuple[Picture, ...]  # none, one, or one for each picture
-    strength: float | None  # None is the profile's
-    keep_outside: bool
-    differential: float
+    pictures: tuple[Picture, ...] = ()  # one, or one for each drawing; none where latents are given
+    latents: Float[Tensor, "b c h w"] | None = None  # instead of pictures
+    masks: tuple[Picture, ...] = ()  # none, one, or one for each picture
+    strength: float | None = None  # None is the profile's
+    keep_outside: bool = False
+    differential: float = 0.0
 
     @property
     def count(self) -> int:
@@ -102,8 +100,8 @@ class ImageInputs:
 
 
 def image_inputs(
-    image: ImageLike | None,
-    mask_image: ImageLike | None,
+    image: PictureLike | None,
+    mask_image: PictureLike | None,
     *,
     channels: int,
     strength: float | None,
@@ -130,8 +128,8 @@ def image_inputs(
     if mask_image is None and (keep_outside or share):
         raise ValueError(f"{'keep_outside' if keep_outside else 'differential'} is given without mask_image")
     latents = _latents_in(image, channels)
-    pictures = () if latents is not None else tuple(_pictures("image", image))
-    masks = () if mask_image is None else tuple(_masks(mask_image))
+    pictures = () if latents is not None else tuple(_pictures(image))
+    masks = () if mask_image is None else tuple(masks_of(mask_image))
     if latents is not None and keep_outside:
         raise ValueError("keep_outside lays pixels over the drawing, but image holds latents; give a picture")
     _check_masks(masks, pictures if latents is None else len(latents))
@@ -145,20 +143,6 @@ def image_inputs(
     )
 
 
-def fitted(picture: Tensor, height: int, width: int, *, nearest: bool = False) -> Float[Tensor, "b c h w"]:
-    """Pictures [b, c, H, W] at another size: by Pillow's LANCZOS of 8 bits, truncated, or nearest."""
-    if picture.shape[2:] == (height, width):
-        return picture
-    if nearest:
-        return F.interpolate(picture, size=(height, width))
-    levels = (picture.float().cpu() * 255).clamp(0, 255).to(torch.uint8).numpy()
-    planes = [
-        [Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS) for plane in one] for one in levels
-    ]
-    found = np.stack([np.stack([np.asarray(plane) for plane in one]) for one in planes])
-    return (torch.from_numpy(found.astype(np.float32)) / 255).to(picture.device)
-
-
 def center_cut(picture: Tensor, height: int, width: int) -> Float[Tensor, "b c h w"]:
     """The centre of pictures [b, c, H, W]; what is cut is half of it, rounded down, at the top and the left."""
     top, left = (picture.shape[2] - height) // 2, (picture.shape[3] - width) // 2
@@ -168,102 +152,61 @@ def center_cut(picture: Tensor, height: int, width: int) -> Float[Tensor, "b c h
 def _at_size(one: Picture, size: PictureSize, profile: Profile) -> Tensor:
     if size.cut:
         return center_cut(one.pixels, size.height, size.width)
-    nearest = profile.array_resize == "nearest" and not one.from_pillow
-    return fitted(one.pixels, size.height, size.width, nearest=nearest)
+    if one.size == (size.height, size.width):
+        return one.pixels
+    if profile.array_resize == "nearest" and not one.from_pillow:
+        return F.interpolate(one.pixels, size=(size.height, size.width))
+    return resize(one.pixels.movedim(1, -1), height=size.height, width=size.width, filter="lanczos").movedim(-1, 1)
 
 
 def _latents_in(image: Any, channels: int) -> Tensor | None:
-    """The argument `image` where it is latents: a tensor [b, c, h, w] or [c, h, w] of as many channels as the VAE's."""
+    """The argument `image` where it is a tensor [b, c, h, w] or [c, h, w] with the channels of latents."""
     if not isinstance(image, Tensor) or image.ndim not in (3, 4) or image.shape[-3] != channels:
         return None
     check_tensor("image", image, finite=True)
     return image if image.ndim == 4 else image.unsqueeze(0)
 
 
-def _pictures(name: str, given: Any) -> list[Picture]:
-    return [_picture(*one) for one in _each(name, given)]
-
-
 def _each(name: str, given: Any) -> list[tuple[str, Any]]:
     """Pictures one by one, each with its name for errors."""
-    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
-        if not given:
-            raise ValueError(f"{name} is an empty list; give at least one picture")
-        return [pair for i, one in enumerate(given) for pair in _each(f"{name}[{i}]", one)]
-    if isinstance(given, np.ndarray | Tensor) and given.ndim == 4:
-        return [(f"{name}[{i}]", one) for i, one in enumerate(given)]
-    return [(name, given)]
+    if not isinstance(given, list | tuple):
+        return [(name, given)]
+    if not given:
+        raise ValueError(f"{name} is an empty list; give at least one picture")
+    return [pair for i, one in enumerate(given) for pair in _each(f"{name}[{i}]", one)]
 
 
-def _picture(name: str, given: Any) -> Picture:
-    if isinstance(given, Image.Image):
-        return _of_pillow(given, given.convert("RGB"))
-    values = _values(name, given)
-    if values.ndim == 3 and values.shape[0] != 3 and values.shape[2] == 3:
-        values = values.movedim(2, 0)
-    if values.ndim != 3 or values.shape[0] != 3 or 0 in values.shape:
-        raise ValueError(
-            f"{name} has shape {list(values.shape)}, expected a picture [3, h, w] or [h, w, 3] with values in [0, 1], "
-            "or latents [b, c, h, w]"
-        )
-    return _of_values(values)
-
-
-def _masks(given: Any) -> list[Picture]:
-    """The argument `mask_image`, one mask for each picture or for all."""
-    if isinstance(given, np.ndarray | Tensor) and given.ndim == 3:
-        given = [given] if 1 in (given.shape[0], given.shape[2]) and given.shape[1] > 1 else list(given)
-    found = [_mask(*one) for one in _each("mask_image", given)]
-    for i, one in enumerate(found):
-        if not one.pixels.any():
-            raise ValueError(f"mask_image[{i}] is 0 everywhere, so nothing is drawn anew; 1 (white) is what is drawn")
+def _pictures(given: Any) -> list[Picture]:
+    """The argument `image`, where it is no latents."""
+    found: list[Picture] = []
+    for name, one in _each("image", given):
+        loaded = load_image(one, name).picture.movedim(-1, 1)
+        found += _as_pictures(one, loaded)
     return found
 
 
-def _mask(name: str, given: Any) -> Picture:
-    if isinstance(given, Image.Image):
-        return _of_pillow(given, given.convert("L"))
-    values = _values(name, given)
-    values = values.squeeze(0) if values.ndim == 3 and values.shape[0] == 1 else values
-    values = values.squeeze(2) if values.ndim == 3 and values.shape[2] == 1 else values
-    if values.ndim != 2 or 0 in values.shape:
-        raise ValueError(f"{name} has shape {list(values.shape)}, expected a mask [h, w] with values in [0, 1]")
-    return _of_values(values.unsqueeze(0))
+def masks_of(given: Any) -> list[Picture]:
+    """The argument `mask_image`, one mask for each picture or for all."""
+    found: list[Picture] = []
+    for name, one in _each("mask_image", given):
+        loaded = load_mask(one, name).unsqueeze(1)
+        if dark := [i for i, mask in enumerate(loaded) if not mask.any()]:
+            which = f"{name}[{dark[0]}]" if len(loaded) > 1 else name
+            raise ValueError(f"{which} is 0 everywhere, so nothing is drawn anew; 1 (white) is what is drawn")
+        found += _as_pictures(one, loaded)
+    return found
 
 
-def _values(name: str, given: Any) -> Tensor:
-    """An array or tensor of whole numbers of 8 bits, of bools or of shares, in float32 and [0, 1]."""
-    if not isinstance(given, np.ndarray | Tensor):
-        raise TypeError(
-            f"{name} is {type(given).__name__}, expected a PIL picture, an array, a tensor, or a list of these"
-        )
-    values = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(np.ascontiguousarray(given))
-    if values.dtype == torch.uint8:
-        return values.float() / 255
-    if values.dtype == torch.bool:
-        return values.float()
-    check_tensor(name, values, finite=True)
-    if values.numel() and not 0 <= float(values.min()) <= float(values.max()) <= 1:
-        raise ValueError(
-            f"{name} has values from {float(values.min()):g} to {float(values.max()):g}, expected [0, 1], or uint8; "
-            "pictures from -1 to 1 become so by x / 2 + 0.5"
-        )
-    return values.float()
-
-
-def _of_pillow(given: Image.Image, picture: Image.Image) -> Picture:
-    levels = torch.from_numpy(np.asarray(picture).copy())
-    values = (levels.float() / 255).view(*levels.shape[:2], -1).movedim(2, 0).contiguous()
-    path = getattr(given, "filename", "") or ""
-    return Picture(values.unsqueeze(0), True, Path(path).name, _digest(values))
-
-
-def _of_values(values: Float[Tensor, "c h w"]) -> Picture:
-    return Picture(values.contiguous().unsqueeze(0), False, "", _digest(values))
+def _as_pictures(given: Any, loaded: Float[Tensor, "b c h w"]) -> list[Picture]:
+    path = given if isinstance(given, str | Path) else getattr(given, "filename", "")
+    name = Path(path).name if isinstance(path, str | Path) else ""
+    from_pillow = not isinstance(given, np.ndarray | Tensor)
+    pixels = loaded.float().cpu()
+    return [Picture(one.unsqueeze(0), from_pillow, name, _digest(one)) for one in pixels]
 
 
 def _digest(values: Float[Tensor, "c h w"]) -> str:
-    """The same for a picture of 8 bits, whether it was given as one or as shares."""
+    """Of the size and the values, rounded to 16 bits: the same for all kinds of files and arrays."""
     levels = (values * 65535).round().numpy().astype("<u2")
     return sha256(f"{tuple(values.shape)}".encode() + levels.tobytes()).hexdigest()[:16]
 

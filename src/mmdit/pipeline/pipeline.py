@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from mmdit.checkpoints.load_pipeline import DEMO
+from mmdit.pictures.read import PictureLike
 from mmdit.pipeline.arguments import Shift
 from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step
 from mmdit.pipeline.diffusers_names import CALL, explains_names
 from mmdit.pipeline.files import PipelineFiles
 from mmdit.pipeline.guidance import GuidanceLike, with_skip_layers
-from mmdit.pipeline.image_inputs import ImageLike, image_inputs
+from mmdit.pipeline.image_inputs import image_inputs
 from mmdit.pipeline.images import OutputType, convert_output
 from mmdit.pipeline.masks import Source, repeated
 from mmdit.pipeline.output import PipelineOutput
@@ -58,8 +59,8 @@ class Pipeline(PipelineFiles, PipelineSteps):
         seed: SeedLike | None = None,
         generator: Generators = None,
         latents: Tensor | None = None,
-        image: ImageLike | None = None,
-        mask_image: ImageLike | None = None,
+        image: PictureLike | None = None,
+        mask_image: PictureLike | None = None,
         strength: float | None = None,
         keep_outside: bool = False,
         differential: float | bool = False,
@@ -107,13 +108,13 @@ class Pipeline(PipelineFiles, PipelineSteps):
                 noise on the way take it from the same seeds.
             generator: a `torch.Generator`, or one for each picture, instead of seeds.
             latents: what to start from instead of noise, [b, c, h/8, w/8], in model space.
-            image: a picture to start from: of PIL, an array [h, w, 3] or a tensor [3, h, w] in [0, 1], or latents
-                [b, c, h/8, w/8]; a batch or a list of these has one for each drawing. Without height and width, the
-                profile says whether it is drawn at its own size, cut to multiples (ComfyUI), or resized to the
-                model's (diffusers).
-            mask_image: where the picture is drawn anew: white (1) is, black (0) stays. A PIL picture, an array or a
-                tensor [h, w] in [0, 1] of the picture's size, a batch or a list of these. The profile says whether
-                grays count.
+            image: a picture to start from: a path, a PIL picture, an array [h, w, 3] or a tensor [3, h, w] in [0, 1],
+                see `mmdit.images.load_image`; or latents [b, c, h/8, w/8]. A batch or a list has one for each drawing.
+                Without height and width, the profile says whether it is drawn at its own size, cut to multiples
+                (ComfyUI), or resized to the model's (diffusers).
+            mask_image: where the picture is drawn anew: white (1) is, black (0) stays. A path, a PIL picture, an array
+                or a tensor [h, w] in [0, 1] of the picture's size, a batch or a list of these. The profile says
+                whether grays count.
             strength: how much of the picture is drawn anew, 0 to 1; None is the profile's.
             keep_outside: whether the given picture is laid over the drawing outside of the mask, pixel by pixel.
             differential: Differential Diffusion, in which the grays of a mask say at which noise level a place may
@@ -196,10 +197,11 @@ class Pipeline(PipelineFiles, PipelineSteps):
 
     def _draw(self, request: Request) -> PipelineOutput:
         """The pictures of a request: encode, start, sample, decode."""
+        source = self._source(request)  # before the noise, because it may draw from the same generators
+        noise = self._start(request)
         cond = self._encoded(request, request.prompts)
         uncond = None if request.negatives is None else self._encoded(request, request.negatives)
-        source = self._source(request)  # before the noise, because it may draw from the same generators
-        latent = self._latent(request, self._run(request.plan, cond, uncond), self._start(request), source)
+        latent = self._latent(request, self._run(request.plan, cond, uncond), noise, source)
         pictures = latent if request.output_type == "latent" else self._decoded(request, latent)
         images = convert_output(pictures, request.output_type, self.profile.to_uint8)
         return PipelineOutput(images, self._settings(request) if request.has_settings else ())

@@ -12,11 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from encoders import Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
+from mmdit.pictures.read import PictureLike
 from mmdit.pipeline.arguments import LEAST_TILE, Shift, check_latents, check_tensor
 from mmdit.pipeline.base import PipelineModels
 from mmdit.pipeline.failures import check_all_finite, check_finite
 from mmdit.pipeline.guidance import GuidanceLike
-from mmdit.pipeline.image_inputs import ImageInputs, ImageLike, PictureSize, image_inputs
+from mmdit.pipeline.image_inputs import ImageInputs, PictureSize, image_inputs, masks_of
 from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.masks import Source, checked_source, repeated
 from mmdit.pipeline.passes import Branch, Pass, Watcher
@@ -184,7 +185,7 @@ class PipelineSteps(PipelineModels):
                 `(x, sigma, cond, uncond) -> x0` of the latent, its noise level and the two predicted pictures.
             image: a picture to start from, as latents without noise in model space, [b, c, h, w] or [1, c, h, w]; see
                 `encode_image`.
-            mask: where the image is drawn anew, [b, 1, h, w] or [1, 1, h, w] in [0, 1]; see `mmdit.latent_mask`.
+            mask: where the image is drawn anew, [b, 1, h, w] or [1, 1, h, w] in [0, 1]; see `encode_mask`.
             strength: how much of the image is drawn anew, 0 to 1: the profile says at which noise level that starts.
                 With `start`, None is 1.
             differential: share of Differential Diffusion, in which a soft mask says at which level a cell may change.
@@ -273,7 +274,7 @@ class PipelineSteps(PipelineModels):
 
     def encode_image(
         self,
-        image: ImageLike,
+        image: PictureLike,
         *,
         height: int | None = None,
         width: int | None = None,
@@ -283,8 +284,8 @@ class PipelineSteps(PipelineModels):
         """The latents of pictures, [b, c, h, w], in model space; see `sample(image=)`.
 
         Args:
-            image: a PIL picture, an array [h, w, 3] or a tensor [3, h, w] in [0, 1], a batch or a list of these.
-                Latents are returned as they are.
+            image: a path, a PIL picture, an array [h, w, 3] or a tensor [3, h, w] in [0, 1], a batch or a list of
+                these. Latents are returned as they are.
             height, width: to draw at, in pixels. None is the profile's: the picture's own size, cut to multiples, or
                 the model's.
             seed, generator: what samples the latent, where the profile does; see `noise`.
@@ -334,6 +335,23 @@ class PipelineSteps(PipelineModels):
         if finite:
             check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
         return to_unit(decoded)
+
+    def encode_mask(self, mask_image: PictureLike, latents: Tensor) -> Float[Tensor, "b 1 h w"]:
+        """A mask at the size of latents, as the profile reads it; see `sample(mask=)`.
+
+        Args:
+            mask_image: where a picture is drawn anew, see `Pipeline.__call__`; of any size.
+            latents: [b, c, h, w].
+
+        Raises:
+            ValueError, TypeError: the mask is none, or 0 everywhere.
+        """
+        cell = self.vae.config.downscale
+        rows, columns = latents.shape[2:]
+        masks = ImageInputs(masks=tuple(masks_of(mask_image)))
+        found = masks.latent_masks(PictureSize(rows * cell, columns * cell, cut=False), cell, self.profile)
+        assert found is not None
+        return found.to(latents.device)
 
     def _picture_size(self, inputs: ImageInputs, height: int | None, width: int | None) -> PictureSize:
         """The size at which pictures are drawn."""

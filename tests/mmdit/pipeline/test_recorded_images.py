@@ -1,0 +1,134 @@
+"""Pictures as input, masks, parts of a drawing and second passes against recorded runs of the three references."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from mmdit import PROFILES, Pipeline, images
+from mmdit.pipeline.images import to_pil
+from recorded_runs import LATENTS, embeddings, image, pipeline, runs, text
+
+FOX, CATS, HOUSE, BOWL = (
+    "a photo of a red fox in the snow, sharp focus",
+    "two cats on a blue sofa",
+    "a lighthouse at dusk, oil painting",
+    "a bowl of fruit, studio light",
+)
+BLURRY, MARKS = "blurry, low quality", "watermark, text"
+# prompt, negative prompt, picture, mask, seed, steps, strength; sampler and schedule are in the name of the run
+COMFYUI = {
+    "img2img.sd35l_tiny.euler.normal.d0.6.photo.0": (FOX, BLURRY, "photo", None, 120, 6, 0.6),
+    "img2img.sd35l_tiny.euler.normal.d0.3.photo.1": (HOUSE, "", "photo", None, 121, 6, 0.3),
+    "img2img.sd35l_tiny.dpmpp_2m.sgm_uniform.d0.6.photo.2": (CATS, MARKS, "photo", None, 122, 6, 0.6),
+    "img2img.sd35l_tiny.dpmpp_2m.sgm_uniform.d0.3.photo.3": (BOWL, BLURRY, "photo", None, 123, 6, 0.3),
+    "img2img.sd35m_tiny.dpmpp_2m.simple.d0.6.odd.4": (FOX, "", "odd", None, 124, 5, 0.6),
+    "img2img.sd35l_tiny.euler.simple.d1.0.photo.5": (HOUSE, MARKS, "photo", None, 125, 4, 1.0),
+    "inpaint.set_hard.sd35l_tiny.euler.normal.d1.0.0": (FOX, BLURRY, "photo", "mask", 140, 6, 1.0),
+    "inpaint.set_soft.sd35l_tiny.dpmpp_2m.sgm_uniform.d0.7.1": (HOUSE, "", "photo", "softmask", 141, 6, 0.7),
+    "inpaint.set_alpha.sd35m_tiny.euler.simple.d0.8.2": (CATS, MARKS, "alpha", "alpha", 142, 5, 0.8),
+    "inpaint.modelcond.sd35l_tiny.euler.simple.d0.75.5": (HOUSE, MARKS, "photo", "softmask", 145, 5, 0.75),
+    "inpaint.set_hard.sd35l_tiny.euler_ancestral.normal.d1.0.6": (CATS, BLURRY, "photo", "mask", 146, 5, 1.0),
+}
+
+
+def comfyui(model: str = "large") -> Pipeline:
+    return pipeline(model, "comfyui")
+
+
+def close(pipe: Pipeline, found: torch.Tensor, name: str) -> None:
+    """ComfyUI's latents were recorded at the scale of the VAE."""
+    assert tiny.error(pipe.vae.from_model(found), runs()[name]) <= LATENTS
+
+
+def eight_bits_close(found, name: str) -> None:
+    assert np.abs(np.asarray(found, dtype=int) - runs()[name][0].numpy().astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("name", COMFYUI)
+def test_comfyui(name):
+    prompt, negative, picture, mask, seed, steps, strength = COMFYUI[name]
+    pipe = comfyui("medium" if "sd35m" in name else "large")
+    sampler, schedule = name.split("_tiny.")[1].split(".")[:2]
+    masked = None if mask is None else images.load_mask(image(mask), channel="alpha" if mask == "alpha" else "red")
+    how = {"seed": seed, "num_inference_steps": steps, "guidance_scale": 4.5, "sampler": sampler, "schedule": schedule}
+    how |= {"image": image(picture), "mask_image": masked, "strength": strength}
+    found = pipe(text(prompt), text(negative), output_type="latent", **how).images
+    close(pipe, found, f"{name}.latent")
+    for recorded in (key for key in runs() if key.startswith(f"{name}.image")):
+        eight_bits_close(to_pil(pipe.decode(found), pipe.profile.to_uint8)[0], recorded)
+
+
+@pytest.mark.parametrize(("picture", "name"), [("photo", "dpmpp_2m.sgm_uniform.d0.3.photo.3"), ("odd", "odd.4")])
+def test_comfyui_encodes(picture, name):
+    pipe = comfyui("medium" if picture == "odd" else "large")
+    recorded = next(key for key in runs() if key.startswith("img2img") and key.endswith(f"{name}.encoded"))
+    close(pipe, pipe.encode_image(image(picture)), recorded)
+
+
+@pytest.mark.parametrize("filter", ["lanczos", "bilinear"])
+def test_comfyui_resized(filter):
+    pipe, name = comfyui(), f"img2img.scaled_{filter}_{'center' if filter == 'lanczos' else 'disabled'}"
+    height, width = (96, 128) if filter == "lanczos" else (128, 112)
+    given = images.load_image(image("large")).picture
+    given = images.resize(given, height=height, width=width, filter=filter, crop=name.rpartition("_")[2])
+    how = {"seed": 130, "num_inference_steps": 5, "guidance_scale": 4.5, "schedule": "simple", "strength": 0.6}
+    found = pipe(text(BOWL), text(BLURRY), image=given, output_type="latent", **how).images
+    close(pipe, found, f"{name}.latent")
+
+
+DIFFUSERS = {
+    "d.img2img.0": ("photo", None, 300, 10, 0.6),
+    "d.img2img.1": ("photo", None, 301, 10, 0.3),
+    "d.img2img.2": ("large", None, 302, 7, 0.5),
+    "d.img2img.3": ("photo", None, 303, 5, 1.0),
+    "d.img2img.mean": ("photo", None, 308, 10, 0.6),
+    "d.inpaint.0": ("photo", "mask", 320, 8, 1.0),
+    "d.inpaint.1": ("photo", "mask", 321, 10, 0.6),
+    "d.inpaint.2": ("photo", "softmask", 322, 10, 0.6),
+    "d.inpaint.mean": ("photo", "mask", 328, 10, 0.6),
+}
+
+
+@pytest.fixture
+def diffusers() -> Pipeline:
+    """The profile of the pipeline may be changed by a test."""
+    pipe = pipeline("large", "diffusers")
+    pipe.profile = PROFILES["diffusers"]
+    return pipe
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+def test_diffusers(diffusers, name):
+    picture, mask, seed, steps, strength = DIFFUSERS[name]
+    if name.endswith("mean"):
+        diffusers.profile = replace(diffusers.profile, image_latent="mean")
+    how = {"image": image(picture), "strength": strength, "seed": seed, "num_inference_steps": steps}
+    how |= {"guidance_scale": 4.5, "height": 96, "width": 128, **embeddings()}
+    how |= {"mask_image": None if mask is None else image(mask)}
+    found = diffusers(output_type="latent", **how).images
+    assert tiny.error(found, runs()[f"{name}.latent"]) <= LATENTS
+
+
+def test_diffusers_leaves_the_shift_out_where_there_is_a_mask(diffusers):
+    picture, mask, seed, steps, strength = DIFFUSERS["d.inpaint.0"]
+    how = {"image": image(picture), "mask_image": image(mask), "strength": strength, "seed": seed}
+    how |= {"guidance_scale": 4.5, "height": 96, "width": 128, "num_inference_steps": steps, **embeddings()}
+    eight_bits_close(diffusers(**how).images[0], "d.inpaint.0.image")
+
+
+REFERENCE = {"r.img2img.0": ("euler", 8, 500, 0.6), "r.img2img.1": ("dpmpp_2m", 10, 501, 0.8)}
+REFERENCE |= {"r.img2img.2": ("dpmpp_2m", 7, 502, 0.3)}
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference(name):
+    """Stability's code was recorded in float32 throughout, with the mean of the picture's latent."""
+    sampler, steps, seed, strength = REFERENCE[name]
+    pipe = pipeline("large", "reference")
+    pipe.profile = replace(PROFILES["reference"], image_latent="mean", sigma_dtype="float32", noise_dtype="float32")
+    how = {"sampler": sampler, "num_inference_steps": steps, "guidance_scale": 4.5, "seed": seed, "strength": strength}
+    how |= {"height": 96, "width": 128, "output_type": "latent", **embeddings()}
+    assert tiny.error(pipe(image=image("photo"), **how).images, runs()[f"{name}.latent"]) <= LATENTS
