@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmdit._version import __version__ as __version__
     from mmdit.checkpoints.hub import HubError as HubError
     from mmdit.checkpoints.load import load_clip as load_clip
+    from mmdit.checkpoints.load import load_controlnet as load_controlnet
     from mmdit.checkpoints.load import load_mmdit as load_mmdit
     from mmdit.checkpoints.load import load_t5 as load_t5
     from mmdit.checkpoints.load import load_vae as load_vae
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from mmdit.inspection.patch import patch as patch
     from mmdit.inspection.sweep import sweep as sweep
     from mmdit.models.config import MMDiTConfig as MMDiTConfig
+    from mmdit.models.controlnet import ControlNet as ControlNet
+    from mmdit.models.controlnet import ControlNetConfig as ControlNetConfig
     from mmdit.models.mmdit import MMDiT as MMDiT
     from mmdit.parity.compare import compare as compare
     from mmdit.parity.report import Comparison as Comparison
@@ -70,7 +73,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "encoders": ("Conditioning",),
     "mmdit._version": ("__version__",),
     "mmdit.checkpoints.hub": ("HubError",),
-    "mmdit.checkpoints.load": ("load_clip", "load_mmdit", "load_t5", "load_vae"),
+    "mmdit.checkpoints.load": ("load_clip", "load_controlnet", "load_mmdit", "load_t5", "load_vae"),
     "mmdit.checkpoints.lora": ("Lora", "load_lora"),
     "mmdit.checkpoints.lora_merge": ("merge_lora",),
     "mmdit.checkpoints.quantize": ("quantize_checkpoint",),
@@ -87,6 +90,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.inspection.patch": ("patch",),
     "mmdit.inspection.sweep": ("sweep",),
     "mmdit.models.config": ("MMDiTConfig",),
+    "mmdit.models.controlnet": ("ControlNet", "ControlNetConfig"),
     "mmdit.models.mmdit": ("MMDiT",),
     "mmdit.parity.compare": ("compare",),
     "mmdit.parity.report": ("Comparison",),

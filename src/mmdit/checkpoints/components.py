@@ -15,13 +15,14 @@ from torch import nn
 from encoders.clip import CLIPConfig, CLIPText
 from encoders.t5 import T5Config, T5Encoder
 from encoders.vae import VAE, VAEConfig
-from mmdit.checkpoints import config_json, keymaps, official
+from mmdit.checkpoints import config_json, controlnet, keymaps, official
 from mmdit.checkpoints.keymaps import Reader, Tensors
 from mmdit.models.config import MMDiTConfig
+from mmdit.models.controlnet import ControlNet, ControlNetConfig
 from mmdit.models.mmdit import MMDiT
 
 Component: TypeAlias = str
-"""The name of a row of the registry: "transformer", "vae", "clip_l", "clip_g" or "t5"."""
+"""The name of a row of the registry: "transformer", "vae", "clip_l", "clip_g", "t5" or "controlnet"."""
 
 
 class Naming(NamedTuple):
@@ -30,6 +31,7 @@ class Naming(NamedTuple):
     name: str  # "official", "diffusers" ...
     signature: str  # a pattern; one key that begins with it is enough, so that a missing tensor can be named
     read: Reader  # the tensors of a file under official names
+    beside: Mapping[str, str] = {}  # patterns of tensors that such files hold and no model uses, in words
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class ModelKind:
 
     namings: tuple[Naming, ...]
     prefixes: tuple[str, ...]  # of its keys in single files; the first is the one that is written
-    write_official: Callable[[Tensors], Tensors]
-    write_diffusers: Callable[[Tensors, Any], Tensors]  # of the tensors and the config
+    write_official: Callable[[Tensors, Any], Tensors]  # of the tensors and the config
+    write_diffusers: Callable[[Tensors, Any], Tensors]
 
     infer: Callable[
         [config_json.Shapes, Mapping[str, Any]], Any
@@ -58,16 +60,19 @@ class ModelKind:
     folder: str  # of the diffusers layout
     stem: str  # of its files there
     library: str  # that has its class, the first of `classes`
-    place: Literal["main", "text"]  # whether it shares a file with the transformer, or has one among text encoders
+    # Whether it shares a file with the transformer, has one among text encoders, or one of its own kind.
+    place: Literal["main", "text", "control"]
     file_name: Callable[[Any, str], str]  # official stem of its file, of the config and the dtype in a word
     source: str  # its file in the official repository
     words: Callable[[Any], str]  # what a config is, for people
 
     needed: bool = True  # to draw a picture
+    many: bool = False  # whether several may lie in one folder, of which a pipeline takes none by itself
     without: str = ""  # what happens without it, where it is not needed but missed
     family: str = ""  # kinds of one family have the same tensors, and are told apart by `width` or by their place
     width: int | None = None  # of the official models of this kind, where that tells it from its family
     beside: Mapping[str, str] = field(default_factory=dict)  # patterns of tensors that files hold beside it, in words
+    says: Callable[[Tensors], Mapping[str, Any]] = lambda tensors: {}  # entries of config.json that a tensor holds
 
     def __post_init__(self) -> None:
         """A kind without relatives is a family of its own."""
@@ -116,6 +121,40 @@ _CLIP: Mapping[str, Any] = {
     "beside": _CLIP_BESIDE,
 }
 _ROWS = (
+    ModelKind(  # before the transformer, whose names in diffusers it has too
+        component="controlnet",
+        title="ControlNet",
+        config=ControlNetConfig,
+        module=ControlNet,
+        namings=(
+            Naming(
+                "official",
+                r"transformer_blocks\.\d+\.adaLN_modulation\.",
+                controlnet.read_control,
+                {r"context_embedder\..*": "a text embedder that no block reads"},
+            ),
+            Naming("diffusers", r"pos_embed_input\.|controlnet_blocks\.\d+\.", controlnet.read_diffusers_control),
+        ),
+        prefixes=("controlnet.",),
+        write_official=controlnet.write_official_control,
+        write_diffusers=controlnet.write_diffusers_control,
+        infer=controlnet.control_config,
+        to_json=controlnet.control_json,
+        dimensions=controlnet.CONTROL_DIMENSIONS,
+        classes=("SD3ControlNetModel",),
+        blocks=r"transformer_blocks\.(\d+)\.",
+        block_tensors=10,
+        folder="controlnet",
+        stem="diffusion_pytorch_model",
+        library="diffusers",
+        place="control",
+        file_name=lambda config, dtype: controlnet.control_stem(config),
+        source="controlnet/diffusion_pytorch_model.safetensors",
+        words=controlnet.control_words,
+        needed=False,
+        many=True,
+        says=controlnet.control_said,
+    ),
     ModelKind(
         component="transformer",
         title="transformer (MMDiT)",
@@ -130,7 +169,7 @@ _ROWS = (
             ),
         ),
         prefixes=("model.diffusion_model.", "diffusion_model."),
-        write_official=dict,
+        write_official=keymaps.write_unchanged,
         write_diffusers=keymaps.write_diffusers_mmdit,
         infer=config_json.mmdit_config,
         to_json=config_json.mmdit_json,
@@ -156,7 +195,7 @@ _ROWS = (
             Naming("diffusers", r"(encoder\.down|decoder\.up)_blocks\.\d+\.resnets\.", keymaps.read_diffusers_vae),
         ),
         prefixes=("first_stage_model.", "vae."),
-        write_official=dict,
+        write_official=keymaps.write_unchanged,
         write_diffusers=keymaps.write_diffusers_vae,
         infer=config_json.vae_config,
         to_json=config_json.vae_json,
@@ -189,7 +228,7 @@ _ROWS = (
         title="CLIP-G text encoder",
         prefixes=("text_encoders.clip_g.transformer.", "clip_g.transformer."),
         infer=config_json.clip_g_config,
-        write_official=dict,
+        write_official=keymaps.write_unchanged,
         folder="text_encoder_2",
         file_name=lambda config, dtype: "clip_g",
         source="text_encoders/clip_g.safetensors",

@@ -56,9 +56,14 @@ def inspect(path: str | Path) -> Description:
         found = with_neighbours(found)
     models, problems = _opened(found)
     lines = [f"{path}", f"layout: {found.layout}", *(line for model in models.values() for line in _model_lines(model))]
-    lines.append(_tokenizer_line(found))
+    lines += _several_lines(found)
+    only_control = bool(models) and all(model.kind.place == "control" for model in models.values())
+    lines += [] if only_control else [_tokenizer_line(found)]
     total = sum(lazy.nbytes for model in models.values() for lazy in model.tensors.values())
     lines.append(f"in all: {sum(len(model.tensors) for model in models.values())} tensors, {total / 1e9:.3f} GB")
+    if only_control and not problems:
+        lines += ["", "complete: mmdit.load_controlnet reads it, and pipe(..., controlnet=, control_image=) draws with it"]
+        return Description("\n".join(lines))
     without = missing(found)
     if not without and not problems:
         problems = _problems_together(found, models)
@@ -69,7 +74,8 @@ def inspect(path: str | Path) -> Description:
 def _opened(found: Found) -> tuple[dict[Component, StoredModel], list[str]]:
     """The models that load, and why others do not."""
     models, problems = {}, []
-    for component in [*found.weights, *(each for each in found.several if each not in found.weights)]:
+    several = (each for each in found.several if each not in found.weights and not REGISTRY[each].many)
+    for component in [*found.weights, *several]:
         try:
             model = open_model(found, component)
             check_loads(model)
@@ -121,6 +127,15 @@ def _float8_lines(stored: StoredModel) -> list[str]:
         f"  kept in float8: {formats}"
         + (f", {rows} with a scale per row" if rows else "")
         + f"; activations: {treated}",
+    ]
+
+
+def _several_lines(found: Found) -> list[str]:
+    """Models that lie side by side, of which none is described."""
+    return [
+        f"{len(files)} {REGISTRY[component].title}s, inspect each by its path: {', '.join(map(str, files))}"
+        for component, files in found.several.items()
+        if REGISTRY[component].many and component not in found.weights
     ]
 
 

@@ -152,7 +152,7 @@ def _diffusers(names: frozenset[str], variant: Variant | None) -> _Choice:
     choice = _Choice()
     choice.take(names & {_INDEX}, _INDEX)
     for kind in REGISTRY.values():
-        if kind.needed or any(name.startswith(f"{kind.folder}/") for name in names):
+        if kind.needed or (not kind.many and any(name.startswith(f"{kind.folder}/") for name in names)):
             choice.take(_weights(names, kind, variant), f"{kind.folder}/ (a complete set of .safetensors)")
     _add_small_files(choice, names, t5=any(name.startswith(f"{REGISTRY['t5'].folder}/") for name in names))
     return choice
@@ -177,7 +177,7 @@ def _official(names: frozenset[str]) -> _Choice:
 
 def _add_small_files(choice: _Choice, names: frozenset[str], *, t5: bool) -> None:
     """Configs, where there are any, and the tokenizers."""
-    configs = {_SCHEDULER, *(f"{kind.folder}/config.json" for kind in REGISTRY.values())}
+    configs = {_SCHEDULER, *(f"{kind.folder}/config.json" for kind in REGISTRY.values() if not kind.many)}
     choice.files += names & configs
     for folder in TOKENIZERS if t5 else TOKENIZERS[:2]:
         here = {file for file in KNOWN_FILES if f"{folder}/{file}" in names}

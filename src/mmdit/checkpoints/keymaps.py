@@ -141,26 +141,30 @@ def _part_of(rule: Rename, index: int) -> Callable[[Tensor], Tensor]:
 
 def mmdit_rules(depth: int) -> list[Rename]:
     """For a transformer of `depth` joint blocks, of any of the variants."""
-    rules = [*_linears(_OUTER, Rename), *_linears({"final_layer.adaLN_modulation.1": ("norm_out.linear",)}, SwapHalves)]
+    rules = [*linears(_OUTER, Rename), *linears({"final_layer.adaLN_modulation.1": ("norm_out.linear",)}, SwapHalves)]
     rules.append(Rename("pos_embed", ("pos_embed.pos_embed",)))
     for i in range(depth):
-        rules += _numbered(_JOINT_BLOCK, i)
-        last = {_CONTEXT_ADALN: (_THEIR_CONTEXT_ADALN,)}
-        rules += _numbered(list(_linears(last, SwapHalves if i == depth - 1 else Rename)), i)
+        rules += joint_block_rules(i, last=i == depth - 1)
     return rules
+
+
+def joint_block_rules(i: int, *, last: bool = False) -> list[Rename]:
+    """For the `i`-th joint block; the last one of a transformer ends the context, and has 2 chunks of adaLN there."""
+    adaln = linears({_CONTEXT_ADALN: (_THEIR_CONTEXT_ADALN,)}, SwapHalves if last else Rename)
+    return numbered([*_JOINT_BLOCK, *adaln], i)
 
 
 def vae_rules(levels: int, blocks: int) -> list[Rename]:
     """For a VAE of so many levels and resnets per level of the encoder."""
-    rules = list(_linears(_VAE_OUTER, Rename))
+    rules = list(linears(_VAE_OUTER, Rename))
     for side in ("encoder", "decoder"):
-        rules += _linears({f"{side}.mid.{ours}": (f"{side}.mid_block.{theirs}",) for ours, theirs in _ATTN}, Conv1x1)
+        rules += linears({f"{side}.mid.{ours}": (f"{side}.mid_block.{theirs}",) for ours, theirs in _ATTN}, Conv1x1)
         for block in (1, 2):
             rules += _resnet(f"{side}.mid.block_{block}", f"{side}.mid_block.resnets.{block - 1}")
     for i in range(levels):
         down, up = f"encoder.down_blocks.{i}", f"decoder.up_blocks.{levels - 1 - i}"
-        rules += _linears({f"encoder.down.{i}.downsample.conv": (f"{down}.downsamplers.0.conv",)}, Rename)
-        rules += _linears({f"decoder.up.{i}.upsample.conv": (f"{up}.upsamplers.0.conv",)}, Rename)
+        rules += linears({f"encoder.down.{i}.downsample.conv": (f"{down}.downsamplers.0.conv",)}, Rename)
+        rules += linears({f"decoder.up.{i}.upsample.conv": (f"{up}.upsamplers.0.conv",)}, Rename)
         for block in range(blocks):
             rules += _resnet(f"encoder.down.{i}.block.{block}", f"{down}.resnets.{block}")
         for block in range(blocks + 1):
@@ -218,23 +222,23 @@ def unchanged(tensors: Tensors, source: Path) -> Mapped:
 
 def read_diffusers_mmdit(tensors: Tensors, source: Path) -> Mapped:
     """An MMDiT in diffusers' names."""
-    return _read_by(mmdit_rules(count(tensors, "transformer_blocks.{i}.", 15)), tensors)
+    return read_by(mmdit_rules(count(tensors, "transformer_blocks.{i}.", 15)), tensors)
 
 
 def write_diffusers_mmdit(tensors: Tensors, config: MMDiTConfig) -> Tensors:
     """An MMDiT in diffusers' names."""
-    return _write_by(mmdit_rules(config.depth), tensors)
+    return write_by(mmdit_rules(config.depth), tensors)
 
 
 def read_diffusers_vae(tensors: Tensors, source: Path) -> Mapped:
     """A VAE in diffusers' names."""
     levels, blocks = count(tensors, "encoder.down_blocks.{i}.", 8), count(tensors, "encoder.down_blocks.0.resnets.{i}.")
-    return _read_by(vae_rules(levels, blocks), tensors)
+    return read_by(vae_rules(levels, blocks), tensors)
 
 
 def write_diffusers_vae(tensors: Tensors, config: VAEConfig) -> Tensors:
     """A VAE in diffusers' names."""
-    return _write_by(vae_rules(len(config.widths), config.blocks_per_level), tensors)
+    return write_by(vae_rules(len(config.widths), config.blocks_per_level), tensors)
 
 
 def read_clip(tensors: Tensors, source: Path) -> Mapped:
@@ -276,13 +280,18 @@ def write_transformers_clip(tensors: Tensors, config: Any) -> Tensors:
     return tensors | {_PROJECTION: LazyTensor.of(torch.eye(config.width, dtype=torch.float32)).as_dtype(dtype)}
 
 
-def write_official_clip_l(tensors: Tensors) -> Tensors:
+def write_unchanged(tensors: Tensors, config: Any) -> Tensors:
+    """Official names are kept."""
+    return dict(tensors)
+
+
+def write_official_clip_l(tensors: Tensors, config: Any) -> Tensors:
     """CLIP-L as the official file has it: without a projection that is the identity."""
     without = {key: lazy for key, lazy in tensors.items() if key != _PROJECTION}
     return without if _PROJECTION in tensors and _is_identity(tensors[_PROJECTION]) else dict(tensors)
 
 
-def write_official_t5(tensors: Tensors) -> Tensors:
+def write_official_t5(tensors: Tensors, config: Any) -> Tensors:
     """T5 as the official file has it: with its token embedding twice."""
     return tensors | {_T5_EMBEDDING_TWIN: tensors[_T5_EMBEDDING]}
 
@@ -313,7 +322,8 @@ def _one_of(kept: LazyTensor, twin: LazyTensor, source: Path) -> LazyTensor:
     return LazyTensor(kept.shape, kept.dtype, load)
 
 
-def _read_by(rules: Sequence[Rename], tensors: Tensors) -> Mapped:
+def read_by(rules: Sequence[Rename], tensors: Tensors) -> Mapped:
+    """The tensors under our names by these rules; ValueError for those that no rule takes."""
     found, left = to_ours(tensors, rules)
     if left:
         without = partners(left, rules)
@@ -322,7 +332,8 @@ def _read_by(rules: Sequence[Rename], tensors: Tensors) -> Mapped:
     return Mapped(found, {rule.ours: rule.theirs for rule in rules})
 
 
-def _write_by(rules: Sequence[Rename], tensors: Tensors) -> Tensors:
+def write_by(rules: Sequence[Rename], tensors: Tensors) -> Tensors:
+    """The tensors under their names by these rules; ValueError for those that no rule takes."""
     found, left = to_theirs(tensors, rules)
     if left:
         raise ValueError(f"{len(left)} tensors have no name in diffusers: {some(left)}")
@@ -370,13 +381,15 @@ def _is_identity(projection: LazyTensor) -> bool:
     return square and torch.equal(projection.read(torch.float32), torch.eye(projection.shape[0]))
 
 
-def _linears(names: Mapping[str, tuple[str, ...]], kind: type[Rename]) -> Iterator[Rename]:
+def linears(names: Mapping[str, tuple[str, ...]], kind: type[Rename]) -> Iterator[Rename]:
+    """A rule for the weight and one for the bias of each layer; `names` maps our name to theirs."""
     for ours, theirs in names.items():
         for what in ("weight", "bias"):
             yield kind(f"{ours}.{what}", tuple(f"{key}.{what}" for key in theirs))
 
 
-def _numbered(rules: Iterable[Rename], i: int) -> list[Rename]:
+def numbered(rules: Iterable[Rename], i: int) -> list[Rename]:
+    """The rules with a block's number in the place of `{i}`."""
     return [
         replace(
             rule, ours=rule.ours.replace("{i}", str(i)), theirs=tuple(key.replace("{i}", str(i)) for key in rule.theirs)
@@ -387,7 +400,7 @@ def _numbered(rules: Iterable[Rename], i: int) -> list[Rename]:
 
 def _resnet(ours: str, theirs: str) -> Iterator[Rename]:
     names = {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"nin_shortcut": "conv_shortcut"}
-    return _linears({f"{ours}.{our}": (f"{theirs}.{their}",) for our, their in names.items()}, Rename)
+    return linears({f"{ours}.{our}": (f"{theirs}.{their}",) for our, their in names.items()}, Rename)
 
 
 _OUTER = {
@@ -422,7 +435,7 @@ _BLOCK = {
     f"{_CONTEXT}.mlp.fc1": (f"{_THEIRS}.ff_context.net.0.proj",),
     f"{_CONTEXT}.mlp.fc2": (f"{_THEIRS}.ff_context.net.2",),
 }
-_JOINT_BLOCK = [*_linears(_FUSED, Concat), *_linears(_BLOCK, Rename)]
+_JOINT_BLOCK = [*linears(_FUSED, Concat), *linears(_BLOCK, Rename)]
 _ATTN = [("attn_1.norm", "attentions.0.group_norm"), ("attn_1.proj_out", "attentions.0.to_out.0")]
 _ATTN += [(f"attn_1.{part}", f"attentions.0.to_{part}") for part in "qkv"]
 _VAE_OUTER = {

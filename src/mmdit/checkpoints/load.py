@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -26,11 +26,13 @@ from mmdit.checkpoints.locate import Found, ambiguous, locate, open_weights
 from mmdit.checkpoints.missing import absent
 from mmdit.checkpoints.recognise import looks_like, split, unwrapped
 from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.models.controlnet import CONTROL_KINDS, ControlKind, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.utils import is_out_of_memory
 from quant.formats import FLOAT8
 from quant.quantize import linears_of
 from quant.spellings import Scales, unread_quantization
+from samplers import pick
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
 READERS = 2  # tensors read at a time
@@ -117,6 +119,60 @@ def load_t5(
     return _load(path, "t5", device, dtype, float8)
 
 
+def load_controlnet(
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    kind: ControlKind | None = None,
+    float8: Float8 = "keep",
+) -> ControlNet:
+    """A ControlNet of Stability's or InstantX's kind, in eval mode; see `load_mmdit` for the other arguments.
+
+    Args:
+        path: a safetensors file, a folder (of diffusers, ComfyUI or others), or "owner/name" of a repository on the
+            Hugging Face Hub. `kind` says which is meant where there are several nets.
+        device, dtype, float8: see `load_mmdit`.
+        kind: what the hint is: "blur", "canny", "depth", "tile", "pose" or "inpaint". Stability's files say it; files
+            of diffusers do not. It decides the range of the hint's values in some profiles, see `mmdit.Profile`.
+
+    Raises:
+        FileNotFoundError: there is no such path.
+        mmdit.HubError: the repository cannot be had.
+        ValueError: the kind is unknown.
+        CheckpointError: as `load_mmdit`; or the file says another kind.
+    """
+    if kind is not None:
+        pick(dict.fromkeys(CONTROL_KINDS), kind, "kind")
+    found = locate(path, clip="controlnet")
+    stored = _of_kind(found, kind)
+    say_notes([stored])
+    return build(stored, device, dtype, float8)
+
+
+def _of_kind(found: Found, kind: ControlKind | None) -> StoredModel:
+    """The ControlNet of this kind, or the only one."""
+    if kind is not None and "controlnet" not in found.weights:
+        nets = {file: open_model(_only(found, file), "controlnet") for file in found.several.get("controlnet", ())}
+        fitting = [file for file, net in nets.items() if kind in (net.config.kind or file.stem)]
+        found = _only(found, fitting[0]) if len(fitting) == 1 else found
+    stored = open_model(found, "controlnet")
+    said = stored.config.kind
+    if kind is None or kind == said:
+        return stored
+    if said is not None:
+        raise CheckpointError(f"{stored.source} is a ControlNet for {said} hints, but kind={kind!r} is asked for")
+    try:
+        return replace(stored, config=replace(stored.config, kind=kind))
+    except ValueError as error:
+        raise CheckpointError(f"{stored.source}: {error}") from error
+
+
+def _only(found: Found, file: Path) -> Found:
+    """The same with one of several ControlNets."""
+    return replace(found, weights={"controlnet": file})
+
+
 def open_model(found: Found, component: Component) -> StoredModel:
     """One model of a located checkpoint: names mapped, float8 scales read, config inferred, and no weight read.
 
@@ -142,11 +198,20 @@ def open_model(found: Found, component: Component) -> StoredModel:
         )
     absorbed, scales = absorb_scales(source, model.keys, stored, metadata)
     with _explained(source, kind):
+        said = _together(said, kind.says(absorbed))
         tensors, stored_as = model.naming.read(absorbed, source)
         shapes = {key: lazy.shape for key, lazy in tensors.items()}
         config = kind.config_of(shapes, said, own=is_file(source.parent / "config.json"))
     notes = [*names.notes(), *_merge_notes(disagreeing(absorbed, stored_as.values()))]
     return StoredModel(component, source, tensors, config, scales, stored_as, tuple(notes))
+
+
+def _together(said: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json and those that tensors hold, which may not contradict each other."""
+    for name, value in more.items():
+        if said.get(name, value) not in (None, value):
+            raise ValueError(f"config.json says {name} = {said[name]!r:.80}, a tensor says {value!r}")
+    return {**said, **more}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from encoders import VAE, CLIPText, T5Encoder, Tokenizers
-from mmdit.checkpoints.components import Component, title
+from mmdit.checkpoints.components import REGISTRY, Component, title
 from mmdit.checkpoints.float8 import Float8
 from mmdit.checkpoints.hub import Variant, fetch, is_repo_id
 from mmdit.checkpoints.load import StoredModel, build, open_model, say_notes
@@ -153,7 +153,8 @@ def _opened(found: Found) -> dict[Component, StoredModel]:
     if "transformer" not in found.weights:
         open_model(found, "transformer")  # says what there is instead
     for component in sorted(found.several.keys() - found.weights.keys()):
-        raise ambiguous(found, component)
+        if not REGISTRY[component].many:
+            raise ambiguous(found, component)
     if without := missing(found):
         has = ", ".join(found.weights) or "no model of SD3"
         said = f"{found.path} is not enough for a picture: it has {has}. Missing:"

@@ -23,6 +23,7 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 MAX_INDEX = 32 * 2**20  # bytes of a shard index
 _MAIN_FOLDERS = ("checkpoints", "diffusion_models", "unet")
 _TEXT_FOLDERS = ("text_encoders", "clip")
+_CONTROL_FOLDER = "controlnet"
 _SHOWN = 5  # files that a message names
 _SHARD = "-of-"
 _INFINITE = re.compile(rb'("lambda_min_clipped"\s*:\s*)-Infinity')
@@ -224,10 +225,12 @@ def _in_official_folder(found: Found) -> Found:
         _add_beside(found, found.weights["transformer"])
     if {"transformer"} & (found.weights.keys() | found.several.keys()):
         _add(found, "main", folder / "vae")
+        _add(found, "control", folder / _CONTROL_FOLDER)
         _add_text_encoders(found, (folder / name for name in _TEXT_FOLDERS))
         _add_text_encoders(found, [folder], nested=False)
     elif not any(_SHARD in file.name for file in files):  # a folder of text encoders, say, or of one VAE
         _add(found, "main", folder)
+        _add(found, "control", folder)
         _add_text_encoders(found, [folder])
     if not found.weights and not found.several:
         raise CheckpointError(_nothing_in(found, folder))
@@ -243,6 +246,7 @@ def _in_comfyui_folder(found: Found) -> Found:
     if "transformer" in found.weights:
         _add_beside(found, found.weights["transformer"])
     _add(found, "main", models / "vae")
+    _add(found, "control", models / _CONTROL_FOLDER)
     _add_text_encoders(found, (models / name for name in _TEXT_FOLDERS))
     if not found.weights and not found.several:
         raise CheckpointError(_nothing_in(found, models))
@@ -376,7 +380,7 @@ def ambiguous(found: Found, component: Component) -> CheckpointError:
         f"{found.path}: {len(files)} files are the {title(component)}: {', '.join(map(str, files))}; "
         + (
             "give one of these files by its path"
-            if component == "transformer"
+            if component == "transformer" or REGISTRY[component].many
             else f"keep one, or name one with {component}="
         )
     )

@@ -31,7 +31,7 @@ _LEFTOVERS: tuple[tuple[str, str], ...] = (
 )
 _EMA = re.compile(r"(model_ema|ema_model|ema)\.(.+)")
 _FOREIGN: tuple[tuple[str, str], ...] = (
-    ("a ControlNet", r"^controlnet_|^control_model\."),
+    ("a ControlNet of another model", r"^controlnet_(?!blocks\.)|^control_model\."),
     ("a Flux checkpoint", r"(^|\.)double_blocks\.\d+\.|(^|\.)single_transformer_blocks\.\d+\."),
     ("a Stable Diffusion XL checkpoint", r"^conditioner\.embedders\.|(^|\.)label_emb\.|^add_embedding\."),
     ("a Stable Diffusion 2 checkpoint", r"^cond_stage_model\.model\."),
@@ -88,7 +88,7 @@ def split(keys: Iterable[str], *, ema: bool = False) -> Split:
             _leave_out(found, local, {})
             continue
         name = kind.component if prefix in kind.prefixes else kind.family
-        kept = _leave_out(found, local, kind.beside, keep=True)
+        kept = _leave_out(found, local, {**kind.beside, **naming.beside}, keep=True)
         if name in found.models:  # under two prefixes: what the file means is not clear
             found.left.extend(kept.values())
         else:

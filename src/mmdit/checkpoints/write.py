@@ -16,12 +16,12 @@ import torch
 from encoders.clip import CLIPConfig
 from encoders.tokenizer_files import KNOWN_FILES
 from encoders.vae import VAEConfig
-from mmdit.checkpoints.components import REGISTRY
+from mmdit.checkpoints.components import REGISTRY, title
 from mmdit.checkpoints.files import is_file
 from mmdit.checkpoints.float8 import Spelling, Tensors, metadata_in, spelled
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.load import StoredModel, check_loads, open_model, say_notes
-from mmdit.checkpoints.locate import TOKENIZERS, Found, locate
+from mmdit.checkpoints.locate import TOKENIZERS, Found, ambiguous, locate
 from mmdit.checkpoints.missing import unknown
 from mmdit.checkpoints.safetensors_io import CheckpointError, write_tensors
 from mmdit.utils import replacing, replacing_folder
@@ -38,7 +38,10 @@ _DTYPE_WORDS = {
     torch.float8_e4m3fn: "fp8_e4m3fn",
     torch.float8_e5m2: "fp8_e5m2",
 }
-_PLACES = {"official": ("", "text_encoders/"), "comfyui": ("models/checkpoints/", "models/text_encoders/")}
+_PLACES = {  # folders by the place of a kind of model
+    "official": {"main": "", "text": "text_encoders/", "control": "controlnet/"},
+    "comfyui": {"main": "models/checkpoints/", "text": "models/text_encoders/", "control": "models/controlnet/"},
+}
 _OTHER_CLASSES = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
@@ -101,11 +104,26 @@ def opened(found: Found) -> list[StoredModel]:
     """
     if not found.weights and not found.several:
         raise unknown(found)
-    models = [open_model(found, component) for component in {**found.weights, **found.several}]
+    _say_left_out(found)
+    components = {**found.weights, **{name: files for name, files in found.several.items() if not REGISTRY[name].many}}
+    models = [open_model(found, component) for component in components]
     for model in models:
         check_loads(model)
     say_notes(models)
     return models
+
+
+def _say_left_out(found: Found) -> None:
+    """Warn of models that lie side by side and are not written.
+
+    Raises:
+        CheckpointError: there is nothing else.
+    """
+    for component, files in found.several.items():
+        if REGISTRY[component].many and component not in found.weights:
+            if not found.weights:
+                raise ambiguous(found, component)
+            warnings.warn(f"{len(files)} {title(component)}s are left out; give each by its path", stacklevel=4)
 
 
 def write_checkpoint(
@@ -178,29 +196,28 @@ def _cast(model: StoredModel, dtype: torch.dtype) -> StoredModel:
 
 
 def single_file(models: Sequence[StoredModel], spelling: Spelling) -> Tensors:
-    """All models in one file, under the official prefixes; a text encoder alone has none, like the official files."""
-    if len(models) == 1 and models[0].kind.place == "text":
+    """All models in one file, under the official prefixes; what has a file of its own has none alone."""
+    if len(models) == 1 and models[0].kind.place != "main":
         return official(models[0], spelling)
     return {model.kind.prefixes[0] + key: lazy for model in models for key, lazy in official(model, spelling).items()}
 
 
-def _files(models: Sequence[StoredModel], places: tuple[str, str], spelling: Spelling) -> Plan:
-    """One file for the transformer and what shares it, one for each text encoder."""
-    main_folder, text_folder = places
+def _files(models: Sequence[StoredModel], places: Mapping[str, str], spelling: Spelling) -> Plan:
+    """One file for the transformer and what shares it, one for each other model."""
     main = sorted(
         (model for model in models if model.kind.place == "main"), key=lambda model: [*REGISTRY].index(model.component)
     )
-    weights = {f"{main_folder}{_file_name(main[0])}.safetensors": single_file(main, spelling)} if main else {}
+    weights = {f"{places['main']}{_file_name(main[0])}.safetensors": single_file(main, spelling)} if main else {}
     plan = Plan(spelling, weights)
     for model in models:
         if model not in main:
-            plan.weights[f"{text_folder}{_file_name(model)}.safetensors"] = official(model, spelling)
+            plan.weights[f"{places[model.kind.place]}{_file_name(model)}.safetensors"] = official(model, spelling)
     return plan
 
 
 def official(model: StoredModel, spelling: Spelling) -> Tensors:
     """The tensors of a model as the official files hold them."""
-    return spelled(model.kind.write_official(model.tensors), spelling)
+    return spelled(model.kind.write_official(model.tensors, model.config), spelling)
 
 
 def _diffusers(models: Sequence[StoredModel], max_shard_bytes: int, spelling: Spelling) -> Plan:
@@ -242,10 +259,11 @@ def _small_files(
     every = (
         _OTHER_CLASSES
         | {"scheduler": ("diffusers", scheduler["_class_name"])}
-        | {kind.folder: (kind.library, kind.classes[0]) for kind in REGISTRY.values()}
+        | {kind.folder: (kind.library, kind.classes[0]) for kind in REGISTRY.values() if kind.folder in present or not kind.many}
     )
     classes = {name: list(pair) if name in present else [None, None] for name, pair in sorted(every.items())}
-    return texts | {"model_index.json": {"_class_name": "StableDiffusion3Pipeline", **classes}}
+    pipeline = "StableDiffusion3ControlNetPipeline" if "controlnet" in present else "StableDiffusion3Pipeline"
+    return texts | {"model_index.json": {"_class_name": pipeline, **classes}}
 
 
 def _write(plan: Plan, folder: Path, tokenizers: Callable[[Path], None] | None) -> None:

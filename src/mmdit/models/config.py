@@ -77,15 +77,12 @@ class MMDiTConfig:
         hidden, in_channels, patch, _ = shape["x_embedder.proj.weight"]
         last = max(_block_numbers(shapes), default=-1)
         norm = next((tuple(of) for key, of in shapes.items() if key.endswith((".ln_q.weight", ".ln_k.weight"))), None)
-        table = shape["pos_embed"][1]
-        if math.isqrt(table) ** 2 != table:
-            raise ValueError(f"pos_embed holds {table} positions, which is not a square")
         return cls(
             depth=last + 1,
             hidden_size=hidden,
             context_dim=shape["context_embedder.weight"][1],
             pooled_dim=shape["y_embedder.mlp.0.weight"][1],
-            pos_embed_size=math.isqrt(table),
+            pos_embed_size=table_side(shape["pos_embed"][1]),
             head_dim=norm[0] if norm else 64,
             patch_size=patch,
             in_channels=in_channels,
@@ -95,6 +92,18 @@ class MMDiTConfig:
             dual_attention_blocks=tuple(sorted(_dual_attention_blocks(shapes))),
             sample_size=sample_size,
         )
+
+
+def table_side(positions: int) -> int:
+    """The side of a square position table of so many positions.
+
+    Raises:
+        ValueError: it is no square.
+    """
+    side = math.isqrt(positions)
+    if side**2 != positions:
+        raise ValueError(f"pos_embed holds {positions} positions, which is not a square")
+    return side
 
 
 class _Needed(dict[str, tuple[int, ...]]):

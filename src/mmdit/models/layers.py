@@ -148,6 +148,12 @@ def timestep_sinusoid(timestep: Float[Tensor, " b"], size: int = 256) -> Float[T
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def centre_of_table(table: Float[Tensor, "1 p d"], side: int, rows: int, columns: int) -> Float[Tensor, "1 l d"]:
+    """The middle `rows` x `columns` positions of a table of `side` x `side`."""
+    top, left = (side - rows) // 2, (side - columns) // 2
+    return table.unflatten(1, (side, side))[:, top : top + rows, left : left + columns].flatten(1, 2)
+
+
 def sincos_pos_embed(hidden_size: int, side: int) -> Float[Tensor, "1 l d"]:
     """The position table that training starts from, [1, side**2, hidden_size]; checkpoints bring their own.
 

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from mmdit.models.blocks import JointBlock
 from mmdit.models.config import MMDiTConfig
-from mmdit.models.layers import FinalLayer, PatchEmbed, TimestepEmbedder, VectorEmbedder, sincos_pos_embed
+from mmdit.models.layers import (
+    FinalLayer,
+    PatchEmbed,
+    TimestepEmbedder,
+    VectorEmbedder,
+    centre_of_table,
+    sincos_pos_embed,
+)
 
 
 class MMDiT(nn.Module):
@@ -71,10 +78,7 @@ class MMDiT(nn.Module):
     def cropped_pos_embed(self, height: int, width: int) -> Float[Tensor, "1 l d"]:
         """The centre of the position table, for a latent of `height` x `width` cells."""
         side, patch = self.config.pos_embed_size, self.config.patch_size
-        rows, columns = height // patch, width // patch
-        top, left = (side - rows) // 2, (side - columns) // 2
-        table = self.pos_embed.unflatten(1, (side, side))
-        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+        return centre_of_table(self.pos_embed, side, height // patch, width // patch)
 
     def unpatchify(self, tokens: Float[Tensor, "b l p"], height: int, width: int) -> Float[Tensor, "b o h w"]:
         """The cells of a latent, from tokens that each hold (row, column, channel) of one patch."""
