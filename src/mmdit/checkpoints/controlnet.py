@@ -49,10 +49,10 @@ def control_said(tensors: Tensors) -> dict[str, Any]:
     if CONTROL_TYPE not in tensors:
         return {}
     lazy = tensors[CONTROL_TYPE]
-    value = lazy.read().tolist() if tuple(lazy.shape) in ((), (1,)) and not lazy.dtype.is_floating_point else None
-    value = value[0] if isinstance(value, list) else value
+    whole = tuple(lazy.shape) in ((), (1,)) and not lazy.dtype.is_floating_point
+    value = int(lazy.read()) if whole else -1
     if value not in range(len(TYPES)):
-        said = f"{value}" if value is not None else f"{lazy.dtype} of shape {list(lazy.shape)}"
+        said = f"{value}" if whole else f"{lazy.dtype} of shape {list(lazy.shape)}"
         known = ", ".join(f"{number} ({name})" for number, name in enumerate(TYPES))
         raise ValueError(f"{CONTROL_TYPE} is {said}, expected one of {known}")
     return {KIND: TYPES[value]}
@@ -125,7 +125,6 @@ def control_json(config: ControlNetConfig) -> dict[str, Any]:
         "_class_name": "SD3ControlNetModel",
         KIND: config.kind,
         "attention_head_dim": config.head_dim,
-        "caption_projection_dim": config.hidden_size if config.is_joint else 2048,
         "dual_attention_layers": [],
         "extra_conditioning_channels": config.hint_channels - config.in_channels,
         ZEROS: config.zero_pooled,
@@ -136,10 +135,14 @@ def control_json(config: ControlNetConfig) -> dict[str, Any]:
         "out_channels": config.in_channels,
         "patch_size": config.patch_size,
         "pooled_projection_dim": config.pooled_dim,
-        "pos_embed_max_size": config.pos_embed_size,
         "pos_embed_type": "sincos" if config.is_joint else None,
         "qk_norm": "rms_norm" if config.qk_norm else None,
         "use_pos_embed": config.is_joint,
+        **(
+            {"caption_projection_dim": config.hidden_size, "pos_embed_max_size": config.pos_embed_size}
+            if config.is_joint
+            else {}
+        ),
     }
 
 

@@ -62,7 +62,7 @@ def inspect(path: str | Path) -> Description:
     total = sum(lazy.nbytes for model in models.values() for lazy in model.tensors.values())
     lines.append(f"in all: {sum(len(model.tensors) for model in models.values())} tensors, {total / 1e9:.3f} GB")
     if only_control and not problems:
-        lines += ["", "complete: mmdit.load_controlnet reads it, and pipe(..., controlnet=, control_image=) draws with it"]
+        lines += ["", "complete: mmdit.load_controlnet reads it, and pipe(controlnet=, control_image=) draws with it"]
         return Description("\n".join(lines))
     without = missing(found)
     if not without and not problems:

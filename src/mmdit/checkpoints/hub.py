@@ -91,9 +91,7 @@ def fetch(
             hub cannot be reached and the cache is incomplete; or the repository holds no complete pipeline.
         mmdit.CheckpointError: a downloaded file is broken, see `mmdit.checkpoints.locate.locate`.
     """
-    repo_id = repo_id.removeprefix(EXPLICIT)
-    if not _REPOSITORY.fullmatch(repo_id):
-        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
+    repo_id = _checked_id(repo_id)
     api = _library(repo_id).HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
     with _explained(repo_id, revision, api.endpoint):
         commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
@@ -105,6 +103,58 @@ def fetch(
             _check_kind(folder, repo_id)
     _check_read(folder, chosen)
     return folder
+
+
+def fetch_control(repo_id: str, kind: str | None = None, *, endpoint: str | None = None) -> Path:
+    """Download the ControlNet of a repository; returns its weights, beside which config.json lies if there is one.
+
+    Args:
+        repo_id: "owner/name" or "hf:owner/name".
+        kind: "canny" or another kind of hint, by which one of several files is chosen.
+        endpoint: see `fetch`.
+
+    Raises:
+        ValueError: `repo_id` is not the name of a repository.
+        HubError: see `fetch`; or the repository holds no ControlNet as .safetensors, or several.
+    """
+    repo_id = _checked_id(repo_id)
+    api = _library(repo_id).HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"))
+    with _explained(repo_id, None, api.endpoint):
+        commit = api.resolve_revision(repo_id, revision=None, cache_dir=None).resolved
+        first, *others = needed_control(_files(api, repo_id, commit, None), kind, repository=repo_id)
+        patterns = [glob.escape(name) for name in (first, *others)]
+        return Path(api.snapshot_download(repo_id, revision=commit, allow_patterns=patterns)) / first
+
+
+def needed_control(names: Iterable[str], kind: str | None = None, *, repository: str = "the repository") -> list[str]:
+    """The files of a repository's ControlNet, the weights (or the index of their shards) first.
+
+    Args:
+        names: all files of the repository, as paths with "/".
+        kind: of the hint; one of several files is chosen by the word in its name.
+        repository: what messages call it.
+
+    Raises:
+        HubError: there is none as .safetensors, or there are several and `kind` names none of them.
+    """
+    names = frozenset(names)
+    for folder in ("", "controlnet/"):
+        for mark in ("", ".fp16"):
+            if files := _files_of(names, f"{folder}diffusion_pytorch_model", mark):
+                return [files[0], *sorted(files[1:]), *(names & {f"{folder}config.json"})]
+    files = sorted(name for name in names if re.fullmatch(r"(controlnet/)?[^/]+\.safetensors", name))
+    chosen = files if kind is None else [name for name in files if kind in name.lower()] or files
+    if len(chosen) != 1:
+        has = f"; it has {', '.join(files)}: say which by kind=, such as kind='canny'" if files else ""
+        raise HubError(f"{repository} holds {len(files) or 'no'} ControlNets as .safetensors{has}")
+    return chosen
+
+
+def _checked_id(repo_id: str) -> str:
+    repo_id = repo_id.removeprefix(EXPLICIT)
+    if not _REPOSITORY.fullmatch(repo_id):
+        raise ValueError(f"repo_id must be owner/name, got {repo_id!r}")
+    return repo_id
 
 
 def needed(names: Iterable[str], *, variant: Variant | None = None, repository: str = "the repository") -> list[str]:

@@ -20,6 +20,7 @@ from encoders.vae import VAE
 from mmdit.checkpoints.components import REGISTRY, Component, ModelKind
 from mmdit.checkpoints.files import is_file
 from mmdit.checkpoints.float8 import Float8, absorb_scales, disagreeing
+from mmdit.checkpoints.hub import fetch_control, is_repo_id
 from mmdit.checkpoints.keymaps import some
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.locate import Found, ambiguous, locate, open_weights
@@ -124,7 +125,7 @@ def load_controlnet(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    kind: ControlKind | None = None,
+    kind: str | None = None,
     float8: Float8 = "keep",
 ) -> ControlNet:
     """A ControlNet of Stability's or InstantX's kind, in eval mode; see `load_mmdit` for the other arguments.
@@ -142,10 +143,10 @@ def load_controlnet(
         ValueError: the kind is unknown.
         CheckpointError: as `load_mmdit`; or the file says another kind.
     """
-    if kind is not None:
-        pick(dict.fromkeys(CONTROL_KINDS), kind, "kind")
-    found = locate(path, clip="controlnet")
-    stored = _of_kind(found, kind)
+    known: dict[str, ControlKind] = {one: one for one in CONTROL_KINDS}
+    asked = None if kind is None else pick(known, kind, "kind")
+    place = fetch_control(str(path), asked) if isinstance(path, str) and is_repo_id(path) else path
+    stored = _of_kind(locate(place), asked)
     say_notes([stored])
     return build(stored, device, dtype, float8)
 

@@ -255,11 +255,12 @@ def _small_files(
     if not any(model.component == "transformer" for model in models):
         return texts
     texts["scheduler/scheduler_config.json"] = scheduler
+    kinds = [kind for kind in REGISTRY.values() if not kind.many or kind in [model.kind for model in models]]
     present = {"scheduler", *(model.kind.folder for model in models), *(TOKENIZERS if has_tokenizers else ())}
     every = (
         _OTHER_CLASSES
         | {"scheduler": ("diffusers", scheduler["_class_name"])}
-        | {kind.folder: (kind.library, kind.classes[0]) for kind in REGISTRY.values() if kind.folder in present or not kind.many}
+        | {kind.folder: (kind.library, kind.classes[0]) for kind in kinds}
     )
     classes = {name: list(pair) if name in present else [None, None] for name, pair in sorted(every.items())}
     pipeline = "StableDiffusion3ControlNetPipeline" if "controlnet" in present else "StableDiffusion3Pipeline"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from encoders import VAE, CLIPText, T5Encoder
 from mmdit.inspection.hooks import Handler, Target, hooked
+from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 
 
@@ -58,6 +59,8 @@ def _call(ghost: nn.Module, entry: str, sizes: Sizes) -> None:
         latent = _empty(batch, config.in_channels, sizes.rows, sizes.columns, dtype=dtype)
         context = _empty(batch, sizes.text_tokens, config.context_dim, dtype=dtype)
         ghost(latent, _empty(batch), context, _empty(batch, config.pooled_dim, dtype=dtype))
+    elif isinstance(ghost, ControlNet):
+        _call_control(ghost, sizes)
     elif isinstance(ghost, VAE):
         cells = (sizes.rows, sizes.columns)
         pixels = tuple(side * ghost.config.downscale for side in cells)
@@ -67,6 +70,19 @@ def _call(ghost: nn.Module, entry: str, sizes: Sizes) -> None:
         assert isinstance(ghost, CLIPText | T5Encoder)
         length = sizes.clip_tokens if isinstance(ghost, CLIPText) else sizes.t5_tokens
         ghost(_empty(batch, length, dtype=torch.int64))
+
+
+def _call_control(ghost: ControlNet, sizes: Sizes) -> None:
+    config, batch, dtype = ghost.config, sizes.batch, _dtype(ghost)
+    cells, patch = (sizes.rows, sizes.columns), config.patch_size
+    ghost(
+        _empty(batch, config.in_channels, *cells, dtype=dtype),
+        _empty(batch),
+        _empty(batch, sizes.text_tokens, config.context_dim or config.hidden_size, dtype=dtype),
+        _empty(batch, config.pooled_dim, dtype=dtype),
+        _empty(batch, config.hint_channels, *cells, dtype=dtype),
+        _empty(batch, (sizes.rows // patch) * (sizes.columns // patch), config.hidden_size, dtype=dtype),
+    )
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from encoders import VAE, CLIPText, T5Encoder
 from mmdit.checkpoints.components import Component
 from mmdit.inspection.addresses import Address, Label, Rows
-from mmdit.inspection.points import Point, Side, Stream, clip_points, point_table, t5_points, vae_points
+from mmdit.inspection.points import (
+    Point,
+    Side,
+    Stream,
+    clip_points,
+    control_points,
+    point_table,
+    t5_points,
+    vae_points,
+)
 from mmdit.inspection.views import Passing
 from mmdit.models.attention import Attend, Attended, Below, Rank, Strategy, attending
+from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Branch, Drawing, Pass
 from mmdit.pipeline.steps import PipelineSteps
@@ -114,6 +124,8 @@ def points_of(model: nn.Module) -> dict[str, Point]:
     """
     if isinstance(model, MMDiT):
         return point_table(model.config)
+    if isinstance(model, ControlNet):
+        return control_points(model.config)
     if isinstance(model, CLIPText):
         return clip_points(model.config)
     if isinstance(model, T5Encoder):
@@ -122,7 +134,7 @@ def points_of(model: nn.Module) -> dict[str, Point]:
         return vae_points(model.config)
     refuse_compiled(model, "the model")
     raise TypeError(
-        f"a {type(model).__name__} has no table of points; give an MMDiT, CLIP, T5, VAE or a pipeline of ours"
+        f"a {type(model).__name__} has no table of points; give an MMDiT, ControlNet, CLIP, T5, VAE or pipeline of ours"
     )
 
 
@@ -243,7 +255,7 @@ def _place(target: Target) -> tuple[int, str, Side]:
 def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[Hook]:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (*args, *kwargs.values())
-        context = given[2] if isinstance(entry, MMDiT) else None
+        context = given[2] if isinstance(entry, MMDiT | ControlNet) else None
         tracker.enter(given[0].shape[0], 0 if context is None else context.shape[1])
         if began is not None:
             began(entry, given, tracker)

@@ -11,6 +11,7 @@ from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.models.config import MMDiTConfig
+from mmdit.models.controlnet import ControlNetConfig
 
 Side = Literal["input", "output"]
 Layout = Literal["vector", "tokens", "heads", "split", "joint", "pattern", "by_head", "map"]
@@ -68,6 +69,26 @@ def point_table(config: MMDiTConfig) -> dict[str, Point]:
     return _named(points)
 
 
+def control_points(config: ControlNetConfig) -> dict[str, Point]:
+    """All points of a ControlNet; `controlnet_blocks` are the residuals that it gives to the transformer."""
+    embedders = [
+        Point(f"time_text_embed.{name}_embedder", f"time_text_embed.{name}_embedder", "output", layout="vector")
+        for name in ("timestep", "text")
+    ]
+    points = [*embedders, Point("pos_embed_input", "pos_embed_input", "output", stream="image")]
+    if config.is_joint:
+        points.append(Point("pos_embed", "pos_embed", "output", stream="image"))
+        points.append(Point("context_embedder", "context_embedder", "output", stream="text"))
+    for i in range(config.depth):
+        block = f"transformer_blocks.{i}"
+        streams = [(0, f"{block}.context_block"), (1, f"{block}.x_block")] if config.is_joint else [(1, block)]
+        for argument, name in streams:
+            points += _stream_points(config.heads, block, name, argument)
+        points += _attend(f"{block}.attend", config.heads, "joint" if config.is_joint else "image")
+        points.append(Point(f"controlnet_blocks.{i}", f"controlnet_blocks.{i}", "output", stream="image"))
+    return _named(points)
+
+
 def _block_points(config: MMDiTConfig, index: int) -> list[Point]:
     block = f"joint_blocks.{index}"
     last, dual = index == config.depth - 1, index in config.dual_attention_blocks
@@ -75,14 +96,16 @@ def _block_points(config: MMDiTConfig, index: int) -> list[Point]:
     for argument, stream in enumerate(("context_block", "x_block")):
         ends = last and stream == "context_block"
         dual_here = dual and stream == "x_block"
-        points += _stream_points(config.heads, block, stream, argument, ends=ends, dual=dual_here)
+        points += _stream_points(config.heads, block, f"{block}.{stream}", argument, ends=ends, dual=dual_here)
     points += _attend(f"{block}.attend", config.heads, "joint")
     return points + (_attend(f"{block}.attend2", config.heads, "image") if dual else [])
 
 
-def _stream_points(heads: int, block: str, stream: str, argument: int, *, ends: bool, dual: bool) -> list[Point]:
-    name = f"{block}.{stream}"
-    whose: Stream = "text" if stream == "context_block" else "image"
+def _stream_points(
+    heads: int, block: str, name: str, argument: int, *, ends: bool = False, dual: bool = False
+) -> list[Point]:
+    """Points of one stream of a block: its submodules are in `name`, its tokens the block's `argument`-th."""
+    whose: Stream = "text" if name.endswith("context_block") else "image"
     first = Point(f"{name}.resid_pre", block, "input", argument, stream=whose)
     if ends:
         return [first, *_adaln(name, ("shift_msa", "scale_msa")), *_attention(f"{name}.attn", heads, whose, ends=True)]

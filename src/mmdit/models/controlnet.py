@@ -255,7 +255,7 @@ class ControlNet(nn.Module):
         timestep: Float[Tensor, " b"],
         context: Float[Tensor, "b n k"],
         pooled: Float[Tensor, "b p"],
-        hint: Float[Tensor, "b e h w"],
+        hint: Float[Tensor, "b e rows columns"],
         tokens: Float[Tensor, "b l d"] | None = None,
     ) -> list[Float[Tensor, "b l d"]]:
         """One residual of the image tokens per block of the net.

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from mmdit import Pipeline
 from mmdit.checkpoints.components import REGISTRY
-from mmdit.checkpoints.hub import HubError, fetch, is_repo_id, needed
+from mmdit.checkpoints.hub import HubError, fetch, is_repo_id, needed, needed_control
 from mmdit.checkpoints.locate import weights_in
 from mmdit.checkpoints.write import convert
 from refusals import refuses
@@ -88,10 +88,26 @@ def test_official_repositories(tmp_path, names, transformer):
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    read = {str(weights_in(tmp_path / kind.folder).relative_to(tmp_path)) for kind in REGISTRY.values()}
+    kinds = [kind for kind in REGISTRY.values() if not kind.many]
+    read = {str(weights_in(tmp_path / kind.folder).relative_to(tmp_path)) for kind in kinds}
     assert read <= set(needed(names)), "the loader would read others of a whole copy"
     assert needed(names) == sorted([*SMALL, *TEXTS, *transformer, VAE])
     assert needed(names, variant="fp16") == sorted([*SMALL, *TEXTS_FP16, *transformer, VAE])
+
+
+def test_controlnets_of_repositories():
+    diffusers = ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "examples/hint.png"]
+    assert needed_control(diffusers) == ["diffusion_pytorch_model.safetensors", "config.json"]
+    assert needed_control(diffusers, "canny") == needed_control(diffusers)
+    nets = [f"sd3.5_large_controlnet_{kind}.safetensors" for kind in ("blur", "canny", "depth")]
+    assert needed_control([*nets, "README.md"], "depth") == [nets[2]]
+    assert needed_control([f"controlnet/{nets[0]}"]) == [f"controlnet/{nets[0]}"]
+    shards = [f"controlnet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = "controlnet/diffusion_pytorch_model.safetensors.index.json"
+    assert needed_control([*SMALL, *shards, index]) == [index, *shards]
+    refuses(lambda: needed_control(nets), "3 ControlNets", error=HubError)
+    refuses(lambda: needed_control(nets, "pose"), "3 ControlNets", error=HubError)
+    refuses(lambda: needed_control(["net.bin"]), "no ControlNets", error=HubError)
 
 
 def test_official_layout_where_diffusers_is_incomplete():

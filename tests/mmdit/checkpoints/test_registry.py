@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmdit
-from mmdit import Pipeline
+from mmdit import ControlNet, ControlNetConfig, Pipeline
 from mmdit.checkpoints import keymaps, safetensors_io
 from mmdit.checkpoints.components import REGISTRY, ModelKind, Naming
 from mmdit.checkpoints.describe import inspect
@@ -47,7 +47,7 @@ TOY = ModelKind(
     module=Toy,
     namings=(Naming("official", r"toy_blocks\.\d+\.", keymaps.unchanged), Naming("diffusers", r"toys\.\d+\.", to_ours)),
     prefixes=("toy_model.",),
-    write_official=dict,
+    write_official=keymaps.write_unchanged,
     write_diffusers=to_theirs,
     infer=lambda shapes, said: ToyConfig(shapes["toy_blocks.0.weight"][0]),
     to_json=lambda config: {"_class_name": "ToyModel", "width": config.width},
@@ -94,13 +94,13 @@ def test_a_row_is_all_that_a_kind_needs(toy, tmp_path):
 
 
 def test_a_pipeline_with_another_kind_beside_it_loads(toy, tiny_folders):
-    assert set(Pipeline.from_pretrained(tiny_folders["sd3-medium"]).models) == set(REGISTRY) - {"toy"}
+    assert set(Pipeline.from_pretrained(tiny_folders["sd3-medium"]).models) == set(REGISTRY) - {"toy", "controlnet"}
 
 
 def test_rows_are_whole():
     for component, kind in REGISTRY.items():
         assert component == kind.component
-        assert component in Components.__dataclass_fields__
+        assert component in Components.__dataclass_fields__ or kind.many
         assert issubclass(kind.module, nn.Module)
     folders, prefixes = [[getattr(kind, name) for kind in REGISTRY.values()] for name in ("folder", "prefixes")]
     assert len(set(folders)) == len(folders)
@@ -109,7 +109,7 @@ def test_rows_are_whole():
 
 def test_tables_of_other_rooms_cover_the_registry():
     """Rooms that look into models keep tables of their own."""
-    models = Pipeline.demo().models
+    models = Pipeline.demo().models | {"controlnet": ControlNet(ControlNetConfig(1, 64, 48))}
     assert models.keys() == REGISTRY.keys()
     for component, model in models.items():
         assert mmdit.points(model), f"mmdit.points knows no {component}"
