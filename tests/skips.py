@@ -16,5 +16,7 @@ SKIPS = {
     "full disk": "this system has no /dev/full",
     "bash": "there is no bash",
     "links": "this system has no O_NOFOLLOW",
+    # tests/mmdit/pictures/test_edges.py: OpenCV is no dependency of ours.
+    "opencv": "needs OpenCV (cv2)",
     "memory": "the memory of a process is read from /proc, which only Linux has",
 }

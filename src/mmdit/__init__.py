@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from mmdit.parity.compare import compare as compare
     from mmdit.parity.report import Comparison as Comparison
     from mmdit.pictures import images as images
+    from mmdit.pictures.edges import canny as canny
     from mmdit.pictures.outpaint import pad_for_outpaint as pad_for_outpaint
     from mmdit.pipeline.calibration import Calibration as Calibration
     from mmdit.pipeline.calibration import calibrate as calibrate
@@ -94,6 +95,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.models.mmdit": ("MMDiT",),
     "mmdit.parity.compare": ("compare",),
     "mmdit.parity.report": ("Comparison",),
+    "mmdit.pictures.edges": ("canny",),
     "mmdit.pictures.outpaint": ("pad_for_outpaint",),
     "mmdit.pipeline.calibration": ("Calibration", "calibrate", "quantize_static"),
     "mmdit.pipeline.callbacks": ("OnStepEnd",),
