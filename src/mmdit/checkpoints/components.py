@@ -1,4 +1,4 @@
-"""The registry of model kinds: what reading, writing and describing a model must know, one frozen row each.
+"""The registry of model kinds: one frozen row for each kind, with all that reading, writing and describing needs.
 
 To add a kind of model, add a row here and a file with its key maps and its config; nothing else in this room names a
 kind. Rooms that look into models keep a table of their own by component, and a test holds it against this registry.
@@ -29,53 +29,53 @@ class Naming(NamedTuple):
     """One way in which files name the tensors of a model."""
 
     name: str  # "official", "diffusers" ...
-    signature: str  # a pattern; one key that begins with it is enough, so that a missing tensor can be named
-    read: Reader  # the tensors of a file under official names
-    beside: Mapping[str, str] = {}  # patterns of tensors that such files hold and no model uses, in words
+    signature: str  # a pattern; a single key that begins with it suffices, so that missing tensors can be named
+    read: Reader  # maps the tensors of a file to official names
+    beside: Mapping[str, str] = {}  # unused tensors in such files: pattern -> description
 
 
 @dataclass(frozen=True)
 class ModelKind:
-    """Everything that this room must know of one kind of model."""
+    """Everything that this package must know about one kind of model."""
 
     component: Component
-    title: str  # what messages call it
+    title: str  # its name in messages
     config: type
-    module: type[nn.Module]  # made from a config alone
+    module: type[nn.Module]  # the class, which is built from a config alone
 
     namings: tuple[Naming, ...]
-    prefixes: tuple[str, ...]  # of its keys in single files; the first is the one that is written
-    write_official: Callable[[Tensors, Any], Tensors]  # of the tensors and the config
-    write_diffusers: Callable[[Tensors, Any], Tensors]
+    prefixes: tuple[str, ...]  # prefixes of its keys in single files; the first one is written
+    write_official: Callable[
+        [Tensors, Any], Tensors
+    ]  # (tensors, config) -> the tensors as the official files hold them
+    write_diffusers: Callable[[Tensors, Any], Tensors]  # (tensors, config) -> tensors under diffusers' names
 
-    infer: Callable[
-        [config_json.Shapes, Mapping[str, Any]], Any
-    ]  # the config, of shapes and the entries of config.json
-    to_json: Callable[[Any], dict[str, Any]]  # config.json as diffusers and transformers write it
-    dimensions: Mapping[str, int]  # of the tensors that `infer` reads, by pattern
-    classes: tuple[str, ...]  # that its config.json may name
-    blocks: str  # a pattern whose group is a block's number, in official names
-    block_tensors: int  # that a block has at least
+    infer: Callable[[config_json.Shapes, Mapping[str, Any]], Any]  # (shapes, entries of config.json) -> config
+    to_json: Callable[[Any], dict[str, Any]]  # config -> config.json as diffusers and transformers write it
+    dimensions: Mapping[str, int]  # number of dimensions of the tensors that `infer` reads, by pattern
+    classes: tuple[str, ...]  # classes that its config.json may name
+    blocks: str  # a pattern of official keys whose group is the number of a block
+    block_tensors: int  # the smallest number of tensors in a block
 
-    folder: str  # of the diffusers layout
-    stem: str  # of its files there
-    library: str  # that has its class, the first of `classes`
-    # Whether it shares a file with the transformer, has one among text encoders, or one of its own kind.
+    folder: str  # its folder in the diffusers layout
+    stem: str  # the stem of its files there
+    library: str  # the library that has its class, the first of `classes`
+    # In the transformer's file, in a file of its own among the text encoders, or in a file of a ControlNet.
     place: Literal["main", "text", "control"]
-    file_name: Callable[[Any, str], str]  # official stem of its file, of the config and the dtype in a word
+    file_name: Callable[[Any, str], str]  # (config, name of the dtype) -> official stem of its file
     source: str  # its file in the official repository
-    words: Callable[[Any], str]  # what a config is, for people
+    words: Callable[[Any], str]  # a description of a config in words
 
-    needed: bool = True  # to draw a picture
-    many: bool = False  # whether several may lie in one folder, of which a pipeline takes none by itself
-    without: str = ""  # what happens without it, where it is not needed but missed
-    family: str = ""  # kinds of one family have the same tensors, and are told apart by `width` or by their place
-    width: int | None = None  # of the official models of this kind, where that tells it from its family
-    beside: Mapping[str, str] = field(default_factory=dict)  # patterns of tensors that files hold beside it, in words
-    says: Callable[[Tensors], Mapping[str, Any]] = lambda tensors: {}  # entries of config.json that a tensor holds
+    needed: bool = True  # whether no picture can be drawn without it
+    many: bool = False  # whether a folder may hold several, none of which a pipeline loads by itself
+    without: str = ""  # the effect of its absence, where it is not needed
+    family: str = ""  # kinds of one family have the same tensors; `width` or the place of the file tells them apart
+    width: int | None = None  # width of the official models of this kind, where it differs within the family
+    beside: Mapping[str, str] = field(default_factory=dict)  # unused tensors beside it: pattern -> description
+    says: Callable[[Tensors], Mapping[str, Any]] = lambda tensors: {}  # entries of config.json that tensors imply
 
     def __post_init__(self) -> None:
-        """A kind without relatives is a family of its own."""
+        """Make the kind a family of its own where none is given."""
         object.__setattr__(self, "family", self.family or self.component)
 
     def config_of(self, shapes: config_json.Shapes, said: Mapping[str, Any], *, own: bool = False) -> Any:
@@ -84,10 +84,10 @@ class ModelKind:
         Args:
             shapes: the shape of every tensor, by official name.
             said: the entries of config.json; empty where there is none.
-            own: config.json lies beside the file, so that it speaks of exactly these tensors.
+            own: whether config.json lies beside the file, so that it describes exactly these tensors.
 
         Raises:
-            KeyError: a tensor that says something about the config is missing.
+            KeyError: a tensor that the config is inferred from is missing.
             ValueError: the shapes are those of another model, or config.json contradicts them.
         """
         config_json.check_shapes(shapes, self.dimensions)
@@ -271,7 +271,7 @@ def to_diffusers(component: Component, config: Any) -> dict[str, Any]:
 
 
 def title(name: str) -> str:
-    """What messages call a component, or a family whose member is not known."""
+    """The name in messages of a component, or of a family whose member is not known."""
     if name in REGISTRY:
         return REGISTRY[name].title
     return " or ".join(kind.title for kind in REGISTRY.values() if kind.family == name)

@@ -1,4 +1,4 @@
-"""The config.json files of diffusers and transformers: read, held against the tensors, and written.
+"""The config.json files of diffusers and transformers: read, compared with the tensors, and written.
 
 A config is inferred from shapes and completed by config.json, which may not contradict them. The functions here are
 entries of the rows of `mmdit.checkpoints.components.REGISTRY`.
@@ -18,19 +18,19 @@ from mmdit.models.config import MMDiTConfig
 
 Shapes = Mapping[str, Sequence[int]]
 MAX_SIDE = 2**24  # elements along one side of a tensor; the largest official side is 147,456
-MAX_NUMBER = 10**9  # of any number that is taken from a config.json
+MAX_NUMBER = 10**9  # the largest number that is accepted in a config.json
 _ACTIVATIONS = ("quick_gelu", "gelu")
 _PROJECTION = "text_projection.weight"
 _LARGEST = 2  # eos_token_id by which transformers means "pool at the largest id", which is how SD3 was trained
 
 
 def mmdit_config(shapes: Shapes, said: Mapping[str, Any]) -> MMDiTConfig:
-    """The config of an MMDiT; config.json says what size it draws."""
+    """The config of an MMDiT; config.json gives its default picture size."""
     return MMDiTConfig.from_shapes(shapes, sample_size=said.get("sample_size"))
 
 
 def vae_config(shapes: Shapes, said: Mapping[str, Any]) -> VAEConfig:
-    """The config of a VAE; config.json says the groups of its norms and the place of its latents in model space."""
+    """The config of a VAE; config.json gives the groups of its norms, and scale and shift of its latents."""
     return VAEConfig.from_shapes(
         shapes,
         groups=said.get("norm_num_groups", 32),
@@ -78,12 +78,12 @@ def _clip_config(
 
 
 def t5_config(shapes: Shapes, said: Mapping[str, Any]) -> T5Config:
-    """The config of a T5 encoder, which shapes say completely."""
+    """The config of a T5 encoder, which follows from shapes alone."""
     return T5Config.from_shapes(shapes)
 
 
 def check_shapes(shapes: Shapes, dimensions: Mapping[str, int]) -> None:
-    """Check, before configs are inferred, that the tensors they are read from have the dimensions that are indexed.
+    """Check that tensors have the number of dimensions that inferring the config relies on.
 
     Args:
         shapes: the shape of every tensor of a model, by official name.
@@ -103,10 +103,10 @@ def check_shapes(shapes: Shapes, dimensions: Mapping[str, int]) -> None:
 
 
 def check_entries(title: str, said: Mapping[str, Any], classes: Sequence[str]) -> None:
-    """Check the entries of a config.json that are taken as they are, and the class that it names.
+    """Check the entries of a config.json that are used without a check against tensors, and the class that it names.
 
     Raises:
-        ValueError: an entry is of the wrong kind, or the class is another model's.
+        ValueError: an entry has the wrong type, or the class is that of another model.
     """
     for name, (kind, low, words) in TAKEN.items():
         value = said.get(name)
@@ -123,13 +123,13 @@ def check_entries(title: str, said: Mapping[str, Any], classes: Sequence[str]) -
 
 
 def check_agree(title: str, said: Mapping[str, Any], found: Mapping[str, Any], own: Shapes | None) -> None:
-    """Check that what a config.json says is what the tensors show; entries that it does not have say nothing.
+    """Check that a config.json agrees with the tensors; entries that it lacks are not checked.
 
     Args:
-        title: what messages call the model.
+        title: the model's name in messages.
         said: the entries of config.json.
-        found: what config.json would say of the tensors.
-        own: the shapes of the tensors, where config.json lies beside their file and speaks of them alone.
+        found: the entries that config.json should have for these tensors.
+        own: the shapes of the tensors, where config.json lies beside their file and describes them alone.
 
     Raises:
         ValueError: they contradict each other.
@@ -262,18 +262,18 @@ def t5_json(config: T5Config) -> dict[str, Any]:
 
 
 def vae_words(config: VAEConfig) -> str:
-    """What a VAE is, for people."""
+    """A VAE in words."""
     return f"widths {'-'.join(map(str, config.widths))}, {config.latent_channels} latent channels"
 
 
 def clip_words(config: CLIPConfig) -> str:
-    """What a CLIP text tower is, for people."""
+    """A CLIP text tower in words."""
     projection = "no projection" if config.projection_dim is None else "with projection"
     return f"{config.layers} layers x {config.width}, {config.activation}, {projection}"
 
 
 def t5_words(config: T5Config) -> str:
-    """What a T5 encoder is, for people."""
+    """A T5 encoder in words."""
     return f"{config.layers} layers x {config.width}, vocabulary {config.vocabulary}"
 
 
@@ -291,7 +291,7 @@ VAE_DIMENSIONS = {r".*\.conv_in\.weight|.*\.conv1\.weight": 4}
 T5_DIMENSIONS = {
     r"shared\.weight|.*\.relative_attention_bias\.weight|.*\.(SelfAttention\.q|DenseReluDense\.wo)\.weight": 2,
 }
-# Entries that are taken from config.json because no shape tells them: type, lower bound (exclusive) and words.
+# Entries that are read from config.json because no shape implies them: type, lower bound (exclusive), description.
 TAKEN: Mapping[str, tuple[Any, float, str]] = {
     "sample_size": (int, 0, "a whole number above 0"),
     "norm_num_groups": (int, 0, "a whole number above 0"),
@@ -300,8 +300,8 @@ TAKEN: Mapping[str, tuple[Any, float, str]] = {
     "scaling_factor": ((int, float), 0, "a number above 0"),
     "shift_factor": ((int, float), -inf, "a number"),
 }
-_MAY_BE_NULL = ("sample_size", "num_attention_heads")  # which then has its usual value
-# Entries that the tensors settle.
+_MAY_BE_NULL = ("sample_size", "num_attention_heads")  # the entry then has its usual value
+# Entries that follow from the tensors.
 SETTLED = (
     *("attention_head_dim", "caption_projection_dim", "dual_attention_layers", "in_channels", "joint_attention_dim"),
     *("num_attention_heads", "num_layers", "out_channels", "patch_size", "pooled_projection_dim"),
@@ -310,7 +310,7 @@ SETTLED = (
     *("d_ff", "d_kv", "d_model", "num_heads"),
     "relative_attention_num_buckets",
 )
-# Entries that would change what is computed and of which the code knows one value only.
+# Entries that would change what is computed, and for which the code supports one value only.
 CONSTANT = (
     *("act_fn", "down_block_types", "up_block_types", "mid_block_add_attention", "use_quant_conv"),
     *("use_post_quant_conv", "feed_forward_proj", "dense_act_fn", "is_gated_act", "layer_norm_eps"),

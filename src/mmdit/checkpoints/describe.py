@@ -1,4 +1,4 @@
-"""What a checkpoint is, in words, and whether it loads: `mmdit inspect`."""
+"""A checkpoint in words, and whether it loads: `mmdit inspect`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Description:
-    """What a checkpoint is, for people, and the reasons why the loader refuses it."""
+    """A checkpoint in words, and the reasons why the loader refuses it."""
 
     text: str
     problems: tuple[str, ...] = ()
@@ -40,19 +40,19 @@ def describe(path: str | Path) -> str:
 
 
 def inspect(path: str | Path) -> Description:
-    """Layout, models, tensors, dtypes, bytes and scales of a checkpoint, and what is missing to draw a picture.
+    """Describe layout, models, tensors, dtypes, bytes and scales of a checkpoint, and what a picture still needs.
 
-    Every model is made on the meta device and held against its tensors, as the loader does it; no weight is read.
+    Every model is built on the meta device and compared with its tensors, as the loader does; no weight is read.
 
     Raises:
         FileNotFoundError: there is no such path.
-        CheckpointError: there is nothing of ours at the path; a model that is there and cannot be loaded is a problem
-            of the description instead.
+        CheckpointError: the path holds no model of Stable Diffusion 3. A model that cannot be loaded is no error; the
+            description lists it as a problem.
     """
     found = locate(path)
     if not found.weights and not found.several:
         raise unknown(found)
-    if "transformer" in found.weights:  # then a picture is what it is for
+    if "transformer" in found.weights:  # a transformer is there to draw pictures
         found = with_neighbours(found)
     models, problems = _opened(found)
     lines = [f"{path}", f"layout: {found.layout}", *(line for model in models.values() for line in _model_lines(model))]
@@ -86,7 +86,7 @@ def _opened(found: Found) -> tuple[dict[Component, StoredModel], list[str]]:
 
 
 def _problems_together(found: Found, models: dict[Component, StoredModel]) -> list[str]:
-    """Why models that load alone, their tokenizers and the scheduler do not make a pipeline."""
+    """The reasons why models that load one by one, tokenizers and scheduler do not make a pipeline."""
     assert found.tokenizers is not None, "nothing is missing"
     try:
         check_together(models)
@@ -110,7 +110,7 @@ def _model_lines(stored: StoredModel) -> list[str]:
 
 
 def _float8_lines(stored: StoredModel) -> list[str]:
-    """Format, spelling, and how many weights have scales of their own and of their input."""
+    """Lines about float8: format, spelling, and how many weights have a scale and an input scale."""
     scales = stored.scales
     float8 = Counter(NAMES[lazy.dtype] for lazy in stored.tensors.values() if lazy.dtype in FLOAT8)
     if not float8:

@@ -1,4 +1,4 @@
-"""Looking through folders: which regular files lie there, opened at most once, and which of them cannot be used."""
+"""The files of a checkpoint folder: regular files, opened at most once, and those that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from encoders.json_files import MAX_BYTES, JSONError, printable, read_json
 from mmdit.checkpoints.safetensors_io import CheckpointError, Header, read_header
 
 ENDINGS = (".safetensors", ".sft")
-OTHER_ENDINGS = (".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx")  # of weights that are not read
-MAX_ENTRIES = 5000  # of a folder and what is in it, so that no whole disk is searched
+OTHER_ENDINGS = (".gguf", ".bin", ".ckpt", ".pt", ".pth", ".onnx")  # endings of weight files that are not read
+MAX_ENTRIES = 5000  # files and folders below a folder; the bound keeps a mistyped path from searching a whole disk
 MAX_LEVELS = 4
 
 
 @dataclass
 class Files:
-    """The files of a checkpoint: headers that have been read, and files that were set aside, with the reason."""
+    """The files of a checkpoint: the headers read so far, and the files that were set aside, with the reason."""
 
     headers: dict[Path, Header] = field(default_factory=dict)
     aside: dict[Path, str] = field(default_factory=dict)
 
     def header(self, path: Path) -> Header:
-        """The header of a file, read when it is first asked for.
+        """The header of a file, which is read in the first call only.
 
         Raises:
             OSError, CheckpointError: see `read_header`.
@@ -36,7 +36,7 @@ class Files:
         return self.headers[path]
 
     def usable(self, path: Path) -> Header | None:
-        """The header of a file that nobody has named; None, and the file is set aside, where it cannot be read."""
+        """The header of a file that the caller did not name; None (and set aside) where it cannot be read."""
         try:
             return self.header(path)
         except (CheckpointError, OSError) as error:
@@ -44,7 +44,7 @@ class Files:
             return None
 
     def weights(self, folder: Path, *, nested: bool = True) -> list[Path]:
-        """The safetensors files in a folder, in the order of their names; weights of other formats are set aside."""
+        """The safetensors files in a folder, sorted by name; weight files of other formats are set aside."""
         found = []
         for path in regular_files(folder, MAX_LEVELS if nested else 1):
             if path.suffix.lower() in ENDINGS:
@@ -55,7 +55,7 @@ class Files:
 
 
 def regular_files(folder: Path, levels: int = MAX_LEVELS) -> Iterator[Path]:
-    """The regular files in a folder and in folders inside it, through links too; hidden ones are passed over.
+    """The regular files in a folder and its subfolders, also behind links, but without hidden ones.
 
     Raises:
         CheckpointError: there are so many that the folder is no checkpoint.
@@ -82,7 +82,7 @@ def regular_files(folder: Path, levels: int = MAX_LEVELS) -> Iterator[Path]:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a regular file; a name that is too long for the system is none."""
+    """Whether a path is a regular file; a name that is too long for the system is not."""
     status = _status(path)
     return status is not None and stat.S_ISREG(status.st_mode)
 
@@ -101,7 +101,7 @@ def json_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def plain_name(path: Path, name: str) -> str:
-    """A file name that a file says, which must be the name of a safetensors file beside it and no way elsewhere.
+    """Check a file name that a file contains: it must be the plain name of a safetensors file beside it.
 
     Raises:
         CheckpointError: it is none.
@@ -119,7 +119,7 @@ def plain_name(path: Path, name: str) -> str:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder that can be read, in the order of names, without what is hidden."""
+    """The entries of a folder, sorted by name, without hidden ones; none where the folder cannot be read."""
     try:
         with os.scandir(folder) as found:
             return sorted(Path(entry.path) for entry in found if not entry.name.startswith("."))
@@ -128,7 +128,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _status(path: Path) -> os.stat_result | None:
-    """What a path leads to; None for links that lead nowhere or in a circle, and for what may not be looked at."""
+    """The status of a path's target; None for broken or circular links, and where access is denied."""
     try:
         return path.stat()
     except (OSError, ValueError):

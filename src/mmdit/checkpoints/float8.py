@@ -1,4 +1,4 @@
-"""Float8 in checkpoint files: scales are joined with their weights on reading, and spelled out on writing."""
+"""Float8 in checkpoint files: reading joins scales with their weights, and writing separates them again."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from quant.stored import Stored, recipe_of, stored_weights
 Float8 = Literal["keep", "dequantize"]
 Spelling = Literal["comfyui", "comfyui-old"]
 Tensors = dict[str, LazyTensor]
-MAX_SCALES = 2**20  # bytes of one scale or note; one scale for each row of T5's vocabulary takes 128,512
+MAX_SCALES = 2**20  # bytes of one scale or note; a scale per row of T5's vocabulary takes 128,512
 
 
 def absorb_scales(
     source: Path, keys: Mapping[str, str], stored: Mapping[str, LazyTensor], metadata: Mapping[str, str]
 ) -> tuple[Tensors, Scales]:
-    """The tensors of one model of a file, joined with their scales, and the spelling of these scales.
+    """The tensors of one model in a file, joined with their scales, and the spelling of these scales.
 
-    Scales and notes are read, and nothing else.
+    Only scales and notes are read, no weights.
 
     Args:
         source: the path of the file, for errors.
@@ -49,7 +49,7 @@ def absorb_scales(
         metadata: the file's metadata.
 
     Raises:
-        CheckpointError: scales that are no positive numbers, do not fit their weights, are too many or too few.
+        CheckpointError: a scale is not positive or does not fit its weight, or there are too many or too few scales.
     """
     tensors = {name: stored[key] for name, key in keys.items()}
     names = {key: name for name, key in keys.items()}
@@ -77,18 +77,18 @@ def absorb_scales(
 
 
 def _read_small(tensors: Mapping[str, LazyTensor], key: str) -> Tensor:
-    """A scale or a note, which are small in files that are what they say."""
+    """Read a scale or a note, which is refused where it is too large to be one."""
     if tensors[key].nbytes > MAX_SCALES:
         raise ValueError(f"{key!r} takes {tensors[key].nbytes} bytes, {MAX_SCALES} are the most of a scale or a note")
     return tensors[key].read()
 
 
 def disagreeing(tensors: Mapping[str, LazyTensor], merges: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The weights that become one and whose parts disagree on the scale, or the rounding, of their common input.
+    """The merged weights whose parts disagree on the scale, or on the rounding, of their common input.
 
     Args:
         tensors: The tensors that `absorb_scales` returns.
-        merges: The names of tensors that are put together, one tuple for each result.
+        merges: The names of the tensors that are merged, one tuple for each merged weight.
     """
     found = []
     for names in merges:
@@ -100,9 +100,9 @@ def disagreeing(tensors: Mapping[str, LazyTensor], merges: Iterable[tuple[str, .
 
 
 def spelled(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> Tensors:
-    """The tensors of a model as a file holds them: codes, scales, and the notes that ComfyUI looks for.
+    """The tensors of a model as they are stored: codes, scales, and the notes that ComfyUI reads.
 
-    Float8 that had no scales is written without scales.
+    Float8 weights that were stored without scales are written without scales.
 
     Raises:
         ValueError: the older spelling cannot hold these weights.
@@ -115,7 +115,9 @@ def spelled(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> Tensors:
         found[scale] = LazyTensor.of(codes.scale)
         if codes.input_scale is not None:
             found[input_scale] = LazyTensor.of(codes.input_scale)
-        if spelling == "comfyui":  # beside the header, whose names are wrong once a loader has cut their prefix
+        if (
+            spelling == "comfyui"
+        ):  # notes per layer, because the names in the header are wrong once a loader has removed their prefix
             note = json.dumps(note_of(codes.recipe)).encode()
             found[note_key(key)] = LazyTensor.of(torch.frombuffer(bytearray(note), dtype=torch.uint8))
     if spelling == "comfyui-old" and kept:
@@ -127,7 +129,7 @@ def metadata_in(tensors: Mapping[str, LazyTensor], spelling: Spelling) -> dict[s
     """The metadata of a file with these tensors."""
     metadata = metadata_of({key: Kind(codes.recipe, codes.logical) for key, codes in _kept(tensors).items()})
     if spelling == "comfyui-old":
-        metadata.pop(HEADER, None)  # where it is, ComfyUI looks for the newer spelling
+        metadata.pop(HEADER, None)  # its presence makes ComfyUI read the newer spelling
     return metadata
 
 
@@ -136,9 +138,9 @@ def _kept(tensors: Mapping[str, LazyTensor]) -> dict[str, Codes]:
 
 
 def _marker(kept: Mapping[str, Codes]) -> LazyTensor:
-    """The tensor `scaled_fp8`, which marks a file of scaled float8 and has the dtype of its weights.
+    """The tensor `scaled_fp8`, which marks a file with scaled float8 and has the dtype of its weights.
 
-    With two elements instead of none, ComfyUI dequantizes all weights before it multiplies.
+    If it has two elements instead of none, ComfyUI dequantizes all weights before it multiplies.
     """
     if rows := [key for key, codes in kept.items() if codes.scale.ndim]:
         raise ValueError(f"the older spelling has one scale per weight, but {rows[0]!r} has one per row: use 'comfyui'")

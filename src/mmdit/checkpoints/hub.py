@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face Hub: exactly the files that the loader reads, in the hub's own cache.
+"""Checkpoints from the Hugging Face Hub: only the files that the loader reads are downloaded, to the hub's own cache.
 
 Needs huggingface_hub (`pip install "mmdit-lab[hub]"`), which is imported only when something is fetched.
 """
@@ -48,10 +48,10 @@ class HubError(RuntimeError):
 
 
 def is_repo_id(text: str | Path) -> bool:
-    """Whether a text names a repository on the hub: "owner/name", where no path of that name is meant.
+    """Whether a text names a repository on the hub, "owner/name", and not a path.
 
-    A path is meant if it exists, or if its first folder does, or is called like folders of models are; "hf:owner/name"
-    is always a repository.
+    It is taken for a path if the path or its first folder exists, or if the first folder has a usual name for models.
+    "hf:owner/name" is always a repository.
     """
     if not isinstance(text, str):
         return False
@@ -87,7 +87,7 @@ def fetch(
 
     Raises:
         ValueError: `repo_id` is not the name of a repository.
-        HubError: huggingface_hub is not installed; there is no such repository or revision; it may not be read; the
+        HubError: huggingface_hub is not installed; the repository or revision does not exist or may not be read; the
             hub cannot be reached and the cache is incomplete; or the repository holds no complete pipeline.
         mmdit.CheckpointError: a downloaded file is broken, see `mmdit.checkpoints.locate.locate`.
     """
@@ -97,7 +97,7 @@ def fetch(
         commit = api.resolve_revision(repo_id, revision=revision, cache_dir=cache_dir).resolved
         chosen = needed(_files(api, repo_id, commit, cache_dir), variant=variant, repository=repo_id)
         small = [name for name in chosen if not name.endswith(".safetensors")]
-        for names in (small, chosen):  # another kind of model is refused before its gigabytes are there
+        for names in (small, chosen):  # refuse another kind of model before its gigabytes are downloaded
             patterns = [glob.escape(name) for name in names]
             folder = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache_dir, allow_patterns=patterns))
             _check_kind(folder, repo_id)
@@ -158,18 +158,18 @@ def _checked_id(repo_id: str) -> str:
 
 
 def needed(names: Iterable[str], *, variant: Variant | None = None, repository: str = "the repository") -> list[str]:
-    """The files of a repository that the loader reads: of the diffusers layout if it is complete, else of the official.
+    """The files of a repository that the loader reads, of the diffusers layout if complete, else of the official one.
 
-    One variant of each model is chosen: without `variant` the plain one, as the loader does; for T5 in the official
-    layout the one of 16 bits. Pickles are never chosen.
+    One variant of each model is chosen: without `variant` the plain one, as in the loader; for T5 in the official
+    layout the one in 16 bits. Pickles are never chosen.
 
     Args:
         names: all files of the repository, as paths with "/".
-        variant: "fp16" prefers the files of half precision, for each model that has them.
-        repository: what messages call it.
+        variant: "fp16" prefers the half-precision files of each model that has them.
+        repository: its name in messages.
 
     Raises:
-        HubError: neither layout is complete (what is missing), or no model has the variant.
+        HubError: neither layout is complete (the message lists what is missing), or no model has the variant.
     """
     names = frozenset(names)
     diffusers, official = _diffusers(names, variant), _official(names)
@@ -187,13 +187,13 @@ def needed(names: Iterable[str], *, variant: Variant | None = None, repository: 
 
 @dataclass
 class _Choice:
-    """Files of one layout, and what it lacks."""
+    """The chosen files of one layout, and what the repository lacks for it."""
 
     files: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     def take(self, files: Collection[str], what: str) -> None:
-        """Add files; where there are none, say what is missing."""
+        """Add files; where there are none, note what is missing."""
         self.files += files
         self.missing += () if files else (what,)
 
@@ -219,14 +219,14 @@ def _official(names: frozenset[str]) -> _Choice:
         if kind.place == "text":
             files = _widest(name for name in texts if component in name)
             choice.take(files, kind.source) if files or kind.needed else None
-    # Whether the file of the transformer holds the VAE as well, its name does not say.
+    # The name of the transformer's file does not tell whether it also holds the VAE.
     choice.files += _widest(name for name in names if re.fullmatch(r"vae/[^/]+\.safetensors", name))
     _add_small_files(choice, names, t5=any("t5" in name for name in texts))
     return choice
 
 
 def _add_small_files(choice: _Choice, names: frozenset[str], *, t5: bool) -> None:
-    """Configs, where there are any, and the tokenizers."""
+    """Add the tokenizers, and the configs that exist."""
     configs = {_SCHEDULER, *(f"{kind.folder}/config.json" for kind in REGISTRY.values() if not kind.many)}
     choice.files += names & configs
     for folder in TOKENIZERS if t5 else TOKENIZERS[:2]:
@@ -236,20 +236,20 @@ def _add_small_files(choice: _Choice, names: frozenset[str], *, t5: bool) -> Non
 
 
 def _weights(names: frozenset[str], kind: ModelKind, variant: Variant | None) -> list[str]:
-    """The weights of a component, in the order that `locate.weights_in` prefers; [] if incomplete."""
+    """The weight files of a component, chosen in the same order as `locate.weights_in`; [] if incomplete."""
     folder = kind.folder
     for stem in dict.fromkeys((kind.stem, *(other.stem for other in REGISTRY.values()))):
         for mark in ("", ".fp16") if variant is None else (f".{variant}", ""):
             if found := _files_of(names, f"{folder}/{stem}", mark):
                 return found
         marks = {match[1] for name in names if (match := re.fullmatch(rf"{folder}/{stem}(\.\w+)\.safetensors", name))}
-        if len(marks) == 1:  # the only variant, bf16 say
+        if len(marks) == 1:  # the only variant, such as bf16
             return _files_of(names, f"{folder}/{stem}", marks.pop())
     return []
 
 
 def _files_of(names: frozenset[str], stem: str, mark: str) -> list[str]:
-    """The index and the shards, or the one file, of a variant; [] if there is none or it is incomplete."""
+    """The index and shards of a variant, or its single file; [] if it is missing or incomplete."""
     index, single = f"{stem}.safetensors.index{mark}.json", f"{stem}{mark}.safetensors"
     if index in names and (shards := _shards(names, f"{stem}{mark}")):
         return [index, *shards]
@@ -267,7 +267,7 @@ def _shards(names: frozenset[str], stem: str) -> list[str]:
 
 
 def _widest(files: Iterable[str]) -> list[str]:
-    """One of several variants: not float8 if there is another, and a plain name before one that says fp16."""
+    """The preferred one of several variants: not float8 where there is another, and a plain name before "fp16"."""
     return sorted(files, key=lambda name: ("fp8" in name, len(name), name))[:1]
 
 
@@ -284,7 +284,7 @@ def _library(repo_id: str) -> Any:
 
 
 def _files(api: Any, repo_id: str, commit: str, cache_dir: str | Path | None) -> list[str]:
-    """All files of a commit: as the cache has noted them, else as the hub lists them."""
+    """All files of a commit, from the cache's notes, or else from the hub."""
     hub = _library(repo_id)
     try:
         return [file.path for file in hub.get_cached_repo_tree(repo_id, revision=commit, cache_dir=cache_dir)]
@@ -293,7 +293,7 @@ def _files(api: Any, repo_id: str, commit: str, cache_dir: str | Path | None) ->
 
 
 def _check_kind(folder: Path, repo_id: str) -> None:
-    """Raise HubError where model_index.json says that this is no Stable Diffusion 3."""
+    """Raise HubError where model_index.json names another model than Stable Diffusion 3."""
     if (folder / _INDEX).is_file():
         kind = json_object(folder / _INDEX).get("transformer")
         if not isinstance(kind, list) or _TRANSFORMER not in kind:
@@ -303,7 +303,7 @@ def _check_kind(folder: Path, repo_id: str) -> None:
 
 
 def _check_read(folder: Path, chosen: Collection[str]) -> None:
-    """Raise HubError where the cache holds files of other downloads that would be read instead of the chosen ones."""
+    """Raise HubError where the cache holds files of earlier downloads that would be read instead of the chosen ones."""
     read = {file.relative_to(folder).as_posix() for file in locate(folder).weights.values()}
     if others := sorted(read - set(chosen)):
         raise HubError(
@@ -343,5 +343,5 @@ def _explained(repo_id: str, revision: str | None, endpoint: str) -> Iterator[No
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """An error and what it was raised from, the first cause last."""
+    """An error and its causes, the original cause last."""
     return [error] if error.__cause__ is None else [error, *_causes(error.__cause__)]

@@ -1,9 +1,8 @@
 """Key maps between the official names (ours) and the names of other libraries (theirs).
 
-For diffusers they are data that run both ways: a rule ties one tensor of ours to one or more of theirs, and patterns
-with `{i}` stand for every block. Source of the names: diffusers `scripts/convert_sd3_to_diffusers.py`,
-`loaders/single_file_utils.py`. The readers and writers here are entries of the rows of
-`mmdit.checkpoints.components.REGISTRY`.
+The maps for diffusers are data that work in both directions: a rule ties one tensor of ours to one or more of theirs,
+and patterns with `{i}` stand for every block. Source of the names: diffusers `scripts/convert_sd3_to_diffusers.py`,
+`loaders/single_file_utils.py`. `mmdit.checkpoints.components.REGISTRY` refers to the readers and writers of this file.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ from mmdit.models.config import MMDiTConfig
 
 Tensors = dict[str, LazyTensor]
 StoredAs = dict[str, tuple[str, ...]]
-"""`{official name: names in the file}` of tensors that a file calls otherwise; a fused one is made of several."""
+"""`{official name: names in the file}` of renamed tensors; a fused tensor has several names in the file."""
 
 
 class Mapped(NamedTuple):
-    """The tensors of a model under official names, and what the file calls those that it names otherwise."""
+    """The tensors of a model under official names, and the names in the file of those that were renamed."""
 
     tensors: Tensors
     stored_as: StoredAs
 
 
 Reader: TypeAlias = Callable[[Tensors, Path], Mapped]
-"""Maps the tensors of a file, whose path is for errors, to official names; raises ValueError for what it cannot map."""
+"""(tensors of a file, its path for errors) -> the tensors under official names; ValueError for unmapped tensors."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class Concat(Rename):
-    """Our tensor holds theirs one below the other, in equal parts (fused q, k, v)."""
+    """Our tensor is the concatenation of their tensors, in equal parts along the rows (fused q, k, v)."""
 
     def merge(self, *parts: Tensor) -> Tensor:
         """Our tensor from theirs."""
@@ -71,7 +70,7 @@ class Concat(Rename):
 
 @dataclass(frozen=True)
 class SwapHalves(Rename):
-    """Ours is shift | scale, theirs scale | shift."""
+    """Our tensor holds shift, then scale; theirs holds scale, then shift."""
 
     def merge(self, *parts: Tensor) -> Tensor:
         """Our tensor from theirs."""
@@ -84,7 +83,7 @@ class SwapHalves(Rename):
 
 @dataclass(frozen=True)
 class Conv1x1(Rename):
-    """Ours is a 1x1 convolution [o, i, 1, 1], theirs a linear [o, i]; biases are equal."""
+    """Our weight is a 1x1 convolution [o, i, 1, 1], theirs a linear layer [o, i]; biases are equal."""
 
     def merge(self, *parts: Tensor) -> Tensor:
         """Our tensor from theirs."""
@@ -96,12 +95,12 @@ class Conv1x1(Rename):
 
 
 def to_ours(tensors: Mapping[str, LazyTensor], rules: Iterable[Rename]) -> tuple[Tensors, list[str]]:
-    """Tensors under our names, and the keys that no rule takes.
+    """The tensors under our names, and the keys that no rule uses.
 
-    A rule that finds only a part of its tensors takes none, so that they are all reported.
+    A rule that finds only some of its tensors uses none, so that all of them are reported.
 
     Raises:
-        ValueError: tensors whose shapes do not go together.
+        ValueError: the shapes of tensors that are merged do not fit together.
     """
     found, left = {}, dict(tensors)
     for rule in rules:
@@ -115,17 +114,17 @@ def _merged(rule: Rename, parts: Sequence[LazyTensor]) -> LazyTensor:
         return LazyTensor.derived(rule.merge, *parts)
     except (RuntimeError, IndexError, TypeError) as error:
         shapes = ", ".join(f"{key} {list(part.shape)}" for key, part in zip(rule.theirs, parts, strict=True))
-        raise ValueError(f"shapes that do not make {rule.ours}: {shapes}") from error
+        raise ValueError(f"{rule.ours} cannot be made of tensors with these shapes: {shapes}") from error
 
 
 def partners(left: Iterable[str], rules: Iterable[Rename]) -> list[str]:
-    """The tensors that would have to be there for `left` to be taken: q without its k and v, say."""
+    """The missing tensors without which `left` cannot be mapped: k and v where only q is present, for example."""
     left = set(left)
     return [key for rule in rules if left.intersection(rule.theirs) for key in rule.theirs if key not in left]
 
 
 def to_theirs(tensors: Mapping[str, LazyTensor], rules: Iterable[Rename]) -> tuple[Tensors, list[str]]:
-    """Tensors under diffusers' names, and the keys that no rule takes."""
+    """The tensors under diffusers' names, and the keys that no rule uses."""
     found, left = {}, dict(tensors)
     for rule in rules:
         if rule.ours in left:
@@ -140,7 +139,7 @@ def _part_of(rule: Rename, index: int) -> Callable[[Tensor], Tensor]:
 
 
 def mmdit_rules(depth: int) -> list[Rename]:
-    """For a transformer of `depth` joint blocks, of any of the variants."""
+    """The rules of a transformer of any variant with `depth` joint blocks."""
     rules = [*linears(_OUTER, Rename), *linears({"final_layer.adaLN_modulation.1": ("norm_out.linear",)}, SwapHalves)]
     rules.append(Rename("pos_embed", ("pos_embed.pos_embed",)))
     for i in range(depth):
@@ -155,7 +154,7 @@ def joint_block_rules(i: int, *, last: bool = False) -> list[Rename]:
 
 
 def vae_rules(levels: int, blocks: int) -> list[Rename]:
-    """For a VAE of so many levels and resnets per level of the encoder."""
+    """The rules of a VAE with this number of levels, and of resnet blocks per level of the encoder."""
     rules = list(linears(_VAE_OUTER, Rename))
     for side in ("encoder", "decoder"):
         rules += linears({f"{side}.mid.{ours}": (f"{side}.mid_block.{theirs}",) for ours, theirs in _ATTN}, Conv1x1)
@@ -173,12 +172,12 @@ def vae_rules(levels: int, blocks: int) -> list[Rename]:
 
 
 def count(keys: Collection[str], pattern: str, least: int = 1) -> int:
-    """How many blocks the keys name.
+    """The number of blocks that the keys name.
 
     Args:
         keys: names of tensors.
         pattern: the start of the keys of blocks, with `{i}` for the block's number.
-        least: how many tensors a whole block has at least.
+        least: the smallest number of tensors in a complete block.
 
     Raises:
         ValueError: see `check_blocks`.
@@ -187,17 +186,17 @@ def count(keys: Collection[str], pattern: str, least: int = 1) -> int:
 
 
 def check_blocks(keys: Collection[str], pattern: str, least: int) -> int:
-    """How many blocks the keys name, after a check that they are there.
+    """The number of blocks that the keys name, after a check that these blocks are complete.
 
-    A key alone could otherwise ask for a model, and for rules, that are far larger than the file.
+    Without the check, a single key could demand a model, and rules, far larger than the file.
 
     Args:
         keys: names of tensors.
         pattern: matches the start of the keys of blocks; its group is the block's number.
-        least: how many tensors a whole block has at least.
+        least: the smallest number of tensors in a complete block.
 
     Raises:
-        ValueError: a block has a number that leaves a gap, or most tensors of the blocks are missing.
+        ValueError: a block is missing before the last one, or most tensors of the blocks are missing.
     """
     block = re.compile(pattern)
     numbers: dict[int, str] = {}
@@ -206,43 +205,43 @@ def check_blocks(keys: Collection[str], pattern: str, least: int) -> int:
             numbers.setdefault(int(found[1]) if len(found[1]) < _MAX_DIGITS else 10**_MAX_DIGITS, key)
     if far := [key for number, key in sorted(numbers.items()) if number >= len(numbers)]:
         gap = next(number for number in range(len(numbers)) if number not in numbers)
-        raise ValueError(f"there is no block {gap}, but a later one: {far[0]}; blocks are numbered without gaps")
+        raise ValueError(f"block {gap} is missing, although there is {far[0]}; blocks must be numbered without gaps")
     if len(numbers) > _FEW and 2 * len(keys) < least * len(numbers):
         raise ValueError(
-            f"{len(numbers)} blocks have at least {least * len(numbers)} tensors, and there are {len(keys)}; "
+            f"{len(numbers)} blocks need at least {least * len(numbers)} tensors, but there are {len(keys)}; "
             "the file is incomplete: download it again"
         )
     return len(numbers)
 
 
 def unchanged(tensors: Tensors, source: Path) -> Mapped:
-    """Official names are kept."""
+    """Read a model whose tensors have official names."""
     return Mapped(tensors, {})
 
 
 def read_diffusers_mmdit(tensors: Tensors, source: Path) -> Mapped:
-    """An MMDiT in diffusers' names."""
+    """Read an MMDiT whose tensors have diffusers' names."""
     return read_by(mmdit_rules(count(tensors, "transformer_blocks.{i}.", 15)), tensors)
 
 
 def write_diffusers_mmdit(tensors: Tensors, config: MMDiTConfig) -> Tensors:
-    """An MMDiT in diffusers' names."""
+    """The tensors of an MMDiT under diffusers' names."""
     return write_by(mmdit_rules(config.depth), tensors)
 
 
 def read_diffusers_vae(tensors: Tensors, source: Path) -> Mapped:
-    """A VAE in diffusers' names."""
+    """Read a VAE whose tensors have diffusers' names."""
     levels, blocks = count(tensors, "encoder.down_blocks.{i}.", 8), count(tensors, "encoder.down_blocks.0.resnets.{i}.")
     return read_by(vae_rules(levels, blocks), tensors)
 
 
 def write_diffusers_vae(tensors: Tensors, config: VAEConfig) -> Tensors:
-    """A VAE in diffusers' names."""
+    """The tensors of a VAE under diffusers' names."""
     return write_by(vae_rules(len(config.widths), config.blocks_per_level), tensors)
 
 
 def read_clip(tensors: Tensors, source: Path) -> Mapped:
-    """A CLIP text tower in official names, whose projection may be a bare matrix, which is stored transposed.
+    """Read a CLIP text tower with official names; a projection stored as a bare matrix is transposed.
 
     Source: ComfyUI `comfy/utils.py`, `clip_text_transformers_convert`.
     """
@@ -254,14 +253,14 @@ def read_clip(tensors: Tensors, source: Path) -> Mapped:
 
 
 def read_bare_clip(tensors: Tensors, source: Path) -> Mapped:
-    """A CLIP text tower as transformers 5 saves it: without `text_model.` before all but the projection."""
+    """Read a CLIP text tower as transformers 5 saves it, whose keys lack the prefix `text_model.`."""
     names = {key: key if key.startswith(_BARE_PROJECTION) else f"text_model.{key}" for key in tensors}
     found, stored_as = read_clip({names[key]: lazy for key, lazy in tensors.items()}, source)
     return Mapped(found, {ours: (key,) for key, ours in names.items()} | stored_as)
 
 
 def read_openclip(tensors: Tensors, source: Path) -> Mapped:
-    """A CLIP text tower in the names of OpenCLIP, which fuses q, k, v and stores the projection transposed.
+    """Read a CLIP text tower with OpenCLIP's names, where q, k, v are fused and the projection is transposed.
 
     Source of the names: open_clip `transformer.py`; transformers `convert_open_clip_original_pytorch_to_hf.py`.
     """
@@ -273,7 +272,7 @@ def read_openclip(tensors: Tensors, source: Path) -> Mapped:
 
 
 def write_transformers_clip(tensors: Tensors, config: Any) -> Tensors:
-    """A CLIP text tower for transformers' class with projection; one that has none gets the identity."""
+    """The tensors of a CLIP text tower for transformers' class with projection, the identity where there is none."""
     if _PROJECTION in tensors:
         return dict(tensors)
     dtype = next(iter(tensors.values())).dtype
@@ -281,23 +280,23 @@ def write_transformers_clip(tensors: Tensors, config: Any) -> Tensors:
 
 
 def write_unchanged(tensors: Tensors, config: Any) -> Tensors:
-    """Official names are kept."""
+    """The tensors of a model whose official file has the same names."""
     return dict(tensors)
 
 
 def write_official_clip_l(tensors: Tensors, config: Any) -> Tensors:
-    """CLIP-L as the official file has it: without a projection that is the identity."""
+    """The tensors of CLIP-L as in the official file: a projection that is the identity is left out."""
     without = {key: lazy for key, lazy in tensors.items() if key != _PROJECTION}
     return without if _PROJECTION in tensors and _is_identity(tensors[_PROJECTION]) else dict(tensors)
 
 
 def write_official_t5(tensors: Tensors, config: Any) -> Tensors:
-    """T5 as the official file has it: with its token embedding twice."""
+    """The tensors of T5 as in the official file, which holds the token embedding twice."""
     return tensors | {_T5_EMBEDDING_TWIN: tensors[_T5_EMBEDDING]}
 
 
 def read_t5(tensors: Tensors, source: Path) -> Mapped:
-    """A T5 encoder, whose token embedding is stored once or twice; two different ones cannot both be right."""
+    """Read a T5 encoder, whose token embedding is stored once or twice; two copies must be equal."""
     found = {key: lazy for key, lazy in tensors.items() if key != _T5_EMBEDDING_TWIN}
     twin = tensors.get(_T5_EMBEDDING_TWIN)
     if twin is not None:
@@ -307,14 +306,14 @@ def read_t5(tensors: Tensors, source: Path) -> Mapped:
 
 
 def _one_of(kept: LazyTensor, twin: LazyTensor, source: Path) -> LazyTensor:
-    """The token embedding; that both copies are equal is checked when it is read."""
+    """The token embedding, whose two copies are compared when it is read."""
 
     def load(dtype: torch.dtype, device: torch.device) -> Tensor:
         one, other = (lazy.read(device="cpu").view(torch.uint8) for lazy in (kept, twin))
         if not torch.equal(one, other):
             raise CheckpointError(
-                f"{source}: {_T5_EMBEDDING} and {_T5_EMBEDDING_TWIN} differ; they must be one table, "
-                "so the file was written wrongly"
+                f"{source}: {_T5_EMBEDDING} and {_T5_EMBEDDING_TWIN} differ, but T5 has a single embedding table; "
+                "the file was written wrongly"
             )
         del one, other
         return kept.load(dtype, device)
@@ -341,14 +340,14 @@ def write_by(rules: Sequence[Rename], tensors: Tensors) -> Tensors:
 
 
 def some(keys: Iterable[str], most: int = 5) -> str:
-    """The first few of some names, and how many more there are."""
+    """The first few of these names, and the number of further ones."""
     keys = list(keys)
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(printable(key, 200) for key in keys[:most]) + more
 
 
 def _openclip(key: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The official names of what a tensor of OpenCLIP holds, and how to get each; its own name where it is unknown."""
+    """The official names of the parts of an OpenCLIP tensor, and how to extract each; an unknown key stays as it is."""
     if key in _OPENCLIP_OUTER:
         yield _OPENCLIP_OUTER[key], _same
     elif key == _BARE_PROJECTION:
@@ -443,8 +442,8 @@ _VAE_OUTER = {
     for side in ("encoder", "decoder")
     for ours, theirs in (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("norm_out", "conv_norm_out"))
 }
-_MAX_DIGITS = 10  # of a block's number; longer ones are numbers that no file has
-_FEW = 3  # blocks, whose tensors are named one by one where they are missing
+_MAX_DIGITS = 10  # digits of a block's number; no file has a longer one
+_FEW = 3  # up to this number of blocks, missing tensors are named one by one
 _PROJECTION, _BARE_PROJECTION = "text_projection.weight", "text_projection"
 _T5_EMBEDDING, _T5_EMBEDDING_TWIN = "shared.weight", "encoder.embed_tokens.weight"
 _OPENCLIP_OUTER = {

@@ -1,6 +1,6 @@
-"""Tensors that are not read yet: a checkpoint can be mapped and checked before a byte of its data is read.
+"""Tensors that are read on demand, so that a checkpoint is mapped and checked before any of its data is read.
 
-`LazyTensor` is any stored tensor, `Codes` the float8 one whose scales are known and whose codes are read on demand.
+`LazyTensor` is any stored tensor; `Codes` is a float8 tensor whose scales are known and whose codes are read on demand.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ Load = Callable[[torch.dtype, torch.device], Tensor]
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A stored tensor that is not read: its shape, its dtype, and a function that reads it to a dtype and device."""
+    """A stored tensor before it is read: its shape, its dtype, and a function that reads it to a dtype and device."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Load
     codes: Codes | None = None  # the float8 codes and their scale, for readers that keep them
-    widened: bool = False  # it was scaled float8, and what was made of it has no codes with the same values
+    widened: bool = False  # derived from scaled float8 by an operation whose result no codes represent
 
     @property
     def nbytes(self) -> int:
-        """Bytes at the stored dtype."""
+        """Its size in bytes at the stored dtype."""
         return prod(self.shape) * self.dtype.itemsize
 
     def read(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """Read the values, at the stored dtype unless another is asked for."""
+        """Read the values, in the stored dtype unless another one is given."""
         return self.load(dtype or self.dtype, torch.device(device))
 
     def as_dtype(self, dtype: torch.dtype) -> LazyTensor:
-        """The same values, as if they had been stored at `dtype`."""
+        """The same values, as if they were stored in `dtype`."""
         return LazyTensor(self.shape, dtype, self.load)
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        """A tensor in memory as a lazy one."""
+        """A lazy tensor that returns a tensor in memory."""
         if isinstance(tensor, Float8Tensor):
             return cls(tuple(tensor.shape), tensor.dtype, partial(_dequantized, tensor), Codes.of(tensor))
         return cls(tuple(tensor.shape), tensor.dtype, lambda dtype, device: tensor.to(device, dtype))
 
     @classmethod
     def derived(cls, operation: Callable[..., Tensor], *sources: LazyTensor) -> Self:
-        """The result of `operation`, which only moves elements, on other lazy tensors.
+        """The result of `operation`, which only moves elements, on lazy tensors.
 
-        Elements are cast before they are moved, because float8 has hardly any operations of its own.
+        Elements are cast before they are moved, because torch implements few operations for float8.
         """
         made = operation(*(torch.empty(source.shape, dtype=torch.uint8, device="meta") for source in sources))
 
@@ -75,21 +75,21 @@ def _dequantized(tensor: Float8Tensor, dtype: torch.dtype, device: torch.device)
 
 
 def _common(dtypes: set[torch.dtype]) -> torch.dtype:
-    """The dtype that holds the numbers of all of these dtypes; float8 beside wider ones is upcast."""
+    """The common dtype of these dtypes; float8 is upcast where another dtype is wider."""
     wide = sorted(dtypes - set(FLOAT8), key=str)
     return reduce(torch.promote_types, wide) if wide else min(dtypes, key=str)
 
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """The parts of a float8 tensor of shape [out, in] or more; Linears compute with matrices."""
+    """The parts of a float8 tensor of at least two dimensions, [..., out, in]."""
 
     shape: tuple[int, ...]
     load: Callable[[torch.device], Tensor]  # the codes, of the recipe's float8 dtype
     scale: Tensor  # float32, () or [out, 1] (or with more ones)
     input_scale: Tensor | None  # float32, ()
     recipe: Recipe
-    plain: bool = False  # the file stores no scale, so that it is 1
+    plain: bool = False  # the file stores no scale, which then is 1
     logical: torch.dtype = torch.bfloat16  # the dtype that the weight stands for, where the reader asks for none
 
     @property
@@ -98,7 +98,7 @@ class Codes:
         return DTYPES[self.recipe.format]
 
     def read(self, dtype: torch.dtype, device: torch.device) -> Float8Tensor:
-        """Read a weight whose logical dtype is `dtype`."""
+        """Read the weight with `dtype` as its logical dtype."""
         codes = self.load(device if has_float8(device) else torch.device("cpu"))
         if not has_float8(device):
             codes = codes.view(torch.uint8).to(device)
@@ -123,10 +123,10 @@ class Codes:
     def derived(
         cls, operation: Callable[..., Tensor], shape: tuple[int, ...], parts: Sequence[Codes | None]
     ) -> Self | None:
-        """The result of `operation`, which only moves elements, on other codes; None where rows do not stay whole.
+        """The result of `operation`, which only moves elements, on codes; None where it does not keep rows whole.
 
-        A scale that all parts share stays one scale; different ones become one per row. A layer has one scale for its
-        input: where the parts do not agree on it, activations are not rounded (weight-only).
+        If all parts share one scale, so does the result; otherwise it has one scale per row. A layer has a single input
+        scale: where the parts disagree on it, activations are not rounded (weight-only).
         """
         known = [part for part in parts if part is not None]
         if len(known) < len(parts) or len({part.dtype for part in known}) > 1:
@@ -147,7 +147,7 @@ class Codes:
 
 
 def agree(parts: Sequence[Codes]) -> bool:
-    """Whether the activations of all parts are treated alike, under the same scale."""
+    """Whether all parts round their input in the same way and with the same scale."""
     same = parts[0].input_scale
     recipes = {replace(part.recipe, granularity="row") for part in parts}
     return len(recipes) == 1 and all(
@@ -158,7 +158,7 @@ def agree(parts: Sequence[Codes]) -> bool:
 
 
 def moved(operation: Callable[..., Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """The result of an operation that only moves elements on tensors of one dtype, which may be float8."""
+    """The result of an operation that only moves elements; all tensors have one dtype, which may be float8."""
     dtype = parts[0].dtype
     if dtype.itemsize > 1 or not dtype.is_floating_point:
         return operation(*parts)

@@ -1,4 +1,4 @@
-"""Reading models from checkpoints of any layout: strict, tensor by tensor, nothing half loaded."""
+"""Loading models from checkpoints of any layout, strictly and tensor by tensor; no model is loaded in part."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ from quant.quantize import linears_of
 from quant.spellings import Scales, unread_quantization
 from samplers import pick
 
-COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # what layers compute in
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
 READERS = 2  # tensors read at a time
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """One model of a checkpoint, under official names and not read yet."""
+    """One model of a checkpoint, mapped to official names; its tensors are read on demand."""
 
     component: Component
     source: Path
     tensors: dict[str, LazyTensor]
-    config: Any  # of the class that the registry names
-    scales: Scales  # how the file spelled its float8, if any
-    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names in the file, where they are others
-    notes: tuple[str, ...] = ()  # what the file holds beside it and is left out
+    config: Any  # the config of the kind's class
+    scales: Scales  # the spelling of its float8 scales in the file, if any
+    stored_as: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names in the file of renamed tensors
+    notes: tuple[str, ...] = ()  # tensors of the file that are not used, in words
 
     @property
     def kind(self) -> ModelKind:
-        """The row of the registry."""
+        """Its row in the registry."""
         return REGISTRY[self.component]
 
     @property
     def dtypes(self) -> set[torch.dtype]:
-        """The dtypes that its tensors are stored in."""
+        """The stored dtypes of its tensors."""
         return {lazy.dtype for lazy in self.tensors.values()}
 
 
@@ -77,21 +77,21 @@ def load_mmdit(
         device: The device of the weights, which are moved tensor by tensor.
         dtype: The dtype to compute in; None keeps the stored one (of a float8 file, the dtype of its other tensors, or
             bfloat16 where there are none).
-        float8: "keep" makes weights of Linears `quant.Float8Tensor`s with the codes and scales of the file. With an
-            input scale activations are rounded to float8 too, unless the file asks for full precision. Norms, biases,
-            embeddings and convolutions cannot compute in float8 and are upcast. "dequantize" dequantizes all tensors
-            and needs a dtype.
-        ema: Take the averaged weights (`model_ema.`) of a file of a training run in the place of the others.
+        float8: "keep" makes weights of Linears `quant.Float8Tensor`s with the codes and scales of the file. Where the
+            file has an input scale, activations are rounded to float8 too, unless it asks for full precision. Norms,
+            biases, embeddings and convolutions cannot compute in float8 and are upcast. "dequantize" dequantizes all
+            tensors and needs a dtype.
+        ema: Load the averaged weights (`model_ema.`) that a training run stored, instead of the others.
 
     Raises:
         FileNotFoundError: there is no such path.
-        CheckpointError: the file is broken, holds something else, or its tensors are not exactly those of the model.
+        CheckpointError: the file is broken or holds another model, or its tensors are not exactly those of the model.
     """
     return _load(path, "transformer", device, dtype, float8, ema=ema)
 
 
 def load_vae(path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VAE:
-    """The VAE of a checkpoint of any layout, whose float8 is upcast; see `load_mmdit` for arguments and errors."""
+    """The VAE of a checkpoint of any layout, with float8 upcast; see `load_mmdit` for arguments and errors."""
     return _load(path, "vae", device, dtype, "keep")
 
 
@@ -175,10 +175,10 @@ def _only(found: Found, file: Path) -> Found:
 
 
 def open_model(found: Found, component: Component) -> StoredModel:
-    """One model of a located checkpoint: names mapped, float8 scales read, config inferred, and no weight read.
+    """One model of a located checkpoint, with names mapped, float8 scales read and config inferred, but no weight read.
 
     Raises:
-        CheckpointError: the checkpoint holds no such model, a part of one, several, or tensors that belong to none.
+        CheckpointError: the checkpoint holds no such model, only a part of it, several, or tensors of no known model.
     """
     if component in found.several and component not in found.weights:
         raise ambiguous(found, component)
@@ -217,7 +217,7 @@ def _together(said: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 
 @contextmanager
 def _explained(source: Path, kind: ModelKind) -> Iterator[None]:
-    """Errors of key maps and configs as errors of the file."""
+    """Turn errors of key maps and configs into CheckpointErrors that name the file."""
     try:
         yield
     except KeyError as error:
@@ -231,30 +231,30 @@ def _explained(source: Path, kind: ModelKind) -> Iterator[None]:
 
 
 def say_notes(models: Iterable[StoredModel]) -> None:
-    """Warn of what files hold beside their models and is left out, once for each file."""
+    """Warn of tensors that are not used, once for each file."""
     for note in dict.fromkeys(f"{model.source}: {note}" for model in models for note in model.notes):
         warnings.warn(note, stacklevel=2)
 
 
 def model_in_memory(component: Component, model: nn.Module) -> StoredModel:
-    """A model in memory as one that can be written; what torch.compile wraps, whole models or blocks, is unwrapped."""
+    """A model in memory in the form that can be written; wrappers of torch.compile are removed."""
     tensors = {unwrapped(key): LazyTensor.of(tensor) for key, tensor in model.state_dict().items()}
     config: Any = model.config
     return StoredModel(component, Path("memory"), tensors, config, Scales("no float8"))
 
 
 def empty(stored: StoredModel) -> nn.Module:
-    """The model on the meta device: shapes and no weights."""
+    """The model on the meta device, which has shapes and no values."""
     make: Any = stored.kind.module
     with torch.device("meta"):
         return make(stored.config)
 
 
 def build(stored: StoredModel, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep") -> Any:
-    """A stored model, filled tensor by tensor on `device`, in eval mode; see `load_mmdit` for the arguments.
+    """Load a stored model tensor by tensor to `device`, in eval mode; see `load_mmdit` for the arguments.
 
     Raises:
-        CheckpointError: missing, unexpected or mis-shaped tensors, or no one dtype to compute in.
+        CheckpointError: tensors are missing, unexpected or mis-shaped, or their dtypes give no dtype to compute in.
     """
     if dtype is not None and dtype not in COMPUTED:
         raise ValueError(f"dtype must be one of {', '.join(map(str, COMPUTED))}, got {dtype}")
@@ -266,9 +266,9 @@ def build(stored: StoredModel, device: torch.device | str, dtype: torch.dtype | 
     linears = {f"{name}.weight" for name, _ in linears_of(model)} if float8 == "keep" else set()
     kept = {key for key in linears if stored.tensors[key].codes is not None}
     device = torch.device(device)
-    if device == torch.device("cuda"):  # the current device is a thread's own, and other threads read
+    if device == torch.device("cuda"):  # the current device belongs to a thread, and other threads read
         device = torch.device("cuda", torch.cuda.current_device())
-    with ThreadPoolExecutor(READERS) as pool:  # one waits for the disk while another fills or casts memory
+    with ThreadPoolExecutor(READERS) as pool:  # one thread waits for the disk while another one casts or copies
         read = pool.map(lambda key: _read(stored, key, device, dtype, kept), stored.tensors)
         state = dict(zip(stored.tensors, read, strict=True))
     model.load_state_dict(state, strict=True, assign=True)
@@ -276,7 +276,7 @@ def build(stored: StoredModel, device: torch.device | str, dtype: torch.dtype | 
 
 
 def _compute_dtype(stored: StoredModel, dtype: torch.dtype | None, float8: Float8) -> torch.dtype:
-    """The dtype that was asked for, else the stored dtype of the tensors that are not float8."""
+    """The dtype that was given, or else the stored dtype of the tensors that are not float8."""
     if dtype is not None:
         return dtype
     if float8 == "dequantize" and stored.dtypes & set(FLOAT8):
@@ -304,7 +304,7 @@ def _merge_notes(merges: list[tuple[str, ...]]) -> list[str]:
 
 
 def check_tensors(stored: StoredModel, model: nn.Module) -> None:
-    """Raise one CheckpointError that lists all missing, unexpected and mis-shaped tensors, and those of integers."""
+    """Raise one CheckpointError that lists all missing, unexpected, mis-shaped and integer tensors."""
     wanted = model.state_dict()
     shapes = [key for key in wanted if key in stored.tensors and wanted[key].shape != stored.tensors[key].shape]
     integers = [key for key in wanted if key in stored.tensors and not stored.tensors[key].dtype.is_floating_point]
@@ -320,10 +320,10 @@ def check_tensors(stored: StoredModel, model: nn.Module) -> None:
 
 
 def check_loads(stored: StoredModel) -> None:
-    """Check all that `build` checks, on the meta device.
+    """Run all checks of `build` on the meta device.
 
     Raises:
-        CheckpointError: see `build`; stored dtypes that need a dtype to be asked for are none.
+        CheckpointError: see `build`; mixed stored dtypes, for which `build` needs a dtype, are no error here.
     """
     check_tensors(stored, empty(stored))
 
@@ -371,5 +371,5 @@ def _against(stored: StoredModel, key: str, wanted: Tensor) -> str:
 
 
 def _in_file(stored: StoredModel, key: str) -> str:
-    """What the file calls a tensor; for a fused one, all that it is made of."""
+    """The names of a tensor in the file; a fused tensor has one for each of its parts."""
     return " + ".join(stored.stored_as.get(key, (key,)))

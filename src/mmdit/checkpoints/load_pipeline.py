@@ -1,4 +1,4 @@
-"""All models of a pipeline, from whatever a path is."""
+"""All models of a pipeline, from a file, a folder, a repository, or the embedded model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
 from samplers import SamplingDefaults
 
-DEMO = "demo"  # the name of the embedded model, where a path is expected
+DEMO = "demo"  # names the embedded model where a path is expected
 
 
 @dataclass
 class Components:
-    """What a pipeline is made of."""
+    """The models, tokenizers and scheduler settings of a pipeline."""
 
     transformer: MMDiT
     vae: VAE
@@ -35,22 +35,22 @@ class Components:
     clip_g: CLIPText | None
     t5: T5Encoder | None
     tokenizers: Tokenizers
-    shift: float | None  # the timestep shift of the scheduler's config, where it says one number
+    shift: float | None  # the timestep shift of the scheduler's config, where it is a single number
     sampling: SamplingDefaults | None = None  # the scheduler's config, where it says more than a shift
 
 
 @dataclass(frozen=True)
 class Source:
-    """A path, and what goes with it: the one description of where the models of a pipeline come from."""
+    """A path with its options, which together say where the models of a pipeline come from."""
 
     path: str | Path = DEMO
-    others: Mapping[Component, str | Path | None] | None = None  # files or folders to take single models from
+    others: Mapping[Component, str | Path | None] | None = None  # files or folders of single models
     tokenizers: str | Path | None = None  # the folder that holds tokenizer, tokenizer_2 and tokenizer_3
-    revision: str | None = None  # of a repository: a branch, tag or commit
+    revision: str | None = None  # branch, tag or commit of a repository
     token: str | bool | None = None
-    variant: Variant | None = None  # of a repository: the files of half precision
+    variant: Variant | None = None  # "fp16" takes the half-precision files of a repository
     cache_dir: str | Path | None = None
-    ema: bool = False  # whether averaged weights are taken in the place of the others
+    ema: bool = False  # whether averaged weights are loaded instead of the others
 
     @property
     def is_demo(self) -> bool:
@@ -64,17 +64,17 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What settings of a picture call it: "demo", owner/name, or an absolute path."""
+        """Its name in the settings of a picture: "demo", owner/name, or an absolute path."""
         return str(self.path) if self.is_demo or self.is_repository else str(Path(self.path).resolve())
 
     def find(self) -> Found:
-        """Locate all models: of the path, of the files given with it, and of those that lie beside a single file.
+        """Locate all models: those at the path, those given as options, and those in files beside a single file.
 
         Raises:
             FileNotFoundError: there is no such path.
-            ValueError: an option does not go with what the path is.
-            mmdit.HubError: the repository cannot be had.
-            CheckpointError: a file is broken, or a folder holds nothing that is known.
+            ValueError: an option does not apply to this kind of path.
+            mmdit.HubError: the repository cannot be downloaded.
+            CheckpointError: a file is broken, or a folder holds no known model.
         """
         found = locate(self._local(), ema=self.ema)
         for component, given in (self.others or {}).items():
@@ -98,7 +98,7 @@ class Source:
                 cache_dir=self.cache_dir,
             )
         if given := [name for name in ("revision", "variant") if getattr(self, name) is not None]:
-            raise ValueError(f"{given[0]} is for a repository of the hub, but {self.path} is none")
+            raise ValueError(f"{given[0]} is for a repository of the hub, which {self.path} is not")
         return EMBEDDED if self.is_demo else Path(self.path)
 
 
@@ -108,7 +108,7 @@ def load(
     dtype: torch.dtype | None = None,
     float8: Float8 = "keep",
 ) -> Components:
-    """The models and tokenizers of a pipeline, from whatever the source is; see `mmdit.load_mmdit` for the arguments.
+    """Load the models and tokenizers of a pipeline from any source; see `mmdit.load_mmdit` for the arguments.
 
     The source may be a safetensors file, a shard index, a folder in the official, diffusers or ComfyUI layout, a folder
     of the hub's cache, "owner/name" of a repository on the Hugging Face Hub, or "demo" for the embedded model.
@@ -124,7 +124,7 @@ def load(
     assert found.tokenizers is not None, "missing() looks for them"
     tokenizers = Tokenizers.from_folder(found.tokenizers, t5="t5" in models)
     check_tokenizers(models, tokenizers)
-    shift, sampling = found.shift, found.sampling  # read before the weights, because it can be wrong
+    shift, sampling = found.shift, found.sampling  # read before the weights, because it may be refused
     if sampling is not None and sampling.is_plain:
         sampling = None
     say_notes(models.values())
@@ -138,7 +138,7 @@ def load(
 
 
 def _take(found: Found, component: Component, given: Found) -> None:
-    """Take a model of another path."""
+    """Locate a model at another path, and use it instead."""
     if component not in given.weights:
         open_model(given, component)  # says what is there instead
     found.weights[component] = given.weights[component]
@@ -149,7 +149,7 @@ def _take(found: Found, component: Component, given: Found) -> None:
 
 
 def _opened(found: Found) -> dict[Component, StoredModel]:
-    """All models of a located checkpoint, after a check that none is missing."""
+    """All models of a located checkpoint; CheckpointError where one is missing."""
     if "transformer" not in found.weights:
         open_model(found, "transformer")  # says what there is instead
     for component in sorted(found.several.keys() - found.weights.keys()):
@@ -164,7 +164,7 @@ def _opened(found: Found) -> dict[Component, StoredModel]:
 
 
 def check_together(models: Mapping[Component, StoredModel]) -> None:
-    """Raise CheckpointError where models that are sound alone do not go together."""
+    """Raise CheckpointError where models that load one by one do not fit together."""
     config: dict[Component, Any] = {name: model.config for name, model in models.items()}
     transformer, towers = config["transformer"], (config["clip_l"], config["clip_g"])
     pooled = sum(tower.projection_dim or tower.width for tower in towers)
@@ -183,7 +183,7 @@ def check_together(models: Mapping[Component, StoredModel]) -> None:
 
 
 def check_tokenizers(models: Mapping[Component, StoredModel], tokenizers: Tokenizers) -> None:
-    """Raise CheckpointError where a tokenizer gives ids that its encoder has no row for."""
+    """Raise CheckpointError where a tokenizer has more tokens than its encoder has embeddings."""
     pairs: list[tuple[Component, Any]] = [
         ("clip_l", tokenizers.clip_l),
         ("clip_g", tokenizers.clip_g),

@@ -1,4 +1,4 @@
-"""Where the models of a checkpoint are: in one file, or in a folder of one of the known layouts."""
+"""Locating the models of a checkpoint in a single file, or in a folder of one of the known layouts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from samplers import SamplingDefaults, from_scheduler_config
 
 Layout = Literal["official", "diffusers", "comfyui", "single file"]
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-MAX_INDEX = 32 * 2**20  # bytes of a shard index
+MAX_INDEX = 32 * 2**20  # bytes of the largest shard index
 _MAIN_FOLDERS = ("checkpoints", "diffusion_models", "unet")
 _TEXT_FOLDERS = ("text_encoders", "clip")
 _CONTROL_FOLDER = "controlnet"
-_SHOWN = 5  # files that a message names
+_SHOWN = 5  # number of files that a message names
 _SHARD = "-of-"
 _INFINITE = re.compile(rb'("lambda_min_clipped"\s*:\s*)-Infinity')
 _VARIANT = r"[A-Za-z0-9_]+"
@@ -32,24 +32,26 @@ _VARIANT = r"[A-Za-z0-9_]+"
 
 @dataclass
 class Found:
-    """What a path holds: for each model its weights file (or shard index), and the small files beside them."""
+    """The contents of a path: the weights file (or shard index) of each model, and the small files beside them."""
 
     path: Path
     layout: Layout
     weights: dict[Component, Path] = field(default_factory=dict)
-    several: dict[Component, list[Path]] = field(default_factory=dict)  # files between which nothing decides
+    several: dict[Component, list[Path]] = field(
+        default_factory=dict
+    )  # several files of one model, none of which is preferred
     configs: dict[Component, dict[str, Any]] = field(default_factory=dict)
     scheduler: dict[str, Any] | None = None
     tokenizers: Path | None = None  # the folder that holds tokenizer, tokenizer_2 and tokenizer_3
     files: Files = field(default_factory=Files)
-    ema: bool = False  # whether averaged weights are read in the place of the others
+    ema: bool = False  # whether averaged weights are read instead of the others
 
     @property
     def sampling(self) -> SamplingDefaults | None:
-        """What the scheduler's config says, where there is one.
+        """The sampling defaults of the scheduler's config; None where there is no config.
 
         Raises:
-            CheckpointError: the config says something that is wrong, or has no equal here; the key is named.
+            CheckpointError: an entry of the config is invalid or has no equivalent here; the key is named.
         """
         if self.scheduler is None:
             return None
@@ -60,7 +62,7 @@ class Found:
 
     @property
     def shift(self) -> float | None:
-        """The timestep shift of the scheduler's config, where it says one number; CheckpointError as `sampling`."""
+        """The timestep shift of the scheduler's config, where it is a single number; raises as `sampling` does."""
         sampling = self.sampling
         return sampling.shift if sampling is not None and isinstance(sampling.shift, float) else None
 
@@ -68,22 +70,21 @@ class Found:
 def locate(path: str | Path, *, clip: Component = "", ema: bool = False) -> Found:
     """Find the models that a file or folder holds, by reading headers only.
 
-    A file in a folder that cannot be read, or that holds none of our models, is set aside (`Found.files.aside`): it
-    matters only to messages about a model that is missing. The same with several files of one model, which is an error
-    only where this model is asked for.
+    A file in a folder that cannot be read, or that holds no known model, is set aside (`Found.files.aside`); messages
+    about a missing model mention it. Several files of one model are an error only where this model is loaded.
 
     Args:
-        path: a safetensors file, a shard index, or a folder; of the hub's cache, also the folder of a repository.
-        clip: the component that a text tower without prefix is taken for, where `path` is a file that holds one.
-        ema: read averaged weights (`model_ema.`) in the place of those that they are the average of.
+        path: a safetensors file, a shard index, or a folder, which may be a repository's folder in the hub's cache.
+        clip: the component of a text tower without prefix, where `path` is a file that holds one.
+        ema: read averaged weights (`model_ema.`) instead of the weights that they average.
 
     Raises:
         FileNotFoundError: there is no such path.
-        CheckpointError: `path` is a file that is broken, or a folder that holds nothing that is known.
+        CheckpointError: `path` is a broken file, or a folder that holds no known model.
     """
     if not Path(path).exists():
         raise FileNotFoundError(_no_such(str(path)))
-    path = Path(path).absolute()  # neighbours and roles are told by the names of folders
+    path = Path(path).absolute()  # names of folders tell which files are neighbours and which role they have
     found = Found(path, "single file", ema=ema)
     if not path.is_dir():
         return _in_file(found, path, clip)
@@ -96,10 +97,10 @@ def locate(path: str | Path, *, clip: Component = "", ema: bool = False) -> Foun
 
 
 def with_neighbours(found: Found) -> Found:
-    """Add what lies beside a single file: text encoders in its folder, `text_encoders/` or `clip/`, a VAE in `vae/`.
+    """Add the models in files beside a single file: text encoders in `text_encoders/` or `clip/`, a VAE in `vae/`.
 
-    Beside is the file's own folder (official repository) or the one above it (ComfyUI's `models/`). Where nothing is
-    missing, nothing is looked for.
+    These folders may lie in the file's own folder (official repository) or in the one above it (ComfyUI's `models/`);
+    text encoders may also lie directly beside the file. Nothing is searched where no model is missing.
     """
     if found.layout == "single file":
         for folder in found.path.parents[:2]:
@@ -114,10 +115,10 @@ def open_weights(path: Path, files: Files | None = None) -> tuple[dict[str, Lazy
 
     Args:
         path: a safetensors file or a shard index.
-        files: those of a located checkpoint, whose headers are not read again.
+        files: the files of a located checkpoint, whose headers are not read again.
 
     Raises:
-        CheckpointError: a shard is missing, index and shards disagree on a tensor, or metadata are not what they claim.
+        CheckpointError: a shard is missing, index and shards disagree on a tensor, or metadata are invalid.
     """
     files = Files() if files is None else files
     if path.suffix != ".json":
@@ -148,9 +149,9 @@ def open_weights(path: Path, files: Files | None = None) -> tuple[dict[str, Lazy
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The weights of a component folder: an index, else a single file; a plain name before its fp16 variant.
+    """The weights in a component's folder: an index, or else a single file; a plain name before the fp16 variant.
 
-    Another variant ("bf16", say) is taken where it is the only one.
+    Another variant (such as "bf16") is used where it is the only one.
     """
     for stem in dict.fromkeys(kind.stem for kind in REGISTRY.values()):
         for variant in ("", ".fp16"):
@@ -166,12 +167,12 @@ def weights_in(folder: Path) -> Path | None:
 
 
 def tokenizer_folder(*places: Path) -> Path | None:
-    """The first place that has at least one of the tokenizer folders."""
+    """The first of these folders that contains a tokenizer folder."""
     return next((place for place in places if any((place / name).is_dir() for name in TOKENIZERS)), None)
 
 
 def split_of(found: Found, path: Path) -> Split:
-    """What the names of the tensors of a file say."""
+    """The models that a file holds, as the names of its tensors tell."""
     return split(found.files.header(path).entries, ema=found.ema)
 
 
@@ -209,7 +210,7 @@ def _in_diffusers_folder(found: Found) -> Found:
 
 
 def _why_not_read(file: Path, stem: str) -> str:
-    """Why a file in the folder of a component is not its weights."""
+    """The reason why a file in a component's folder is not used as its weights."""
     if _SHARD in file.name:
         index = f"{file.name.partition(_SHARD)[0][:-6]}.safetensors.index.json"
         return f"needs the index of its shards: download {index} too"
@@ -228,7 +229,7 @@ def _in_official_folder(found: Found) -> Found:
         _add(found, "control", folder / _CONTROL_FOLDER)
         _add_text_encoders(found, (folder / name for name in _TEXT_FOLDERS))
         _add_text_encoders(found, [folder], nested=False)
-    elif not any(_SHARD in file.name for file in files):  # a folder of text encoders, say, or of one VAE
+    elif not any(_SHARD in file.name for file in files):  # for example a folder of text encoders, or of a VAE
         _add(found, "main", folder)
         _add(found, "control", folder)
         _add_text_encoders(found, [folder])
@@ -254,7 +255,7 @@ def _in_comfyui_folder(found: Found) -> Found:
 
 
 def _with_configs(found: Found) -> Found:
-    """Take the diffusers config files that lie in the folder; the official repository has them too."""
+    """Add the diffusers config files in the folder, which the official repository has too."""
     for component, kind in REGISTRY.items():
         if is_file(config := found.path / kind.folder / "config.json"):
             found.configs[component] = json_object(config)
@@ -264,7 +265,7 @@ def _with_configs(found: Found) -> Found:
 
 
 def _scheduler_config(path: Path) -> dict[str, Any]:
-    """The scheduler's config; diffusers writes the default of one key, which flows do not use, as -Infinity."""
+    """The scheduler's config; -Infinity is allowed in it, because diffusers writes it for a key that flows ignore."""
     try:
         text = _INFINITE.sub(rb"\1null", read_bytes(path))
         value: dict[str, Any] = parse_json(text, path, kind=dict)
@@ -274,14 +275,14 @@ def _scheduler_config(path: Path) -> dict[str, Any]:
 
 
 def _add_beside(found: Found, file: Path) -> None:
-    """Take the other models that the file of the transformer holds; a text tower must say by a prefix which it is."""
+    """Add the other models in the transformer's file; the prefix of a text tower must tell which one it is."""
     for name in split_of(found, file).models:
         if name in REGISTRY:
             found.weights.setdefault(name, file)
 
 
 def _add(found: Found, place: str, folder: Path) -> None:
-    """Take the models of a place in the layouts that the folder holds, except the transformer."""
+    """Add the models of one `place` that the folder holds, except the transformer."""
     files: list[Path] | None = None
     for component, kind in REGISTRY.items():
         if kind.place == place and component != "transformer" and component not in found.weights:
@@ -290,7 +291,7 @@ def _add(found: Found, place: str, folder: Path) -> None:
 
 
 def _add_text_encoders(found: Found, folders: Iterable[Path], *, nested: bool = True) -> None:
-    """Take the text encoders that the folders hold and that are not known yet; tensors say which is which."""
+    """Add the text encoders in these folders that were not found before; their tensors tell which they are."""
     wanted = {c for c, kind in REGISTRY.items() if kind.place == "text"} - found.weights.keys() - found.several.keys()
     if not wanted:
         return
@@ -305,7 +306,7 @@ def _add_text_encoders(found: Found, folders: Iterable[Path], *, nested: bool = 
 
 
 def _text_role(found: Found, file: Path) -> Component | None:
-    """Which text encoder a file is; None, and it is set aside, where it is none or its role is not said."""
+    """The component of a text encoder's file; where it is no text encoder or its role is unclear, set it aside."""
     if (header := found.files.usable(file)) is None:
         return None
     names = split(header.entries, ema=found.ema)
@@ -324,7 +325,7 @@ def _text_role(found: Found, file: Path) -> Component | None:
 
 
 def _holding(found: Found, component: Component, files: Iterable[Path], *, alone: bool = False) -> list[Path]:
-    """The files that hold a model; `alone` for those that hold no other one, nor anything unknown."""
+    """The files that hold a model; with `alone`, only those that hold no other model and no unknown tensors."""
     holding = []
     for file in files:
         if found.files.usable(file) is None:
@@ -338,7 +339,7 @@ def _holding(found: Found, component: Component, files: Iterable[Path], *, alone
 
 
 def _choose(found: Found, component: Component, files: list[Path]) -> None:
-    """Take the only file of a model; of T5, the one of 16 or 32 bits is preferred to float8."""
+    """Add the only file of a model; for T5, a file in 16 or 32 bits is preferred to float8."""
     if len(files) > 1 and component == "t5":
         entries = {file: found.files.header(file).entries.values() for file in files}
         files = [file for file in files if all(entry.dtype.itemsize > 1 for entry in entries[file])] or files
@@ -350,7 +351,7 @@ def _choose(found: Found, component: Component, files: list[Path]) -> None:
 
 
 def _role(file: Path, name: str, shapes: Mapping[str, tuple[int, ...]], asked: Component = "") -> Component:
-    """The component that a model of a file is; within a family its width says it, else its place or its file's name."""
+    """The component of a model in a file; within a family, its width, folder or file name tells which."""
     if name in REGISTRY:
         return name
     relatives = {component: kind for component, kind in REGISTRY.items() if kind.family == name}
@@ -399,7 +400,7 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def _snapshot(folder: Path) -> Path:
-    """The files of a repository in the hub's cache: of its main branch, else of its only commit."""
+    """The folder of a repository's files in the hub's cache: those of the main branch, or of its only commit."""
     if not folder.name.startswith("models--") or not (folder / "snapshots").is_dir():
         return folder
     commits = sorted(place for place in (folder / "snapshots").iterdir() if place.is_dir())
@@ -427,7 +428,7 @@ def _no_such(path: str) -> str:
 
 
 def _nothing_in(found: Found, folder: Path) -> str:
-    """What a folder without a transformer of SD3 has instead."""
+    """The message for a folder without a known model, with what it holds instead."""
     files = found.files.weights(folder)
     others = sorted(file.name for file in found.files.aside if file.suffix.lower() in OTHER_ENDINGS)
     said = f"{folder} holds no transformer of SD3"

@@ -1,4 +1,4 @@
-"""What a checkpoint lacks to draw a picture, what lies in its place, and where to get it."""
+"""What a checkpoint lacks to draw a picture, what it holds instead, and where to get the missing files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TOKENIZER_FILES = {
     "tokenizer_2": f"tokenizer_2/ ({_CLIP_FILES})",
     "tokenizer_3": "tokenizer_3/ (tokenizer.json or spiece.model)",
 }
-_SHOWN = 3  # files that a message names
+_SHOWN = 3  # number of files that a message names
 
 
 def missing(found: Found) -> list[str]:
-    """What a picture needs and this checkpoint does not have: components, and folders of tokenizers."""
+    """The components and tokenizer folders that a picture needs and this checkpoint lacks."""
     without = [component for component in needed() if component not in found.weights]
     names = TOKENIZERS if "t5" in found.weights else TOKENIZERS[:2]
     place = found.tokenizers
@@ -28,14 +28,14 @@ def missing(found: Found) -> list[str]:
 
 
 def how_to_get(what: Iterable[str], found: Found) -> list[str]:
-    """One line for each missing thing: where it comes from and where it goes; first, what was not understood."""
+    """A line for each missing file, with its source and destination, after lines about files that were set aside."""
     what = list(what)
     lines = [f"  {name}: {source} of {REPOSITORY} -> {place}" for name in what for source, place in [_way(name, found)]]
     aside = [reason for file, reason in sorted(found.files.aside.items())]
     if not aside or not any(name in REGISTRY for name in what):
         return lines
     more = [f"  and {len(aside) - _SHOWN} more"] if len(aside) > _SHOWN else []
-    return ["  not understood where it was looked for:", *(f"    {reason}" for reason in aside[:_SHOWN]), *more, *lines]
+    return ["  files that could not be used:", *(f"    {reason}" for reason in aside[:_SHOWN]), *more, *lines]
 
 
 def unknown(found: Found) -> CheckpointError:

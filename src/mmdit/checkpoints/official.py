@@ -1,11 +1,11 @@
-"""The official transformers: what tells them apart, what they are called, and where their files come from."""
+"""The official transformers: how to tell them apart, and the names of their files."""
 
 from __future__ import annotations
 
 from mmdit.models.config import MMDiTConfig
 
 REPOSITORY = "stabilityai/stable-diffusion-3.5-large"
-# Width, depth, QK-norm, blocks of second attention: what tells the official transformers apart.
+# Width, depth, QK-norm and number of blocks with second attention identify an official transformer.
 VARIANTS: dict[tuple[int, int, str | None, int], tuple[str, str]] = {
     (1536, 24, None, 0): ("SD3-Medium", "sd3_medium"),
     (1536, 24, "rms", 13): ("SD3.5-Medium", "sd3.5_medium"),
@@ -22,10 +22,10 @@ def variant(config: MMDiTConfig) -> tuple[str, str]:
 
 
 def file_stem(config: MMDiTConfig) -> str:
-    """What the file of such a transformer is called officially."""
+    """The stem of the official file of such a transformer."""
     return variant(config)[1]
 
 
 def mmdit_words(config: MMDiTConfig) -> str:
-    """What an MMDiT is, for people."""
+    """An MMDiT in words."""
     return f"{variant(config)[0]}; pictures up to {config.max_pixels} px a side"

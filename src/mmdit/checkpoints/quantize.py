@@ -30,18 +30,18 @@ from quant.scaling import checked_input_scale, scale_of, to_codes
 from samplers import pick
 
 Linear = tuple[Component, str]  # model and name
-# Models that are quantized unless `select` says otherwise, as in `Pipeline(quant=)`; ComfyUI reads no scales of CLIP.
+# Models that are quantized by default, as in `Pipeline(quant=)`; ComfyUI reads no scales for CLIP.
 USUAL: tuple[Component, ...] = ("transformer", "t5")
 OTHER_FILES = (".safetensor", ".sft", ".gguf", ".ckpt", ".pt", ".pth", ".bin")
-PIECE = 2**22  # weights that are rounded at a time: their float32 copies stay small
+PIECE = 2**22  # values that are rounded at a time, so that float32 copies stay small
 
 
 class Quantized(NamedTuple):
-    """What was written."""
+    """A summary of the file or folder that was written."""
 
     path: Path
-    layers: int  # that are in float8 now
-    linears: int  # of all models
+    layers: int  # Linears in float8
+    linears: int  # Linears of all models
     bytes_before: int
     bytes_after: int
 
@@ -60,10 +60,10 @@ def quantize_checkpoint(
     input_scales: Mapping[str, Tensor] | None = None,
     progress: bool | None = None,
 ) -> Quantized:
-    """Write the checkpoint at `source`, of any layout, with Linears in float8; all other tensors stay byte for byte.
+    """Write the checkpoint at `source`, of any layout, with Linears in float8; all other tensors keep their bytes.
 
-    Codes and scales are those of `quant.Float8Tensor.quantize`. One tensor at a time is in memory; a weight is read
-    twice, for its scale and for its codes. Files with one scale per weight load in ComfyUI too.
+    Codes and scales are those of `quant.Float8Tensor.quantize`. Only one tensor at a time is in memory; a weight is
+    read twice, for its scale and for its codes. ComfyUI also loads files with one scale per weight.
 
     Args:
         source: A file or folder; all models in it are written.
@@ -79,8 +79,8 @@ def quantize_checkpoint(
     Raises:
         FileExistsError: there is something at `target`.
         CheckpointError: the source is broken, incomplete or float8 already, or a weight is not finite.
-        ValueError: the spelling cannot hold the recipe, a glob matches nothing, input scales are missing, of no Linear
-            or for a recipe without them.
+        ValueError: the spelling cannot express the recipe; a glob matches nothing; or input scales are missing, name
+            no Linear, or are given for a recipe that has none.
     """
     recipe, target = _checked(recipe, spelling), Path(target)
     if target.exists():
@@ -202,12 +202,12 @@ def _quantized(
     input_scales: Mapping[Linear, Tensor],
     tick: Callable[[], None],
 ) -> StoredModel:
-    """The model with float8 in place of the chosen weights; their scales are found here, their codes when written."""
+    """The model with the chosen weights in float8; scales are computed here, codes when the file is written."""
     tensors = dict(model.tensors)
     for key, lazy in model.tensors.items():
         linear = model.component, key.removesuffix(".weight")
         if key.endswith(".weight") and linear in chosen:
-            # All scales are made before a weight is read: between weights they would be holes in the heap.
+            # Scales are allocated before any weight is read; between weights they would fragment the heap.
             scale = torch.empty((lazy.shape[0], 1) if recipe.granularity == "row" else ())
             load = partial(_codes, lazy, scale, recipe)
             codes = Codes(lazy.shape, load, scale, input_scales.get(linear), recipe, logical=lazy.dtype)
@@ -242,7 +242,7 @@ def _codes(lazy: LazyTensor, scale: Tensor, recipe: Recipe, device: torch.device
 
 
 def _counted(lazy: LazyTensor, tick: Callable[[], None]) -> LazyTensor:
-    """The same tensor; `tick` is called when it is first read."""
+    """The same tensor, which calls `tick` when it is first read."""
     once = iter([tick])
 
     def load(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -259,10 +259,10 @@ def _counted(lazy: LazyTensor, tick: Callable[[], None]) -> LazyTensor:
 
 @contextmanager
 def _ticking(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
-    """A function that moves a bar on by one step in each call."""
+    """A function that advances a progress bar by one step in each call."""
     ticks = bar(repeat(None, total), total, progress)
     yield lambda: next(ticks, None)
-    for _ in ticks:  # to the end, past what the layout has no place for
+    for _ in ticks:  # advance to the end, past tensors that the layout has no place for
         pass
 
 

@@ -1,4 +1,4 @@
-"""What a set of tensor names is: which models of the registry, in whose names, and what else lies beside them."""
+"""Recognising models by tensor names: which models a file holds, in which naming, and which tensors belong to none."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple
 from encoders.json_files import printable
 from mmdit.checkpoints.components import REGISTRY, ModelKind, Naming, title
 
-# Stored beside the weights by some writers, and used by no model: index buffers and CLIP's contrastive temperature.
+# Tensors that some writers store and no model uses: index buffers and CLIP's contrastive temperature.
 UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale)")
-# Prefixes that say nothing of what is behind them.
+# Prefixes that do not tell which model follows.
 _WRAPPERS = ("transformer.", "text_encoder.", "model.")
 _LORA = (
     r"lora_(up|down|mid|A|B|unet|te\d?|transformer|linear_layer)|lycoris_|[._]lora\.|(hada|lokr)_w|\.dora_scale$|"
     r"\.diff(_b)?$|\.set_weight$|\.reshape_weight$"
 )
-# What training and other programs leave in files beside the models, by the names of the tensors.
+# Tensors that training and other programs leave in files beside the models: pattern -> description.
 _LEFTOVERS: tuple[tuple[str, str], ...] = (
     (r"(model_ema|ema_model|ema)\..*", "averaged weights (EMA)"),
     (r"(.*\.)?(model_sampling|denoiser|noise_scheduler)\..*", "a noise schedule"),
@@ -38,7 +38,7 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ("a Stable Diffusion 1.x checkpoint", r"^cond_stage_model\.transformer\."),
     ("a UNet of Stable Diffusion 1.x or 2", r"(^|\.)input_blocks\.\d+\.|^down_blocks\.\d\.(attentions|resnets)\."),
 )
-_FOREIGN_MODELS = _FOREIGN[:2]  # whose tensors carry our names too
+_FOREIGN_MODELS = _FOREIGN[:2]  # its tensors have our names too
 
 
 class Model(NamedTuple):
@@ -50,15 +50,15 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Split:
-    """What the names of a file's tensors say."""
+    """The tensors of a file, sorted by model."""
 
-    models: dict[str, Model]  # by component; by family ("clip") where its place has to say which member it is
+    models: dict[str, Model]  # by component, or by family ("clip") where only the file's place tells which member it is
     left: list[str] = field(default_factory=list)  # names that belong to no model
-    dropped: dict[str, list[str]] = field(default_factory=dict)  # names that are known and not used, by what they are
-    wrapped: list[str] = field(default_factory=list)  # names that a wrapper has changed
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # known names that are not used: description -> names
+    wrapped: list[str] = field(default_factory=list)  # names that a wrapper has prefixed
 
     def notes(self) -> list[str]:
-        """What is left out of the file or read under another name, in words."""
+        """Sentences about tensors that are not used or are read under another name."""
         left_out = [
             f"{len(keys)} tensors of {what} are left out, first {printable(keys[0], 200)}"
             for what, keys in self.dropped.items()
@@ -68,13 +68,13 @@ class Split:
 
 
 def split(keys: Iterable[str], *, ema: bool = False) -> Split:
-    """The models that a file holds, and what else it has.
+    """The models that a file holds, and its other tensors.
 
-    Names are read without what wrappers add: `_orig_mod.` of torch.compile, a leading `module.` of parallel training.
+    Prefixes of wrappers are removed first: `_orig_mod.` of torch.compile, and a leading `module.` of parallel training.
 
     Args:
         keys: names of tensors.
-        ema: take averaged weights (`model_ema.`, `ema.`) in the place of those that they are the average of.
+        ema: take averaged weights (`model_ema.`, `ema.`) instead of the weights that they average.
     """
     keys = list(keys)
     named = {key: unwrapped(key) for key in keys}
@@ -89,7 +89,7 @@ def split(keys: Iterable[str], *, ema: bool = False) -> Split:
             continue
         name = kind.component if prefix in kind.prefixes else kind.family
         kept = _leave_out(found, local, {**kind.beside, **naming.beside}, keep=True)
-        if name in found.models:  # under two prefixes: what the file means is not clear
+        if name in found.models:  # present under two prefixes, so that it is unclear which one is meant
             found.left.extend(kept.values())
         else:
             found.models[name] = Model(naming, kept)
@@ -98,7 +98,7 @@ def split(keys: Iterable[str], *, ema: bool = False) -> Split:
 
 
 def foreign(keys: Iterable[str]) -> str | None:
-    """What a file of another kind is, if it is one that people mix up with SD3 checkpoints."""
+    """A description of a file of another kind, if it is one that is often mistaken for an SD3 checkpoint."""
     keys = list(keys)
     if any(re.search(_LORA, key) for key in keys):
         return "a LoRA (weights to add to a model, not a model)"
@@ -106,7 +106,7 @@ def foreign(keys: Iterable[str]) -> str | None:
 
 
 def looks_like(keys: Iterable[str]) -> str:
-    """A few words for an error message: what these keys are."""
+    """A short description of these keys, for an error message."""
     keys = list(keys)
     found = split(keys)
     name = foreign(found.left if found.models else keys)
@@ -119,12 +119,12 @@ def looks_like(keys: Iterable[str]) -> str:
 
 
 def unwrapped(key: str) -> str:
-    """A name without what torch.compile (`_orig_mod.`) and parallel training (a leading `module.`) add to it."""
+    """A name without the prefixes of torch.compile (`_orig_mod.`) and parallel training (a leading `module.`)."""
     return key.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _averaged(named: Mapping[str, str]) -> dict[str, str]:
-    """The names of averaged weights in the place of the others; Stability's and CompVis' code writes them without dots.
+    """The names with averaged weights instead of the others; Stability's and CompVis' code removes the dots of names.
 
     Source: `ldm/modules/ema.py` (LitEma) of CompVis/latent-diffusion.
     """
@@ -156,7 +156,7 @@ def _groups(named: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 
 def _recognise(local: Mapping[str, str], kind: ModelKind | None) -> tuple[Naming | None, ModelKind | None]:
-    """The naming and the kind of a group of names; `kind` is what its prefix says."""
+    """The naming and the kind of a group of names; `kind` is the kind that its prefix implies, if any."""
     names = [name for name in local if re.search(_LORA, name) is None and _EMA.match(name) is None]
     for each in [kind] if kind is not None else REGISTRY.values():
         for naming in each.namings:
@@ -173,7 +173,7 @@ def _is_foreign(local: Mapping[str, str]) -> bool:
 def _leave_out(
     found: Split, local: Mapping[str, str], beside: Mapping[str, str], *, keep: bool = False
 ) -> dict[str, str]:
-    """Sort out what is known and not used; the rest is given back, or belongs to no model."""
+    """Remove known names that are not used; the rest is returned, or recorded as belonging to no model."""
     kept = {}
     patterns = [(re.compile(pattern), what) for pattern, what in (*_LEFTOVERS, *beside.items())]
     for name, key in local.items():

@@ -1,8 +1,8 @@
 """Reading and writing safetensors files, tensor by tensor.
 
-The header is checked here because the safetensors library accepts duplicate keys, and because a broken download
-should be explained. Tensors are read straight into their final memory, so a process holds no second copy. A file that
-is replaced while it is read is an error.
+The header is checked here because the safetensors library accepts duplicate keys and does not explain a broken
+download. Tensors are read directly into their final memory, so there is never a second copy. A file that is replaced
+while it is read is an error.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -46,15 +46,15 @@ DTYPES = {  # in the order in which the safetensors library writes them
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
-MAX_TENSORS = 100_000  # of one file; the largest official one has 2,500
+MAX_TENSORS = 100_000  # tensors in one file; the largest official file has 2,500
 MAX_DIMENSIONS = 16
-MAX_DEPTH = 8  # of brackets in a header: two are enough
+MAX_DEPTH = 8  # nested brackets in a header; two suffice
 _LOCAL = threading.local()
-STAGING = 8 * 2**20  # bytes read at a time where a tensor is cast or moved on its way
-_MAX_ELEMENTS = 2**59  # torch counts bytes in signed 64 bits, and numbers have up to 16
+STAGING = 8 * 2**20  # bytes read at a time where a tensor is cast or moved to another device
+_MAX_ELEMENTS = 2**59  # torch counts bytes in signed 64 bits, and an element has up to 16 bytes
 _SPACE = b" \t\r\n"
 _PICKLE = "pickles can run code and are never opened"
-_OTHER_FILES = {  # how files begin that are taken for safetensors
+_OTHER_FILES = {  # first bytes of files that are mistaken for safetensors
     b"PK\x03\x04": ("a PyTorch pickle (zip)", _PICKLE),
     b"\x80\x02": ("a Python pickle", _PICKLE),
     b"\x80\x03": ("a Python pickle", _PICKLE),
@@ -81,12 +81,12 @@ class Entry(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """What tells a file from another one under the same name."""
+    """Numbers by which a file differs from another one of the same name."""
 
     device: int
     inode: int
     size: int
-    changed: int  # nanoseconds
+    changed: int  # time of the last change in nanoseconds
 
     @classmethod
     def of(cls, descriptor: int) -> Identity:
@@ -97,7 +97,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says that it holds."""
+    """The header of a file: its tensors and metadata."""
 
     path: Path
     entries: dict[str, Entry]
@@ -105,7 +105,7 @@ class Header:
     identity: Identity
 
     def tensors(self) -> dict[str, LazyTensor]:
-        """The tensors of the file, each read when it is asked for."""
+        """The tensors of the file, which are read on demand."""
         return {key: _lazy(self, entry) for key, entry in self.entries.items()}
 
 
@@ -128,7 +128,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def open_tensors(path: str | Path) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    """The tensors of a file, each read when it is asked for, and the file's metadata.
+    """The tensors of a file, which are read on demand, and the file's metadata.
 
     Raises:
         FileNotFoundError, CheckpointError: see `read_header`.
@@ -150,13 +150,13 @@ def write_tensors(
 
     Args:
         path: the file.
-        tensors: what it holds, by name.
-        metadata: texts by name; None writes none.
-        new: there must be no such file, nor may one be made meanwhile.
+        tensors: its tensors, by name.
+        metadata: its metadata, strings by name; None writes none.
+        new: whether the file must not exist, neither before nor while it is written.
 
     Raises:
-        FileExistsError: `new`, and there is one.
-        ValueError: a tensor has a dtype that is not written, or the header is larger than is read.
+        FileExistsError: `new` is set, and the file exists.
+        ValueError: a tensor has a dtype that cannot be written, or the header is larger than `MAX_HEADER`.
     """
     if odd := [f"{key!r} is {lazy.dtype}" for key, lazy in tensors.items() if lazy.dtype not in NAMES]:
         raise ValueError(f"{path}: {odd[0]}, which is not written; known are {', '.join(map(str, NAMES))}")
@@ -180,12 +180,12 @@ def write_tensors(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A file for reading, as a descriptor; a pipe, which would wait for ever, and a folder are refused."""
-    # O_NONBLOCK, because opening a pipe would wait for its writer; regular files do not know it.
+    """Open a regular file for reading, as a descriptor; pipes and folders are refused."""
+    # O_NONBLOCK keeps a pipe from waiting for its writer; it has no effect on regular files.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{path} is no regular file; expected a safetensors file")
+            raise CheckpointError(f"{path} is not a regular file; expected a safetensors file")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -193,7 +193,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 def _header_text(path: Path, file: int, size: int) -> bytes:
     first = os.read(file, 32)
-    # A length can begin like a pickle or a web page does; the brace or space that follows it cannot.
+    # The 8 bytes of a length may equal the first bytes of a pickle or web page, but then a brace or space follows.
     if first[8:9] not in (b"{", *(_SPACE[i : i + 1] for i in range(len(_SPACE)))):
         for magic, (what, why) in _OTHER_FILES.items():
             if first.startswith(magic):
@@ -202,18 +202,17 @@ def _header_text(path: Path, file: int, size: int) -> bytes:
                 )
     if size < 8:
         raise CheckpointError(
-            f"{path} is truncated: it has {size} bytes, a safetensors file begins with 8 of header length; "
-            "download it again"
+            f"{path} is truncated: it has {size} bytes, but the header length alone takes 8; download it again"
         )
     length = int.from_bytes(first[:8], "little")
     if length > MAX_HEADER:
         raise CheckpointError(
-            f"{path} is not a safetensors file: its first 8 bytes claim a header of {length} bytes, "
-            f"{MAX_HEADER} are the most. Use the .safetensors file of the model"
+            f"{path} is not a safetensors file: its first 8 bytes give a header length of {length} bytes, and the "
+            f"largest allowed is {MAX_HEADER}. Use the .safetensors file of the model"
         )
     if length > size - 8:
         raise CheckpointError(
-            f"{path} is truncated: the header takes {length} bytes, the file has {size - 8} after its length; "
+            f"{path} is truncated: the header takes {length} bytes, but only {size - 8} follow its length; "
             "download it again"
         )
     text = bytearray(length)
@@ -223,9 +222,9 @@ def _header_text(path: Path, file: int, size: int) -> bytes:
 
 
 def _parsed(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """The entries of a header and its metadata, checked to be JSON objects of unique keys."""
+    """The entries of a header and its metadata, after a check that they are JSON objects with unique keys."""
     if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:
-        raise CheckpointError(f"{path} names {count} tensors, {MAX_TENSORS} are the most of a checkpoint")
+        raise CheckpointError(f"{path} names {count} tensors; a checkpoint may have at most {MAX_TENSORS}")
     try:
         header = parse_json(text, f"{path}: the header", kind=dict, max_bytes=MAX_HEADER, max_depth=MAX_DEPTH)
     except JSONError as error:
@@ -251,16 +250,17 @@ def _entry(path: Path, key: str, value: Any, start: int) -> Entry:
         )
     if len(span) != 2 or not all(type(number) is int and number >= 0 for number in (*sides, *span)):
         raise CheckpointError(
-            f"{where} has shape {_short(sides)} and offsets {_short(span)}, expected counts (whole, not negative)"
+            f"{where} has shape {_short(sides)} and offsets {_short(span)}; expected integers that are not negative"
         )
     name, dtype = value["dtype"], DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         what = "packed numbers of MX and NVFP4; use a float8 or 16-bit file" if name in _PACKED else "unknown"
-        raise CheckpointError(f"{where} has dtype {_short(name)} ({what}); read are {', '.join(DTYPES)}")
-    # Strides are products of sides too, also where another side is 0.
+        raise CheckpointError(f"{where} has dtype {_short(name)} ({what}); supported are {', '.join(DTYPES)}")
+    # Strides are products of sides, also where another side is 0, and must not overflow either.
     if len(sides) > MAX_DIMENSIONS or prod(max(side, 1) for side in sides) > _MAX_ELEMENTS:
         raise CheckpointError(
-            f"{where} has shape {_short(sides)}: at most {MAX_DIMENSIONS} sides and {_MAX_ELEMENTS} elements are read"
+            f"{where} has shape {_short(sides)}; at most {MAX_DIMENSIONS} dimensions and {_MAX_ELEMENTS} elements are "
+            "supported"
         )
     begin, end = span
     if end - begin != prod(sides) * dtype.itemsize:
@@ -276,7 +276,7 @@ def _short(value: Any) -> str:
 
 
 def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: int) -> None:
-    """The tensors must lie side by side, without gap or overlap, up to the file's end."""
+    """Raise CheckpointError unless the tensors fill the file to its end without gap or overlap."""
     end, before = start, "the header"
     for key, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.start != end:
@@ -285,7 +285,7 @@ def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: i
         end, before = entry.stop, repr(key)
     if end > size:
         raise CheckpointError(
-            f"{path} is truncated: it has {size} bytes, its tensors end at {end} ({end - size} missing); "
+            f"{path} is truncated: it has {size} bytes, but its tensors end at {end} ({end - size} missing); "
             "download it again"
         )
     if end < size:
@@ -309,7 +309,7 @@ def _lazy(header: Header, entry: Entry) -> LazyTensor:
 
 
 def _check_same(header: Header, file: int) -> None:
-    """Raise CheckpointError where the file is not the one, or not in the state, whose header was read."""
+    """Raise CheckpointError where the file has been replaced or changed since its header was read."""
     if Identity.of(file) != header.identity:
         raise CheckpointError(
             f"{header.path} was replaced or written to after its header was read; nothing of it is used: load it again"
@@ -325,7 +325,7 @@ def _fill_through_staging(path: Path, file: int, tensor: Tensor, stored: torch.d
 
 
 def _staging(*, pinned: bool) -> Tensor:
-    """This thread's buffer; one for all tensors, because buffers that come and go leave holes between the weights."""
+    """This thread's buffer, which all tensors share, because short-lived buffers would fragment the heap."""
     buffers: dict[bool, Tensor] = _LOCAL.__dict__.setdefault("staging", {})
     if pinned not in buffers:
         buffers[pinned] = torch.empty(STAGING, dtype=torch.uint8, pin_memory=pinned)
@@ -333,7 +333,7 @@ def _staging(*, pinned: bool) -> Tensor:
 
 
 def _read_into(path: Path, file: int, rest: memoryview) -> None:
-    """Fill memory with the bytes that follow in a file."""
+    """Fill a buffer with the next bytes of a file."""
     while len(rest):
         done = os.readv(file, [rest]) if hasattr(os, "readv") else _read_once(file, rest)
         if not done:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint in any layout: streamed tensor by tensor, and in place only when it is complete."""
+"""Writing a checkpoint in any layout, tensor by tensor; it gets its name only when it is complete."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from mmdit.utils import replacing, replacing_folder
 from samplers import SamplingDefaults, pick, to_scheduler_config
 
 OUT_LAYOUTS = ("official", "diffusers", "comfyui", "single")
-METADATA = {"format": "pt"}  # transformers refuses files without it
-MAX_SHARD = 10**10  # bytes, as diffusers writes them
+METADATA = {"format": "pt"}  # transformers refuses files without this metadata
+MAX_SHARD = 10**10  # bytes of a shard, as in diffusers
 _DTYPE_WORDS = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -47,7 +47,7 @@ _OTHER_CLASSES = {
     "tokenizer_2": ("transformers", "CLIPTokenizer"),
     "tokenizer_3": ("transformers", "T5TokenizerFast"),
 }
-MAX_TOKENIZER = 64 * 2**20  # bytes of a tokenizer file
+MAX_TOKENIZER = 64 * 2**20  # bytes of the largest tokenizer file
 
 
 @dataclass
@@ -73,7 +73,7 @@ def convert(
         source: a file or folder; all models in it are converted.
         target: a folder, or for "single" a .safetensors file; it must not exist yet.
         layout: "official", "diffusers", "comfyui" or "single" (one file with the official prefixes, weights only).
-        dtype: The dtype of all tensors; None keeps the stored bytes, and spells scales of float8 as ComfyUI does now.
+        dtype: The dtype of all tensors; None keeps the stored bytes, with float8 scales in ComfyUI's newer spelling.
         max_shard_bytes: files of the diffusers layout are split at this size.
 
     Raises:
@@ -97,10 +97,10 @@ def convert(
 
 
 def opened(found: Found) -> list[StoredModel]:
-    """All models of a located checkpoint, checked as for loading.
+    """All models of a located checkpoint, after the checks of loading.
 
     Raises:
-        CheckpointError: there is none, or one is broken or incomplete.
+        CheckpointError: there is no model, or one is broken or incomplete.
     """
     if not found.weights and not found.several:
         raise unknown(found)
@@ -141,16 +141,16 @@ def write_checkpoint(
     """Write models in a layout; see `convert`.
 
     Args:
-        models: what to write; each is checked, so that nothing is written that cannot be read again.
+        models: the models to write; each is checked, so that everything that is written can be read again.
         target, layout, dtype, max_shard_bytes: see `convert`.
         shift: the timestep shift of the scheduler.
-        sampling: what its config says; None is Euler on the default schedule, with `shift`.
-        tokenizers: writes the three tokenizer folders into a folder.
-        spelling: how the scales of float8 are written.
+        sampling: the contents of the scheduler's config; None is Euler on the default schedule with `shift`.
+        tokenizers: a function that writes the three tokenizer folders into a folder.
+        spelling: the spelling of float8 scales.
 
     Raises:
-        FileExistsError: there is something at `target`, or something was made there meanwhile.
-        CheckpointError: a model has not exactly the tensors that its config asks for.
+        FileExistsError: `target` exists, or was created by another program in the meantime.
+        CheckpointError: the tensors of a model are not exactly those of its config.
     """
     target = Path(target)
     if target.exists():
@@ -178,7 +178,7 @@ def write_checkpoint(
 
 
 def _warn_of_loss(models: Sequence[StoredModel], sampling: SamplingDefaults) -> None:
-    """Say which numbers have no place in a layout without config files."""
+    """Warn of settings that are lost in a layout without config files."""
     lost = [] if sampling.shift == 3.0 else [f"the scheduler's shift {sampling.shift}"]
     if not sampling.is_plain:
         lost.append(f"the scheduler's sampler {sampling.sampler} and schedule {sampling.schedule}")
@@ -196,14 +196,14 @@ def _cast(model: StoredModel, dtype: torch.dtype) -> StoredModel:
 
 
 def single_file(models: Sequence[StoredModel], spelling: Spelling) -> Tensors:
-    """All models in one file, under the official prefixes; what has a file of its own has none alone."""
+    """All models in one file, under the official prefixes; a lone model that has its own file officially has none."""
     if len(models) == 1 and models[0].kind.place != "main":
         return official(models[0], spelling)
     return {model.kind.prefixes[0] + key: lazy for model in models for key, lazy in official(model, spelling).items()}
 
 
 def _files(models: Sequence[StoredModel], places: Mapping[str, str], spelling: Spelling) -> Plan:
-    """One file for the transformer and what shares it, one for each other model."""
+    """One file for the transformer and the models that share it, and one for each other model."""
     main = sorted(
         (model for model in models if model.kind.place == "main"), key=lambda model: [*REGISTRY].index(model.component)
     )
@@ -278,16 +278,16 @@ def _write(plan: Plan, folder: Path, tokenizers: Callable[[Path], None] | None) 
 
 
 def tokenizers_of(found: Found, models: Sequence[StoredModel]) -> Callable[[Path], None] | None:
-    """A function that copies the tokenizers that go with the models into a folder."""
+    """A function that copies the tokenizers of these models into a folder."""
     with_text = any(model.kind.place == "text" for model in models)
     return partial(_copy_tokenizers, found.tokenizers) if with_text and found.tokenizers else None
 
 
 def _copy_tokenizers(source: Path, folder: Path) -> None:
-    """Copy the files that tokenizers are read from, and nothing else that lies beside them.
+    """Copy the files that tokenizers are read from, and no other files in their folders.
 
     Raises:
-        CheckpointError: a file is a link to somewhere outside, or larger than such files are.
+        CheckpointError: a file is a link to a place outside the folder, or is too large for a tokenizer file.
     """
     for name in TOKENIZERS:
         files = [source / name / file for file in KNOWN_FILES if is_file(source / name / file)]
@@ -302,7 +302,7 @@ def _copy_tokenizers(source: Path, folder: Path) -> None:
 
 
 def _is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file lies in a folder, links followed; those of the hub's cache lead to its own blobs."""
+    """Whether a file lies in a folder after following links; links within the hub's cache are allowed."""
     target, root = file.resolve(), folder.resolve()
     cache = next((place for place in root.parents if place.name.startswith("models--")), root)
     return target.is_relative_to(root) or target.is_relative_to(cache / "blobs")

@@ -1,4 +1,4 @@
-"""Checkpoint files and folders that cannot be used: what the error says, and that nothing is half loaded."""
+"""Checkpoint files and folders that cannot be used raise an error that names the file and the fault."""
 
 import json
 import struct
@@ -13,11 +13,11 @@ from mmdit.checkpoints.describe import describe
 from mmdit.checkpoints.safetensors_io import read_header
 from refusals import refuses
 
-# Files that are not safetensors, or broken ones.
+# Files in other formats, and broken files.
 
 
 def raw(path, header, data=b"", length=None):
-    """A file with this header, which may be any JSON value or any bytes."""
+    """A file with this header, given as a JSON value or as bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
     return path
@@ -33,8 +33,7 @@ def test_pickles(tmp_path, ending, zipped):
     path = tmp_path / f"model.{ending}"
     torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
     for load in (load_mmdit, Pipeline.from_single_file, describe):
-        said = refuses(lambda load=load: load(path), path, "pickles can run code and are never opened")
-        assert "Use the .safetensors file of the same model" in said
+        refuses(lambda load=load: load(path), path, "pickle", "never opened", ".safetensors")
 
 
 @pytest.mark.parametrize("folders", [["."], ["transformer", "vae"], ["models/checkpoints"]], ids=str)
@@ -47,7 +46,7 @@ def test_folder_of_pickles(tmp_path, folders):
             lambda load=load: load(tmp_path),
             tmp_path,
             "diffusion_pytorch_model.bin",
-            "pickles can run code",
+            "pickle",
             ".safetensors",
         )
 
@@ -59,15 +58,15 @@ def test_folder_of_pickles(tmp_path, folders):
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "is a web page"),
         (b"\x80\x05\x95\x10\0\0\0\0\0", "is a Python pickle"),
-        (b"\xff" * 20, "claim a header of 18446744073709551615 bytes, 100000000 are the most"),
-        (struct.pack("<Q", 100_000_001) + b"{}", "claim a header of 100000001 bytes"),
+        (b"\xff" * 20, "18446744073709551615 bytes"),
+        (struct.pack("<Q", 100_000_001) + b"{}", "100000001 bytes"),
     ],
     ids=lambda value: value[:12].decode("latin-1") if isinstance(value, bytes) else "",
 )
 def test_files_of_other_kinds(tmp_path, begin, said):
     path = tmp_path / "model.safetensors"
     path.write_bytes(begin)
-    refuses(lambda: read_header(path), path, said, "Use the .safetensors file")
+    refuses(lambda: read_header(path), path, said, ".safetensors file")
 
 
 def test_truncated_anywhere(tmp_path):
@@ -76,14 +75,14 @@ def test_truncated_anywhere(tmp_path):
     assert len(read_header(path).entries) == 2
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        said = refuses(lambda: read_header(path), f"{path} is truncated", "download it again")
+        said = refuses(lambda: read_header(path), path, "truncated", "download")
         assert str(length if not 8 <= length < len(whole) - 16 else length - 8) in said
 
 
 A, B = entry(), entry(offsets=(8, 16))
 BROKEN_HEADERS = {
-    "header longer than the file": ({"a": A}, 8, {"length": 5000}, "the header takes 5000 bytes, the file has"),
-    "duplicate key": (b'{"a": 1, "b": 2, "a": 3}', 8, {}, "the header has 1 keys more than once in one object: 'a'"),
+    "header longer than the file": ({"a": A}, 8, {"length": 5000}, "5000 bytes"),
+    "duplicate key": (b'{"a": 1, "b": 2, "a": 3}', 8, {}, "1 keys more than once in one object: 'a'"),
     "duplicate word": (b'{"a": {"dtype": "F32", "dtype": "F32"}}', 8, {}, "in one object: 'dtype'"),
     "duplicate metadata": (b'{"__metadata__": {}, "__metadata__": {}}', 0, {}, "in one object: '__metadata__'"),
     "overlap": ({"a": A, "b": entry(offsets=(4, 12))}, 12, {}, "'b' overlaps 'a'"),
@@ -91,33 +90,33 @@ BROKEN_HEADERS = {
     "gap": ({"a": A, "b": entry(offsets=(12, 20))}, 20, {}, "'b' leaves a gap after 'a'"),
     "gap at the start": ({"a": entry(offsets=(4, 12))}, 12, {}, "'a' leaves a gap after the header"),
     "trailing bytes": ({"a": A}, 11, {}, "3 bytes follow the last tensor"),
-    "missing bytes": ({"a": A, "b": B}, 13, {}, "(3 missing); download it again"),
-    "shape against bytes": ({"a": entry((3,))}, 8, {}, "'a' is F32 [3], which takes 12 bytes, but its offsets span 8"),
-    "offsets backwards": ({"a": entry(offsets=(8, 0))}, 8, {}, "takes 8 bytes, but its offsets span -8"),
-    "unknown dtype": ({"a": entry(dtype="F31")}, 8, {}, "'a' has dtype 'F31' (unknown); read are U64, I64, F64"),
+    "missing bytes": ({"a": A, "b": B}, 13, {}, "3 missing"),
+    "shape against bytes": ({"a": entry((3,))}, 8, {}, "'a' is F32 [3], which takes 12 bytes"),
+    "offsets backwards": ({"a": entry(offsets=(8, 0))}, 8, {}, "offsets span -8"),
+    "unknown dtype": ({"a": entry(dtype="F31")}, 8, {}, "'a' has dtype 'F31' (unknown)"),
     "odd dtype": ({"a": entry(dtype=["F32"])}, 8, {}, "'a' has dtype ['F32'] (unknown)"),
-    "packed dtype": ({"a": entry(dtype="F8_E8M0")}, 8, {}, "MX and NVFP4; use a float8 or 16-bit file"),
-    "negative offsets": ({"a": entry(offsets=(-8, 0))}, 8, {}, "offsets [-8, 0], expected counts"),
-    "float offsets": ({"a": entry(offsets=(0.0, 8.0))}, 8, {}, "offsets [0.0, 8.0], expected counts"),
-    "bool offsets": ({"a": entry((True,), (False, 4))}, 4, {}, "shape [True] and offsets [False, 4], expected counts"),
+    "packed dtype": ({"a": entry(dtype="F8_E8M0")}, 8, {}, "MX and NVFP4"),
+    "negative offsets": ({"a": entry(offsets=(-8, 0))}, 8, {}, "offsets [-8, 0]"),
+    "float offsets": ({"a": entry(offsets=(0.0, 8.0))}, 8, {}, "offsets [0.0, 8.0]"),
+    "bool offsets": ({"a": entry((True,), (False, 4))}, 4, {}, "shape [True] and offsets [False, 4]"),
     "huge shape": ({"a": entry((0, 2**63), (0, 0))}, 0, {}, "shape [0, 9223372036854775808]"),
-    "one offset": ({"a": entry(offsets=(8,))}, 8, {}, "shape [2] and offsets [8], expected counts"),
-    "no shape": ({"a": {"dtype": "F32"}}, 8, {}, "expected dtype, shape and two data_offsets"),
-    "entry is a number": ({"a": 3}, 8, {}, "header entry of 'a' is 3, expected dtype, shape"),
+    "one offset": ({"a": entry(offsets=(8,))}, 8, {}, "shape [2] and offsets [8]"),
+    "no shape": ({"a": {"dtype": "F32"}}, 8, {}, "dtype, shape and two data_offsets"),
+    "entry is a number": ({"a": 3}, 8, {}, "header entry of 'a' is 3"),
     "entry is null": ({"a": None}, 8, {}, "header entry of 'a' is None"),
     "malformed JSON": (b'{"a": ', 8, {}, "the header is not valid JSON: "),
     "no text": (b"{\xff\xfe}", 8, {}, "the header is not UTF-8 text"),
     "UTF-16": ('{"a": 1}'.encode("utf-16-le"), 8, {}, "the header is not valid JSON: "),
-    "endless number": (b'{"a": ' + b"9" * 5000 + b"}", 8, {}, "the header holds an integer of 5000 digits"),
-    "endless nesting": (b'{"a": ' + b"[" * 200_000, 8, {}, "the header nests arrays and objects more than 8 deep"),
-    "list": ([A], 8, {}, "the header holds an array, expected an object"),
-    "string": ("a", 8, {}, 'the header holds the string "a", expected an object'),
-    "metadata list": ({"__metadata__": ["a"]}, 0, {}, "__metadata__ holds an array, expected an object"),
+    "endless number": (b'{"a": ' + b"9" * 5000 + b"}", 8, {}, "integer of 5000 digits"),
+    "endless nesting": (b'{"a": ' + b"[" * 200_000, 8, {}, "more than 8 deep"),
+    "list": ([A], 8, {}, "the header holds an array"),
+    "string": ("a", 8, {}, 'the header holds the string "a"'),
+    "metadata list": ({"__metadata__": ["a"]}, 0, {}, "__metadata__ holds an array"),
     "metadata number": (
         {"__metadata__": {"a": "b", "c": 4}},
         0,
         {},
-        "must map strings to strings, but 'c' is the number 4",
+        "'c' is the number 4",
     ),
 }
 
@@ -129,7 +128,7 @@ def test_broken_header(tmp_path, case):
     refuses(lambda: read_header(path), path, said)
 
 
-# Sound files of other models.
+# Valid files of other models.
 
 LORAS = {
     "diffusers peft": "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
@@ -184,12 +183,13 @@ def test_other_models_are_named(tmp_path, case):
     for load in (load_mmdit, Pipeline.from_single_file):
         refuses(
             lambda load=load: load(path),
-            f"{path} holds no transformer (MMDiT) of SD3; it looks like {name}",
-            "Give a file or folder that holds the transformer",
+            path,
+            "no transformer (MMDiT)",
+            f"looks like {name}",
         )
-    refuses(lambda: load_mmdit(tmp_path), f"{tmp_path} holds no transformer of SD3", f"other.safetensors ({name}")
+    refuses(lambda: load_mmdit(tmp_path), tmp_path, "no transformer", f"other.safetensors ({name}")
 
 
 def test_inspecting_other_models_names_them(tmp_path):
     save_file({LORAS["kohya"]: torch.zeros(1)}, tmp_path / "lora.safetensors")
-    refuses(lambda: describe(tmp_path / "lora.safetensors"), tmp_path / "lora.safetensors", "it looks like a LoRA")
+    refuses(lambda: describe(tmp_path / "lora.safetensors"), tmp_path / "lora.safetensors", "a LoRA")

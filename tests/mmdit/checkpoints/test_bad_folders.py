@@ -1,4 +1,4 @@
-"""Folders that lack something or contradict themselves: what the error says."""
+"""Folders with missing, contradictory or surplus files raise an error that names the files."""
 
 import json
 import shutil
@@ -40,23 +40,19 @@ def test_shards(folder):
     first = min(key for key, file in whole["weight_map"].items() if file == parts[0].name)
 
     index.write_text(json.dumps(whole | {"weight_map": whole["weight_map"] | {"more": parts[0].name}}))
-    refuses(lambda: load_mmdit(folder), index, f"1 tensors differ between index and {parts[0].name}: 'more' is only in")
+    refuses(lambda: load_mmdit(folder), index, "1 tensors differ", parts[0].name, "'more'")
     index.write_text(json.dumps({"weight_map": {k: v for k, v in whole["weight_map"].items() if k != first}}))
-    refuses(lambda: load_mmdit(folder), index, f"{first!r} is only in the shard", "download both again")
+    refuses(lambda: load_mmdit(folder), index, repr(first), "only in the shard")
     index.write_text(json.dumps(whole))
     parts[0].unlink()
-    refuses(lambda: load_mmdit(folder), index, f"names the shard {parts[0].name}, which is not beside it; download it")
+    refuses(lambda: load_mmdit(folder), index, parts[0].name)
     for text in ("{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         index.write_text(text)
-        refuses(
-            lambda: load_mmdit(index), f"{index} is no shard index: it has no weight_map", "Give a .safetensors file"
-        )
+        refuses(lambda: load_mmdit(index), index, "weight_map", ".safetensors file")
     index.write_text("{")
-    refuses(lambda: load_mmdit(index), f"{index} is not valid JSON")
+    refuses(lambda: load_mmdit(index), index, "JSON")
     index.unlink()
-    refuses(
-        lambda: load_mmdit(folder), "needs the index of its shards", "diffusion_pytorch_model.safetensors.index.json"
-    )
+    refuses(lambda: load_mmdit(folder), "diffusion_pytorch_model.safetensors.index.json")
 
 
 CONFIGS = {
@@ -65,40 +61,40 @@ CONFIGS = {
     "second attention": (
         "transformer",
         {"dual_attention_layers": []},
-        "says dual_attention_layers = [], its tensors say [0, 1]",
+        "dual_attention_layers = [], its tensors say [0, 1]",
     ),
-    "sample size": ("transformer", {"sample_size": "big"}, "says sample_size = 'big', expected a whole number above 0"),
+    "sample size": ("transformer", {"sample_size": "big"}, "sample_size = 'big'"),
     "VAE widths": (
         "vae",
         {"block_out_channels": [32, 64]},
-        "VAE says block_out_channels = [32, 64], its tensors say [32",
+        "block_out_channels = [32, 64]",
     ),
-    "VAE groups": ("vae", {"norm_num_groups": 0}, "VAE says norm_num_groups = 0, expected a whole number above 0"),
+    "VAE groups": ("vae", {"norm_num_groups": 0}, "norm_num_groups = 0"),
     "VAE groups that do not divide": (
         "vae",
         {"norm_num_groups": 48},
-        "widths [32, 32, 64, 64] are not multiples of the 48",
+        "48",
     ),
-    "VAE scale": ("vae", {"scaling_factor": "1.5"}, "VAE says scaling_factor = '1.5', expected a number above 0"),
-    "VAE shift": ("vae", {"shift_factor": None}, "VAE says shift_factor = None, expected a number"),
+    "VAE scale": ("vae", {"scaling_factor": "1.5"}, "scaling_factor = '1.5'"),
+    "VAE shift": ("vae", {"shift_factor": None}, "shift_factor = None"),
     "CLIP width": (
         "text_encoder",
         {"hidden_size": 768},
-        "CLIP-L text encoder says hidden_size = 768, its tensors say 64",
+        "hidden_size = 768, its tensors say 64",
     ),
-    "CLIP heads": ("text_encoder", {"num_attention_heads": 5}, "width 64 is not a multiple of its 5 heads"),
+    "CLIP heads": ("text_encoder", {"num_attention_heads": 5}, "5 heads"),
     "CLIP activation": (
         "text_encoder",
         {"hidden_act": "relu"},
-        "says hidden_act = 'relu', expected 'quick_gelu' or 'gelu'",
+        "hidden_act = 'relu', expected 'quick_gelu' or 'gelu'",
     ),
-    "CLIP end of text": ("text_encoder", {"eos_token_id": "2"}, "CLIP-L text encoder says eos_token_id = '2'"),
+    "CLIP end of text": ("text_encoder", {"eos_token_id": "2"}, "eos_token_id = '2'"),
     "CLIP end of text outside": ("text_encoder", {"eos_token_id": 10**6}, "eos_token_id is 1000000"),
-    "VAE activation": ("vae", {"act_fn": "gelu"}, "VAE says act_fn = 'gelu'"),
-    "VAE blocks": ("vae", {"up_block_types": ["AttnUpDecoderBlock2D"]}, "VAE says up_block_types"),
-    "VAE attention": ("vae", {"mid_block_add_attention": False}, "VAE says mid_block_add_attention = False"),
-    "T5 activation": ("text_encoder_3", {"dense_act_fn": "relu"}, "T5 encoder says dense_act_fn = 'relu'"),
-    "T5 layers": ("text_encoder_3", {"num_layers": 24}, "T5 encoder says num_layers = 24, its tensors say 2"),
+    "VAE activation": ("vae", {"act_fn": "gelu"}, "act_fn = 'gelu'"),
+    "VAE blocks": ("vae", {"up_block_types": ["AttnUpDecoderBlock2D"]}, "up_block_types"),
+    "VAE attention": ("vae", {"mid_block_add_attention": False}, "mid_block_add_attention = False"),
+    "T5 activation": ("text_encoder_3", {"dense_act_fn": "relu"}, "dense_act_fn = 'relu'"),
+    "T5 layers": ("text_encoder_3", {"num_layers": 24}, "num_layers = 24, its tensors say 2"),
 }
 
 
@@ -110,7 +106,7 @@ def test_config_json_that_contradicts_the_tensors(folder, case):
 
 
 def test_config_json_that_is_none(folder):
-    for text, said in (("[]", "holds an array, expected an object"), ("{", "is not valid JSON")):
+    for text, said in (("[]", "array"), ("{", "JSON")):
         (folder / "vae" / "config.json").write_text(text)
         refuses(lambda: load_vae(folder), folder / "vae" / "config.json", said)
     (folder / "vae" / "config.json").unlink()
@@ -130,7 +126,7 @@ MISSING = {
 @pytest.mark.parametrize("name", MISSING)
 def test_missing_part_of_a_folder(folder, name):
     shutil.rmtree(folder / name)
-    said = [f"{folder} is not enough for a picture", *MISSING[name], f"of {HUB}"]
+    said = [folder, *MISSING[name], f"of {HUB}"]
     message = refuses(lambda: Pipeline.from_pretrained(folder), *said, f"-> {folder / name}")
     assert len(message.splitlines()) == 2
     assert MISSING[name][0] in describe(folder)
@@ -141,7 +137,7 @@ def test_missing_tokenizer_files(folder):
     (folder / "tokenizer_2" / "tokenizer.json").unlink(missing_ok=True)
     refuses(
         lambda: Pipeline.from_pretrained(folder),
-        f"tokenizer files are missing in {folder}",
+        folder,
         "tokenizer_2/: no merges.txt",
         f"hf download {HUB}",
         f"--local-dir {folder}",
@@ -153,21 +149,23 @@ def test_missing_beside_a_single_file(tiny_folders, tmp_path):
     path = convert(tiny_folders["sd3.5-medium"] / "transformer", tmp_path / "in" / "a.safetensors", "single")
     message = refuses(
         lambda: Pipeline.from_single_file(path),
-        f"{path} is not enough for a picture: it has transformer. Missing:",
+        path,
+        "has transformer",
         f"clip_l: text_encoders/clip_l.safetensors of {HUB} -> {tmp_path}/in/text_encoders",
-        "or pass clip_l=",
+        "clip_l=",
         f"tokenizer_2/ (vocab.json, merges.txt, tokenizer_config.json) of {HUB} -> {tmp_path}/in",
-        "or pass tokenizers=",
+        "tokenizers=",
     )
     assert len(message.splitlines()) == 6
     refuses(
         lambda: Pipeline.from_single_file(path, tokenizers=tmp_path / "no"),
-        f"tokenizers={tmp_path / 'no'} is no folder; expected one that holds tokenizer, tokenizer_2, tokenizer_3",
+        f"tokenizers={tmp_path / 'no'}",
+        "tokenizer, tokenizer_2, tokenizer_3",
         error=FileNotFoundError,
     )
     lora = tmp_path / "lora.safetensors"
     save_file(LORA, lora)
-    refuses(lambda: Pipeline.from_single_file(path, vae=lora), f"{lora} holds no VAE of SD3; it looks like a LoRA")
+    refuses(lambda: Pipeline.from_single_file(path, vae=lora), lora, "no VAE", "a LoRA")
 
 
 def test_two_of_a_kind(folder, tmp_path):
@@ -175,12 +173,10 @@ def test_two_of_a_kind(folder, tmp_path):
     main = next(official.glob("*.safetensors"))
     clip = official / "text_encoders" / "clip_l.safetensors"
     other = shutil.copy(clip, clip.with_name("clip_l_other.safetensors"))
-    refuses(lambda: Pipeline.from_pretrained(official), "2 files are the CLIP-L text encoder", clip, other, "keep one")
+    refuses(lambda: Pipeline.from_pretrained(official), "2 files", "CLIP-L text encoder", clip, other)
     assert Pipeline.from_single_file(main, clip_l=other).clip_l is not None
     shutil.copy(main, official / "second.safetensors")
-    refuses(
-        lambda: load_mmdit(official), official, "2 files are the transformer", "second.safetensors; give one of these"
-    )
+    refuses(lambda: load_mmdit(official), official, "2 files", "transformer", "second.safetensors")
 
 
 def test_models_that_do_not_go_together(folder):
@@ -194,18 +190,16 @@ def test_models_that_do_not_go_together(folder):
     refuses(
         lambda: Pipeline.from_pretrained(folder),
         weights(folder, "text_encoder_3"),
-        "this T5 encoder has 128 channels, but the transformer of",
-        "takes 256; they are not of the same model",
+        "T5 encoder has 128 channels",
+        "256",
     )
 
 
 def test_paths_that_are_not_there(tmp_path):
     gone = tmp_path / "gone.safetensors"
     for load in (load_mmdit, Pipeline.from_single_file, describe):
-        refuses(
-            lambda load=load: load(gone), f"{gone} does not exist; expected a safetensors file", error=FileNotFoundError
-        )
-    refuses(lambda: load_mmdit(tmp_path), f"{tmp_path} holds no transformer of SD3. Expected are sd3*.safetensors with")
+        refuses(lambda load=load: load(gone), gone, "does not exist", error=FileNotFoundError)
+    refuses(lambda: load_mmdit(tmp_path), tmp_path, "no transformer", "sd3*.safetensors")
     refuses(
         lambda: load_mmdit(HUB),
         f"{HUB} does not exist",

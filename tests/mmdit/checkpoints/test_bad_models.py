@@ -1,4 +1,4 @@
-"""Models and folders that do not fit: what the error says."""
+"""A file of another model, or with wrong tensors, raises an error that names the model and the tensors."""
 
 import re
 
@@ -13,25 +13,20 @@ from refusals import refuses, weights
 
 
 @pytest.mark.parametrize(
-    ("load", "name", "expected", "said"),
+    ("load", "name", "expected", "found"),
     [
-        (load_mmdit, "vae", "transformer (MMDiT)", "it looks like VAE"),
-        (load_mmdit, "text_encoder_3", "transformer (MMDiT)", "it looks like T5 encoder"),
-        (load_mmdit, "text_encoder", "transformer (MMDiT)", "it looks like CLIP-L text encoder"),
-        (load_vae, "transformer", "VAE", "it looks like transformer (MMDiT)"),
-        (load_t5, "text_encoder_2", "T5 encoder", "it looks like CLIP-G text encoder"),
-        (lambda path: load_clip(path, "l"), "text_encoder_3", "CLIP-L text encoder", "it looks like T5 encoder"),
-        (lambda path: load_clip(path, "g"), "vae", "CLIP-G text encoder", "it looks like VAE"),
+        (load_mmdit, "vae", "transformer (MMDiT)", "VAE"),
+        (load_mmdit, "text_encoder_3", "transformer (MMDiT)", "T5 encoder"),
+        (load_mmdit, "text_encoder", "transformer (MMDiT)", "CLIP-L text encoder"),
+        (load_vae, "transformer", "VAE", "transformer (MMDiT)"),
+        (load_t5, "text_encoder_2", "T5 encoder", "CLIP-G text encoder"),
+        (lambda path: load_clip(path, "l"), "text_encoder_3", "CLIP-L text encoder", "T5 encoder"),
+        (lambda path: load_clip(path, "g"), "vae", "CLIP-G text encoder", "VAE"),
     ],
 )
-def test_one_model_for_another(tiny_folders, load, name, expected, said):
+def test_one_model_for_another(tiny_folders, load, name, expected, found):
     path = weights(tiny_folders["sd3.5-medium"], name)
-    refuses(
-        lambda: load(path),
-        f"{path} holds no {expected} of SD3",
-        said,
-        f"Give a file or folder that holds the {expected}",
-    )
+    refuses(lambda: load(path), path, f"no {expected}", f"looks like {found}")
 
 
 def test_clip_towers_are_not_swapped(tmp_path):
@@ -39,16 +34,16 @@ def test_clip_towers_are_not_swapped(tmp_path):
     refuses(
         lambda: load_clip(tmp_path / "clip_l.safetensors", "l"),
         tmp_path / "clip_l.safetensors",
-        "holds no CLIP-L text encoder",
-        "it looks like CLIP-G",
+        "no CLIP-L text encoder",
+        "looks like CLIP-G",
     )
-    with pytest.raises(ValueError, match="which must be 'l' or 'g', got 'h'"):
+    with pytest.raises(ValueError, match=r"which .*'h'"):
         load_clip(tmp_path, "h")
 
 
 def test_unusual_clip_tower_must_say_which_it_is(tmp_path):
     save_file({"text_model.embeddings.token_embedding.weight": torch.zeros(2, 64)}, tmp_path / "tower.safetensors")
-    refuses(lambda: describe(tmp_path / "tower.safetensors"), "text tower of width 64", "clip_l= or clip_g=")
+    refuses(lambda: describe(tmp_path / "tower.safetensors"), "width 64", "clip_l=", "clip_g=")
 
 
 # The right kind of model, with wrong tensors.
@@ -57,7 +52,7 @@ BLOCK = "transformer_blocks.1"
 
 
 def broken(source, target, **changes):
-    """The tensors of a file, some changed (a function or a tensor) or left out (None)."""
+    """A copy of a file in which some tensors are changed (by a function), replaced (by a tensor) or removed (None)."""
     tensors = load_file(source)
     for key, change in changes.items():
         value = change(tensors.pop(key)) if callable(change) else change
@@ -76,7 +71,7 @@ CHANGES = {
         {f"{BLOCK}.attn.to_k.weight": None, f"{BLOCK}.attn.to_v.weight": None},
         [
             f"1 unexpected tensors: {BLOCK}.attn.to_q.weight",
-            f"missing are {BLOCK}.attn.to_k.weight, {BLOCK}.attn.to_v.w",
+            f"{BLOCK}.attn.to_k.weight, {BLOCK}.attn.to_v.weight",
         ],
     ),
     "no signature": (
@@ -87,17 +82,17 @@ CHANGES = {
     "wrong shape": (
         "transformer",
         {f"{BLOCK}.ff.net.2.bias": torch.ones(5)},
-        [f"1 of another shape: {BLOCK}.ff.net.2.bias [5] where [128] is expected"],
+        [f"1 of another shape: {BLOCK}.ff.net.2.bias [5]", "[128]"],
     ),
-    "wrong shape of a fused one": (
+    "wrong shape of a part of a fused weight": (
         "transformer",
         {f"{BLOCK}.attn.to_q.weight": torch.ones(128, 5)},
-        [f"shapes that do not make joint_blocks.1.x_block.attn.qkv.weight: {BLOCK}.attn.to_q.weight [128, 5]"],
+        ["joint_blocks.1.x_block.attn.qkv.weight", f"{BLOCK}.attn.to_q.weight [128, 5]"],
     ),
     "no dimension": (
         "transformer",
         {"norm_out.linear.bias": torch.tensor(1.0)},
-        ["shapes that do not make final_layer.adaLN_modulation.1.bias: norm_out.linear.bias []"],
+        ["final_layer.adaLN_modulation.1.bias", "norm_out.linear.bias []"],
     ),
     "integers": (
         "transformer",
@@ -112,15 +107,15 @@ CHANGES = {
     "far number": (
         "transformer",
         {"transformer_blocks.99999999.a": torch.ones(1)},
-        ["no block 3", "transformer_blocks.99999999.a"],
+        ["block 3", "transformer_blocks.99999999.a"],
     ),
     "no patches": ("transformer", {"pos_embed.proj.weight": None}, ["'x_embedder.proj.weight' is missing"]),
     "flat table": (
         "transformer",
         {"pos_embed.pos_embed": torch.ones(256)},
-        ["pos_embed has shape [256], expected 3 dimensions"],
+        ["pos_embed has shape [256]", "3 dimensions"],
     ),
-    "no square table": ("transformer", {"pos_embed.pos_embed": torch.ones(1, 255, 128)}, ["holds 255 positions"]),
+    "no square table": ("transformer", {"pos_embed.pos_embed": torch.ones(1, 255, 128)}, ["255 positions"]),
     "empty tensor": ("transformer", {"proj_out.weight": torch.ones(0, 128)}, ["final_layer.linear.weight is empty"]),
     "VAE, missing": ("vae", {"decoder.conv_out.bias": None}, ["1 missing: decoder.conv_out.bias"]),
     "VAE of SD1": ("vae", {"quant_conv.weight": torch.ones(1)}, ["1 unexpected tensors: quant_conv.weight"]),
@@ -133,7 +128,7 @@ CHANGES = {
     "CLIP, no table": (
         "text_encoder",
         {"text_model.embeddings.position_embedding.weight": None},
-        ["the tensor 'text_model.embeddings.position_embedding.weight' of the CLIP-L text encoder is missing"],
+        ["'text_model.embeddings.position_embedding.weight'", "CLIP-L text encoder", "missing"],
     ),
     "CLIP, unexpected": ("text_encoder", {"more.a": torch.ones(1)}, ["1 unexpected: more.a"]),
     "T5, missing": (
@@ -149,7 +144,7 @@ CHANGES = {
     "T5, two tables": (
         "text_encoder_3",
         {"shared.weight": torch.ones(9, 256), "encoder.embed_tokens.weight": torch.zeros(9, 256)},
-        ["shared.weight and encoder.embed_tokens.weight differ; they must be one table"],
+        ["shared.weight", "encoder.embed_tokens.weight", "differ"],
     ),
 }
 LOAD = {
@@ -179,15 +174,14 @@ def test_many_problems_are_counted_and_the_first_named(tiny_folders, tmp_path):
     )
     assert re.search(r"\d+ unexpected: .*joint_blocks\.0\.more\.0, .* and \d+ more", said)
     save_file(kept | {"optimizer.state": torch.ones(1)}, tmp_path / "a.safetensors")
-    refuses(
-        lambda: load_mmdit(tmp_path / "a.safetensors"), "1 unexpected tensors beside the transformer", "optimizer.state"
-    )
+    refuses(lambda: load_mmdit(tmp_path / "a.safetensors"), "1 unexpected tensors", "transformer", "optimizer.state")
 
 
 def test_dtypes_that_layers_do_not_compute_in(tiny_folders):
     for dtype in (torch.int32, torch.float8_e4m3fn):
         refuses(
             lambda dtype=dtype: load_mmdit(tiny_folders["sd3.5-medium"], dtype=dtype),
-            f"dtype must be one of torch.float32, torch.bfloat16, torch.float16, torch.float64, got {dtype}",
+            "torch.float32, torch.bfloat16, torch.float16, torch.float64",
+            f"got {dtype}",
             error=ValueError,
         )

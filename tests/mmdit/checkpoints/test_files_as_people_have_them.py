@@ -1,4 +1,4 @@
-"""Folders with odd files in them, nested and linked folders, foreign names, leftovers: found, understood, or named."""
+"""Folders with unusual files, nested and linked folders, foreign names and leftovers load, or the error names them."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def written(tiny_folders, tmp_path_factory):
 
 @pytest.fixture
 def official(written, tmp_path):
-    """A folder in the official layout to break; files are links, so that each test replaces and does not rewrite."""
+    """A folder in the official layout to break; its files are links, so tests replace them and never rewrite."""
     return shutil.copytree(written["official"], tmp_path / "official", copy_function=os.link)
 
 
@@ -51,7 +51,7 @@ def replace(path: Path, tensors, metadata=None) -> Path:
     return path
 
 
-# 15.4: one odd file does not block a folder.
+# An unusual file does not block a folder.
 
 ODD = {
     "AppleDouble": lambda path: path.with_name("._clip_l.safetensors").write_bytes(b"\0\5\x16\7" + bytes(40)),
@@ -83,10 +83,10 @@ def test_an_odd_file_does_not_block_a_folder(official, comfy, case):
 
 
 def test_what_is_given_is_not_looked_for(official):
-    """A second CLIP-L makes the folder ambiguous, and the named files alone are enough."""
+    """A second CLIP-L makes the folder ambiguous; naming the file resolves it."""
     texts = official / "text_encoders"
     shutil.copy(texts / "clip_l.safetensors", texts / "clip_l_other.safetensors")
-    refuses(lambda: Pipeline.from_pretrained(official), "2 files are the CLIP-L text encoder")
+    refuses(lambda: Pipeline.from_pretrained(official), "2 files", "CLIP-L text encoder")
     assert load_mmdit(official).config.depth == tiny.DEPTH, "what is not ambiguous loads"
     problems = inspect(official).problems
     assert len(problems) == 1
@@ -99,12 +99,12 @@ def test_what_is_given_is_not_looked_for(official):
 def test_ambiguous_files_anywhere_in_a_comfyui_tree(comfy):
     main = main_of(comfy)
     shutil.copy(main, main.with_name("other.safetensors"))
-    refuses(lambda: load_mmdit(comfy), "2 files are the transformer", "other.safetensors")
+    refuses(lambda: load_mmdit(comfy), "2 files", "transformer", "other.safetensors")
     assert load_t5(comfy).config.width == tiny.T5_WIDTH
     assert set(Pipeline.from_single_file(main).models) == ALL
 
 
-# 15.5: nested and linked folders, and other endings.
+# Nested and linked folders, and other endings.
 
 
 def test_nested_and_linked_folders(official, comfy, tmp_path):
@@ -126,10 +126,10 @@ def test_a_whole_disk_is_not_searched(tmp_path, monkeypatch):
     monkeypatch.setattr(looked_through, "MAX_ENTRIES", 20)
     for number in range(30):
         (tmp_path / str(number)).mkdir()
-    refuses(lambda: locate(tmp_path), tmp_path, "more than 20 files and folders")
+    refuses(lambda: locate(tmp_path), tmp_path, "more than 20")
 
 
-# 15.6: what is in its place and not understood is named.
+# Files that lie in the right place and cannot be used are named.
 
 GGUF = b"GGUF\3\0\0\0" + bytes(20)
 
@@ -148,7 +148,7 @@ def test_what_was_not_understood_is_named_first(official):
 
 
 def openclip(tensors):
-    """A CLIP text tower in OpenCLIP's names."""
+    """The tensors of a CLIP text tower under OpenCLIP's names."""
     found = {
         "token_embedding.weight": tensors[EMBEDDING],
         "positional_embedding": tensors["text_model.embeddings.position_embedding.weight"],
@@ -204,7 +204,7 @@ def test_other_names_give_the_same_model(official, case):
         assert all(torch.equal(tensor, wanted[key]) for key, tensor in found.items())
 
 
-# 15.7: leftovers.
+# Tensors that other programs leave in files.
 
 LEFTOVERS = {
     "model_sampling.sigmas": "a noise schedule",
@@ -222,7 +222,7 @@ def test_leftovers_are_left_out_with_a_note(official, key):
     main = main_of(official)
     tensors = load_file(main)
     replace(main, tensors | {key: torch.ones(1)})
-    if key.startswith("lora"):  # names of a LoRA alone have no prefix of ours, and could be a whole one
+    if key.startswith("lora"):  # without one of our prefixes, a file with such names alone could be a whole LoRA
         key = f"model.diffusion_model.{key}"
         replace(main, tensors | {key: torch.ones(1)})
     for load in (load_mmdit, load_vae):
@@ -256,7 +256,7 @@ def test_averaged_weights_can_be_chosen(official, spelling):
     assert all(torch.equal(tensors[prefix + key], tensor) for key, tensor in plain.items())
 
 
-# 15.1: compiled models.
+# Compiled models.
 
 
 def test_compiled_models_are_saved_under_their_own_names(tiny_folders, tmp_path):
@@ -277,7 +277,7 @@ def test_compiled_models_are_saved_under_their_own_names(tiny_folders, tmp_path)
     assert not (tmp_path / "broken").exists()
 
 
-# 15.2: what config.json says, and CLIP-G's projection.
+# Entries of config.json, and CLIP-G's projection.
 
 
 def test_clip_g_without_its_projection_is_refused(official, tiny_folders, tmp_path):
@@ -316,7 +316,7 @@ def test_classes_and_projection_of_config_json(tiny_folders, tmp_path, name):
     assert any(str(word) in problem for problem in inspect(folder).problems)
 
 
-# 15.3 and 24.2: inspect runs the loader's checks.
+# `mmdit inspect` runs the loader's checks.
 
 REFUSED = {
     "missing tensor": ("transformer", lambda t: {k: v for k, v in t.items() if "norm_out.linear.bias" not in k}),
@@ -354,7 +354,7 @@ def test_inspect_finds_what_does_not_go_together(tiny_folders, tmp_path):
     assert inspect(folder).problems
 
 
-# 15.8, 24.5, 24.6: paths that lead out of the folder.
+# Paths that lead out of the folder.
 
 
 @pytest.mark.parametrize(
@@ -376,8 +376,8 @@ def test_shards_outside_of_the_folder_are_refused(tmp_path, name):
     folder.mkdir(parents=True)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    refuses(lambda: load_mmdit(index), index, "expected the plain name of a .safetensors file")
-    refuses(lambda: load_mmdit(tmp_path / "model"), index, "expected the plain name")
+    refuses(lambda: load_mmdit(index), index, "plain name")
+    refuses(lambda: load_mmdit(tmp_path / "model"), index, "plain name")
 
 
 def test_only_known_tokenizer_files_are_copied(tiny_folders, tmp_path):
@@ -403,7 +403,7 @@ def looked_through_names():
     return KNOWN_FILES
 
 
-# 15.9: the hub's cache, and one variant.
+# The hub's cache, and folders with a single variant.
 
 
 def test_a_folder_of_the_hubs_cache_and_one_variant(tiny_folders, tmp_path):

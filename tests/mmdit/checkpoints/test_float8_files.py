@@ -1,4 +1,4 @@
-"""Float8 files stay in float8: the same codes and scales whatever the spelling and the layout, or an error."""
+"""Float8 files stay in float8 with the same codes and scales in every spelling and layout, or they raise an error."""
 
 import json
 import re
@@ -36,12 +36,12 @@ def weights(tiny_folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(tiny_folders):
-    """The same under diffusers' names, in float32."""
+    """The same tensors under diffusers' names, in float32."""
     return load_file(next((tiny_folders[VARIANT] / "transformer").glob("*.safetensors")))
 
 
 def quantized(weights, scale=None):
-    """The weights of block linears as Float8Tensors; with a scale, what is there already divided by it."""
+    """The weights of the blocks' Linears as Float8Tensors; a given scale divides the values as they are."""
     found = {}
     for key, tensor in weights.items():
         if spellings.LINEARS.fullmatch(key):
@@ -81,7 +81,7 @@ def write(path, tensors, metadata=None):
 
 
 def check_loaded(model, wanted):
-    """Every weight of the model is that tensor, float8 where that is."""
+    """Assert that every weight of the model equals the given tensor, float8 where the tensor is."""
     state = model.state_dict()
     assert state.keys() == wanted.keys()
     for key, tensor in wanted.items():
@@ -112,7 +112,7 @@ def test_a_scale_of_one_may_be_left_out(weights, tmp_path, spelling):
 
 
 def test_full_precision_means_weight_only(weights, tmp_path):
-    """By the marker for all layers, by note or header for one; the input scale is kept, and not used."""
+    """The marker turns off rounding in all layers, a note or header in one; the input scale is kept and not used."""
     float8 = quantized(weights)
     tensors, _ = spelled(weights, float8, "older")
     everywhere = load_mmdit(write(tmp_path / "a.safetensors", tensors | {"scaled_fp8": torch.zeros(2, dtype=E4M3)}))
@@ -149,11 +149,11 @@ def test_dequantized_is_the_product(weights, tmp_path):
     values = {key: tensor.dequantize(torch.float64) for key, tensor in float8.items()}
     wanted = {key: tensor.double() for key, tensor in weights.items()} | values
     check_loaded(load_mmdit(path, dtype=torch.float64, float8="dequantize"), wanted)
-    with pytest.raises(CheckpointError, match="in float8, which layers do not compute in: give a dtype"):
+    with pytest.raises(CheckpointError, match=r"float8.*dtype="):
         load_mmdit(path, float8="dequantize")
 
 
-# Whole files in float8, like t5xxl_fp8_e4m3fn: norms, embeddings, biases and convolutions too.
+# Files entirely in float8, like t5xxl_fp8_e4m3fn, including norms, embeddings, biases and convolutions.
 
 
 MODELS = {
@@ -166,8 +166,8 @@ MODELS = {
 @pytest.mark.parametrize(("stored", "dtype"), [(E4M3, None), (E5M2, torch.float32)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_no_linear_is_widened(tiny_folders, tmp_path, name, stored, dtype):
-    """To bfloat16 unless another dtype is given; the model computes to the bit what it does with wide weights."""
-    (tmp_path / name).mkdir()  # tells which tower it is
+    """Tensors become bfloat16 unless another dtype is given, and outputs are bit-equal to those of upcast weights."""
+    (tmp_path / name).mkdir()  # the folder's name tells which tower it is
     tensors = load_file(next((tiny_folders[VARIANT] / name).glob("*.safetensors")))
     path = tmp_path / name / "model.safetensors"
     write(path, {key: spellings.cast(tensor, stored) for key, tensor in tensors.items()})
@@ -182,7 +182,7 @@ def test_what_is_no_linear_is_widened(tiny_folders, tmp_path, name, stored, dtyp
 
 @torch.no_grad()
 def run(model):
-    """What a transformer or a text encoder computes of a fixed input."""
+    """The output of a transformer or a text encoder for a fixed input."""
     if isinstance(model, MMDiT):
         generator = torch.Generator().manual_seed(0)
         shapes = (2, 16, 8, 8), (2, 5, tiny.T5_WIDTH), (2, tiny.CLIP_L + tiny.CLIP_G)
@@ -192,13 +192,13 @@ def run(model):
     return found if isinstance(found, torch.Tensor) else found.last
 
 
-# diffusers' names: q, k and v become one weight, the halves of some adaLN change places.
+# Under diffusers' names, q, k and v become one weight, and the halves of some adaLN weights are swapped.
 
 BLOCK = "transformer_blocks.1.attn"
 
 
 def their_qkv(scales, input_scales=(None,) * 3, dtypes=(E4M3,) * 3):
-    """Three float8 layers, by the ends of their names in a file."""
+    """Three float8 layers, by the endings of their names in a file."""
     found = {}
     for part, scale, input_scale, dtype in zip("qkv", scales, input_scales, dtypes, strict=True):
         layer = f"{BLOCK}.to_{part}"
@@ -233,7 +233,7 @@ def test_fused_weights_keep_codes_and_values(theirs, tmp_path, scales, granulari
 
 @pytest.mark.parametrize("inputs", [(0.5, 0.25, 0.5), (0.5, None, 0.5)], ids=["other", "missing"])
 def test_inputs_that_disagree_are_left_as_they_are(theirs, tmp_path, inputs):
-    """One input has one scale; which of two is right, nobody can say. The weight is kept."""
+    """An input has a single scale; where two differ, neither is used, and the weight is kept."""
     qkv = their_qkv((0.1, 0.2, 0.3), inputs)
     path = write(tmp_path / "a.safetensors", theirs | qkv)
     with pytest.warns(UserWarning, match=rf"1 layers .* different input scales, first {BLOCK}\.to_q\.weight \+ "):
@@ -266,12 +266,12 @@ def test_halves_change_places_with_their_scales(theirs, tmp_path, layer, rows):
     assert isinstance(found, Float8Tensor) and torch.equal(found.dequantize(), torch.cat([other, one]))
 
 
-# Other layouts, and back.
+# Conversion to other layouts and back.
 
 
 @pytest.mark.parametrize("spelling", ["older", "notes", "header", "packed"])
 def test_conversion_keeps_codes_and_scales(weights, tmp_path, spelling):
-    """In shards too; what only our own entry says is in the metadata of each."""
+    """Sharded files too: the metadata of each shard has our own entry."""
     float8, recipe = quantized(weights), RECIPES["fp8-tensor"] if spelling == "packed" else STATIC
     wanted = weights | {
         key: Float8Tensor(each.qdata, each.scale, INPUT, recipe, torch.bfloat16) for key, each in float8.items()
@@ -298,28 +298,25 @@ def test_quantized_pipelines_are_saved_and_loaded(tiny_folders, tmp_path, layout
         check_loaded(back.models[name], model.state_dict())
 
 
-# What is wrong with a file.
+# Broken files.
 
-BROKEN = {  # changes beside a layer's weight, what is said
-    "stray": ({"weight": None}, f"stray scale '{LAYER}.weight_scale': it belongs to '{LAYER}.weight', and there is no"),
-    "wide weight": ({"weight": torch.zeros(2)}, "that weight is torch.float32, not float8"),
-    "missing": ({"weight_scale": None}, f"'{LAYER}.weight': float8 without a scale"),
+BROKEN = {  # changes to the tensors of a layer, and a fact of the error
+    "stray": ({"weight": None}, f"'{LAYER}.weight_scale'"),
+    "wide weight": ({"weight": torch.zeros(2)}, "torch.float32"),
+    "missing": ({"weight_scale": None}, f"'{LAYER}.weight'"),
     "two": ({"scale_weight": torch.ones(())}, f"'{LAYER}.weight' has two scales"),
     "two of the input": ({"scale_input": torch.ones(())}, f"'{LAYER}.weight' has two scales"),
-    "shape": ({"weight_scale": torch.ones(7)}, f"{LAYER}.weight: scale of shape [7] for a weight of shape [384, 128]"),
-    "columns": ({"weight_scale": torch.ones(1, 128)}, "scale of shape [1, 128] for a weight of shape [384, 128]"),
-    "input shape": (
-        {"input_scale": torch.ones(128)},
-        f"{LAYER}.weight: input scale of shape [128]; expected one number",
-    ),
-    "integer": ({"weight_scale": torch.tensor(1)}, f"{LAYER}.weight: a scale must be floating point, got torch.int64"),
+    "shape": ({"weight_scale": torch.ones(7)}, f"{LAYER}.weight: scale of shape [7]"),
+    "columns": ({"weight_scale": torch.ones(1, 128)}, "scale of shape [1, 128]"),
+    "input shape": ({"input_scale": torch.ones(128)}, f"{LAYER}.weight: input scale of shape [128]"),
+    "integer": ({"weight_scale": torch.tensor(1)}, "torch.int64"),
     "note": ({"comfy_quant": note(full_precision_matrix_mult="yes")}, 'comfy_quant holds b\'{"format"'),
 }
 NO_SCALES = {"zero": 0.0, "negative": -0.5, "NaN": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 BROKEN |= {
     f"{name}, {which}": (
         {which: torch.tensor(value)},
-        f"{LAYER}.weight: {what} must be finite and above zero; 1 are not",
+        f"{LAYER}.weight: {what} must be finite",
     )
     for which, what in (("weight_scale", "a scale"), ("input_scale", "an input scale"))
     for name, value in NO_SCALES.items()
@@ -343,7 +340,7 @@ def test_header_and_note_must_agree(weights, tmp_path):
     tensors, metadata = spelled(weights, quantized(weights), "header")
     tensors[f"{LAYER}.comfy_quant"] = note(full_precision_matrix_mult=True)
     path = write(tmp_path / "a.safetensors", tensors, metadata)
-    with pytest.raises(CheckpointError, match=f"'{LAYER}': _quantization_metadata says Note.*, but .*comfy_quant says"):
+    with pytest.raises(CheckpointError, match=f"'{LAYER}': _quantization_metadata .*comfy_quant"):
         load_mmdit(path)
 
 
@@ -351,11 +348,11 @@ def test_shards_with_metadata_that_are_none(tiny_folders, tmp_path):
     folder = convert(tiny_folders[VARIANT] / "transformer", tmp_path / "a", "diffusers", max_shard_bytes=3_000_000)
     for shard in (folder / "transformer").glob("*.safetensors"):
         write(shard, load_file(shard), {"_quantization_metadata": "[]"})
-    with pytest.raises(CheckpointError, match=r"index\.json: _quantization_metadata is not the expected JSON"):
+    with pytest.raises(CheckpointError, match=r"index\.json: _quantization_metadata"):
         load_mmdit(folder)
 
 
-# What `mmdit inspect` says.
+# The output of `mmdit inspect`.
 
 
 def test_describe_says_what_float8_is_there(weights, theirs, tmp_path):
@@ -381,7 +378,7 @@ def test_describe_says_what_float8_is_there(weights, theirs, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:There are modules in")
 def test_verify_compares_the_values(tiny_folders, tmp_path):
-    """The reference has no float8: activations are not rounded, though the file asks for it."""
+    """The reference has no float8, so activations are not rounded although the file asks for it."""
     pipe = Pipeline.from_pretrained(tiny_folders[VARIANT])
     names = [name for name, part in pipe.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
     quantize_(pipe.transformer, "fp8-static", input_scales=dict.fromkeys(names, INPUT))

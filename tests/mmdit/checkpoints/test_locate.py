@@ -1,4 +1,4 @@
-"""Finding models in folders, from wherever and however a path is typed."""
+"""Finding models in folders, for paths in every form."""
 
 import shutil
 import warnings
@@ -32,7 +32,7 @@ def test_here_is_a_component_folder(tiny_folders, monkeypatch):
 
 
 def test_two_vaes_are_not_chosen_between(comfy, tiny_folders, tmp_path):
-    """Flux's VAE has the same names and shapes with another scale, so the first one is no answer."""
+    """Flux's VAE has the same names and shapes with another scale, so the loader must not take the first file."""
     shutil.copytree(comfy, tmp_path / "tree")
     main = next((tmp_path / "tree").glob("models/checkpoints/*.safetensors"))
     tensors = load_file(main)
@@ -84,7 +84,7 @@ def test_mixed_dtypes_need_one_to_compute_in(tiny_folders, tmp_path):
 def test_what_a_layout_cannot_carry_is_said(tiny_folders, tmp_path):
     pipe = Pipeline.from_pretrained(tiny_folders["sd3-medium"])
     pipe.shift = 1.0
-    with pytest.warns(UserWarning, match="no place for the scheduler's shift 1.0"):
+    with pytest.warns(UserWarning, match="shift 1.0"):
         pipe.save_pretrained(tmp_path / "comfy", "comfyui")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -98,7 +98,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_folders, tmp_path):
     tensors = load_file(file)
     save_file(tensors | {key: tensors[key][:900].clone()}, file, {"format": "pt"})
     tiny.rewrite_config(folder, "text_encoder_2", vocab_size=900)
-    with pytest.raises(CheckpointError, match=r"CLIP-G text encoder has 1000 tokens, but .* embeddings for 900"):
+    with pytest.raises(CheckpointError, match=r"CLIP-G .*1000 tokens.* 900"):
         Pipeline.from_pretrained(folder)
 
 

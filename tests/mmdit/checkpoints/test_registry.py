@@ -1,4 +1,4 @@
-"""The registry of model kinds: one row is all that a kind needs, and tables elsewhere cover it."""
+"""The registry of model kinds: a row is all that a new kind needs, and the tables of other packages cover every row."""
 
 from dataclasses import dataclass
 
@@ -72,7 +72,7 @@ def toy(monkeypatch):
 
 
 def test_a_row_is_all_that_a_kind_needs(toy, tmp_path):
-    """Recognised, located, described, loaded, and written in every layout; and a broken one is refused."""
+    """A new kind is recognised, located, described, loaded and written in every layout; a broken file is refused."""
     source, weights = tmp_path / "toy.safetensors", Toy(ToyConfig(4)).state_dict()
     save_file({f"toy_model.{key}": tensor for key, tensor in weights.items()}, source)
     assert set(locate(source).weights) == {"toy"}
@@ -108,7 +108,7 @@ def test_rows_are_whole():
 
 
 def test_tables_of_other_rooms_cover_the_registry():
-    """Rooms that look into models keep tables of their own."""
+    """Packages that look into models have tables of their own, which must cover the registry."""
     models = Pipeline.demo().models | {"controlnet": ControlNet(ControlNetConfig(1, 64, 48))}
     assert models.keys() == REGISTRY.keys()
     for component, model in models.items():
@@ -119,7 +119,7 @@ def test_tables_of_other_rooms_cover_the_registry():
 
 
 def test_a_file_is_opened_once(monkeypatch):
-    """The embedded model has four files, and four headers are read."""
+    """The embedded model has four files, so four headers are read."""
     read, original = [], safetensors_io.read_header
 
     def counted(path):
