@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +12,7 @@ from encoders import VAE
 from mmdit.pictures.checks import check_latent, check_picture
 from mmdit.pictures.resize import LATENT_FILTERS, PICTURE_FILTERS, Filter, Size, resize, resize_latent, size_by
 from mmdit.utils import number, whole
-from samplers import pick
+from samplers import SCHEDULES, SOLVERS, pick
 
 Space = Literal["latent", "pixel"]
 MOST_SCALE = 8.0
@@ -31,6 +31,9 @@ class Hires:
     steps: int | None = None  # of the second pass; None is those of the first
     filter: Filter = "nearest-exact"  # "bislerp" for latents only, "lanczos" for pixels only
     space: Literal["latent", "pixel"] = "latent"  # what is resized: the latents, or the decoded picture, encoded anew
+    sampler: str | None = None  # of the second pass, as are the next two; None is the first's
+    schedule: str | None = None
+    seed: int | None = None  # of its noise; None draws anew from the same seeds
 
     def __post_init__(self) -> None:
         number("Hires.scale", self.scale, 1, MOST_SCALE)
@@ -40,6 +43,36 @@ class Hires:
         pick(dict.fromkeys(get_args(Space)), self.space, "Hires.space")
         filters = LATENT_FILTERS if self.space == "latent" else PICTURE_FILTERS
         pick(dict.fromkeys(filters), self.filter, f"Hires.filter for space={self.space!r}")
+        if self.sampler is not None:
+            pick(SOLVERS, self.sampler, "Hires.sampler")
+        if self.schedule is not None:
+            pick(SCHEDULES, self.schedule, "Hires.schedule")
+
+    def to_text(self) -> str:
+        """All that is not None, as `from_text` reads it: "scale=1.5 strength=0.5 filter=bislerp space=latent"."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """From words NAME=VALUE, or a number alone, which is the scale.
+
+        Raises:
+            ValueError: an unknown name, the same name twice, or a value that is none.
+        """
+        kinds: dict[str, Any] = {"scale": float, "strength": float, "steps": int, "seed": int}
+        kinds |= dict.fromkeys(("filter", "space", "sampler", "schedule"), str)
+        found: dict[str, Any] = {}
+        for word in text.split():
+            name, value = word.split("=", 1) if "=" in word else ("scale", word)
+            kind = pick(kinds, name, "setting of Hires")
+            if name in found:
+                raise ValueError(f"Hires {word!r}: {name} is given twice")
+            try:
+                found[name] = kind(value)
+            except ValueError as error:
+                raise ValueError(f"Hires {word!r}: {value!r} is no {kind.__name__}") from error
+        return cls(**found)
 
     def size(self, height: int, width: int, unit: int = 1) -> Size:
         """The sides times `scale`, rounded half to even, to multiples of `unit`.

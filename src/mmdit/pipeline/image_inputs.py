@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
+from mmdit.pictures.overlay import Box, crop_region, fit
 from mmdit.pictures.read import PictureLike, load_image, load_mask
 from mmdit.pictures.resize import resize
 from mmdit.pipeline.arguments import check_tensor
 from mmdit.pipeline.masks import MaskValues, latent_mask
 from mmdit.pipeline.profiles import Profile
-from mmdit.utils import number
+from mmdit.utils import number, whole
 
 
 class Picture(NamedTuple):
@@ -34,6 +36,14 @@ class Picture(NamedTuple):
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.pixels.shape[2], self.pixels.shape[3]
+
+
+class Paste(NamedTuple):
+    """Where a drawing is pasted back to."""
+
+    original: Image.Image
+    mask: Image.Image  # gray, of the original's size
+    box: Box
 
 
 class PictureSize(NamedTuple):
@@ -58,6 +68,8 @@ class ImageInputs:
     strength: float | None = None  # None is the profile's
     keep_outside: bool = False
     differential: float = 0.0
+    padding_mask_crop: int | None = None
+    pastes: tuple[Paste, ...] = ()  # of each picture, where only a part of it is drawn
 
     @property
     def count(self) -> int:
@@ -82,6 +94,42 @@ class ImageInputs:
             raise ValueError(f"image is {height} x {width} pixels (height x width); its sides must be at least {unit}")
         return height - height % unit, width - width % unit
 
+    def cropped(self, size: PictureSize) -> ImageInputs:
+        """With the parts around the masks, at the size of the drawing, in place of whole pictures and masks.
+
+        As diffusers' padding_mask_crop does it, by way of 8 bits; see `mmdit.images.crop_region`, `fit`, `paste_back`.
+        """
+        pictures, masks, pastes = list[Picture](), list[Picture](), list[Paste]()
+        for i in range(self.count):
+            one, mask = self.pictures[i % len(self.pictures)], self.masks[i % len(self.masks)]
+            original, gray = _pillow(one), _pillow(mask)
+            box = crop_region(gray, height=size.height, width=size.width, pad=self.padding_mask_crop or 0)
+            part, part_mask = (
+                fit(given.crop(box), height=size.height, width=size.width, how="pad") for given in (original, gray)
+            )
+            pictures.append(one._replace(pixels=load_image(part).picture.movedim(-1, 1), from_pillow=True))
+            masks.append(mask._replace(pixels=load_mask(part_mask).unsqueeze(1), from_pillow=True))
+            pastes.append(Paste(original, gray, box))
+        return replace(self, pictures=tuple(pictures), masks=tuple(masks), pastes=tuple(pastes))
+
+    def settings(self, count: int, strength: float) -> list[dict[str, Any]]:
+        """What the settings of each of `count` drawings say about its picture."""
+        common = {
+            "strength": strength,
+            "padding_mask_crop": self.padding_mask_crop,
+            "keep_outside": self.keep_outside,
+            "differential": self.differential,
+        }
+        found = []
+        for i in range(count):
+            image = self.pictures[i * len(self.pictures) // count]
+            named = {"image": image.name, "image_digest": image.digest}
+            if self.masks:
+                mask = self.masks[i * len(self.masks) // count]
+                named |= {"mask_image": mask.name, "mask_digest": mask.digest}
+            found.append(named | common)
+        return found
+
     def drawn(self, size: PictureSize, profile: Profile) -> Float[Tensor, "b 3 h w"]:
         """The pictures at the size of the drawing, in [0, 1]; the profile says how arrays are resized."""
         return torch.cat([_at_size(one, size, profile) for one in self.pictures])
@@ -104,14 +152,16 @@ def image_inputs(
     mask_image: PictureLike | None,
     *,
     channels: int,
-    strength: float | None,
-    keep_outside: bool,
-    differential: float | bool,
+    strength: float | None = None,
+    keep_outside: bool = False,
+    differential: float | bool = False,
+    padding_mask_crop: int | None = None,
 ) -> ImageInputs | None:
     """Check the arguments of a call that are about pictures; None where no picture is given.
 
     Args:
-        image, mask_image, strength, keep_outside, differential: as `mmdit.Pipeline.__call__` takes them.
+        image, mask_image, strength, keep_outside, differential, padding_mask_crop: as `mmdit.Pipeline.__call__` takes
+            them.
         channels: of latents, by which a tensor of latents is told from one of pictures.
 
     Raises:
@@ -119,19 +169,21 @@ def image_inputs(
         TypeError: a picture is of another type.
     """
     share = number("differential", float(differential) if isinstance(differential, bool) else differential, 0, 1)
+    about_mask = {"keep_outside": keep_outside or None, "differential": share or None}
+    about_mask |= {"padding_mask_crop": padding_mask_crop}
     if image is None:
-        given = {"mask_image": mask_image, "strength": strength}
-        given |= {"keep_outside": keep_outside or None, "differential": share or None}
+        given = {"mask_image": mask_image, "strength": strength} | about_mask
         if named := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{named[0]} is given without image, the picture that it is about")
         return None
-    if mask_image is None and (keep_outside or share):
-        raise ValueError(f"{'keep_outside' if keep_outside else 'differential'} is given without mask_image")
+    named = [name for name, value in about_mask.items() if value is not None]
+    if mask_image is None and named:
+        raise ValueError(f"{named[0]} is given without mask_image, the mask that it is about")
     latents = _latents_in(image, channels)
     pictures = () if latents is not None else tuple(_pictures(image))
     masks = () if mask_image is None else tuple(masks_of(mask_image))
-    if latents is not None and keep_outside:
-        raise ValueError("keep_outside lays pixels over the drawing, but image holds latents; give a picture")
+    if latents is not None and (keep_outside or padding_mask_crop is not None):
+        raise ValueError(f"{named[0]} is about pixels, but image holds latents; give a picture")
     _check_masks(masks, pictures if latents is None else len(latents))
     return ImageInputs(
         pictures=pictures,
@@ -140,6 +192,7 @@ def image_inputs(
         strength=strength,
         keep_outside=keep_outside,
         differential=share,
+        padding_mask_crop=None if padding_mask_crop is None else whole("padding_mask_crop", padding_mask_crop, 0),
     )
 
 
@@ -147,6 +200,12 @@ def center_cut(picture: Tensor, height: int, width: int) -> Float[Tensor, "b c h
     """The centre of pictures [b, c, H, W]; what is cut is half of it, rounded down, at the top and the left."""
     top, left = (picture.shape[2] - height) // 2, (picture.shape[3] - width) // 2
     return picture[..., top : top + height, left : left + width]
+
+
+def _pillow(one: Picture) -> Image.Image:
+    """A picture or a mask of 8 bits."""
+    levels = (one.pixels[0] * 255).round().to(torch.uint8).movedim(0, -1).numpy()
+    return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
 
 
 def _at_size(one: Picture, size: PictureSize, profile: Profile) -> Tensor:

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from mmdit.checkpoints.load_pipeline import DEMO
-from mmdit.pictures.read import PictureLike
+from mmdit.pictures.overlay import paste_back
+from mmdit.pictures.read import PictureLike, load_image
 from mmdit.pipeline.arguments import Shift
 from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step
 from mmdit.pipeline.diffusers_names import CALL, explains_names
 from mmdit.pipeline.files import PipelineFiles
 from mmdit.pipeline.guidance import GuidanceLike, with_skip_layers
-from mmdit.pipeline.image_inputs import image_inputs
-from mmdit.pipeline.images import OutputType, convert_output
+from mmdit.pipeline.hires import Hires
+from mmdit.pipeline.image_inputs import ImageInputs, image_inputs
+from mmdit.pipeline.images import OutputType, convert_output, to_pil
 from mmdit.pipeline.masks import Source, repeated
 from mmdit.pipeline.output import PipelineOutput
 from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike
@@ -62,8 +64,10 @@ class Pipeline(PipelineFiles, PipelineSteps):
         image: PictureLike | None = None,
         mask_image: PictureLike | None = None,
         strength: float | None = None,
+        padding_mask_crop: int | None = None,
         keep_outside: bool = False,
         differential: float | bool = False,
+        hires: Hires | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -116,9 +120,12 @@ class Pipeline(PipelineFiles, PipelineSteps):
                 or a tensor [h, w] in [0, 1] of the picture's size, a batch or a list of these. The profile says
                 whether grays count.
             strength: how much of the picture is drawn anew, 0 to 1; None is the profile's.
+            padding_mask_crop: draw only the part around the mask, with so many pixels more on each side, at the size of
+                the drawing, and paste it back into the picture.
             keep_outside: whether the given picture is laid over the drawing outside of the mask, pixel by pixel.
             differential: Differential Diffusion, in which the grays of a mask say at which noise level a place may
                 change; or the share of it, 0 to 1.
+            hires: a second pass: what was drawn is enlarged and drawn again, from a lower noise level.
             prompt_embeds: context of shape [b, tokens, context_dim], as `encode` gives it, instead of prompts.
             pooled_prompt_embeds: of shape [b, pooled_dim], with prompt_embeds.
             negative_prompt_embeds: likewise, instead of negative prompts.
@@ -140,7 +147,8 @@ class Pipeline(PipelineFiles, PipelineSteps):
             guidance: all other ways to guide, as `mmdit.Guidance`; or a function `(x, sigma, cond, uncond) -> x0`, in
                 place of classifier-free guidance, of the latents [b, c, h, w], their noise level and the two predicted
                 pictures. The unconditional branch then always runs.
-            vae_tile: decode in tiles of this many pixels a side, which takes less memory; see `encoders.decode_tiled`.
+            vae_tile: encode and decode in tiles of this many pixels a side, which takes less memory; see
+                `encoders.decode_tiled`.
             output_type: "pil", "pt" (a tensor [b, 3, h, w] in [0, 1]), "np" (an array [b, h, w, 3]) or "latent".
             progress: whether to show a bar; None shows it in terminals and notebooks.
 
@@ -169,7 +177,9 @@ class Pipeline(PipelineFiles, PipelineSteps):
                 strength=strength,
                 keep_outside=keep_outside,
                 differential=differential,
+                padding_mask_crop=padding_mask_crop,
             ),
+            hires=hires,
             strength=strength,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
@@ -202,6 +212,8 @@ class Pipeline(PipelineFiles, PipelineSteps):
         cond = self._encoded(request, request.prompts)
         uncond = None if request.negatives is None else self._encoded(request, request.negatives)
         latent = self._latent(request, self._run(request.plan, cond, uncond), noise, source)
+        if request.second is not None:
+            latent = self._second_pass(request, request.second, latent, (cond, uncond))
         pictures = latent if request.output_type == "latent" else self._decoded(request, latent)
         images = convert_output(pictures, request.output_type, self.profile.to_uint8)
         return PipelineOutput(images, self._settings(request) if request.has_settings else ())
@@ -256,7 +268,8 @@ class Pipeline(PipelineFiles, PipelineSteps):
         given = request.images
         if given is None:
             return None
-        latents = self._encoded_images(given, request.size, request.count, request.plan.generator)
+        drawn_by, tile = request.plan.generator, request.vae_tile
+        latents = self._encoded_images(given, request.size, request.count, drawn_by, tile)
         mask = given.latent_masks(request.size, self.vae.config.downscale, self.profile)
         return Source(
             latents, None if mask is None else repeated(mask, request.count).to(latents.device), given.differential
@@ -270,6 +283,8 @@ class Pipeline(PipelineFiles, PipelineSteps):
         if not self.profile.inpaint_shift:
             latent = latent - self.vae.config.shift * self.vae.config.scale
         found = self.decode(latent, tile=request.vae_tile)
+        if given.pastes:
+            return self._pasted(given, found)
         if not given.keep_outside:
             return found
         before, inside = (
@@ -277,6 +292,34 @@ class Pipeline(PipelineFiles, PipelineSteps):
             for one in (given.drawn(request.size, self.profile), given.inside(request.size, self.profile))
         )
         return inside * found + (1 - inside) * before
+
+    def _pasted(self, given: ImageInputs, drawn: Tensor) -> Tensor:
+        """The whole pictures, in which a part was drawn anew."""
+        parts = to_pil(drawn, self.profile.to_uint8)
+        pastes = [given.pastes[i * len(given.pastes) // len(parts)] for i in range(len(parts))]
+        pictures = [
+            paste_back(paste.original, paste.mask, part, paste.box) for paste, part in zip(pastes, parts, strict=True)
+        ]
+        return load_image(pictures).picture.movedim(-1, 1).to(drawn)
+
+    def _second_pass(
+        self,
+        request: Request,
+        plan: SamplingPlan,
+        latent: Tensor,
+        pair: tuple[Sequence[Ranged], Sequence[Ranged] | None],
+    ) -> Tensor:
+        """Enlarge what was drawn, and draw it again; the last latent."""
+        hires, tile = request.hires, request.vae_tile
+        assert hires is not None
+        if hires.space == "latent":
+            start = hires.enlarged_latent(latent.to(self._latent_dtype), self.vae, self._unit)
+        else:
+            pictures = self.decode(latent, tile=tile).movedim(1, -1)
+            larger = hires.enlarged_picture(pictures, self.vae.config.downscale * self._unit)
+            start = self._encoded_pixels(larger.movedim(-1, 1), len(latent), plan.generator, tile)
+        noise = self._noise(plan.shape, plan.generator)
+        return self._latent(request, self._run(plan, *pair), noise, Source(start))
 
     def _encoded(self, request: Request, prompts: Prompts) -> list[Ranged]:
         """The conditionings of prompts, one for each picture."""
@@ -307,7 +350,12 @@ class Pipeline(PipelineFiles, PipelineSteps):
         """The settings of each picture of a request."""
         seeds = own_seeds(request.seeds, request.count, alone=self.profile.one_seed == "each_alone")
         common = self._common_settings(request.plan, request.max_sequence_length)
-        return settings_of((request.prompts, request.negatives), request.per_prompt, seeds, common)
+        own = None
+        if request.images is not None:
+            assert request.plan.strength is not None
+            own = request.images.settings(request.count, request.plan.strength)
+        common["hires"] = "" if request.hires is None else request.hires.to_text()
+        return settings_of((request.prompts, request.negatives), request.per_prompt, seeds, common, own)
 
     def _common_settings(self, plan: SamplingPlan, max_sequence_length: int | None) -> dict[str, Any]:
         """What the settings of all pictures of a call have in common."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmdit.pipeline.arguments import LEAST_TILE, check_latents, check_output_type
 from mmdit.pipeline.callbacks import OnStepEnd, tensor_inputs_of
+from mmdit.pipeline.hires import Hires
 from mmdit.pipeline.image_inputs import ImageInputs, PictureSize
 from mmdit.pipeline.images import OutputType
 from mmdit.pipeline.plan import PlanArguments, SamplingPlan
@@ -35,6 +36,8 @@ class Request:
     images: ImageInputs | None  # pictures to start from
     size: PictureSize  # of the drawing
     plan: SamplingPlan
+    hires: Hires | None  # a second pass
+    second: SamplingPlan | None  # its plan
     max_sequence_length: int | None
     callback: OnStepEnd | None
     tensor_inputs: tuple[str, ...]  # names of the tensors that the callback is given
@@ -66,6 +69,7 @@ def make_request(
     generator: Generators,
     latents: Tensor | None,
     images: ImageInputs | None,
+    hires: Hires | None,
     num_images_per_prompt: int | None,
     max_sequence_length: int | None,
     callback: OnStepEnd | None,
@@ -95,6 +99,10 @@ def make_request(
     shape = (count, config.in_channels, size.height // cell, size.width // cell)
     alone = pipe.profile.one_seed == "each_alone"
     drawn_by = generators(seeds, generator, count, alone=alone)
+    if images is not None and images.padding_mask_crop is not None:
+        if output_type == "latent":
+            raise ValueError("padding_mask_crop pastes pictures, and output_type 'latent' gives none; use another one")
+        images, size = images.cropped(size), size._replace(cut=False)
     plan = pipe._plan(shape, generator=drawn_by, from_picture=images is not None, **sampling)
     if latents is not None and not plan.solver.is_stochastic:
         check_draws_nothing(seed=seed)
@@ -105,6 +113,10 @@ def make_request(
     if seeds is None and generator is None and latents is None:
         seeds = fresh_seeds(count)
         plan = replace(plan, generator=generators(seeds, None, count))
+    second = None if hires is None else _second_plan(pipe, hires, plan, images, sampling)
+    if hires is not None and second is not None:
+        again = generators(seeds if hires.seed is None else hires.seed, None, count, alone=alone)
+        second = replace(second, generator=plan.generator if again is None else again)
     return Request(
         prompts=prompts,
         negatives=against,
@@ -114,6 +126,8 @@ def make_request(
         images=images,
         size=size,
         plan=plan,
+        hires=hires,
+        second=second,
         max_sequence_length=max_sequence_length,
         callback=callback,
         tensor_inputs=names,
@@ -121,6 +135,34 @@ def make_request(
         output_type=output_type,
         progress=progress,
     )
+
+
+def _second_plan(
+    pipe: PipelineSteps,
+    hires: Hires,
+    plan: SamplingPlan,
+    images: ImageInputs | None,
+    sampling: PlanArguments,
+) -> SamplingPlan:
+    """The plan of a second pass: as the first, from what it drew, at another size."""
+    if not isinstance(hires, Hires):
+        raise TypeError(f"hires is {type(hires).__name__}, expected mmdit.Hires")
+    if images is not None and images.masks:
+        raise ValueError(
+            "hires and mask_image are both given; a second pass draws all of the picture anew: leave one of them out"
+        )
+    cell = pipe.vae.config.downscale
+    rows, columns = hires.size(plan.shape[2], plan.shape[3], pipe._unit)
+    pipe._cells(rows * cell, "the height of the second pass")
+    pipe._cells(columns * cell, "the width of the second pass")
+    own: PlanArguments = {
+        "strength": hires.strength,
+        "num_inference_steps": hires.steps or plan.num_inference_steps,
+        "sigmas": None,
+        "sampler": sampling.get("sampler") if hires.sampler is None else hires.sampler,
+        "schedule": sampling.get("schedule") if hires.schedule is None else hires.schedule,
+    }
+    return pipe._plan((*plan.shape[:2], rows, columns), from_picture=True, **(sampling | own))
 
 
 def _size(

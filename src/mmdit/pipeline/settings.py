@@ -11,7 +11,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from hashlib import sha256
 from itertools import repeat
@@ -31,7 +31,7 @@ from mmdit.utils import replacing
 from quant.tensor import Float8Tensor
 
 KEYWORD = "mmdit"
-FORMAT_VERSION = 3  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
+FORMAT_VERSION = 4  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
 _EXACT = 2**53  # up to here every whole number is a float
@@ -46,6 +46,16 @@ _BOUNDS = {
     "guidance_scale": (-1e9, 1e9),
     "shift": (0, 1e9),
     "max_sequence_length": (2, MAX_T5_TOKENS),
+    "strength": (0, 1),
+    "padding_mask_crop": (0, 2**16),
+    "differential": (0, 1),
+}
+# The version in which a setting was added; before, its default was meant.
+_ADDED = {
+    "guidance": 2,
+    "model_digest": 3,
+    **dict.fromkeys(("image", "image_digest", "mask_image", "mask_digest", "strength", "padding_mask_crop"), 4),
+    **dict.fromkeys(("keep_outside", "differential", "hires"), 4),
 }
 # What Pillow raises for broken files: chunks that are cut short are an IndexError, a struct.error or the like.
 _BROKEN = (
@@ -92,6 +102,16 @@ class Settings:
     device: str  # cpu, cuda ...: the kind, without a number
     guidance: str = ""  # beside guidance_scale, as `mmdit.Guidance.from_text` reads it; since version 2
     model_digest: str = ""  # of the transformer's weights, see `digest_of`; "" where it is not known; since version 3
+    # Of a drawing that starts from a picture, see `mmdit.Pipeline.__call__`; since version 4.
+    image: str = ""  # the name of the file; "" where it is not known
+    image_digest: str = ""  # of its pixels, see `mmdit.pipeline.image_inputs.Picture`; "" without a picture
+    mask_image: str = ""
+    mask_digest: str = ""
+    strength: float | None = None  # None without a picture
+    padding_mask_crop: int | None = None
+    keep_outside: bool = False
+    differential: float = 0.0
+    hires: str = ""  # a second pass, as `mmdit.Hires.from_text` reads it
     library_version: str = field(default=__version__, repr=False)
     format_version: int = field(default=FORMAT_VERSION, repr=False)
 
@@ -112,8 +132,8 @@ class Settings:
             SettingsError: of a newer format; or keys are unknown or missing or of a wrong type, all of them listed.
         """
         _check_version(where, found)
-        added = {"guidance": 2, "model_digest": 3}  # in which version
-        older = {name: "" for name, version in added.items() if found["format_version"] < version}
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}
+        older = {name: defaults[name] for name, version in _ADDED.items() if found["format_version"] < version}
         found = older | dict(found) | {"format_version": FORMAT_VERSION}
         names = _types()
         known = {name: value for name, value in found.items() if name in names}
@@ -122,12 +142,16 @@ class Settings:
         expected = [f"expected are {', '.join(names)}"] if odd else []
         if mistakes := [*odd, *_mistakes(known), *expected]:
             raise SettingsError(f"{where}: {'; '.join(mistakes)}. {_ORIGINAL}")
-        known |= {name: float(value) for name, value in known.items() if float in names[name]}
+        known |= {name: float(value) for name, value in known.items() if float in names[name] and value is not None}
         return cls(**known)
 
 
 def settings_of(
-    pair: tuple[Prompts, Prompts | None], per_prompt: int, seeds: Sequence[int | None], common: Mapping[str, Any]
+    pair: tuple[Prompts, Prompts | None],
+    per_prompt: int,
+    seeds: Sequence[int | None],
+    common: Mapping[str, Any],
+    own: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Settings, ...]:
     """The settings of each picture of a call; none where a conditioning was given instead of a prompt.
 
@@ -136,6 +160,7 @@ def settings_of(
         per_prompt: pictures of each prompt.
         seeds: of each picture.
         common: the other settings.
+        own: further settings of each picture.
     """
     prompts, negatives = pair
     if prompts.texts is None or (negatives is not None and negatives.texts is None):
@@ -143,8 +168,8 @@ def settings_of(
     against = repeat("") if negatives is None or negatives.texts is None else negatives.texts
     texts = [both for both in zip(prompts.texts, against, strict=False) for _ in range(per_prompt)]
     return tuple(
-        Settings(prompt=prompt, negative_prompt=negative, seed=seed, **common)
-        for (prompt, negative), seed in zip(texts, seeds, strict=True)
+        Settings(prompt=prompt, negative_prompt=negative, seed=seed, **common, **more)
+        for (prompt, negative), seed, more in zip(texts, seeds, own or [{}] * len(seeds), strict=True)
     )
 
 
@@ -239,7 +264,8 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 def _types() -> dict[str, tuple[type, ...]]:
     """What each setting may be; a whole number does for a float."""
     hints = get_type_hints(Settings)
-    return {name: (float, int) if hint is float else get_args(hint) or (hint,) for name, hint in hints.items()}
+    kinds = {name: get_args(hint) or (hint,) for name, hint in hints.items()}
+    return {name: (*kind, int) if float in kind else kind for name, kind in kinds.items()}
 
 
 def _mistakes(values: Mapping[str, Any]) -> list[str]:
@@ -248,12 +274,12 @@ def _mistakes(values: Mapping[str, Any]) -> list[str]:
 
 def _mistake(name: str, value: Any, types: tuple[Any, ...]) -> str | None:
     found = f"{name} is {_shown(value)}"
-    if isinstance(value, bool) or not isinstance(value, types):
+    if (isinstance(value, bool) and bool not in types) or not isinstance(value, types):
         wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
         return f"{found} ({type(value).__name__}), expected {wanted}"
     if isinstance(value, str) and (lone := [letter for letter in value if "\ud800" <= letter <= "\udfff"]):
         return f"{found}, which holds the lone surrogate U+{ord(lone[0]):X} and is no Unicode text; leave it out"
-    if float in types and not _is_finite(value):
+    if float in types and value is not None and not _is_finite(value):
         return f"{found}, expected a finite float"
     if name in _BOUNDS and value is not None and not _BOUNDS[name][0] <= value <= _BOUNDS[name][1]:
         return f"{found}, expected a number from {_BOUNDS[name][0]:g} to {_BOUNDS[name][1]:g}"

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from encoders import Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled
+from encoders import Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled, encode_tiled
 from mmdit.pictures.read import PictureLike
 from mmdit.pipeline.arguments import LEAST_TILE, Shift, check_latents, check_tensor
 from mmdit.pipeline.base import PipelineModels
@@ -280,6 +280,7 @@ class PipelineSteps(PipelineModels):
         width: int | None = None,
         seed: SeedLike | None = None,
         generator: Generators = None,
+        tile: int | None = None,
     ) -> Float[Tensor, "b c h w"]:
         """The latents of pictures, [b, c, h, w], in model space; see `sample(image=)`.
 
@@ -289,23 +290,19 @@ class PipelineSteps(PipelineModels):
             height, width: to draw at, in pixels. None is the profile's: the picture's own size, cut to multiples, or
                 the model's.
             seed, generator: what samples the latent, where the profile does; see `noise`.
+            tile: encode in tiles of this many pixels a side, which takes less memory; see `encoders.encode_tiled`.
 
         Raises:
             ValueError, TypeError: the picture, its size or the numbers of seeds are not possible.
             FloatingPointError: the latents that the VAE makes of it are not finite.
         """
-        inputs = image_inputs(
-            image,
-            None,
-            channels=self.vae.config.latent_channels,
-            strength=None,
-            keep_outside=False,
-            differential=0.0,
-        )
+        inputs = image_inputs(image, None, channels=self.vae.config.latent_channels)
         assert inputs is not None
         alone = self.profile.one_seed == "each_alone"
         drawn_by = generators(checked_seeds(seed), generator, inputs.count, alone=alone)
-        return self._encoded_images(inputs, self._picture_size(inputs, height, width), inputs.count, drawn_by)
+        size = self._picture_size(inputs, height, width)
+        tile = None if tile is None else whole("tile", tile, LEAST_TILE)
+        return self._encoded_images(inputs, size, inputs.count, drawn_by, tile)
 
     def decode(
         self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None, finite: bool = True
@@ -367,29 +364,37 @@ class PipelineSteps(PipelineModels):
         return PictureSize(rows * cell, columns * cell, cut=own is not None)
 
     def _encoded_images(
-        self, inputs: ImageInputs, size: PictureSize, count: int, drawn_by: Generators
+        self, inputs: ImageInputs, size: PictureSize, count: int, drawn_by: Generators, tile: int | None = None
     ) -> Float[Tensor, "b c h w"]:
         """The latents of `count` drawings; pictures are repeated, each after itself.
 
         A picture for several drawings has one sample for all of them, or one by each of several generators.
         """
-        dtype = self.dtype if self.profile.state_dtype == "model" else torch.float32
         if inputs.latents is not None:
-            return repeated(inputs.latents, count).to(self.device, dtype)
+            return repeated(inputs.latents, count).to(self.device, self._latent_dtype)
+        return self._encoded_pixels(inputs.drawn(size, self.profile), count, drawn_by, tile)
+
+    def _encoded_pixels(
+        self, pixels: Float[Tensor, "b 3 h w"], count: int, drawn_by: Generators, tile: int | None = None
+    ) -> Float[Tensor, "b2 c h8 w8"]:
+        """The latents of `count` drawings that start from these pictures, in [0, 1]; in tiles of so many pixels."""
         self._enter("vae")
         first = next(self.vae.parameters())
-        pixels = inputs.drawn(size, self.profile)
-        found = self.vae.encode((2 * pixels - 1).to(first.device, first.dtype))
+        given = (2 * pixels - 1).to(first.device, first.dtype)
+        found = self.vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
         mean, std = found.mean, found.std
         if isinstance(drawn_by, Sequence):
             mean, std = repeated(mean, count), repeated(std, count)
         if self.profile.image_latent != "mean":
-            given = drawn_by if self.profile.image_latent == "sampled" else None
-            mean = mean + std * gaussian(mean.shape, given, mean.dtype).to(mean.device)
-        check_all_finite(
-            mean, f"the latent that the VAE made of the picture in {str(first.dtype).removeprefix('torch.')}"
-        )
-        return repeated(mean, count).to(self.device, dtype)
+            sampled_by = drawn_by if self.profile.image_latent == "sampled" else None
+            mean = mean + std * gaussian(mean.shape, sampled_by, mean.dtype).to(mean.device)
+        check_all_finite(mean, f"the VAE's latent of the picture in {str(first.dtype).removeprefix('torch.')}")
+        return repeated(mean, count).to(self.device, self._latent_dtype)
+
+    @property
+    def _latent_dtype(self) -> torch.dtype:
+        """The dtype that latents have between the parts of a drawing."""
+        return self.dtype if self.profile.state_dtype == "model" else torch.float32
 
     def _begun(
         self, noise: Tensor | None, image: Tensor | None, mask: Tensor | None, differential: float, add_noise: bool
