@@ -220,7 +220,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             no strict JSON object or of a newer format.
     """
     path = Path(path)
-    texts = _texts(path)
+    texts = text_chunks(path)
     if KEYWORD not in texts:
         raise SettingsError(f"{path} has no {KEYWORD!r} chunk with settings; {_instead(texts)}")
     try:
@@ -351,8 +351,13 @@ def _finite(digits: str) -> float:
     return number
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """All text chunks of a PNG, by keyword."""
+def text_chunks(path: Path) -> dict[str, str]:
+    """All text chunks of a PNG, by keyword.
+
+    Raises:
+        OSError: the file cannot be opened.
+        SettingsError: it is no PNG, or a broken one.
+    """
     with path.open("rb") as file:
         if (start := file.read(len(_SIGNATURE))) != _SIGNATURE:
             raise SettingsError(

@@ -1,0 +1,210 @@
+"""What several prompts predict together: each where and when it counts, as ComfyUI's `calc_cond_batch` averages them.
+
+The prediction of a CONDITIONING at a place is sum(weight x0) / sum(weight) over its entries; the weight of an entry is
+its strength times its mask, or a ramp at the edges of its area. The model sees an area as a picture of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encoders import Conditioning
+from mmdit.comfyui.values import Area, Model, Prompt, Prompts
+from mmdit.pipeline.passes import Branch
+from mmdit.pipeline.predict import predict_branches
+from mmdit.pipeline.profiles import PROFILES
+from samplers import Window, percents
+
+_LEAST = 8  # cells of a side of an area that is cut around a mask
+_RAMP = 8  # cells at most
+_EPSILON = 1e-37  # of ComfyUI, where no entry counts: the prediction is 0
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A `Prompt` for latents of one shape, with everything resolved."""
+
+    conditioning: Conditioning  # of as many prompts as there are latents, on the model's device
+    window: Window
+    strength: float
+    area: tuple[int, int, int, int] | None  # height, width, y, x in cells
+    mask: Tensor | None  # [b, h, w] of the latent's size, with its strength
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Its part of latents [b, c, h, w], or of a mask [b, h, w]; a view."""
+        if self.area is None:
+            return x
+        height, width, top, left = self.area
+        return x[..., top : top + height, left : left + width]
+
+    def weight(self, x: Tensor) -> Tensor:
+        """How much it counts at each place of its part, [b or 1, 1, h, w]."""
+        part = self.cut(x)
+        if self.mask is not None:
+            return self.strength * self.cut(self.mask).unsqueeze(1)
+        weight = torch.full((1, 1, *part.shape[2:]), self.strength, device=x.device, dtype=x.dtype)
+        if self.area is None:
+            return weight
+        height, width, top, left = self.area
+        down = _ramp(height, top != 0, top + height < x.shape[2]).to(weight)
+        across = _ramp(width, left != 0, left + width < x.shape[3]).to(weight)
+        return weight * down[:, None] * across
+
+
+def resolved(several: Sequence[Prompts], model: Model, shape: Sequence[int]) -> list[list[Entry]]:
+    """The CONDITIONINGs of a drawing for latents of this shape [b, c, h, w].
+
+    Where an entry of one has an area, every other gets an entry with the same area, mask and window, and the text of
+    its own smallest entry around it: so each part of the picture is guided against its own negative prompt.
+    """
+    found = [[_entry(one, model, shape) for one in prompts] for prompts in several]
+    for k, entries in enumerate(found):
+        for entry in entries:
+            for j, others in enumerate(found):
+                if j != k:
+                    others += _opposite(others, entry)
+    return found
+
+
+def predicted(
+    model: Model, x: Tensor, sigma: float, several: Sequence[Sequence[Entry]], skip_layers: Sequence[int] = ()
+) -> list[Tensor]:
+    """The predicted picture x0 under each CONDITIONING, [b, c, h, w]; 0 where none of its entries counts.
+
+    Args:
+        model: the transformer.
+        x: latents [b, c, h, w], in model space.
+        sigma: their noise level.
+        several: what `resolved` made; entries with equal areas share a batch.
+        skip_layers: blocks that are left out.
+    """
+    counting = [(i, entry) for i, entries in enumerate(several) for entry in entries if sigma in entry.window]
+    sums = [torch.zeros_like(x) for _ in several]
+    weights = [torch.full_like(x, _EPSILON) for _ in several]
+    for area in dict.fromkeys(entry.area for _, entry in counting):
+        group = [(i, entry) for i, entry in counting if entry.area == area]
+        branches = [Branch(entry.conditioning, None, tuple(skip_layers)) for _, entry in group]
+        part = group[0][1].cut(x)
+        outs = predict_branches(model.transformer, PROFILES["comfyui"], part, sigma, branches, lambda _: None)
+        for (i, entry), out in zip(group, outs, strict=True):
+            weight = entry.weight(x)
+            entry.cut(sums[i]).add_(weight * out)
+            entry.cut(weights[i]).add_(weight)
+    return [total / weight for total, weight in zip(sums, weights, strict=True)]
+
+
+def _entry(prompt: Prompt, model: Model, shape: Sequence[int]) -> Entry:
+    device = model.transformer.pos_embed.device
+    mask, area = prompt.mask, _cells(prompt.area, shape)
+    if mask is not None:
+        mask = _to_size(mask.to(device, torch.float32), shape)
+        area = _around(mask) if prompt.mask_bounds else area
+        mask = _for_each(mask, shape[0]) * prompt.mask_strength
+    return Entry(
+        _fitted(prompt.conditioning, model, shape[0]),
+        percents(prompt.start, prompt.end, model.shift),
+        prompt.strength,
+        _inside(area, shape),
+        mask,
+    )
+
+
+def _fitted(conditioning: Conditioning, model: Model, count: int) -> Conditioning:
+    """On the model's device, with its number of channels, and one prompt for each latent."""
+    table, config = model.transformer.pos_embed, model.transformer.config
+    rest = config.context_dim - conditioning.context.shape[-1]
+    if rest < 0 or conditioning.pooled.shape[-1] != config.pooled_dim:
+        raise ValueError(
+            f"the text encoders give {conditioning.context.shape[-1]} channels and {conditioning.pooled.shape[-1]} "
+            f"pooled ones, but the model takes {config.context_dim} and {config.pooled_dim}; load the encoders of "
+            "this model"
+        )
+    context = _for_each(F.pad(conditioning.context, (0, rest)), count)
+    pooled = _for_each(conditioning.pooled, count)
+    return Conditioning(context, pooled).to(table.device, table.dtype)
+
+
+def _cells(area: Area | None, shape: Sequence[int]) -> tuple[int, int, int, int] | None:
+    if area is None:
+        return None
+    if not area.in_shares:
+        return int(area.height), int(area.width), int(area.y), int(area.x)
+    rows, columns = shape[2:]
+    sides = max(1, round(area.height * rows)), max(1, round(area.width * columns))
+    return *sides, round(area.y * rows), round(area.x * columns)
+
+
+def _inside(area: tuple[int, int, int, int] | None, shape: Sequence[int]) -> tuple[int, int, int, int] | None:
+    if area is None:
+        return None
+    height, width, top, left = area
+    rows, columns = shape[2:]
+    if top >= rows or left >= columns:
+        raise ValueError(
+            f"the area of a conditioning begins at x {8 * left}, y {8 * top}, outside of the picture of "
+            f"{8 * columns} x {8 * rows} pixels"
+        )
+    return min(rows - top, height), min(columns - left, width), top, left
+
+
+def _to_size(mask: Tensor, shape: Sequence[int]) -> Tensor:
+    """A mask [b, h, w] at the size of latents, bilinear."""
+    if mask.shape[1:] == tuple(shape[2:]):
+        return mask
+    return F.interpolate(mask.unsqueeze(1), size=tuple(shape[2:]), mode="bilinear").squeeze(1)
+
+
+def _around(mask: Tensor) -> tuple[int, int, int, int]:
+    """The rectangle of a mask [b, h, w], at least 8 cells a side."""
+    places = mask.abs().amax(0).nonzero()
+    if not len(places):
+        return _LEAST, _LEAST, 0, 0
+    (top, left), (bottom, right) = places.amin(0).tolist(), places.amax(0).tolist()
+    return max(_LEAST, bottom - top + 1), max(_LEAST, right - left + 1), top, left
+
+
+def _for_each(batch: Tensor, count: int) -> Tensor:
+    """Repeated from its start to `count`, or cut (ComfyUI's repeat_to_batch_size)."""
+    return batch.repeat(-(-count // len(batch)), *[1] * (batch.ndim - 1))[:count]
+
+
+def _ramp(side: int, first: bool, last: bool) -> Tensor:
+    """Weights along a side of an area, which rise from the edges that do not touch the picture's."""
+    weights, steps = torch.ones(side), min(_RAMP, side // 4)
+    for i in range(steps):
+        if first:
+            weights[i] *= (i + 1) / steps
+        if last:
+            weights[side - 1 - i] *= (i + 1) / steps
+    return weights
+
+
+def _opposite(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """The entry with the other's area, where these have none (`create_cond_with_same_area_if_none`)."""
+    if entry.area is None:
+        return []
+    smallest: Entry | None = None
+    for one in entries:
+        if one.area is None:
+            smallest = one if smallest is None else smallest
+        elif _holds(one.area, entry.area) and (
+            smallest is None or smallest.area is None or _size(smallest.area) > _size(one.area)
+        ):
+            smallest = one
+    if smallest is None or smallest.area == entry.area:
+        return []
+    return [replace(entry, conditioning=smallest.conditioning)]
+
+
+def _holds(outer: tuple[int, int, int, int], inner: tuple[int, int, int, int]) -> bool:
+    larger = all(outer[i] >= inner[i] for i in (0, 1))
+    return larger and all(inner[i] + inner[i + 2] <= outer[i] + outer[i + 2] for i in (0, 1))
+
+
+def _size(area: tuple[int, int, int, int]) -> int:
+    return area[0] * area[1]

@@ -1,0 +1,48 @@
+"""What is wrong with a workflow: found before it runs, with ComfyUI's own type and node, or while a node runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake of a node, as ComfyUI's answer to `POST /prompt` lists it."""
+
+    type: str  # such as "required_input_missing"
+    message: str  # a sentence
+    input: str | None = None  # the name of the input, where it is about one
+
+
+class WorkflowError(ValueError):
+    """A graph cannot run; `type` and `node_errors` are those of ComfyUI's answer.
+
+    Args:
+        type: "invalid_prompt", "no_prompt", "prompt_no_outputs" or "prompt_outputs_failed_validation".
+        message: what is wrong, and what to do.
+        node_errors: the problems of each node by its id.
+    """
+
+    def __init__(self, type: str, message: str, node_errors: Mapping[str, Sequence[Problem]] | None = None) -> None:  # noqa: A002 # ComfyUI's word
+        super().__init__(message)
+        self.type, self.node_errors = type, dict(node_errors or {})
+
+
+class NodeError(ValueError):
+    """A node failed while it ran; the exception that it raised is the cause.
+
+    Args:
+        node_id: its id in the graph.
+        node_type: its class.
+        cause: what it raised.
+    """
+
+    def __init__(self, node_id: str, node_type: str, cause: Exception) -> None:
+        super().__init__(f"node {node_id} ({node_type}): {cause}")
+        self.node_id, self.node_type = node_id, node_type
+        self.exception_type, self.exception_message = type(cause).__name__, str(cause)
+
+
+class LimitError(ValueError):
+    """A workflow asks for more than its limits allow; the message names the limit."""

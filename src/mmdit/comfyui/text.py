@@ -1,0 +1,153 @@
+"""Prompts to CONDITIONING as ComfyUI reads them: `comfy/text_encoders/sd3_clip.py`, by the text rules of its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoders import COMFYUI, Conditioner, Conditioning
+from mmdit.comfyui.values import Clip
+
+_POOLED = 2048  # channels of both official towers, which ComfyUI assumes where one is missing
+_OFFICIAL_TOWERS, _OFFICIAL_CONTEXT = 2048, 4096
+
+
+def encode(clip: Clip, prompt: str) -> Conditioning:
+    """One prompt for all encoders."""
+    with _at_layer(clip):
+        return _conditioner(clip)([prompt])
+
+
+def encode_each(clip: Clip, clip_l: str, clip_g: str, t5: str, *, padded: bool) -> Conditioning:
+    """A prompt of its own for each encoder (CLIPTextEncodeSD3).
+
+    Args:
+        clip: the encoders.
+        clip_l, clip_g, t5: what each reads.
+        padded: whether an empty prompt is read as padding. If not, T5 gets its end token alone, an empty CLIP prompt
+            follows the length of the other, and two empty ones give no tokens and a pooled vector of zeros.
+    """
+    with _at_layer(clip):
+        towers = _towers(clip, clip_l, clip_g) if padded or clip_l or clip_g else None
+        tokens = None if clip.t5 is None else _t5(clip, t5, padded=padded)
+    if towers is None and tokens is None:
+        return _nothing(clip)
+    if towers is None:
+        assert tokens is not None
+        return Conditioning(tokens, tokens.new_zeros(len(tokens), _pooled_dim(clip)))
+    if tokens is None:
+        return Conditioning(towers.context, towers.pooled)
+    return Conditioning(torch.cat([towers.context, tokens.to(towers.context)], dim=1), towers.pooled)
+
+
+def _conditioner(clip: Clip, **without: None) -> Conditioner:
+    models: dict[str, Any] = {"clip_l": clip.clip_l, "clip_g": clip.clip_g, "t5": clip.t5} | without
+    return Conditioner(
+        models["clip_l"],
+        models["clip_g"],
+        models["t5"],
+        clip.tokenizers,
+        COMFYUI,
+        context_dim=context_dim(clip),
+        pooled_dim=_pooled_dim(clip),
+    )
+
+
+def context_dim(clip: Clip) -> int:
+    """Channels of a context token: T5's; without it those of the official models, or of towers of another size."""
+    if clip.t5 is not None:
+        return clip.t5.config.width
+    widths = sum(tower.config.width for tower in (clip.clip_l, clip.clip_g) if tower is not None)
+    return _OFFICIAL_CONTEXT if widths in (768, 1280, _OFFICIAL_TOWERS, 0) else widths
+
+
+def _pooled_dim(clip: Clip) -> int:
+    both = [tower for tower in (clip.clip_l, clip.clip_g) if tower is not None]
+    return sum(tower.config.projection_dim or tower.config.width for tower in both) if len(both) == 2 else _POOLED
+
+
+def _towers(clip: Clip, clip_l: str, clip_g: str) -> Conditioning | None:
+    """Both towers with a prompt each; the one of fewer chunks of 77 tokens is filled up with empty ones."""
+    given = {"clip_l": (clip.clip_l, clip_l), "clip_g": (clip.clip_g, clip_g)}
+    found: dict[str, Conditioning] = {}
+    for name, (tower, prompt) in given.items():
+        if tower is not None:
+            others: dict[str, None] = dict.fromkeys({"clip_l", "clip_g", "t5"} - {name})
+            found[name] = _conditioner(clip, **others)([prompt])
+    if not found:
+        return None
+    length = max(one.context.shape[1] for one in found.values())
+    whole = [_lengthened(clip, name, one, length) for name, one in found.items()]
+    context = torch.stack([one.context for one in whole]).sum(0)  # each is zero in the channels of the other
+    return Conditioning(context, torch.stack([one.pooled for one in whole]).sum(0))
+
+
+def _lengthened(clip: Clip, name: str, one: Conditioning, length: int) -> Conditioning:
+    missing = (length - one.context.shape[1]) // COMFYUI.clip_length
+    if not missing:
+        return one
+    others: dict[str, None] = dict.fromkeys({"clip_l", "clip_g", "t5"} - {name})
+    empty = _conditioner(clip, **others)([""]).context
+    return replace(one, context=torch.cat([one.context, *[empty] * missing], dim=1))
+
+
+def _t5(clip: Clip, prompt: str, *, padded: bool) -> Tensor:
+    """The tokens of T5 alone, [1, n, width]."""
+    assert clip.t5 is not None
+    if prompt or padded:
+        return _conditioner(clip, clip_l=None, clip_g=None)([prompt]).context
+    assert clip.tokenizers.t5 is not None
+    ids = torch.tensor([[clip.tokenizers.t5.eos]], device=next(clip.t5.parameters()).device)
+    return clip.t5(ids, torch.float32)  # type: ignore[no-any-return]
+
+
+def _nothing(clip: Clip) -> Conditioning:
+    """What the model reads where no encoder reads anything: zeros."""
+    return Conditioning(
+        torch.zeros(1, COMFYUI.clip_length, context_dim(clip)), torch.zeros(1, _pooled_dim(clip))
+    )
+
+
+@contextmanager
+def _at_layer(clip: Clip) -> Iterator[None]:
+    """Inside, the output of the clip's layer takes the place of CLIP's penultimate one and of T5's last one.
+
+    CLIP's is taken without the final norm, T5's with it. A tower with fewer layers gives its last output, with the norm
+    (ComfyUI's `SDClipModel.set_clip_options`).
+    """
+    handles: list[Any] = []
+    try:
+        if clip.layer is not None:
+            for tower in (clip.clip_l, clip.clip_g):
+                if tower is not None:
+                    handles += _hook_tower(tower, clip.layer)
+            if clip.t5 is not None and -clip.layer <= len(clip.t5.encoder.block):
+                handles += _hook_t5(clip.t5, clip.layer)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook_tower(tower: Any, layer: int) -> list[Any]:
+    layers = tower.text_model.encoder.layers
+    if -layer > len(layers):
+        return [tower.register_forward_hook(lambda _, __, out: out._replace(penultimate=out.last))]
+    seen: list[Tensor] = []
+    note = layers[layer].register_forward_hook(lambda _, __, out: seen.append(out))
+    return [note, tower.register_forward_hook(lambda _, __, out: out._replace(penultimate=seen.pop()))]
+
+
+def _hook_t5(t5: Any, layer: int) -> list[Any]:
+    seen: list[Tensor] = []
+    note = t5.encoder.block[layer].register_forward_hook(lambda _, __, out: seen.append(out))
+
+    def normed(_: Any, __: Any, out: Tensor) -> Tensor:
+        return t5.encoder.final_layer_norm(seen.pop(), out.dtype)  # type: ignore[no-any-return]
+
+    return [note, t5.encoder.register_forward_hook(normed)]

@@ -1,0 +1,263 @@
+"""From ComfyUI's UI form (what its interface saves) to its API form (what it runs).
+
+The rules are those of ComfyUI's frontend (`graphToPrompt`, `ExecutableNodeDTO`): notes, reroutes, primitives and muted
+nodes vanish, bypassed nodes hand on an input of the type that is asked for, and subgraphs are opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from encoders.json_files import described, printable
+from mmdit.comfyui.declare import Node
+from mmdit.comfyui.errors import WorkflowError
+
+MUTED, BYPASSED = 2, 4  # the modes of a node
+NOTES = ("Note", "MarkdownNote")
+_MAX_NESTING = 8  # of subgraphs
+_MAX_NODES = 5000  # with those of all uses of subgraphs, which multiply
+_MAX_HOPS = 100  # reroutes and bypassed nodes between an output and an input
+_INPUTS, _OUTPUTS = -10, -20  # the ids that stand for a subgraph's own inputs and outputs in its links
+
+
+def is_ui_form(value: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is a workflow in UI form."""
+    return isinstance(value.get("nodes"), list) and isinstance(value.get("links", []), list)
+
+
+def to_api(ui: Mapping[str, Any], nodes: Mapping[str, Node]) -> dict[str, dict[str, Any]]:
+    """A workflow in UI form as a graph in API form.
+
+    Args:
+        ui: {"nodes": [...], "links": [...], "definitions": {"subgraphs": [...]}}.
+        nodes: the known nodes, whose inputs say which values of a node's widgets belong to which input.
+
+    Raises:
+        WorkflowError: the form is broken, or a node that would run is unknown.
+    """
+    whole = _Level.of(ui, _Forms(_subgraphs(ui)))
+    return {one.id: _converted(one, nodes) for one in whole.every() if one.runs}
+
+
+@dataclass(frozen=True)
+class _Link:
+    source: Any  # a node's id, or _INPUTS
+    slot: int
+    target: Any
+    target_slot: int
+
+
+@dataclass
+class _Forms:
+    """The definitions of subgraphs, and how many nodes have been made of all forms."""
+
+    by_id: Mapping[str, Mapping[str, Any]]
+    nodes: int = 0
+
+    def count(self, more: int) -> None:
+        """Raise WorkflowError where there are more nodes than in any workflow."""
+        self.nodes += more
+        if self.nodes > _MAX_NODES:
+            raise _broken(f"it has more than {_MAX_NODES} nodes, with those of its subgraphs")
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """The nodes and links of a workflow, or of one use of a subgraph."""
+
+    prefix: str  # of the ids of its nodes
+    nodes: dict[Any, _Placed]
+    links: dict[Any, _Link]
+    forms: _Forms
+    used_by: _Placed | None = None  # the node that stands for the subgraph, one level up
+
+    @classmethod
+    def of(cls, form: Mapping[str, Any], forms: _Forms, used_by: _Placed | None = None) -> _Level:
+        """From the form of a workflow or of a subgraph."""
+        prefix = "" if used_by is None else f"{used_by.id}:"
+        links = dict(_link(one) for one in form.get("links") or [])
+        level = cls(prefix, {}, links, forms, used_by)
+        forms.count(len(form["nodes"]))
+        for raw in form["nodes"]:
+            if not isinstance(raw, dict) or "id" not in raw or not isinstance(raw.get("type"), str):
+                raise _broken(f"a node is {described(raw)} without id and type")
+            level.nodes[raw["id"]] = _Placed(level, raw)
+        return level
+
+    def every(self) -> Iterator[_Placed]:
+        """All nodes, those of subgraphs in the place of the node that stands for them."""
+        for one in self.nodes.values():
+            if one.inner is None:
+                yield one
+            else:
+                yield from one.inner.every()
+
+    def origin(self, link: Any, wanted: str, depth: int = 0) -> _Source | None:
+        """Where a link comes from, after reroutes, bypassed nodes and the borders of subgraphs; None is nowhere."""
+        found = self.links.get(link)
+        if found is None:
+            return None
+        if depth > _MAX_HOPS:
+            raise _broken(f"more than {_MAX_HOPS} reroutes or bypassed nodes follow each other, maybe in a circle")
+        if found.source == _INPUTS:
+            return self._from_above(found.slot, wanted, depth)
+        one = self.nodes.get(found.source)
+        return None if one is None else one.given(found.slot, wanted, depth + 1)
+
+    def _from_above(self, slot: int, wanted: str, depth: int) -> _Source | None:
+        """What the outer level gives to an input of this subgraph."""
+        if self.used_by is None or slot >= len(self.used_by.inputs):
+            return None
+        return self.used_by.source_of(self.used_by.inputs[slot], wanted, depth + 1)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What an input gets: a link to an output of a node, or a value."""
+
+    value: Any
+
+
+class _Placed:
+    """A node in its level."""
+
+    def __init__(self, level: _Level, raw: Mapping[str, Any]) -> None:
+        self.level, self.raw = level, raw
+        self.id, self.type = f"{level.prefix}{raw['id']}", str(raw["type"])
+        self.inputs = [one for one in raw.get("inputs") or [] if isinstance(one, dict)]
+        self.outputs = [one for one in raw.get("outputs") or [] if isinstance(one, dict)]
+        form = level.forms.by_id.get(self.type)
+        if form is not None and level.prefix.count(":") >= _MAX_NESTING:
+            raise _broken(f"subgraphs nest more than {_MAX_NESTING} deep")
+        self.inner = _Level.of(form, level.forms, self) if form is not None and self.is_active else None
+        self.output_links = _output_links(form)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it is neither muted nor bypassed."""
+        return self.raw.get("mode", 0) not in (MUTED, BYPASSED)
+
+    @property
+    def runs(self) -> bool:
+        """Whether it is in the API form."""
+        return self.is_active and self.type not in (*NOTES, "Reroute", "PrimitiveNode")
+
+    @property
+    def values(self) -> Any:
+        """What its widgets hold: a list, or a dict by name."""
+        return self.raw.get("widgets_values")
+
+    def source_of(self, one: Mapping[str, Any], wanted: str, depth: int = 0) -> _Source | None:
+        """What is connected to one of its inputs, or stands in its widget in the case of a subgraph's node."""
+        if one.get("link") is not None:
+            return self.level.origin(one["link"], wanted, depth)
+        if "widget" in one and self.inner is not None:
+            return self._promoted(one)
+        return None
+
+    def given(self, slot: int, wanted: str, depth: int) -> _Source | None:
+        """What one of its outputs gives."""
+        if self.raw.get("mode", 0) == MUTED or self.type in NOTES:
+            return None
+        if self.type == "Reroute":
+            return None if not self.inputs else self.source_of(self.inputs[0], wanted, depth)
+        if self.raw.get("mode", 0) == BYPASSED:
+            return self._bypassed(slot, wanted, depth)
+        if self.type == "PrimitiveNode":
+            return _Source(_literal(self.values[0])) if isinstance(self.values, list) and self.values else None
+        if self.inner is not None:
+            link = self.output_links.get(slot)
+            return None if link is None else self.inner.origin(link, wanted, depth + 1)
+        return _Source([self.id, slot])
+
+    def _bypassed(self, slot: int, wanted: str, depth: int) -> _Source | None:
+        """The input of the same number if its type fits, else the first of exactly that type."""
+        kind = str(self.outputs[slot].get("type", wanted)) if slot < len(self.outputs) else wanted
+        same = self.inputs[slot : slot + 1]
+        chosen = [one for one in same if str(one.get("type")) in (kind, "*") or kind == "*"]
+        chosen = chosen or [one for one in self.inputs if one.get("type") == kind]
+        return self.source_of(chosen[0], wanted, depth) if chosen else None
+
+    def _promoted(self, one: Mapping[str, Any]) -> _Source | None:
+        """The value of a subgraph's own widget: its values stand in the order of the inputs that have widgets."""
+        with_widgets = [each for each in self.inputs if "widget" in each]
+        place = next(i for i, each in enumerate(with_widgets) if each is one)
+        if isinstance(self.values, list) and place < len(self.values) and self.values[place] is not None:
+            return _Source(_literal(self.values[place]))
+        return None
+
+
+def _converted(one: _Placed, nodes: Mapping[str, Node]) -> dict[str, Any]:
+    """A node in API form."""
+    declared = nodes.get(one.type)
+    if declared is None:  # its own inputs say which widgets it has; an unknown class is refused when the graph runs
+        widgets = [str(each["name"]) for each in one.inputs if "widget" in each and "name" in each]
+        inputs = dict(zip(widgets, one.values, strict=False)) if isinstance(one.values, list) else {}
+    else:
+        inputs = _widget_values(one, declared)
+    for each in one.inputs:
+        name, wanted = str(each.get("name")), str(each.get("type", "*"))
+        source = one.source_of(each, wanted) if each.get("link") is not None else None
+        if source is not None:
+            inputs[name] = source.value
+    title = str(one.raw.get("title") or one.type)
+    return {"inputs": inputs, "class_type": one.type, "_meta": {"title": title}}
+
+
+def _widget_values(one: _Placed, declared: Node) -> dict[str, Any]:
+    """The values of a node's widgets by the names of its inputs."""
+    widgets = [each for each in declared.inputs if each.is_widget]
+    if isinstance(one.values, dict):
+        return {each.name: _literal(one.values[each.name]) for each in widgets if each.name in one.values}
+    if one.values is not None and not isinstance(one.values, list):
+        raise _broken(f"widgets_values of node {one.id} are {described(one.values)}, expected an array or an object")
+    values = iter(one.values or [])
+    found: dict[str, Any] = {}
+    for each in widgets:
+        value = next(values, _NOTHING)
+        if value is _NOTHING:
+            break
+        found[each.name] = _literal(value)
+        for _ in range(each.extra_widgets):
+            next(values, None)
+    return found
+
+
+_NOTHING = object()
+
+
+def _literal(value: Any) -> Any:
+    """A value as the API form holds it: a list is wrapped, because a list is a link there."""
+    return {"__value__": value} if isinstance(value, list) else value
+
+
+def _link(one: Any) -> tuple[Any, _Link]:
+    """A link of a workflow, [id, from node, from slot, to node, to slot, type], or of a subgraph, an object."""
+    try:
+        if isinstance(one, dict):
+            return one["id"], _Link(one["origin_id"], int(one["origin_slot"]), one["target_id"], int(one["target_slot"]))
+        return one[0], _Link(one[1], int(one[2]), one[3], int(one[4]))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise _broken(f"a link is {printable(str(one), 80)}, expected [id, node, slot, node, slot, type]") from error
+
+
+def _subgraphs(ui: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    definitions = ui.get("definitions") or {}
+    found = definitions.get("subgraphs") or [] if isinstance(definitions, dict) else []
+    if not isinstance(found, list) or any(not isinstance(one, dict) or "nodes" not in one for one in found):
+        raise _broken("its subgraphs are no array of objects with nodes")
+    return {str(one.get("id")): one for one in found}
+
+
+def _output_links(form: Mapping[str, Any] | None) -> dict[int, Any]:
+    """Of a subgraph: the id of the link that leads to each of its outputs."""
+    if form is None:
+        return {}
+    return {link.target_slot: id for id, link in map(_link, form.get("links") or []) if link.target == _OUTPUTS}
+
+
+def _broken(what: str) -> WorkflowError:
+    return WorkflowError("invalid_prompt", f"the workflow in UI form is broken: {what}")
+
