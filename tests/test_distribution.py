@@ -28,7 +28,7 @@ LAYERS = (
     ("checkpoints",),
     ("runtime",),
     ("pipeline",),
-    ("inspection", "parity"),
+    ("inspection", "parity", "comfyui"),
     ("demo",),
     ("bench",),
     ("cli",),

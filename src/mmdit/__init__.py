@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from mmdit.checkpoints.lora_merge import merge_lora as merge_lora
     from mmdit.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
     from mmdit.checkpoints.safetensors_io import CheckpointError as CheckpointError
+    from mmdit.comfyui.declare import workflow_node as workflow_node
+    from mmdit.comfyui.errors import LimitError as LimitError
+    from mmdit.comfyui.errors import NodeError as NodeError
+    from mmdit.comfyui.errors import WorkflowError as WorkflowError
+    from mmdit.comfyui.export import from_workflow as from_workflow
+    from mmdit.comfyui.export import to_workflow as to_workflow
+    from mmdit.comfyui.limits import WorkflowLimits as WorkflowLimits
+    from mmdit.comfyui.run import WorkflowCache as WorkflowCache
+    from mmdit.comfyui.run import WorkflowResult as WorkflowResult
+    from mmdit.comfyui.run import run_workflow as run_workflow
     from mmdit.inspection import plots as plots
     from mmdit.inspection import reducers as reducers
     from mmdit.inspection.addresses import Address as Address
@@ -79,6 +89,11 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.checkpoints.lora_merge": ("merge_lora",),
     "mmdit.checkpoints.quantize": ("quantize_checkpoint",),
     "mmdit.checkpoints.safetensors_io": ("CheckpointError",),
+    "mmdit.comfyui.declare": ("workflow_node",),
+    "mmdit.comfyui.errors": ("LimitError", "NodeError", "WorkflowError"),
+    "mmdit.comfyui.export": ("from_workflow", "to_workflow"),
+    "mmdit.comfyui.limits": ("WorkflowLimits",),
+    "mmdit.comfyui.run": ("WorkflowCache", "WorkflowResult", "run_workflow"),
     "mmdit.inspection.addresses": ("Address", "Word"),
     "mmdit.inspection.attention_maps": ("attention_maps",),
     "mmdit.inspection.budget": ("BudgetError",),

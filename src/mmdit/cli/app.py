@@ -1,4 +1,4 @@
-"""The command line: `mmdit generate | inspect | verify | quantize | convert | compare | bench | completion`."""
+"""The command line: `mmdit generate | run | workflow | inspect | verify | quantize | convert | compare | bench ...`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mmdit._version import __version__
-from mmdit.cli import bench, compare, completion, convert, generate, inspect, quantize, verify
+from mmdit.cli import bench, compare, completion, convert, generate, inspect, quantize, run, verify, workflow
 from mmdit.cli.console import Stream, note_of, streams, warnings_shown_by
 from mmdit.cli.usage import UsageError
 
@@ -17,6 +17,8 @@ USER_ERRORS = (ValueError, OSError, MemoryError, ImportError, FloatingPointError
 # Each command is a module with add_options(parser) and run(options), which returns the exit code.
 COMMANDS: dict[ModuleType, str] = {
     generate: "draw pictures of prompts",
+    run: "run a ComfyUI workflow",
+    workflow: "show what a ComfyUI workflow does, and which files it needs",
     inspect: "describe a checkpoint, or show how a picture was drawn",
     convert: "write a checkpoint in another layout",
     quantize: "write a checkpoint in float8 that loads here and in ComfyUI",

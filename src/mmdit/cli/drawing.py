@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, islice, product
 from pathlib import Path
@@ -26,7 +26,16 @@ from mmdit.pipeline.guidance import Guidance
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.seeds import generators
-from mmdit.pipeline.settings import FORMAT_VERSION, Settings, SettingsError, grid, read_settings
+from mmdit.pipeline.settings import (
+    FORMAT_VERSION,
+    KEYWORD,
+    WORKFLOW_KEYWORD,
+    Settings,
+    SettingsError,
+    grid,
+    read_settings,
+    text_chunks,
+)
 from mmdit.utils import whole
 from samplers import SCHEDULES, SOLVERS, pick
 from samplers.checks import MAX_STEPS
@@ -77,12 +86,21 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     note_long_run(pipe, ask, len(pictures), note)
     drawn, names = [], output.names()
     for number, (image, settings) in enumerate(_drawn(pipe, ask, pictures), 1):
-        path = output.write(names, image, settings.to_json())
+        path = output.write(names, image, settings.to_json(), _workflow(settings))
         place = f"; picture {number} of {len(pictures)}" if len(pictures) > 1 else ""
         yield f"wrote {path} ({image.width} x {image.height}, seed {settings.seed}{place})"
         drawn += [(image, settings)] if sheet else []
     if sheet:
         yield _write_grid(sheet, drawn, len(ask.seed))
+
+
+def _workflow(settings: Settings) -> Mapping[str, Any] | None:
+    """The graph that lets ComfyUI draw a picture of profile "comfyui" again."""
+    if settings.profile != "comfyui":
+        return None
+    from mmdit.comfyui.export import workflow_of
+
+    return workflow_of(settings)
 
 
 def _is_alike(pipe: Pipeline, before: Settings) -> bool:
@@ -91,7 +109,12 @@ def _is_alike(pipe: Pipeline, before: Settings) -> bool:
 
 
 def _settings(path: str) -> Settings:
-    """The settings of a picture that this command, or `mmdit.save_png`, has written."""
+    """The settings of a picture that this command, `mmdit.save_png`, or ComfyUI has written."""
+    texts = text_chunks(Path(path))
+    if KEYWORD not in texts and WORKFLOW_KEYWORD in texts:
+        from mmdit.comfyui.export import from_workflow
+
+        return from_workflow(path)
     found = read_settings(path)
     if isinstance(of := found.get("pictures"), list):
         raise SettingsError(f"{path} is a grid of {len(of)} pictures; give one of these to --settings")
@@ -102,6 +125,8 @@ def _filled(options: Namespace, before: Settings | None, note: Note) -> Namespac
     """The options, filled in from a picture's settings, then from defaults; None is left to profile and model."""
     ask = Namespace(**vars(options))
     said = {} if before is None else {option: getattr(before, setting) for option, setting in TAKEN.items()}
+    if before is not None and not before.dtype:  # which a picture of ComfyUI does not say
+        del said["dtype"]
     said |= {"seed": [0 if before is None else before.seed]}
     for option, value in ({"negative_prompt": "", "profile": "diffusers"} | said).items():
         if getattr(ask, option) is None:
@@ -207,7 +232,7 @@ def _check_model(ask: Namespace, before: Settings | None) -> None:
 
 def _device(ask: Namespace, before: Settings | None, note: Note) -> torch.device:
     """Where to draw: the same kind of device draws the same picture again."""
-    if before is None or ask.device is not None:
+    if before is None or ask.device is not None or not before.device:
         return device_of(ask.device)
     try:
         return device_of(before.device)

@@ -44,11 +44,17 @@ class Output:
             return row
         return itertools.chain([self.path], row if self.keep else ())
 
-    def write(self, name: Iterator[Path], image: Image.Image, settings: Mapping[str, Any]) -> Path:
+    def write(
+        self,
+        name: Iterator[Path],
+        image: Image.Image,
+        settings: Mapping[str, Any],
+        workflow: Mapping[str, Any] | None = None,
+    ) -> Path:
         """Write a picture to the next of `names`, which is an iterator over them; errors name the file."""
         path = next(path for path in name if _claimed(path)) if self.keep else next(name)
         try:
-            return save_png(image, path, settings)
+            return save_png(image, path, settings, workflow=workflow)
         except BaseException as error:
             if self.keep:
                 path.unlink()  # what was claimed is empty

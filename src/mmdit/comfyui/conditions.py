@@ -67,7 +67,7 @@ def resolved(several: Sequence[Prompts], model: Model, shape: Sequence[int]) -> 
         for entry in entries:
             for j, others in enumerate(found):
                 if j != k:
-                    others += _opposite(others, entry)
+                    others.extend(_opposite(others, entry))
     return found
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from encoders import Tokenizers
 from mmdit.comfyui.files import Folders
-from mmdit.comfyui.limits import Limits
+from mmdit.comfyui.limits import WorkflowLimits
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Context:
     """
 
     folders: Folders
-    limits: Limits
+    limits: WorkflowLimits
     device: torch.device
     dtype: torch.dtype | None
     graph: Mapping[str, Any]

@@ -43,8 +43,8 @@ class Input:
     name: str
     type: str
     default: Any = None
-    least: float | None = None
-    most: float | None = None
+    least: int | float | None = None
+    most: int | float | None = None
     choices: Sequence[str] | Callable[[Folders], Sequence[str]] | None = None
     optional: bool = False
     check: Callable[[Any, Folders], str | None] | None = None
@@ -96,7 +96,7 @@ class Node:
 NODES: dict[str, Node] = {}
 
 
-def node(
+def workflow_node(
     name: str, inputs: Sequence[Input], outputs: Sequence[str] = (), *, is_output: bool = False, replace: bool = False
 ) -> Callable[[Function], Function]:
     """Register a function as a node of workflows.
@@ -123,7 +123,10 @@ def node(
     return register
 
 
-def wire(name: str, type: str, *, optional: bool = False) -> Input:  # noqa: A002 # ComfyUI's word
+node = workflow_node  # its name inside of this room
+
+
+def wire(name: str, type: str, *, optional: bool = False) -> Input:
     """An input that only a link can give."""
     return Input(name, type, optional=optional)
 
@@ -133,7 +136,7 @@ def integer(name: str, default: int, least: int, most: int, *, optional: bool = 
     return Input(name, "INT", default, least, most, optional=optional)
 
 
-def decimal(name: str, default: float, least: float, most: float, *, optional: bool = False) -> Input:
+def decimal(name: str, default: float, least: int | float, most: int | float, *, optional: bool = False) -> Input:
     """A number in a range."""
     return Input(name, "FLOAT", default, least, most, optional=optional)
 

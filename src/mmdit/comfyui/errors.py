@@ -24,7 +24,7 @@ class WorkflowError(ValueError):
         node_errors: the problems of each node by its id.
     """
 
-    def __init__(self, type: str, message: str, node_errors: Mapping[str, Sequence[Problem]] | None = None) -> None:  # noqa: A002 # ComfyUI's word
+    def __init__(self, type: str, message: str, node_errors: Mapping[str, Sequence[Problem]] | None = None) -> None:
         super().__init__(message)
         self.type, self.node_errors = type, dict(node_errors or {})
 

@@ -163,7 +163,9 @@ def _annotated(said: str) -> tuple[str, Place]:
 
 
 def as_folders(
-    models: str | Path | Sequence[str | Path], input: str | Path | None, output: str | Path | None  # noqa: A002
+    models: str | Path | Sequence[str | Path],
+    input: str | Path | None,
+    output: str | Path | None,
 ) -> Folders:
     """The folders of a run, as `mmdit.run_workflow` takes them."""
     several = (models,) if isinstance(models, str | Path) else tuple(models)

@@ -17,7 +17,7 @@ from mmdit.comfyui.declare import NODES, Input, Node
 from mmdit.comfyui.errors import Problem, WorkflowError
 from mmdit.comfyui.files import Folders
 from mmdit.comfyui.to_api import is_ui_form, to_api
-from mmdit.pipeline.settings import SettingsError, text_chunks
+from mmdit.pipeline.settings import WORKFLOW_KEYWORD, SettingsError, text_chunks
 
 Graph = dict[str, dict[str, Any]]  # in API form
 MAX_NODES = 2000
@@ -70,7 +70,9 @@ def as_graph(value: Any) -> Graph:
     elif isinstance(value, dict) and "prompt" in value and "class_type" not in (value["prompt"] or {}):
         value = value["prompt"]
     if not isinstance(value, dict):
-        raise WorkflowError("no_prompt", f"the workflow is {described(value)}, expected an object of nodes by their ids")
+        raise WorkflowError(
+            "no_prompt", f"the workflow is {described(value)}, expected an object of nodes by their ids"
+        )
     if len(value) > MAX_NODES:
         raise WorkflowError("invalid_prompt", f"the workflow has {len(value)} nodes, at most {MAX_NODES} are run")
     return value
@@ -82,7 +84,7 @@ def check(graph: Graph, folders: Folders) -> Checked:
     Raises:
         WorkflowError: no output can run; its `type` and `node_errors` say why.
     """
-    for id, found in graph.items():  # noqa: A001
+    for id, found in graph.items():
         _check_class(id, found)
     outputs = [id for id, found in graph.items() if NODES[found["class_type"]].is_output]
     if not outputs:
@@ -96,14 +98,17 @@ def check(graph: Graph, folders: Folders) -> Checked:
 
 
 def order(graph: Graph, outputs: Sequence[str]) -> list[str]:
-    """The ids of all nodes that these outputs need, each after those that it needs itself; the graph has no circle."""
+    """The ids of all nodes that these outputs need, each after those that it needs itself, apart from circles."""
     found: dict[str, None] = {}
+    begun: set[str] = set()
     for output in outputs:
-        waiting = [(output, iter(links_of(graph, output)))]
+        waiting = [(output, iter(links_of(graph, output)))] if output not in begun else []
+        begun.add(output)
         while waiting:
-            id, links = waiting[-1]  # noqa: A001
-            link = next((link for link in links if link.source not in found), None)
+            id, links = waiting[-1]
+            link = next((link for link in links if link.source not in begun), None)
             if link is not None:
+                begun.add(link.source)
                 waiting.append((link.source, iter(links_of(graph, link.source))))
             else:
                 waiting.pop()
@@ -120,7 +125,7 @@ class Link:
     slot: int  # of its outputs
 
 
-def links_of(graph: Graph, id: str) -> list[Link]:  # noqa: A002
+def links_of(graph: Graph, id: str) -> list[Link]:
     """The wires of a node's declared inputs that are links; other inputs are ignored."""
     inputs, declared = graph[id].get("inputs", {}), NODES[graph[id]["class_type"]].by_name
     return [Link(name, *value) for name, value in inputs.items() if name in declared and is_link(value)]
@@ -131,7 +136,7 @@ def is_link(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2
 
 
-def _check_class(id: str, found: Any) -> None:  # noqa: A002
+def _check_class(id: str, found: Any) -> None:
     where = f"node {printable(id, 60)}"
     if not isinstance(found, dict) or not isinstance(found.get("class_type"), str):
         raise WorkflowError("invalid_prompt", f"{where} has no class_type; give the name of its class")
@@ -159,7 +164,7 @@ class _Checking:
         self.circle: list[str] = []
         self._valid: dict[str, bool] = {}
 
-    def output(self, id: str) -> bool:  # noqa: A002
+    def output(self, id: str) -> bool:
         """Whether an output node and all that it needs are right."""
         frames = [self._frame(id, None)]
         while frames:
@@ -190,7 +195,7 @@ class _Checking:
             lines.append(f"the nodes {' <- '.join(self.circle)} need each other in a circle; cut one of the links")
         return "\n".join(["no output of the workflow can run:", *(f"  {line}" for line in lines)])
 
-    def _frame(self, id: str, used_by: str | None) -> _Frame:  # noqa: A002
+    def _frame(self, id: str, used_by: str | None) -> _Frame:
         """Check a node by itself. `used_by` is the input, of another node, that it was reached through."""
         try:
             problems, links = self._inputs(id)
@@ -201,7 +206,7 @@ class _Checking:
             self.problems[id] = problems
         return _Frame(id, iter(links), valid=not problems)
 
-    def _inputs(self, id: str) -> tuple[list[Problem], list[Link]]:  # noqa: A002
+    def _inputs(self, id: str) -> tuple[list[Problem], list[Link]]:
         """The problems of a node's inputs, and its links of the right type."""
         found, declared = self.converted[id]["inputs"], NODES[self.graph[id]["class_type"]]
         problems: list[Problem] = []
@@ -261,12 +266,12 @@ class _Checking:
 class _Frame:
     """A node whose links are being followed."""
 
-    def __init__(self, id: str, links: Iterator[Link], *, valid: bool) -> None:  # noqa: A002
+    def __init__(self, id: str, links: Iterator[Link], *, valid: bool) -> None:
         self.id, self.links, self.valid = id, links, valid
 
 
 class _ValueProblemError(Exception):
-    def __init__(self, type: str, message: str, one: Input) -> None:  # noqa: A002
+    def __init__(self, type: str, message: str, one: Input) -> None:
         super().__init__(message)
         self.problem = Problem(type, message, one.name)
 
@@ -303,12 +308,12 @@ def _not_in_list(one: Input, value: Any, choices: Sequence[str], folders: Folder
 def _in_png(path: Path) -> Any:
     """The graph in the text chunks of a PNG: "prompt" in API form, else "workflow" in UI form."""
     texts = text_chunks(path)
-    for name in ("prompt", "workflow"):
+    for name in (WORKFLOW_KEYWORD, "workflow"):
         if name in texts:
             return parse_json(texts[name], f"{path}: its {name!r} chunk", max_bytes=MAX_BYTES)
     raise SettingsError(f"{path} has no workflow: no 'prompt' or 'workflow' among its text chunks")
 
 
-def node_of(graph: Graph, id: str) -> Node:  # noqa: A002
+def node_of(graph: Graph, id: str) -> Node:
     """The declaration of a node of a graph."""
     return NODES[graph[id]["class_type"]]

@@ -11,7 +11,7 @@ from mmdit.utils import whole
 
 
 @dataclass(frozen=True)
-class Limits:
+class WorkflowLimits:
     """Bounds of a run; what is beyond one is a `LimitError` that says how to raise it.
 
     Args:
@@ -20,6 +20,8 @@ class Limits:
         steps: of one sampler or schedule.
         nodes: that are run.
         characters: of one text.
+        tokens: of one prompt, after ConditioningConcat.
+        prompts: that one CONDITIONING holds, after ConditioningCombine.
     """
 
     pixels: int = 2**25
@@ -27,6 +29,8 @@ class Limits:
     steps: int = 1000
     nodes: int = 500
     characters: int = 200_000
+    tokens: int = 8192
+    prompts: int = 64
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -131,9 +131,7 @@ def draw(
     return _changed(latent, to_vae_scale(x.cpu())), _changed(latent, to_vae_scale(found.cpu()))
 
 
-def _steps(
-    guide: Guide, x: Tensor, sampler: Sampler, sigmas: Tensor, seed: int, guider: Guider
-) -> Iterator[Step]:
+def _steps(guide: Guide, x: Tensor, sampler: Sampler, sigmas: Tensor, seed: int, guider: Guider) -> Iterator[Step]:
     if len(sigmas) < 2:
         return iter(())
     solver, generator = sampler.solver, torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Prompts to CONDITIONING as ComfyUI reads them: `comfy/text_encoders/sd3_clip.py`, by the text rules of its profile."""
+"""Prompts to CONDITIONING as ComfyUI reads them (`comfy/text_encoders/sd3_clip.py`), by its text rules."""
 
 from __future__ import annotations
 
@@ -103,14 +103,12 @@ def _t5(clip: Clip, prompt: str, *, padded: bool) -> Tensor:
         return _conditioner(clip, clip_l=None, clip_g=None)([prompt]).context
     assert clip.tokenizers.t5 is not None
     ids = torch.tensor([[clip.tokenizers.t5.eos]], device=next(clip.t5.parameters()).device)
-    return clip.t5(ids, torch.float32)  # type: ignore[no-any-return]
+    return clip.t5(ids, torch.float32)
 
 
 def _nothing(clip: Clip) -> Conditioning:
     """What the model reads where no encoder reads anything: zeros."""
-    return Conditioning(
-        torch.zeros(1, COMFYUI.clip_length, context_dim(clip)), torch.zeros(1, _pooled_dim(clip))
-    )
+    return Conditioning(torch.zeros(1, COMFYUI.clip_length, context_dim(clip)), torch.zeros(1, _pooled_dim(clip)))
 
 
 @contextmanager
@@ -148,6 +146,6 @@ def _hook_t5(t5: Any, layer: int) -> list[Any]:
     note = t5.encoder.block[layer].register_forward_hook(lambda _, __, out: seen.append(out))
 
     def normed(_: Any, __: Any, out: Tensor) -> Tensor:
-        return t5.encoder.final_layer_norm(seen.pop(), out.dtype)  # type: ignore[no-any-return]
+        return t5.encoder.final_layer_norm(seen.pop(), out.dtype)
 
     return [note, t5.encoder.register_forward_hook(normed)]

@@ -237,7 +237,9 @@ def _link(one: Any) -> tuple[Any, _Link]:
     """A link of a workflow, [id, from node, from slot, to node, to slot, type], or of a subgraph, an object."""
     try:
         if isinstance(one, dict):
-            return one["id"], _Link(one["origin_id"], int(one["origin_slot"]), one["target_id"], int(one["target_slot"]))
+            return one["id"], _Link(
+                one["origin_id"], int(one["origin_slot"]), one["target_id"], int(one["target_slot"])
+            )
         return one[0], _Link(one[1], int(one[2]), one[3], int(one[4]))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise _broken(f"a link is {printable(str(one), 80)}, expected [id, node, slot, node, slot, type]") from error
@@ -260,4 +262,3 @@ def _output_links(form: Mapping[str, Any] | None) -> dict[int, Any]:
 
 def _broken(what: str) -> WorkflowError:
     return WorkflowError("invalid_prompt", f"the workflow in UI form is broken: {what}")
-

@@ -12,7 +12,6 @@ from typing import NamedTuple, NotRequired, TypedDict
 from torch import Tensor
 
 from encoders import CLIPText, Conditioning, T5Encoder, Tokenizers
-from encoders.vae import VAE as VAE
 from mmdit.models.mmdit import MMDiT
 from samplers import Solver
 

@@ -31,6 +31,7 @@ from mmdit.utils import replacing
 from quant.tensor import Float8Tensor
 
 KEYWORD = "mmdit"
+WORKFLOW_KEYWORD = "prompt"  # ComfyUI's, of a graph in API form
 FORMAT_VERSION = 4  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
@@ -186,13 +187,20 @@ def digest_of(model: nn.Module) -> str:
     return sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def save_png(image: Image.Image, path: str | Path, settings: Settings | Mapping[str, Any]) -> Path:
+def save_png(
+    image: Image.Image,
+    path: str | Path,
+    settings: Settings | Mapping[str, Any],
+    *,
+    workflow: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a picture with its settings; it appears under its name only when it is complete.
 
     Args:
         image: of a mode that PNG has (RGB, RGBA, L ...); its pixels are kept as they are.
         path: ends in .png.
         settings: `output.settings[0]`, or JSON values by name; `format_version` must be among them.
+        workflow: a graph in API form for ComfyUI, which then opens the file, such as `mmdit.to_workflow(settings)`.
 
     Raises:
         ValueError: another ending.
@@ -206,6 +214,8 @@ def save_png(image: Image.Image, path: str | Path, settings: Settings | Mapping[
     _check_version(path, settings)
     info = PngInfo()
     info.add_text(KEYWORD, _written(path, settings))
+    if workflow is not None:
+        info.add_text(WORKFLOW_KEYWORD, _written(path, workflow))
     with replacing(path) as part:
         image.save(part, format="png", pnginfo=info)
     return path
@@ -375,7 +385,7 @@ def text_chunks(path: Path) -> dict[str, str]:
 def _instead(texts: Mapping[str, str]) -> str:
     """Whose text chunks these are, and what to do with them."""
     if comfy := [repr(name) for name in ("prompt", "workflow") if name in texts]:
-        return f"it looks like one of ComfyUI, with {' and '.join(comfy)}: open it there"
+        return f"it looks like one of ComfyUI, with {' and '.join(comfy)}: run it with mmdit run, or open it there"
     if "parameters" in texts:
         return "it looks like one of AUTOMATIC1111's web UI, with 'parameters': open it there under PNG Info"
     found = ", ".join(map(repr, texts)) or "none"

@@ -1,8 +1,7 @@
-"""The nodes that workflows may use, by idea; importing this package fills `mmdit.comfyui.declare.NODES`."""
+"""The nodes that workflows may use, by idea; `NODES` is the table that their modules fill."""
 
-from mmdit.comfyui.nodes import (
-    conditioning as conditioning,
-)
+from mmdit.comfyui.declare import NODES as NODES
+from mmdit.comfyui.nodes import conditioning as conditioning
 from mmdit.comfyui.nodes import images as images
 from mmdit.comfyui.nodes import latents as latents
 from mmdit.comfyui.nodes import loaders as loaders

@@ -77,18 +77,20 @@ def conditioning_zero_out(conditioning: Prompts) -> Prompts:
     [wire("conditioning_1", "CONDITIONING"), wire("conditioning_2", "CONDITIONING")],
     ["CONDITIONING"],
 )
-def conditioning_combine(conditioning_1: Prompts, conditioning_2: Prompts) -> Prompts:
+def conditioning_combine(context: Context, conditioning_1: Prompts, conditioning_2: Prompts) -> Prompts:
     """Both, whose predictions are averaged."""
+    context.limits.check("prompts", len(conditioning_1) + len(conditioning_2))
     return conditioning_1 + conditioning_2
 
 
 @node("ConditioningConcat", _TO_FROM, ["CONDITIONING"])
-def conditioning_concat(conditioning_to: Prompts, conditioning_from: Prompts) -> Prompts:
+def conditioning_concat(context: Context, conditioning_to: Prompts, conditioning_from: Prompts) -> Prompts:
     """The tokens of one after those of the other, with the pooled vector of `conditioning_to`."""
     more = _first(conditioning_from).conditioning.context
 
     def joined(one: Prompt) -> Prompt:
         found = one.conditioning
+        context.limits.check("tokens", found.context.shape[1] + more.shape[1])
         return replace(one, conditioning=Conditioning(torch.cat([found.context, more], dim=1), found.pooled))
 
     return _each(conditioning_to, joined)
@@ -150,9 +152,7 @@ def conditioning_set_mask(conditioning: Prompts, mask: Tensor, strength: float, 
     ],
     ["CONDITIONING"],
 )
-def conditioning_set_area(
-    conditioning: Prompts, width: int, height: int, x: int, y: int, strength: float
-) -> Prompts:
+def conditioning_set_area(conditioning: Prompts, width: int, height: int, x: int, y: int, strength: float) -> Prompts:
     """Where it counts, by a rectangle in pixels."""
     area = Area(height // 8, width // 8, y // 8, x // 8)
     return _each(conditioning, lambda one: replace(one, area=area, strength=strength, mask_bounds=False))

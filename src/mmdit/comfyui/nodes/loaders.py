@@ -1,4 +1,4 @@
-"""Loaders of models: ComfyUI's `nodes.py` and `comfy_extras/nodes_sd3.py`. Files are opened as everywhere: no pickle."""
+"""Loaders of models: ComfyUI's `nodes.py` and `nodes_sd3.py`. Files are opened as everywhere: no pickle."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ _ENCODERS = ("clip_l", "clip_g", "t5")
 _FLOAT8 = {"fp8_e4m3fn": "float8_e4m3fn", "fp8_e4m3fn_fast": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 _WEIGHT_DTYPES = ("default", *_FLOAT8)
 _VAES = ("taesd", "taesdxl", "taesd3", "taef1", "pixel_space")  # names of ComfyUI that stand for no file
-_TYPES = ("stable_diffusion", "stable_cascade", "sd3", "stable_audio", "mochi", "ltxv", "pixart", "cosmos", "lumina2")
-_TYPES += ("wan", "hidream", "chroma", "ace", "omnigen2", "qwen_image", "hunyuan_image")
-_DUAL_TYPES = ("sdxl", "sd3", "flux", "hunyuan_video", "hidream", "hunyuan_image", "hunyuan_video_15")
+_TYPES: tuple[str, ...] = (
+    *("stable_diffusion", "stable_cascade", "sd3", "stable_audio", "mochi", "ltxv", "pixart", "cosmos", "lumina2"),
+    *("wan", "hidream", "chroma", "ace", "omnigen2", "qwen_image", "hunyuan_image"),
+)
+_DUAL_TYPES: tuple[str, ...] = ("sdxl", "sd3", "flux", "hunyuan_video", "hidream", "hunyuan_image", "hunyuan_video_15")
 _DEVICE = choice("device", ("default", "cpu"), optional=True)
 
 
@@ -55,11 +57,11 @@ def vae_loader(context: Context, vae_name: str) -> VAE:
     """A VAE alone."""
     if vae_name in _VAES:
         raise ValueError(f"the VAE {vae_name!r} is not built here; give the file of an SD3 VAE")
-    return _built(context, locate(context.folders.model("vae", vae_name)), "vae")  # type: ignore[no-any-return]
+    return _built(context, locate(context.folders.model("vae", vae_name)), "vae")
 
 
 @node("CLIPLoader", [file("clip_name", "text_encoders"), choice("type", _TYPES), _DEVICE], ["CLIP"])
-def clip_loader(context: Context, clip_name: str, type: str, device: str = "default") -> Clip:  # noqa: A002
+def clip_loader(context: Context, clip_name: str, type: str, device: str = "default") -> Clip:
     """One text encoder; the others are missing."""
     return _from_files(context, [clip_name], type)
 
@@ -78,7 +80,7 @@ def dual_clip_loader(
     context: Context,
     clip_name1: str,
     clip_name2: str,
-    type: str,  # noqa: A002 # ComfyUI's word
+    type: str,
     device: str = "default",
 ) -> Clip:
     """Two text encoders; which they are is told by their tensors."""
@@ -99,9 +101,11 @@ def _built(context: Context, found: Found, component: str) -> Any:
     return build(open_model(found, component), context.device, context.load_dtype)
 
 
-def _from_files(context: Context, names: Sequence[str], type: str) -> Clip:  # noqa: A002
+def _from_files(context: Context, names: Sequence[str], type: str) -> Clip:
     if type != "sd3":
-        raise ValueError(f"the type of the text encoders is {type!r}; this library runs those of Stable Diffusion 3: sd3")
+        raise ValueError(
+            f"the type of the text encoders is {type!r}; this library runs those of Stable Diffusion 3: sd3"
+        )
     encoders: dict[str, Any] = {}
     for path in (context.folders.model("text_encoders", name) for name in names):
         found = locate(path)
@@ -125,4 +129,3 @@ def _round_to_float8(transformer: MMDiT, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     for tensor in nn.Module.state_dict(transformer).values():
         tensor.copy_(tensor.clamp(-largest, largest).to(dtype).to(tensor.dtype))
-

@@ -35,9 +35,7 @@ def model_sampling_sd3(model: Model, shift: float) -> Model:
 
 
 @node("SkipLayerGuidanceSD3", [_MODEL, text("layers", "7, 8, 9"), *_SKIP], ["MODEL"])
-def skip_layer_guidance_sd3(
-    model: Model, layers: str, scale: float, start_percent: float, end_percent: float
-) -> Model:
+def skip_layer_guidance_sd3(model: Model, layers: str, scale: float, start_percent: float, end_percent: float) -> Model:
     """Guidance away from the prediction without some blocks."""
     return _skipping(model, layers, scale, start_percent, end_percent, 0.0)
 
@@ -109,8 +107,8 @@ def rescale_cfg(model: Model, multiplier: float) -> Model:
 def perturbed_attention_guidance(model: Model, scale: float) -> Model:
     """Nothing, as in ComfyUI, whose node changes a block that only U-Nets have; `mmdit.Guidance` has it for SD3."""
     warnings.warn(
-        "PerturbedAttentionGuidance changes nothing: ComfyUI's node perturbs the middle block of a U-Net, which SD3 does "
-        "not have; mmdit.Guidance(perturbed_layers=...) does it for SD3",
+        "PerturbedAttentionGuidance changes nothing: ComfyUI's node perturbs the middle block of a U-Net, which SD3 "
+        "does not have; mmdit.Guidance(perturbed_layers=...) does it for SD3",
         stacklevel=2,
     )
     return model
@@ -147,7 +145,7 @@ def apg(model: Model, eta: float, norm_threshold: float, momentum: float) -> Mod
             if norm_threshold > 0:
                 norm = push.norm(p=2, dim=(1, 2, 3), keepdim=True)
                 push = push * torch.minimum(torch.ones_like(norm), norm_threshold / norm)
-            unit = torch.nn.functional.normalize(found.cond, dim=(1, 2, 3))
+            unit = found.cond / found.cond.norm(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
             along = (push * unit).sum(dim=(1, 2, 3), keepdim=True) * unit
             push = push - along + eta * along
             return found.uncond + push + (found.cond - found.uncond) / found.scale

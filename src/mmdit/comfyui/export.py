@@ -1,0 +1,290 @@
+"""Between settings of a picture and graphs: what ComfyUI needs to draw ours, and what its pictures say to us."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from encoders.json_files import printable
+from mmdit._version import __version__
+from mmdit.checkpoints.load_pipeline import DEMO
+from mmdit.checkpoints.locate import locate
+from mmdit.comfyui.files import DEMO_CHECKPOINT
+from mmdit.comfyui.graph import Graph, is_link, read_graph
+from mmdit.comfyui.nodes import NODES
+from mmdit.comfyui.sampling import SAMPLERS, SCHEDULERS
+from mmdit.pipeline.guidance import Guidance
+from mmdit.pipeline.profiles import PROFILES
+from mmdit.pipeline.settings import Settings, SettingsError
+
+# The files of the official encoders, where the settings do not say that the checkpoint holds its own.
+ENCODERS = ("clip_l.safetensors", "clip_g.safetensors", "t5xxl_fp16.safetensors")
+_SKIPPING = (
+    *("skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start"),
+    *("skip_layer_guidance_stop", "skip_layer_rescale"),
+)
+_SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
+_ANOTHER = "run it as it is: mmdit run {path} --models FOLDER"
+
+
+def to_workflow(
+    settings: Settings,
+    *,
+    checkpoint: str | None = None,
+    encoders: Sequence[str] | None = None,
+    prefix: str = "mmdit",
+) -> Graph:
+    """A graph in API form that draws a picture of these settings in ComfyUI.
+
+    The picture is the same, up to rounding, where the profile is "comfyui"; it is a warning where it is another one.
+
+    Args:
+        settings: of one picture, such as `output.settings[0]`.
+        checkpoint: the name of the model's file among ComfyUI's checkpoints; None is that of the settings.
+        encoders: names of the files of CLIP-L, CLIP-G and T5 among ComfyUI's text encoders, none if the checkpoint
+            holds them; None looks into the checkpoint, if it is here, and else takes the official names.
+        prefix: of the files that ComfyUI saves.
+
+    Raises:
+        SettingsError: ComfyUI has no such sampler, schedule or guidance, or the picture has no seed of its own.
+    """
+    _check_known(settings)
+    if settings.profile != "comfyui":
+        said = f"the picture was drawn under profile {settings.profile!r}; ComfyUI's will differ from it"
+        warnings.warn(said, stacklevel=2)
+    names = _encoders_of(settings.model) if encoders is None else tuple(encoders)
+    graph: Graph = {}
+    model = _added(graph, "CheckpointLoaderSimple", ckpt_name=checkpoint or _checkpoint_of(settings.model))
+    clip = [model, 1] if not names else [_loader(graph, names), 0]
+    shifted = [_added(graph, "ModelSamplingSD3", model=[model, 0], shift=settings.shift), 0]
+    guided = _with_guidance(graph, settings, shifted)
+    texts = [
+        _added(graph, "CLIPTextEncode", text=text, clip=clip) for text in (settings.prompt, settings.negative_prompt)
+    ]
+    latent = _added(graph, "EmptySD3LatentImage", width=settings.width, height=settings.height, batch_size=1)
+    drawn = _added(
+        graph,
+        "KSampler",
+        model=guided,
+        seed=settings.seed,
+        steps=settings.num_inference_steps,
+        cfg=settings.guidance_scale,
+        sampler_name=settings.sampler,
+        scheduler=settings.schedule,
+        positive=[texts[0], 0],
+        negative=[texts[1], 0],
+        latent_image=[latent, 0],
+        denoise=1.0,
+    )
+    picture = _added(graph, "VAEDecode", samples=[drawn, 0], vae=[model, 2])
+    _added(graph, "SaveImage", images=[picture, 0], filename_prefix=prefix)
+    return graph
+
+
+def workflow_of(settings: Settings) -> Graph | None:
+    """The graph that goes into the PNG of a picture: of profile "comfyui", where ComfyUI draws the same; else None."""
+    if settings.profile != "comfyui":
+        return None
+    try:
+        return to_workflow(settings)
+    except SettingsError:
+        return None
+
+
+def from_workflow(source: Mapping[str, Any] | str | Path) -> Settings:
+    """The settings of the picture that a simple graph draws: one KSampler from an empty latent, and texts.
+
+    What a graph does not say is empty: model, dtype and device.
+
+    Args:
+        source: a graph, a JSON file, or a PNG of ComfyUI.
+
+    Raises:
+        SettingsError: the graph does more than settings can say; the node is named.
+        WorkflowError, JSONError: it is no graph.
+    """
+    return _Reading(read_graph(source), source).settings()
+
+
+def _check_known(settings: Settings) -> None:
+    for kind, name, known in (("sampler", settings.sampler, SAMPLERS), ("schedule", settings.schedule, SCHEDULERS)):
+        if name not in known:
+            raise SettingsError(f"ComfyUI has no {kind} {name!r}; it has {', '.join(known)}")
+    if settings.seed is None or settings.seed < 0:
+        raise SettingsError(f"the picture's seed is {settings.seed}; ComfyUI draws from a seed of at least 0")
+    if settings.max_sequence_length not in (None, PROFILES["comfyui"].text.t5_length):
+        raise SettingsError(f"T5 reads {settings.max_sequence_length} tokens here; ComfyUI always reads 77 or more")
+    own = Guidance.from_text(settings.guidance)
+    plain = {name: getattr(Guidance(), name) for name in _SKIPPING}
+    if replace(own, **plain) != Guidance():
+        raise SettingsError(f"ComfyUI has no nodes for the guidance {settings.guidance!r}, except skip-layer guidance")
+
+
+def _added(graph: Graph, name: str, **inputs: Any) -> str:
+    """Add a node; returns its id."""
+    id = str(len(graph) + 1)
+    graph[id] = {"class_type": name, "inputs": inputs, "_meta": {"title": name}}
+    return id
+
+
+def _loader(graph: Graph, names: Sequence[str]) -> str:
+    numbered = {f"clip_name{i}": name for i, name in enumerate(names, 1)}
+    match len(names):
+        case 1:
+            return _added(graph, "CLIPLoader", clip_name=names[0], type="sd3")
+        case 2:
+            return _added(graph, "DualCLIPLoader", **numbered, type="sd3")
+        case 3:
+            return _added(graph, "TripleCLIPLoader", **numbered)
+    raise SettingsError(f"{len(names)} text encoders are given, expected up to three")
+
+
+def _with_guidance(graph: Graph, settings: Settings, model: list[Any]) -> list[Any]:
+    own = Guidance.from_text(settings.guidance).of(PROFILES["comfyui"])
+    if not own.skip_guidance_layers:
+        return model
+    layers = ", ".join(map(str, own.skip_guidance_layers))
+    inputs = {
+        "scale": own.skip_layer_guidance_scale,
+        "start_percent": own.skip_layer_guidance_start,
+        "end_percent": own.skip_layer_guidance_stop,
+        "rescaling_scale": own.skip_layer_rescale,
+    }
+    skipping = _added(graph, "SkipLayerGuidanceDiT", model=model, double_layers=layers, single_layers="", **inputs)
+    return [skipping, 0]
+
+
+def _checkpoint_of(model: str) -> str:
+    if model == DEMO:
+        return DEMO_CHECKPOINT
+    name = model.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    return name if name.endswith(".safetensors") else f"{name or 'model'}.safetensors"
+
+
+def _encoders_of(model: str) -> tuple[str, ...]:
+    if model == DEMO:
+        return ()
+    path = Path(model)
+    holds = path.is_file() and path.suffix == ".safetensors" and "clip_l" in locate(path).weights
+    return () if holds else ENCODERS
+
+
+class _Reading:
+    """A graph that is read as settings."""
+
+    def __init__(self, graph: Graph, source: object) -> None:
+        self.graph = graph
+        self.where = str(source) if isinstance(source, str | Path) else "the workflow"
+
+    def settings(self) -> Settings:
+        """The settings of its only picture."""
+        sampler = self._only("KSampler")
+        inputs = self._inputs(sampler)
+        if float(inputs["denoise"]) != 1:
+            raise self._more(sampler, f"it starts from a picture (denoise {inputs['denoise']})")
+        shift, guidance = self._model(inputs["model"])
+        width, height = self._size(inputs["latent_image"])
+        return Settings(
+            prompt=self._text(inputs["positive"]),
+            negative_prompt=self._text(inputs["negative"]),
+            seed=int(inputs["seed"]),
+            height=height,
+            width=width,
+            num_inference_steps=int(inputs["steps"]),
+            guidance_scale=float(inputs["cfg"]),
+            sampler=str(inputs["sampler_name"]).removesuffix("_gpu"),
+            schedule=str(inputs["scheduler"]),
+            shift=shift,
+            profile="comfyui",
+            max_sequence_length=None,
+            model="",
+            dtype="",
+            quant=None,
+            device="",
+            guidance=guidance,
+            library_version=__version__,
+        )
+
+    def _only(self, name: str) -> str:
+        classes = {id: str(one.get("class_type")) for id, one in self.graph.items() if isinstance(one, dict)}
+        stages = [id for id, one in classes.items() if one in _SAMPLERS]
+        if [classes[id] for id in stages] != [name]:
+            raise SettingsError(
+                f"{self.where} draws in {len(stages)} stages, expected one {name}; {_ANOTHER.format(path=self.where)}"
+            )
+        return stages[0]
+
+    def _name(self, id: str) -> str:
+        return str(self.graph[id]["class_type"])
+
+    def _inputs(self, id: str) -> dict[str, Any]:
+        """The inputs of a node, all of those that its class needs."""
+        inputs = self.graph[id].get("inputs")
+        found: dict[str, Any] = inputs if isinstance(inputs, dict) else {}
+        if missing := [one.name for one in NODES[self._name(id)].inputs if one.name not in found and not one.optional]:
+            raise SettingsError(f"{self.where}: node {id} ({self._name(id)}) lacks {', '.join(missing)}")
+        for one in NODES[self._name(id)].inputs:
+            if one.is_widget and isinstance(found.get(one.name), list | dict):
+                raise self._more(id, f"its {one.name} comes from another node")
+        return found
+
+    def _linked(self, value: Any, *names: str) -> str:
+        """The node that a wire comes from, which must be of one of these classes."""
+        if not is_link(value) or value[0] not in self.graph or not isinstance(self.graph[value[0]], dict):
+            raise SettingsError(f"{self.where}: a wire leads to no node: {printable(str(value), 60)}")
+        id, name = value[0], printable(str(self.graph[value[0]].get("class_type")), 60)
+        if name not in names:
+            raise self._more(id, f"settings can say {', '.join(names)} there")
+        return str(id)
+
+    def _model(self, wire: Any) -> tuple[float, str]:
+        """The shift, and the guidance in words, of a chain of model patches."""
+        shift, guidance = PROFILES["comfyui"].shift, ""
+        for _ in range(len(self.graph)):
+            id = self._linked(
+                wire,
+                *("ModelSamplingSD3", "SkipLayerGuidanceSD3", "SkipLayerGuidanceDiT"),
+                *("CheckpointLoaderSimple", "UNETLoader"),
+            )
+            name, inputs = self._name(id), self._inputs(id)
+            if name in ("CheckpointLoaderSimple", "UNETLoader"):
+                if inputs.get("weight_dtype", "default") != "default":
+                    raise self._more(id, f"it rounds the weights to {inputs['weight_dtype']}")
+                return shift, guidance
+            if name == "ModelSamplingSD3":
+                shift = float(inputs["shift"])
+            else:
+                guidance = _skipping(inputs)
+            wire = inputs["model"]
+        raise SettingsError(f"{self.where}: its model patches need each other in a circle")
+
+    def _size(self, wire: Any) -> tuple[int, int]:
+        id = self._linked(wire, "EmptySD3LatentImage", "EmptyLatentImage")
+        inputs = self._inputs(id)
+        if int(inputs["batch_size"]) != 1:
+            raise self._more(id, f"it draws {inputs['batch_size']} pictures from one seed")
+        return int(inputs["width"]) // 8 * 8, int(inputs["height"]) // 8 * 8
+
+    def _text(self, wire: Any) -> str:
+        return str(self._inputs(self._linked(wire, "CLIPTextEncode"))["text"])
+
+    def _more(self, id: str, what: str) -> SettingsError:
+        name = printable(str(self.graph[id].get("class_type")), 60)
+        said = f"{self.where}: settings cannot say what node {id} ({name}) does: {what}"
+        return SettingsError(f"{said}; {_ANOTHER.format(path=self.where)}")
+
+
+def _skipping(inputs: Mapping[str, Any]) -> str:
+    """Skip-layer guidance in words, as `mmdit.Guidance.from_text` reads it."""
+    layers = str(inputs.get("layers", inputs.get("double_layers", "")))
+    numbers = tuple(int(one) for one in layers.replace(",", " ").split() if one.isdecimal())
+    return Guidance(
+        skip_guidance_layers=numbers,
+        skip_layer_guidance_scale=float(inputs["scale"]),
+        skip_layer_guidance_start=float(inputs["start_percent"]),
+        skip_layer_guidance_stop=float(inputs["end_percent"]),
+        skip_layer_rescale=float(inputs.get("rescaling_scale", 0.0)),
+    ).to_text()
