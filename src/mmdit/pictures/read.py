@@ -222,7 +222,7 @@ def _unit(values: np.ndarray | Tensor, name: str) -> Tensor:
     if isinstance(values, np.ndarray):
         if values.dtype.kind not in "buf" or values.dtype.itemsize > 8:
             raise ValueError(f"{name} is an array of {values.dtype}; give floats in [0, 1], or 8 or 16 bits unsigned")
-        values = torch.from_numpy(np.ascontiguousarray(values))
+        values = torch.from_numpy(np.require(values, values.dtype.newbyteorder("="), ["C", "W"]))
     kind = str(values.dtype).removeprefix("torch.")
     if not values.numel():
         raise ValueError(f"{name} has shape {list(values.shape)}; a picture needs at least one pixel")

@@ -71,7 +71,7 @@ class Hires:
             try:
                 found[name] = kind(value)
             except ValueError as error:
-                raise ValueError(f"Hires {word!r}: {value!r} is no {kind.__name__}") from error
+                raise ValueError(f"Hires {word!r}: {name} is {value!r}, expected {kind.__name__}") from error
         return cls(**found)
 
     def size(self, height: int, width: int, unit: int = 1) -> Size:

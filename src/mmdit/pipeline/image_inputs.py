@@ -30,7 +30,7 @@ class Picture(NamedTuple):
     pixels: Float[Tensor, "1 c h w"]  # float32 in [0, 1]; 3 channels, a mask 1
     from_pillow: bool  # so that every profile resizes it by Pillow
     name: str  # of the file that it was read from; "" where Pillow does not say
-    digest: str  # sixteen hexadecimal digits of the pixels and the size
+    digest: str  # see `digest_of_picture`
 
     @property
     def size(self) -> tuple[int, int]:
@@ -261,11 +261,14 @@ def _as_pictures(given: Any, loaded: Float[Tensor, "b c h w"]) -> list[Picture]:
     name = Path(path).name if isinstance(path, str | Path) else ""
     from_pillow = not isinstance(given, np.ndarray | Tensor)
     pixels = loaded.float().cpu()
-    return [Picture(one.unsqueeze(0), from_pillow, name, _digest(one)) for one in pixels]
+    return [Picture(one.unsqueeze(0), from_pillow, name, digest_of_picture(one)) for one in pixels]
 
 
-def _digest(values: Float[Tensor, "c h w"]) -> str:
-    """Of the size and the values, rounded to 16 bits: the same for all kinds of files and arrays."""
+def digest_of_picture(values: Float[Tensor, "c h w"]) -> str:
+    """Sixteen hexadecimal digits of a picture or mask: of its size and of its values, rounded to 16 bits.
+
+    They are the same for a file and an array of the same values, whatever the format and the name of the file.
+    """
     levels = (values * 65535).round().numpy().astype("<u2")
     return sha256(f"{tuple(values.shape)}".encode() + levels.tobytes()).hexdigest()[:16]
 

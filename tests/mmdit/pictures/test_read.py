@@ -48,6 +48,9 @@ ARRAYS = {
     "8 bits": LEVELS,
     "16 bits": LEVELS.astype(np.uint16) * 257,
     "strides": np.ascontiguousarray(LEVELS[::-1])[::-1],
+    "read-only": np.asarray(RGB),
+    "read-only floats": np.broadcast_to(UNIT[0].numpy(), (6, 9, 3)),
+    "other byte order": (LEVELS.astype(np.uint16) * 257).astype(">u2"),
     "list": [LEVELS],
 }
 

@@ -28,11 +28,40 @@ def vae():
         ({"steps": 0}, ("Hires.steps", "0")),
         ({"filter": "lanczos"}, ("Hires.filter", "latent", "'lanczos'", "bislerp")),
         ({"filter": "bislerp", "space": "pixel"}, ("Hires.filter", "pixel", "'bislerp'", "lanczos")),
+        ({"sampler": "eular"}, ("Hires.sampler", "'eular'", "'euler'")),
+        ({"schedule": "norml"}, ("Hires.schedule", "'norml'", "'normal'")),
         ({"space": "pixels"}, ("Hires.space", "'pixels'", "'pixel'")),
     ],
 )
 def test_refuses(arguments, said):
     refuses(lambda: Hires(**arguments), *said, error=ValueError)
+
+
+@pytest.mark.parametrize(
+    "hires",
+    [Hires(), Hires(2.0, 0.35, 14, "bislerp", seed=7, sampler="heun"), Hires(filter="lanczos", space="pixel")],
+)
+def test_as_text(hires):
+    assert Hires.from_text(hires.to_text()) == hires
+
+
+def test_from_text():
+    assert Hires.from_text("1.25 strength=0.4 filter=area") == Hires(1.25, 0.4, filter="area")
+    assert Hires.from_text("") == Hires()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1.5 scale=2", ("'scale=2'", "twice")),
+        ("big", ("'big'", "scale", "float")),
+        ("steps=1.5", ("'steps=1.5'", "steps", "int")),
+        ("strenght=1", ("'strenght'", "strength")),
+        ("0.5", ("Hires.scale", "0.5")),
+    ],
+)
+def test_refuses_text(text, said):
+    refuses(lambda: Hires.from_text(text), *said, error=ValueError)
 
 
 def test_cannot_be_changed():

@@ -34,7 +34,18 @@ USED = Settings(
     model="checkpoints/sd3.5_medium",
     dtype="bfloat16",
     device="cuda",
+    image="photo.png",
+    image_digest="0123456789abcdef",
+    strength=0.6,
+    keep_outside=True,
+    differential=0.5,
+    padding_mask_crop=32,
+    fit="crop",
+    outpaint="64,0,64,0,40",
+    hires="scale=1.5 strength=0.5 filter=bislerp space=latent",
 )
+ABOUT = ("image", "mask", "strength", "keep", "differential", "padding", "fit", "outpaint", "hires")
+PLAIN = {one.name: one.default for one in fields(Settings) if one.name.startswith(ABOUT)}
 JSON = USED.to_json()
 FUZZED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 VALUES = st.recursive(
@@ -155,10 +166,12 @@ def test_newer_version(tmp_path):
 
 
 def test_older_version_is_filled_in():
-    second = {name: value for name, value in JSON.items() if name != "model_digest"} | {"format_version": 2}
-    assert Settings.from_json(second) == replace(USED, model_digest="")
+    third = {name: value for name, value in JSON.items() if name not in PLAIN} | {"format_version": 3}
+    assert Settings.from_json(third) == replace(USED, **PLAIN)
+    second = {name: value for name, value in third.items() if name != "model_digest"} | {"format_version": 2}
+    assert Settings.from_json(second) == replace(USED, model_digest="", **PLAIN)
     older = {name: value for name, value in second.items() if name != "guidance"} | {"format_version": 1}
-    assert Settings.from_json(older) == replace(USED, guidance="", model_digest="")
+    assert Settings.from_json(older) == replace(USED, guidance="", model_digest="", **PLAIN)
     refuses(lambda: Settings.from_json(older | {"format_version": 2}), "guidance is missing", error=SettingsError)
 
 
@@ -328,3 +341,24 @@ def test_a_digest_tells_weights_apart():
         pipe.transformer.joint_blocks[1].x_block.mlp.fc1.weight.mul_(1.01)
     assert pipe.digest != first
     assert mmdit.Pipeline.demo(quant="fp8").digest != first
+
+
+def test_settings_hold_the_files_of_a_call(tmp_path):
+    """By name and digest of the pixels, which no folder and no format changes."""
+    pipe, size = mmdit.Pipeline.demo(), (32, 32)
+    photo, mask = picture(size=size), picture("L", size)
+    photo.save(tmp_path / "photo.png")
+    photo.save(tmp_path / "other.tif")
+    mask.save(tmp_path / "mask.png")
+    few = {"seed": 1, "num_inference_steps": 1, "height": 32, "width": 32}
+    files = {"image": tmp_path / "photo.png", "mask_image": tmp_path / "mask.png"}
+    one = pipe("a", **files, strength=1.0, padding_mask_crop=4, **few).settings[0]
+    assert (one.image, one.mask_image, one.strength, one.padding_mask_crop) == ("photo.png", "mask.png", 1.0, 4)
+    assert len(one.image_digest) == len(one.mask_digest) == 16
+    assert one.image_digest != one.mask_digest
+    pictures = [tmp_path / "other.tif", np.asarray(mask.convert("RGB"))]
+    again = pipe("a", image=pictures, strength=1.0, **few | {"seed": [1, 2]}).settings
+    assert [(each.image, each.mask_digest) for each in again] == [("other.tif", ""), ("", "")]
+    assert again[0].image_digest == one.image_digest != again[1].image_digest
+    assert Settings.from_json(one.to_json()) == one
+    assert pipe("a", **few).settings[0] == replace(one, **PLAIN)
