@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from mmdit.pipeline.callbacks import OnStepEnd as OnStepEnd
     from mmdit.pipeline.guidance import Guidance as Guidance
     from mmdit.pipeline.hires import Hires as Hires
+    from mmdit.pipeline.invert import Inversion as Inversion
     from mmdit.pipeline.output import PipelineOutput as PipelineOutput
     from mmdit.pipeline.passes import Branch as Branch
     from mmdit.pipeline.pipeline import Pipeline as Pipeline
@@ -117,6 +118,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.pipeline.guidance": ("Guidance",),
     "mmdit.pipeline.output": ("PipelineOutput",),
     "mmdit.pipeline.hires": ("Hires",),
+    "mmdit.pipeline.invert": ("Inversion",),
     "mmdit.pipeline.passes": ("Branch",),
     "mmdit.pipeline.pipeline": ("Pipeline",),
     "mmdit.pipeline.previews": ("preview",),

@@ -65,7 +65,6 @@ class ImageInputs:
     pictures: tuple[Picture, ...] = ()  # one, or one for each drawing; none where latents are given
     latents: Float[Tensor, "b c h w"] | None = None  # instead of pictures
     masks: tuple[Picture, ...] = ()  # none, one, or one for each picture
-    strength: float | None = None  # None is the profile's
     keep_outside: bool = False
     differential: float = 0.0
     padding_mask_crop: int | None = None
@@ -152,7 +151,6 @@ def image_inputs(
     mask_image: PictureLike | None,
     *,
     channels: int,
-    strength: float | None = None,
     keep_outside: bool = False,
     differential: float | bool = False,
     padding_mask_crop: int | None = None,
@@ -160,7 +158,7 @@ def image_inputs(
     """Check the arguments of a call that are about pictures; None where no picture is given.
 
     Args:
-        image, mask_image, strength, keep_outside, differential, padding_mask_crop: as `mmdit.Pipeline.__call__` takes
+        image, mask_image, keep_outside, differential, padding_mask_crop: as `mmdit.Pipeline.__call__` takes
             them.
         channels: of latents, by which a tensor of latents is told from one of pictures.
 
@@ -172,7 +170,7 @@ def image_inputs(
     about_mask = {"keep_outside": keep_outside or None, "differential": share or None}
     about_mask |= {"padding_mask_crop": padding_mask_crop}
     if image is None:
-        given = {"mask_image": mask_image, "strength": strength} | about_mask
+        given = {"mask_image": mask_image} | about_mask
         if named := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"{named[0]} is given without image, the picture that it is about")
         return None
@@ -189,7 +187,6 @@ def image_inputs(
         pictures=pictures,
         latents=latents,
         masks=masks,
-        strength=strength,
         keep_outside=keep_outside,
         differential=share,
         padding_mask_crop=None if padding_mask_crop is None else whole("padding_mask_crop", padding_mask_crop, 0),

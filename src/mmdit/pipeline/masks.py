@@ -21,8 +21,8 @@ MaskValues = Literal["binary", "soft"]
 class Source:
     """The picture that a drawing starts from, as latents, and where it may change."""
 
-    latents: Float[Tensor, "b c h w"]  # in model space, without noise
-    mask: Float[Tensor, "b 1 h w"] | None = None  # in [0, 1]: 1 is drawn anew, 0 stays; None is 1 everywhere
+    latents: Tensor  # [b, c, h, w] in model space, without noise
+    mask: Tensor | None = None  # [b, 1, h, w] in [0, 1]: 1 is drawn anew, 0 stays; None is 1 everywhere
     differential: float = 0.0  # how far Differential Diffusion replaces the mask, see `Blend.mask_at`
 
     def to(self, x: Tensor) -> Source:

@@ -19,6 +19,7 @@ from mmdit.pipeline.guidance import GuidanceLike, with_skip_layers
 from mmdit.pipeline.hires import Hires
 from mmdit.pipeline.image_inputs import ImageInputs, image_inputs
 from mmdit.pipeline.images import OutputType, convert_output, to_pil
+from mmdit.pipeline.invert import INVERTERS, Inversion, Inverter, rising
 from mmdit.pipeline.masks import Source, repeated
 from mmdit.pipeline.output import PipelineOutput
 from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike
@@ -29,6 +30,7 @@ from mmdit.pipeline.seeds import Generators, SeedLike, own_seeds
 from mmdit.pipeline.settings import Settings, settings_of
 from mmdit.pipeline.steps import PipelineSteps
 from mmdit.utils import bar, number
+from samplers import only_x0, pick
 
 __all__ = ["DEMO", "Pipeline", "PipelineOutput"]
 
@@ -174,7 +176,6 @@ class Pipeline(PipelineFiles, PipelineSteps):
                 image,
                 mask_image,
                 channels=self.vae.config.latent_channels,
-                strength=strength,
                 keep_outside=keep_outside,
                 differential=differential,
                 padding_mask_crop=padding_mask_crop,
@@ -205,12 +206,76 @@ class Pipeline(PipelineFiles, PipelineSteps):
         with self._drawing(f"{request.count} pictures at once"):
             return self._draw(request)
 
+    @torch.no_grad()
+    def invert(
+        self,
+        image: PictureLike,
+        prompt: PromptLike = "",
+        negative_prompt: PromptLike | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        sampler: Inverter = "heun",
+        schedule: str | None = None,
+        sigmas: SigmasLike | None = None,
+        shift: Shift = None,
+        strength: float = 1.0,
+        guidance: GuidanceLike | None = None,
+        max_sequence_length: int | None = None,
+        progress: bool | None = None,
+    ) -> Inversion:
+        """The noise from which these prompts draw pictures: the steps of a drawing backwards.
+
+        Args:
+            image: the pictures, see `__call__`, whose latents are the means of their distributions in every profile;
+                or latents.
+            prompt, negative_prompt: one for all pictures, or one for each.
+            height, width, schedule, sigmas, shift, guidance, max_sequence_length, progress: see `__call__`.
+            num_inference_steps: of the drawing from all of the noise; None is the profile's number.
+            guidance_scale: 1 inverts most exactly: far above it the ODE is stiff, and its steps do not lead back.
+            sampler: "heun", of second order, two model calls a step, or "euler", of first.
+            strength: how far towards noise: 1 is all the way.
+
+        Raises:
+            ValueError, TypeError: as `__call__`.
+        """
+        inverter = pick(INVERTERS, sampler, "sampler of invert")
+        texts = Prompts.of("prompt", prompt, None, None)
+        negatives = Prompts.of("negative_prompt", negative_prompt, None, None)
+        with self._drawing("the inversion of pictures"):
+            latents = self.encode_image(image, height=height, width=width, mean=True)
+            plan = self._plan(
+                latents.shape,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                schedule=schedule,
+                sigmas=sigmas,
+                shift=shift,
+                guidance=guidance,
+            )
+            levels = rising(plan.sigmas, strength)
+            texts.check(self.transformer.config)
+            if len(texts) not in (1, len(latents)):
+                raise ValueError(f"{len(texts)} prompts for {len(latents)} pictures are given; give one, or one each")
+            against = negatives.for_each(len(texts), self.transformer.config) if plan.uses_uncond else None
+            times = len(latents) // len(texts)
+            cond = self._encoded(texts, max_sequence_length, times)
+            uncond = None if against is None else self._encoded(against, max_sequence_length, times)
+            run = self._run(plan, cond, uncond)
+            x = latents.to(torch.promote_types(latents.dtype, torch.float32)) * (1 - float(levels[0]))
+            steps = self._guarded(run, inverter(only_x0(run), x, levels), levels)
+            found = [step.x for step in bar(steps, len(levels) - 1, progress)]
+        return Inversion(found[-1], latents, (x, *found), levels)
+
     def _draw(self, request: Request) -> PipelineOutput:
         """The pictures of a request: encode, start, sample, decode."""
         source = self._source(request)  # before the noise, because it may draw from the same generators
         noise = self._start(request)
-        cond = self._encoded(request, request.prompts)
-        uncond = None if request.negatives is None else self._encoded(request, request.negatives)
+        length, times = request.max_sequence_length, request.per_prompt
+        cond = self._encoded(request.prompts, length, times)
+        uncond = None if request.negatives is None else self._encoded(request.negatives, length, times)
         latent = self._latent(request, self._run(request.plan, cond, uncond), noise, source)
         if request.second is not None:
             latent = self._second_pass(request, request.second, latent, (cond, uncond))
@@ -321,12 +386,12 @@ class Pipeline(PipelineFiles, PipelineSteps):
         noise = self._noise(plan.shape, plan.generator)
         return self._latent(request, self._run(plan, *pair), noise, Source(start))
 
-    def _encoded(self, request: Request, prompts: Prompts) -> list[Ranged]:
-        """The conditionings of prompts, one for each picture."""
+    def _encoded(self, prompts: Prompts, max_sequence_length: int | None, times: int) -> list[Ranged]:
+        """The conditionings of prompts, each prompt `times` in a row."""
         found = prompts.conditionings
         if prompts.texts is not None:
-            found = (Ranged(self.encode(prompts.texts, max_sequence_length=request.max_sequence_length)),)
-        return [one.to(self.device, self.dtype).repeat(request.per_prompt) for one in found]
+            found = (Ranged(self.encode(prompts.texts, max_sequence_length=max_sequence_length)),)
+        return [one.to(self.device, self.dtype).repeat(times) for one in found]
 
     def _latent(self, request: Request, run: Run, noise: Tensor, source: Source | None = None) -> Tensor:
         """Run the steps of a drawing; the last latent, in the transformer's dtype."""

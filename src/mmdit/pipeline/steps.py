@@ -281,6 +281,7 @@ class PipelineSteps(PipelineModels):
         seed: SeedLike | None = None,
         generator: Generators = None,
         tile: int | None = None,
+        mean: bool = False,
     ) -> Float[Tensor, "b c h w"]:
         """The latents of pictures, [b, c, h, w], in model space; see `sample(image=)`.
 
@@ -291,6 +292,7 @@ class PipelineSteps(PipelineModels):
                 the model's.
             seed, generator: what samples the latent, where the profile does; see `noise`.
             tile: encode in tiles of this many pixels a side, which takes less memory; see `encoders.encode_tiled`.
+            mean: take the mean of the latent's distribution, whatever the profile does.
 
         Raises:
             ValueError, TypeError: the picture, its size or the numbers of seeds are not possible.
@@ -302,7 +304,7 @@ class PipelineSteps(PipelineModels):
         drawn_by = generators(checked_seeds(seed), generator, inputs.count, alone=alone)
         size = self._picture_size(inputs, height, width)
         tile = None if tile is None else whole("tile", tile, LEAST_TILE)
-        return self._encoded_images(inputs, size, inputs.count, drawn_by, tile)
+        return self._encoded_images(inputs, size, inputs.count, drawn_by, tile, mean=mean)
 
     def decode(
         self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None, finite: bool = True
@@ -364,7 +366,14 @@ class PipelineSteps(PipelineModels):
         return PictureSize(rows * cell, columns * cell, cut=own is not None)
 
     def _encoded_images(
-        self, inputs: ImageInputs, size: PictureSize, count: int, drawn_by: Generators, tile: int | None = None
+        self,
+        inputs: ImageInputs,
+        size: PictureSize,
+        count: int,
+        drawn_by: Generators,
+        tile: int | None = None,
+        *,
+        mean: bool = False,
     ) -> Float[Tensor, "b c h w"]:
         """The latents of `count` drawings; pictures are repeated, each after itself.
 
@@ -372,24 +381,30 @@ class PipelineSteps(PipelineModels):
         """
         if inputs.latents is not None:
             return repeated(inputs.latents, count).to(self.device, self._latent_dtype)
-        return self._encoded_pixels(inputs.drawn(size, self.profile), count, drawn_by, tile)
+        return self._encoded_pixels(inputs.drawn(size, self.profile), count, drawn_by, tile, mean=mean)
 
     def _encoded_pixels(
-        self, pixels: Float[Tensor, "b 3 h w"], count: int, drawn_by: Generators, tile: int | None = None
+        self,
+        pixels: Float[Tensor, "b 3 h w"],
+        count: int,
+        drawn_by: Generators,
+        tile: int | None = None,
+        *,
+        mean: bool = False,
     ) -> Float[Tensor, "b2 c h8 w8"]:
         """The latents of `count` drawings that start from these pictures, in [0, 1]; in tiles of so many pixels."""
         self._enter("vae")
         first = next(self.vae.parameters())
         given = (2 * pixels - 1).to(first.device, first.dtype)
         found = self.vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
-        mean, std = found.mean, found.std
+        latents, std = found.mean, found.std
         if isinstance(drawn_by, Sequence):
-            mean, std = repeated(mean, count), repeated(std, count)
-        if self.profile.image_latent != "mean":
+            latents, std = repeated(latents, count), repeated(std, count)
+        if self.profile.image_latent != "mean" and not mean:
             sampled_by = drawn_by if self.profile.image_latent == "sampled" else None
-            mean = mean + std * gaussian(mean.shape, sampled_by, mean.dtype).to(mean.device)
-        check_all_finite(mean, f"the VAE's latent of the picture in {str(first.dtype).removeprefix('torch.')}")
-        return repeated(mean, count).to(self.device, self._latent_dtype)
+            latents = latents + std * gaussian(latents.shape, sampled_by, latents.dtype).to(latents.device)
+        check_all_finite(latents, f"the VAE's latent of the picture in {str(first.dtype).removeprefix('torch.')}")
+        return repeated(latents, count).to(self.device, self._latent_dtype)
 
     @property
     def _latent_dtype(self) -> torch.dtype:
@@ -461,9 +476,12 @@ class PipelineSteps(PipelineModels):
         if x is None:
             x = run.plan.start(noise, source)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        steps = run.plan.steps(run, x, noise, source)
+        return self._guarded(run, run.plan.steps(run, x, noise, source), run.plan.sigmas)
+
+    def _guarded(self, run: Run, steps: Iterator[Step], levels: Tensor) -> Iterator[Step]:
+        """The steps along these levels, on the fast path where there is one, and checked."""
         if self.accelerated is not None:
-            timesteps = [timestep_of(self.profile, one) for one in run.plan.sigmas.tolist()]
+            timesteps = [timestep_of(self.profile, one) for one in levels.tolist()]
             steps = self.accelerated.drawing(steps, timesteps)
         return self._checked(run, steps)
 
