@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from operator import lt
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, get_args, overload
@@ -32,6 +32,7 @@ from samplers import pick
 
 Rounding = Literal["nearest", "comfyui", "comfyui-new-scale"]
 Model = TypeVar("Model", bound=nn.Module)
+Strength: TypeAlias = float | Callable[[str], float]
 Shapes: TypeAlias = Mapping[str, torch.Size | tuple[int, ...]]
 # What ComfyUI calls the weights of each model; the seeds of stochastic rounding are made of these names.
 COMFYUI_PREFIXES: Final[dict[Part, str]] = {
@@ -115,13 +116,17 @@ def merge_lora(
     return model
 
 
-def planned(part: Part, shapes: Shapes, loras: Sequence[Lora], strengths: Sequence[float]) -> dict[str, list[Weighted]]:
+def planned(
+    part: Part, shapes: Shapes, loras: Sequence[Lora], strengths: Sequence[Strength], *, warn: bool = True
+) -> dict[str, list[Weighted]]:
     """The patches of each tensor of a model, in their order, after a check that all of them fit.
 
     Args:
         part: the model.
         shapes: of its tensors, by official name.
-        loras, strengths: what is applied; those that change nothing of this part are passed over.
+        loras, strengths: what is applied; those that change nothing of this part are passed over. A strength may be a
+            function of the official name.
+        warn: whether to warn of patches whose tensors this model has not.
 
     Raises:
         CheckpointError: a patch does not fit its tensor, or a LoRA changes this part and no tensor of it is there.
@@ -129,28 +134,33 @@ def planned(part: Part, shapes: Shapes, loras: Sequence[Lora], strengths: Sequen
     plan: dict[str, list[Weighted]] = {}
     for lora, strength in zip(loras, strengths, strict=True):
         patches = lora.of(part)
-        missing = [patch for patch in patches if patch.target.key not in shapes]
-        if patches and len(missing) == len(patches):
-            raise CheckpointError(
-                f"{lora.source}: this {title(part)} has none of the {len(patches)} tensors that the LoRA changes, "
-                f"first {patches[0].target.key}; it fits {lora.base}"
-            )
         present = [patch for patch in patches if patch.target.key in shapes]
-        if odd := [mistake for patch in present if (mistake := _mistake(patch, shapes))]:
-            raise CheckpointError(
-                f"{lora.source}: {len(odd)} of {len(patches)} patches do not fit this {title(part)}, which is "
-                f"not changed: {some(odd, 3)}. The LoRA fits {lora.base}"
-            )
-        if missing:
+        _check_fit(lora, part, patches, present, shapes)
+        if warn and len(present) < len(patches):
+            missing = [patch.target.key for patch in patches if patch.target.key not in shapes]
             warnings.warn(
                 f"{lora.source}: this {title(part)} has not all that the LoRA changes; {len(missing)} of "
-                f"{len(patches)} patches are left out: {some((patch.target.key for patch in missing), 3)}",
+                f"{len(patches)} patches are left out: {some(missing, 3)}",
                 stacklevel=3,
             )
         for patch in present:
-            weighted = Weighted(patch, strength, lora.rules, _is_exchanged(patch, shapes))
+            value = strength(patch.target.key) if callable(strength) else strength
+            weighted = Weighted(patch, value, lora.rules, _is_exchanged(patch, shapes))
             plan.setdefault(patch.target.key, []).append(weighted)
     return plan
+
+
+def _check_fit(lora: Lora, part: Part, patches: Sequence[Patch], present: Sequence[Patch], shapes: Shapes) -> None:
+    if patches and not present:
+        raise CheckpointError(
+            f"{lora.source}: this {title(part)} has none of the {len(patches)} tensors that the LoRA changes, "
+            f"first {patches[0].target.key}; it fits {lora.base}"
+        )
+    if odd := [mistake for patch in present if (mistake := _mistake(patch, shapes))]:
+        raise CheckpointError(
+            f"{lora.source}: {len(odd)} of {len(patches)} patches do not fit this {title(part)}, which is not "
+            f"changed: {some(odd, 3)}. The LoRA fits {lora.base}"
+        )
 
 
 def merged(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -157,7 +157,8 @@ class PipelineModels:
     @property
     def digest(self) -> str:
         """What settings of a picture call the weights of the transformer, see `mmdit.pipeline.settings.digest_of`."""
-        state = tuple((id(weight), weight._version) for weight in self.transformer.parameters())
+        tensors = (*self.transformer.parameters(), *self.transformer.buffers())  # what LoRAs attach are buffers
+        state = tuple((id(tensor), tensor._version) for tensor in tensors)
         if self._digest is None or self._digest[0] != state:
             self._digest = state, digest_of(self.transformer)
         return self._digest[1]
@@ -194,6 +195,10 @@ class PipelineModels:
         if self.accelerated is not None:
             self.accelerated.close()
             self.accelerated = None
+
+    def _as_saved(self) -> AbstractContextManager[None]:
+        """Inside, the weights are those that `save_pretrained` writes."""
+        return nullcontext()
 
     def _enter(self, *names: Component) -> None:
         """With `offload`, these models come to the device."""

@@ -174,7 +174,7 @@ class PipelineFiles(PipelineModels):
         return cls.load(source, offload=offload, fast=fast, **how)
 
     def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
-        """Write all models and tokenizers into a new folder, and return its path.
+        """Write all models and tokenizers into a new folder, and return its path. LoRAs are merged into the weights.
 
         Args:
             folder: that is made.
@@ -183,10 +183,10 @@ class PipelineFiles(PipelineModels):
         Raises:
             FileExistsError: the folder exists.
         """
-        parts = [model_in_memory(name, model) for name, model in self.models.items()]
-        return write_checkpoint(
-            parts, folder, layout, shift=self.shift, sampling=self._saved_sampling(), tokenizers=self.tokenizers.save
-        )
+        how: dict[str, Any] = {"shift": self.shift, "sampling": self._saved_sampling()}
+        with self._as_saved():
+            parts = [model_in_memory(name, model) for name, model in self.models.items()]
+            return write_checkpoint(parts, folder, layout, tokenizers=self.tokenizers.save, **how)
 
     def _saved_sampling(self) -> SamplingDefaults | None:
         """What the scheduler's config of a saved pipeline says; its shift is the pipeline's, which may be set."""

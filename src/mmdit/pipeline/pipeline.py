@@ -11,6 +11,7 @@ from torch import Tensor
 from mmdit.checkpoints.load_pipeline import DEMO
 from mmdit.pictures.overlay import paste_back
 from mmdit.pictures.read import PictureLike, load_image
+from mmdit.pipeline.adapters import PipelineAdapters
 from mmdit.pipeline.arguments import Shift
 from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step
 from mmdit.pipeline.diffusers_names import CALL, explains_names
@@ -35,7 +36,7 @@ from samplers import only_x0, pick
 __all__ = ["DEMO", "Pipeline", "PipelineOutput"]
 
 
-class Pipeline(PipelineFiles, PipelineSteps):
+class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
     """Stable Diffusion 3 / 3.5: text encoders, transformer, solver and VAE.
 
     `pipe("a cat").images[0]` draws; `encode`, `noise`, `predict`, `sample` and `decode` are the same in steps.

@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import nn
 
 from mmdit._version import __version__
+from mmdit.models.lora import all_beside
 from mmdit.pipeline.images import png_path
 from mmdit.pipeline.prompts import Prompts
 from mmdit.utils import replacing
@@ -182,7 +183,8 @@ def digest_of(model: nn.Module) -> str:
     It says whether a model is the one that drew a picture, in the same dtype and with the same quantization.
     """
     parts = []
-    for weight in model.parameters():
+    attached = [tensor for part in all_beside(model).values() for tensor in part.buffers(recurse=False)]
+    for weight in (*model.parameters(), *attached):
         values = weight.qdata.view(torch.uint8) if isinstance(weight, Float8Tensor) else weight.detach()
         flat = values.reshape(-1)
         parts.append(flat[:: max(1, flat.numel() // 16)][:16].double())

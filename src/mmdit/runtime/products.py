@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdit.models.lora import LoraLinear
 from mmdit.runtime.rows import Activation, Part, Rounding, Rows
 from quant.matmul import backend_of, multiply_codes
 from quant.scaling import has_float8
@@ -34,6 +35,8 @@ class Product:
             recipe = weight.recipe
             self.runs, _ = backend_of(recipe, weight.device, weight.dtype, (linear.out_features, linear.in_features))
             reads_codes = self.runs in ("native", "emulated") and has_float8(weight.device)
+            # What stands beside a Linear reads 16 bits, so that the Linear does too.
+            reads_codes = reads_codes and not isinstance(linear, LoraLinear)
             if reads_codes and recipe.activation in ("token", "static") and recipe.activation_format == "e4m3":
                 self.kind = "token" if recipe.activation == "token" else "static"
             self._as_rows = self.kind == "static" and self.runs == "native" and weight.dtype == torch.bfloat16
@@ -59,6 +62,8 @@ class Product:
             out.copy_(F.linear(x.data, weight, bias))
         else:
             torch.addmm(bias, x.data, weight.t(), out=out)
+        if isinstance(self.linear, LoraLinear):
+            out += self.linear.added(x.data)
 
     def _repeated(self, x_scale: Tensor, scale: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         """Both scales once per row: cuBLAS multiplies an eighth faster under them than under single ones (on H200)."""

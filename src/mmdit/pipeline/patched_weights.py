@@ -1,0 +1,157 @@
+"""What LoRAs do to the weights of a pipeline's models, and how it is undone to the bit.
+
+A LoRA is either attached (products beside the Linears, whose weights stay as they are) or merged into the weights. What
+has no Linear to stand beside (norms, biases, the patch convolution, embeddings) is changed in both forms; the tensor as
+it was is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.checkpoints.lora import Lora
+from mmdit.checkpoints.lora_kinds import LowRank
+from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, merged, planned, replace_tensor
+from mmdit.checkpoints.lora_names import Part
+from mmdit.models.lora import all_beside, beside, without
+from quant.quantize import linears_of
+from quant.tensor import Float8Tensor
+
+Form = Literal["attached", "merged"]
+Weight: TypeAlias = float | Mapping[str, float]
+"""The strength of a LoRA: a number, or numbers by globs over official names, `{"joint_blocks.1?.*": 0.5}`."""
+
+
+@dataclass
+class Adapter:
+    """A LoRA of a pipeline, and how it acts."""
+
+    lora: Lora
+    form: Form
+    weight: Weight = 1.0  # of the transformer
+    text_encoder_weight: Weight | None = None  # None: as the transformer
+    active: bool = True
+    scale: float = 1.0  # of `fuse_lora`
+
+    def strength(self, part: Part) -> Strength:
+        """Its strength on the tensors of a model."""
+        is_text = part != "transformer" and self.text_encoder_weight is not None
+        weight = self.text_encoder_weight if is_text else self.weight
+        assert weight is not None, "the transformer has a weight"
+        if isinstance(weight, Mapping):
+            return partial(_by_glob, weight, self.scale)
+        return weight * self.scale
+
+
+@dataclass
+class PatchedWeights:
+    """The tensors that LoRAs have replaced, as they were, by model and name."""
+
+    before: dict[tuple[Part, str], Tensor] = field(default_factory=dict)
+
+    def apply(self, models: Mapping[Part, nn.Module], acting: Sequence[Adapter]) -> None:
+        """Bring the weights back, then merge and attach the LoRAs that act, in their order."""
+        self.restore(models)
+        for part, model in models.items():
+            for form in ("merged", "attached"):
+                adapters = [one for one in acting if one.form == form]
+                strengths = [one.strength(part) for one in adapters]
+                plan = planned(part, shapes_of(model), [one.lora for one in adapters], strengths, warn=False)
+                linears = {f"{name}.weight" for name, _ in linears_of(model)} if form == "attached" else set()
+                for key, patches in plan.items():
+                    if key in linears:
+                        _attach(model, key, patches)
+                    else:
+                        self._replace(part, model, key, patches)
+
+    def restore(self, models: Mapping[Part, nn.Module]) -> None:
+        """Bring the weights back to what they were."""
+        for model in models.values():
+            for name in all_beside(model):
+                without(model, name)
+        for (part, key), tensor in self.before.items():
+            replace_tensor(models[part], key, as_stored_now(tensor, _get(models[part], key)))
+        self.before.clear()
+
+    def _replace(self, part: Part, model: nn.Module, key: str, patches: Sequence[Weighted]) -> None:
+        """Put a changed tensor in the place of one that is kept; the CPU keeps those of a GPU."""
+        old = _get(model, key)
+        self.before.setdefault((part, key), old.detach().to("cpu") if old.is_cuda else old)
+        replace_tensor(model, key, merged(old, key, part, patches).detach())
+
+
+def _attach(model: nn.Module, key: str, patches: Sequence[Weighted]) -> None:
+    """Put patches beside a Linear: as two factors where all of them are products, else as one matrix."""
+    name, weight = key.removesuffix(".weight"), _get(model, key)
+    if all(map(_is_low_rank, patches)):
+        beside(model, name, factors=factors_of(weight, patches))
+    else:
+        values = _values(weight)
+        beside(model, name, delta=(changed(values, patches) - values).to(weight.dtype))
+
+
+def factors_of(weight: Tensor, patches: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
+    """down [r, in] and up [out, r] of all patches of a weight together, with strength and scale in up.
+
+    Factors of a part of the rows have zeros in the other rows. Both are in the weight's dtype.
+    """
+    downs, ups = [], []
+    for patch, strength, _, exchanged in patches:
+        assert isinstance(patch.change, LowRank), "all others are no products"
+        up, down = patch.change.factors()
+        up = up.roll(len(up) // 2, dims=0) if exchanged else up
+        whole = torch.zeros(weight.shape[0], up.shape[1])
+        whole[patch.target.rows(weight.shape[0])] = strength * up
+        downs.append(down)
+        ups.append(whole)
+    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    return down.to(weight.device, weight.dtype), up.to(weight.device, weight.dtype)
+
+
+def as_stored_now(before: Tensor, now: Tensor) -> Tensor:
+    """A weight that was kept, on the device, in the dtype and in the quantization of the one in its place.
+
+    The same bits come back where nothing of these has changed.
+    """
+    if isinstance(now, Float8Tensor):
+        if isinstance(before, Float8Tensor) and before.recipe == now.recipe:
+            return before.to(now.device, now.dtype)
+        values = _values(before).to(now.device)
+        new = Float8Tensor.quantize(values, recipe=now.recipe, input_scale=now.input_scale)
+        return Float8Tensor(new.qdata, new.scale, new.input_scale, now.recipe, now.dtype)
+    before = before.dequantize() if isinstance(before, Float8Tensor) else before
+    return before.to(now.device, now.dtype)
+
+
+def _is_low_rank(each: Weighted) -> bool:
+    change = each.patch.change
+    return isinstance(change, LowRank) and change.mid is None and change.padded is None and each.patch.magnitude is None
+
+
+def _values(weight: Tensor) -> Tensor:
+    weight = weight.dequantize(torch.float32) if isinstance(weight, Float8Tensor) else weight.detach()
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every tensor of a model, by name."""
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+def _get(model: nn.Module, key: str) -> Tensor:
+    path, _, name = key.rpartition(".")
+    found = getattr(model.get_submodule(path), name)
+    assert isinstance(found, Tensor), f"{key} is a tensor of the model"
+    return found
+
+
+def _by_glob(weights: Mapping[str, float], scale: float, key: str) -> float:
+    """The weight of the first glob that matches, else 1."""
+    return scale * next((weight for glob, weight in weights.items() if fnmatchcase(key, glob)), 1.0)

@@ -1,0 +1,358 @@
+"""LoRAs of a pipeline: what acts, what is refused, and that nothing is left behind."""
+
+import os
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmdit
+from mmdit import Pipeline, load_lora
+from mmdit.checkpoints.load import load_mmdit
+from mmdit.models.lora import LoraLinear, all_beside, beside
+from quant import Float8Tensor, dequantize_, quantize_
+from quant.quantize import linears_of
+
+DRAWING = {
+    "num_inference_steps": 1,
+    "seed": 3,
+    "output_type": "latent",
+    "guidance_scale": 1.0,
+    "height": 64,
+    "width": 64,
+}
+BLOCK = "joint_blocks.1.x_block"
+SHAPES = {"attn.qkv": (768, 256), "mlp.fc1": (1024, 256), "mlp.fc2": (256, 1024), "adaLN_modulation.1": (1536, 256)}
+LINEARS = [f"{BLOCK}.{name}" for name in SHAPES]
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return 0.05 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(seed: int) -> dict[str, Tensor]:
+    """A LoRA of four Linears of a block, and of one of CLIP-L."""
+    tensors = {}
+    for i, (name, (rows, columns)) in enumerate(SHAPES.items()):
+        key = f"diffusion_model.{BLOCK}.{name}"
+        tensors[f"{key}.lora_B.weight"] = noise(seed + i, rows, 4)
+        tensors[f"{key}.lora_A.weight"] = noise(seed - i, 4, columns)
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    return tensors | {f"{text}.lora_B.weight": noise(seed, 64, 2), f"{text}.lora_A.weight": noise(-seed, 2, 64)}
+
+
+def other_kinds(seed: int) -> dict[str, Tensor]:
+    """What has no two factors: a LoHa, a whole difference, a norm, a bias, a convolution."""
+    key = f"lora_unet_{BLOCK.replace('.', '_')}"
+    a, b = noise(seed, 1024, 4), noise(seed + 1, 4, 256)
+    return {
+        f"{key}_mlp_fc1.hada_w1_a": 4 * a,
+        f"{key}_mlp_fc1.hada_w1_b": 4 * b,
+        f"{key}_mlp_fc1.hada_w2_a": 4 * a.flip(0),
+        f"{key}_mlp_fc1.hada_w2_b": 4 * b.flip(0),
+        f"{key}_attn_qkv.diff": noise(seed + 2, 768, 256),
+        f"{key}_attn_qkv.diff_b": noise(seed + 3, 768),
+        f"{key}_attn_ln_q.w_norm": noise(seed + 4, 64),
+        "lora_unet_x_embedder_proj.diff": noise(seed + 5, 256, 16, 2, 2),
+    }
+
+
+@pytest.fixture(scope="module")
+def shared() -> Pipeline:
+    return Pipeline.demo()
+
+
+@pytest.fixture
+def pipe(shared: Pipeline):
+    """The embedded model, which every test leaves as it was."""
+    before = {name: dict(model.state_dict(keep_vars=True)) for name, model in shared.models.items()}
+    yield shared
+    shared.plain()
+    shared.unload_lora_weights()
+    for name, model in shared.models.items():
+        after = model.state_dict(keep_vars=True)
+        assert all(after[key] is tensor or torch.equal(after[key], tensor) for key, tensor in before[name].items())
+        model.load_state_dict({key: tensor.detach() for key, tensor in before[name].items()}, assign=True)
+        model.requires_grad_(False)
+
+
+def draw(pipe: Pipeline) -> Tensor:
+    return pipe("a red circle", **DRAWING).images
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def effective(linear: nn.Linear) -> Tensor:
+    """The weight that a Linear acts with, whatever stands beside it."""
+    weight = linear.weight.dequantize() if isinstance(linear.weight, Float8Tensor) else linear.weight.detach()
+    if isinstance(linear, LoraLinear):
+        weight = weight if linear.up is None else weight + linear.up @ linear.down
+        weight = weight if linear.delta is None else weight + linear.delta
+    return weight
+
+
+@pytest.mark.parametrize("tensors", [low_rank(1), other_kinds(1)], ids=["low rank", "other kinds"])
+def test_attached_merged_and_fast_draw_the_same(pipe: Pipeline, tensors: dict[str, Tensor]) -> None:
+    plain, digest = draw(pipe), pipe.digest
+    report = repr(pipe.load_lora_weights(tensors, "one", 0.8))
+    assert "attached" in report and "0.8" in report
+    attached = draw(pipe)
+    assert error(attached, plain) > 1e-2
+    assert pipe.digest != digest
+    pipe.accelerate()
+    assert error(draw(pipe), attached) < 1e-5
+    pipe.set_adapters("one", -0.3)
+    fast = draw(pipe)
+    pipe.plain()
+    assert error(draw(pipe), fast) < 1e-5
+    assert error(fast, attached) > 1e-2
+    pipe.set_adapters("one", 0.8)
+    pipe.fuse_lora()
+    assert not any(all_beside(model) for model in pipe.models.values())
+    assert error(draw(pipe), attached) < 1e-4
+    pipe.accelerate()
+    assert error(draw(pipe), attached) < 1e-4
+    pipe.unload_lora_weights()
+    fast = draw(pipe)
+    pipe.plain()
+    assert torch.equal(draw(pipe), plain)
+    assert error(fast, plain) < 1e-5
+    assert pipe.digest == digest
+
+
+def test_attached_leaves_weights_names_and_hooks_as_they_are(pipe: Pipeline) -> None:
+    model = pipe.transformer
+    names = [name for name, _ in linears_of(model)]
+    weights = {name: linear.weight for name, linear in linears_of(model)}
+    points, seen = set(mmdit.points(model)), []
+    handle = model.get_submodule(LINEARS[0]).register_forward_hook(lambda *_: seen.append(1))
+    pipe.load_lora_weights(low_rank(1))
+    assert set(all_beside(model)) == set(LINEARS)
+    assert [name for name, _ in linears_of(model)] == names
+    assert all(linear.weight is weights[name] for name, linear in linears_of(model))
+    assert set(mmdit.points(model)) == points
+    assert set(model.state_dict()) == {key for key, _ in (*model.named_parameters(), ("pos_embed", None))}
+    draw(pipe)
+    assert seen
+    handle.remove()
+    pipe.unload_lora_weights()
+    assert not model.get_submodule(LINEARS[0])._forward_hooks
+
+
+def test_capture_sees_the_adapter_on_and_off(pipe: Pipeline) -> None:
+    pipe.load_lora_weights(low_rank(1))
+    with mmdit.capture(pipe, f"{BLOCK}.attn.q") as on:
+        draw(pipe)
+    with pipe.without_lora(), mmdit.capture(pipe, f"{BLOCK}.attn.q") as off:
+        draw(pipe)
+    assert pipe.get_active_adapters() == ["default_0"]
+    one, other = (found[f"{BLOCK}.attn.q"] for found in (on, off))
+    assert error(torch.as_tensor(one), torch.as_tensor(other)) > 1e-3
+
+
+@pytest.mark.parametrize("form", ["attached", "merged"])
+def test_float8_weights(pipe: Pipeline, form: str) -> None:
+    """Attached products are exact beside float8; merged weights are rounded again; the codes come back bit for bit."""
+    model = pipe.transformer
+    base = {name: effective(model.get_submodule(name)) for name in LINEARS}
+    quantize_(model, "fp8", [f"{BLOCK}.attn.qkv", f"{BLOCK}.mlp.*"])
+    codes = {name: model.get_submodule(name).weight for name in LINEARS}
+    before = {name: effective(model.get_submodule(name)) for name in LINEARS}
+    pipe.load_lora_weights(low_rank(1), weight=0.5, form=form)
+    for i, name in enumerate(LINEARS):
+        rows, columns = SHAPES[name.removeprefix(f"{BLOCK}.")]
+        wanted = before[name] + 0.5 * noise(1 + i, rows, 4) @ noise(1 - i, 4, columns)
+        limit = 1e-6 if form == "attached" or "adaLN" in name else 0.04
+        assert error(effective(model.get_submodule(name)), wanted) < limit
+        assert (type(model.get_submodule(name).weight) is Float8Tensor) == ("adaLN" not in name) or form == "attached"
+    drawn = draw(pipe)
+    pipe.accelerate()
+    assert error(draw(pipe), drawn) < 2e-2  # inputs near the middle of two codes are rounded either way
+    pipe.plain()
+    pipe.unload_lora_weights()
+    for name in LINEARS:
+        weight = model.get_submodule(name).weight
+        assert weight is codes[name] or torch.equal(weight, codes[name])
+        model.get_submodule(name).weight = nn.Parameter(base[name], requires_grad=False)
+
+
+def test_weights_by_glob_and_of_text_encoders(pipe: Pipeline) -> None:
+    model, base = pipe.transformer, {name: effective(pipe.transformer.get_submodule(name)) for name in LINEARS}
+    assert pipe.clip_l is not None
+    q = pipe.clip_l.get_submodule("text_model.encoder.layers.0.self_attn.q_proj")
+    text = effective(q)
+    pipe.load_lora_weights(low_rank(1), weight={"*.mlp.*": -2.0, "*.attn.*": 0.25}, text_encoder_weight=0.5)
+    for i, (name, weight) in enumerate(zip(LINEARS, (0.25, -2.0, -2.0, 1.0), strict=True)):
+        rows, columns = SHAPES[name.removeprefix(f"{BLOCK}.")]
+        change = effective(model.get_submodule(name)) - base[name]
+        assert error(change, weight * noise(1 + i, rows, 4) @ noise(1 - i, 4, columns)) < 1e-4
+    q = pipe.clip_l.get_submodule("text_model.encoder.layers.0.self_attn.q_proj")
+    assert error(effective(q) - text, 0.5 * noise(1, 64, 2) @ noise(-1, 2, 64)) < 1e-4
+    assert pipe.get_list_adapters() == {"transformer": ["default_0"], "clip_l": ["default_0"]}
+
+
+def test_several_add_up_and_weights_do_not_accumulate(pipe: Pipeline) -> None:
+    linear = pipe.transformer.get_submodule(LINEARS[0])
+    base = effective(linear)
+    one, two = (noise(seed, 768, 4) @ noise(seed, 4, 256) for seed in (1, 7))
+    for name, seed in (("one", 1), ("two", 7)):
+        pipe.load_lora_weights(low_rank(seed), name, form="merged")
+    for weights in ([0.5, -1.0], [1.0, 0.0], [0.25, 0.25]):
+        pipe.set_adapters(["one", "two"], weights)
+        change = effective(pipe.transformer.get_submodule(LINEARS[0])) - base
+        assert error(change, weights[0] * one + weights[1] * two) < 1e-4
+    pipe.delete_adapters("one")
+    assert pipe.get_active_adapters() == ["two"]
+
+
+def test_saved_pipelines_have_the_lora_in_their_weights(pipe: Pipeline, tmp_path) -> None:
+    pipe.load_lora_weights(low_rank(1))
+    saved = load_mmdit(pipe.save_pretrained(tmp_path / "saved"))
+    for name in LINEARS:
+        wanted = effective(pipe.transformer.get_submodule(name))
+        torch.testing.assert_close(saved.get_submodule(name).weight, wanted, rtol=1e-5, atol=1e-6)
+    assert all_beside(pipe.transformer)
+
+
+def test_casts_and_gradients_reach_what_is_attached() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    down, up = torch.ones(2, 4, requires_grad=True), torch.zeros(3, 2, requires_grad=True)
+    linear = beside(model, "0", factors=(down, up))
+    model(torch.ones(1, 4)).sum().backward()
+    assert up.grad is not None
+    assert linear.to(torch.float64).up.dtype == torch.float64
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+    with pytest.raises(ValueError, match="factors"):
+        beside(model, "0")
+    with pytest.raises(TypeError, match="Sequential"):
+        beside(nn.Sequential(model), "0", delta=down)
+
+
+REFUSED: list[tuple[str, Callable[[Pipeline], object], str]] = [
+    ("name twice", lambda pipe: pipe.load_lora_weights(low_rank(2), "one"), "'one'"),
+    ("unknown name", lambda pipe: pipe.set_adapters("on"), "'on'.*'one'"),
+    ("named twice", lambda pipe: pipe.set_adapters(["one", "one"]), "'one' is named twice"),
+    ("unknown to delete", lambda pipe: pipe.delete_adapters("two"), "'two'"),
+    ("weight NaN", lambda pipe: pipe.set_adapters("one", float("nan")), "adapter_weights"),
+    ("weights", lambda pipe: pipe.set_adapters("one", [1.0, 2.0]), "2 entries for 1"),
+    ("glob", lambda pipe: pipe.set_adapters("one", {"joint_blocks.9.*": 0.5}), r"joint_blocks\.9.*matches none"),
+    ("glob's weight", lambda pipe: pipe.set_adapters("one", {"*": float("inf")}), "inf"),
+    ("loaded with NaN", lambda pipe: pipe.load_lora_weights(low_rank(2), weight=float("nan")), "weight"),
+    ("scale", lambda pipe: pipe.fuse_lora(lora_scale=float("nan")), "lora_scale"),
+    ("too wide", lambda pipe: pipe.load_lora_weights(
+        {
+            f"diffusion_model.{BLOCK}.attn.qkv.lora_B.weight": torch.ones(769, 2),
+            f"diffusion_model.{BLOCK}.attn.qkv.lora_A.weight": torch.ones(2, 256),
+        }
+    ), "769 x 256"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "said"), [each[1:] for each in REFUSED], ids=[each[0] for each in REFUSED])
+def test_what_is_refused_changes_nothing(pipe: Pipeline, call: Callable[[Pipeline], object], said: str) -> None:
+    pipe.load_lora_weights(low_rank(1), "one", 0.5)
+    before = [effective(pipe.transformer.get_submodule(name)) for name in LINEARS]
+    with pytest.raises(ValueError, match=said):
+        call(pipe)
+    assert pipe.get_active_adapters() == ["one"]
+    after = [effective(pipe.transformer.get_submodule(name)) for name in LINEARS]
+    assert all(map(torch.equal, before, after))
+
+
+def test_nothing_to_fuse(pipe: Pipeline) -> None:
+    with pytest.raises(ValueError, match="no LoRA acts"):
+        pipe.fuse_lora()
+
+
+# Random sequences
+
+
+@dataclass
+class Expected:
+    """The base weight of a Linear as it should be, beside what is loaded."""
+
+    base: Tensor  # as it is stored, without any LoRA
+    is_float8: bool = False
+    is_merged: bool = False
+
+    def settle(self) -> None:
+        """What every call on LoRAs does first: the base weight comes back in the form of today."""
+        if self.is_merged and self.is_float8 and not isinstance(self.base, Float8Tensor):
+            self.base = Float8Tensor.quantize(self.base, "e4m3", "row")
+        elif self.is_merged and not self.is_float8 and isinstance(self.base, Float8Tensor):
+            self.base = self.base.dequantize()
+
+    def quantize(self, *, on: bool) -> None:
+        self.is_float8 = on
+        if not self.is_merged and on != isinstance(self.base, Float8Tensor):
+            self.base = Float8Tensor.quantize(self.base, "e4m3", "row") if on else self.base.dequantize()
+
+
+CALLS = ("load", "load", "set", "set", "fuse", "unfuse", "delete", "disable", "enable", "quantize", "dequantize")
+SEQUENCES = 500 if os.environ.get("MMDIT_FULL") == "1" else 60
+FILES = {seed: load_lora(low_rank(seed)) for seed in (1, 7, 30)}
+
+
+def test_random_sequences_end_with_the_right_weights(pipe: Pipeline) -> None:
+    name, model = LINEARS[0], pipe.transformer
+    change = {seed: noise(seed, 768, 4) @ noise(seed, 4, 256) for seed in FILES}
+    original = model.get_submodule(name).weight.detach().clone()
+    for number in range(SEQUENCES):
+        rng, weights, merged, enabled = random.Random(number), dict[int, float](), set[int](), True
+        expected = Expected(original)
+        for _ in range(rng.randint(3, 8)):
+            call, seed = rng.choice(CALLS), rng.choice(list(FILES))
+            loaded = [each for each in FILES if str(each) in pipe._loras.adapters]
+            if call in ("quantize", "dequantize"):
+                if (call == "quantize") != expected.is_float8:
+                    quantize_(model, "fp8-weight-only", [name]) if call == "quantize" else dequantize_(model, [name])
+                    expected.quantize(on=call == "quantize")
+                continue
+            expected.settle()
+            weight = rng.choice((-1.0, 0.0, 0.5, 2.0))
+            if call == "load" and seed not in loaded:
+                form = rng.choice(("attached", "merged"))
+                pipe.load_lora_weights(FILES[seed], str(seed), weight, form=form)
+                weights[seed] = weight
+                merged |= {seed} if form == "merged" else set()
+            elif call == "set" and loaded:
+                chosen = rng.sample(loaded, rng.randint(1, len(loaded)))
+                pipe.set_adapters([str(each) for each in chosen], weight)
+                weights = dict.fromkeys(chosen, weight)
+            elif call == "fuse" and weights and enabled:
+                pipe.fuse_lora()
+                merged |= set(weights)
+            elif call == "unfuse":
+                pipe.unfuse_lora()
+                merged = set()
+            elif call == "delete" and loaded:
+                pipe.delete_adapters(str(seed)) if seed in loaded else None
+                weights.pop(seed, None)
+                merged.discard(seed)
+            elif call in ("disable", "enable"):
+                getattr(pipe, f"{call}_lora")()
+                enabled = call == "enable"
+            acting = weights if enabled else {}
+            expected.is_merged = any(each in merged for each in acting)
+            wanted = sum((acting[each] * change[each] for each in acting), start=Tensor.clone(value(expected.base)))
+            rounded = expected.is_float8 and expected.is_merged
+            found = effective(model.get_submodule(name))
+            assert error(found, wanted) < (0.04 if rounded else 1e-5), (number, call)
+        expected.settle()
+        pipe.unload_lora_weights()
+        weight = model.get_submodule(name).weight
+        if isinstance(expected.base, Float8Tensor):
+            assert torch.equal(weight.qdata.view(torch.uint8), expected.base.qdata.view(torch.uint8)), number
+            assert torch.equal(weight.scale, expected.base.scale), number
+        else:
+            assert torch.equal(weight, expected.base), number
+        model.get_submodule(name).weight = nn.Parameter(original, requires_grad=False)
+
+
+def value(tensor: Tensor) -> Tensor:
+    return tensor.dequantize() if isinstance(tensor, Float8Tensor) else tensor
