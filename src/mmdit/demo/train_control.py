@@ -181,7 +181,7 @@ def make_data(pipe: Pipeline, recipe: ControlRecipe, journal: Journal) -> Data:
 
 def _encoded(vae: VAE, pictures: Tensor) -> Tensor:
     shaped = (2 * pictures - 1).bfloat16().contiguous(memory_format=torch.channels_last)
-    return vae.to_model(vae.encode(shaped).mode()).contiguous().half()
+    return vae.encode(shaped).mode().contiguous().half()
 
 
 class Trainer:

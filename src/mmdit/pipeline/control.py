@@ -1,0 +1,146 @@
+"""ControlNets in a drawing: which residuals the transformer gets at a noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encoders import Conditioning
+from mmdit.models.controlnet import ControlNet, made_pos_embed
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.profiles import Profile
+from samplers import ALWAYS, Window, percents
+from samplers.windows import NEVER
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A ControlNet with its hint, for a part of the way; `PipelineSteps.control` makes it.
+
+    A conditioning has controls of its own (`mmdit.Ranged.control`). Conditionings with the very same ones share a batch
+    of the transformer.
+    """
+
+    net: ControlNet
+    hint: Tensor  # latents [b, c, h, w] of the pictures that are drawn; with an inpainting net the mask as last channel
+    hint_uncond: Tensor  # of the unconditional branch: other noise, where the profile draws it for each
+    scale: float = 1.0  # of the residuals
+    start: float = 0.0  # share of the way, counted as the profile says
+    stop: float = 1.0
+    window: Window = ALWAYS  # of noise levels: `placed` makes it
+
+    def placed(self, profile: Profile, sigmas: Tensor, shift: float) -> Control:
+        """With the noise levels of its part of the way, in a drawing with this schedule."""
+        if profile.control_window == "percents":
+            window = percents(self.start, self.stop, shift)
+        else:
+            window = _steps(sigmas, self.start, self.stop)
+        return replace(self, window=window)
+
+    def acts(self, sigma: float) -> bool:
+        """Whether the net adds anything at this noise level."""
+        return self.scale != 0 and sigma in self.window
+
+    def hints(self, names: Sequence[str | None]) -> Tensor:
+        """The hints of branches with these names, one below the other."""
+        return torch.cat([self.hint_uncond if name == "uncond" else self.hint for name in names])
+
+
+def residuals(
+    controls: Sequence[Control],
+    transformer: MMDiT,
+    profile: Profile,
+    latents: Tensor,
+    sigma: float,
+    timestep: float,
+    branches: Sequence[tuple[str | None, Conditioning]],
+) -> list[Tensor | None] | None:
+    """What the nets together add after each block of the transformer; None where none of them acts.
+
+    Args:
+        controls: of all branches of the batch.
+        transformer, profile: of the drawing.
+        latents: what the transformer gets, its branches one below the other; sides are multiples of its patch.
+        sigma: the noise level.
+        timestep: what the transformer sees of it.
+        branches: names and texts.
+    """
+    acting = [control for control in controls if control.acts(sigma)]
+    if not acting:
+        return None
+    names = [name for name, _ in branches]
+    context, pooled = (torch.cat([getattr(text, part) for _, text in branches]) for part in ("context", "pooled"))
+    total: list[Tensor | None] = [None] * transformer.config.depth
+    for control in acting:
+        given = _run(control, transformer, profile, latents, timestep, context, pooled, control.hints(names))
+        for i, j in enumerate(spread(profile, control.net, transformer.config.depth)):
+            if j is not None:
+                before, residual = total[i], (given[j] * control.scale).to(latents.dtype)
+                total[i] = residual if before is None else before + residual
+    return total
+
+
+def _run(
+    control: Control,
+    transformer: MMDiT,
+    profile: Profile,
+    latents: Tensor,
+    timestep: float,
+    context: Tensor,
+    pooled: Tensor,
+    hint: Tensor,
+) -> list[Tensor]:
+    """The residuals of one net."""
+    net, config = control.net, control.net.config
+    weight = net.pos_embed_input.proj.weight
+    dtype, (rows, columns) = weight.dtype, latents.shape[2:]
+    tokens = None if config.is_joint else _tokens(transformer, profile, latents).to(dtype)
+    if config.is_joint and (config.zero_pooled or profile.control_joint == "zeros"):
+        pooled = torch.zeros_like(pooled)
+    hint = F.pad(hint, (0, columns - hint.shape[3], 0, rows - hint.shape[2]), mode="circular")
+    levels = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
+    levels = levels.to(dtype).float() if profile.control_timestep == "net" else levels
+    found: list[Tensor] = net(
+        latents.to(dtype), levels, context.to(dtype), pooled.to(dtype), hint.to(latents.device, dtype), tokens
+    )
+    return found
+
+
+def _tokens(transformer: MMDiT, profile: Profile, latents: Tensor) -> Tensor:
+    """The latents' tokens with positions, for nets that have no embedder."""
+    tokens: Tensor = transformer.x_embedder(latents)
+    if profile.control_positions == "table":
+        return tokens + transformer.cropped_pos_embed(*latents.shape[2:])
+    patch = transformer.config.patch_size
+    rows, columns = (side // patch for side in latents.shape[2:])
+    made = made_pos_embed(transformer.config.hidden_size, rows, columns, latents.device)
+    return tokens + made.to(tokens.dtype)
+
+
+def spread(profile: Profile, net: ControlNet, depth: int) -> list[int | None]:
+    """The number of the residual that is added after each of `depth` blocks of a transformer; None for none."""
+    count = net.config.depth
+    if profile.control_spread == "scaled":
+        found: list[int | None] = [int(i / (depth / count)) for i in range(depth)]
+    else:
+        copies = depth // count if net.config.is_joint else ceil(depth / count)
+        repeated = [j for j in range(count) for _ in range(copies)]
+        repeated = repeated[:-1] if net.config.is_joint else repeated
+        found = [repeated[i] if i < len(repeated) else None for i in range(depth)]
+    return found if profile.control_after_last else [*found[:-1], None]
+
+
+def _steps(sigmas: Tensor, start: float, stop: float) -> Window:
+    """The noise levels of the steps i of n with i / n >= start and (i + 1) / n <= stop, as diffusers counts."""
+    levels = sigmas.tolist()
+    count = len(levels) - 1
+    inside = [i for i in range(count) if not (i / count < start or (i + 1) / count > stop)]
+    if not inside:
+        return NEVER
+    first = float("inf") if inside[0] == 0 else levels[inside[0]]
+    return Window(first, levels[inside[-1] + 1] if inside[-1] < count - 1 else -1.0)

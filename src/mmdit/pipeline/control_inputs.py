@@ -1,0 +1,232 @@
+"""The arguments of a call that are about ControlNets: checked, and hints brought to the size and range of a net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from encoders import VAE
+from encoders.vae import DiagonalGaussian
+from mmdit.models.config import MMDiTConfig
+from mmdit.models.controlnet import ControlNet
+from mmdit.pictures.resize import resize
+from mmdit.pipeline.control import Control
+from mmdit.pipeline.image_inputs import ImageLike, Picture, PictureSize, at_size, masks_of, pictures_of
+from mmdit.pipeline.masks import repeated
+from mmdit.pipeline.profiles import Profile
+from mmdit.pipeline.settings import digest_of
+from mmdit.utils import number
+
+ControlNetLike = ControlNet | Sequence[ControlNet]  # what `controlnet=` takes
+Numbers = float | Sequence[float]  # one for all nets, or one for each
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ControlInput:
+    """One net of a call, with its hint as it was given."""
+
+    net: ControlNet
+    pictures: tuple[Picture, ...]  # one, or one for each drawing
+    masks: tuple[Picture, ...]  # likewise, of an inpainting net
+    scale: float
+    start: float
+    stop: float
+
+    @property
+    def words(self) -> str:
+        """The net and its hint in the settings of a picture: kind, numbers and digests."""
+        config = self.net.config
+        hints = "+".join(one.digest for one in (*self.pictures, *self.masks))
+        numbers = ":".join(format(one, ".12g") for one in (self.scale, self.start, self.stop))
+        return f"{config.kind or 'unknown'}:{numbers}:net={digest_of(self.net)}:hint={hints}"
+
+
+def control_inputs(
+    controlnet: ControlNetLike | None,
+    control_image: ImageLike | Sequence[ImageLike] | None,
+    control_mask: ImageLike | None = None,
+    *,
+    scale: Numbers = 1.0,
+    start: Numbers = 0.0,
+    stop: Numbers = 1.0,
+    config: MMDiTConfig,
+) -> tuple[ControlInput, ...]:
+    """Check the arguments about ControlNets of `mmdit.Pipeline.__call__`; none without `controlnet`.
+
+    Args:
+        controlnet, control_image, control_mask: as the pipeline takes them.
+        scale, start, stop: `controlnet_conditioning_scale`, `control_guidance_start` and `control_guidance_end`.
+        config: of the transformer.
+
+    Raises:
+        TypeError: a net is no `mmdit.ControlNet`, or a hint no picture.
+        ValueError: an argument is given without the one that it is about; a net is for another transformer; the numbers
+            of nets and of hints differ; a number is not finite or out of its range; a window is reversed.
+    """
+    if controlnet is None:
+        if given := [name for name, one in (("control_image", control_image), ("control_mask", control_mask)) if one is not None]:
+            raise ValueError(f"{given[0]} is given without controlnet, the net that reads it, see mmdit.load_controlnet")
+        return ()
+    nets = list(controlnet) if isinstance(controlnet, list | tuple) else [controlnet]
+    if not nets:
+        raise ValueError("controlnet is an empty list; give at least one net, or leave it out")
+    for i, net in enumerate(nets):
+        _check_net("controlnet" if len(nets) == 1 else f"controlnet[{i}]", net, config)
+    if control_image is None:
+        raise ValueError("controlnet is given without control_image, its hint")
+    hints = _hints(control_image, isinstance(controlnet, list | tuple), len(nets))
+    masks = _masks(control_mask, nets)
+    names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+    scales, starts, stops = (_numbers(name, one, len(nets)) for name, one in zip(names, (scale, start, stop), strict=True))
+    for first, last in zip(starts, stops, strict=True):
+        if not 0 <= first < last <= 1:
+            raise ValueError(
+                f"control_guidance_start {first:g} and control_guidance_end {last:g} must be 0 <= start < end <= 1"
+            )
+    return tuple(
+        ControlInput(net=net, pictures=tuple(hint), masks=masks if net.config.inpaints else (), scale=s, start=a, stop=b)
+        for net, hint, s, a, b in zip(nets, hints, scales, starts, stops, strict=True)
+    )
+
+
+def check_counts(inputs: Sequence[ControlInput], count: int) -> None:
+    """Raise ValueError unless each net has one hint and mask, or one for each of `count` pictures."""
+    for one in inputs:
+        for name, found in (("control_image", len(one.pictures)), ("control_mask", len(one.masks))):
+            if found not in (0, 1, count):
+                raise ValueError(f"{name} holds {found} pictures for {count} drawings; give one, or one for each")
+
+
+def make_control(
+    one: ControlInput, vae: VAE, profile: Profile, size: PictureSize, count: int, *, twice: bool, shifted: bool | None = None
+) -> Control:
+    """Encode the hint of a net.
+
+    Args:
+        one: the net and its hint.
+        vae: of the pipeline.
+        profile: the rules of size, range, noise and scaling.
+        size: of the drawing, in pixels.
+        count: pictures that are drawn.
+        twice: whether an unconditional branch runs.
+        shifted: whether the VAE's shift is taken from the hint's latents; None is the net's own rule.
+    """
+    weight = next(vae.parameters())
+    hint, masks = _inpaint_hint(one, profile, size) if one.net.config.inpaints else (_hint(one, profile, size), None)
+    encoded = vae.encode(hint.to(weight.device, weight.dtype))
+    each = profile.control_latent == "sampled_each" and twice and masks is None
+    latents = _drawn(encoded, count * (2 if each else 1), profile)
+    if not (takes_shift(one.net, profile) if shifted is None else shifted):
+        latents = latents + vae.config.shift * vae.config.scale
+    if masks is not None:
+        latents = torch.cat([latents, repeated(masks, len(latents)).to(latents)], dim=1)
+    # diffusers' batch begins with the unconditional branch, which so gets the first noise.
+    without, given = (latents[:count], latents[count:]) if each else (latents, latents)
+    return Control(one.net, given, without, one.scale, one.start, one.stop)
+
+
+def takes_shift(net: ControlNet, profile: Profile) -> bool:
+    """Whether the VAE's shift is taken from the latents of a net's hint before they are scaled."""
+    if not net.config.is_joint:
+        return True
+    if profile.control_joint == "zeros":
+        return False
+    return net.config.inpaints or not net.config.zero_pooled
+
+
+def _check_net(name: str, net: object, config: MMDiTConfig) -> None:
+    if not isinstance(net, ControlNet):
+        hint = "; give mmdit.load_controlnet(path)" if isinstance(net, str | Path) else ""
+        raise TypeError(f"{name} is {type(net).__name__}, expected mmdit.ControlNet{hint}")
+    own = net.config
+    pairs = [("width", own.hidden_size, config.hidden_size), ("pooled width", own.pooled_dim, config.pooled_dim)]
+    pairs += [("patch size", own.patch_size, config.patch_size), ("latent channels", own.in_channels, config.in_channels)]
+    if own.context_dim is not None:
+        pairs.append(("context width", own.context_dim, config.context_dim))
+    for what, found, expected in pairs:
+        if found != expected:
+            raise ValueError(
+                f"{name} is for a transformer with {what} {found}, this one has {expected}; they do not go together"
+            )
+    if own.depth > config.depth:
+        raise ValueError(f"{name} has {own.depth} blocks, more than the {config.depth} of the transformer")
+
+
+def _hints(given: Any, several: bool, nets: int) -> list[list[Picture]]:
+    """The pictures of each net."""
+    if not several:
+        return [pictures_of("control_image", given)]
+    if not isinstance(given, list | tuple) or len(given) != nets:
+        found = len(given) if isinstance(given, list | tuple) else "one that is no list"
+        raise ValueError(f"{nets} ControlNets take {nets} hints in a list, got {found} as control_image")
+    return [pictures_of(f"control_image[{i}]", one) for i, one in enumerate(given)]
+
+
+def _masks(given: Any, nets: Sequence[ControlNet]) -> tuple[Picture, ...]:
+    inpaints = any(net.config.inpaints for net in nets)
+    if inpaints == (given is not None):
+        return tuple(masks_of(given, "control_mask")) if inpaints else ()
+    if inpaints:
+        raise ValueError("an inpainting ControlNet needs control_mask, which is 1 (white) where is drawn anew")
+    raise ValueError("control_mask is given, but no ControlNet is for inpainting: its hint has no channel for a mask")
+
+
+def _numbers(name: str, given: Any, nets: int) -> list[float]:
+    if not isinstance(given, list | tuple):
+        return [number(name, given)] * nets
+    if len(given) != nets:
+        raise ValueError(f"{name} has {len(given)} values for {nets} ControlNets; give one, or one for each")
+    return [number(f"{name}[{i}]", one) for i, one in enumerate(given)]
+
+
+def _sized(one: Picture, size: PictureSize, profile: Profile) -> Float[Tensor, "1 c h w"]:
+    if profile.control_resize == "nearest_cut":
+        return _cut(one.pixels, size.height, size.width, "nearest-exact")
+    return at_size(one, PictureSize(size.height, size.width, cut=False), profile)
+
+
+def _cut(pixels: Tensor, height: int, width: int, how: Any) -> Tensor:
+    """Cut around the centre to the aspect, then resized."""
+    return resize(pixels.movedim(1, -1), height=height, width=width, filter=how, crop="center").movedim(-1, 1)
+
+
+def _hint(one: ControlInput, profile: Profile, size: PictureSize) -> Float[Tensor, "b 3 h w"]:
+    """The hint in the range that its kind is encoded in; only Stability's nets have other ranges than [-1, 1]."""
+    x = torch.cat([_sized(picture, size, profile) for picture in one.pictures])
+    kind = None if one.net.config.is_joint else one.net.config.kind
+    if kind == "canny" and profile.control_canny != "unit":
+        levels = 127.5 * x + 0.5
+        return levels if profile.control_canny == "bytes" else 2 * levels - 1
+    if kind == "depth" and profile.control_depth == "inverted":
+        return 1 - 2 * x
+    return 2 * x - 1
+
+
+def _inpaint_hint(one: ControlInput, profile: Profile, size: PictureSize) -> tuple[Tensor, Float[Tensor, "b 1 h w"]]:
+    """The masked picture in [-1, 1], and what is kept of it at the size of the latents."""
+    count = max(len(one.pictures), len(one.masks))
+    rows, columns = size.height // 8, size.width // 8
+    if profile.control_resize == "nearest_cut":
+        pictures = torch.cat([picture.pixels for picture in one.pictures])
+        keep = torch.cat([1 - mask.pixels for mask in one.masks])
+        whole = _cut(keep, *pictures.shape[2:], "bilinear").round()
+        black = repeated(pictures, count) * repeated(whole, count)
+        hint = 2 * _cut(black, size.height, size.width, "nearest-exact") - 1
+        return hint, repeated(_cut(keep, rows, columns, "nearest-exact"), count)
+    pictures = torch.cat([_sized(picture, size, profile) for picture in one.pictures])
+    masks = (torch.cat([_sized(mask, size, profile) for mask in one.masks]) >= 0.5).float()
+    hint = torch.where(repeated(masks, count) > 0.5, -1.0, 2 * repeated(pictures, count) - 1)
+    return hint, 1 - F.interpolate(repeated(masks, count), size=(rows, columns))
+
+
+def _drawn(encoded: DiagonalGaussian, count: int, profile: Profile) -> Tensor:
+    """The latents of so many hints: the means, or drawn with torch's global state as both references do."""
+    mean, std = repeated(encoded.mean, count), repeated(encoded.std, count)
+    return mean if profile.control_latent == "mean" else DiagonalGaussian(mean, std).sample()
