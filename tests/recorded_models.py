@@ -1,21 +1,22 @@
 """The tiny models of the recorded runs with pictures and hints, whose weights are a formula of their keys' names."""
 
-import zlib
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from encoders import VAE, VAEConfig
+from encoders import VAE, Tokenizers, VAEConfig
 from golden import DATA
-from mmdit import ControlNet, ControlNetConfig, MMDiT, MMDiTConfig
+from mmdit import ControlNet, ControlNetConfig, MMDiT, MMDiTConfig, Pipeline
+from mmdit.checkpoints.controlnet import read_control, read_diffusers_control
+from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.load import model_in_memory
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.checkpoints.write import single_file
+from recorded_runs import weight
 
-STD = 0.06
 _BASE = {"depth": 4, "hidden_size": 256, "context_dim": 256, "pooled_dim": 192, "pos_embed_size": 24}
 TRANSFORMERS = {"sd35l4": MMDiTConfig(**_BASE), "sd3m4": MMDiTConfig(**_BASE, qk_norm=None)}
 _NET = {"depth": 2, "hidden_size": 256, "pooled_dim": 192}
@@ -28,14 +29,6 @@ NETS = {
     "inpaint": ControlNetConfig(**_JOINT, hint_channels=17),
 }
 MODELS = {"transformer": MMDiT, "vae": VAE, "controlnet": ControlNet}
-
-
-def weight(key: str, shape: tuple[int, ...]) -> Tensor:
-    """What a tensor of a recorded model holds, in the float16 that it was rounded to."""
-    drawn = np.random.RandomState(zlib.crc32(key.encode())).randn(*shape).astype(np.float32) * np.float32(STD)
-    if len(shape) == 1 and key.endswith("weight") and any(word in key for word in ("ln_", "norm")):
-        drawn = drawn + 1
-    return torch.from_numpy(np.asarray(drawn, dtype=np.float32)).half()
 
 
 def stored(component: str, config: object) -> dict[str, Tensor]:
@@ -76,3 +69,21 @@ def net_file(name: str, folder: Path) -> Path:
 def records() -> dict[str, Tensor]:
     """What the references gave with ControlNets."""
     return load_file(DATA / "images" / "control.safetensors")
+
+
+@cache
+def net(name: str) -> ControlNet:
+    """A recorded ControlNet."""
+    tensors = {key: LazyTensor.of(tensor) for key, tensor in stored("controlnet", NETS[name]).items()}
+    read = read_diffusers_control if NETS[name].is_joint else read_control
+    state = {key: lazy.read(torch.float32) for key, lazy in read(tensors, Path()).tensors.items()}
+    model = ControlNet(NETS[name])
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
+
+
+@cache
+def pipeline(model: str, profile: str) -> Pipeline:
+    """A recorded transformer and VAE under a profile; it has no text encoders."""
+    parts = Components(transformer(model), vae(), None, None, None, Tokenizers(None, None, None), None)
+    return Pipeline(parts, profile=profile)

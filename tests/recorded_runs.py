@@ -59,11 +59,12 @@ def image(name: str) -> Image.Image:
 
 def _filled(model: nn.Module, prefix: str) -> nn.Module:
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict({key: _weight(prefix + key, shape).float() for key, shape in shapes.items()})
+    model.load_state_dict({key: weight(prefix + key, shape).float() for key, shape in shapes.items()})
     return model.eval().requires_grad_(False)
 
 
-def _weight(key: str, shape: tuple[int, ...]) -> Tensor:
+def weight(key: str, shape: tuple[int, ...]) -> Tensor:
+    """What a tensor of a recorded model holds, in the float16 that it was rounded to."""
     drawn = np.random.RandomState(zlib.crc32(key.encode())).randn(*shape).astype(np.float32) * np.float32(0.06)
     if len(shape) == 1 and key.endswith("weight") and any(word in key for word in ("ln_", "norm")):
         drawn = drawn + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Self
 
@@ -200,10 +200,10 @@ class PipelineModels:
         """Inside, the weights are those that `save_pretrained` writes."""
         return nullcontext()
 
-    def _enter(self, *names: Component) -> None:
-        """With `offload`, these models come to the device."""
+    def _enter(self, *names: Component, also: Sequence[nn.Module] = ()) -> None:
+        """With `offload`, these models come to the device, and others that are no part of the pipeline."""
         if self._turns is not None:
-            self._turns.enter(model for name, model in self.models.items() if name in names)
+            self._turns.enter([*(model for name, model in self.models.items() if name in names), *also])
 
     def _cells(self, pixels: int | None, name: str) -> int:
         """The latent cells along a side of so many pixels."""

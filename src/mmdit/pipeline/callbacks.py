@@ -118,9 +118,10 @@ def _change_conditionings(run: Run, context: Tensor, pooled: Tensor) -> None:
             f"{list(pooled.shape)}, expected {pictures} or {2 * pictures} rows in both"
         )
     if len(context) == 2 * pictures and run.plan.uses_uncond:
-        run.uncond = (Ranged(Conditioning(context[:pictures], pooled[:pictures])),)
+        control = run.uncond[0].control if run.uncond else ()
+        run.uncond = (Ranged(Conditioning(context[:pictures], pooled[:pictures]), control=control),)
     context, pooled = (part[-pictures:].expand(pictures, *part.shape[1:]) for part in (context, pooled))
-    run.cond = (Ranged(Conditioning(context, pooled)),)
+    run.cond = (Ranged(Conditioning(context, pooled), control=run.cond[0].control),)
     run.rebuild()
 
 

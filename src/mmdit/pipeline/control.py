@@ -14,8 +14,8 @@ from encoders import Conditioning
 from mmdit.models.controlnet import ControlNet, made_pos_embed
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.profiles import Profile
-from samplers import ALWAYS, Window, percents
-from samplers.windows import NEVER
+from samplers import Window, percents
+from samplers.windows import ALWAYS, NEVER
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def residuals(
         transformer, profile: of the drawing.
         latents: what the transformer gets, its branches one below the other; sides are multiples of its patch.
         sigma: the noise level.
-        timestep: what the transformer sees of it.
+        timestep: what the nets see of it.
         branches: names and texts.
     """
     acting = [control for control in controls if control.acts(sigma)]
@@ -100,7 +100,7 @@ def _run(
     weight = net.pos_embed_input.proj.weight
     dtype, (rows, columns) = weight.dtype, latents.shape[2:]
     tokens = None if config.is_joint else _tokens(transformer, profile, latents).to(dtype)
-    if config.is_joint and (config.zero_pooled or profile.control_joint == "zeros"):
+    if config.is_joint and (config.zero_pooled or config.inpaints or profile.control_joint == "zeros"):
         pooled = torch.zeros_like(pooled)
     hint = F.pad(hint, (0, columns - hint.shape[3], 0, rows - hint.shape[2]), mode="circular")
     levels = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)

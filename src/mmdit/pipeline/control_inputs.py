@@ -16,9 +16,10 @@ from encoders import VAE
 from encoders.vae import DiagonalGaussian
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.controlnet import ControlNet
+from mmdit.pictures.read import PictureLike
 from mmdit.pictures.resize import resize
 from mmdit.pipeline.control import Control
-from mmdit.pipeline.image_inputs import ImageLike, Picture, PictureSize, at_size, masks_of, pictures_of
+from mmdit.pipeline.image_inputs import Picture, PictureSize, at_size, masks_of, pictures_of
 from mmdit.pipeline.masks import repeated
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.settings import digest_of
@@ -50,8 +51,8 @@ class ControlInput:
 
 def control_inputs(
     controlnet: ControlNetLike | None,
-    control_image: ImageLike | Sequence[ImageLike] | None,
-    control_mask: ImageLike | None = None,
+    control_image: PictureLike | None,
+    control_mask: PictureLike | None = None,
     *,
     scale: Numbers = 1.0,
     start: Numbers = 0.0,
@@ -71,10 +72,14 @@ def control_inputs(
             of nets and of hints differ; a number is not finite or out of its range; a window is reversed.
     """
     if controlnet is None:
-        if given := [name for name, one in (("control_image", control_image), ("control_mask", control_mask)) if one is not None]:
-            raise ValueError(f"{given[0]} is given without controlnet, the net that reads it, see mmdit.load_controlnet")
+        if given := [
+            name for name, one in (("control_image", control_image), ("control_mask", control_mask)) if one is not None
+        ]:
+            raise ValueError(
+                f"{given[0]} is given without controlnet, the net that reads it, see mmdit.load_controlnet"
+            )
         return ()
-    nets = list(controlnet) if isinstance(controlnet, list | tuple) else [controlnet]
+    nets: list[Any] = list(controlnet) if isinstance(controlnet, list | tuple) else [controlnet]
     if not nets:
         raise ValueError("controlnet is an empty list; give at least one net, or leave it out")
     for i, net in enumerate(nets):
@@ -84,14 +89,18 @@ def control_inputs(
     hints = _hints(control_image, isinstance(controlnet, list | tuple), len(nets))
     masks = _masks(control_mask, nets)
     names = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
-    scales, starts, stops = (_numbers(name, one, len(nets)) for name, one in zip(names, (scale, start, stop), strict=True))
+    scales, starts, stops = (
+        _numbers(name, one, len(nets)) for name, one in zip(names, (scale, start, stop), strict=True)
+    )
     for first, last in zip(starts, stops, strict=True):
         if not 0 <= first < last <= 1:
             raise ValueError(
                 f"control_guidance_start {first:g} and control_guidance_end {last:g} must be 0 <= start < end <= 1"
             )
     return tuple(
-        ControlInput(net=net, pictures=tuple(hint), masks=masks if net.config.inpaints else (), scale=s, start=a, stop=b)
+        ControlInput(
+            net=net, pictures=tuple(hint), masks=masks if net.config.inpaints else (), scale=s, start=a, stop=b
+        )
         for net, hint, s, a, b in zip(nets, hints, scales, starts, stops, strict=True)
     )
 
@@ -105,7 +114,14 @@ def check_counts(inputs: Sequence[ControlInput], count: int) -> None:
 
 
 def make_control(
-    one: ControlInput, vae: VAE, profile: Profile, size: PictureSize, count: int, *, twice: bool, shifted: bool | None = None
+    one: ControlInput,
+    vae: VAE,
+    profile: Profile,
+    size: PictureSize,
+    count: int,
+    *,
+    twice: bool,
+    shifted: bool | None = None,
 ) -> Control:
     """Encode the hint of a net.
 
@@ -119,10 +135,14 @@ def make_control(
         shifted: whether the VAE's shift is taken from the hint's latents; None is the net's own rule.
     """
     weight = next(vae.parameters())
-    hint, masks = _inpaint_hint(one, profile, size) if one.net.config.inpaints else (_hint(one, profile, size), None)
+    hint, masks = (
+        _inpaint_hint(one, profile, size, vae.config.downscale)
+        if one.net.config.inpaints
+        else (_hint(one, profile, size), None)
+    )
     encoded = vae.encode(hint.to(weight.device, weight.dtype))
     each = profile.control_latent == "sampled_each" and twice and masks is None
-    latents = _drawn(encoded, count * (2 if each else 1), profile)
+    latents = _drawn(encoded, count, 2 if each else 1, profile)
     if not (takes_shift(one.net, profile) if shifted is None else shifted):
         latents = latents + vae.config.shift * vae.config.scale
     if masks is not None:
@@ -147,7 +167,10 @@ def _check_net(name: str, net: object, config: MMDiTConfig) -> None:
         raise TypeError(f"{name} is {type(net).__name__}, expected mmdit.ControlNet{hint}")
     own = net.config
     pairs = [("width", own.hidden_size, config.hidden_size), ("pooled width", own.pooled_dim, config.pooled_dim)]
-    pairs += [("patch size", own.patch_size, config.patch_size), ("latent channels", own.in_channels, config.in_channels)]
+    pairs += [
+        ("patch size", own.patch_size, config.patch_size),
+        ("latent channels", own.in_channels, config.in_channels),
+    ]
     if own.context_dim is not None:
         pairs.append(("context width", own.context_dim, config.context_dim))
     for what, found, expected in pairs:
@@ -209,14 +232,16 @@ def _hint(one: ControlInput, profile: Profile, size: PictureSize) -> Float[Tenso
     return 2 * x - 1
 
 
-def _inpaint_hint(one: ControlInput, profile: Profile, size: PictureSize) -> tuple[Tensor, Float[Tensor, "b 1 h w"]]:
+def _inpaint_hint(
+    one: ControlInput, profile: Profile, size: PictureSize, cell: int
+) -> tuple[Tensor, Float[Tensor, "b 1 h w"]]:
     """The masked picture in [-1, 1], and what is kept of it at the size of the latents."""
     count = max(len(one.pictures), len(one.masks))
-    rows, columns = size.height // 8, size.width // 8
+    rows, columns = size.height // cell, size.width // cell
     if profile.control_resize == "nearest_cut":
         pictures = torch.cat([picture.pixels for picture in one.pictures])
         keep = torch.cat([1 - mask.pixels for mask in one.masks])
-        whole = _cut(keep, *pictures.shape[2:], "bilinear").round()
+        whole = _cut(keep, pictures.shape[2], pictures.shape[3], "bilinear").round()
         black = repeated(pictures, count) * repeated(whole, count)
         hint = 2 * _cut(black, size.height, size.width, "nearest-exact") - 1
         return hint, repeated(_cut(keep, rows, columns, "nearest-exact"), count)
@@ -226,7 +251,7 @@ def _inpaint_hint(one: ControlInput, profile: Profile, size: PictureSize) -> tup
     return hint, 1 - F.interpolate(repeated(masks, count), size=(rows, columns))
 
 
-def _drawn(encoded: DiagonalGaussian, count: int, profile: Profile) -> Tensor:
-    """The latents of so many hints: the means, or drawn with torch's global state as both references do."""
-    mean, std = repeated(encoded.mean, count), repeated(encoded.std, count)
+def _drawn(encoded: DiagonalGaussian, count: int, times: int, profile: Profile) -> Tensor:
+    """The latents of `times` x `count` hints: the means, or drawn with torch's global state as both references do."""
+    mean, std = (repeated(one, count).repeat(times, 1, 1, 1) for one in (encoded.mean, encoded.std))
     return mean if profile.control_latent == "mean" else DiagonalGaussian(mean, std).sample()

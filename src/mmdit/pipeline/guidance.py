@@ -208,7 +208,8 @@ class Guidance:
             start, stop, scale = (getattr(self, f"skip_layer_guidance_{name}") for name in ("start", "stop", "scale"))
             steps = profile.skip_window == "steps"
             window = steps_inside(sigmas, start, stop) if steps else percents(start, stop, shift)
-            skipping = _branches(cond, shift, "skip", skip_layers=self.skip_guidance_layers)
+            text = cond if profile.control_skip else [replace(one, control=()) for one in cond]
+            skipping = _branches(text, shift, "skip", skip_layers=self.skip_guidance_layers)
             yield Weaker(skipping, scale, window, self.skip_layer_rescale)
         if self.perturbed_layers:
             perturbed = _branches(cond, shift, "perturbed", perturbed_layers=self.perturbed_layers)
@@ -283,8 +284,17 @@ _RANGES = (
 )
 
 
-def _branches(ranges: Sequence[Ranged], shift: float, name: str, **change: tuple[int, ...]) -> list[Within]:
-    return [Within(Branch(one.conditioning, name, **change), one.window(shift)) for one in ranges]
+def _branches(
+    ranges: Sequence[Ranged],
+    shift: float,
+    name: str,
+    skip_layers: tuple[int, ...] = (),
+    perturbed_layers: tuple[int, ...] = (),
+) -> list[Within]:
+    return [
+        Within(Branch(one.conditioning, name, skip_layers, perturbed_layers, one.control), one.window(shift))
+        for one in ranges
+    ]
 
 
 def _between(interval: tuple[float, float]) -> Window:

@@ -131,18 +131,18 @@ class ImageInputs:
 
     def drawn(self, size: PictureSize, profile: Profile) -> Float[Tensor, "b 3 h w"]:
         """The pictures at the size of the drawing, in [0, 1]; the profile says how arrays are resized."""
-        return torch.cat([_at_size(one, size, profile) for one in self.pictures])
+        return torch.cat([at_size(one, size, profile) for one in self.pictures])
 
     def inside(self, size: PictureSize, profile: Profile) -> Float[Tensor, "b 1 h w"]:
         """The masks at the size of the drawing, in [0, 1], neither rounded nor cut at 0.5."""
-        return torch.cat([_at_size(one, size, profile) for one in self.masks])
+        return torch.cat([at_size(one, size, profile) for one in self.masks])
 
     def latent_masks(self, size: PictureSize, cell: int, profile: Profile) -> Float[Tensor, "b 1 h8 w8"] | None:
         """The masks at the size of the latents, of cells of so many pixels; None where there are none."""
         if not self.masks:
             return None
         values: MaskValues = "soft" if self.differential else profile.mask_values
-        pixels = [one.pixels if values == "soft" else _at_size(one, size, profile) for one in self.masks]
+        pixels = [one.pixels if values == "soft" else at_size(one, size, profile) for one in self.masks]
         return torch.cat([latent_mask(one[:, 0], size.height // cell, size.width // cell, values) for one in pixels])
 
 
@@ -178,7 +178,7 @@ def image_inputs(
     if mask_image is None and named:
         raise ValueError(f"{named[0]} is given without mask_image, the mask that it is about")
     latents = _latents_in(image, channels)
-    pictures = () if latents is not None else tuple(_pictures(image))
+    pictures = () if latents is not None else tuple(pictures_of("image", image))
     masks = () if mask_image is None else tuple(masks_of(mask_image))
     if latents is not None and (keep_outside or padding_mask_crop is not None):
         raise ValueError(f"{named[0]} is about pixels, but image holds latents; give a picture")
@@ -205,7 +205,8 @@ def _pillow(one: Picture) -> Image.Image:
     return Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
 
 
-def _at_size(one: Picture, size: PictureSize, profile: Profile) -> Tensor:
+def at_size(one: Picture, size: PictureSize, profile: Profile) -> Float[Tensor, "1 c h w"]:
+    """A picture or mask at the size of a drawing; the profile says how arrays are resized."""
     if size.cut:
         return center_cut(one.pixels, size.height, size.width)
     if one.size == (size.height, size.width):
@@ -232,19 +233,19 @@ def _each(name: str, given: Any) -> list[tuple[str, Any]]:
     return [pair for i, one in enumerate(given) for pair in _each(f"{name}[{i}]", one)]
 
 
-def _pictures(given: Any) -> list[Picture]:
-    """The argument `image`, where it is no latents."""
+def pictures_of(argument: str, given: Any) -> list[Picture]:
+    """The argument of this name, which holds pictures, one by one."""
     found: list[Picture] = []
-    for name, one in _each("image", given):
+    for name, one in _each(argument, given):
         loaded = load_image(one, name).picture.movedim(-1, 1)
         found += _as_pictures(one, loaded)
     return found
 
 
-def masks_of(given: Any) -> list[Picture]:
-    """The argument `mask_image`, one mask for each picture or for all."""
+def masks_of(given: Any, argument: str = "mask_image") -> list[Picture]:
+    """The argument of this name, one mask for each picture or for all."""
     found: list[Picture] = []
-    for name, one in _each("mask_image", given):
+    for name, one in _each(argument, given):
         loaded = load_mask(one, name).unsqueeze(1)
         if dark := [i for i, mask in enumerate(loaded) if not mask.any()]:
             which = f"{name}[{dark[0]}]" if len(loaded) > 1 else name

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from encoders import Conditioning
 from mmdit.models.attention import SelfOnly, attending
 from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.control import Control
 
 
 class Branch(NamedTuple):
@@ -22,11 +23,12 @@ class Branch(NamedTuple):
     name: str | None = "cond"  # "cond", "uncond", "skip", "perturbed", or a name of your own; None is no name
     skip_layers: tuple[int, ...] = ()  # blocks that are left out
     perturbed_layers: tuple[int, ...] = ()  # blocks that attend by `mmdit.models.attention.SelfOnly`
+    control: tuple[Control, ...] = ()  # ControlNets that act on it
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for branches that can share a batch."""
-        return (self.conditioning.context.shape, self.skip_layers, self.perturbed_layers)
+        return (self.conditioning.context.shape, self.skip_layers, self.perturbed_layers, self.control)
 
 
 @dataclass(frozen=True)

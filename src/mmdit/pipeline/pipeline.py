@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from mmdit.pictures.read import PictureLike, load_image
 from mmdit.pipeline.adapters import PipelineAdapters
 from mmdit.pipeline.arguments import Shift
 from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step
+from mmdit.pipeline.control_inputs import ControlNetLike, Numbers, control_inputs
 from mmdit.pipeline.diffusers_names import CALL, explains_names
 from mmdit.pipeline.files import PipelineFiles
 from mmdit.pipeline.guidance import GuidanceLike, with_skip_layers
 from mmdit.pipeline.hires import Hires
-from mmdit.pipeline.image_inputs import ImageInputs, image_inputs
+from mmdit.pipeline.image_inputs import ImageInputs, PictureSize, image_inputs
 from mmdit.pipeline.images import OutputType, convert_output, to_pil
 from mmdit.pipeline.invert import INVERTERS, Inversion, Inverter, rising
 from mmdit.pipeline.masks import Source, repeated
@@ -71,6 +73,12 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         keep_outside: bool = False,
         differential: float | bool = False,
         hires: Hires | None = None,
+        controlnet: ControlNetLike | None = None,
+        control_image: PictureLike | None = None,
+        control_mask: PictureLike | None = None,
+        controlnet_conditioning_scale: Numbers = 1.0,
+        control_guidance_start: Numbers = 0.0,
+        control_guidance_end: Numbers = 1.0,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -129,6 +137,15 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             differential: Differential Diffusion, in which the grays of a mask say at which noise level a place may
                 change; or the share of it, 0 to 1.
             hires: a second pass: what was drawn is enlarged and drawn again, from a lower noise level.
+            controlnet: a net that makes the drawing follow a hint, see `mmdit.load_controlnet`; or a list of nets,
+                whose residuals are added up.
+            control_image: the hint: edges (`mmdit.canny`), a depth map, a blurred picture ..., as the net was trained;
+                what `image` takes, of any size. A list with one for each net; of each, one, or one for each drawing.
+            control_mask: with an inpainting net, where the hint is drawn anew: white (1) is; what `mask_image` takes.
+            controlnet_conditioning_scale: the factor of the residuals; or a list with one for each net.
+            control_guidance_start: the share of the way at which the net begins to act, 0 to 1, counted in steps, or in
+                percents of the noise levels, as the profile says; or a list.
+            control_guidance_end: the share at which it ends; or a list.
             prompt_embeds: context of shape [b, tokens, context_dim], as `encode` gives it, instead of prompts.
             pooled_prompt_embeds: of shape [b, pooled_dim], with prompt_embeds.
             negative_prompt_embeds: likewise, instead of negative prompts.
@@ -182,6 +199,15 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
                 padding_mask_crop=padding_mask_crop,
             ),
             hires=hires,
+            controls=control_inputs(
+                controlnet,
+                control_image,
+                control_mask,
+                scale=controlnet_conditioning_scale,
+                start=control_guidance_start,
+                stop=control_guidance_end,
+                config=self.transformer.config,
+            ),
             strength=strength,
             num_images_per_prompt=num_images_per_prompt,
             max_sequence_length=max_sequence_length,
@@ -277,7 +303,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         length, times = request.max_sequence_length, request.per_prompt
         cond = self._encoded(request.prompts, length, times)
         uncond = None if request.negatives is None else self._encoded(request.negatives, length, times)
-        latent = self._latent(request, self._run(request.plan, cond, uncond), noise, source)
+        latent = self._latent(request, self._controlled(request, request.plan, cond, uncond), noise, source)
         if request.second is not None:
             latent = self._second_pass(request, request.second, latent, (cond, uncond))
         pictures = latent if request.output_type == "latent" else self._decoded(request, latent)
@@ -322,6 +348,18 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
     def _guidance_scale(self, value: float) -> None:  # diffusers' name, which its callbacks set
         call = CallState(value) if self._here.call is None else self._here.call
         call.scale(number("guidance_scale", value))
+
+    def _controlled(
+        self, request: Request, plan: SamplingPlan, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None
+    ) -> Run:
+        """A plan that is ready to run, with the ControlNets of the request, whose hints get the size of the plan."""
+        if request.controls:
+            height, width = (side * self.vae.config.downscale for side in plan.shape[2:])
+            size = PictureSize(height, width, cut=False)
+            controls = self._controls(request.controls, size, request.count, guided=uncond is not None)
+            cond = [replace(one, control=controls) for one in cond]
+            uncond = None if uncond is None else [replace(one, control=controls) for one in uncond]
+        return self._run(plan, cond, uncond)
 
     def _start(self, request: Request) -> Tensor:
         """The latents that a drawing starts from: those given, or noise."""
@@ -385,7 +423,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             larger = hires.enlarged_picture(pictures, self.vae.config.downscale * self._unit)
             start = self._encoded_pixels(larger.movedim(-1, 1), len(latent), plan.generator, tile)
         noise = self._noise(plan.shape, plan.generator)
-        return self._latent(request, self._run(plan, *pair), noise, Source(start))
+        return self._latent(request, self._controlled(request, plan, *pair), noise, Source(start))
 
     def _encoded(self, prompts: Prompts, max_sequence_length: int | None, times: int) -> list[Ranged]:
         """The conditionings of prompts, each prompt `times` in a row."""
@@ -420,6 +458,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         if request.images is not None:
             assert request.plan.strength is not None
             own = request.images.settings(request.count, request.plan.strength)
+        common["control"] = ";".join(one.words for one in request.controls)
         common["hires"] = "" if request.hires is None else request.hires.to_text()
         return settings_of((request.prompts, request.negatives), request.per_prompt, seeds, common, own)
 

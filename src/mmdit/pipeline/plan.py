@@ -97,10 +97,19 @@ class SamplingPlan:
 
     def guide(self, predict: Predict, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None) -> Guide:
         """What the solver calls at each sigma: the branches of the guidance, predicted and combined."""
+        controls = {id(one): one for ranged in (*cond, *(uncond or ())) for one in ranged.control}
+        placed = {key: one.placed(self.profile, self.sigmas, self.shift) for key, one in controls.items()}
+        given, against = (
+            None
+            if ranges is None
+            else [replace(r, control=tuple(placed[id(one)] for one in r.control)) for r in ranges]
+            for ranges in (cond, uncond)
+        )
+        assert given is not None
         return self.guidance.build(
             predict,
-            cond,
-            uncond,
+            given,
+            against,
             self.guidance_scale,
             profile=self.profile,
             sigmas=self.sigmas,

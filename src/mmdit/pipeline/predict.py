@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from encoders import Conditioning
 from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.control import residuals
 from mmdit.pipeline.passes import Branch, perturbed
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.accelerate import Accelerated
@@ -51,9 +51,15 @@ def predict_branches(
     for places in batches.values():
         batch = tuple(branches[place] for place in places)
         announce(batch)
-        velocity_of = _velocity if accelerated is None or batch[0].perturbed_layers else partial(_fast, accelerated)
-        found |= zip(places, _predict_batch(transformer, profile, x, sigma, batch, velocity_of), strict=True)
+        found |= zip(places, _predict_batch(transformer, profile, x, sigma, batch, accelerated), strict=True)
     return [found[place] for place in range(len(branches))]
+
+
+def control_timestep_of(profile: Profile, sigma: float) -> float:
+    """What a ControlNet sees of a noise level, before it is cast to the dtype of the net."""
+    if profile.control_timestep == "wide":
+        return float(_seen(profile, sigma).float() * 1000)
+    return timestep_of(profile, sigma)
 
 
 def timestep_of(profile: Profile, sigma: float) -> float:
@@ -73,18 +79,35 @@ def _predict_batch(
     x: Tensor,
     sigma: float,
     branches: tuple[Branch, ...],
-    velocity_of: Callable[[MMDiT, Tensor, float, tuple[Branch, ...]], Tensor],
+    accelerated: Accelerated | None,
 ) -> list[Tensor]:
-    """The predicted pictures of branches that share a batch."""
+    """The predicted pictures of branches that share a batch.
+
+    The fast forward knows neither perturbed attention nor control: where a ControlNet acts, the transformer's own runs.
+    """
     (rows, columns), patch = x.shape[2:], transformer.config.patch_size
     filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
     latents = torch.cat([filled] * len(branches)).to(transformer.pos_embed.dtype)
-    velocity = velocity_of(transformer, latents, timestep_of(profile, sigma), branches)[..., :rows, :columns]
+    timestep, first = timestep_of(profile, sigma), branches[0]
+    texts = [(branch.name, branch.conditioning) for branch in branches]
+    level = control_timestep_of(profile, sigma)
+    control = residuals(first.control, transformer, profile, latents, sigma, level, texts)
+    if accelerated is None or first.perturbed_layers or control is not None:
+        velocity = _velocity(transformer, latents, timestep, branches, control)
+    else:
+        velocity = _fast(accelerated, latents, timestep, branches)
+    velocity = velocity[..., :rows, :columns]
     known = sigma if profile.sigma_dtype == "float32" else float(_seen(profile, sigma))
     return [x - known * part for part in velocity.to(x.dtype).chunk(len(branches))]
 
 
-def _velocity(transformer: MMDiT, latents: Tensor, timestep: float, branches: tuple[Branch, ...]) -> Tensor:
+def _velocity(
+    transformer: MMDiT,
+    latents: Tensor,
+    timestep: float,
+    branches: tuple[Branch, ...],
+    control: Sequence[Tensor | None] | None,
+) -> Tensor:
     """By the transformer's own forward."""
     first = branches[0]
     with perturbed(transformer, first.perturbed_layers, first.conditioning.context.shape[1]):
@@ -93,13 +116,12 @@ def _velocity(transformer: MMDiT, latents: Tensor, timestep: float, branches: tu
             torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device),
             torch.cat([branch.conditioning.context for branch in branches]),
             torch.cat([branch.conditioning.pooled for branch in branches]),
+            control=control,
             skip_layers=first.skip_layers,
         )
 
 
-def _fast(
-    accelerated: Accelerated, transformer: MMDiT, latents: Tensor, timestep: float, branches: tuple[Branch, ...]
-) -> Tensor:
+def _fast(accelerated: Accelerated, latents: Tensor, timestep: float, branches: tuple[Branch, ...]) -> Tensor:
     """By its fast one."""
     texts = [branch.conditioning for branch in branches]
     return accelerated.velocity(

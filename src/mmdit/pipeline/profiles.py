@@ -90,6 +90,30 @@ class Profile:
     ddim_mask_noise: Literal["of_the_start", "of_the_next_seed"] = "of_the_start"
     # Whether the VAE's shift is added before a drawing with a mask is decoded: D 0.42.1 leaves it out.
     inpaint_shift: bool = False
+    # ControlNets. D is `StableDiffusion3ControlNetPipeline` and its inpainting one, C is `comfy/controlnet.py`.
+    # The hint's size: as that of pictures (D, R), or cut to the aspect around its centre, then nearest (C).
+    control_resize: Literal["as_pictures", "nearest_cut"] = "as_pictures"
+    # What Stability's nets get of edges x in [0, 1]: 2x - 1 (D), 127.5x + .5 (R, and D's model card), 255x (C).
+    control_canny: Literal["unit", "bytes", "bytes_unit"] = "unit"
+    control_depth: Literal["unit", "inverted"] = "unit"  # and of depth: 2x - 1 (D, R), 1 - 2x (C)
+    # The hint's latent: drawn by torch's global state, for each branch of guidance (D) or once (R); or the mean (C).
+    control_latent: Literal["sampled_each", "sampled_once", "mean"] = "sampled_each"
+    # Positions of the tokens that Stability's nets get: the transformer's table (D, R), or made for the size (C).
+    control_positions: Literal["table", "made"] = "table"
+    # InstantX's nets: pooled text and the shift of the hint's latents as their config says (D), or neither (C). With
+    # inpainting nets, D takes the shift and no pooled text.
+    control_joint: Literal["as_configured", "zeros"] = "as_configured"
+    # Of several nets, whose rule says whether the shift is taken: the first one's for all (D), or each one's (C).
+    control_shift_of: Literal["first", "each"] = "first"
+    # The residual j of n that is added after block i of d: int(i n / d) (D), or each as often as the next (R, C).
+    control_spread: Literal["scaled", "repeated"] = "scaled"
+    control_after_last: bool = False  # whether one is added after the last block: R, C
+    # The part of the way in which a net acts: whole steps (D), or percents of the noise levels, both ends inside (C).
+    control_window: Literal["steps", "percents"] = "steps"
+    control_skip: bool = True  # whether the pass of skip-layer guidance has it: C; R has not, D has no such pass
+    # What a net sees of a noise level: what the transformer sees (D), that in the net's own dtype (C), or 1000 sigma of
+    # the rounded sigma, without rounding it again (R).
+    control_timestep: Literal["model", "net", "wide"] = "model"
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, TextRules):
@@ -97,7 +121,7 @@ class Profile:
         for name, choices in _choices().items():
             pick(dict.fromkeys(choices), getattr(self, name), f"Profile.{name}")
         pick(SCHEDULES, self.schedule, "Profile.schedule")
-        for name in ("skip_alone", "whole_timesteps", "inpaint_shift"):
+        for name in ("skip_alone", "whole_timesteps", "inpaint_shift", "control_after_last", "control_skip"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Profile.{name} must be True or False, got {getattr(self, name)!r}")
         _check_defaults("Profile", self.steps, self.guidance_scale, self.sampler, self.shift)
@@ -195,6 +219,17 @@ PROFILES: dict[str, Profile] = {
         mask_acts="around_model",
         ddim_mask_noise="of_the_next_seed",
         inpaint_shift=True,
+        control_resize="nearest_cut",
+        control_canny="bytes_unit",
+        control_depth="inverted",
+        control_latent="mean",
+        control_positions="made",
+        control_joint="zeros",
+        control_shift_of="each",
+        control_spread="repeated",
+        control_after_last=True,
+        control_window="percents",
+        control_timestep="net",
     ),
     "reference": Profile(
         name="reference",
@@ -220,6 +255,13 @@ PROFILES: dict[str, Profile] = {
         mask_values="soft",
         mask_acts="around_model",
         inpaint_shift=True,
+        control_canny="bytes",
+        control_latent="sampled_once",
+        control_shift_of="each",
+        control_spread="repeated",
+        control_after_last=True,
+        control_skip=False,
+        control_timestep="wide",
     ),
 }
 

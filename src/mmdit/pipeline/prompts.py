@@ -12,6 +12,7 @@ from torch import Tensor
 from encoders import Conditioning, checked_prompts
 from mmdit.models.config import MMDiTConfig
 from mmdit.pipeline.arguments import check_tensor
+from mmdit.pipeline.control import Control
 from mmdit.utils import number
 from samplers import Window, gap, percents
 
@@ -34,6 +35,7 @@ class Ranged:
     conditioning: Conditioning
     start: float = 0.0
     stop: float = 1.0
+    control: tuple[Control, ...] = ()  # ControlNets that act on it, as `Pipeline.control` makes them
 
     def __post_init__(self) -> None:
         for name in ("start", "stop"):

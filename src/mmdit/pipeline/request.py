@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmdit.pipeline.arguments import LEAST_TILE, check_latents, check_output_type
 from mmdit.pipeline.callbacks import OnStepEnd, tensor_inputs_of
+from mmdit.pipeline.control_inputs import ControlInput, check_counts
 from mmdit.pipeline.hires import Hires
 from mmdit.pipeline.image_inputs import ImageInputs, PictureSize
 from mmdit.pipeline.images import OutputType
@@ -36,6 +37,7 @@ class Request:
     images: ImageInputs | None  # pictures to start from
     size: PictureSize  # of the drawing
     plan: SamplingPlan
+    controls: tuple[ControlInput, ...]  # ControlNets with their hints
     hires: Hires | None  # a second pass
     second: SamplingPlan | None  # its plan
     max_sequence_length: int | None
@@ -70,6 +72,7 @@ def make_request(
     latents: Tensor | None,
     images: ImageInputs | None,
     hires: Hires | None,
+    controls: tuple[ControlInput, ...],
     num_images_per_prompt: int | None,
     max_sequence_length: int | None,
     callback: OnStepEnd | None,
@@ -104,6 +107,8 @@ def make_request(
             raise ValueError("padding_mask_crop pastes pictures, and output_type 'latent' gives none; use another one")
         images, size = images.cropped(size), size._replace(cut=False)
     plan = pipe._plan(shape, generator=drawn_by, from_picture=images is not None, **sampling)
+    check_counts(controls, count)
+    pipe._check_nets([one.net for one in controls])
     if latents is not None and not plan.solver.is_stochastic:
         check_draws_nothing(seed=seed)
     against = negatives.for_each(len(prompts), config) if plan.uses_uncond else None
@@ -126,6 +131,7 @@ def make_request(
         images=images,
         size=size,
         plan=plan,
+        controls=controls,
         hires=hires,
         second=second,
         max_sequence_length=max_sequence_length,

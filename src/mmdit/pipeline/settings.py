@@ -57,7 +57,7 @@ _ADDED = {
     "guidance": 2,
     "model_digest": 3,
     **dict.fromkeys(("image", "image_digest", "mask_image", "mask_digest", "strength", "padding_mask_crop"), 4),
-    **dict.fromkeys(("keep_outside", "differential", "hires", "fit", "outpaint"), 4),
+    **dict.fromkeys(("keep_outside", "differential", "hires", "fit", "outpaint", "control"), 4),
 }
 # What Pillow raises for broken files: chunks that are cut short are an IndexError, a struct.error or the like.
 _BROKEN = (
@@ -116,6 +116,8 @@ class Settings:
     fit: str = ""  # how the command line brought the picture to this size: crop, pad or stretch
     outpaint: str = ""  # the borders that the command line added, in pixels: LEFT,TOP,RIGHT,BOTTOM,FEATHER
     hires: str = ""  # a second pass, as `mmdit.Hires.from_text` reads it
+    # ControlNets, joined by ";": kind:scale:start:end:net=digest:hint=digest of each.
+    control: str = ""
     library_version: str = field(default=__version__, repr=False)
     format_version: int = field(default=FORMAT_VERSION, repr=False)
 

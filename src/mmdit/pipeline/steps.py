@@ -12,9 +12,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from encoders import Conditioner, Conditioning, TextRules, checked_prompts, decode_tiled, encode_tiled
+from mmdit.models.controlnet import ControlNet
 from mmdit.pictures.read import PictureLike
 from mmdit.pipeline.arguments import LEAST_TILE, Shift, check_latents, check_tensor
 from mmdit.pipeline.base import PipelineModels
+from mmdit.pipeline.control import Control
+from mmdit.pipeline.control_inputs import (
+    ControlInput,
+    ControlNetLike,
+    Numbers,
+    check_counts,
+    control_inputs,
+    make_control,
+    takes_shift,
+)
 from mmdit.pipeline.failures import check_all_finite, check_finite
 from mmdit.pipeline.guidance import GuidanceLike
 from mmdit.pipeline.image_inputs import ImageInputs, PictureSize, image_inputs, masks_of
@@ -306,6 +317,74 @@ class PipelineSteps(PipelineModels):
         tile = None if tile is None else whole("tile", tile, LEAST_TILE)
         return self._encoded_images(inputs, size, inputs.count, drawn_by, tile, mean=mean)
 
+    @torch.no_grad()
+    def control(
+        self,
+        controlnet: ControlNetLike,
+        control_image: PictureLike,
+        control_mask: PictureLike | None = None,
+        *,
+        count: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        scale: Numbers = 1.0,
+        start: Numbers = 0.0,
+        stop: Numbers = 1.0,
+        guided: bool = True,
+    ) -> tuple[Control, ...]:
+        """The controls of a conditioning, for `mmdit.Ranged` and `sample`: nets with their hints encoded.
+
+            control = pipe.control(net, edges)
+            cond, uncond = (Ranged(pipe.encode(text), control=control) for text in ("a red circle", ""))
+            for step in pipe.sample([cond], [uncond], pipe.noise(seed=1)): ...
+
+        Args:
+            controlnet, control_image, control_mask: see `mmdit.Pipeline.__call__`.
+            count: pictures that are drawn.
+            height, width: of the drawing in pixels; None is the model's own size.
+            scale, start, stop: `controlnet_conditioning_scale`, `control_guidance_start` and `control_guidance_end`.
+            guided: whether an unconditional branch runs, which the profile "diffusers" gives noise of its own.
+
+        Raises:
+            TypeError, ValueError: see `mmdit.pipeline.control_inputs.control_inputs`.
+        """
+        inputs = control_inputs(
+            controlnet,
+            control_image,
+            control_mask,
+            scale=scale,
+            start=start,
+            stop=stop,
+            config=self.transformer.config,
+        )
+        count, cell = whole("count", count, 1), self.vae.config.downscale
+        rows, columns = self._latent_shape(count, height, width)[2:]
+        return self._controls(inputs, PictureSize(rows * cell, columns * cell, cut=False), count, guided=guided)
+
+    def _controls(
+        self, inputs: Sequence[ControlInput], size: PictureSize, count: int, *, guided: bool
+    ) -> tuple[Control, ...]:
+        """The nets of a call with their hints encoded."""
+        if not inputs:
+            return ()
+        check_counts(inputs, count)
+        self._check_nets([one.net for one in inputs])
+        self._enter("vae")
+        first = takes_shift(inputs[0].net, self.profile) if self.profile.control_shift_of == "first" else None
+        return tuple(
+            make_control(one, self.vae, self.profile, size, count, twice=guided, shifted=first) for one in inputs
+        )
+
+    def _check_nets(self, nets: Sequence[ControlNet]) -> None:
+        """Raise ValueError for a net on another device than the transformer; with `offload` it is brought there."""
+        device = self.transformer.pos_embed.device
+        for net in nets if self._turns is None else ():
+            if net.pos_embed_input.proj.weight.device != device:
+                raise ValueError(
+                    f"the ControlNet is on {net.pos_embed_input.proj.weight.device}, the transformer on {device}: "
+                    f"net.to({str(device)!r})"
+                )
+
     def decode(
         self, latent: Float[Tensor, "b c h w"], *, tile: int | None = None, finite: bool = True
     ) -> Float[Tensor, "b 3 h8 w8"]:
@@ -508,7 +587,7 @@ class PipelineSteps(PipelineModels):
         prediction = self._here.predictions
 
         def announce(batch: tuple[Branch, ...]) -> None:
-            self._enter("transformer")
+            self._enter("transformer", also=[one.net for one in batch[0].control])
             for watcher in watchers:
                 watcher(Pass(step, sigma, batch, len(x), prediction))
 

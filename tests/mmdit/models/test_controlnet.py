@@ -11,6 +11,7 @@ from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.load import load_controlnet
 from mmdit.models.controlnet import made_pos_embed
 from mmdit.models.layers import sincos_pos_embed
+from recorded_runs import embeddings
 
 
 def inputs(net, rows=4, columns=6, batch=2):
@@ -39,7 +40,7 @@ def test_recorded_residuals(tmp_path):
     model = recorded.transformer("sd35l4")
     x, sigma = numbers["r.forward.x"], numbers["r.forward.sigma"]
     context, pooled = (
-        torch.cat([numbers[f"embeds.{name}"], numbers[f"embeds.negative_{name}"]]).float()
+        torch.cat([embeddings()[name], embeddings()[f"negative_{name}"]]).float()
         for name in ("prompt_embeds", "pooled_prompt_embeds")
     )
     tokens = model.x_embedder(x) + model.cropped_pos_embed(*x.shape[2:])
