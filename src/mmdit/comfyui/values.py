@@ -12,6 +12,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 from torch import Tensor
 
 from encoders import CLIPText, Conditioning, T5Encoder, Tokenizers
+from mmdit.checkpoints.lora import Lora
 from mmdit.models.mmdit import MMDiT
 from samplers import Solver
 
@@ -64,13 +65,15 @@ Prompts = tuple[Prompt, ...]  # CONDITIONING
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """CLIP: the text encoders that a file or several files hold, and the layer whose output counts."""
+    """CLIP: the text encoders that a file or several files hold, the layer whose output counts, and LoRAs on them."""
 
     clip_l: CLIPText | None
     clip_g: CLIPText | None
     t5: T5Encoder | None
     tokenizers: Tokenizers
     layer: int | None = None  # counted from the end, -1 is the last; None is -2 for CLIP, and T5's last
+    base: Clip | None = None  # without LoRAs; None where there is none
+    loras: tuple[tuple[Lora, float], ...] = ()
 
 
 class Predicted(NamedTuple):
@@ -94,10 +97,13 @@ MaskRule = Callable[[Tensor, float, Tensor], Tensor]  # (mask, sigma, the drawin
 class Model:
     """MODEL: a transformer, the shift of its schedules, and what model patches do around its predictions.
 
-    The patches are made anew for each drawing, because some remember the step before.
+    The patches are made anew for each drawing, because some remember the step before. LoRAs act on the weights of
+    `base`, all together, so that 16-bit and float8 weights are rounded once.
     """
 
     transformer: MMDiT
+    base: MMDiT | None = None  # without LoRAs; None where there is none
+    loras: tuple[tuple[Lora, float], ...] = ()  # with their strengths
     shift: float = 3.0
     before: tuple[Callable[[], Before], ...] = ()
     mixing: Mixing | None = None

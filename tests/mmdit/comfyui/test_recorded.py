@@ -38,15 +38,10 @@ QUICK = (
     "custom.advanced_split",
     "custom.basicguider_inpaint",
     "custom.flipsigmas_unsample",
+    "workflow.lora_kohya_te1",
     "workflow.template_simple_all_in_one",
 )
-UNKNOWN = {"LoraLoader"}  # nodes that are not built yet
-NAMES = [
-    name
-    for name, case in recorded.cases().items()
-    if (os.environ.get("MMDIT_FULL") == "1" or name in QUICK)
-    and not any(node["class_type"] in UNKNOWN for node in case["graph"].values())
-]
+NAMES = [name for name in recorded.cases() if os.environ.get("MMDIT_FULL") == "1" or name in QUICK]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,4 +61,4 @@ def test_a_recorded_workflow_gives_the_recorded_values(run, name):
 def test_quick_cases_use_every_class_that_was_recorded():
     classes = [{node["class_type"] for node in recorded.cases()[name]["graph"].values()} for name in QUICK]
     all_of_them = {node["class_type"] for case in recorded.cases().values() for node in case["graph"].values()}
-    assert all_of_them - set().union(*classes) - UNKNOWN <= {"ImageScale", "LatentUpscale"}  # see tests of pictures
+    assert all_of_them - set().union(*classes) <= {"ImageScale", "LatentUpscale"}  # see tests of pictures

@@ -120,8 +120,8 @@ def _from_files(context: Context, names: Sequence[str], type: str) -> Clip:
 
 
 def _clip(context: Context, encoders: dict[str, Any]) -> Clip:
-    has = {name: name in encoders for name in _ENCODERS}
-    return Clip(**{name: encoders.get(name) for name in _ENCODERS}, tokenizers=context.tokenizers_for(**has))
+    tokenizers = context.tokenizers_for(**{name: name in encoders for name in _ENCODERS})
+    return Clip(encoders.get("clip_l"), encoders.get("clip_g"), encoders.get("t5"), tokenizers)
 
 
 def _round_to_float8(transformer: MMDiT, dtype: torch.dtype) -> None:

@@ -145,7 +145,7 @@ def apg(model: Model, eta: float, norm_threshold: float, momentum: float) -> Mod
             if norm_threshold > 0:
                 norm = push.norm(p=2, dim=(1, 2, 3), keepdim=True)
                 push = push * torch.minimum(torch.ones_like(norm), norm_threshold / norm)
-            unit = found.cond / found.cond.norm(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+            unit = found.cond / found.cond.norm(p=2, dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
             along = (push * unit).sum(dim=(1, 2, 3), keepdim=True) * unit
             push = push - along + eta * along
             return found.uncond + push + (found.cond - found.uncond) / found.scale
