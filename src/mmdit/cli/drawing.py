@@ -18,6 +18,7 @@ from mmdit._version import __version__
 from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.console import Note
 from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, is_file, load
+from mmdit.cli.inputs import Inputs, read_inputs
 from mmdit.cli.long_runs import note_long_run
 from mmdit.cli.outputs import Output, outputs
 from mmdit.cli.usage import DTYPES, UsageError, exists, usage_errors
@@ -59,6 +60,13 @@ TAKEN = {
     "model": "model",
     "dtype": "dtype",
     "quant": "quant",
+    "strength": "strength",
+    "padding_mask_crop": "padding_mask_crop",
+    "keep_outside": "keep_outside",
+    "differential": "differential",
+    "fit": "fit",
+    "outpaint": "outpaint",
+    "hires": "hires",
 }
 LEAST = {"height": 1, "width": 1, "steps": 1, "max_sequence_length": 2, "vae_tile": 64, "batch": 1, "threads": 1}
 
@@ -77,6 +85,7 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     before = None if options.settings is None else _settings(options.settings)
     ask = _filled(options, before, note)
     profile = _checked(ask, before, note)
+    inputs = read_inputs(ask, before, profile, note)
     pictures = list(product(ask.prompts, ask.seed))
     with usage_errors():
         output, sheet = outputs(ask.output, ask.grid, len(pictures))
@@ -85,7 +94,7 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
         note(f"{ask.settings} was drawn with other weights than those of {ask.model}, so its picture will differ")
     note_long_run(pipe, ask, len(pictures), note)
     drawn, names = [], output.names()
-    for number, (image, settings) in enumerate(_drawn(pipe, ask, pictures), 1):
+    for number, (image, settings) in enumerate(_drawn(pipe, ask, pictures, inputs), 1):
         path = output.write(names, image, settings.to_json(), _workflow(settings))
         place = f"; picture {number} of {len(pictures)}" if len(pictures) > 1 else ""
         yield f"wrote {path} ({image.width} x {image.height}, seed {settings.seed}{place})"
@@ -262,7 +271,9 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
     return pipe
 
 
-def _drawn(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[tuple[Any, Settings]]:
+def _drawn(
+    pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture], inputs: Inputs
+) -> Iterator[tuple[Any, Settings]]:
     """All pictures in their order, each with its settings."""
     for batch in _batches(pipe, ask, pictures):
         try:
@@ -281,11 +292,13 @@ def _drawn(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Itera
                 max_sequence_length=ask.max_sequence_length,
                 vae_tile=ask.vae_tile,
                 progress=False if ask.quiet else None,
+                **inputs.arguments,
             )
         except MemoryError as error:
             options = "--offload stages, --vae-tile 256, a smaller --batch, --height and --width, --dtype bfloat16"
             raise MemoryError(f"{error}. On the command line: {options}") from error
-        yield from zip(drawn.images, drawn.settings, strict=True)
+        for image, settings in zip(drawn.images, drawn.settings, strict=True):
+            yield image, replace(settings, **inputs.settings)
 
 
 def _batches(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:

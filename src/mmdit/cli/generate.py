@@ -45,6 +45,12 @@ EXAMPLES = """examples:
   many prompts on a small GPU, written to pets/cat-0.png, pets/cat-1.png ...:
     mmdit generate --prompts cats.txt -m sd3.5-large/ -o pets/cat.png \\
       --offload stages --vae-tile 256
+  a picture of your own, drawn anew where a mask is white:
+    mmdit generate "a red hat" -m sd3.5-large/ --image cat.jpg --mask head.png --strength 0.8
+  64 pixels more at the left and the right:
+    mmdit generate "a cat in a room" -m sd3.5-large/ --image cat.jpg --outpaint 64,0,64,0
+  a second pass at one and a half times the size:
+    mmdit generate "a cat" -m sd3.5-large/ --hires 1.5
   the same picture again, with its seed and settings but more steps:
     mmdit generate --settings cat.png --steps 50 -o finer.png
 
@@ -59,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options. Options that are not given are None, so that the settings of a picture can fill them in."""
     parser.set_defaults(wrong=parser.error)
     _add_what(parser.add_argument_group("what to draw"))
+    _add_from(parser.add_argument_group("from which picture"))
     _add_model(parser.add_argument_group("with which model"))
     _add_how(parser.add_argument_group("how to draw"))
     _add_where(parser.add_argument_group("where to write"))
@@ -74,6 +81,28 @@ def _add_what(group: argparse._ArgumentGroup) -> None:
     say("--seed", nargs="+", type=seed_value, metavar="N", help=seed)
     again = "draw this picture again with the settings stored in it; options on the command line take precedence"
     say("--settings", metavar="PICTURE.png", help=again)
+
+
+def _add_from(group: argparse._ArgumentGroup) -> None:
+    say = group.add_argument
+    image = "a picture to start from: PNG, JPEG, WEBP, GIF, BMP, TIFF or PPM (default: noise alone)"
+    say("--image", metavar="FILE", help=image)
+    strength = "how much of it is drawn anew, 0 to 1 (default: the profile's; diffusers: 0.6; with --outpaint: 1)"
+    say("--strength", type=float, metavar="X", help=strength)
+    mask = "where it is drawn anew: a picture of the same size, white is drawn and black stays (default: everywhere)"
+    say("--mask", metavar="FILE", help=mask)
+    crop = "draw only the part around the mask, with so many pixels more on each side, and paste it back (default: all)"
+    say("--padding-mask-crop", type=int, metavar="PIXELS", help=crop)
+    outside = "lay the given picture over the drawing outside of the mask, pixel by pixel (default: off)"
+    say("--keep-outside", action="store_true", default=None, help=outside)
+    grays = "let the grays of the mask say how late a place may change; with a number, that share of it (default: off)"
+    say("--differential", nargs="?", type=float, const=1.0, metavar="X", help=grays)
+    borders = "enlarge the picture by these pixels and draw there, such as 64,0,64,0 (default: none)"
+    say("--outpaint", metavar="LEFT,TOP,RIGHT,BOTTOM", help=borders)
+    fit = "how the picture comes to --height and --width: cut, filled up with its border lines, or stretched (default: "
+    say("--fit", choices=("crop", "pad", "stretch"), help=f"{fit}as the profile has it)")
+    hires = "draw again, larger by this factor: 1.5, or '1.5 strength=0.4 steps=14 filter=bislerp space=latent'; an "
+    say("--hires", metavar="'X NAME=VALUE ...'", help=f"{hires}unknown name lists them all (default: once)")
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:

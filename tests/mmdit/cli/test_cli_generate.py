@@ -551,7 +551,7 @@ def test_help_loads_no_torch_and_names_what_there_is():
 
 def test_examples_of_the_help_are_commands():
     commands = re.findall(r"^ {4}(mmdit .*)$", EXAMPLES.replace("\\\n", ""), re.MULTILINE)
-    assert len(commands) == EXAMPLES.count("    mmdit ") == 6
+    assert len(commands) == EXAMPLES.count("    mmdit ") == 9
     for command in commands:
         options = app.parser().parse_args(shlex.split(command)[1:])
         generate.check_usage(options)
