@@ -1,4 +1,4 @@
-"""Checks of the arguments of a pipeline: each error says what was found, what is expected and what to give."""
+"""Checks of a pipeline's arguments; each error tells what was found, what is expected and what to give."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmdit.utils import is_boolean, number, shortened
 from quant.recipe import Recipe, as_recipe
 from samplers import pick, resolution_shift
 
-LEAST_TILE = 16  # pixels of a side; a tile of one pixel would take a layer's call for each
+LEAST_TILE = 16  # pixels a side; with smaller tiles the calls of layers would cost more than their work
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Offload = Literal["stages"]
 Shift = float | Literal["resolution"] | None
 
 
 def profile_of(profile: str | Profile, preset: str | None = None) -> Profile:
-    """The profile of this name, or the profile itself, with the settings of a preset as its defaults.
+    """The profile, given itself or by name, with the settings of a preset as its defaults.
 
     Raises:
         ValueError: a name is unknown; the nearest names are listed.
@@ -33,15 +33,15 @@ def profile_of(profile: str | Profile, preset: str | None = None) -> Profile:
 
 
 def checked_offload(offload: str | None) -> str | None:
-    """The argument `offload`; raises ValueError unless it is None or "stages"."""
+    """Return the argument `offload`, or raise ValueError unless it is None or "stages"."""
     return offload if offload is None else pick({"stages": offload}, offload, "offload")
 
 
 def checked_quant(quant: str | Recipe | None) -> Recipe | None:
-    """The recipe, or the one of that name.
+    """The recipe, given itself or by name.
 
     Raises:
-        ValueError: an unknown name, or a recipe with static activations, whose scales take a calibration.
+        ValueError: the name is unknown, or the recipe has static activations, whose scales need a calibration.
     """
     if quant is None:
         return None
@@ -62,13 +62,13 @@ def shift_for(shift: Shift, default: float, sides: Sequence[int], patch: int) ->
     """The argument `shift` as a number.
 
     Args:
-        shift: a number above 0; None is the default; "resolution" goes by the size of the latents.
+        shift: a number above 0; None for the default; "resolution" to compute it from the size of the latents.
         default: the model's shift.
         sides: height and width of the latents, in cells.
         patch: the transformer's patch size, in cells.
 
     Raises:
-        ValueError: it is something else, or no finite number above 0.
+        ValueError: `shift` is neither a finite number above 0 nor "resolution".
     """
     if shift is None:
         return default
@@ -82,7 +82,7 @@ def shift_for(shift: Shift, default: float, sides: Sequence[int], patch: int) ->
 
 
 def check_tensor(name: str, value: object, *, finite: bool = False) -> None:
-    """Raise TypeError or ValueError unless a value is a dense tensor of floating-point numbers, and those finite."""
+    """Raise TypeError or ValueError unless a value is a dense floating-point tensor (with `finite`, a finite one)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, expected a tensor of floating-point numbers")
     if value.layout != torch.strided or value.dtype not in _FLOATS or value.device.type == "meta":
@@ -98,15 +98,15 @@ def cells(pixels: int, name: str, config: MMDiTConfig, cell: int, unit: int) -> 
     """The number of latent cells along a side of a picture.
 
     Args:
-        pixels: of the side.
-        name: of the argument, for errors.
-        config: the transformer's.
-        cell: pixels of a side of a latent cell.
-        unit: the number of cells that a side is a multiple of.
+        pixels: length of the side.
+        name: the argument's name, for errors.
+        config: the transformer's config.
+        cell: pixels per latent cell.
+        unit: the side must be a multiple of this number of cells.
 
     Raises:
-        TypeError: `pixels` is no whole number.
-        ValueError: it is no such multiple, or larger than the transformer's position table.
+        TypeError: `pixels` is not a whole number.
+        ValueError: it is not such a multiple, or exceeds the transformer's position table.
     """
     try:
         pixels = index("" if is_boolean(pixels) else pixels)  # type: ignore[arg-type] # no index of a string
@@ -125,7 +125,7 @@ def cells(pixels: int, name: str, config: MMDiTConfig, cell: int, unit: int) -> 
 def check_latents(
     latents: Tensor, count: int, config: MMDiTConfig, cell: int, unit: int, height: int | None, width: int | None
 ) -> None:
-    """Raise ValueError unless there are `count` finite latents, of a size that the model draws and that was given."""
+    """Raise ValueError unless there are `count` finite latents of a size that the model supports and that was given."""
     check_tensor("latents", latents, finite=True)
     most = config.patch_size * config.pos_embed_size
     drawn = all(unit <= side <= most and side % unit == 0 for side in latents.shape[2:])

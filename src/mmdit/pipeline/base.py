@@ -1,4 +1,4 @@
-"""The models of a pipeline: where they are, how they compute, and what the drawings of a thread share."""
+"""The models of a pipeline: their devices and dtypes, acceleration, and the state of each thread's drawings."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ class PipelineModels:
         parts: the models.
         profile: a name of `mmdit.PROFILES`, or a profile of your own (`dataclasses.replace`).
         preset: a name of `mmdit.PRESETS`: steps, guidance, sampler and shift of a kind of model.
-        offload: "stages" keeps the models where they are; text encoders, transformer and VAE take turns on `device`.
-        device: where models compute with `offload`.
+        offload: "stages" keeps the models where they are, and moves text encoders, transformer and VAE to `device` in
+            turn.
+        device: the device that models compute on with `offload`.
         quant: a name of `quant.RECIPES` or a `quant.Recipe`. Linears of the transformer and of T5 are quantized to
             float8, except those of `quant.quantize.KEPT`. A model that was float8 in its file stays as it is; if the
             transformer's recipe in the file is another one, that is an error.
-        name: what the settings of a picture call the model.
+        name: the model's name in the settings of a picture.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class PipelineModels:
         self.clip_g: CLIPText | None = parts.clip_g
         self.t5, self.name = parts.t5, name
         self.profile = profile_of(profile, preset)
-        self.sampling = parts.sampling  # the scheduler's config, where it says more than a shift
+        self.sampling = parts.sampling  # the scheduler's config, where it contains more than a shift
         self.shift = self.profile.shift if parts.shift is None else parts.shift
         if self.sampling is not None:
             self.profile = with_sampling(self.profile, self.sampling)
@@ -78,22 +79,22 @@ class PipelineModels:
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
         self._here = _PerThread()
-        self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # of the transformer in this state
+        self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # (state of the weights, their digest)
         self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
         self._turns = None if checked_offload(offload) is None else Turns(resolve_device(device))
 
     @property
     def watchers(self) -> list[Watcher]:
-        """Called before every pass of the transformer in this thread."""
+        """Functions that are called before every pass of the transformer in this thread."""
         return self._here.watchers
 
     @property
     def planners(self) -> list[Planner]:
-        """Called before the first pass of every drawing of this thread."""
+        """Functions that are called before the first pass of every drawing of this thread."""
         return self._here.planners
 
     def __repr__(self) -> str:
-        """What the pipeline is made of: each model with its size, dtype, device and quantization."""
+        """A line about the profile, and one about the size, dtype, device and quantization of each model."""
         profile = self.profile
         lines = [
             f"{type(self).__name__} {self.name!r}, profile {profile.name}: {profile.steps} steps, guidance "
@@ -103,12 +104,12 @@ class PipelineModels:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models that are there and the tokenizers, by name."""
+        """The loaded models and the tokenizers, by name."""
         return {**dict[str, Any](self.models.items()), "tokenizers": self.tokenizers}
 
     @property
     def models(self) -> dict[Component, nn.Module]:
-        """The models that are there, by component."""
+        """The loaded models, by component."""
         every: dict[Component, nn.Module | None] = {
             "transformer": self.transformer,
             "vae": self.vae,
@@ -131,14 +132,14 @@ class PipelineModels:
     def to(self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move or cast all models, as `nn.Module.to` does: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, or both.
 
-        With `offload` the models stay where they are, and take their turns on the new device.
+        With `offload` the models stay where they are, and from now on compute on the new device in turn.
 
         Args:
             device: a name, "auto" or a `torch.device`; a dtype is taken for `dtype`.
-            dtype: of weights and arithmetic; None keeps it.
+            dtype: the dtype of weights and arithmetic; None keeps it.
 
         Raises:
-            ValueError: there is no such device here, or two dtypes are given.
+            ValueError: this machine has no such device, or two dtypes are given.
         """
         if isinstance(device, torch.dtype):
             if dtype is not None:
@@ -156,7 +157,7 @@ class PipelineModels:
 
     @property
     def digest(self) -> str:
-        """What settings of a picture call the weights of the transformer, see `mmdit.pipeline.settings.digest_of`."""
+        """The digest of the transformer's weights that settings contain, see `mmdit.pipeline.settings.digest_of`."""
         tensors = (*self.transformer.parameters(), *self.transformer.buffers())  # what LoRAs attach are buffers
         state = tuple((id(tensor), tensor._version) for tensor in tensors)
         if self._digest is None or self._digest[0] != state:
@@ -164,22 +165,25 @@ class PipelineModels:
         return self._digest[1]
 
     def accelerate(self, *, graph: bool | None = None, attention: str | None = None) -> AccelerationReport:
-        """Draw faster from now on, by a second forward of the transformer over the same parameters.
+        """Draw faster from now on, with a second forward of the transformer over the same parameters.
 
-        It has few kernels (Triton), the best exact attention that is installed, the modulation of all steps computed
-        at once, and each step as a CUDA graph. Where there is no Triton or no GPU, the report says what is left out.
-        It rounds a little differently; its error is no larger. A changed weight is noticed at the next drawing. What
-        looks inside (`mmdit.capture`, `patch`, `attention_maps`) refuses an accelerated pipeline: call `plain` first.
+        It uses few, fused kernels (Triton) and the fastest exact attention that is installed, computes the modulation
+        of all steps at once, and runs each step as a CUDA graph. Without Triton or a GPU, the report lists what is
+        left out. Results are rounded a little differently, with no larger error. Changes of weights take effect at the
+        next drawing. `mmdit.capture`, `patch` and `attention_maps` refuse an accelerated pipeline: call `plain` first.
 
         Args:
-            graph: record steps as CUDA graphs; None does on a GPU. A graph holds up to a gigabyte, see the report.
-            attention: "cudnn", "flash", "flash-attn-4" or "flash-attn-3"; None measures those that are installed.
+            graph: whether to record steps as CUDA graphs; None does so on a GPU. A graph takes up to a gigabyte of
+                memory, see the report.
+            attention: "cudnn", "flash", "flash-attn-4" or "flash-attn-3"; None measures those that are installed and
+                takes the fastest.
 
         Returns:
-            What was chosen. Attention and graphs are filled in as pictures are drawn: print it after the first.
+            The choices. Attention and graphs are filled in while pictures are drawn: print it after the first one.
 
         Raises:
-            ValueError: the pipeline has `offload`; the transformer is compiled, hooked or changed; no such kernel.
+            ValueError: the pipeline has `offload`; the transformer is compiled, hooked or changed; or there is no such
+                kernel.
         """
         if self._turns is not None:
             raise ValueError(
@@ -191,7 +195,7 @@ class PipelineModels:
         return self.accelerated.report()
 
     def plain(self) -> None:
-        """Undo `accelerate`: draw by the transformer's own forward, and free graphs and tables."""
+        """Undo `accelerate`: draw with the transformer's own forward, and free graphs and tables."""
         if self.accelerated is not None:
             self.accelerated.close()
             self.accelerated = None
@@ -206,7 +210,7 @@ class PipelineModels:
             self._turns.enter([*(model for name, model in self.models.items() if name in names), *also])
 
     def _cells(self, pixels: int | None, name: str) -> int:
-        """The latent cells along a side of so many pixels."""
+        """The number of latent cells along a side of this many pixels."""
         config = self.transformer.config
         if pixels is None:
             return config.sample_size or 128
@@ -214,17 +218,17 @@ class PipelineModels:
 
     @property
     def _unit(self) -> int:
-        """What the sides of a latent are multiples of."""
+        """The number of cells that the sides of a latent are multiples of."""
         return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
 
     @contextmanager
     def _drawing(self, what: str) -> Iterator[None]:
-        """Explain running out of memory; with `offload`, leave nothing on the device, whatever happens."""
+        """Explain running out of memory; with `offload`, leave no model on the device, also after an error."""
         if self._turns is None:
             with explained_memory_errors(self.models, what):
                 yield
             return
-        with self._turns.lock:  # the models are on one device in turn, so one thread draws at a time
+        with self._turns.lock:  # the models share the device in turn, so one thread draws at a time
             try:
                 with explained_memory_errors(self.models, what):
                     yield
@@ -233,20 +237,20 @@ class PipelineModels:
 
 
 class _PerThread(threading.local):
-    """What belongs to the drawings of one thread. A copy or a pickle of it is empty."""
+    """The state of the drawings of one thread. A copy or a pickle of it is empty."""
 
     def __init__(self) -> None:
         self.watchers: list[Watcher] = []
         self.planners: list[Planner] = []
-        self.predictions = 0  # calls of `predict` until now
-        self.call: CallState | None = None  # what callbacks see of the drawing
+        self.predictions = 0  # number of calls of `predict` so far
+        self.call: CallState | None = None  # the values that callbacks read and write
 
     def __reduce__(self) -> tuple[type[_PerThread], tuple[()]]:
         return type(self), ()
 
 
 def _line(called: str, model: nn.Module) -> str:
-    """A line about a model."""
+    """A line with the size, dtype, device and quantization of a model."""
     weights = list(model.parameters())
     dtypes = " and ".join(sorted({str(one.dtype).removeprefix("torch.") for one in weights}))
     devices = " and ".join(sorted({str(one.device) for one in weights}))

@@ -1,4 +1,4 @@
-"""Calibration: what the transformer's Linears read while prompts are drawn, and quantization with what was seen."""
+"""Calibration: statistics of the inputs of the transformer's Linears while prompts are drawn, and their use."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _BEFORE = "calibrate and fold before quantizing"
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the transformer's Linears read: statistics by the name of the Linear, the prompts, and the steps of each."""
+    """Statistics of the inputs of the transformer's Linears, by name of the Linear; the prompts, and steps of each."""
 
     observed: Mapping[str, Observed] = field(repr=False)
     prompts: tuple[str, ...]
     steps: int
 
     def amax(self, percentile: float = 100.0) -> dict[str, Tensor]:
-        """The largest absolute value each Linear read, or that percentile of them, float32 ().
+        """The largest absolute input of each Linear, or a percentile of the absolute inputs, float32 ().
 
         Raises:
-            ValueError: a Linear read nothing, or see `quant.Observed.percentile`.
+            ValueError: a Linear had no input; or see `quant.Observed.percentile`.
         """
         _check_all_ran(self)
         return {name: seen.percentile(percentile) for name, seen in self.observed.items()}
@@ -53,17 +53,17 @@ def calibrate(
     height: int | None = None,
     width: int | None = None,
 ) -> Calibration:
-    """Draw the prompts and count what the Linears of the transformer read, both branches of the guidance together.
+    """Draw the prompts, and collect statistics of the inputs of the transformer's Linears over all guidance branches.
 
     Args:
-        pipe: its transformer must be neither quantized nor compiled; nothing of it changes.
-        prompts: some tens, like those that will be drawn.
-        num_inference_steps, guidance_scale, height, width: of the drawings to come; None is the profile's.
-        seed: of the first picture; the seeds that follow are those of the other pictures.
+        pipe: the pipeline, which does not change. Its transformer must be neither quantized nor compiled.
+        prompts: some tens of prompts, similar to those that will be drawn.
+        num_inference_steps, guidance_scale, height, width: the values that will be drawn with; None is the profile's.
+        seed: the seed of the first picture; the other pictures have the seeds that follow it.
         batch: the number of pictures that are drawn at once.
 
     Raises:
-        ValueError: the transformer is quantized already or compiled, or a Linear read values that are not finite.
+        ValueError: the transformer is quantized already or compiled, or the input of a Linear is not finite.
     """
     prompts = checked_prompts(prompts)
     refuse_quantized(pipe.transformer, "the transformer", _BEFORE)
@@ -85,11 +85,11 @@ def calibrate(
 
 
 def folds_of(model: MMDiT) -> Iterator[Fold]:
-    """Every tensor between two Linears of the model out of which a scale or a mean can be moved.
+    """All tensors between two Linears of the model from which a scale or a mean can be moved into the Linears.
 
-    Inputs of qkv and of fc1 come from the shift and scale rows of adaLN. The input of attention's proj is a mean of
-    values, so the v rows of qkv make it; in joint attention, the v rows of both streams do. The input of fc2 is the
-    output of the GELU and stays as it is.
+    The inputs of qkv and of fc1 are computed by the shift and scale rows of adaLN. The input of attention's proj is a
+    weighted mean of values, so the v rows of qkv compute it, in joint attention those of both streams. The input of fc2
+    is the output of the GELU, from which nothing can be moved.
     """
     width = model.config.hidden_size
     for i, block in enumerate(model.joint_blocks):
@@ -118,19 +118,20 @@ def _adaln(stream: str, first: int, width: int) -> tuple[Rows, Rows]:
 
 
 def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: bool = False) -> int:
-    """Move means, then scales, out of the inputs of Linears; the model computes the same up to rounding.
+    """Move means, then scales, out of the inputs of Linears; the model's function stays the same up to rounding.
 
     Args:
-        model: changed in place.
-        seen: the calibration of this model as it is now; after the fold it is out of date.
-        smooth: the strength of `quant.folds.smoothing`, 0.5 as a rule; None leaves scales where they are.
-        mean: whether to take out the calibrated mean of each channel.
+        model: the transformer, which is changed in place.
+        seen: a calibration of the model in its present state; it does not apply to the model afterwards.
+        smooth: the strength of `quant.folds.smoothing`, usually 0.5; None moves no scales.
+        mean: whether to move the calibrated mean of each channel.
 
     Returns:
         The number of tensors that were changed.
 
     Raises:
-        ValueError: the model is quantized already, or a Linear read nothing in the calibration; it is then unchanged.
+        ValueError: the model is quantized already, or a Linear had no input in the calibration. The model is then
+            unchanged.
     """
     refuse_quantized(model, "the transformer", _BEFORE)
     _check_all_ran(seen)
@@ -145,7 +146,7 @@ def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: 
             _load(model, fold_mean(state, place, average))
             state = dict(model.state_dict())
         if smooth is not None:
-            # About what is left of the range once the mean is out; good enough for a factor.
+            # An estimate of the range after the mean is subtracted, which is precise enough for a factor.
             amax = torch.stack([reader.channel_amax for reader in readers]).amax(0)
             amax = (amax - average.abs()).clamp(min=0) if mean else amax
             weights = [state[f"{name}.weight"] for name in place.consumers]
@@ -169,15 +170,15 @@ def quantize_static(
     """Calibrate the transformer and quantize it with static scales; each option works alone.
 
     Args:
-        pipe: its transformer is changed in place.
+        pipe: the pipeline, whose transformer is changed in place.
         prompts, num_inference_steps, settings: see `calibrate`.
-        recipe: one with static activations.
+        recipe: a recipe with static activations.
         smooth, mean: see `fold`; the scales are then calibrated once more.
-        bias: take back by the biases what rounding the weights adds on average.
-        percentile: of the absolute values, which the scales reach; 100 is all of them.
+        bias: whether to correct the biases for the mean error that rounding the weights causes.
+        percentile: the percentile of the absolute inputs that the scales cover; 100 covers all of them.
 
     Raises:
-        ValueError: a recipe that is unknown or not static, a percentile that is none; see `calibrate` and
+        ValueError: the recipe is unknown or not static, or the percentile is out of range; see `calibrate` and
             `quant.quantize_`.
     """
     recipe = as_static_recipe(recipe)
@@ -197,10 +198,10 @@ def quantize_calibrated(
     bias: bool = False,
     percentile: float = 100.0,
 ) -> Report:
-    """Quantize with the scales of a calibration of this model as it is; see `quantize_static`.
+    """Quantize with the scales of a calibration of the model in its present state; see `quantize_static`.
 
     Raises:
-        ValueError: a recipe that is unknown or not static, a Linear that read nothing; see `quant.quantize_`.
+        ValueError: the recipe is unknown or not static, or a Linear had no input; see `quant.quantize_`.
     """
     recipe = as_static_recipe(recipe)
     before = dict(model.state_dict())
@@ -216,9 +217,9 @@ def correct_biases(model: MMDiT, before: Mapping[str, Tensor], seen: Calibration
     """Change the biases of quantized Linears so that their output keeps its mean; see `quant.folds.corrected_bias`.
 
     Args:
-        model: quantized.
-        before: its state before that.
-        seen: calibration of it before that.
+        model: the quantized model.
+        before: its state dict before quantization.
+        seen: a calibration of the model before quantization.
     """
     for name, observed in seen.observed.items():
         linear = model.get_submodule(name)

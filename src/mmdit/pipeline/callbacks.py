@@ -1,4 +1,4 @@
-"""What a call tells its caller after each step, and what the caller can change there: diffusers' callbacks."""
+"""Callbacks after each step, as in diffusers: the tensors that they are given, and the changes that they can make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmdit.pipeline.prompts import Ranged
 from mmdit.utils import shortened
 from samplers import Step, pick
 
-# (pipeline, step index, timestep, tensors by name) -> None, or the tensors to go on with, by name
+# (pipeline, step index, timestep, tensors by name) -> None, or changed tensors by name
 OnStepEnd = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
 TENSOR_INPUTS = ("latents", "denoised", "prompt_embeds", "pooled_prompt_embeds")
 _BY_DEFAULT = ("latents", "denoised")
@@ -25,7 +25,7 @@ def tensor_inputs_of(callback: OnStepEnd, names: Sequence[str] | None) -> tuple[
 
     Raises:
         ValueError: there is no tensor of that name.
-        TypeError: the callback is no function, or the names are no list.
+        TypeError: the callback is not a function, or the names are not a list.
     """
     if not callable(callback):
         raise TypeError(f"callback_on_step_end is {type(callback).__name__}, expected a function")
@@ -42,20 +42,20 @@ def tensor_inputs_of(callback: OnStepEnd, names: Sequence[str] | None) -> tuple[
 def after_step(
     callback: OnStepEnd, names: Sequence[str], pipe: object, run: Run, step: Step, sigma: float, dtype: torch.dtype
 ) -> None:
-    """Call `callback` as diffusers does, and go on with the tensors that it returns.
+    """Call `callback` as diffusers does, and continue with the tensors that it returns.
 
     Args:
         callback: see `OnStepEnd`.
-        names: of the tensors that it is given.
+        names: names of the tensors that it is given.
         pipe: the pipeline.
         run: the drawing.
-        step: that was just made.
-        sigma: the noise level that the step started from; the timestep is 1000 times that.
-        dtype: of the tensors that it is given.
+        step: the step that was just made.
+        sigma: the noise level at the beginning of the step; the timestep is 1000 times that.
+        dtype: the dtype of the tensors that it is given.
 
     Raises:
-        TypeError: the callback returned something else than a dict of tensors or None.
-        ValueError: it returned a tensor of another name or of another shape.
+        TypeError: the callback did not return None or a dict of tensors.
+        ValueError: it returned a tensor with a wrong name or shape.
     """
     given = {name: _tensor(name, run, step, dtype) for name in names}
     found = callback(pipe, step.i, torch.tensor(1000 * sigma, dtype=torch.float32, device=step.x.device), dict(given))
@@ -98,7 +98,7 @@ def _tensor(name: str, run: Run, step: Step, dtype: torch.dtype) -> Tensor:
 
 
 def _conditionings(run: Run) -> list[Conditioning]:
-    """The negative prompts, where they are read, and the prompts: in diffusers' order."""
+    """The conditionings in diffusers' order: negative prompts, where they are used, then prompts."""
     ranged = [*(run.uncond or ()), *run.cond] if run.plan.uses_uncond else list(run.cond)
     found = [one.conditioning for one in ranged]
     if len(found) > 2 or len({one.context.shape for one in found}) > 1:
@@ -110,7 +110,7 @@ def _conditionings(run: Run) -> list[Conditioning]:
 
 
 def _change_conditionings(run: Run, context: Tensor, pooled: Tensor) -> None:
-    """Go on with other embeddings: those of the prompts alone, or of the negative prompts and the prompts."""
+    """Continue with other embeddings, either of the prompts alone or of negative prompts and prompts."""
     pictures = run.plan.shape[0]
     if context.ndim != 3 or len(context) != len(pooled) or len(context) not in (1, pictures, 2 * pictures):
         raise ValueError(
@@ -126,7 +126,7 @@ def _change_conditionings(run: Run, context: Tensor, pooled: Tensor) -> None:
 
 
 class CallState:
-    """What diffusers' callbacks read and write on the pipeline while it draws."""
+    """The values that diffusers' callbacks read and write on the pipeline while it draws."""
 
     def __init__(self, guidance_scale: float) -> None:
         self.guidance_scale = guidance_scale
@@ -135,16 +135,16 @@ class CallState:
         self.run: Run | None = None
 
     def begin(self, run: Run) -> None:
-        """A drawing begins."""
+        """Start a drawing."""
         self.guidance_scale, self.num_timesteps = run.plan.guidance_scale, len(run.plan.sigmas) - 1
         self.interrupt, self.run = False, run
 
     def end(self) -> None:
-        """The drawing has ended; its numbers can still be read."""
+        """End the drawing; its values can still be read."""
         self.run = None
 
     def scale(self, guidance_scale: float) -> None:
-        """Go on with another guidance scale."""
+        """Continue with another guidance scale."""
         if self.run is None:
             raise AttributeError(
                 f"guidance_scale is an argument of the call: pipe(..., guidance_scale={shortened(guidance_scale)})"

@@ -1,4 +1,4 @@
-"""Argument names that users of diffusers type and that are other words here; misspelt names get the nearest one."""
+"""Errors for argument names of diffusers that have other names here, and for misspelt names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmdit.utils import shortened
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-# The argument's name: the values that change nothing, and what to do instead of any other value.
+# By argument: the values that have no effect, and what to do instead of giving any other value.
 Elsewhere = Mapping[str, tuple[tuple[Any, ...], str]]
 
 _ONE_PROMPT = "all encoders read one prompt here: give it as prompt, or mix encoded prompts by hand, see pipe.encode"
@@ -69,13 +69,13 @@ LOAD: Elsewhere = {
 
 
 def explains_names(elsewhere: Elsewhere) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """A decorator for functions with keyword arguments: unknown names get an error that says what to type.
+    """A decorator that gives unknown keyword arguments an error with the name to use instead.
 
     Args:
-        elsewhere: names that other libraries have for the same; with a value that changes nothing, they are left out.
+        elsewhere: argument names of other libraries; they are ignored with a value that has no effect.
 
     Raises:
-        TypeError: a name is unknown; our word for it, or the nearest name, is said.
+        TypeError: an argument is unknown; the message gives our name for it, or the nearest name.
     """
 
     def decorated(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -1,4 +1,4 @@
-"""Why a drawing failed: it ran out of memory, or a step gave values that are not finite."""
+"""Explanations of failed drawings: no memory was left, or a step gave values that are not finite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from samplers import Step
 
 @contextmanager
 def explained_memory_errors(models: Mapping[Component, nn.Module], what: str) -> Iterator[None]:
-    """Turn a failed allocation into a MemoryError that says what is in memory, what was asked for and what helps."""
+    """Turn a failed allocation into a MemoryError that tells what is in memory, what was requested and what helps."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
 
 def check_all_finite(values: Tensor, what: str) -> None:
-    """Raise FloatingPointError where values are NaN or infinite; their number is said."""
+    """Raise FloatingPointError, with their number, where values are NaN or infinite."""
     if bad := int((~torch.isfinite(values)).sum()):
         raise FloatingPointError(
             f"{bad} of {values.numel()} values of {what} are not finite; use a wider dtype, such as torch.float32"
@@ -55,13 +55,13 @@ PredictAgain = Callable[[Tensor, float, Sequence[Branch]], Sequence[Tensor]]
 
 
 def check_finite(step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> None:
-    """Raise FloatingPointError where the latent after a step is not finite; it names step, level and first layer.
+    """Raise FloatingPointError where the latent after a step is not finite, with the step, its level and the layer.
 
     Args:
         step: the step that was just made.
         calls: the calls of the model in this step.
-        predict: makes the predictions of a call again, without watchers.
-        transformer: the model whose layers are watched while it does.
+        predict: repeats the predictions of a call, without watchers.
+        transformer: the model, whose layers are checked while the predictions are repeated.
     """
     if bool(torch.isfinite(step.x).all()):
         return
@@ -88,7 +88,7 @@ def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module
 
 @contextmanager
 def _first_bad(model: nn.Module) -> Iterator[list[str]]:
-    """The names of layers with an output that is not finite, in the order in which they finish."""
+    """The names of the layers whose output is not finite, in the order in which they finish."""
     found: list[str] = []
 
     def watch(name: str) -> After:

@@ -1,4 +1,4 @@
-"""A pipeline from files, and back into files."""
+"""Loading a pipeline from files, and saving it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from samplers import ResolutionShift, SamplingDefaults
 
 
 class PipelineFiles(PipelineModels):
-    """Loading a pipeline from any layout of files, and saving it; `mmdit.Pipeline` draws with it."""
+    """The methods that load a pipeline from any layout of files and save it; `mmdit.Pipeline` inherits them."""
 
     @classmethod
     def demo(
@@ -38,10 +38,10 @@ class PipelineFiles(PipelineModels):
         offload: Offload | None = None,
         fast: bool = False,
     ) -> Self:
-        """Load the embedded model: 128 x 128 pictures of 1 to 4 shapes, as prompts of a small grammar say.
+        """Load the embedded model, which draws 128 x 128 pictures of 1 to 4 shapes.
 
-        "a large red circle above a blue star, on a white background": 7 shapes, 8 colours, 2 sizes, 6 backgrounds,
-        counts and relations; `mmdit.demo.captions` makes more.
+        Its prompts follow a small grammar, such as "a large red circle above a blue star, on a white background": 7
+        shapes, 8 colours, 2 sizes, 6 backgrounds, counts and relations. `mmdit.demo.captions` makes prompts.
 
         Args:
             device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`; the files hold float16.
@@ -62,10 +62,10 @@ class PipelineFiles(PipelineModels):
         offload: Offload | None = None,
         fast: bool = False,
     ) -> Self:
-        """Load whatever the source is: a file, a folder of any layout, a repository, or "demo".
+        """Load from any source: a file, a folder of any layout, a repository, or "demo".
 
         Args:
-            source: a path or name, or a `mmdit.checkpoints.load_pipeline.Source`, which says what goes with it.
+            source: a path or name, or a `mmdit.checkpoints.load_pipeline.Source`, which is a path with options.
             device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`.
 
         Raises:
@@ -100,27 +100,30 @@ class PipelineFiles(PipelineModels):
         """Load a folder in the official, diffusers or ComfyUI layout, or a repository of the Hugging Face Hub.
 
         Args:
-            folder: a folder, or "owner/name" of a repository, of which the files that are needed are downloaded.
-            device: where the models are loaded to and compute. "auto" is CUDA where there is one, else the CPU.
-            dtype: of weights and arithmetic. None keeps the dtype of the files, but on a CPU float16 and bfloat16
-                become float32, which is far faster there.
+            folder: a folder, or "owner/name" of a repository, from which the files that are needed are downloaded.
+            device: the device that the models are loaded to and compute on. "auto" is CUDA where there is one, else
+                the CPU.
+            dtype: the dtype of weights and arithmetic. None keeps the dtype of the files, but on a CPU float16 and
+                bfloat16 become float32, which is far faster there.
             quant: quantize transformer and T5 to float8: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
             profile: the reference whose behaviour to follow, a name of `mmdit.PROFILES` or an `mmdit.Profile`.
             preset: default settings of a kind of model, such as "turbo": a name of `mmdit.PRESETS`.
-            offload: "stages" keeps the models on the CPU; text encoders, transformer and VAE take turns on the device.
+            offload: "stages" keeps the models on the CPU, and moves text encoders, transformer and VAE to the device in
+                turn.
             fast: whether to `accelerate` the pipeline.
             revision: branch, tag or commit of the repository.
-            token: of the hub, for repositories that ask for one.
-            variant: which files of the repository, such as "fp16".
-            cache_dir: where downloads are kept.
+            token: an access token of the hub, for repositories that need one.
+            variant: the variant of the files, such as "fp16".
+            cache_dir: the folder of the cache of downloads.
             torch_dtype: diffusers' name for `dtype`.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            mmdit.CheckpointError: something is missing (what, from where, to where) or broken.
-            mmdit.HubError: the repository cannot be had; why, and what to do.
+            mmdit.CheckpointError: a file is broken, or files are missing; the message tells which, and where to get
+                them.
+            mmdit.HubError: the repository cannot be downloaded; the message tells why, and what to do.
         """
-        path = Path(folder) if folder == DEMO else folder  # a folder of that name, not the embedded model
+        path = Path(folder) if folder == DEMO else folder  # a folder with that name, not the embedded model
         source = Source(path, revision=revision, token=token, variant=variant, cache_dir=cache_dir)
         how: dict[str, Any] = {
             "device": device,
@@ -151,7 +154,7 @@ class PipelineFiles(PipelineModels):
         fast: bool = False,
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load a single file, with text encoders inside, given here, or lying beside it in `text_encoders/`.
+        """Load a single file; text encoders are in it, given as arguments, or beside it in `text_encoders/`.
 
         Args:
             path: a safetensors file that holds the transformer.
@@ -177,8 +180,8 @@ class PipelineFiles(PipelineModels):
         """Write all models and tokenizers into a new folder, and return its path. LoRAs are merged into the weights.
 
         Args:
-            folder: that is made.
-            layout: "official", "diffusers" or "comfyui".
+            folder: the new folder.
+            layout: its layout: "official", "diffusers" or "comfyui".
 
         Raises:
             FileExistsError: the folder exists.
@@ -189,7 +192,7 @@ class PipelineFiles(PipelineModels):
             return write_checkpoint(parts, folder, layout, tokenizers=self.tokenizers.save, **how)
 
     def _saved_sampling(self) -> SamplingDefaults | None:
-        """What the scheduler's config of a saved pipeline says; its shift is the pipeline's, which may be set."""
+        """The contents of the scheduler's config to save, with the pipeline's shift, which the user may have set."""
         if self.sampling is None or isinstance(self.sampling.shift, ResolutionShift):
             return self.sampling
         return replace(self.sampling, shift=float(self.shift))
@@ -200,7 +203,7 @@ class PipelineFiles(PipelineModels):
 
 
 class _Place(NamedTuple):
-    """Where models are loaded to, where they compute, and in which dtype."""
+    """The device that models are loaded to, the device that they compute on, and their dtype."""
 
     home: torch.device
     device: torch.device
@@ -208,7 +211,7 @@ class _Place(NamedTuple):
 
 
 def _one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The dtype, under our name or under that of diffusers."""
+    """The dtype, given under our name or under diffusers' name."""
     if dtype is not None and torch_dtype is not None:
         raise ValueError("dtype and torch_dtype are both given; give one of them")
     return torch_dtype if dtype is None else dtype
@@ -223,7 +226,7 @@ def _place(device: torch.device | str, dtype: torch.dtype | None, offload: str |
 
 
 def _widened(parts: Components, place: _Place) -> Components:
-    """The models in float32 where they would compute in 16 bits on a CPU and nobody asked for that."""
+    """Upcast 16-bit models to float32 where they compute on a CPU and the caller gave no dtype."""
     if place.dtype is None and place.device.type == "cpu":
         for model in (parts.transformer, parts.vae, parts.clip_l, parts.clip_g, parts.t5):
             if model is not None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):

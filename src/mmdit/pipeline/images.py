@@ -19,7 +19,7 @@ OUTPUT_TYPES: tuple[OutputType, ...] = ("pil", "pt", "np", "latent")
 
 
 def to_unit(decoded: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Pictures from the VAE's range [-1, 1] to [0, 1], clamped, in float32 at least."""
+    """Map pictures from the VAE's range [-1, 1] to [0, 1] and clamp them, in float32 or wider."""
     return (decoded.to(torch.promote_types(decoded.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
 
 
@@ -29,7 +29,7 @@ def to_array(pictures: Float[Tensor, "b 3 h w"]) -> np.ndarray:
 
 
 def to_pil(pictures: Float[Tensor, "b 3 h w"], rounding: Literal["round", "truncate"]) -> list[Image.Image]:
-    """Pictures of 8 bits. diffusers rounds values to them, ComfyUI and Stability's code truncate.
+    """8-bit pictures. diffusers rounds the values, ComfyUI and Stability's code truncate them.
 
     Raises:
         ValueError: a value is not finite.
@@ -62,7 +62,7 @@ def save_png(picture: Image.Image, path: str | Path) -> Path:
 def convert_output(
     pictures: Float[Tensor, "b c h w"], output_type: OutputType, rounding: Literal["round", "truncate"]
 ) -> Tensor | np.ndarray | Sequence[Image.Image]:
-    """Pictures [b, 3, h, w] in [0, 1] in the form that the caller asked for; latents stay as they are."""
+    """Convert pictures [b, 3, h, w] in [0, 1] to the requested form; latents are returned unchanged."""
     match output_type:
         case "pt" | "latent":
             return pictures

@@ -1,4 +1,4 @@
-"""What a call returns: the pictures, and how each was drawn."""
+"""The result of a call: the pictures and their settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mmdit.pipeline.settings import Settings, grid
 
 @dataclass(frozen=True, repr=False)
 class PipelineOutput:
-    """The pictures of a call; a notebook shows them.
+    """The pictures of a call, which notebooks display.
 
     `images`: a list of PIL pictures, an array [b, h, w, 3], a tensor [b, 3, h, w] in [0, 1], or latents [b, c, h, w].
-    `settings`: how each picture was drawn, for `mmdit.save_png`. They are empty where settings cannot say it: with
-    embeddings, latents, sigmas, a callback, or a sampler or guidance of your own.
+    `settings`: the settings of each picture, for `mmdit.save_png`. There are none where they could not describe the
+    drawing: with embeddings, latents, sigmas, a callback, or a sampler or guidance of your own.
     """
 
     images: Any
@@ -31,7 +31,7 @@ class PipelineOutput:
         return f"PipelineOutput({said}{f', seeds {seeds}' if seeds else ''})"
 
     def _repr_png_(self) -> bytes | None:
-        """The pictures side by side, for notebooks; None where they are no PIL pictures."""
+        """The pictures side by side, for notebooks; None where they are not PIL pictures."""
         if not isinstance(self.images, list):
             return None
         with BytesIO() as file:

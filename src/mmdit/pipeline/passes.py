@@ -1,4 +1,4 @@
-"""What runs in one pass of the transformer: which rows of its batch are whose. For guidance, and for looking inside."""
+"""One pass of the transformer: which rows of its batch belong to which branch, for guidance and inspection."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from mmdit.pipeline.control import Control
 
 
 class Branch(NamedTuple):
-    """One conditioning of a step, its name in guidance, and how the transformer is changed for it.
+    """One conditioning of a step, its name in guidance, and the changes of the transformer for it.
 
     Branches with the same number of text tokens and the same change share a batch.
     """
 
     conditioning: Conditioning
-    name: str | None = "cond"  # "cond", "uncond", "skip", "perturbed", or a name of your own; None is no name
-    skip_layers: tuple[int, ...] = ()  # blocks that are left out
-    perturbed_layers: tuple[int, ...] = ()  # blocks that attend by `mmdit.models.attention.SelfOnly`
+    name: str | None = "cond"  # "cond", "uncond", "skip", "perturbed", or a name of your own; None for no name
+    skip_layers: tuple[int, ...] = ()  # numbers of the blocks that are skipped
+    perturbed_layers: tuple[int, ...] = ()  # numbers of the blocks that attend with `mmdit.models.attention.SelfOnly`
     control: tuple[Control, ...] = ()  # ControlNets that act on it
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """Equal for branches that can share a batch."""
+        """A key that is equal for branches that can share a batch."""
         return (self.conditioning.context.shape, self.skip_layers, self.perturbed_layers, self.control)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A run of the transformer that `Pipeline.predict` makes. The batch holds `samples` rows of each branch in turn.
+    """A run of the transformer in `Pipeline.predict`. The batch holds `samples` rows of each branch in turn.
 
     `step` is the number of steps that the solver has finished, so all calls of a step have one number. It is None where
     `predict` was called without a step. All passes of one call of `predict` have the same number `prediction`.
@@ -59,11 +59,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What `sample` is about to do. It is known before the transformer runs, so memory can be computed from it."""
+    """The passes of a drawing, known before the transformer runs, so that memory can be computed from them."""
 
-    sigmas: tuple[float, ...]  # the noise levels of the steps, and 0
-    branches: tuple[tuple[Branch, ...], ...]  # of each step
-    shape: tuple[int, ...]  # of the latents
+    sigmas: tuple[float, ...]  # the noise levels of the steps, then 0
+    branches: tuple[tuple[Branch, ...], ...]  # the branches of each step
+    shape: tuple[int, ...]  # the shape of the latents, [b, c, h, w]
 
 
 Watcher = Callable[[Pass], None]
@@ -72,9 +72,9 @@ Planner = Callable[[Drawing], None]
 
 @contextmanager
 def perturbed(model: MMDiT, layers: Sequence[int], text: int) -> Iterator[None]:
-    """Inside, in this thread alone, these blocks attend by `mmdit.models.attention.SelfOnly`.
+    """Within the context and in this thread, these blocks attend with `mmdit.models.attention.SelfOnly`.
 
-    The second attention of MMDiT-X (`attend2`), which is the image's alone, is the identity there: its output is v.
+    The second attention of MMDiT-X (`attend2`), which has image tokens only, becomes the identity: its output is v.
 
     Args:
         model: the transformer.
@@ -82,8 +82,8 @@ def perturbed(model: MMDiT, layers: Sequence[int], text: int) -> Iterator[None]:
         text: number of text tokens, which come before those of the image.
 
     Raises:
-        ValueError: attention of such a block is perturbed already.
-        TypeError: another module has been put in the place of an `Attend`.
+        ValueError: the attention of such a block is perturbed already.
+        TypeError: another module has replaced an `Attend`.
     """
     blocks: list[Any] = [model.joint_blocks[i] for i in layers]
     slots = [(block.attend, SelfOnly(text)) for block in blocks]

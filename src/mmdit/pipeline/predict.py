@@ -1,4 +1,4 @@
-"""What the transformer predicts of a latent under several conditionings: velocities, given as predicted pictures."""
+"""The transformer's predictions for a latent under several conditionings, as predicted pictures (x0)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdit.runtime.accelerate import Accelerated
 from mmdit.utils import whole
 
 _SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
-Announce = Callable[[tuple[Branch, ...]], None]  # told of the branches of a pass before it runs
+Announce = Callable[[tuple[Branch, ...]], None]  # called with the branches of a pass before it runs
 PredictInLoop = Callable[[Tensor, float | Tensor, Sequence[Branch], int], list[Tensor]]  # the last one is the step
 
 
@@ -30,19 +30,19 @@ def predict_branches(
     announce: Announce,
     accelerated: Accelerated | None = None,
 ) -> list[Tensor]:
-    """The predicted picture (x0 = x - sigma velocity, a latent) of each branch.
+    """The predicted picture (x0 = x - sigma * velocity, a latent) of each branch.
 
     Branches with the same number of text tokens and the same change of the transformer share a batch. The batches run
     one after the other.
 
     Args:
-        transformer: on the device of `x`.
-        profile: says in which dtype the model sees sigma.
+        transformer: the model, on the device of `x`.
+        profile: gives the dtype in which the model receives sigma.
         x: latents of shape [b, c, h, w], in model space.
         sigma: the noise level of `x`, in [0, 1].
-        branches: each with b prompts.
+        branches: the branches, each with b prompts.
         announce: called before each batch.
-        accelerated: the transformer's fast forward; None runs its own.
+        accelerated: the transformer's fast forward; None runs the model's own forward.
     """
     batches: dict[tuple[object, ...], list[int]] = {}
     for place, branch in enumerate(branches):
@@ -63,7 +63,7 @@ def control_timestep_of(profile: Profile, sigma: float) -> float:
 
 
 def timestep_of(profile: Profile, sigma: float) -> float:
-    """What the model sees of a noise level: 1000 sigma, in the profile's dtype, or without its fraction."""
+    """The timestep of a noise level: 1000 sigma in the profile's dtype, or rounded down to a whole number."""
     if profile.whole_timesteps:
         return float(int(1000 * sigma))
     return float((_seen(profile, sigma) * 1000).float())
@@ -108,7 +108,7 @@ def _velocity(
     branches: tuple[Branch, ...],
     control: Sequence[Tensor | None] | None,
 ) -> Tensor:
-    """By the transformer's own forward."""
+    """The velocity by the transformer's own forward."""
     first = branches[0]
     with perturbed(transformer, first.perturbed_layers, first.conditioning.context.shape[1]):
         return transformer(
@@ -122,7 +122,7 @@ def _velocity(
 
 
 def _fast(accelerated: Accelerated, latents: Tensor, timestep: float, branches: tuple[Branch, ...]) -> Tensor:
-    """By its fast one."""
+    """The velocity by the transformer's fast forward."""
     texts = [branch.conditioning for branch in branches]
     return accelerated.velocity(
         latents,
@@ -134,7 +134,7 @@ def _fast(accelerated: Accelerated, latents: Tensor, timestep: float, branches: 
 
 
 class Predictor:
-    """`mmdit.Pipeline.predict` under conditionings that have names; see `mmdit.Pipeline.predictor`."""
+    """`mmdit.Pipeline.predict` with fixed, named conditionings; see `mmdit.Pipeline.predictor`."""
 
     def __init__(self, predict: PredictInLoop, conditionings: Mapping[str, Conditioning]) -> None:
         if not conditionings:

@@ -1,4 +1,4 @@
-"""Cheap pictures of latents without a VAE: each cell's channels, by a linear map, are the colour of one pixel."""
+"""Previews of latents without a VAE: a linear map turns the channels of each latent cell into the colour of a pixel."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from encoders.vae import VAE
 from mmdit.pipeline.images import to_unit
 
 RGB = tuple[float, float, float]
-_AT_ONCE = 4  # latents decoded at once: a picture of 1024 x 1024 takes gigabytes
+_AT_ONCE = 4  # number of latents decoded at once, because a picture of 1024 x 1024 pixels takes gigabytes
 
 
 @dataclass(frozen=True)
 class Factors:
     """A linear map from latents in model space to RGB in [-1, 1]: `latent[c] @ weight[c, 3] + bias[3]` for each cell.
 
-    It belongs to one VAE; on latents of another it shows wrong colours.
+    The map belongs to one VAE; for latents of another VAE the colours are wrong.
     """
 
     weight: tuple[RGB, ...]
     bias: RGB = (0.0, 0.0, 0.0)
 
 
-# Stability-AI/sd3.5, sd3_impls.SD3LatentFormat.decode_latent_to_preview; there is no bias there.
+# Source: Stability-AI/sd3.5, sd3_impls.SD3LatentFormat.decode_latent_to_preview, which has no bias.
 STABILITY = Factors(
     (
         (-0.0645, 0.0177, 0.1052),
@@ -48,7 +48,7 @@ STABILITY = Factors(
         (-0.1418, -0.1457, -0.1259),
     )
 )
-# ComfyUI, comfy.latent_formats.SD3: latent_rgb_factors, latent_rgb_factors_bias.
+# Source: ComfyUI, comfy.latent_formats.SD3, latent_rgb_factors and latent_rgb_factors_bias.
 COMFYUI = Factors(
     (
         (-0.0922, -0.0175, 0.0749),
@@ -73,14 +73,18 @@ COMFYUI = Factors(
 
 
 def preview(latent: Tensor, factors: Factors = COMFYUI) -> Float[Tensor, "b 3 h w"]:
-    """Pictures in [0, 1], one pixel per latent cell, on the latent's device; see `mmdit.pipeline.images.to_pil`.
+    """Small pictures of latents, [b, 3, h, w] in [0, 1], one pixel per latent cell, on the latent's device.
+
+    `mmdit.pipeline.images.to_pil` converts them.
 
     Args:
-        latent: [b, c, h, w] in model space; a step's predicted picture (`step.denoised`) shows more than its noisy x.
-        factors: `COMFYUI` and `STABILITY` are for the VAE of SD3 and SD3.5, `fit_factors` makes those of another.
+        latent: latents of shape [b, c, h, w], in model space. The predicted picture of a step (`step.denoised`) shows
+            more than its noisy latent.
+        factors: the linear map. `COMFYUI` and `STABILITY` are for the VAE of SD3 and SD3.5; `fit_factors` computes the
+            map of another VAE.
 
     Raises:
-        ValueError: the latent does not have the factors' number of channels.
+        ValueError: the latent has another number of channels than the factors.
     """
     _check_channels(latent, len(factors.weight), "the factors are for")
     x = latent.to(torch.promote_types(latent.dtype, torch.float32))
@@ -90,17 +94,18 @@ def preview(latent: Tensor, factors: Factors = COMFYUI) -> Float[Tensor, "b 3 h 
 
 @torch.no_grad()
 def fit_factors(vae: VAE, latents: Tensor) -> Factors:
-    """The factors of a VAE: least squares from its latents to the pictures it decodes, averaged over each cell.
+    """The factors of a VAE: a least-squares fit from latents to the decoded pictures, averaged over each latent cell.
 
-    The same for the same numbers, because it is solved in float64 on the CPU.
+    The fit is reproducible, because it is solved in float64 on the CPU.
 
     Args:
-        vae: of which only the decoder is used.
-        latents: [b, c, h, w] in model space, of pictures like those to be shown (`vae.encode(pictures).mode()`).
+        vae: the VAE, of which only the decoder is used.
+        latents: latents of shape [b, c, h, w], in model space, of pictures similar to those that will be shown
+            (`vae.encode(pictures).mode()`).
 
     Raises:
-        ValueError: another number of channels than the VAE's, latents too few or too alike to tell the channels apart,
-            or pictures that are not finite.
+        ValueError: the latents have another number of channels than the VAE, or are too few or too similar to determine
+            the factors; or the decoded pictures are not finite.
     """
     _check_channels(latents, vae.config.latent_channels, "the VAE has")
     first = next(vae.parameters())
@@ -108,7 +113,7 @@ def fit_factors(vae: VAE, latents: Tensor) -> Factors:
         F.avg_pool2d(to_unit(vae.decode(part.to(first.device, first.dtype))), vae.config.downscale)
         for part in latents.split(_AT_ONCE)
     ]
-    given = F.pad(_cells(latents), (0, 1), value=1.0)  # a last column of ones, for the bias
+    given = F.pad(_cells(latents), (0, 1), value=1.0)  # the last column of ones is for the bias
     wanted = 2 * _cells(torch.cat(colours)) - 1
     if not (given.isfinite().all() and wanted.isfinite().all()):
         raise ValueError("latents or the pictures of them are not finite; use a wider dtype")

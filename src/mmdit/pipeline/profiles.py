@@ -1,4 +1,4 @@
-"""Profiles: every small thing on which the reference pipelines disagree, in one place. No other module asks which runs.
+"""Profiles: all details on which the reference pipelines disagree. No other module asks which reference is followed.
 
 D is diffusers 0.42.1, `StableDiffusion3Pipeline`; C is ComfyUI 0.3.64, `comfy/samplers.py`, `comfy/sd.py`, `nodes.py`;
 R is Stability-AI/sd3.5, `sd3_infer.py` and `sd3_impls.py`. Two disagreements are no fields, because the results are
@@ -25,7 +25,7 @@ class Profile:
 
     Raises:
         ValueError: a word is none of its field's choices, or a number is out of its range; the field is named.
-        TypeError: `text` is no `encoders.TextRules`.
+        TypeError: `text` is not an `encoders.TextRules`.
     """
 
     name: str = "diffusers"
@@ -35,25 +35,27 @@ class Profile:
     sampler: str = "euler"  # (D, C), "dpmpp_2m" (R)
     schedule: str = "normal"  # evenly spaced timesteps, shifted twice (all)
     shift: float = 3.0  # where no scheduler config and no preset says otherwise (all; R's SD3-Medium: preset)
-    # What the model's timestep and x0 = x - sigma v see of a noise level: R's stay float16, as its first latent is.
+    # The dtype of sigma in the model's timestep and in x0 = x - sigma v; in R it is float16, like the first latent.
     sigma_dtype: Literal["float32", "float16"] = "float32"
-    # Whether the model sees 1000 sigma without its fraction, as with diffusers' DPM-Solver++ and UniPC schedulers.
+    # Whether the timestep 1000 sigma is rounded down, as with diffusers' DPM-Solver++ and UniPC schedulers.
     whole_timesteps: bool = False
     # The starting noise, always drawn on the CPU or on the given generator's device: in the model's dtype (D), in
     # float32 (C), in float32 and then rounded to float16 (R).
     noise_dtype: Literal["model", "float32", "float16"] = "model"
-    # Pictures of one call under one seed: parts of a single draw (D, C), or each as if drawn alone (R), then all alike.
+    # One seed for several pictures: all noise in a single draw (D, C), or the same noise for each picture (R).
     one_seed: Literal["single_draw", "each_alone"] = "single_draw"
-    # Noise that a sampler adds on the way: the starting noise's generator goes on (D's schedulers, given one; R has no
-    # such sampler), or a new one on the latent's device has the same seed, and *_sde a Brownian tree of it (C).
+    # The noise that a sampler adds: from the generator of the starting noise (D's schedulers, if given one; R has no
+    # such sampler), or from a new one with its seed on the latent's device, for *_sde through a Brownian tree (C).
     step_noise: StepNoise = "continued"
-    # Schedules that start below 1: from all of the noise (D), or from the share that their first level says (C, R).
+    # Schedules that start below 1: with noise of unit variance (D), or scaled by the first level (C, R).
     first_level: Literal["all_noise", "its_share"] = "all_noise"
-    # dpm_2 and uni_pc: the levels asked for (D), or one more of which the second-last is left out (C: KSampler).
+    # dpm_2 and uni_pc: the schedule as it is (D), or with one more level, without its second-last one (C: KSampler).
     second_last: Literal["kept", "left_out"] = "kept"
     # Sigmas that the caller gives and that end above 0: shifted, with a 0 at the end (D), or refused (C, R).
     open_sigmas: Literal["shift", "refuse"] = "shift"
-    state_dtype: Literal["model", "float32"] = "model"  # the latent between steps: model's dtype (D), float32 (C, R)
+    state_dtype: Literal["model", "float32"] = (
+        "model"  # dtype of the latent between steps: the model's (D), float32 (C, R)
+    )
     # When the negative prompt is read: guidance above 1 (D), any but 1 (C), always (R).
     uncond_pass: Literal["above_1", "unless_1", "always"] = "above_1"
     # Skip-layer guidance, where layers are given: its scale 2.8 (D), 3 (C), 2.5 (R); from .01 to .2 of the steps, both
@@ -63,9 +65,9 @@ class Profile:
     skip_stop: float = 0.2
     skip_window: Literal["steps", "percents"] = "steps"
     skip_alone: bool = False
-    # Latents with an odd side: refused (D; in R they fail), or filled up from the other edge and cropped (C).
+    # Latents with an odd side: refused (D; R fails), or padded from the opposite edge and cropped afterwards (C).
     odd_latents: Literal["refuse", "wrap"] = "refuse"
-    to_uint8: Literal["round", "truncate"] = "round"  # pixels to 8 bits: round (D), truncate (C, R)
+    to_uint8: Literal["round", "truncate"] = "round"  # conversion of pixels to 8 bits: rounded (D), truncated (C, R)
     # Pictures as input. For these D is also `StableDiffusion3Img2ImgPipeline` and `StableDiffusion3InpaintPipeline`.
     image_steps: int | None = 50  # steps where a picture is given: 50 (D), or None, those without a picture (C, R)
     strength: float = 0.6  # .6 (D), 1 (C: KSampler's denoise), .8 (R)
@@ -145,7 +147,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings that go with a kind of model and that cannot be told from its tensors.
+    """Settings of a kind of model that do not follow from its tensors.
 
     Raises:
         ValueError: the sampler is unknown, or a number is out of its range; the field is named.
@@ -154,7 +156,7 @@ class Preset:
     steps: int
     guidance_scale: float
     sampler: str
-    shift: float | None = None  # None leaves it to the profile
+    shift: float | None = None  # None keeps the profile's
 
     def __post_init__(self) -> None:
         _check_defaults("Preset", self.steps, self.guidance_scale, self.sampler, self.shift)
@@ -173,7 +175,7 @@ class Preset:
 
 @cache
 def _choices() -> dict[str, tuple[Any, ...]]:
-    """The fields of `Profile` that hold one of a few words, and those words."""
+    """The fields of `Profile` that take one of a few words, with these words."""
     hints = get_type_hints(Profile)
     return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
@@ -181,7 +183,7 @@ def _choices() -> dict[str, tuple[Any, ...]]:
 def _check_defaults(
     kind: str, steps: int, guidance_scale: int | float, sampler: str, shift: int | float | None
 ) -> None:
-    """Raise ValueError where a default of a profile or preset is not possible."""
+    """Raise ValueError where a default of a profile or preset is out of range."""
     whole(f"{kind}.steps", steps, 1)
     pick(SOLVERS, sampler, f"{kind}.sampler")
     number(f"{kind}.guidance_scale", guidance_scale)
@@ -276,7 +278,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def with_sampling(profile: Profile, sampling: SamplingDefaults) -> Profile:
-    """The profile with the sampler and the schedule that the scheduler's config of a model says."""
+    """The profile with the sampler and the schedule of a scheduler's config."""
     return replace(
         profile,
         sampler=sampling.sampler,
@@ -286,7 +288,7 @@ def with_sampling(profile: Profile, sampling: SamplingDefaults) -> Profile:
 
 
 def is_known(profile: Profile) -> bool:
-    """Whether a profile is one of `PROFILES`, apart from defaults that a preset or a model's config may set."""
+    """Whether a profile equals one of `PROFILES`, apart from defaults that presets and scheduler configs set."""
     known = PROFILES.get(profile.name)
     settings = ("steps", "image_steps", "guidance_scale", "sampler", "schedule", "shift", "whole_timesteps")
     return known is not None and profile == replace(known, **{name: getattr(profile, name) for name in settings})

@@ -1,4 +1,4 @@
-"""What a call is asked to draw: prompts, or conditionings encoded from prompts, each for a part of the way."""
+"""The prompts of a call: texts, or conditionings that were encoded before, each for a range of the steps."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from samplers import Window, gap, percents
 
 @dataclass(frozen=True)
 class Ranged:
-    """A conditioning that counts from `start` to `stop` of the way from noise to picture, both ends included.
+    """A conditioning that is used from `start` to `stop` of the way from noise to picture, both ends included.
 
-    The way is that of the evenly spaced timesteps, as ComfyUI's ConditioningSetTimestepRange counts: 0.1 of it ends at
-    sigma 0.964286 with shift 3, see `samplers.percents`. Several ranges stand for one conditioning. Where they overlap,
-    their predictions are averaged. The negative prompt of ComfyUI's workflow for SD3-Medium:
+    `start` and `stop` are shares of the evenly spaced timesteps, as in ComfyUI's ConditioningSetTimestepRange: with
+    shift 3, the share 0.1 is sigma 0.964286, see `samplers.percents`. Several ranges together form one conditioning;
+    where they overlap, their predictions are averaged. The negative prompt of ComfyUI's workflow for SD3-Medium is:
 
         bad = pipe.encode("blurry")
         pipe(prompt, [Ranged(bad, 0.0, 0.1), Ranged(bad.zeroed(), 0.1, 1.0)])
@@ -44,7 +44,7 @@ class Ranged:
             raise ValueError(f"Ranged start {self.start} and stop {self.stop} must be 0 <= start < stop <= 1")
 
     def window(self, shift: float) -> Window:
-        """The sigmas at which the conditioning counts, in a schedule with this shift."""
+        """The window of sigmas in which the conditioning is used, for a schedule with this shift."""
         return percents(self.start, self.stop, shift)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Ranged:
@@ -56,8 +56,10 @@ class Ranged:
         return replace(self, conditioning=self.conditioning.repeat(times))
 
 
-ConditioningLike = Conditioning | Sequence[Ranged]  # what stands for one conditioning
-PromptLike = str | Sequence[str] | Conditioning | Ranged | Sequence[Ranged]  # what a call takes for its prompts
+ConditioningLike = Conditioning | Sequence[Ranged]  # what an argument for one conditioning takes
+PromptLike = (
+    str | Sequence[str] | Conditioning | Ranged | Sequence[Ranged]
+)  # what the arguments `prompt` and `negative_prompt` take
 
 
 def checked_ranges(
@@ -66,14 +68,14 @@ def checked_ranges(
     """The argument `name` as ranges that cover every sigma of a drawing.
 
     Args:
-        name: of the argument, for errors.
-        given: a conditioning for the whole way, or several ranges.
-        sigmas: float64 [steps + 1], falling.
-        shift: of the schedule.
-        pictures: that are drawn; each conditioning must hold one prompt for each.
+        name: the argument's name, for errors.
+        given: a conditioning for all steps, or several ranges.
+        sigmas: the falling noise levels, float64 [steps + 1].
+        shift: the shift of the schedule.
+        pictures: the number of pictures; each conditioning must have one prompt per picture.
 
     Raises:
-        TypeError: something else than a conditioning or ranges is given.
+        TypeError: `given` is neither a conditioning nor a list of ranges.
         ValueError: a sigma has no conditioning, or the number of prompts is not the number of pictures.
     """
     found = (Ranged(given),) if isinstance(given, Conditioning) else tuple(given)
@@ -93,15 +95,15 @@ def checked_ranges(
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a call, or its negative prompts: texts, or conditionings in their place, or neither."""
+    """The prompts or the negative prompts of a call: texts, conditionings, or neither."""
 
-    name: str  # of the argument: "prompt" or "negative_prompt"
+    name: str  # the argument's name: "prompt" or "negative_prompt"
     texts: tuple[str, ...] | None = None
     conditionings: tuple[Ranged, ...] = ()
 
     @classmethod
     def of(cls, name: str, given: PromptLike | None, embeds: Tensor | None, pooled: Tensor | None) -> Self:
-        """From the arguments `name`, `name_embeds` and `pooled_name_embeds` of a call.
+        """Make them from the arguments `name`, `name_embeds` and `pooled_name_embeds` of a call.
 
         Raises:
             ValueError: prompts and embeddings are both given, or only one of the two embeddings.
@@ -125,11 +127,11 @@ class Prompts:
         return cls(name, None if texts is None else tuple(texts))
 
     def __len__(self) -> int:
-        """The number of prompts; 0 where nothing was given."""
+        """The number of prompts; 0 where none were given."""
         return len(self.conditionings[0].conditioning) if self.conditionings else len(self.texts or ())
 
     def check(self, config: MMDiTConfig) -> None:
-        """Raise TypeError where nothing was given, and ValueError where embeddings do not fit the transformer."""
+        """Raise TypeError where no prompts were given, and ValueError where embeddings do not fit the transformer."""
         if not self:
             raise TypeError(
                 f"{self.name} is NoneType, expected str or a list of str: None (or give prompt_embeds and "
@@ -146,7 +148,7 @@ class Prompts:
                 )
 
     def for_each(self, count: int, config: MMDiTConfig) -> Prompts:
-        """These as the negative prompts of `count` prompts: one for each, and empty ones where none were given.
+        """Repeat negative prompts for `count` prompts: one for each, and empty ones where none were given.
 
         Raises:
             ValueError: the numbers differ, or embeddings do not fit the transformer.
@@ -160,10 +162,10 @@ class Prompts:
 
 
 def _ranges_in(given: object) -> tuple[Ranged, ...]:
-    """The ranges of a list of them; none where there is no `Ranged` in it.
+    """The ranges in a list; () for any other value.
 
     Raises:
-        TypeError: the list holds `Ranged` and other things.
+        TypeError: the list holds `Ranged` and other objects.
     """
     parts = () if isinstance(given, str) or not isinstance(given, Sequence) else tuple(given)
     ranged = tuple(one for one in parts if isinstance(one, Ranged))

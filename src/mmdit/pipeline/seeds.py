@@ -1,4 +1,4 @@
-"""Seeds and generators: what draws the noise that a picture starts from, and the noise that samplers add."""
+"""Seeds and generators for the starting noise of pictures and for the noise that samplers add."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SeedLike = SupportsIndex | Sequence[SupportsIndex] | np.ndarray | Tensor  # what
 
 
 def checked_seeds(seed: SeedLike | None) -> int | list[int] | None:
-    """The argument `seed` as a whole number, or as a list of them: sequences, arrays and tensors are taken.
+    """The argument `seed` as a whole number or a list of whole numbers; sequences, arrays and tensors are accepted.
 
     Raises:
-        ValueError: it is no whole number of at most 64 bits, and no list of them.
+        ValueError: it is neither a whole number of at most 64 bits nor a list of them.
     """
     if seed is None:
         return None
@@ -35,13 +35,13 @@ def checked_seeds(seed: SeedLike | None) -> int | list[int] | None:
 
 
 def fresh_seeds(count: int) -> list[int]:
-    """Seeds for pictures that were given none, from torch's global state, so that `torch.manual_seed` repeats them."""
+    """Random seeds from torch's global state, which `torch.manual_seed` makes reproducible."""
     _check_few(count)
     return torch.randint(2**32, (count,)).tolist()
 
 
 def generators(seed: int | list[int] | None, generator: Generators, count: int, *, alone: bool = False) -> Generators:
-    """What draws the noise of `count` pictures.
+    """The generators that draw the noise of `count` pictures; None is torch's global state.
 
     Args:
         seed, generator: one of them, or neither.
@@ -49,8 +49,8 @@ def generators(seed: int | list[int] | None, generator: Generators, count: int, 
         alone: whether one seed for several pictures is the seed of each.
 
     Raises:
-        ValueError: both are given, or their number is not the number of pictures.
-        TypeError: a generator is no `torch.Generator`.
+        ValueError: both are given, or their number differs from the number of pictures.
+        TypeError: a generator is not a `torch.Generator`.
     """
     if seed is not None and generator is not None:
         raise ValueError("seed and generator are both given; give one of them")
@@ -67,13 +67,13 @@ def generators(seed: int | list[int] | None, generator: Generators, count: int, 
 
 
 def check_draws_nothing(**sources: object) -> None:
-    """Raise ValueError if something to draw noise with is given beside latents."""
+    """Raise ValueError if a seed is given beside latents, where no noise is drawn."""
     if given := [name for name, value in sources.items() if value is not None]:
         raise ValueError(f"latents and {given[0]} are given; latents leave nothing to draw: give one of them")
 
 
 def own_seeds(seed: int | list[int] | None, count: int, *, alone: bool) -> list[int | None]:
-    """The seed with which each of `count` pictures can be drawn again by itself; None where there is none.
+    """The seed with which each of `count` pictures can be drawn again alone; None where there is none.
 
     Args:
         seed: one for all pictures, or one for each.
@@ -95,7 +95,7 @@ def _checked_generators(generator: Generators, count: int) -> Generators:
 
 
 def _check_few(count: int) -> None:
-    """Raise ValueError for more pictures at once than anybody draws: each would take a generator."""
+    """Raise ValueError for more pictures than `MOST_PICTURES`, because each would need a generator."""
     if count > MOST_PICTURES:
         raise ValueError(f"{count} pictures at once are asked for, at most {MOST_PICTURES} have seeds of their own")
 
@@ -117,15 +117,15 @@ def _seeded(seed: int) -> torch.Generator:
 def solver_options(
     solver: Solver, x: Tensor, sigmas: Tensor, shift: float, generators: Generators, rule: StepNoise
 ) -> dict[str, Any]:
-    """What a pipeline gives to a solver in a drawing, beside the model: the schedule's shift, and noise.
+    """The keyword arguments of a solver that a pipeline sets: the schedule's shift and the noise, if it takes them.
 
     Args:
-        solver: of `samplers.SOLVERS`.
-        x: the latents that it starts from, [b, c, h, w].
-        sigmas: float64 [steps + 1], falling.
-        shift: of the schedule.
-        generators: what the starting noise was drawn with; None is torch's global state.
-        rule: how the profile draws that noise.
+        solver: the solver.
+        x: the starting latents, [b, c, h, w].
+        sigmas: the falling noise levels, float64 [steps + 1].
+        shift: the shift of the schedule.
+        generators: the generators of the starting noise; None is torch's global state.
+        rule: the profile's rule for the added noise.
 
     Raises:
         ImportError: the rule asks for a Brownian tree, and torchsde is not installed.
@@ -141,7 +141,7 @@ def _continued(x: Tensor, generators: Generators) -> Noise:
 
 
 def _again(solver: Solver, x: Tensor, sigmas: Tensor, generators: Generators) -> Noise:
-    """Noise from new generators with the same seeds, as ComfyUI draws it: independent, or along a Brownian path."""
+    """Noise from new generators with the same seeds, as in ComfyUI: independent draws, or along a Brownian path."""
     seeds = _seeds(generators)
     if solver.noise == "path":
         if seeds is None:
@@ -169,7 +169,7 @@ def next_noise(x: Tensor, generators: Generators) -> Tensor:
 
 
 def _seeds(generators: Generators) -> int | list[int] | None:
-    """The seeds that generators were made with."""
+    """The initial seeds of generators."""
     if generators is None or isinstance(generators, torch.Generator):
         return None if generators is None else generators.initial_seed()
     return [generator.initial_seed() for generator in generators]

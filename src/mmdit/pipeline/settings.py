@@ -1,7 +1,7 @@
-"""Pictures with their settings: a PNG that says in a text chunk how it was drawn, and pictures side by side.
+"""Pictures with their settings: PNG files with the settings of the drawing in a text chunk, and grids of pictures.
 
-The chunk is called "mmdit" and holds strict JSON. It is ASCII (other characters as escapes) in a tEXt chunk, which no
-program that copies text chunks can spoil. It is parsed again before it is written, so what is written can be read.
+The chunk has the keyword "mmdit" and holds strict JSON. It is ASCII (other characters are escaped) in a tEXt chunk, so
+programs that copy text chunks keep it intact. It is parsed before it is written, so whatever is written can be read.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ from quant.tensor import Float8Tensor
 
 KEYWORD = "mmdit"
 WORKFLOW_KEYWORD = "prompt"  # ComfyUI's, of a graph in API form
-FORMAT_VERSION = 4  # of the settings; a new field is a new version, and `Settings.from_json` fills it in for old ones
+FORMAT_VERSION = (
+    4  # of the settings; a new field needs a new version, and `Settings.from_json` fills it in for old versions
+)
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
-_EXACT = 2**53  # up to here every whole number is a float
+_EXACT = 2**53  # up to here, every whole number has an exact float
 _JSON = "give Unicode strings, finite numbers, bools, None, and lists and dicts of these"
 MAX_T5_TOKENS = 2**16  # that `max_sequence_length` may ask for
-# The least and the most that a number can be: a picture cannot ask for more than any drawing takes.
+# The smallest and the largest value of each number, so that a picture from elsewhere cannot demand a huge drawing.
 _BOUNDS = {
     "seed": (-(2**63), 2**64 - 1),
     "height": (1, 2**16),
@@ -59,7 +61,7 @@ _ADDED = {
     **dict.fromkeys(("image", "image_digest", "mask_image", "mask_digest", "strength", "padding_mask_crop"), 4),
     **dict.fromkeys(("keep_outside", "differential", "hires", "fit", "outpaint", "control"), 4),
 }
-# What Pillow raises for broken files: chunks that are cut short are an IndexError, a struct.error or the like.
+# Exceptions of Pillow for broken files; truncated chunks raise IndexError, struct.error and others.
 _BROKEN = (
     OSError,
     SyntaxError,
@@ -75,12 +77,12 @@ _BROKEN = (
 
 
 class SettingsError(ValueError):
-    """Settings cannot be written or read; the message says where, what was found, what was expected, what to do."""
+    """Settings cannot be written or read; the message tells where, what was found, what was expected, what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How one picture was drawn, with nothing left to a default.
+    """The settings of one picture, complete, with every default filled in.
 
     Raises:
         SettingsError: a value has the wrong type, is not finite or not Unicode text; all of them are listed.
@@ -88,7 +90,9 @@ class Settings:
 
     prompt: str
     negative_prompt: str
-    seed: int | None  # None: drawn from a generator, given latents or a seed of a whole batch, so not from its own
+    seed: (
+        int | None
+    )  # None where the picture has no seed of its own: with a generator, latents, or one seed for a batch
     height: int  # pixels
     width: int
     num_inference_steps: int
@@ -127,15 +131,15 @@ class Settings:
         _check_version("settings", vars(self))
 
     def to_json(self) -> dict[str, Any]:
-        """What `save_png` writes: strings, finite numbers and None by name."""
+        """The JSON object that `save_png` writes: strings, finite numbers and None, by name."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any], where: str | Path = "settings") -> Self:
-        """What `to_json` gave, or `read_settings` read; `where` is the file that errors name. 7 does for 7.0.
+        """Settings from an object of `to_json` or `read_settings`; errors name the file `where`. 7 is accepted for 7.0.
 
         Raises:
-            SettingsError: of a newer format; or keys are unknown or missing or of a wrong type, all of them listed.
+            SettingsError: the format is newer; or keys are unknown, missing or of a wrong type; all of them are listed.
         """
         _check_version(where, found)
         defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}
@@ -159,13 +163,13 @@ def settings_of(
     common: Mapping[str, Any],
     own: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Settings, ...]:
-    """The settings of each picture of a call; none where a conditioning was given instead of a prompt.
+    """The settings of each picture of a call; () where a conditioning was given instead of a prompt.
 
     Args:
-        pair: the prompts and the negative prompts, None where no unconditional branch runs.
-        per_prompt: pictures of each prompt.
-        seeds: of each picture.
-        common: the other settings.
+        pair: the prompts and the negative prompts, which are None where no unconditional branch runs.
+        per_prompt: number of pictures of each prompt.
+        seeds: the seed of each picture.
+        common: the other settings, which all pictures share.
         own: further settings of each picture.
     """
     prompts, negatives = pair
@@ -180,9 +184,9 @@ def settings_of(
 
 
 def digest_of(model: nn.Module) -> str:
-    """Sixteen hexadecimal digits of up to 16 values of each weight: other weights give other digits.
+    """A digest of 16 hexadecimal digits, over up to 16 values of each weight.
 
-    It says whether a model is the one that drew a picture, in the same dtype and with the same quantization.
+    It tells whether a model is the one that drew a picture, in the same dtype and with the same quantization.
     """
     parts = []
     attached = [tensor for part in all_beside(model).values() for tensor in part.buffers(recurse=False)]
@@ -232,8 +236,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be opened.
-        SettingsError: it is no PNG or a broken one, has no settings of ours (whose it has instead is said), or they are
-            no strict JSON object or of a newer format.
+        SettingsError: the file is not a PNG or is broken; it has no settings of mmdit (the message names the program
+            whose settings it has instead); or the settings are not a strict JSON object or have a newer format.
     """
     path = Path(path)
     texts = text_chunks(path)
@@ -252,14 +256,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size side by side, row by row, in RGB; cells that are left over are black.
+    """Pictures of one size in a grid, row by row, in RGB; unused cells are black.
 
     Args:
-        images: at least one.
-        columns: None is the smallest square that holds all.
+        images: at least one picture.
+        columns: number of columns; None is that of the smallest square grid.
 
     Raises:
-        ValueError: no picture, pictures of several sizes, or no column.
+        ValueError: there is no picture, the pictures have several sizes, or `columns` is below 1.
     """
     if not images:
         raise ValueError("no pictures for a grid; give at least one")
@@ -278,7 +282,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 
 @cache
 def _types() -> dict[str, tuple[type, ...]]:
-    """What each setting may be; a whole number does for a float."""
+    """The types that each setting accepts; a whole number is accepted for a float."""
     hints = get_type_hints(Settings)
     kinds = {name: get_args(hint) or (hint,) for name, hint in hints.items()}
     return {name: (*kind, int) if float in kind else kind for name, kind in kinds.items()}
@@ -307,10 +311,10 @@ def _is_finite(number: float | int) -> bool:
 
 
 def _shown(value: object) -> str:
-    """The value in at most a line."""
+    """The value as text of at most one line."""
     try:
         return shortened(value)
-    except ValueError:  # Python refuses to print whole numbers of thousands of digits
+    except ValueError:  # Python does not print integers of thousands of digits
         return f"a long {type(value).__name__}"
 
 
@@ -342,9 +346,9 @@ def _odd(name: object, value: Any) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """Strict JSON: each key once, finite numbers, Unicode text; ValueError or RecursionError for other."""
+    """Parse strict JSON (each key once, finite numbers, Unicode text), or raise ValueError or RecursionError."""
     found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
-    json.dumps(found, ensure_ascii=False).encode()  # an escape can spell a lone surrogate, and UTF-8 cannot
+    json.dumps(found, ensure_ascii=False).encode()  # an escape can encode a lone surrogate, which UTF-8 cannot
     return found
 
 
@@ -383,13 +387,13 @@ def text_chunks(path: Path) -> dict[str, str]:
         try:
             with Image.open(file, formats=["PNG"]) as picture:
                 assert isinstance(picture, PngImageFile)
-                return dict(picture.text)  # reads to the end: some programs move text behind the pixels
+                return dict(picture.text)  # reads the whole file, because some programs put text after the pixels
         except _BROKEN as error:
             raise SettingsError(f"{path} is a broken PNG ({error}); copy or download it again") from error
 
 
 def _instead(texts: Mapping[str, str]) -> str:
-    """Whose text chunks these are, and what to do with them."""
+    """A hint about text chunks of other programs: whose they are, and what to do."""
     if comfy := [repr(name) for name in ("prompt", "workflow") if name in texts]:
         return f"it looks like one of ComfyUI, with {' and '.join(comfy)}: run it with mmdit run, or open it there"
     if "parameters" in texts:
