@@ -1,6 +1,6 @@
-"""Attention patterns without holding them whole: some rows at a time, or some columns.
+"""Rows and columns of attention patterns, computed without holding a whole pattern in memory.
 
-All of one pattern of a 1024 x 1024 picture of SD3.5 Large is 1.5 GB per block in 16 bits. Rows come in blocks
+The pattern of one block of SD3.5 Large for a 1024 x 1024 picture takes 1.5 GB in 16 bits. Rows are computed in blocks
 (`pattern_rows`). Columns need no [l, l] matrix where attention also gives the log-sum-exp of the scores of every query,
 because softmax(s)_j = exp(s_j - lse) (`LogSumExp`, `word_maps`, `quadrant_masses`).
 """
@@ -18,8 +18,8 @@ from mmdit.models.attention import Attended
 
 Source = Literal["fused", "beside", "rows", "pattern"]
 Direction = Literal["i2t", "t2i"]
-QUADRANTS = ("I2I", "I2T", "T2I", "T2T")  # who reads, and whom: image patches or text tokens
-BYTES = 2**26  # the most bytes of scores that are held at once
+QUADRANTS = ("I2I", "I2T", "T2I", "T2T")  # reader and read tokens: image patches or text tokens
+BYTES = 2**26  # largest number of bytes of scores held at once
 TOLERANCE = 1e-3  # for a kernel's log-sum-exp: other bases or scales are off by far more, rounding by far less
 _PROBED = 16  # queries whose log-sum-exp is checked
 _Fused = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
@@ -44,7 +44,7 @@ _KERNELS: dict[int, _Fused] = {1: _flash, 2: _efficient, 3: _cudnn}
 
 
 class Call(NamedTuple):
-    """Everything that decides how PyTorch computes an attention."""
+    """All properties of a call that decide how PyTorch computes the attention."""
 
     kernel: int
     device: str
@@ -54,13 +54,13 @@ class Call(NamedTuple):
 
 
 class LogSumExp:
-    """Attends just as `F.scaled_dot_product_attention` does, bit by bit, and gives the log-sum-exp beside it.
+    """Attention bit-equal to `F.scaled_dot_product_attention`, with the log-sum-exp of the scores beside it.
 
-    Which way it takes is found by trying, once for each kind of call, and kept in `found`:
+    The way to compute the log-sum-exp is found by a trial, once for each kind of call, and kept in `found`:
 
-        fused   the kernel that PyTorch picks for this call is asked for its own; it attends once
-        beside  that kernel gives other bits when asked, so it runs a second time for the log-sum-exp alone
-        rows    there is no such kernel, or its log-sum-exp is not that of the scores: computed in blocks of rows
+        fused   the kernel that PyTorch picks for this call returns it, and attention runs once
+        beside  that kernel then gives other bits, so it runs a second time for the log-sum-exp alone
+        rows    there is no such kernel, or its log-sum-exp is wrong; it is computed in blocks of rows
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class LogSumExp:
 
     @torch.no_grad()
     def of(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The log-sum-exp alone, [b, n, l]."""
+        """The log-sum-exp without the output, [b, n, l]."""
         return by_rows(q, k) if self._source(q, k, v) == "rows" else _fused(q, k, v)[1]
 
     @torch.no_grad()
@@ -92,12 +92,12 @@ class LogSumExp:
 
 
 def by_rows(q: Tensor, k: Tensor, *, limit: int = BYTES) -> Tensor:
-    """The log-sum-exp [b, n, l] of q k / sqrt(d), at least in float32, a block of queries after another.
+    """The log-sum-exp [b, n, l] of q k / sqrt(d), in float32 or wider, one block of queries after another.
 
     Args:
         q: [b, n, l, d].
         k: [b, n, m, d].
-        limit: bytes of scores that are held at once, unless a single row of all heads needs more.
+        limit: largest number of bytes of scores held at once, unless a single row of all heads needs more.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     keys = k.to(wide).transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -134,11 +134,11 @@ def word_maps(
         q, k: queries and keys [n, l, d] of text tokens followed by image patches.
         lse: log-sum-exp of the scores of each query, [n, l].
         text: number of text tokens.
-        tokens: positions of the text tokens that are looked at, [m].
-        mix: the weight of each of these in each word, [words, m].
-        direction: "i2t": the share of a patch's reading that goes to the word; "t2i": the share of the word's reading
-            that goes to the patch.
-        each: keep every head; otherwise their mean, as one head.
+        tokens: positions of the text tokens of the words, [m].
+        mix: the weight of each of these tokens in each word, [words, m].
+        direction: "i2t" for the share of a patch's attention that goes to the word; "t2i" for the share of the word's
+            attention that goes to the patch.
+        each: whether to keep every head; otherwise the mean over heads is returned as one head.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     of_words, of_image = (k, q) if direction == "i2t" else (q, k)
@@ -154,9 +154,10 @@ def word_maps(
 
 
 def quadrant_masses(lse: Tensor, lse_of_text: Tensor, text: int) -> Tensor:
-    """The attention of all queries summed by who reads whom, [b, n, 4] in the order of `QUADRANTS`.
+    """The attention of all queries summed over each quadrant, [b, n, 4] in the order of `QUADRANTS`.
 
-    A row of attention sums to 1, so the two quadrants of image queries sum to the patches, those of text to the tokens.
+    A row of attention sums to 1, so the two quadrants of image queries sum to the number of patches, and those of text
+    queries to the number of text tokens.
 
     Args:
         lse: log-sum-exp of the scores of each query with all keys, [b, n, l], text tokens first.
@@ -171,14 +172,14 @@ def quadrant_masses(lse: Tensor, lse_of_text: Tensor, text: int) -> Tensor:
 def pattern_rows(
     attended: Attended, queries: Tensor | None = None, *, limit: int = BYTES
 ) -> Iterator[tuple[int, Tensor]]:
-    """The attention pattern in blocks of rows: the place of the first row, and [b, heads, rows, keys].
+    """Yield the attention pattern in blocks of rows: the index of the first row, and [b, heads, rows, keys].
 
-    In float32, or in float64 where the queries are that.
+    The blocks are in float32, or in float64 where the queries are float64.
 
     Args:
         attended: one call of attention.
-        queries: numbers of the tokens whose rows are meant, [n], or [b, n]; None is all.
-        limit: bytes of a block, which has at least one row.
+        queries: numbers of the tokens whose rows are computed, [n] or [b, n]; None for all.
+        limit: largest number of bytes of a block, which has at least one row.
     """
     dtype = torch.promote_types(attended.q.dtype, torch.float32)
     row = attended.q.shape[0] * attended.q.shape[1] * attended.k.shape[2] * dtype.itemsize
@@ -191,7 +192,7 @@ def pattern_rows(
 def word_maps_of_pattern(
     attended: Attended, text: int, tokens: Tensor, mix: Tensor, direction: Direction, *, each: bool
 ) -> Tensor:
-    """What `word_maps` gives, from rows of the pattern itself: for attention that is not plain softmax.
+    """The result of `word_maps`, computed from rows of the pattern, for attention that is not plain softmax.
 
     Args:
         attended: the attention of one sample.
@@ -207,7 +208,7 @@ def word_maps_of_pattern(
 
 
 def quadrants_of_pattern(attended: Attended, text: int) -> Tensor:
-    """What `quadrant_masses` gives, from rows of the pattern itself, [b, n, 4]."""
+    """The result of `quadrant_masses`, computed from rows of the pattern, [b, n, 4]."""
     on_text, on_image = [], []
     for _, block in pattern_rows(attended):
         on_text.append(block[..., :text].sum(-1))

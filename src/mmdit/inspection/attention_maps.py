@@ -1,4 +1,4 @@
-"""Which word goes where: exact columns of the attention pattern, while attention itself stays fused."""
+"""Maps of the attention between words and patches: exact columns of the pattern, while attention stays fused."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ Which = int | Collection[int] | None
 
 @runtime_checkable
 class Watched(Protocol):
-    """A `mmdit.Pipeline`, or anything that tells its `watchers` of every run of its transformer."""
+    """A `mmdit.Pipeline`, or any object that calls its `watchers` before every run of its transformer."""
 
     transformer: MMDiT
 
     @property
     def watchers(self) -> list[Watcher]:
-        """Who is told."""
+        """Functions that are called before every run of the transformer."""
 
 
 @checks_names
@@ -65,36 +65,36 @@ def attention_maps(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Iterator[AttentionMaps]:
-    """Watch the joint attention of everything that the pipeline draws inside:
+    """Record maps of the joint attention for everything that the pipeline draws within the context:
 
         with mmdit.attention_maps(pipe, ["circle", "blue star"]) as maps:
             picture = pipe("a red circle above a blue star", seed=7).images[0]
         maps.of("circle", block=2)  # [rows, columns]
 
-    Pictures stay the same bit by bit: attention runs in the same fused kernel, which gives its log-sum-exp too, and a
-    probability is exp(q k / 8 - log-sum-exp), in float32. Only the columns of the words are kept. The second attention
-    of MMDiT-X (`attend2`) reads no words and is not watched. Where attention is not plain softmax (perturbed guidance,
-    a patched pattern), the maps are read from the pattern that ran.
+    Pictures stay bit-equal: attention runs in the same fused kernel, which also returns the log-sum-exp, and a
+    probability is exp(q k / 8 - log-sum-exp) in float32. Only the columns of the words are kept. The second attention
+    of MMDiT-X (`attend2`) reads no words and is not recorded. Where attention is not plain softmax (perturbed guidance,
+    a patched pattern), the maps are computed from the pattern that was used.
 
     Args:
-        pipe: a pipeline; its transformer is watched.
-        words: words or phrases of the prompt, in any case; all occurrences and tokens of a word count together.
-            "word#2" is its second occurrence; "<bos>", "<eos>" and "<pad>" are the tokens around. None is every word of
-            the prompts, () none.
-        blocks, steps: numbers; None is all.
+        pipe: a pipeline, whose transformer is watched.
+        words: words or phrases of the prompt, in upper or lower case; all occurrences and tokens of a word are summed.
+            "word#2" is its second occurrence; "<bos>", "<eos>" and "<pad>" are the special tokens. None means every
+            word of the prompts, () means none.
+        blocks, steps: numbers of blocks and steps; None for all.
         branch: the branch of guidance: "cond", "uncond", "skip" or "perturbed".
-        heads: keep the mean over heads, or each head.
-        direction: "i2t", which word does this patch read: the share of each patch's attention that goes to the word;
-            "t2i", where does this word look: the share of the word's attention, the mean over its tokens, that goes to
-            each patch. (Of the last block the model does not use what words read.) Several give both.
-        encoder: the text encoder whose tokens of the word count: "clip", "t5" or "all". Several give each.
-        quadrants: also sum up how much image and text read of each other.
+        heads: "mean" keeps the mean over heads, "each" keeps every head.
+        direction: "i2t" for the share of each patch's attention that goes to the word; "t2i" for the share of the
+            word's attention, averaged over its tokens, that goes to each patch. (The model does not use what words read
+            in the last block.) Both can be given.
+        encoder: the text encoder whose tokens of the word are used: "clip", "t5" or "all". Several can be given.
+        quadrants: whether to sum up how much image and text read of each other.
         dtype: the dtype in which maps are kept.
         device: where maps are kept; None is the transformer's device.
 
     Raises:
-        ValueError: an unknown name, a block that does not exist, or one that is compiled or whose attention has been
-            replaced. While drawing, a word that is not in the prompt (`WordError`), or pictures of another size.
+        ValueError: a name is unknown; a block does not exist, is compiled, or has a replaced attention. While drawing:
+            a word is not in the prompt (`WordError`), or pictures have another size than before.
         RuntimeError: while drawing, the transformer was not called by the pipeline.
     """
     asked = _several(direction, get_args(Direction), "direction"), _several(encoder, tuple(ENCODERS), "encoder")
@@ -115,7 +115,7 @@ def attention_maps(
 
 
 class _Maps(Strategy):
-    """Records what one block's attention shows, and leaves it as it is."""
+    """A strategy that records the attention of one block and does not change it."""
 
     rank = Rank.OUTPUTS
 
@@ -127,7 +127,7 @@ class _Maps(Strategy):
 
 
 class _Recorder:
-    """Follows the passes and stores what each block's attention shows."""
+    """Follows the passes, and stores the maps of each block."""
 
     def __init__(
         self,
@@ -146,11 +146,11 @@ class _Recorder:
         self.log_sum_exp = LogSumExp()
         maps.how = self.log_sum_exp.found
         self.tracker = Tracker()
-        self.now: _Running | None = None  # the run that is watched
-        self.known: tuple[Conditioning, list[dict[Encoder, Mix]]] | None = None  # of the last conditioning
+        self.now: _Running | None = None  # the pass that is recorded
+        self.known: tuple[Conditioning, list[dict[Encoder, Mix]]] | None = None  # computed for the last conditioning
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The transformer runs."""
+        """Begin a run of the transformer."""
         self.now = None
         latent, _timestep, context = (*args, *kwargs.values())[:3]
         self.tracker.enter(len(latent), context.shape[1])
@@ -174,9 +174,9 @@ class _Recorder:
         self.maps.passes.append(self.now.seen)
 
     def seen(self, block: int, attended: Attended) -> Attended:
-        """Store what a block's attention shows, and give it back.
+        """Store the maps of a block's attention, and return the attention unchanged.
 
-        Of plain softmax attention by PyTorch's kernel the log-sum-exp is enough; of all else, the pattern is read.
+        For plain softmax attention by PyTorch's kernel, the log-sum-exp suffices; otherwise the pattern is used.
         """
         if self.now is None:
             return attended
@@ -192,7 +192,7 @@ class _Recorder:
         return attended
 
     def _record(self, block: int, now: _Running, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
-        """Store what the watched rows show, by the log-sum-exp."""
+        """Store the maps of the watched rows, computed from the log-sum-exp."""
         place, text, seen = self.maps.blocks.index(block), now.text, now.seen
         if seen.masses is not None:
             of_text = self.log_sum_exp.of(q, k[:, :, :text], v[:, :, :text])
@@ -206,7 +206,7 @@ class _Recorder:
                     )
 
     def _record_pattern(self, block: int, now: _Running, attended: Attended) -> None:
-        """Store what the watched rows show, by rows of the pattern."""
+        """Store the maps of the watched rows, computed from rows of the pattern."""
         place, text, seen = self.maps.blocks.index(block), now.text, now.seen
         rows = range(now.rows.start, now.rows.stop)
         if seen.masses is not None:
@@ -235,7 +235,7 @@ class _Recorder:
             )
 
     def _mixes(self, read: Conditioning) -> list[dict[Encoder, Mix]]:
-        """For each sample and encoder, which tokens the words have."""
+        """The tokens of the words, for each sample and encoder."""
         if self.known is not None and self.known[0] is read:
             return self.known[1]
         if not self.maps.passes:
@@ -253,7 +253,7 @@ class _Recorder:
         return mixed(positions, like.device, torch.promote_types(like.dtype, torch.float32))
 
     def _empty(self, found: Rows) -> Seen:
-        """Room for a pass, filled with NaN."""
+        """Tensors for a pass, filled with NaN."""
         maps, heads = self.maps, self.model.config.heads
         device = self.model.pos_embed.device if self.device is None else self.device
 
@@ -270,7 +270,7 @@ class _Recorder:
 
 
 class _Running(NamedTuple):
-    """A pass that is watched."""
+    """A pass that is being recorded."""
 
     text: int
     rows: slice
@@ -279,7 +279,7 @@ class _Running(NamedTuple):
 
 
 def _blocks(model: MMDiT, blocks: int | Collection[int] | None) -> tuple[int, ...]:
-    """The numbers of the blocks, whose attention must be there to be watched."""
+    """The numbers of the blocks to watch, after a check that they exist."""
     depth = len(model.joint_blocks)
     numbers = range(depth) if blocks is None else sorted({blocks} if isinstance(blocks, int) else set(blocks))
     if outside := [i for i in numbers if not 0 <= i < depth]:
@@ -289,7 +289,7 @@ def _blocks(model: MMDiT, blocks: int | Collection[int] | None) -> tuple[int, ..
 
 
 def _several(value: Any, known: Sequence[str], what: str) -> tuple[Any, ...]:
-    """One name or several, each of them known."""
+    """One name or several as a tuple; ValueError for unknown ones."""
     names = (value,) if isinstance(value, str) else tuple(dict.fromkeys(value))
     if not names:
         raise ValueError(f"no {what} is given; known are {', '.join(known)}")
@@ -298,7 +298,7 @@ def _several(value: Any, known: Sequence[str], what: str) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Seen:
-    """One pass of the transformer; NaN where a block did not run, or a prompt does not have the word."""
+    """The maps of one pass; NaN where a block did not run, or where the prompt does not have the word."""
 
     step: int
     sigma: float
@@ -307,13 +307,15 @@ class Seen:
 
 
 class AttentionMaps:
-    """Maps of all passes that were watched, filled while the pipeline runs. The first axis is one pass: a step, or,
-    with solvers that predict several times in a step, one of these; `axes` says which.
+    """The maps of all recorded passes, filled while the pipeline runs.
+
+    The first axis of a map is the pass: a step, or one of the predictions of a step with solvers that make several; see
+    `axes`.
 
     Attributes:
-        blocks: numbers of the joint blocks, as on the second axis.
-        directions, encoders: what was asked for; the first of each is what `words` holds.
-        how: where the log-sum-exp came from, by kind of call; see `mmdit.inspection.attention.LogSumExp`.
+        blocks: numbers of the joint blocks along the second axis.
+        directions, encoders: those that were requested; `words` holds the first of each.
+        how: how the log-sum-exp was computed, by kind of call; see `mmdit.inspection.attention.LogSumExp`.
     """
 
     def __init__(
@@ -327,24 +329,24 @@ class AttentionMaps:
         self.blocks, self.directions, self.encoders, self.each_head = blocks, directions, encoders, each_head
         self.names: tuple[str, ...] = ()
         self.passes: list[Seen] = []
-        self.grid = (0, 0)  # patches of the picture: rows, columns
-        self.text = 0  # text tokens
-        self.others: dict[str, None] = {}  # branches and steps of passes that were not asked for
+        self.grid = (0, 0)  # rows and columns of patches
+        self.text = 0  # number of text tokens
+        self.others: dict[str, None] = {}  # branches and steps of passes that were not requested
         self.how: Mapping[Call, Source] = {}
 
     @property
     def words(self) -> Mapping[str, Tensor]:
-        """By word, [passes, blocks, (heads,) samples, rows, columns]; see `axes`."""
+        """The maps by word, each [passes, blocks, (heads,) samples, rows, columns]; see `axes`."""
         return _Words(self)
 
     @property
     def quadrants(self) -> Tensor:
-        """Attention summed by who reads whom, [passes, blocks, heads, samples, 4]: I2I, I2T, T2I, T2T.
+        """Attention summed over the quadrants I2I, I2T, T2I, T2T: [passes, blocks, heads, samples, 4].
 
-        I2I + I2T is the number of patches, T2I + T2T that of text tokens: every row of attention sums to 1.
+        Every row of attention sums to 1, so I2I + I2T is the number of patches, and T2I + T2T that of text tokens.
 
         Raises:
-            ValueError: they were not asked for, or nothing was drawn.
+            ValueError: quadrants were not requested, or nothing was drawn.
         """
         masses = [seen.masses for seen in self._passes() if seen.masses is not None]
         if not masses:
@@ -353,7 +355,7 @@ class AttentionMaps:
 
     @property
     def shares(self) -> Tensor:
-        """`quadrants` as shares of a row, the mean over rows: [..., 0] + [..., 1] = 1 and [..., 2] + [..., 3] = 1."""
+        """`quadrants` as shares of a row, averaged over rows: [..., 0] + [..., 1] = 1 and [..., 2] + [..., 3] = 1."""
         patches = self.grid[0] * self.grid[1]
         return self.quadrants / torch.tensor([patches, patches, self.text, self.text], device=self.quadrants.device)
 
@@ -375,11 +377,11 @@ class AttentionMaps:
         """All maps of a word, [passes, blocks, (heads,) samples, rows, columns].
 
         Args:
-            word: one that was asked for.
-            encoder, direction: of those that were asked for; None is the first.
+            word: a word that was requested.
+            encoder, direction: an encoder and a direction that were requested; None is the first.
 
         Raises:
-            ValueError: it was not asked for, or nothing was drawn.
+            ValueError: the word was not requested, or nothing was drawn.
         """
         passes, key = self._passes(), (direction or self.directions[0], encoder or self.encoders[0])
         if key not in passes[0].maps:
@@ -400,16 +402,16 @@ class AttentionMaps:
         encoder: Encoder | None = None,
         direction: Direction | None = None,
     ) -> Tensor:
-        """One heat map [rows, columns]: the mean over blocks, steps and heads, all or those that are given.
+        """One heat map [rows, columns], averaged over all blocks, steps and heads, or over those that are given.
 
         Args:
-            word: one that was asked for.
-            block, step, head: one number or several; None is all.
-            sample: which picture.
+            word: a word that was requested.
+            block, step, head: one number or several; None for all.
+            sample: number of the picture in the batch.
             encoder, direction: see `word`.
 
         Raises:
-            ValueError: a number was not watched, or the word is not in the prompt of that picture.
+            ValueError: a block, step or head was not recorded, or the picture's prompt does not have the word.
         """
         maps = self.word(word, encoder=encoder, direction=direction)
         maps = maps if self.each_head else maps[:, :, None]
@@ -434,8 +436,8 @@ class AttentionMaps:
 
         Args:
             word: see `of`.
-            height, width: in pixels.
-            smooth: bilinear; else every patch keeps its one value.
+            height, width: size of the result in pixels.
+            smooth: whether to interpolate bilinearly; otherwise every patch keeps its single value.
             **where: see `of`.
         """
         found = self.of(word, **where)[None, None]
@@ -444,7 +446,7 @@ class AttentionMaps:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything that is kept."""
+        """The size of all maps in bytes."""
         kept = [part for seen in self.passes for part in (*seen.maps.values(), seen.masses) if part is not None]
         return sum(part.nbytes for part in kept)
 
@@ -468,7 +470,7 @@ class AttentionMaps:
 
 
 class _Words(Mapping[str, Tensor]):
-    """Puts the passes of a word together when it is asked for."""
+    """A mapping from words to maps, which are stacked over passes on access."""
 
     def __init__(self, maps: AttentionMaps) -> None:
         self.maps = maps
@@ -486,7 +488,7 @@ class _Words(Mapping[str, Tensor]):
 
 
 def _places(name: str, which: Which, known: Sequence[int]) -> list[int]:
-    """The places of the wanted labels along an axis."""
+    """The indices of the requested labels along an axis."""
     if which is None:
         return list(range(len(known)))
     wanted = {which} if isinstance(which, int) else set(which)

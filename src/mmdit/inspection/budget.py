@@ -1,4 +1,4 @@
-"""How many bytes a capture will keep, known before a model runs."""
+"""Forecasts of the bytes that a capture will keep, made before a model runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 class BudgetError(ValueError):
-    """A capture would keep more than its budget; nothing of what would exceed it was kept or run."""
+    """A capture would keep more than its budget; the call that would exceed it was neither run nor kept."""
 
 
 def bytes_of(budget: int | float | str | None) -> int | None:
-    """A number of bytes, written as one or as "500 MB".
+    """A number of bytes, given as a number or as text such as "500 MB".
 
     Raises:
         ValueError: it is neither.
@@ -37,12 +37,12 @@ def bytes_of(budget: int | float | str | None) -> int | None:
 
 
 class Forecast:
-    """The bytes that a capture will keep of each call, from a dry run of the same code on the meta device.
+    """The bytes that a capture will keep in each call, from a dry run of the same code on the meta device.
 
     Args:
         address: the part of each point that is kept.
-        reducer_of: gives the reducer of a target, if it has one.
-        dtype: the dtype of what is kept; None keeps the dtype in which values are computed.
+        reducer_of: returns the reducer of a target, if it has one.
+        dtype: the dtype of kept values; None keeps the dtype in which they are computed.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Forecast:
     ) -> None:
         self.address, self.reducer_of, self.dtype = address, reducer_of, dtype
         self._found: dict[tuple[object, ...], dict[str, int]] = {}
-        self.last: dict[tuple[int, str], str] = {}  # by model and entry: which of its targets passes last
+        self.last: dict[tuple[int, str], str] = {}  # the last target that passes, by model and entry
 
     def of_call(self, some: Sequence[Target], sizes: Sizes, rows: Rows) -> dict[str, int]:
-        """Bytes by point, of the rows of one branch in a call of these targets' model."""
+        """Bytes by point for the rows of one branch, in a call of the model of these targets."""
         sizes, rows = sizes._replace(batch=rows.samples), rows._replace(first=0)
         prompts = rows.conditioning.prompts if rows.conditioning is not None and self.address.has_words else ()
         key = (id(some[0].model), some[0].entry, sizes, prompts)
@@ -67,7 +67,7 @@ class Forecast:
     def of_drawing(
         self, some: Sequence[Target], drawing: Drawing, wanted: Sequence[tuple[Label, Branch]]
     ) -> dict[str, int]:
-        """Bytes by point of a drawing, with one call of the transformer in each wanted step and branch."""
+        """Bytes by point for a drawing, with one call of the transformer in each requested step and branch."""
         total, counted = dict.fromkeys((target.name for target in some), 0), set()
         samples, _, height, width = drawing.shape
         for label, branch in wanted:

@@ -1,4 +1,4 @@
-"""`capture`: keep what passes inside models while they run."""
+"""`capture`: keep activations of models while they run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmdit.runtime.hooks import listening
 from mmdit.utils import checks_names
 
 Reduce = Reducer | Mapping[str, Reducer] | None
-Wrong = Callable[..., Any] | str  # taken for a reducer by mistake, and refused with what to write instead
+Wrong = Callable[..., Any] | str  # often mistaken for reducers; the error tells what to write instead
 BUDGET = "4 GB"
 
 
@@ -57,32 +57,33 @@ def capture(
     stop: bool = False,
     grad: bool = False,
 ) -> Iterator[Captured]:
-    """Inside, and in this thread alone, what passes the points is kept; the hooks are gone afterwards.
+    """Keep the values at the named points, within the context and in this thread; hooks are removed afterwards.
 
         with mmdit.capture(pipe, "joint_blocks.*.x_block.resid_post", steps=[0, 10], branch="cond") as seen:
             pipe("a red circle", seed=1)
         seen["joint_blocks.2.x_block.resid_post"]  # [steps, samples, tokens, channels]
 
     Args:
-        model: a pipeline, or one of its models; with a model alone each call counts as a step.
+        model: a pipeline, or one of its models; for a model alone, each call counts as a step.
         patterns: globs over the names that `mmdit.points` lists; "transformer." may be left out.
         steps, sigmas, branch, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
-        stream: "text", "image" or "joint": those of the points.
-        reduce: a reducer of `mmdit.reducers`, whose result is kept instead; or reducers by glob: the first that fits.
-        dtype: the dtype of what is kept; None keeps the dtype in which values are computed.
-        device: where values are kept.
+        stream: "text", "image" or "joint" selects the points of this stream.
+        reduce: a reducer of `mmdit.reducers`, whose result is kept instead of the value; or reducers by glob, of which
+            the first that matches is used.
+        dtype: the dtype of kept values; None keeps the dtype in which they are computed.
+        device: the device of kept values.
         to: a .safetensors file to write to instead of memory. It appears only when it is complete;
             `mmdit.load_capture` reads it.
-        budget: the most bytes that are kept, as a number or like "2 GB"; None for no limit. What a drawing will keep
-            is computed before its first pass, and again before each call of a model.
-        stop: end the `with` block after the last wanted point (of a model alone, of its first wanted call); of a
-            solver with several calls a step, after the first call of the last wanted step.
-        grad: keep the values in the graph, for `Captured.gradients`. Takes a run with gradients: a model, or the
-            pipeline's `predict` and `sample` (a call of the pipeline itself has none).
+        budget: the largest number of bytes to keep, as a number or as text such as "2 GB"; None for no limit. The size
+            of a drawing is computed before its first pass, and again before each call of a model.
+        stop: whether to end the `with` block after the last requested point (for a model alone, in its first requested
+            call; for a solver with several calls a step, in the first call of the last requested step).
+        grad: whether to keep the values in the graph, for `Captured.gradients`. This needs a run with gradients: a
+            model, or the pipeline's `predict` and `sample` (a call of the pipeline has no gradients).
 
     Raises:
-        ValueError: a glob that matches nothing, a model that is compiled, an address that does not fit.
-        BudgetError: before anything is run that would exceed the budget.
+        ValueError: a glob matches nothing, a model is compiled, or the address does not fit a point.
+        BudgetError: the budget would be exceeded; it is raised before the call that would exceed it.
     """
     address = Address(steps, sigmas, branch, samples, heads, tokens, queries, channels)
     targets = selected(model, patterns, stream)
@@ -109,7 +110,7 @@ def capture(
 
 
 class _Stopped(BaseException):
-    """The last wanted point has passed; not an Exception, so that nobody on the way takes it for one."""
+    """Raised after the last requested point. It is no Exception, so that no `except Exception` catches it."""
 
     def __init__(self, by: object) -> None:
         super().__init__("stopped after the last wanted point")
@@ -138,13 +139,13 @@ class _Recorder:
         self.seen, self.spool = seen, spool
         self.forecast = Forecast(address, lambda target: reducers.get(target.name), None)
         self.transformer = model.transformer if isinstance(model, PipelineSteps) else None
-        self.final = max(targets, key=_rank)  # the entry that runs last
-        self.last_step: int | None = None  # the last wanted step of the drawing that is under way
+        self.final = max(targets, key=_rank)  # the last entry that runs
+        self.last_step: int | None = None  # the last requested step of the present drawing
         self.branches_left: set[str | None] = set()
         self.kept = 0  # bytes
 
     def plan(self, drawing: Drawing) -> None:
-        """A drawing begins: check what it will keep against the budget."""
+        """At the beginning of a drawing, check its size against the budget."""
         some = [target for target in self.targets if target.model is self.transformer]
         if not some:
             return
@@ -156,7 +157,7 @@ class _Recorder:
         check_drawing(needed, steps, self.kept, self.budget, running=running)
 
     def began(self, entry: nn.Module, given: tuple[Any, ...], tracker: Tracker) -> None:
-        """A model is called: check what it will add against the budget."""
+        """Before a call of a model, check the size that it adds against the budget."""
         wanted = [rows for rows in tracker.rows if self.address.meets(rows.label, rows.steps)]
         some = [target for target in self.targets if target.model.get_submodule(target.entry) is entry]
         if not wanted:
@@ -176,7 +177,7 @@ class _Recorder:
             )
 
     def handle(self, target: Target, passing: Passing, tracker: Tracker) -> None:
-        """A point is passed."""
+        """Keep the value at a point."""
         for rows in tracker.rows:
             if not self.address.meets(rows.label, rows.steps):
                 continue
@@ -228,19 +229,19 @@ class _Recorder:
         return next((entry for entry in entries if entry.label.branch == rows.label.branch), None)
 
     def _fit(self, more: int, target: Target) -> None:
-        """Count what is about to be kept; what was computed before should never let it come to an error here."""
+        """Count a value before it is kept; the earlier forecasts should prevent an error here."""
         self.kept += more
         if self.budget is not None and self.kept > self.budget:
             raise BudgetError(f"{target.name!r} would take the capture to {size(self.kept)}, above {size(self.budget)}")
 
     def _added(self, needed: Mapping[str, int], rows: Rows) -> int:
-        """Without what running reducers have already."""
+        """The forecast without the results that running reducers already have."""
         by_name = {target.name: target for target in self.targets}
         there = [name for name in needed if name in self.reducers and self.reducers[name].running]
         return sum(of for name, of in needed.items() if name not in there or not self._running(by_name[name], rows))
 
     def _end(self, target: Target, tracker: Tracker) -> None:
-        """Raise `_Stopped` if nothing that is wanted will follow."""
+        """Raise `_Stopped` if no requested point follows."""
         model, entry = self.final.model, self.final.entry
         if (target.model, target.entry, target.name) != (model, entry, self.forecast.last[id(model), entry]):
             return
@@ -249,7 +250,7 @@ class _Recorder:
             raise _Stopped(self)
 
     def _is_last(self, rows: Rows) -> bool:
-        """Whether no later call of the model is wanted."""
+        """Whether no later call of the model is requested."""
         steps, step = self.address.steps, rows.label.step
         if rows.steps is not None:
             self.branches_left -= {rows.label.branch} if step == self.last_step else set()
@@ -260,11 +261,11 @@ class _Recorder:
 
 
 def _reducers(targets: Sequence[Target], reduce: Reduce | Wrong | Mapping[str, Wrong]) -> dict[str, Reducer]:
-    """By the name of the point.
+    """The reducers by name of the point.
 
     Raises:
-        TypeError: something is no reducer; the message says what to write.
-        ValueError: a glob names none of the points.
+        TypeError: a value is not a reducer; the message tells what to write.
+        ValueError: a glob matches none of the points.
     """
     if reduce is None:
         return {}

@@ -1,4 +1,4 @@
-"""What a capture has kept: tensors by point, labelled by step, noise level, branch and sample; in memory or a file."""
+"""The values of a capture: tensors by point, labelled by step, noise level, branch and sample, in memory or a file."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Entry(NamedTuple):
 class Series:
     """All values of one point."""
 
-    axes: tuple[str, ...] = ()  # after the sample
+    axes: tuple[str, ...] = ()  # names of the dimensions after the sample
     labels: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    running: bool = False  # all samples and calls of a branch are one
+    running: bool = False  # whether all samples and calls of a branch are merged into one value
     reduced: bool = False
     entries: list[Entry] = field(default_factory=list)
 
@@ -50,12 +50,13 @@ class Series:
 class Captured(Mapping[str, Tensor]):
     """Values by the name of their point: `seen["joint_blocks.2.x_block.resid_post"]`.
 
-    A value is [steps, branches, samples, axes of the point]; without branches where one was asked for by name, or where
-    the model has none. Of a running reducer it is [branches, axes]. `labelled` says what is where.
+    A value is [steps, branches, samples, axes of the point]. It has no dimension for branches where one branch was
+    requested by name or the model has none. The value of a running reducer is [branches, axes]. `labelled` gives the
+    labels of all dimensions.
 
     Args:
-        names: names of the points that were asked for.
-        one_branch: whether one branch was asked for by name.
+        names: names of the requested points.
+        one_branch: whether one branch was requested by name.
     """
 
     def __init__(self, names: Sequence[str], *, one_branch: bool = False) -> None:
@@ -79,19 +80,19 @@ class Captured(Mapping[str, Tensor]):
         return "\n".join([*lines, f"{len(self.series)} of {len(self.names)} points: {size(self.nbytes)}"])
 
     def _ipython_key_completions_(self) -> list[str]:
-        """What Jupyter offers on Tab after `seen[`."""
+        """The completions that Jupyter offers on Tab after `seen[`."""
         return list(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values, in memory or in a file."""
+        """The size of all values in bytes, in memory or in a file."""
         return sum(entry.value.nbytes for one in self.series.values() for entry in one.entries)
 
     def of(self, name: str) -> Series:
         """All values of one point, call by call.
 
         Raises:
-            KeyError: it was not asked for, or never passed.
+            KeyError: the point was not requested, or no value passed it.
         """
         name = plain(name)
         if name in self.series:
@@ -106,12 +107,12 @@ class Captured(Mapping[str, Tensor]):
 
         Args:
             name: the name of the point.
-            branch: takes this branch alone, without a dimension for branches.
-            run: takes this drawing alone.
+            branch: selects this branch, without a dimension for branches.
+            run: selects this drawing.
 
         Raises:
             KeyError: see `of`.
-            ValueError: calls differ in shape or branches, and do not stack.
+            ValueError: the calls differ in shape or branches, so that they cannot be stacked.
         """
         one = self.of(name)
         entries = [e for e in one.entries if branch in (None, e.label.branch) and run in (None, e.label.run)]
@@ -134,11 +135,11 @@ class Captured(Mapping[str, Tensor]):
         return Labelled(value, axes, notes)
 
     def at(self, name: str, label: Label) -> Entry:
-        """The value of a point in the call that a label stands for; of a capture of one call, that one.
+        """The value of a point in the call with this label, or in the only call of a capture.
 
         Raises:
             KeyError: see `of`.
-            ValueError: there is none.
+            ValueError: the capture has no such call.
         """
         entries = [entry for entry in self.of(name).entries if entry.label.branch in (label.branch, None)]
         same = [entry for entry in entries if entry.label[1:3] == label[1:3]]
@@ -150,10 +151,10 @@ class Captured(Mapping[str, Tensor]):
         )
 
     def gradients(self, metric: Tensor) -> Captured:
-        """d metric / d value for everything that was captured with `grad=True`; zeros where it does not count.
+        """d metric / d value for all values captured with `grad=True`; 0 where the metric does not depend on the value.
 
         Args:
-            metric: a scalar that was computed from the model's output, inside or outside of the capture.
+            metric: a scalar that was computed from the model's output, within or after the capture.
 
         Raises:
             ValueError: the values were captured without grad.
@@ -171,7 +172,7 @@ class Captured(Mapping[str, Tensor]):
         return out
 
     def add(self, name: str, like: Callable[[], Series], entry: Entry) -> None:
-        """Add one more value."""
+        """Add a value."""
         if name not in self.series:
             self.series[name] = like()
         self.series[name].entries.append(entry)
@@ -181,7 +182,7 @@ _NOTES = ("sigma", "call", "run")
 
 
 class _Grid:
-    """Entries by time and branch."""
+    """The entries of a point, arranged by time and branch."""
 
     def __init__(self, name: str, entries: Sequence[Entry]) -> None:
         self.name = name
@@ -216,11 +217,11 @@ def _time(label: Label) -> tuple[int, int, int]:
 
 
 _FORMAT = "mmdit capture 1"
-_MAX_NOTES = 2**28  # bytes of text about the values: some million calls
+_MAX_NOTES = 2**28  # bytes of the description of the values; enough for some million calls
 
 
 class Spool:
-    """A temporary file beside the target; gone when it is closed."""
+    """A temporary file beside the target, which is removed when it is closed."""
 
     def __init__(self, target: str | Path) -> None:
         self.target = Path(target)
@@ -240,7 +241,7 @@ class Spool:
         self._file.close()
 
     def put(self, value: Tensor) -> LazyTensor:
-        """Write a value; what comes back reads it while the spool is open."""
+        """Write a value, and return a function that reads it while the spool is open."""
         start, dtype, shape = self._file.seek(0, os.SEEK_END), value.dtype, tuple(value.shape)
         flat: Any = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         self._file.write(memoryview(flat))
@@ -256,7 +257,7 @@ class Spool:
         return LazyTensor(shape, dtype, load)
 
     def save(self, captured: Captured) -> None:
-        """Write the safetensors file; from then on the capture reads from it."""
+        """Write the safetensors file, from which the capture reads afterwards."""
         tensors, notes = {}, []
         for name, one in captured.series.items():
             for i, entry in enumerate(one.entries):
@@ -272,11 +273,11 @@ class Spool:
 
 
 def load_capture(path: str | Path) -> Captured:
-    """A capture that was written with `to=`; values are read when they are asked for.
+    """Open a capture that was written with `to=`; values are read on access.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is broken, or holds something else; the message says what was found where.
+        CheckpointError: the file is broken or is not a capture; the message tells what was found where.
     """
     tensors, metadata = open_tensors(path)
     if metadata.get("format") != _FORMAT:
@@ -291,11 +292,11 @@ def load_capture(path: str | Path) -> Captured:
 
 
 class _BrokenError(ValueError):
-    """What a file says of its capture contradicts itself or its tensors."""
+    """The description of a capture in a file contradicts itself or the file's tensors."""
 
 
 class _Reader:
-    """Makes a capture of what a file says, and of the tensors that it holds; each tensor must be spoken of once."""
+    """Builds a capture from the description and the tensors of a file; each tensor must be described exactly once."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self.tensors, self.used = tensors, set[str]()
@@ -375,7 +376,7 @@ def _cut(text: str, length: int) -> str:
 
 
 def _written(label: Any) -> Any:
-    """A label as JSON has it: no tuples, and no infinite numbers, which are written as text."""
+    """A label in the form of JSON, without tuples and with infinite numbers as text."""
     if isinstance(label, tuple):
         return [_written(one) for one in label]
     return str(label) if isinstance(label, float) and not math.isfinite(label) else label

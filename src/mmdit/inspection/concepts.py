@@ -1,4 +1,4 @@
-"""Concept tokens: words beside the prompt that read the picture while nothing reads them (ConceptAttention)."""
+"""Concept tokens (ConceptAttention): words beside the prompt that read the picture and are read by no other token."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mmdit.utils import checks_names
 
 
 class Concepts:
-    """Maps of where the picture shows each concept.
+    """Maps that show where the picture contains each concept.
 
     Args:
         names: names of the concepts.
-        blocks: numbers of the blocks whose maps are made.
+        blocks: numbers of the blocks whose maps are computed.
     """
 
     def __init__(self, names: Sequence[str], blocks: Sequence[int]) -> None:
@@ -38,13 +38,13 @@ class Concepts:
         self._grid = (0, 0)
 
     def maps(self, branch: str | None = "cond") -> Labelled:
-        """The share of each concept in each patch, the mean over calls: [block, sample, concept, row, column].
+        """The share of each concept in each patch, averaged over calls: [block, sample, concept, row, column].
 
         Args:
             branch: a branch of guidance; None for a model that was called without a pipeline.
 
         Raises:
-            ValueError: nothing ran of that branch.
+            ValueError: that branch did not run.
         """
         branches = list(dict.fromkeys(one for one, _ in self._sums))
         if branch not in branches:
@@ -58,7 +58,7 @@ class Concepts:
         return Labelled(values.unflatten(-1, self._grid), axes | {"concept": self.names} | places)
 
     def begin(self, grid: tuple[int, int]) -> None:
-        """The transformer runs on that many rows and columns of patches."""
+        """Note the rows and columns of patches that the transformer runs on."""
         if self._sums and grid != self._grid:
             raise ValueError(
                 f"a drawing of {grid} patches follows one of {self._grid}: use concept_tokens once for each"
@@ -66,18 +66,18 @@ class Concepts:
         self._grid = grid
 
     def add(self, branch: str | None, block: int, shares: Tensor) -> None:
-        """One more call's [samples, concepts, patches]."""
+        """Add the maps of a call, [samples, concepts, patches]."""
         key = branch, block
         self._sums[key] = shares if key not in self._sums else self._sums[key] + shares
         self._calls[key] = self._calls.get(key, 0) + 1
 
 
 class ConceptTokens(Strategy):
-    """Attention over [text, concepts, image]: concepts read the image and themselves, and nothing reads them.
+    """Attention over [text, concepts, image]: concepts read the image and themselves, and no other token reads them.
 
     Args:
         concepts: number of concepts.
-        see: told of the output [b, heads, tokens, d] of every call, and of the number of text tokens.
+        see: called with the output [b, heads, tokens, d] of every call and the number of text tokens.
     """
 
     rank = Rank.TOKENS
@@ -105,25 +105,25 @@ def concept_tokens(
     steps: Numbers | None = None,
     sigmas: tuple[float, float] | None = None,
 ) -> Iterator[Concepts]:
-    """Within it, concept tokens go through the text stream of all blocks; pictures stay the same up to rounding.
+    """Within the context, concept tokens run through the text stream of all blocks; pictures change by rounding only.
 
         with mmdit.concept_tokens(pipe, ["circle", "star", "background"]) as concepts:
             pipe("a red circle above a blue star", seed=1)
         concepts.maps().mean("block")  # [sample, concept, row, column]
 
-    A map is the softmax over the concepts of the products of attention's output at each patch and at each concept, all
-    heads together: Helbling et al. 2025, arXiv 2502.04320, section 4. `attention_maps` and the points of `attend` see
-    the text and the image alone, in whatever order they are entered. In points of the text stream, the concepts follow
-    the text.
+    A map is a softmax over concepts of the inner products between the attention outputs at each patch and at each
+    concept, over all heads: Helbling et al. 2025, arXiv 2502.04320, section 4. `attention_maps` and the points of
+    `attend` see text and image only, in whatever order the contexts are entered. At points of the text stream, the
+    concepts follow the text tokens.
 
     Args:
         model: a pipeline; or a transformer, with concepts as a tensor.
-        concepts: words, each as its first T5 token (without a T5, of CLIP) of a prompt of this word alone; or vectors
-            [concepts, context_dim].
-        blocks, steps, sigmas: the blocks, steps and noise levels whose maps are made; None is all.
+        concepts: words, each represented by the first T5 token (without T5, CLIP token) of a prompt of this word alone;
+            or vectors [concepts, context_dim].
+        blocks, steps, sigmas: the blocks, steps and noise levels whose maps are computed; None for all.
 
     Raises:
-        ValueError: words without a pipeline, or fewer than two concepts.
+        ValueError: words are given without a pipeline, or there are fewer than two concepts.
     """
     names, vectors = _vectors(model, concepts)
     address = Address(steps=steps, sigmas=sigmas)
@@ -152,7 +152,7 @@ def concept_tokens(
 
 @contextmanager
 def _with_concepts(transformer: MMDiT, vectors: Tensor, note: Callable[[int, Tensor, int], None]) -> Iterator[None]:
-    """Concepts after the text tokens, and attention that knows them."""
+    """Add the concepts after the text tokens, and the strategy of their attention."""
     slots: list[tuple[Any, ConceptTokens]] = [
         (block.attend, ConceptTokens(len(vectors), partial(note, i)))
         for i, block in enumerate(transformer.joint_blocks)
@@ -191,6 +191,6 @@ def _vector(pipe: PipelineSteps, word: str) -> Tensor:
 
 
 def _shares(z: Tensor, text: int, concepts: int) -> Tensor:
-    """[b, heads, tokens, d] of attention's output to [b, concepts, patches]."""
+    """The shares of the concepts [b, concepts, patches], from the attention output [b, heads, tokens, d]."""
     flat = z.transpose(1, 2).flatten(2).to(torch.promote_types(z.dtype, torch.float32))
     return (flat[:, text : text + concepts] @ flat[:, text + concepts :].transpose(1, 2)).softmax(dim=1)

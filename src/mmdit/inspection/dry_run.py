@@ -1,4 +1,4 @@
-"""A dry run of a model: on the meta device, where tensors have shapes and no values."""
+"""A dry run of a model on the meta device, where tensors have shapes and no values."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from mmdit.models.mmdit import MMDiT
 
 
 class Sizes(NamedTuple):
-    """Sizes of the inputs of models."""
+    """The sizes of the inputs of models."""
 
     batch: int = 1
-    rows: int = 128  # rows of the latent, in cells
-    columns: int = 128  # columns of the latent, in cells
-    text_tokens: int = 333  # that the transformer reads
+    rows: int = 128  # height of the latent, in cells
+    columns: int = 128  # width of the latent, in cells
+    text_tokens: int = 333  # number of text tokens that the transformer reads
     clip_tokens: int = 77
     t5_tokens: int = 256
 
 
 def rehearse(model: nn.Module, targets: Sequence[Target], sizes: Sizes, handle: Handler) -> None:
-    """Run a copy of the model on the meta device, so that every target is passed once with its shape and dtype.
+    """Run a copy of the model on the meta device, in which every target passes once with its shape and dtype.
 
     Args:
-        model: one of ours, whose weights are not touched.
+        model: one of our models, whose weights are not used.
         targets: points of this model.
         sizes: sizes of its inputs.
-        handle: is given each target that is passed, see `hooked`.
+        handle: called for each target that passes, see `hooked`.
     """
     ghost = _ghost(type(model), model.config, _dtype(model))  # type: ignore[arg-type] # our models have a config
     doubles = [target._replace(model=ghost) for target in targets]

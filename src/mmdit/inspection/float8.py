@@ -1,4 +1,4 @@
-"""FP8 from inside: the error of each layer at each step, and which layer changes the picture most."""
+"""Errors of FP8 by layer: the error of each layer at each step, and the effect of each layer on the picture."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from quant.tensor import Float8Tensor
 
 @dataclass(frozen=True)
 class LayerError:
-    """The error of one Linear in one step. Shares count numbers of its input; they are NaN for weight-only recipes."""
+    """The error of one Linear in one step. Shares are of its input values; they are NaN for weight-only recipes."""
 
     layer: str
     step: int
     amax: float  # the largest absolute value of the input
-    saturated: float  # share that the scale maps beyond the largest code
-    underflown: float  # share that is not zero and becomes zero
-    snr: float  # signal to noise of the output in dB; the signal is the output with the weight before quantization
+    saturated: float  # share of values that the scale maps beyond the largest code
+    underflown: float  # share of values that are not zero and become zero
+    snr: float  # SNR of the output in dB; the signal is the output with the weight before quantization
 
 
 class LayerErrors(list[LayerError]):
-    """A row per layer and step; prints the mean over steps of each layer, the worst first."""
+    """A row per layer and step; it prints as a table of the mean over steps of each layer, the worst layer first."""
 
     @property
     def layers(self) -> list[str]:
-        """Names, in the order of the model."""
+        """The names of the layers, in the order of the model."""
         return list(dict.fromkeys(one.layer for one in self))
 
     def grid(self, field: str = "snr") -> Tensor:
@@ -61,11 +61,11 @@ class LayerErrors(list[LayerError]):
 
 @torch.no_grad()
 def float8_errors(pipe: Pipeline, prompt: str | Sequence[str], original: nn.Module, **settings: Any) -> LayerErrors:
-    """Draw with a quantized transformer and measure each float8 Linear from what it reads.
+    """Draw with a quantized transformer, and measure the error of each float8 Linear on its own input.
 
     Args:
-        pipe: with a quantized transformer (`quant.quantize_`, `mmdit.quantize_static`) that is not compiled.
-        prompt: what is drawn.
+        pipe: a pipeline whose transformer is quantized (`quant.quantize_`, `mmdit.quantize_static`) and not compiled.
+        prompt: the prompt to draw.
         original: the transformer before it was quantized, such as a `copy.deepcopy` of it.
         settings: further arguments of the pipeline's call.
 
@@ -107,10 +107,10 @@ def float8_blame(
     """Quantize one Linear at a time and draw: PSNR in dB against the pictures without quantization, lowest first.
 
     Args:
-        pipe: with a transformer that is not quantized; every weight is put back, whatever happens.
-        prompt: what is drawn.
+        pipe: a pipeline whose transformer is not quantized; all weights are restored, also after an error.
+        prompt: the prompt to draw.
         recipe: a recipe for `quant.quantize_`.
-        layers: names of Linears; None takes those that `quantize_` would.
+        layers: names of Linears; None takes those that `quantize_` would quantize.
         input_scales: scales by layer, for recipes with static activations.
         settings: further arguments of the pipeline's call; the seed is 0 unless it is given.
 
@@ -149,7 +149,7 @@ def _measured(name: str, step: int, x: Tensor, output: Tensor, layer: nn.Linear,
 
 
 def _mean(found: Sequence[LayerError]) -> LayerError:
-    """Several calls in a step as one: the largest amax, and means of everything else."""
+    """Merge several calls of a step: the largest amax, and means of all other numbers."""
     first, count = found[0], len(found)
     shares = (sum(getattr(one, field) for one in found) / count for field in ("saturated", "underflown", "snr"))
     return LayerError(first.layer, first.step, max(one.amax for one in found), *shares)

@@ -1,4 +1,4 @@
-"""Handlers of points: points are found by name, and a tracker knows whose rows the batch of a call holds."""
+"""Handlers of points: points are found by name, and a tracker knows which rows of a batch belong to which branch."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from mmdit.runtime.compiled import refuse_compiled
 from mmdit.runtime.hooks import Hook, hooks, listening
 
 Inspected = nn.Module | PipelineSteps  # one of our models, or a pipeline
-TRANSFORMER = "transformer."  # what names of a pipeline's points may leave out
+TRANSFORMER = "transformer."  # a prefix that names of a pipeline's points may omit
 
 
 class Target(NamedTuple):
     """A point of a model that is captured or changed."""
 
-    name: str  # in a pipeline: with the component in front, except for the transformer
+    name: str  # in a pipeline, it begins with the component, except for the transformer
     point: Point
     model: nn.Module
-    entry: str  # the part of the model whose call it is passed in: "" for the whole
+    entry: str  # the part of the model in whose call it passes; "" for the whole model
 
 
 class Tracker:
-    """Knows whose rows the batch of a model holds while it runs."""
+    """Tracks which rows of a model's batch belong to which branch while the model runs."""
 
     def __init__(self) -> None:
         self.rows: tuple[Rows, ...] = ()
@@ -61,16 +61,16 @@ class Tracker:
         self._calls: Counter[tuple[object, ...]] = Counter()
 
     def plan(self, drawing: Drawing) -> None:
-        """A drawing begins."""
+        """Note that a drawing begins."""
         self._run += self.drawing is not None
         self.drawing = drawing
 
     def watch(self, one: Pass) -> None:
-        """A pass of a pipeline's transformer comes next."""
+        """Note the next pass of a pipeline's transformer."""
         self._told = one
 
     def enter(self, batch: int, text_tokens: int) -> None:
-        """The entry runs, on that many rows."""
+        """Note that the entry runs on this number of rows."""
         told, self._told, self.text_tokens = self._told, None, text_tokens
         if told is not None and len(told.branches) * told.samples != batch:
             raise RuntimeError(
@@ -85,7 +85,7 @@ class Tracker:
             self.rows = tuple(self._of_branch(told, i * told.samples, branch) for i, branch in branches)
 
     def leave(self) -> None:
-        """The entry has run."""
+        """Note that the entry has run."""
         self.rows = ()
 
     def _of_branch(self, told: Pass, first: int, branch: Branch) -> Rows:
@@ -99,13 +99,13 @@ class Tracker:
         return Rows(label, first, told.samples, branch.conditioning, steps)
 
     def _predictions_until(self, prediction: int) -> int:
-        """How many calls of `pipe.predict` there were before this one, whose passes share a number."""
+        """The number of earlier calls of `pipe.predict`; all passes of a call share its number."""
         if prediction != self._prediction:
             self._prediction, self._predictions = prediction, self._predictions + 1
         return self._predictions - 1
 
     def _count(self, *what: object) -> int:
-        """How often this was counted before."""
+        """The number of earlier calls with this key."""
         self._calls[what] += 1
         return self._calls[what] - 1
 
@@ -120,7 +120,7 @@ def points_of(model: nn.Module) -> dict[str, Point]:
     """The points of one of our models, by name.
 
     Raises:
-        TypeError: of another model.
+        TypeError: the model is not one of ours.
     """
     if isinstance(model, MMDiT):
         return point_table(model.config)
@@ -139,7 +139,7 @@ def points_of(model: nn.Module) -> dict[str, Point]:
 
 
 def models_of(inspected: Inspected) -> dict[Component | None, nn.Module]:
-    """The models by component; None stands for a model that is given alone."""
+    """The models by component; the key is None for a model that is given alone."""
     return dict(inspected.models.items()) if isinstance(inspected, PipelineSteps) else {None: inspected}
 
 
@@ -155,16 +155,16 @@ def targets_of(inspected: Inspected) -> dict[str, Target]:
 
 
 def plain(name: str) -> str:
-    """A name or glob without the "transformer." that it may have."""
+    """A name or glob without an optional leading "transformer."."""
     return name.removeprefix(TRANSFORMER)
 
 
 def selected(inspected: Inspected, patterns: str | Sequence[str], stream: Stream | None = None) -> list[Target]:
-    """The points that globs name, in the order of the tables.
+    """The points whose names match the globs, in the order of the tables.
 
     Raises:
-        ValueError: a glob that matches nothing (with the nearest names), or a compiled model.
-        TypeError: a model that is not ours.
+        ValueError: a glob matches nothing (the message has the nearest names), or a model is compiled.
+        TypeError: the model is not one of ours.
     """
     every = targets_of(inspected)
     wanted = [plain(patterns)] if isinstance(patterns, str) else [plain(pattern) for pattern in patterns]
@@ -183,7 +183,7 @@ def selected(inspected: Inspected, patterns: str | Sequence[str], stream: Stream
 
 
 def check_address(inspected: Inspected, target: Target, address: Address) -> None:
-    """Raise ValueError where a point does not have what the address narrows."""
+    """Raise ValueError where a point lacks a dimension that the address narrows."""
     drawn = isinstance(inspected, PipelineSteps) and target.model is inspected.transformer
     address.check(target.point, target.name, drawn=drawn)
 
@@ -192,15 +192,15 @@ def check_address(inspected: Inspected, target: Target, address: Address) -> Non
 def hooked(
     inspected: Inspected, targets: Sequence[Target], handle: Handler, began: Began | None = None
 ) -> Iterator[None]:
-    """Inside, in this thread alone, every call that passes a target goes to `handle`.
+    """Within the context and in this thread, call `handle` for every target that passes.
 
     Several handlers of one point run in the order in which they were entered.
 
     Args:
         inspected: a model or pipeline.
-        targets: points of it.
-        handle: told of each target that is passed.
-        began: told of each call of a model, or of the encoder or decoder of the VAE, before it runs.
+        targets: points of the model or pipeline.
+        handle: called for each target that passes.
+        began: called before each call of a model, or of the encoder or decoder of the VAE.
 
     Raises:
         ValueError, TypeError: see `mmdit.models.attention.attending`.
@@ -224,11 +224,11 @@ def hooked(
 def tracking(
     inspected: Inspected, entries: Sequence[nn.Module], began: Began | None = None
 ) -> Iterator[dict[int, Tracker]]:
-    """Inside, in this thread alone, the calls of models are followed; by the id of each entry, what its batch holds.
+    """Within the context and in this thread, track the calls of models; yields the trackers by id of the entry.
 
     Args:
         inspected: a model or pipeline.
-        entries: models of it, or the encoder or decoder of the VAE.
+        entries: its models, or the encoder or decoder of the VAE.
         began: see `hooked`.
     """
     trackers = {id(entry): Tracker() for entry in entries}
@@ -239,7 +239,7 @@ def tracking(
 
 @contextmanager
 def _told(inspected: Inspected, trackers: Mapping[int, Tracker]) -> Iterator[None]:
-    """Inside, the tracker of a pipeline's transformer is told of drawings and passes."""
+    """Within the context, tell the tracker of a pipeline's transformer about drawings and passes."""
     tracker = trackers.get(id(inspected.transformer)) if isinstance(inspected, PipelineSteps) else None
     if tracker is None or not isinstance(inspected, PipelineSteps):
         yield
@@ -268,7 +268,7 @@ def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[
 
 
 class _Look:
-    """Handles all targets on one side of a module when it is called."""
+    """A hook that handles all targets on one side of a module."""
 
     def __init__(self, module: nn.Module, targets: Sequence[Target], handle: Handler, tracker: Tracker) -> None:
         self.module, self.targets, self.handle, self.tracker = module, targets, handle, tracker
@@ -288,7 +288,7 @@ class _Look:
 
 
 class _Inputs(Strategy):
-    """Queries, keys and values go to the handler."""
+    """A strategy that passes queries, keys and values to the handler."""
 
     rank = Rank.INPUTS
 
@@ -300,7 +300,7 @@ class _Inputs(Strategy):
 
 
 class _Outputs(Strategy):
-    """The pattern and the output of attention go to the handler."""
+    """A strategy that passes the pattern and the output of attention to the handler."""
 
     rank = Rank.OUTPUTS
 

@@ -1,4 +1,4 @@
-"""A tensor whose dimensions have names and whose places have labels: step, branch, sample, head, token."""
+"""A tensor with named dimensions and labels along them: step, branch, sample, head, token."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from samplers import pick
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Values with a name for every dimension and a label for every place along it.
+    """Values with a name for every dimension and a label for every index along it.
 
     Args:
         values: a tensor of any shape.
-        axes: the labels along each dimension, by its name, in the order of the dimensions.
-        notes: more labels along a dimension: name -> (dimension, labels), such as sigma along step.
+        axes: name of each dimension -> its labels, in the order of the dimensions.
+        notes: further labels along a dimension, name -> (dimension, labels), such as sigma along step.
     """
 
     values: Tensor
@@ -47,20 +47,20 @@ class Labelled:
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """Names of the dimensions."""
+        """The names of the dimensions."""
         return tuple(self.axes)
 
     def labels(self, name: str) -> tuple[Any, ...]:
         """The labels along a dimension, or those of a note.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: there is no dimension or note of that name.
         """
         known = dict(self.axes) | {note: labels for note, (_, labels) in self.notes.items()}
         return pick(known, name, "dimension")
 
     def sel(self, **wanted: Any) -> Labelled:
-        """The part at these labels: a list or tuple keeps its dimension, a single label (of one place) drops it.
+        """Select by label: a list or tuple keeps the dimension, a single label (of one index) drops it.
 
         `found.sel(step=3, branch="cond")`, `found.sel(token=[2, 5])`; notes work too: `found.sel(call=0)`.
 
@@ -73,7 +73,7 @@ class Labelled:
         return found
 
     def mean(self, name: str) -> Labelled:
-        """The mean along a dimension, which the result does not have."""
+        """The mean along a dimension, which is dropped."""
         values = self.values.mean(self._place(name))
         return Labelled(values, {n: v for n, v in self.axes.items() if n != name}, self._notes_without(name))
 
@@ -102,6 +102,6 @@ class Labelled:
 
 
 def _shown(labels: Sequence[Any]) -> str:
-    """Labels in a line: all of a few, else the first and the last ones."""
+    """Labels as text of one line: all of them if they are few, otherwise the first and the last ones."""
     texts = [f"{label:.4g}" if isinstance(label, float) else str(label) for label in labels]
     return ", ".join(texts if len(texts) <= 8 else [*texts[:3], "...", texts[-1]])

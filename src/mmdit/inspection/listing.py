@@ -24,11 +24,11 @@ class Row(NamedTuple):
     axes: tuple[str, ...]  # names of the dimensions after the batch
     shape: tuple[int, ...]
     dtype: torch.dtype
-    bytes: int  # size of the value of one call of the model
+    bytes: int  # bytes of the value in one call of the model
 
 
 class PointList(list[Row]):
-    """The points of a model; prints as a table."""
+    """The points of a model, which print as a table."""
 
     def __repr__(self) -> str:
         header = ("point", "axes", "shape", "dtype", "MB a call")
@@ -54,9 +54,9 @@ def points(
     batch: int = 1,
     stream: Stream | None = None,
 ) -> PointList:
-    """The points of a model with their shapes and bytes, for a picture of some size; nothing is computed.
+    """The points of a model with their shapes and bytes, for a given picture size; the model does not run.
 
-    An attention pattern counts with all its rows, in float32.
+    The bytes of an attention pattern are those of all its rows in float32.
 
     Args:
         model: a pipeline (names then begin with "transformer.", "clip_l.", "t5.", "vae.", ...) or one of its models.
@@ -64,10 +64,10 @@ def points(
         height, width: size of the picture in pixels; None is the model's own size (1024 for a VAE alone).
         text_tokens: number of tokens that the transformer, or the listed text encoder, reads; None is the default.
         batch: rows of the model's batch. With guidance, each picture takes two rows of the transformer.
-        stream: lists points of the transformer's "text" or "image" stream alone, or of "joint", where both meet.
+        stream: lists only points of the transformer's "text" or "image" stream, or of "joint", where both meet.
 
     Raises:
-        ValueError: a glob that matches nothing, or a size that does not fit.
+        ValueError: a glob matches nothing, or a size does not fit the model.
     """
     targets = selected(model, patterns, stream)
     sizes, found = _sizes(model, height, width, text_tokens, batch), {}

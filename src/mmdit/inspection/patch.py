@@ -1,4 +1,4 @@
-"""`patch`: change what passes inside models while they run."""
+"""`patch`: change activations of models while they run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class At(NamedTuple):
 
     name: str  # name of the point
     label: Label
-    axes: tuple[str, ...]  # after the samples
-    picked: Picked  # out of `whole`
-    whole: Tensor  # [samples, axes]: of the branch, not narrowed
-    before: Tensor | None  # what the block read, of the same rows; of `resid_post` points
+    axes: tuple[str, ...]  # names of the dimensions after the samples
+    picked: Picked  # the part of `whole` that is changed
+    whole: Tensor  # [samples, axes]: the value of the branch, not narrowed
+    before: Tensor | None  # the block's input in the same rows, for `resid_post` points
 
 
-# (the part that is meant [samples, axes], where) -> what takes its place; None leaves the part as it is
+# (the addressed part [samples, axes], its place) -> the new part; None leaves the part unchanged
 Change = Callable[[Tensor, At], Any]
 
 
@@ -64,31 +64,31 @@ def patch(
     channels: Numbers | None = None,
     stream: Stream | None = None,
 ) -> Iterator[None]:
-    """Inside, and in this thread alone, the points have other values; afterwards everything is as it was.
+    """Change the values at the named points, within the context and in this thread only.
 
         with mmdit.patch(pipe, "joint_blocks.1.x_block.attn.z", ablate="zero", heads=[2], steps=slice(0, 5)):
             pipe("a red circle", seed=1)
 
-    What is not addressed keeps its bits. Of several patches and captures on one point, the one that was entered first
-    comes first. A patched attention pattern (`attend.pattern`) is not normalised again.
+    Values that are not addressed stay bit-equal. Several patches and captures of one point act in the order in which
+    they were entered. A patched attention pattern (`attend.pattern`) is not normalised again.
 
     Args:
         model, patterns, stream: see `mmdit.capture`; with `skip`, patterns name blocks ("joint_blocks.3").
         replace: values that broadcast to [samples, axes]; or a capture of another run, at the same points, steps and
-            branches (of one call, it is used in every step; of one sample, for every sample).
-        ablate: "zero"; "mean" over samples and tokens; "resample": the value of the sample before, in the same batch.
-        source: a capture of other runs, whose mean is taken or whose values are resampled.
-        scale: a factor, a number or a tensor that broadcasts to [samples, axes].
-        add: a direction, such as [channels], times a strength.
-        swap: two samples of the batch change places.
-        skip: blocks pass on what they read. They compute nevertheless: `skip_layers` of the transformer is faster.
-        apply: a function of the value [samples, axes] that gives a tensor or an array; None, as from a hook of torch,
-            leaves the value as it is, or as the function has changed it in place.
+            branches (a capture of one call is used in every step, one of one sample for every sample).
+        ablate: "zero"; "mean" over samples and tokens; or "resample", the value of the previous sample in the batch.
+        source: a capture of other runs, which `ablate` takes the mean of or resamples from.
+        scale: a factor: a number or a tensor that broadcasts to [samples, axes].
+        add: values to add that broadcast to [samples, axes], such as a direction [channels] times a strength.
+        swap: the numbers of two samples of the batch, whose values are exchanged.
+        skip: whether blocks return their input. They still compute; `skip_layers` of the transformer is faster.
+        apply: a function of the value [samples, axes] that returns a tensor or an array. If it returns None, as a torch
+            hook may, the value stays as the function left it.
         steps, sigmas, branch, samples, heads, tokens, queries, channels: see `mmdit.inspection.addresses.Address`.
 
     Raises:
-        ValueError: not one operation, a glob that matches nothing, a compiled model, an address that does not fit or is
-            never met, or values of another shape.
+        ValueError: there is not exactly one operation; a glob matches nothing; a model is compiled; the address does
+            not fit or is never met; or values have a wrong shape.
     """
     change = _change(replace, ablate, source, scale, add, swap, skip, apply)
     address = Address(steps, sigmas, branch, samples, heads, tokens, queries, channels)
@@ -116,16 +116,16 @@ class _Patcher:
         self.ran, self.applied = False, False
 
     def plan(self, drawing: Drawing) -> None:
-        """A drawing begins: raise ValueError if no part of it is meant."""
+        """At the beginning of a drawing, raise ValueError if no part of it is addressed."""
         if all(target.model is self.transformer for target in self.targets):
             self.address.meant(drawing)
 
     def began(self, *_: object) -> None:
-        """A model runs."""
+        """Note that a model runs."""
         self.ran = True
 
     def handle(self, target: Target, passing: Passing, tracker: Tracker) -> None:
-        """A point is passed."""
+        """Change the value at a point."""
         for rows in tracker.rows:
             if self.address.meets(rows.label, rows.steps):
                 self.applied = True
@@ -164,10 +164,10 @@ class Repatterned(Attended):
     """Attention whose pattern was replaced in some rows of the batch.
 
     Args:
-        before: the attention that it was.
-        rows: rows of the batch that have another pattern.
-        changed: this pattern, [rows, n, l, m].
-        output: [b, n, l, d].
+        before: the original attention.
+        rows: rows of the batch whose pattern was replaced.
+        changed: the new pattern of these rows, [rows, n, l, m].
+        output: the output, [b, n, l, d].
     """
 
     def __init__(self, before: Attended, rows: Sequence[int], changed: Tensor, output: Tensor) -> None:
@@ -193,7 +193,7 @@ class Repatterned(Attended):
 def _checked(change: Change, part: Tensor, at: At) -> Tensor:
     """The new part, in the shape of the old one."""
     found = change(part, at)
-    if found is None:  # as from a hook of torch: unchanged, or changed in place
+    if found is None:  # as in a torch hook: unchanged, or changed in place
         return part
     try:
         found = torch.as_tensor(found)
@@ -218,7 +218,7 @@ def _change(
     skip: bool,
     apply: Callable[[Tensor], Any] | None,
 ) -> Change:
-    """The one operation that is given."""
+    """The change of the one operation that is given."""
     given = {"replace": replace, "ablate": ablate, "scale": scale, "add": add, "swap": swap, "apply": apply}
     names = [name for name, value in given.items() if value is not None] + ["skip"] * skip
     if len(names) != 1:
@@ -254,7 +254,7 @@ def _ablation(how: Ablation, source: Captured | None) -> Change:
 
 
 def _mean(at: At, source: Captured | None) -> Tensor:
-    """Over samples and tokens, in the shape of the whole."""
+    """The mean over samples and tokens, in the shape of the whole value."""
     value = at.whole if source is None else _of_source(source, at).to(at.whole)
     dims = [0] + [i + 1 for i, axis in enumerate(at.axes) if axis in ("token", "query", "row", "column")]
     if value.shape[1:] != at.whole.shape[1:]:
@@ -300,7 +300,7 @@ def _from_capture(source: Captured) -> Change:
 
 
 def _of_source(source: Captured, at: At) -> Tensor:
-    """The captured value of the same call, for the samples that are meant."""
+    """The captured value of the same call, for the addressed samples."""
     if source.of(at.name).reduced:
         raise ValueError(f"{at.name!r} was captured with a reducer: its values cannot be put back")
     entry = source.at(at.name, at.label)
@@ -317,7 +317,7 @@ def _like(value: object, part: Tensor) -> Tensor:
 
 
 def _blocks(model: Inspected, patterns: str | Sequence[str]) -> list[str]:
-    """The points after the blocks that patterns name, instead of them."""
+    """The points at the outputs of the blocks that the patterns name."""
     given = [patterns] if isinstance(patterns, str) else list(patterns)
     ends = [name for name in targets_of(model) if name.endswith(".resid_post")]
     found = []
@@ -331,6 +331,6 @@ def _blocks(model: Inspected, patterns: str | Sequence[str]) -> list[str]:
 
 
 def _names(end: str) -> list[str]:
-    """The names of the block that ends there: one stream of it, and the whole block."""
+    """The names of the block that ends at a point: that of its stream, and that of the whole block."""
     part = end.removesuffix(".resid_post")
     return [part, part.removesuffix(".context_block").removesuffix(".x_block")]

@@ -1,6 +1,6 @@
-"""Reducers: what a capture keeps instead of a whole value. They run inside the layer; patterns come row by row.
+"""Reducers: functions whose results a capture keeps instead of whole values; patterns are reduced row by row.
 
-Each takes [b, axes] and gives [b, fewer axes]. `running` joins all calls into one.
+Each maps [b, axes] to [b, fewer axes]. `running` merges all calls into one result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 
 
 class View(NamedTuple):
-    """Describes what a reducer is given: the names of its dimensions, and the rows of an attention pattern."""
+    """A description of a reducer's input: the names of its dimensions, and the rows of an attention pattern."""
 
     axes: tuple[str, ...]
     text_tokens: int = 0  # that come before the image's where both meet
@@ -34,7 +34,7 @@ class View(NamedTuple):
         """The dimension of that name, the batch counted.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no such dimension.
         """
         if name not in self.axes:
             raise ValueError(f"there is no {name!r} to reduce in [batch, {', '.join(self.axes)}]")
@@ -43,16 +43,16 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Reducer:
-    """A function of a value, and how its results are put together.
+    """A function of a value, with the rules to combine its results.
 
     Args:
-        name: for errors and files.
-        apply: [b, axes] to another tensor [b, ...] and the names of its dimensions after the batch.
-        join: how results of blocks of rows of an attention pattern become one, where the rows are reduced away.
-        merge: how results of several samples and calls become one; None: they do not.
-        labels: labels along dimensions that the reducer makes.
-        exact: the result is kept in its own dtype.
-        running: merge samples and calls.
+        name: its name in errors and files.
+        apply: maps [b, axes] to a tensor [b, ...] and the names of its dimensions after the batch.
+        join: combines the results of blocks of rows of an attention pattern, where the rows are reduced.
+        merge: combines the results of several samples and calls; None where that is impossible.
+        labels: labels along the dimensions that the reducer creates.
+        exact: whether the result is kept in its own dtype.
+        running: whether samples and calls are merged.
     """
 
     name: str
@@ -76,7 +76,7 @@ def reduced_pattern(reducer: Reducer | None, attended: Attended, view: View) -> 
         view: describes the pattern; its `all_queries` are the tokens whose rows are meant.
 
     Raises:
-        ValueError: the reducer cannot do without all rows at once.
+        ValueError: the reducer needs all rows at once.
     """
     assert view.all_queries is not None
     parts: list[Tensor] = []
@@ -95,7 +95,7 @@ def reduced_pattern(reducer: Reducer | None, attended: Attended, view: View) -> 
 
 
 def mean(*names: str) -> Reducer:
-    """Averaged over these dimensions: `mean("head")`, `mean("token", "channel")`."""
+    """The mean over these dimensions: `mean("head")`, `mean("token", "channel")`."""
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         rows = 1.0
@@ -126,9 +126,9 @@ def entropy() -> Reducer:
 
 
 def top_k(k: int, name: str | None = None) -> Reducer:
-    """The k largest values along a dimension (None: the last), and their places: [..., "part": value, place; "rank"].
+    """The k largest values along a dimension (None: the last), and their indices: [..., "part": value, place; "rank"].
 
-    In float32, which holds places exactly.
+    The result is float32, which represents the indices exactly.
     """
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
@@ -146,7 +146,7 @@ QUADRANTS = ("text reads text", "text reads image", "image reads text", "image r
 
 
 def quadrants() -> Reducer:
-    """Who reads whom, by head: in which shares the queries of text, and those of the image, read the two."""
+    """The shares of attention that text queries, and image queries, give to text and to image, by head."""
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         if view.queries is None or view.all_queries is None or view.queries.ndim > 1:
@@ -166,7 +166,7 @@ def quadrants() -> Reducer:
 
 
 def max_abs(name: str = "channel") -> Reducer:
-    """The largest absolute value at each place along a dimension: outlier channels."""
+    """The largest absolute value at each index along a dimension, which shows outlier channels."""
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         others = [view.axis(other) for other in view.axes if other != name]
@@ -180,7 +180,7 @@ MOMENTS = ("count", "mean", "variance")
 
 
 def moments(name: str = "channel") -> Reducer:
-    """Count, mean and variance (not Bessel's) at each place along a dimension, [b, "moment", name], in float64."""
+    """Count, mean and variance (without Bessel's correction) at each index of a dimension: float64 [b, "moment", name]."""
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         rows = value.movedim(view.axis(name), -1).flatten(1, -2) if value.ndim > 2 else value.unsqueeze(1)
@@ -212,7 +212,7 @@ def histogram(edges: Sequence[float] | Tensor) -> Reducer:
 
 
 def chain(*reducers: Reducer) -> Reducer:
-    """One after the other; only the last may take away the rows of an attention pattern."""
+    """Apply reducers one after the other; only the last one may reduce the rows of an attention pattern."""
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         for i, reducer in enumerate(reducers):
@@ -228,10 +228,10 @@ def chain(*reducers: Reducer) -> Reducer:
 
 
 def running(reducer: Reducer) -> Reducer:
-    """The reducer over all samples and calls of a branch: one result that does not grow.
+    """Apply a reducer to all samples and calls of a branch together; the result has a fixed size.
 
     Raises:
-        ValueError: of a reducer whose results do not add up: those that do are max_abs, moments and histogram.
+        ValueError: the reducer's results cannot be merged; those of max_abs, moments and histogram can.
     """
     if reducer.merge is None:
         raise ValueError(f"results of {reducer.name} do not join; those of max_abs, moments and histogram do")
@@ -245,7 +245,7 @@ def running(reducer: Reducer) -> Reducer:
 
 
 def _joint_moments(a: Tensor, b: Tensor) -> Tensor:
-    """The moments of two groups as one, along the last dimension but one (Chan, Golub & LeVeque 1979)."""
+    """Merge the moments of two groups along the second-last dimension (Chan, Golub & LeVeque 1979)."""
     (n, mean_a, var_a), (m, mean_b, var_b) = a.unbind(-2), b.unbind(-2)
     count, gap = n + m, mean_b - mean_a
     average = mean_a + gap * (m / count)

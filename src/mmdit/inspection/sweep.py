@@ -1,4 +1,4 @@
-"""`sweep`: one patch after the other, each measured, to find the block, head or step that decides."""
+"""`sweep`: patch one place after the other and measure the effect, to find the block, head or step that matters."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def sweep(
 
     Args:
         model: see `mmdit.capture`.
-        patterns: globs whose points are patched one at a time; or globs by label, whose points are patched together.
-            With `skip=True` they are as labels and globs of blocks.
-        run: draws and measures: a number, or a tensor that always has the same shape.
-        over: arguments of `mmdit.patch` by their values: every combination is run, such as
+        patterns: globs whose points are patched one at a time; or label -> globs whose points are patched together.
+            With `skip=True` the globs match blocks.
+        run: a function that draws and returns a number, or a tensor that always has the same shape.
+        over: argument of `mmdit.patch` -> its values; every combination is run, such as
             `{"steps": [slice(0, 5), slice(5, 10)], "heads": range(4)}`.
         progress: show a bar; None shows it in terminals and notebooks.
         operation: the other arguments of `mmdit.patch`.
 
     Returns:
-        What `run` gave: [point, one dimension for each of `over`, dimensions of a result].
+        The results of `run`: [point, one dimension for each entry of `over`, dimensions of a result].
 
     Raises:
-        ValueError: see `mmdit.patch`; or results of different shapes.
-        TypeError: `run` gave something that is neither a number nor a tensor.
+        ValueError: see `mmdit.patch`; or the results have different shapes.
+        TypeError: `run` returned neither a number nor a tensor.
     """
     places = _places(model, patterns, skip=bool(operation.get("skip")))
     over = {name: tuple(values) for name, values in (over or {}).items()}

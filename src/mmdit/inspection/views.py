@@ -1,4 +1,4 @@
-"""The value of a point as it passes a module, the form [batch, axes] in which it is shown, and what is kept of it."""
+"""The value of a point as it passes a module, its form [batch, axes] for users, and the part that is kept."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from quant.tensor import Float8Tensor
 
 @dataclass
 class Passing:
-    """A call of a module that is under way: before it runs, `output` is None.
+    """A call of a module in progress; before the module runs, `output` is None.
 
-    Of a call of attention, `attention` is what was computed; another one may be put in its place.
+    For a call of attention, `attention` is the computed attention, which may be replaced.
     """
 
     module: nn.Module
@@ -31,13 +31,13 @@ class Passing:
     attention: Attended | None = None
 
     def raw(self, point: Point) -> Tensor:
-        """The tensor that a point is a part of, as it passes."""
+        """The tensor that contains the point's value."""
         if point.side == "input":
             return cast(Tensor, (*self.args, *self.kwargs.values())[point.argument])
         return cast(Tensor, self.output if isinstance(self.output, Tensor) else self.output[point.argument])
 
     def put(self, point: Point, raw: Tensor) -> None:
-        """Put another tensor in its place."""
+        """Replace this tensor."""
         self.changed = True
         if point.side == "input":
             taken, argument = len(self.args), point.argument
@@ -52,7 +52,7 @@ class Passing:
 
 
 def shown(point: Point, passing: Passing) -> Tensor:
-    """The value as [b, axes]; of an attention pattern, which is computed, see `kept_value`."""
+    """The value as [b, axes]; attention patterns are computed by `kept_value` instead."""
     value = passing.raw(point)
     if point.chunk is not None:
         value = value.chunk(point.chunk.of, -1)[point.chunk.part]
@@ -64,7 +64,7 @@ def shown(point: Point, passing: Passing) -> Tensor:
 
 
 def put_back(point: Point, passing: Passing, value: Tensor) -> None:
-    """Let the call go on with another value, [b, axes]; the rest of its tensor keeps its bits."""
+    """Continue the call with another value, [b, axes]; the rest of its tensor stays bit-equal."""
     if point.layout == "heads":
         value = value.transpose(1, 2).flatten(2)
     elif point.layout == "split":
@@ -77,12 +77,12 @@ def put_back(point: Point, passing: Passing, value: Tensor) -> None:
 
 
 def by_head(projection: nn.Module, z: Tensor, heads: int) -> Tensor:
-    """What each head adds to the output of a projection, [b, heads, l, out]; the output is their sum plus the bias.
+    """The contribution of each head to a projection's output, [b, heads, l, out]; the output is their sum plus bias.
 
     Args:
-        projection: a Linear; float8 weights count with the values they stand for.
-        z: what it reads, [b, l, heads x d].
-        heads: side by side in its input.
+        projection: a Linear, whose float8 weight is dequantized.
+        z: its input, [b, l, heads x d].
+        heads: number of heads in the input.
     """
     weight = cast(Tensor, projection.weight)
     weight = weight.dequantize(z.dtype) if isinstance(weight, Float8Tensor) else weight
@@ -94,22 +94,22 @@ class Kept(NamedTuple):
 
     value: Tensor
     axes: tuple[str, ...]
-    labels: dict[str, tuple[int, ...]]  # along narrowed axes
+    labels: dict[str, tuple[int, ...]]  # the labels along narrowed axes
     samples: tuple[int, ...]
 
 
 def kept_value(
     point: Point, passing: Passing, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
 ) -> Kept:
-    """What a capture keeps of a value that passes; it may still be a view of that.
+    """The part of a passing value that a capture keeps, which may be a view of the value.
 
     Args:
-        point: what passes.
+        point: the point that passes.
         passing: the call of its module.
-        rows: the rows of the batch that are of one branch.
+        rows: the rows of the batch that belong to one branch.
         text_tokens: number of text tokens in the model's call.
-        address: which part is meant.
-        reducer: what is kept instead of the value; None keeps the value.
+        address: the part to keep.
+        reducer: a reducer whose result is kept instead of the value; None keeps the value.
     """
     if point.layout == "pattern":
         return _kept_pattern(point, passing, rows, text_tokens, address, reducer)

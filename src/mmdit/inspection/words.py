@@ -1,4 +1,4 @@
-"""Which tokens of the context stand for a word of the prompt, by the characters that each token came from."""
+"""The context tokens of a word of the prompt, found by the characters that each token came from."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ENCODERS: dict[Encoder, tuple[str, ...]] = {
     "clip": ("clip_l", "clip_g"),
     "t5": ("t5",),
 }
-SPECIAL = ("<bos>", "<eos>", "<pad>")  # what stands for no word
+SPECIAL = ("<bos>", "<eos>", "<pad>")  # special tokens, which belong to no word
 
 
 class WordError(ValueError):
-    """A word has no token; the message names the words that have."""
+    """A word has no token; the message lists the words that have tokens."""
 
 
 def words_of(prompt: str) -> list[str]:
-    """The words of a prompt, each once, in its order, as they are written."""
+    """The words of a prompt as they are written, each once, in their order."""
     found: dict[str, str] = {}
     for word in re.findall(r"\w+", prompt):
         found.setdefault(word.lower(), word)
@@ -37,14 +37,14 @@ def token_positions(read: Conditioning, sample: int, word: str, encoder: Encoder
     """The positions in the context of all tokens of a word, lowest first; none where the prompt does not have it.
 
     Args:
-        read: what `pipe.encode` gave.
-        sample: which of its prompts.
-        word: one or several words as they stand in the prompt, in any case, wherever they occur; "word#2": its second
-            occurrence; or one of `SPECIAL`. Padding is what is left of an encoder's tokens (of all, without a T5).
-        encoder: CLIP-L and CLIP-G share positions.
+        read: the conditioning that `pipe.encode` returned.
+        sample: number of the prompt.
+        word: one or several words of the prompt, in upper or lower case, at all their occurrences; "word#2" for the
+            second occurrence; or one of `SPECIAL`. Padding is the rest of an encoder's tokens (without T5, all tokens).
+        encoder: "clip", "t5" or "all"; CLIP-L and CLIP-G share positions.
 
     Raises:
-        WordError: embeddings were given, so nothing is known of words.
+        WordError: the conditioning was given as embeddings, which do not tell about words.
     """
     _check_prompts(read)
     if word in SPECIAL:
@@ -55,7 +55,7 @@ def token_positions(read: Conditioning, sample: int, word: str, encoder: Encoder
 
 
 def check_words(read: Conditioning, words: Sequence[str], encoder: Encoder = "all") -> None:
-    """Raise WordError for a word that no prompt has, or of which an encoder reads nothing."""
+    """Raise WordError for a word that no prompt has, or that has no token of an encoder."""
     for word in words:
         _check_prompts(read)
         if any(token_positions(read, i, word, encoder) for i in range(len(read.prompts))):
@@ -77,7 +77,7 @@ def _check_prompts(read: Conditioning) -> None:
 
 
 def _occurrences(word: str, prompt: str) -> list[tuple[int, int]]:
-    """The characters [start, stop) of each occurrence of a word in a prompt that is asked for."""
+    """The characters [start, stop) of each requested occurrence of a word in a prompt."""
     found = list(_found(word, prompt))
     numbered = re.fullmatch(r"(.+)#([1-9]\d*)", word)
     if found or numbered is None:
@@ -95,7 +95,7 @@ def _found(word: str, prompt: str) -> Iterator[tuple[int, int]]:
 
 
 def _special(word: str, spans: Sequence[TokenSpan], encoder: Encoder, length: int) -> Iterator[int]:
-    """Each CLIP chunk has a token at either end, T5 one at its end; what no token stands at is padding."""
+    """The positions of special tokens: CLIP has BOS and EOS in each chunk, T5 has EOS; the rest is padding."""
     first_t5 = min((span.position for span in spans if span.encoder == "t5"), default=length)
     if word == "<pad>":
         taken = {span.position for span in spans}
@@ -111,7 +111,7 @@ def _special(word: str, spans: Sequence[TokenSpan], encoder: Encoder, length: in
 
 
 class Mix(NamedTuple):
-    """Which of some text tokens stand for which word, in one prompt."""
+    """The assignment of text tokens to words, in one prompt."""
 
     tokens: Tensor  # their positions in the context, [m]
     counts: Tensor  # [words, m]: 1 where a token stands for the word; NaN in the row of a word without tokens
@@ -122,7 +122,7 @@ class Mix(NamedTuple):
 
 
 def mixed(positions: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype) -> Mix:
-    """The tokens that any of some words has, and which has which."""
+    """The tokens of these words, and the assignment of each token to a word."""
     tokens = sorted({position for one in positions for position in one})
     rows = [[float(token in one) if one else float("nan") for token in tokens] for one in positions]
     counts = torch.tensor(rows, dtype=dtype, device=device).reshape(len(positions), len(tokens))

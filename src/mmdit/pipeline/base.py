@@ -205,7 +205,7 @@ class PipelineModels:
         return nullcontext()
 
     def _enter(self, *names: Component, also: Sequence[nn.Module] = ()) -> None:
-        """With `offload`, these models come to the device, and others that are no part of the pipeline."""
+        """With `offload`, move these models to the device, and others that are no part of the pipeline."""
         if self._turns is not None:
             self._turns.enter([*(model for name, model in self.models.items() if name in names), *also])
 

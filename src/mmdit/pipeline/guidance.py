@@ -1,4 +1,4 @@
-"""How the predictions of a step are combined, as settings: what `pipe(prompt, guidance=Guidance(...))` takes."""
+"""Settings that combine the predictions of a step: the argument of `pipe(prompt, guidance=Guidance(...))`."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from samplers import (
     zero_star,
 )
 
-# A function of the caller's own: (x, sigma, cond, uncond) -> x0. x is the latent [b, c, h, w] at noise level sigma,
-# cond and uncond are the pictures that the model predicts of it with the prompts and with the negative prompts.
+# A function of the caller: (x, sigma, cond, uncond) -> x0. x is the latent [b, c, h, w] at noise level sigma; cond and
+# uncond are the pictures that the model predicts for it with the prompts and with the negative prompts.
 GuidanceFunction = Callable[[Tensor, float, Tensor, Tensor], Tensor]
 _MIXES: dict[str, Callable[[Guidance, float], Mix]] = {
     "cfg": lambda _, scale: plain(scale),
@@ -46,31 +46,32 @@ _MIXES: dict[str, Callable[[Guidance, float], Mix]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """What is done beside, or in the place of, plain classifier-free guidance at `guidance_scale`; all of it composes.
+    """Guidance beyond, or instead of, plain classifier-free guidance at `guidance_scale`; all settings can be combined.
 
-    None is the profile's. Formulas and papers are with `samplers.plain` ("cfg"), `samplers.projected` ("apg"),
-    `samplers.zero_star`, `samplers.zero_init`, `samplers.rescaled`, `samplers.guide` (interval) and `samplers.Weaker`.
+    None takes the profile's value. `samplers.plain` ("cfg"), `samplers.projected` ("apg"), `samplers.zero_star`,
+    `samplers.zero_init`, `samplers.rescaled`, `samplers.guide` (interval) and `samplers.Weaker` give the formulas and
+    papers.
 
     Raises:
         ValueError: a value is out of its range; the message names it.
     """
 
-    kind: str | GuidanceFunction = "cfg"  # how cond and uncond are mixed: "cfg", "apg", "zero_star" or a function
-    interval: tuple[float, float] = (0.0, 1.0)  # noise levels, above the first up to the second, where they are mixed
-    rescale: float = 0.0  # see `samplers.rescaled`; the paper's is 0.7
-    eta: float = 0.0  # of "apg", as are the next two
-    threshold: float = 0.0  # 15 in diffusers' guider, 5 in ComfyUI's node; 0 is none
-    momentum: float = 0.0  # the paper's is negative, such as -0.5
-    zero_init: int = 0  # first steps without velocity; 1 with "zero_star" is CFG-Zero*
-    skip_guidance_layers: tuple[int, ...] = ()  # of skip-layer guidance, as are the next five; 7, 8, 9 for SD3.5-Medium
-    skip_layer_guidance_scale: float | None = None
-    skip_layer_guidance_start: float | None = None  # shares of the way, counted as the profile counts
-    skip_layer_guidance_stop: float | None = None
-    skip_layer_rescale: float = 0.0  # the rescaling_scale of ComfyUI's SkipLayerGuidanceDiT
-    perturbed_layers: tuple[int, ...] = ()  # of perturbed attention, see `mmdit.pipeline.passes.perturbed`
-    perturbed_scale: float = 3.0
-    perturbed_interval: tuple[float, float] = (0.0, 1.0)
-    sequential: bool = False  # a pass for each conditioning, for less memory
+    kind: str | GuidanceFunction = "cfg"  # formula that mixes cond and uncond: "cfg", "apg", "zero_star", or a function
+    interval: tuple[float, float] = (0.0, 1.0)  # range of sigma, low < sigma <= high, in which they are mixed
+    rescale: float = 0.0  # share of `samplers.rescaled`, 0 to 1; the paper uses 0.7
+    eta: float = 0.0  # "apg": factor of the part parallel to cond
+    threshold: float = 0.0  # "apg": largest norm of the difference; 15 in diffusers, 5 in ComfyUI's node, 0 for none
+    momentum: float = 0.0  # "apg": factor of the previous difference; negative in the paper, such as -0.5
+    zero_init: int = 0  # number of first steps with velocity 0; 1 with "zero_star" is CFG-Zero*
+    skip_guidance_layers: tuple[int, ...] = ()  # skip-layer guidance: blocks to skip, 7, 8, 9 for SD3.5-Medium
+    skip_layer_guidance_scale: float | None = None  # skip-layer guidance: its weight
+    skip_layer_guidance_start: float | None = None  # skip-layer guidance: share of the steps at its start, 0 to 1
+    skip_layer_guidance_stop: float | None = None  # skip-layer guidance: share of the steps at its end, 0 to 1
+    skip_layer_rescale: float = 0.0  # skip-layer guidance: rescaling_scale of ComfyUI's SkipLayerGuidanceDiT
+    perturbed_layers: tuple[int, ...] = ()  # perturbed attention: its blocks, see `mmdit.pipeline.passes.perturbed`
+    perturbed_scale: float = 3.0  # perturbed attention: its weight
+    perturbed_interval: tuple[float, float] = (0.0, 1.0)  # perturbed attention: its range of sigma, as in `interval`
+    sequential: bool = False  # run one pass per conditioning instead of a batch, which takes less memory
 
     def __post_init__(self) -> None:
         if not callable(self.kind):
@@ -90,11 +91,11 @@ class Guidance:
 
     @property
     def is_own(self) -> bool:
-        """Whether the caller's own function mixes cond and uncond."""
+        """Whether a function of the caller mixes cond and uncond."""
         return callable(self.kind)
 
     def of(self, profile: Profile) -> Self:
-        """With the profile's numbers where skip-layer guidance leaves them to it."""
+        """Fill in the profile's numbers for skip-layer guidance where they are None."""
         if not self.skip_guidance_layers:
             return self
         ours = (self.skip_layer_guidance_scale, self.skip_layer_guidance_start, self.skip_layer_guidance_stop)
@@ -106,13 +107,13 @@ class Guidance:
         )
 
     def check(self, profile: Profile, scale: float, *, mixed: bool, depth: int, steps: int) -> None:
-        """Raise ValueError, before any model runs, for what cannot be done in a drawing.
+        """Raise ValueError for settings that are impossible in a drawing, before any model runs.
 
         Args:
-            profile, scale: of the drawing.
+            profile, scale: the profile and the guidance scale of the drawing.
             mixed: whether an unconditional pass runs.
-            depth: blocks of the transformer.
-            steps: of the solver.
+            depth: number of blocks of the transformer.
+            steps: number of steps of the solver.
         """
         for name in ("skip_guidance_layers", "perturbed_layers"):
             if outside := [i for i in getattr(self, name) if i >= depth]:
@@ -138,14 +139,14 @@ class Guidance:
         shift: float,
         read_uncond: bool = False,
     ) -> Guide:
-        """What a solver calls, for one drawing; windows become noise levels here.
+        """The function that a solver calls in one drawing; shares of the steps become noise levels here.
 
         Args:
-            predict: of `Branch`s.
-            cond, uncond: with the ranges where they count.
-            scale: of the mix.
-            profile: how skip-layer guidance counts.
-            sigmas, shift: of the drawing.
+            predict: predicts x0 for `Branch`s.
+            cond, uncond: the conditionings, with the ranges in which they are used.
+            scale: the guidance scale.
+            profile: gives the rule by which skip-layer guidance counts steps.
+            sigmas, shift: the noise levels of the drawing, and the shift of their schedule.
             read_uncond: see `samplers.guide`.
         """
         own = self.of(profile)
@@ -168,7 +169,7 @@ class Guidance:
         return zero_init(found, first_steps(sigmas, self.zero_init)) if self.zero_init else found
 
     def to_text(self) -> str:
-        """What is not at its default, as `from_text` reads it: "kind=apg momentum=-0.5 perturbed_layers=1,2"."""
+        """The settings that differ from the defaults, as `from_text` reads them: "kind=apg momentum=-0.5"."""
         return " ".join(
             f"{field.name}={_written(value)}"
             for field in fields(self)
@@ -177,10 +178,10 @@ class Guidance:
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """From words NAME=VALUE; several numbers with commas between them.
+        """Parse words NAME=VALUE, in which commas separate several numbers.
 
         Raises:
-            ValueError: an unknown name, the same name twice, or a value that is none.
+            ValueError: a name is unknown or given twice, or a value cannot be read.
         """
         found: dict[str, Any] = {}
         types = get_type_hints(cls) | {"kind": str}
@@ -193,7 +194,7 @@ class Guidance:
         return cls(**found)
 
     def _about_uncond(self) -> Iterator[str]:
-        """What makes no sense where only cond is predicted."""
+        """The names of the settings that need an unconditional pass."""
         if self.kind != "cfg":
             yield f"kind={self.kind!r}"
         if self.interval != (0.0, 1.0):
@@ -220,10 +221,10 @@ GuidanceLike = Guidance | GuidanceFunction  # what `guidance=` takes
 
 
 def as_guidance(guidance: GuidanceLike | None) -> Guidance:
-    """The argument `guidance` as settings: None is plain classifier-free guidance, a function mixes by itself.
+    """The argument `guidance` as settings: None is plain classifier-free guidance, and a function becomes the `kind`.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `guidance` is of another type.
     """
     if guidance is None or isinstance(guidance, Guidance):
         return guidance or Guidance()
@@ -247,14 +248,14 @@ def _own_mix(function: GuidanceFunction, now: Sequence[float]) -> Mix:
 def with_skip_layers(
     guidance: GuidanceLike | None, layers: Sequence[int] | None, *rest: float | None
 ) -> GuidanceLike | None:
-    """The settings with skip-layer guidance as diffusers' arguments of the same names say it.
+    """Add skip-layer guidance, given by the arguments of diffusers' names, to the settings.
 
     Args:
-        guidance: None is plain.
-        layers, rest: skip_guidance_layers, and scale, start and stop; None is not given.
+        guidance: the settings; None is plain classifier-free guidance.
+        layers, rest: skip_guidance_layers, and scale, start and stop; None where they are not given.
 
     Raises:
-        ValueError: something is given twice, or without layers.
+        ValueError: a value is given twice, or without layers.
     """
     names = ("skip_guidance_layers", *(f"skip_layer_guidance_{name}" for name in ("scale", "start", "stop")))
     values = zip(names, (None if layers is None else _layers(names[0], layers), *rest), strict=True)
@@ -270,7 +271,7 @@ def with_skip_layers(
     return found
 
 
-# Numbers of `Guidance`, with the least and the most that each can be.
+# The numbers of `Guidance`, with the smallest and the largest value of each.
 _RANGES = (
     ("rescale", 0, 1),
     ("eta", -math.inf, math.inf),
@@ -298,7 +299,7 @@ def _branches(
 
 
 def _between(interval: tuple[float, float]) -> Window:
-    """An interval of noise levels as a window; up to 1 is up to the first, whatever a solver makes of it."""
+    """An interval of noise levels as a window; an upper end of 1 includes every first level, also above 1."""
     low, high = interval
     return Window(math.inf if high == 1 else high, low if low else -math.inf)
 
@@ -329,7 +330,7 @@ def _written(value: Any) -> str:
 
 
 def _read(word: str, text: str, kind: Any) -> Any:
-    """A value of a field that has this type."""
+    """Parse the value of a field of this type."""
     parts = get_args(kind)
     try:
         if kind is bool:

@@ -61,13 +61,13 @@ class PlanArguments(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class SamplingPlan:
-    """One drawing with every default filled in and every name looked up; nothing that runs later resolves an argument.
+    """One drawing with every default filled in and every name looked up; later code resolves no argument again.
 
     `make_plan` makes it. `Pipeline.__call__` and `Pipeline.sample` make one each, before any model runs.
     """
 
     profile: Profile
-    sampler: str  # the name of the solver; "" of one of the caller's own
+    sampler: str  # the name of the solver; "" for a solver of the caller
     solver: Solver
     schedule: str | None  # None where the caller gave the sigmas
     num_inference_steps: int
@@ -78,13 +78,13 @@ class SamplingPlan:
     uses_uncond: bool  # whether the unconditional branch runs
     strength: float | None  # of a drawing that starts from a picture; None without one
     all_noise: bool  # whether it starts from all of the noise, whatever its first level says
-    shape: tuple[int, ...]  # of the latents: [b, c, h, w]
+    shape: tuple[int, ...]  # shape of the latents, [b, c, h, w]
     generator: Generators  # draws the noise that a stochastic solver adds
-    options: Mapping[str, Any]  # keyword arguments of the solver that the scheduler's config says
+    options: Mapping[str, Any]  # keyword arguments of the solver from the scheduler's config
 
     @property
     def is_own(self) -> bool:
-        """Whether the caller's own function samples or guides, which settings cannot say."""
+        """Whether a function of the caller samples or guides, which settings cannot describe."""
         return not self.sampler or self.guidance.is_own
 
     def ranges(self, name: str, given: ConditioningLike) -> tuple[Ranged, ...]:
@@ -118,7 +118,7 @@ class SamplingPlan:
         )
 
     def forecast(self, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None) -> Drawing:
-        """What the drawing will ask the transformer for, found by a run of the guidance with a stand-in for it."""
+        """The branches that the transformer will run in each step, found by running the guidance without a model."""
         asked: list[Branch] = []
 
         def stand_in(x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
@@ -130,7 +130,7 @@ class SamplingPlan:
             guide(torch.ones(1, 1, 1, 1), sigma)
             return tuple(asked)
 
-        # A guide of its own, because guidance with momentum remembers; a function of the caller's is not called.
+        # A separate guide, because guidance with momentum has a state; a function of the caller is not called.
         plan = replace(self, guidance=replace(self.guidance, kind="cfg")) if self.guidance.is_own else self
         guide = plan.guide(stand_in, cond, uncond)
         sigmas = tuple(self.sigmas.tolist())
@@ -177,10 +177,10 @@ class SamplingPlan:
 
 
 class Run:
-    """A plan under way: how far its solver is, and what callbacks have changed since.
+    """A running plan: the progress of its solver, and the changes that callbacks have made.
 
     Args:
-        plan: of the drawing.
+        plan: the plan of the drawing.
         predict: (x, sigma, branches, step) -> the predicted picture of each branch.
         cond: the prompts, encoded, as `SamplingPlan.ranges` gives them.
         uncond: the negative prompts; None where the unconditional branch does not run.
@@ -190,28 +190,28 @@ class Run:
         self, plan: SamplingPlan, predict: PredictInStep, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None
     ) -> None:
         self.plan, self.cond, self.uncond = plan, cond, uncond
-        self.step = 0  # steps that the solver has finished
-        self.calls: list[Call] = []  # of the model, in this step
+        self.step = 0  # number of steps that the solver has finished
+        self.calls: list[Call] = []  # calls of the model in this step
         self._predict_in_step = predict
         self.rebuild()
 
     def __call__(self, x: Tensor, sigma: float) -> Guided:
-        """What the solver asks for: the combined prediction at a noise level."""
+        """The combined prediction at a noise level, for the solver."""
         return self._guide(x, sigma)
 
     def rebuild(self) -> None:
-        """Go on with the plan and the conditionings as they are now."""
+        """Continue with the present plan and conditionings."""
         self._guide = self.plan.guide(self._predict, self.cond, self.uncond if self.plan.uses_uncond else None)
 
     def scale(self, guidance_scale: float) -> None:
-        """Go on with another guidance scale; at one without guidance, the unconditional branch does not run."""
+        """Continue with another guidance scale; the unconditional branch stops where the scale needs none."""
         reads = self.plan.profile.reads_negative(guidance_scale) or self.plan.solver.guided
         uses_uncond = reads and self.uncond is not None
         self.plan = replace(self.plan, guidance_scale=guidance_scale, uses_uncond=uses_uncond)
         self.rebuild()
 
     def finished(self, step: Step) -> None:
-        """The solver has been asked to go on after this step."""
+        """Note that this step is finished and the next one begins."""
         self.step, self.calls = step.i + 1, []
 
     def _predict(self, x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
@@ -243,11 +243,11 @@ def make_plan(
     """Resolve and check the arguments of a drawing; None is the profile's default.
 
     Args:
-        profile: whose rules hold.
-        config: the transformer's.
-        shape: of the latents, [b, c, h, w].
+        profile: the profile, whose rules apply.
+        config: the transformer's config.
+        shape: the shape of the latents, [b, c, h, w].
         default_shift: the shift of the model, where `shift` is None.
-        sampling: the scheduler's config, whose options hold for its own sampler, and its terminal for its schedule.
+        sampling: the scheduler's config. Its options apply to its own sampler, and its terminal to its own schedule.
         num_inference_steps, guidance_scale, sampler, schedule, sigmas, shift, generator, guidance, strength, start,
             stop, leftover_noise: as `mmdit.Pipeline.sample` takes them.
         from_picture: whether the drawing starts from a picture.
@@ -292,12 +292,12 @@ def resolve_sampler(profile: Profile, sampler: SamplerLike | None) -> tuple[str,
     """The name of a solver, and the solver.
 
     Args:
-        profile: whose sampler None is.
-        sampler: a name; or a function or `samplers.Solver` of the caller's own, see `samplers.as_solver`.
+        profile: the profile, whose sampler is used for None.
+        sampler: a name, or a function or `samplers.Solver` of the caller, see `samplers.as_solver`.
 
     Raises:
         ValueError: the name is unknown; the nearest names are listed.
-        TypeError: it is something else.
+        TypeError: the sampler is of another type.
     """
     if sampler is None or isinstance(sampler, str):
         name = profile.sampler if sampler is None else sampler
@@ -345,7 +345,7 @@ def resolve_sigmas(
         sigmas = _levels(sigmas)
         if profile.open_sigmas == "shift" and len(sigmas) and float(sigmas[-1]) > 0:
             if num_inference_steps == len(sigmas):
-                num_inference_steps = None  # diffusers' users give both
+                num_inference_steps = None  # users of diffusers give both
             shifted = samplers.shifted(sigmas, shift)
             sigmas = torch.cat([shifted, shifted.new_zeros(1)])
         named = (("num_inference_steps", num_inference_steps), ("schedule", schedule))
@@ -421,7 +421,7 @@ def _levels(sigmas: SigmasLike) -> Tensor:
 
 
 def default_shift(sampling: SamplingDefaults | None, shift: float, sides: Sequence[int], transformer: MMDiT) -> float:
-    """The shift where none is given: the model's, or that for latents with these sides, if its scheduler says so."""
+    """The model's shift, which its scheduler may compute from the sides of the latents."""
     if sampling is None or not isinstance(sampling.shift, ResolutionShift):
         return shift
     patch = transformer.config.patch_size

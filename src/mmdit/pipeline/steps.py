@@ -87,14 +87,14 @@ class PipelineSteps(PipelineModels):
         width: int | None = None,
         generator: Generators = None,
     ) -> Float[Tensor, "b c h w"]:
-        """Noise to start from: latents of shape [b, c, h, w], in model space, drawn on the CPU.
+        """Starting noise: latents of shape [b, c, h, w], in model space, drawn on the CPU.
 
         Args:
-            seed: a whole number, or a list with one for each picture. A seed of a list draws the noise that it would
-                draw alone. One seed for several pictures draws what the profile says: all noise in a single draw, or
-                the same noise for each picture.
+            seed: a whole number, or a list with one for each picture. Each seed of a list draws the same noise as it
+                would alone. With one seed for several pictures, the profile decides: all noise comes from a single
+                draw, or each picture has the same noise.
             count: number of pictures, b.
-            height, width: of the pictures in pixels, multiples of 16; None is the model's own size.
+            height, width: size of the pictures in pixels, multiples of 16; None is the model's own size.
             generator: one, or a list with one for each picture, instead of seeds; noise is drawn on its device.
 
         Raises:
@@ -119,17 +119,16 @@ class PipelineSteps(PipelineModels):
         Args:
             x: latents of shape [b, c, h, w], in model space.
             sigma: the noise level of `x`, in [0, 1].
-            conditionings: each of b prompts. `mmdit.Branch` gives one a name or changes the transformer for it. What
-                looks inside refuses `branch=` where the branches have no names.
-            step: the number of the step, for what looks inside (`mmdit.capture` and others). None counts each call of
-                `predict` as a step.
+            conditionings: conditionings of b prompts each. `mmdit.Branch` gives one a name or changes the transformer
+                for it. `mmdit.capture` and others refuse `branch=` where the branches have no names.
+            step: the number of the step, for `mmdit.capture` and others. None counts each call of `predict` as a step.
 
         Returns:
             One tensor [b, c, h, w] for each conditioning.
 
         Raises:
-            ValueError: the latents or the conditionings have another shape, or there are several noise levels.
-            TypeError: the latents are no tensor of floating-point numbers, or a conditioning is none.
+            ValueError: the latents or the conditionings have a wrong shape, or there are several noise levels.
+            TypeError: the latents are not a floating-point tensor, or a conditioning is not a `Conditioning`.
         """
         branches = [one if isinstance(one, Branch) else Branch(one, None) for one in conditionings]
         self._check_prediction(x, branches)
@@ -141,14 +140,14 @@ class PipelineSteps(PipelineModels):
             predict = pipe.predictor(cond=pipe.encode("a red ring"), uncond=pipe.encode(""))
             with_prompt, without = predict(x, sigma)
 
-        Each call counts as one step, so what looks inside names the same steps and branches as in `sample`. A solver
-        that calls the model several times a step says which step it is: `predict(x, sigma, step=i)`.
+        Each call counts as one step, so `mmdit.capture` and others name the same steps and branches as in `sample`. A
+        solver that calls the model several times a step gives the number of the step: `predict(x, sigma, step=i)`.
 
         Args:
-            conditionings: by the name of their branch; the predictions come in the order in which they are given.
+            conditionings: conditionings by the names of their branches; the predictions have the same order.
 
         Raises:
-            TypeError: none is given, or one is no `Conditioning`.
+            TypeError: no conditioning is given, or an argument is not a `Conditioning`.
         """
         return Predictor(lambda x, sigma, branches, step: self.predict(x, sigma, branches, step=step), conditionings)
 
@@ -175,9 +174,9 @@ class PipelineSteps(PipelineModels):
         add_noise: bool = True,
         leftover_noise: bool = True,
     ) -> Iterator[Step]:
-        """Draw, step by step, from noise to latents. Change `step.x`, and the solver goes on from there.
+        """Draw step by step from noise to latents. If you change `step.x`, the solver continues from the new latent.
 
-        All arguments are checked before the first step is asked for.
+        All arguments are checked when `sample` is called, before the first step.
 
         Args:
             cond: the prompts, encoded, one for each picture; or several `mmdit.Ranged`, each for a part of the way.
@@ -630,7 +629,7 @@ class PipelineSteps(PipelineModels):
 
 
 def _one_level(sigma: float | Tensor) -> float:
-    """A noise level; all latents of a call have the same one."""
+    """The noise level as a number; all latents of a call share it."""
     if isinstance(sigma, Tensor) and sigma.numel() != 1:
         raise ValueError(f"sigma has shape {list(sigma.shape)}, expected one noise level for all latents of a call")
     return number("sigma", sigma.item() if isinstance(sigma, Tensor) else sigma)
