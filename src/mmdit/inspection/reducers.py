@@ -180,7 +180,7 @@ MOMENTS = ("count", "mean", "variance")
 
 
 def moments(name: str = "channel") -> Reducer:
-    """Count, mean and variance (without Bessel's correction) at each index of a dimension: float64 [b, "moment", name]."""
+    """Count, mean and (uncorrected) variance at each index of a dimension: float64 [b, "moment", name]."""
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         rows = value.movedim(view.axis(name), -1).flatten(1, -2) if value.ndim > 2 else value.unsqueeze(1)
