@@ -16,7 +16,7 @@ from mmdit import plots
 
 torch.set_grad_enabled(False)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
-STEPS = 4 if QUICK else 20
+STEPS = 2 if QUICK else 20
 PROMPT = "a large red circle above a blue star, on a white background"
 WORDS = ["red", "circle", "blue", "star"]
 

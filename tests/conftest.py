@@ -10,9 +10,10 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from jaxtyping import config as jaxtyping_config
-from jaxtyping import install_import_hook
 
-install_import_hook(["mmdit", "encoders", "quant", "samplers"], "typecheck.checked")
+from typecheck import check_signatures
+
+check_signatures(["mmdit", "encoders", "quant", "samplers"])
 
 import pytest
 import torch

@@ -1,11 +1,15 @@
 """Every notebook runs from top to bottom: at reduced size here, in full with MMDIT_FULL=1 (`make test-all`)."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from full import FULL
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
@@ -15,18 +19,39 @@ def test_there_are_five():
     assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path):
-    quick = {} if os.environ.get("MMDIT_FULL") == "1" else {"MMDIT_QUICK": "1"}
+def in_a_process(path, folder):
     run = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", str(path)],
-        env=os.environ | quick | {"MPLBACKEND": "Agg"},
-        cwd=tmp_path,
+        env=os.environ | {"MPLBACKEND": "Agg"},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def here(path, monkeypatch, folder):
+    """In this process, which has everything imported already; every warning is an error."""
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setenv("MMDIT_QUICK", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.chdir(folder)
+    try:
+        with plt.ioff():
+            runpy.run_path(str(path), run_name="__main__")
+    finally:
+        torch.set_grad_enabled(True)
+        plt.close("all")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path, tmp_path, monkeypatch):
+    if FULL:
+        in_a_process(path, tmp_path)
+    else:
+        here(path, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir()), "a notebook leaves files behind"
 
 

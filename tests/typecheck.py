@@ -1,18 +1,97 @@
-"""beartype for jaxtyping's import hook, except where it cannot read a signature."""
+"""Signatures are checked while the suite runs: an import hook decorates every function, method and dataclass.
 
-from beartype import beartype
+A signature with shapes, such as `Float[Tensor, "b l d"]`, is checked by jaxtyping, which is slow to call because it
+compares the sizes of all arguments. Every other signature is checked by beartype alone. jaxtyping's own hook decorates
+functions that are made inside others each time that they are made, and a lazy checkpoint makes one for each tensor:
+these are let be. `jaxtyping_disable` of jaxtyping's config turns all of it off.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import CodeType
+from typing import Any
+
+from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
+from jaxtyping import config, jaxtyped
+
+SHAPES = re.compile(r"\b(Float|Int|Bool)\[")
+as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 
-def checked(function):
-    """Check the call, unless the signature says `Self`, which beartype takes only from classes it decorates itself.
-
-    A function made inside another is let be: it is decorated anew each time it is made, and a lazy checkpoint makes one
-    for each tensor, which takes ten times as long as reading it.
-    """
-    if "<locals>" in function.__qualname__:
-        return function
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Check the call, unless the signature says `Self`, which beartype takes only from classes it decorates itself."""
     try:
-        return beartype(function)
+        return as_type_error(function)
     except BeartypeDecorHintPep673Exception:
         return function
+
+
+def checked(made: Any) -> Any:
+    """What the import hook puts around a function, a method or a dataclass."""
+    if inspect.isclass(made):
+        if dataclasses.is_dataclass(made):
+            made.__init__ = checked(made.__init__)
+        return made
+    if any(SHAPES.search(str(annotation)) for annotation in made.__annotations__.values()):
+        return jaxtyped(made, typechecker=_checked)
+    if not made.__annotations__ or (inner := _checked(made)) is made:
+        return made
+
+    @wraps(made)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (made if config.jaxtyping_disable else inner)(*args, **kwargs)
+
+    return call
+
+
+class _Decorate(ast.NodeTransformer):
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802
+        """The innermost decorator, so that annotations are still there; what is inside is let be."""
+        if not any(isinstance(one, ast.Name) and one.id == "no_type_check" for one in node.decorator_list):
+            node.decorator_list.append(_decorator(node))
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:  # noqa: N802
+        """The outermost decorator, so that the class is a dataclass already."""
+        self.generic_visit(node)
+        node.decorator_list.insert(0, _decorator(node))
+        return node
+
+
+def _decorator(node: ast.stmt) -> ast.expr:
+    expression = ast.parse("__import__('typecheck').checked", mode="eval").body
+    return ast.fix_missing_locations(ast.copy_location(expression, node))
+
+
+class _Loader(SourceFileLoader):
+    def get_code(self, fullname: str) -> CodeType:
+        """From the source, never from a cache, which holds the code without checks."""
+        path = self.get_filename(fullname)
+        tree = _Decorate().visit(ast.parse(self.get_data(path), path))
+        return compile(tree, path, "exec", dont_inherit=True)
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self, packages: Sequence[str]) -> None:
+        self.packages = packages
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in self.packages:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def check_signatures(packages: Sequence[str]) -> None:
+    """Check the signatures of these packages from now on; call it before they are imported."""
+    sys.meta_path.insert(0, _Finder(packages))

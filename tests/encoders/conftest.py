@@ -24,6 +24,12 @@ def official_tokenizers() -> Path:
     pytest.skip(SKIPS["official tokenizers"])
 
 
+@pytest.fixture(scope="session")
+def official(official_tokenizers: Path) -> Tokenizers:
+    """The official tokenizers, read once; a test that changes them puts everything back."""
+    return Tokenizers.from_folder(official_tokenizers)
+
+
 def byte_alphabet() -> list[str]:
     """GPT-2's 256 printable characters for bytes: printable Latin-1 as it is, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -23,11 +23,6 @@ def tiny(tiny_tokenizers: Path) -> Tokenizers:
     return Tokenizers.from_folder(tiny_tokenizers)
 
 
-@pytest.fixture(scope="module")
-def official(official_tokenizers: Path) -> Tokenizers:
-    return Tokenizers.from_folder(official_tokenizers)
-
-
 def spelled(reading: Reading, tokenizer) -> list[str]:
     """The tokens of each chunk, joined by "|"; "_" marks the end of a word in CLIP and its beginning in T5."""
     names = [[tokenizer.backend.id_to_token(token.id) for token in chunk] for chunk in reading.chunks]

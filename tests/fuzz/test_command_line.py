@@ -1,6 +1,5 @@
 """Generated command lines: whatever is typed ends in an exit code and a message, never in a traceback."""
 
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -8,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from fuzzing import SECONDS
 from mmdit import Pipeline
 from mmdit.cli import app
 from mmdit.cli.app import main
 
-SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "8"))
 FEWEST = 40
 WORDS = (
     *(

@@ -6,7 +6,6 @@ how long each test draws input; an input that fails is named by its seed, which 
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from encoders.json_files import parse_json
 from float8_law import NUMPY, codes_by_law, decoded
+from fuzzing import SECONDS
 from quant.codec import decode, encode
 from quant.formats import FLOAT8, FORMAT_OF
 from quant.packing import kinds_in, merge_metadata, pack, unpack
@@ -26,7 +26,6 @@ from quant.recipe import RECIPES, Recipe
 from quant.spellings import find_scales, format_in, layers_in, parse_text, unread_quantization
 from quant.tensor import LOGICAL, Float8Tensor
 
-SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "2"))
 REGRESSIONS: dict[str, tuple[int, ...]] = {
     "keys": (),
     "metadata": (256,),  # a key of 100,000 characters in an error

@@ -1,6 +1,5 @@
 """Generated PNGs: chunks that are cut, broken, doubled, moved or foreign. A reader gives settings or its own error."""
 
-import os
 import random
 import struct
 import time
@@ -13,10 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fuzzing import SECONDS
 from mmdit import read_settings, save_png
 from mmdit.pipeline.settings import Settings, SettingsError
 
-SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "8"))
 FEWEST = 100
 KINDS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"tRNS", b"gAMA", b"cHRM", b"pHYs", b"sRGB", b"eXIf", b"PLTE", b"acTL")
 KINDS = (*KINDS, b"fcTL", b"fdAT", b"IHDR", b"IDAT", b"IEND", b"tIME", b"bKGD", b"abcd", b"\xff\0\0\0")

@@ -3,7 +3,6 @@
 MMDIT_FUZZ_SECONDS sets how long each test draws prompts; a prompt that failed once belongs into REGRESSIONS.
 """
 
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ import pytest
 from encoders import COMFYUI, DIFFUSERS, REFERENCE, TextRules, Tokenizers
 from encoders.chunks import Rows, read
 from encoders.weighting import weighted_segments
+from fuzzing import SECONDS
 from mmdit.embedded import EMBEDDED
 
-SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "4"))  # of each of the two tests
 FEWEST = 50  # prompts of a test, however slow the machine
 PIECES = (
     *(

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import samplers
+from fuzzing import SECONDS
 
-SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "6"))
 SCRIPT = Path(__file__).with_name("samplers_cases.py")
 
 

@@ -5,7 +5,6 @@ MMDIT_FUZZ_SECONDS sets how long the test draws folders; one that fails is named
 
 import base64
 import json
-import os
 import random
 import resource
 import struct
@@ -20,9 +19,9 @@ import sentencepiece
 
 from encoders import CLIPTokenizer, T5Tokenizer
 from encoders.tokenize import MissingTokenizerError, TokenizerFileError
+from fuzzing import SECONDS
 from mmdit.embedded import EMBEDDED
 
-SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "8"))
 FEWEST = 30  # folders, however slow the machine
 TEXTS = ("a red circle", "\u00e9\u0301 \ufdfa \U0001f600!", "</s> <|endoftext|> b b", "")
 VALUES: tuple[Any, ...] = (
