@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
 from jaxtyping import config, jaxtyped
 
+ONLY_FOR_TYPES: dict[str, set[str]] = {}  # by module: the names that it imports under TYPE_CHECKING
 SHAPES = re.compile(r"\b(Float|Int|Bool)\[")
 as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
 
@@ -29,9 +30,25 @@ as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check the call, unless the signature says `Self`, which beartype takes only from classes it decorates itself."""
     try:
-        return as_type_error(function)
+        return as_type_error(_without_unknown(function))
     except BeartypeDecorHintPep673Exception:
         return function
+
+
+def _without_unknown(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy without the annotations that no running program can read, where it has such."""
+    unknown = ONLY_FOR_TYPES.get(function.__module__, set())
+    known = {
+        name: one
+        for name, one in function.__annotations__.items()
+        if not (isinstance(one, str) and unknown & {*re.findall(r"\w+", one)})
+    }
+    if len(known) == len(function.__annotations__):
+        return function
+    parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    copy = wraps(function)(FunctionType(*parts))
+    copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, known
+    return copy
 
 
 def checked(made: Any) -> Any:
@@ -75,8 +92,16 @@ class _Loader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
         """From the source, never from a cache, which holds the code without checks."""
         path = self.get_filename(fullname)
-        tree = _Decorate().visit(ast.parse(self.get_data(path), path))
-        return compile(tree, path, "exec", dont_inherit=True)
+        tree = ast.parse(self.get_data(path), path)
+        guarded = (one.body for one in tree.body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING")
+        ONLY_FOR_TYPES[fullname] = {
+            alias.asname or alias.name
+            for body in guarded
+            for one in body
+            if isinstance(one, ast.Import | ast.ImportFrom)
+            for alias in one.names
+        }
+        return compile(_Decorate().visit(tree), path, "exec", dont_inherit=True)
 
 
 class _Finder(MetaPathFinder):
