@@ -11,11 +11,11 @@ demo: $(VENV)/.installed
 	$(BIN)/mmdit generate "a large red circle above a blue star, on a white background" --output out/demo.png
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --quiet
 
-# The same with the notebooks at full size, half an hour more on two cores.
+# The same with whole notebooks and sweeps, an hour more on two cores; see tests/full.py.
 test-all: $(VENV)/.test
-	MMDIT_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
+	MMDIT_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --quiet
 
 # An hour of generated input; what failed once is a regression case beside its generator.
 fuzz: $(VENV)/.test

@@ -28,6 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--weights", metavar="FOLDER", type=Path, help="compare this checkpoint with diffusers")
 
 
+# The longest first: one that is left to the end keeps a worker busy alone.
+LONGEST = ("test_notebooks.py", "test_readmes.py", "test_embedded.py", "test_metrics.py", "test_many_generations.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted((ROOT / "src").glob("**/README.md"))]
 # What a test changes in a snippet: fewer steps, so that it is quick, and places that only its reader has.
 SUBSTITUTIONS = {
-    r"num_inference_steps=\d+": "num_inference_steps=5",
-    r"\bsigmas\(28\)": "sigmas(5)",
+    r"num_inference_steps=\d+": "num_inference_steps=4",
+    r"\bsigmas\(28\)": "sigmas(4)",
     r'device="cuda"': 'device="cpu"',
 }
 ELSEWHERE = re.compile(r"\bFOLDER\b|from_pretrained\(|from_single_file\(|load_lora|\bfolder\b")  # needs weights
@@ -48,7 +48,7 @@ def test_python_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setitem(PROFILES, "diffusers", replace(PROFILES["diffusers"], steps=5))
+    monkeypatch.setitem(PROFILES, "diffusers", replace(PROFILES["diffusers"], steps=2))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(fenced(path.read_text(), "python")):
         if ELSEWHERE.search(re.sub(r"#.*", "", block)):

@@ -3,7 +3,9 @@
 import json
 import math
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -144,9 +146,19 @@ def pipeline(variant: Variant, tokenizers: Path) -> StableDiffusion3Pipeline:
     return pipe
 
 
+@cache
+def tokenizer_files() -> dict[str, bytes]:
+    """What `write_tokenizers` writes; learning the merges takes a second."""
+    with TemporaryDirectory() as made:
+        write_tokenizers(made)
+        return {str(file.relative_to(made)): file.read_bytes() for file in Path(made).rglob("*.*") if file.is_file()}
+
+
 def save(variant: Variant, folder: Path) -> Path:
     """A diffusers folder of a tiny random pipeline of this variant."""
-    write_tokenizers(folder / ".tokenizers")
+    for name, content in tokenizer_files().items():
+        (folder / ".tokenizers" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / ".tokenizers" / name).write_bytes(content)
     pipeline(variant, folder / ".tokenizers").save_pretrained(folder)
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         for file in (folder / ".tokenizers" / name).iterdir():

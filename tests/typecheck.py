@@ -70,13 +70,13 @@ def checked(made: Any) -> Any:
 
 
 class _Decorate(ast.NodeTransformer):
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         """The innermost decorator, so that annotations are still there; what is inside is let be."""
         if not any(isinstance(one, ast.Name) and one.id == "no_type_check" for one in node.decorator_list):
             node.decorator_list.append(_decorator(node))
         return node
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:  # noqa: N802
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         """The outermost decorator, so that the class is a dataclass already."""
         self.generic_visit(node)
         node.decorator_list.insert(0, _decorator(node))
@@ -93,7 +93,9 @@ class _Loader(SourceFileLoader):
         """From the source, never from a cache, which holds the code without checks."""
         path = self.get_filename(fullname)
         tree = ast.parse(self.get_data(path), path)
-        guarded = (one.body for one in tree.body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING")
+        guarded = (
+            one.body for one in tree.body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING"
+        )
         ONLY_FOR_TYPES[fullname] = {
             alias.asname or alias.name
             for body in guarded

@@ -88,4 +88,4 @@ def test_a_pipe_in_the_place_of_a_file(folder, tmp_path):
     os.mkfifo(copy / "vae" / "config.json")
     os.mkfifo(copy / "pipe.safetensors")
     describe(copy)
-    refuses(lambda: inspect(copy / "pipe.safetensors"), "pipe.safetensors", "no regular file")
+    refuses(lambda: inspect(copy / "pipe.safetensors"), "pipe.safetensors", "not a regular file")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+from full import FULL
 from mmdit import Pipeline, load_vae
 from mmdit.checkpoints.write import convert
 from mmdit.cli.app import main
@@ -29,10 +30,11 @@ def test_the_folder_is_small_enough_to_commit():
     assert sum(file.stat().st_size for file in EMBEDDED.rglob("*") if file.is_file()) <= MAX_BYTES
 
 
-def test_64_held_out_prompts(pipe):
+def test_held_out_prompts(pipe):
     """At least 90 % of what they state, as a mean over the kinds of statements."""
-    result = evaluate(pipe, Setting("fixed prompts", steps=12, t5="77"), 64, 1, batch=16)
-    assert sum(count for _, count in result.by_kind.values()) > 500
+    prompts = 64 if FULL else 16
+    result = evaluate(pipe, Setting("fixed prompts", steps=12 if FULL else 8, t5="77"), prompts, 1, batch=16)
+    assert sum(count for _, count in result.by_kind.values()) > 7 * prompts
     assert result.macro >= 0.90, result.by_kind
 
 
@@ -57,7 +59,7 @@ def test_other_words_other_picture(pipe):
 def test_diffusers_draws_the_same_picture(pipe, tmp_path):
     folder = convert(EMBEDDED, tmp_path / "diffusers", "diffusers")
     theirs = tiny.load(folder)
-    settings = {"num_inference_steps": 20, "guidance_scale": 4.5}
+    settings = {"num_inference_steps": 20 if FULL else 6, "guidance_scale": 4.5}
     a = pipe(PROMPT, "a green ring", seed=5, **settings).images[0]
     generator = torch.Generator().manual_seed(5)
     b = theirs(PROMPT, negative_prompt="a green ring", generator=generator, height=128, width=128, **settings).images[0]
@@ -80,7 +82,7 @@ def test_a_missing_folder_is_never_replaced_by_the_embedded_model(tmp_path, caps
 
 def test_the_vae_keeps_what_a_picture_says():
     """Scenes that no training saw: at least 32 dB, and the scorer says of the decoded what is true of the scene."""
-    scenes = sample(24, 987_654_321)
+    scenes = sample(24 if FULL else 12, 987_654_321)
     pictures, vae = render(scenes), load_vae(EMBEDDED, dtype=torch.float32)
     latent = vae.encode(2 * pictures - 1).mode()
     decoded = (vae.decode(latent) / 2 + 0.5).clamp(0, 1)
