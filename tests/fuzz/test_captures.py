@@ -57,7 +57,7 @@ def test_what_was_written_is_read(whole):
 def test_generated_notes(whole, tmp_path):
     path, about = tmp_path / "one.safetensors", notes(whole)
     taken = refused = 0
-    for seed, random in cases(40):
+    for seed, random in cases(300):
         value = about
         for _ in range(random.choice((1, 1, 2, 3))):
             value = mutated(value, random)
@@ -76,7 +76,7 @@ def test_generated_notes(whole, tmp_path):
 def test_generated_bytes(whole, tmp_path):
     path, data = tmp_path / "one.safetensors", whole.read_bytes()
     length = 8 + int.from_bytes(data[:8], "little")
-    for seed, random in cases(40):
+    for seed, random in cases(300):
         broken = bytearray(data)
         for _ in range(random.choice((1, 2, 8))):
             broken[random.randrange(length)] = random.randrange(256)
