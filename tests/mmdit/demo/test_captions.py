@@ -2,6 +2,8 @@
 
 import random
 import re
+from functools import cache
+from typing import Any
 
 import pytest
 
@@ -12,10 +14,20 @@ from mmdit.demo.scenes import SceneObject
 from mmdit.demo.score import check, symbolic
 from mmdit.demo.shapes import COLOURS, SHAPES
 
-BATCH = scenes.sample(400, 11)
-WORDS_OF_BATCH = BATCH.words()
-CAPTIONS = captions.training_captions(BATCH, 4, seed=1)
-CLAIMS = [[statements(text) for text in texts] for texts in CAPTIONS]
+
+@cache
+def words_of_batch() -> Any:
+    return scenes.sample(400, 11).words()
+
+
+@cache
+def written() -> list[list[str]]:
+    return captions.training_captions(scenes.sample(400, 11), 4, seed=1)
+
+
+@cache
+def claims_of_batch() -> list[list[tuple[Statement, ...]]]:
+    return [[statements(text) for text in texts] for texts in written()]
 
 
 def held_out_links(prompt: str, both_ways: bool) -> int:
@@ -29,7 +41,7 @@ def held_out_links(prompt: str, both_ways: bool) -> int:
 
 
 def test_every_statement_of_every_caption_is_true() -> None:
-    for scene, claims in zip(WORDS_OF_BATCH, CLAIMS, strict=True):
+    for scene, claims in zip(words_of_batch(), claims_of_batch(), strict=True):
         false = [str(s) for claim in claims for s in claim if not check(s, symbolic(scene))]
         assert not false, scene
 
@@ -37,14 +49,14 @@ def test_every_statement_of_every_caption_is_true() -> None:
 def test_statements_of_another_scene_are_often_false() -> None:
     verdicts = [
         check(s, symbolic(scene))
-        for scene, claims in zip(WORDS_OF_BATCH, CLAIMS[1:] + CLAIMS[:1], strict=True)
+        for scene, claims in zip(words_of_batch(), claims_of_batch()[1:] + claims_of_batch()[:1], strict=True)
         for s in claims[0]
     ]
     assert sum(verdicts) / len(verdicts) < 0.25
 
 
 def test_captions_state_at_least_three_things_of_every_kind() -> None:
-    claims = [claim for claims in CLAIMS for claim in claims]
+    claims = [claim for claims in claims_of_batch() for claim in claims]
     assert min(map(len, claims)) >= 3
     for kind in KINDS:
         assert sum(any(s.kind == kind for s in claim) for claim in claims) > 0.2 * len(claims), kind
@@ -54,14 +66,14 @@ def test_captions_state_at_least_three_things_of_every_kind() -> None:
 
 
 def test_captions_name_every_object() -> None:
-    for scene, claims in zip(WORDS_OF_BATCH, CLAIMS, strict=True):
+    for scene, claims in zip(words_of_batch(), claims_of_batch(), strict=True):
         kinds = {What(o.shape, o.colour) for o in scene.objects}
         for claim in claims:
             assert {s.what for s in claim if s.kind == "colour" and s.what and s.what.shape} == kinds, claim
 
 
 def test_wording_varies_and_uses_the_whole_vocabulary() -> None:
-    texts = [text for texts in CAPTIONS for text in texts]
+    texts = [text for texts in written() for text in texts]
     assert len(set(texts)) > 0.98 * len(texts)
     used = set(re.findall("[a-z]+", " ".join(texts).lower()))
     assert set(WORDS) - used == set()
@@ -70,7 +82,7 @@ def test_wording_varies_and_uses_the_whole_vocabulary() -> None:
 
 
 def test_training_never_states_a_held_out_combination_and_held_out_prompts_always_do() -> None:
-    assert sum(held_out_links(text, both_ways=True) for texts in CAPTIONS for text in texts) == 0
+    assert sum(held_out_links(text, both_ways=True) for texts in written() for text in texts) == 0
     for seed in (0, 1):
         assert min(held_out_links(p, both_ways=False) for p in captions.prompts(150, seed, held_out=True)) >= 1
         plain = captions.prompts(150, seed, held_out=False)
@@ -99,10 +111,10 @@ def test_prompts_repeat_with_the_seed() -> None:
 
 def test_held_out_caption_needs_a_scene_that_shows_one() -> None:
     rng = random.Random(0)
-    texts = [captions.held_out_caption(scene, rng) for scene in WORDS_OF_BATCH]
+    texts = [captions.held_out_caption(scene, rng) for scene in words_of_batch()]
     assert 60 < sum(text is not None for text in texts) < 260
     assert all(text is None or held_out_links(text, both_ways=False) for text in texts)
-    assert all(text is None for text, s in zip(texts, WORDS_OF_BATCH, strict=True) if len(s.objects) == 1)
+    assert all(text is None for text, s in zip(texts, words_of_batch(), strict=True) if len(s.objects) == 1)
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,25 @@ from mmdit.demo.grammar import KINDS, Statement, What
 from mmdit.demo.scenes import Scene, SceneObject
 from mmdit.demo.shapes import BACKGROUNDS, COLOURS, SHAPES
 
-BATCH = scenes.sample(300, 21)
-TRUTH = [score.symbolic(scene) for scene in BATCH.words()]
-PICTURES = scenes.render(BATCH)
-CAPTIONS = [texts[0] for texts in captions.training_captions(BATCH, 1, seed=2)]
+
+@cache
+def batch():
+    return scenes.sample(300, 21)
+
+
+@cache
+def truth():
+    return [score.symbolic(scene) for scene in batch().words()]
+
+
+@cache
+def pictures():
+    return scenes.render(batch())
+
+
+@cache
+def texts():
+    return [some[0] for some in captions.training_captions(batch(), 1, seed=2)]
 
 
 def noisy(pictures: Tensor) -> Tensor:
@@ -46,7 +61,7 @@ DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 @cache
 def parsed_after(damage: str) -> list[score.Parsed]:
-    return score.parse_batch(DAMAGES[damage](PICTURES))
+    return score.parse_batch(DAMAGES[damage](pictures()))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -56,8 +71,8 @@ def test_verdicts_are_the_truth_on_own_and_on_other_captions(damage: str) -> Non
         agree: dict[str, list[bool]] = {kind: [] for kind in KINDS}
         holds = []
         for i, found in enumerate(parsed):
-            for s in score.statements(CAPTIONS[(i + shift) % len(CAPTIONS)]):
-                holds.append(score.check(s, TRUTH[i]))
+            for s in score.statements(texts()[(i + shift) % len(texts())]):
+                holds.append(score.check(s, truth()[i]))
                 agree[s.kind].append(score.check(s, found) == holds[-1])
         for kind, verdicts in agree.items():
             assert len(verdicts) > 120, kind
@@ -69,10 +84,10 @@ def test_verdicts_are_the_truth_on_own_and_on_other_captions(damage: str) -> Non
 def test_objects_are_found_where_they_are(damage: str) -> None:
     parsed = parsed_after(damage)
     names = [sorted((o.shape, o.colour, o.size) for o in p.objects) for p in parsed]
-    true_names = [sorted((o.shape, o.colour, o.size) for o in t.objects) for t in TRUTH]
+    true_names = [sorted((o.shape, o.colour, o.size) for o in t.objects) for t in truth()]
     assert sum(a == b for a, b in zip(names, true_names, strict=True)) >= 0.99 * len(names)
-    assert [p.background for p in parsed] == [t.background for t in TRUTH]
-    for found, true in zip(parsed, TRUTH, strict=True):
+    assert [p.background for p in parsed] == [t.background for t in truth()]
+    for found, true in zip(parsed, truth(), strict=True):
         for o in found.objects:
             nearest = min(true.objects, key=lambda t: abs(t.x - o.x) + abs(t.y - o.y))
             # A tilted triangle's box is not centred where the triangle turns: up to 3 px for a large one.
@@ -84,9 +99,9 @@ def test_objects_are_found_where_they_are(damage: str) -> None:
 
 def test_the_reader_never_sees_the_prompt_and_pictures_do_not_see_each_other() -> None:
     assert list(inspect.signature(score.parse).parameters) == ["picture"]
-    together = score.parse_batch(PICTURES[:70])  # more than one chunk
+    together = score.parse_batch(pictures()[:70])  # more than one chunk
     for i in (0, 31, 69):
-        alone = score.parse(PICTURES[i])
+        alone = score.parse(pictures()[i])
         assert [o.shape for o in alone.objects] == [o.shape for o in together[i].objects]
         assert alone.objects[0].fit == pytest.approx(together[i].objects[0].fit, abs=1e-5)
 
@@ -218,8 +233,8 @@ def test_accuracies_are_by_kind_and_averaged_over_kinds() -> None:
 
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="2 pictures but 1 prompts"):
-        score.score_batch(PICTURES[:2], ["a star on white"])
+        score.score_batch(pictures()[:2], ["a star on white"])
     with pytest.raises(ValueError, match="unknown kind 'mood'"):
-        score.check(Statement("mood"), TRUTH[0])
+        score.check(Statement("mood"), truth()[0])
     with pytest.raises(ValueError, match="unknown word 'sad'"):
-        score.score(PICTURES[0], "a sad star")
+        score.score(pictures()[0], "a sad star")
