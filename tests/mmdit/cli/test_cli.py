@@ -149,7 +149,7 @@ def test_what_quantize_refuses(tmp_path, capsys, arguments, code, says):
 
 
 def test_a_reader_that_stops_is_no_error():
-    command = [sys.executable, "-m", "mmdit", "inspect", str(EMBEDDED)]
+    command = [sys.executable, "-m", "mmdit", "completion", "bash"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         run.stdout.close()
         assert run.stderr.read() == b""

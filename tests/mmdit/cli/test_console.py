@@ -81,7 +81,7 @@ def test_a_stdout_that_fails_stops_no_drawing(here, capsys, monkeypatch, error):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason=SKIPS["full disk"])
 def test_a_full_stdout_in_a_process_of_its_own(here):
-    command = [sys.executable, "-m", "mmdit", "inspect", str(EMBEDDED)]
+    command = [sys.executable, "-m", "mmdit", "completion", "bash"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
