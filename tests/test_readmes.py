@@ -42,7 +42,10 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", [path for path in READMES if fenced(path.read_text(), "python")], ids=name_of)
+WITH_PYTHON = [path for path in READMES if fenced(path.read_text(), "python") and path.parent.name != "inspection"]
+
+
+@pytest.mark.parametrize("path", WITH_PYTHON, ids=name_of)  # that of inspection runs in its own test_readme.py
 def test_python_blocks_run(path, tmp_path, monkeypatch):
     """All blocks of a file in one namespace, in their order."""
     monkeypatch.chdir(tmp_path)
