@@ -1,17 +1,34 @@
 """The pipeline against diffusers' StableDiffusion3Pipeline on the same tiny random weights, step by step."""
 
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
 
 import pytest
 import torch
 
 import tiny
 from float64 import references_in_float64
+from full import in_full
 from mmdit import Pipeline
 
 PROMPTS = ["a red circle above a blue square", "A small star, left of two rings."]
 NEGATIVES = ["green", ""]
 SETTINGS = {"num_inference_steps": 4, "height": 32, "width": 48}
+
+
+DTYPES = (torch.float64, torch.float32)
+DIFFERENT = ("sd3-medium", "sd3.5-medium", "sd3.5-large")  # what is left out differs from the last by its name alone
+
+
+@pytest.fixture(scope="module")
+def both(tiny_folders):
+    """`(variant, dtype) -> ours, theirs`, loaded once: for tests that change neither."""
+
+    @cache
+    def load(variant, dtype=torch.float32):
+        return Pipeline.from_pretrained(tiny_folders[variant], dtype=dtype), tiny.load(tiny_folders[variant], dtype)
+
+    return load
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -30,12 +47,16 @@ def reference_steps(pipe, **kwargs) -> list[torch.Tensor]:
     return steps
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_step_equals_diffusers(tiny_folders, variant, dtype):
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    in_full(
+        [*product(tiny.VARIANTS, DTYPES)],
+        [*product(DIFFERENT, DTYPES[:1]), ("sd3.5-medium", torch.float32)],
+    ),
+)
+def test_every_step_equals_diffusers(both, variant, dtype):
     """Each step from diffusers' own latent: its scheduler computes in float32, so 1e-6 is what can be true."""
-    ours = Pipeline.from_pretrained(tiny_folders[variant], dtype=dtype)
-    theirs = tiny.load(tiny_folders[variant], dtype)
+    ours, theirs = both(variant, dtype)
     with references_in_float64():
         wanted = reference_steps(
             theirs, prompt=PROMPTS, negative_prompt=NEGATIVES, generator=seeded(3), guidance_scale=5.0
@@ -49,9 +70,9 @@ def test_every_step_equals_diffusers(tiny_folders, variant, dtype):
         step.x = latent.to(step.x.dtype)
 
 
-@pytest.mark.parametrize("variant", tiny.VARIANTS)
-def test_pictures_equal_diffusers(tiny_folders, variant):
-    ours, theirs = Pipeline.from_pretrained(tiny_folders[variant]), tiny.load(tiny_folders[variant])
+@pytest.mark.parametrize("variant", in_full([*tiny.VARIANTS], DIFFERENT))
+def test_pictures_equal_diffusers(both, variant):
+    ours, theirs = both(variant)
     a = ours(PROMPTS, NEGATIVES, seed=3, output_type="pt", **SETTINGS).images
     b = theirs(PROMPTS, negative_prompt=NEGATIVES, generator=seeded(3), output_type="pt", **SETTINGS).images
     assert a.shape == b.shape == (2, 3, 32, 48)
@@ -73,18 +94,17 @@ def test_pictures_equal_diffusers(tiny_folders, variant):
     ],
     ids=str,
 )
-def test_arguments_mean_what_they_mean_in_diffusers(tiny_folders, settings):
-    folder = tiny_folders["sd3.5-large"]
+def test_arguments_mean_what_they_mean_in_diffusers(both, settings):
+    ours, theirs = both("sd3.5-large")
     settings = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"} | settings
-    a = Pipeline.from_pretrained(folder)(PROMPTS[0], "blue", seed=3, **settings).images
-    b = tiny.load(folder)(PROMPTS[0], negative_prompt="blue", generator=seeded(3), **settings).images
+    a = ours(PROMPTS[0], "blue", seed=3, **settings).images
+    b = theirs(PROMPTS[0], negative_prompt="blue", generator=seeded(3), **settings).images
     assert a.shape == b.shape
     assert tiny.error(a, b) <= 1e-5
 
 
-def test_conditioning_equals_diffusers(tiny_folders):
-    folder = tiny_folders["sd3.5-large"]
-    ours, theirs = Pipeline.from_pretrained(folder, dtype=torch.float64), tiny.load(folder, torch.float64)
+def test_conditioning_equals_diffusers(both):
+    ours, theirs = both("sd3.5-large", torch.float64)
     with references_in_float64(), torch.no_grad():
         context, _, pooled, _ = theirs.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False)
     found = ours.encode(PROMPTS)
@@ -101,8 +121,8 @@ def test_missing_t5_is_zeros_as_in_diffusers(tiny_folders):
     assert tiny.error(a, b) <= 1e-5
 
 
-def test_spans_say_which_word_a_token_is(tiny_folders):
-    ours = Pipeline.from_pretrained(tiny_folders["sd3.5-large"])
+def test_spans_say_which_word_a_token_is(both):
+    ours, _ = both("sd3.5-large")
     conditioning = ours.encode(PROMPTS[0])
     (spans,) = conditioning.spans
     for encoder in ("clip_l", "clip_g", "t5"):
@@ -114,8 +134,8 @@ def test_spans_say_which_word_a_token_is(tiny_folders):
     assert conditioning.context.shape[1] == 77 + 256
 
 
-def test_one_seed_per_picture_is_the_seed_alone(tiny_folders):
-    ours = Pipeline.from_pretrained(tiny_folders["sd3-medium"])
+def test_one_seed_per_picture_is_the_seed_alone(both):
+    ours, _ = both("sd3-medium")
     settings = {"num_inference_steps": 2, "output_type": "pt"}
     both = ours(PROMPTS, seed=[8, 9], **settings).images
     for row, seed in enumerate((8, 9)):
@@ -155,9 +175,9 @@ def test_save_and_load_give_the_same_picture(tiny_folders, tmp_path):
         assert again.shift == pipe.shift
 
 
-def test_a_loop_of_ones_own_draws_the_same(tiny_folders):
+def test_a_loop_of_ones_own_draws_the_same(both):
     """The verbs alone: predictor, guidance and Euler written out in a notebook."""
-    pipe = Pipeline.from_pretrained(tiny_folders["sd3.5-medium"])
+    pipe, _ = both("sd3.5-medium")
     predict = pipe.predictor(cond=pipe.encode(PROMPTS[0]), uncond=pipe.encode(""))
     x, levels = pipe.noise(4), pipe.sigmas(3).tolist()
     for sigma, following in pairwise(levels):
