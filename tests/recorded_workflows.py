@@ -5,6 +5,7 @@ weights nor tokenizers of others are needed.
 """
 
 import json
+import os
 import zlib
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from encoders.tokenizer_files import TokenizerFiles
 from golden import DATA
 from mmdit import MMDiT, MMDiTConfig
 from mmdit.comfyui.values import Model
+from recorded_models import NETS, stored
 
 FOLDER = DATA / "workflows"
 INPUT = DATA / "images"
@@ -28,10 +30,14 @@ TRANSFORMERS = {
     "sd35l_tiny": MMDiTConfig(depth=3, hidden_size=192, pos_embed_size=24, **_BASE),
     "sd35m_tiny": MMDiTConfig(depth=4, hidden_size=256, pos_embed_size=48, dual_attention_blocks=(0, 1), **_BASE),
     "sd35l4_tiny": MMDiTConfig(depth=4, hidden_size=256, pos_embed_size=24, **_BASE),
+    "sd3m4_tiny": MMDiTConfig(depth=4, hidden_size=256, pos_embed_size=24, qk_norm=None, **_BASE),
     "sd3m_tiny": MMDiTConfig(depth=2, hidden_size=128, pos_embed_size=24, qk_norm=None, **_BASE),
 }
 _TOWER = {"mlp_dim": 256, "vocabulary": 49408}
+FULL = os.environ.get("MMDIT_FULL") == "1"  # all recorded workflows, not only those that show something of their own
 _STD = 0.06
+_NAMES = {one: f"sd35l4_controlnet_{one}_tiny" for one in ("blur", "canny", "depth")}  # of the files of ControlNets
+_NAMES |= {"instantx": "sd3m4_instantx_tiny", "inpaint": "sd3m4_instantx_inpaint_tiny"}
 
 
 @cache
@@ -49,9 +55,10 @@ def errors() -> dict[str, dict]:
 @cache
 def golden() -> dict[str, Tensor]:
     """Everything that was recorded, by name."""
-    return load_file(FOLDER / "golden.safetensors")
+    return load_file(INPUT / "control.safetensors") | load_file(FOLDER / "golden.safetensors")
 
 
+@cache
 def weight(key: str, shape: tuple[int, ...]) -> Tensor:
     """What a tensor of a recorded model holds."""
     drawn = np.random.RandomState(zlib.crc32(key.encode())).randn(*shape).astype(np.float32) * np.float32(_STD)
@@ -79,11 +86,14 @@ def write_models(root: Path) -> Path:
             }
             _save(root / "checkpoints" / "sd35l_aio_tiny", tensors | vae | inside)
             _save(root / "diffusion_models" / "sd35l_tiny_unet", _without("model.diffusion_model.", tensors))
+    for name in sorted(NETS) if FULL else ("canny", "inpaint"):
+        _save(root / "controlnet" / _NAMES[name], stored("controlnet", NETS[name]))
     _save(root / "vae" / "sd3_vae_tiny", _without("first_stage_model.", vae))
     for name, shapes in json.loads((FOLDER / "loras.json").read_text()).items():
         _save(root / "loras" / name, {key: _of_lora(key, tuple(shape)) for key, shape in shapes.items()})
     for name, tensors in encoders.items():
         _save(root / "text_encoders" / f"{name}_tiny", tensors)
+    weight.cache_clear()  # several models have equal tensors
     return root
 
 

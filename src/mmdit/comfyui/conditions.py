@@ -6,7 +6,7 @@ its strength times its mask, or a ramp at the edges of its area. The model sees 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders import Conditioning
-from mmdit.comfyui.values import Area, Model, Prompt, Prompts
+from mmdit.comfyui.values import Area, Hint, Model, Prompt, Prompts
+from mmdit.pipeline.control import Control
+from mmdit.pipeline.control_inputs import ControlInput, check_net, make_control
+from mmdit.pipeline.image_inputs import Picture, PictureSize
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.predict import predict_branches
 from mmdit.pipeline.profiles import PROFILES
 from samplers import Window, percents
 
+_CELL = 8  # pixels of a side
 _LEAST = 8  # cells of a side of an area that is cut around a mask
 _RAMP = 8  # cells at most
 _EPSILON = 1e-37  # of ComfyUI, where no entry counts: the prediction is 0
@@ -34,6 +38,7 @@ class Entry:
     strength: float
     area: tuple[int, int, int, int] | None  # height, width, y, x in cells
     mask: Tensor | None  # [b, h, w] of the latent's size, with its strength
+    control: tuple[Control, ...] = ()  # ControlNets that act on it
 
     def cut(self, x: Tensor) -> Tensor:
         """Its part of latents [b, c, h, w], or of a mask [b, h, w]; a view."""
@@ -62,7 +67,9 @@ def resolved(several: Sequence[Prompts], model: Model, shape: Sequence[int]) -> 
     Where an entry of one has an area, every other gets an entry with the same area, mask and window, and the text of
     its own smallest entry around it: so each part of the picture is guided against its own negative prompt.
     """
-    found = [[_entry(one, model, shape) for one in prompts] for prompts in several]
+    hints = dict.fromkeys(hint for prompts in several for one in prompts for hint in one.hints)
+    controls = {hint: _encoded(hint, model, shape) for hint in hints}  # shared, so that their entries share a batch
+    found = [[_entry(one, model, shape, controls) for one in prompts] for prompts in several]
     for k, entries in enumerate(found):
         for entry in entries:
             for j, others in enumerate(found):
@@ -88,7 +95,8 @@ def predicted(
     weights = [torch.full_like(x, _EPSILON) for _ in several]
     for area in dict.fromkeys(entry.area for _, entry in counting):
         group = [(i, entry) for i, entry in counting if entry.area == area]
-        branches = [Branch(entry.conditioning, None, tuple(skip_layers)) for _, entry in group]
+        skipped = tuple(skip_layers)
+        branches = [Branch(entry.conditioning, None, skipped, control=entry.control) for _, entry in group]
         part = group[0][1].cut(x)
         outs = predict_branches(model.transformer, PROFILES["comfyui"], part, sigma, branches, lambda _: None)
         for (i, entry), out in zip(group, outs, strict=True):
@@ -98,20 +106,52 @@ def predicted(
     return [total / weight for total, weight in zip(sums, weights, strict=True)]
 
 
-def _entry(prompt: Prompt, model: Model, shape: Sequence[int]) -> Entry:
+def _entry(prompt: Prompt, model: Model, shape: Sequence[int], controls: Mapping[Hint, Control]) -> Entry:
     device = model.transformer.pos_embed.device
     mask, area = prompt.mask, _cells(prompt.area, shape)
     if mask is not None:
         mask = _to_size(mask.to(device, torch.float32), shape)
         area = _around(mask) if prompt.mask_bounds else area
         mask = _for_each(mask, shape[0]) * prompt.mask_strength
+    if area is not None and prompt.hints:
+        raise ValueError(
+            "a conditioning has an area and a ControlNet; hints are for whole pictures: use a mask instead"
+        )
     return Entry(
         _fitted(prompt.conditioning, model, shape[0]),
         percents(prompt.start, prompt.end, model.shift),
         prompt.strength,
         _inside(area, shape),
         mask,
+        tuple(controls[hint] for hint in prompt.hints),
     )
+
+
+def _encoded(hint: Hint, model: Model, shape: Sequence[int]) -> Control:
+    """A ControlNet with the latents of its hint, for latents of this shape.
+
+    Raises:
+        ValueError: there is no VAE, or the net is for another transformer.
+    """
+    if hint.vae is None:
+        raise ValueError(
+            "a ControlNet of SD3 needs a VAE for its hint; connect the vae input of ControlNetApplyAdvanced"
+        )
+    check_net("the ControlNet", hint.net, model.transformer.config)
+    count, rows, columns = shape[0], *shape[2:]
+    pictures = tuple(_picture(one) for one in hint.image[..., :3].movedim(-1, 1))
+    mask = torch.zeros(1, 8, 8) if hint.mask is None else hint.mask
+    masks = tuple(_picture(one) for one in mask.unsqueeze(1)) if hint.net.config.inpaints else ()
+    given = ControlInput(
+        net=hint.net, pictures=pictures, masks=masks, scale=hint.strength, start=hint.start, stop=hint.end
+    )
+    size = PictureSize(_CELL * rows, _CELL * columns, cut=False)
+    control = make_control(given, hint.vae, PROFILES["comfyui"], size, count, twice=False)
+    return replace(control, window=percents(hint.start, hint.end, model.shift))
+
+
+def _picture(pixels: Tensor) -> Picture:
+    return Picture(pixels.unsqueeze(0).float().cpu(), from_pillow=False, name="", digest="")
 
 
 def _fitted(conditioning: Conditioning, model: Model, count: int) -> Conditioning:

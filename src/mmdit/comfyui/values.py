@@ -11,8 +11,9 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 from torch import Tensor
 
-from encoders import CLIPText, Conditioning, T5Encoder, Tokenizers
+from encoders import VAE, CLIPText, Conditioning, T5Encoder, Tokenizers
 from mmdit.checkpoints.lora import Lora
+from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from samplers import Solver
 
@@ -38,6 +39,28 @@ class Area(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class Hint:
+    """A ControlNet with its hint, as a node applies it.
+
+    Args:
+        net: the ControlNet.
+        image: the hint, [b, h, w, c] in [0, 1].
+        vae: what encodes it; without one, the sampler fails.
+        strength: of the net.
+        start, end: the shares of the way between which it acts.
+        mask: of an inpainting net, [b, h, w]; 1 is drawn anew.
+    """
+
+    net: ControlNet
+    image: Tensor
+    vae: VAE | None
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """One entry of a CONDITIONING, which is a tuple of these; several count together, see `mmdit.comfyui.conditions`.
 
@@ -48,6 +71,7 @@ class Prompt:
         area: where it counts; None is everywhere.
         mask: [b, h, w], how much it counts at each place, times `mask_strength`.
         mask_bounds: whether the model sees only the rectangle around the mask.
+        hints: ControlNets that act on it, in this order.
     """
 
     conditioning: Conditioning
@@ -58,6 +82,7 @@ class Prompt:
     mask: Tensor | None = None
     mask_strength: float = 1.0
     mask_bounds: bool = False
+    hints: tuple[Hint, ...] = ()
 
 
 Prompts = tuple[Prompt, ...]  # CONDITIONING

@@ -83,7 +83,7 @@ def control_inputs(
     if not nets:
         raise ValueError("controlnet is an empty list; give at least one net, or leave it out")
     for i, net in enumerate(nets):
-        _check_net("controlnet" if len(nets) == 1 else f"controlnet[{i}]", net, config)
+        check_net("controlnet" if len(nets) == 1 else f"controlnet[{i}]", net, config)
     if control_image is None:
         raise ValueError("controlnet is given without control_image, its hint")
     hints = _hints(control_image, isinstance(controlnet, list | tuple), len(nets))
@@ -161,7 +161,8 @@ def takes_shift(net: ControlNet, profile: Profile) -> bool:
     return net.config.inpaints or not net.config.zero_pooled
 
 
-def _check_net(name: str, net: object, config: MMDiTConfig) -> None:
+def check_net(name: str, net: object, config: MMDiTConfig) -> None:
+    """Raise TypeError or ValueError unless `net`, called `name` in errors, is a ControlNet for such a transformer."""
     if not isinstance(net, ControlNet):
         hint = "; give mmdit.load_controlnet(path)" if isinstance(net, str | Path) else ""
         raise TypeError(f"{name} is {type(net).__name__}, expected mmdit.ControlNet{hint}")

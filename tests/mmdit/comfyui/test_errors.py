@@ -9,7 +9,6 @@ from mmdit import NodeError, WorkflowError
 from mmdit.comfyui.graph import as_graph
 
 GRAPHS = [name for name, case in recorded.errors().items() if "graph" in case]
-WITHOUT_NODES = {"runtime_controlnet_without_vae"}  # of classes that are not built yet
 
 
 def answer(run, graph: dict) -> dict:
@@ -30,7 +29,7 @@ def plain(node_errors: dict) -> dict:
     return {id: [{"type": one.type, "input": one.input} for one in found] for id, found in node_errors.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPHS if name not in WITHOUT_NODES])
+@pytest.mark.parametrize("name", GRAPHS)
 def test_a_wrong_graph_gets_the_recorded_answer(run, name):
     wanted = {key: value for key, value in recorded.errors()[name].items() if key not in ("id", "graph")}
     assert answer(run, copy.deepcopy(recorded.errors()[name]["graph"])) == wanted

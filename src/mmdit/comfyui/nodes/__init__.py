@@ -2,6 +2,7 @@
 
 from mmdit.comfyui.declare import NODES as NODES
 from mmdit.comfyui.nodes import conditioning as conditioning
+from mmdit.comfyui.nodes import controlnet as controlnet
 from mmdit.comfyui.nodes import images as images
 from mmdit.comfyui.nodes import latents as latents
 from mmdit.comfyui.nodes import loaders as loaders
