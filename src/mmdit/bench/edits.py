@@ -1,0 +1,208 @@
+"""How well pictures are edited: `python -m mmdit.bench.edits --scenes 64`, on the embedded model.
+
+    recolour    one object of a scene is drawn anew in another colour; the mask leaves out the other objects
+    strength    scenes are drawn anew with the prompt of another scene: what is kept, what is drawn
+    hires       prompts are drawn at 128 x 128, and again at 256 x 256 by a second pass
+    inversion   scenes are inverted to noise and drawn again from it
+
+Scenes are those of `mmdit.demo.scenes`, drawn by the computer; pictures are read by `mmdit.demo.score`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdit.bench.metrics import psnr
+from mmdit.demo.captions import caption, prompts
+from mmdit.demo.grammar import Statement, statements
+from mmdit.demo.scenes import Scene, Scenes, render, sample
+from mmdit.demo.score import accuracies, check, parse_batch, score_batch
+from mmdit.demo.shapes import COLOURS
+from mmdit.pipeline.hires import Hires
+from mmdit.pipeline.invert import Inverter
+from mmdit.pipeline.pipeline import Pipeline
+from mmdit.utils import markdown_table
+
+SEED = 20_260_118
+STRENGTHS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+MARGIN = 3.0  # pixels that stay around the box of an object
+RECOLOUR_STRENGTH = 0.9
+_BATCH = 16
+
+
+def words_of(scene: Scene) -> str:
+    """A caption that names every object of a scene with its size, and the background."""
+    things = [f"a {one.size} {one.colour} {one.shape}" for one in scene.objects]
+    said = things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
+    return f"{said}, on a {scene.background} background"
+
+
+def free_of(scene: Scene, place: int, side: int = 128) -> Tensor:
+    """The mask [side, side] in which one object may be drawn: everything but the boxes of the others, and a margin."""
+    places, found = torch.arange(side) + 0.5, torch.ones(side, side)
+    for one in (one for i, one in enumerate(scene.objects) if i != place):
+        reach = one.across / 2 * 1.14 + MARGIN  # a box tilted by 8 degrees is 1.13 times as wide
+        rows, columns = ((places - middle).abs() <= reach for middle in (one.y, one.x))
+        found = found * ~(rows[:, None] & columns)
+    return found
+
+
+def different(scenes: Scenes) -> list[int]:
+    """The scenes of two objects or more, no two of which share shape and colour."""
+    found = [[(one.shape, one.colour) for one in scene.objects] for scene in scenes.words()]
+    return [i for i, kinds in enumerate(found) if 1 < len(kinds) == len(set(kinds))]
+
+
+def recoloured(scene: Scene, rng: random.Random) -> tuple[Scene, int]:
+    """The scene with one object in a colour that no object has, and which object."""
+    place = rng.randrange(len(scene.objects))
+    colour = rng.choice([name for name in COLOURS if name not in {one.colour for one in scene.objects}])
+    objects = list(scene.objects)
+    objects[place] = replace(objects[place], colour=colour)
+    return Scene(scene.background, tuple(objects)), place
+
+
+def claims(scene: Scene, places: Sequence[int], *, ground: bool) -> list[Statement]:
+    """What a caption of some objects of a scene states about each of them, and of the background."""
+    texts = [f"a {one.size} {one.colour} {one.shape}" for one in (scene.objects[i] for i in places)]
+    found = [one for text in texts for one in statements(text)]
+    return found + ([Statement("background", background=scene.background)] if ground else [])
+
+
+def drawn(pipe: Pipeline, texts: Sequence[str], each: Callable[[slice], dict[str, Any]], **how: Any) -> Tensor:
+    """Pictures of prompts, [b, 3, h, w] rounded to 8 bits, a few at once; `each` gives what goes with some of them."""
+    found = []
+    for first in range(0, len(texts), _BATCH):
+        part = slice(first, first + _BATCH)
+        seeds = list(range(first, first + len(texts[part])))
+        pictures = pipe(list(texts[part]), seed=seeds, output_type="pt", progress=False, **how, **each(part)).images
+        found.append((pictures * 255).round() / 255)
+    return torch.cat(found)
+
+
+def recolour(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
+    """The share of statements about the other objects, and about the new one, that hold after it was drawn anew."""
+    every = sample(8 * scenes, SEED)
+    chosen = different(every)[:scenes]
+    batch, rng = every[torch.tensor(chosen)], random.Random(SEED)
+    pictures, before = render(batch), batch.words()
+    pairs = [recoloured(scene, rng) for scene in before]
+    masks = torch.stack([free_of(scene, place) for scene, (_, place) in zip(before, pairs, strict=True)])
+    texts = [words_of(scene) for scene, _ in pairs]
+    whole = drawn(
+        pipe,
+        texts,
+        lambda part: {"image": list(pictures[part]), "mask_image": list(masks[part])},
+        strength=RECOLOUR_STRENGTH,
+        **how,
+    )
+    inside = masks.unsqueeze(1)
+    for name, found in (("by the mask", whole), ("with keep_outside", inside * whole + (1 - inside) * pictures)):
+        others, new = [], []
+        for (scene, place), parsed in zip(pairs, parse_batch(found), strict=True):
+            rest = [i for i in range(len(scene.objects)) if i != place]
+            others += [check(one, parsed) for one in claims(scene, rest, ground=True)]
+            new += [check(one, parsed) for one in claims(scene, [place], ground=False)]
+        yield [name, len(chosen), f"{_share(others):.1%}", f"{_share(new):.1%}"]
+
+
+def strength(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
+    """What is kept of scenes, and what is drawn of the prompts of others, by strength."""
+    batch, rng = sample(scenes, SEED + 1), random.Random(SEED + 1)
+    pictures, texts = render(batch), [caption(scene, rng) for scene in batch.words()]
+    others = texts[1:] + texts[:1]
+    for value in STRENGTHS:
+        found = drawn(pipe, others, lambda part: {"image": list(pictures[part])}, strength=value, **how)
+        kept, new = (_share_of(score_batch(found, said)) for said in (texts, others))
+        yield [f"{value:g}", len(texts), f"{kept:.1%}", f"{new:.1%}"]
+
+
+def hires(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
+    """What is drawn of prompts, without and with a second pass to twice the size; read at 128 x 128."""
+    texts = prompts(scenes, SEED + 2, held_out=False)
+    ways: dict[str, Hires | None] = {"none": None}
+    for one in (Hires(scale=2.0, filter="bislerp"), Hires(scale=2.0, filter="lanczos", space="pixel")):
+        ways[f"{one.space}, {one.filter}"] = one
+    for name, second in ways.items():
+        found = drawn(pipe, texts, lambda part: {}, hires=second, **how)
+        small = F.interpolate(found, size=(128, 128), mode="area")
+        yield [name, f"{found.shape[3]} x {found.shape[2]}", len(texts), f"{_share_of(score_batch(small, texts)):.1%}"]
+
+
+def inversion(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
+    """How near a scene comes that is drawn from the noise that its inversion found."""
+    del how
+    batch, rng = sample(scenes, SEED + 3), random.Random(SEED + 3)
+    pictures, texts = render(batch), [caption(scene, rng) for scene in batch.words()]
+    cond = pipe.encode(texts)
+    ways: tuple[tuple[Inverter, int], ...] = (("euler", 10), ("euler", 28), ("heun", 10), ("heun", 28))
+    for sampler, steps in ways:
+        found = pipe.invert(list(pictures), texts, num_inference_steps=steps, sampler=sampler, progress=False)
+        again: dict[str, Any] = {"sigmas": found.falling, "sampler": sampler, "guidance_scale": 1.0, "add_noise": False}
+        with torch.no_grad():
+            *_, last = pipe.sample(cond, None, found.latents, **again)
+            wanted, got = pipe.decode(found.image), pipe.decode(last.x)
+        error = float((last.x - found.image).norm() / found.image.norm())
+        yield [
+            sampler,
+            steps,
+            len(texts),
+            f"{error:.4f}",
+            f"{psnr(got, wanted):.1f}",
+            f"{float(found.latents.std()):.2f}",
+        ]
+
+
+TASKS: dict[str, tuple[Callable[..., Iterator[list[Any]]], list[str]]] = {
+    "recolour": (recolour, ["drawn", "scenes", "other objects and background", "new object"]),
+    "strength": (strength, ["strength", "scenes", "statements kept", "statements of the prompt"]),
+    "hires": (hires, ["second pass", "size", "prompts", "statements of the prompt"]),
+    "inversion": (
+        inversion,
+        ["sampler", "steps", "scenes", "error of the latent", "PSNR, dB", "deviation of the noise"],
+    ),
+}
+
+
+def _share(verdicts: Sequence[bool]) -> float:
+    return sum(verdicts) / len(verdicts)
+
+
+def _share_of(verdicts: Sequence[dict[Statement, bool]]) -> float:
+    """The share of all statements that hold."""
+    by_kind = accuracies(verdicts)
+    return sum(share * count for share, count in by_kind.values()) / sum(count for _, count in by_kind.values())
+
+
+def main() -> int:
+    """Measure, and print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenes", type=int, default=64, help="pictures of each row")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
+    parser.add_argument("--profile", default="comfyui")
+    options = parser.parse_args()
+    pipe = Pipeline.demo(profile=options.profile)
+    for name in options.task:
+        task, head = TASKS[name]
+        start, rows = time.monotonic(), []
+        for row in task(pipe, options.scenes, num_inference_steps=options.steps, guidance_scale=options.guidance):
+            sys.stderr.write(f"{name}: {', '.join(map(str, row))} ({time.monotonic() - start:.0f} s)\n")
+            rows.append(row)
+        sys.stdout.write("\n".join(markdown_table(head, rows)) + "\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
