@@ -82,7 +82,9 @@ def write_models(root: Path) -> Path:
         _save(root / "checkpoints" / name, tensors | vae)
         if name == "sd35l_tiny":
             inside = {
-                f"text_encoders.{n}.transformer.{key}": t for n, one in encoders.items() for key, t in one.items()
+                f"text_encoders.{n}.transformer.{key}": t.clone()
+                for n, one in encoders.items()
+                for key, t in one.items()
             }
             _save(root / "checkpoints" / "sd35l_aio_tiny", tensors | vae | inside)
             _save(root / "diffusion_models" / "sd35l_tiny_unet", _without("model.diffusion_model.", tensors))
