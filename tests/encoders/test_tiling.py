@@ -38,8 +38,8 @@ def trained():
 
 @pytest.fixture(scope="module")
 def latent(trained):
-    """The latent of a bright disc before a slope of colours, 136 x 168 pixels."""
-    y, x = torch.meshgrid(torch.linspace(-0.8, 0.8, 136), torch.linspace(-1, 1, 168), indexing="ij")
+    """The latent of a bright disc before a slope of colours, 192 x 256 pixels."""
+    y, x = torch.meshgrid(torch.linspace(-0.75, 0.75, 192), torch.linspace(-1, 1, 256), indexing="ij")
     slope = torch.stack([x, y, -x * y]).mul(0.6)
     disc = torch.tensor([0.9, 0.7, -0.5])[:, None, None]
     picture = torch.where(x.square() + y.square() < 0.3, disc, slope)
