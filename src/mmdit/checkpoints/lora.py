@@ -22,7 +22,7 @@ from mmdit.checkpoints.lora_modules import Patch, is_of_lora, modules_of, patche
 from mmdit.checkpoints.lora_names import PARTS, Part
 from mmdit.checkpoints.lora_rules import HEADER, TRAINED, HasName, HeaderScales, LoraRules, rules_of
 from mmdit.checkpoints.recognise import looks_like, split
-from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors
+from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, read_header
 
 _SHOWN: Final = 6  # unused keys in the repr
 _WIDTHS: Final = {2432: "Stable Diffusion 3.5 Large", 1536: "Stable Diffusion 3.5 Medium or Stable Diffusion 3 Medium"}
@@ -171,6 +171,18 @@ def load_lora(
     whole = {key: unused[key] for key in tensors if key in unused}
     notes = tuple(_notes(patches, found, rules))
     return Lora(source, tuple(patches), whole, found, rules, _producer(tensors, found), notes)
+
+
+def is_lora_file(path: str | Path) -> bool:
+    """Whether a file is safetensors and has tensors of a LoRA and no model: what `load_lora` takes or explains."""
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".sft") or not path.is_file():
+        return False
+    try:
+        keys = read_header(path).entries
+    except CheckpointError:
+        return False
+    return any(is_of_lora(key, keys) for key in keys) and not split(k for k in keys if not is_of_lora(k, keys)).models
 
 
 def _check_is_lora(source: str, keys: Iterable[str]) -> None:

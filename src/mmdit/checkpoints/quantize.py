@@ -86,7 +86,7 @@ def quantize_checkpoint(
     if target.exists():
         raise FileExistsError(f"{target} exists already; give another place, or remove it first")
     found = locate(source)
-    layout = _layout(found, target)
+    layout = layout_of(found, target)
     models = opened(found)
     linears = {model.component: [name for name, _ in linears_of(empty(model))] for model in models}
     every = {(component, name) for component, names in linears.items() for name in names}
@@ -125,7 +125,8 @@ def _checked(recipe: Recipe | str, spelling: Spelling) -> Recipe:
     return recipe
 
 
-def _layout(found: Found, target: Path) -> str:
+def layout_of(found: Found, target: Path) -> str:
+    """The layout that is written: one file, or that of the source."""
     if target.suffix == ".safetensors":
         return "single"
     if target.suffix.lower() in OTHER_FILES:

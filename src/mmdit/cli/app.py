@@ -1,4 +1,4 @@
-"""The command line: `mmdit generate | run | workflow | inspect | verify | quantize | convert | compare | bench ...`."""
+"""The command line: `mmdit generate | run | workflow | inspect | verify | quantize | convert | merge | bench ...`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mmdit._version import __version__
-from mmdit.cli import bench, compare, completion, convert, generate, inspect, quantize, run, verify, workflow
+from mmdit.cli import bench, compare, completion, convert, generate, inspect, merge, quantize, run, verify, workflow
 from mmdit.cli.console import Stream, note_of, streams, warnings_shown_by
 from mmdit.cli.usage import UsageError
 
@@ -21,6 +21,7 @@ COMMANDS: dict[ModuleType, str] = {
     workflow: "show what a ComfyUI workflow does, and which files it needs",
     inspect: "describe a checkpoint, or show how a picture was drawn",
     convert: "write a checkpoint in another layout",
+    merge: "write a checkpoint with LoRAs merged into its weights",
     quantize: "write a checkpoint in float8 that loads here and in ComfyUI",
     verify: "compare this library with diffusers on your weights, stage by stage",
     compare: "find the first stage at which two pipelines differ, and why",

@@ -266,6 +266,8 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         offload=ask.offload,
         quant=ask.quant,
     )
+    for one in ask.lora or ():
+        note(str(pipe.load_lora_weights(one.file, weight=one.weight, text_encoder_weight=one.text_weight)))
     if ask.fast:
         pipe.accelerate()
     return pipe

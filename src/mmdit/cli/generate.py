@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mmdit.cli.console import note_of, say
+from mmdit.cli.loras import lora_option
 from mmdit.cli.usage import (
     DEFAULT_DEVICE,
     DEFAULT_DTYPE,
@@ -66,7 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(wrong=parser.error)
     _add_what(parser.add_argument_group("what to draw"))
     _add_from(parser.add_argument_group("from which picture"))
-    _add_model(parser.add_argument_group("with which model"))
+    model = parser.add_argument_group("with which model")
+    _add_model(model)
+    _add_loras(model)
     _add_how(parser.add_argument_group("how to draw"))
     _add_where(parser.add_argument_group("where to write"))
 
@@ -116,6 +119,13 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         say(f"--{name}", metavar="FILE", help=f"for a .safetensors file: the file or folder of {name} {where}")
     tokenizers = "for a .safetensors file: the folder of tokenizer, tokenizer_2 and tokenizer_3 (default: beside it)"
     say("--tokenizers", metavar="FOLDER", help=tokenizers)
+
+
+def _add_loras(group: argparse._ArgumentGroup) -> None:
+    files = "LoRA files with their weights on the transformer and the text encoders, such as style.safetensors:0.8 "
+    group.add_argument(
+        "--lora", nargs="+", type=lora_option, metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help=f"{files}(default: none)"
+    )
 
 
 def _add_how(group: argparse._ArgumentGroup) -> None:
