@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mmdit.checkpoints.load import load_vae as load_vae
     from mmdit.checkpoints.lora import Lora as Lora
     from mmdit.checkpoints.lora import load_lora as load_lora
+    from mmdit.checkpoints.lora_describe import lora_norms as lora_norms
     from mmdit.checkpoints.lora_merge import merge_lora as merge_lora
     from mmdit.checkpoints.quantize import quantize_checkpoint as quantize_checkpoint
     from mmdit.checkpoints.safetensors_io import CheckpointError as CheckpointError
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from mmdit.inspection.float8 import float8_errors as float8_errors
     from mmdit.inspection.labelled import Labelled as Labelled
     from mmdit.inspection.listing import points as points
+    from mmdit.inspection.lora import sweep_lora as sweep_lora
     from mmdit.inspection.patch import patch as patch
     from mmdit.inspection.sweep import sweep as sweep
     from mmdit.models.config import MMDiTConfig as MMDiTConfig
@@ -87,6 +89,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.checkpoints.hub": ("HubError",),
     "mmdit.checkpoints.load": ("load_clip", "load_controlnet", "load_mmdit", "load_t5", "load_vae"),
     "mmdit.checkpoints.lora": ("Lora", "load_lora"),
+    "mmdit.checkpoints.lora_describe": ("lora_norms",),
     "mmdit.checkpoints.lora_merge": ("merge_lora",),
     "mmdit.checkpoints.quantize": ("quantize_checkpoint",),
     "mmdit.checkpoints.safetensors_io": ("CheckpointError",),
@@ -104,6 +107,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.inspection.float8": ("float8_blame", "float8_errors"),
     "mmdit.inspection.labelled": ("Labelled",),
     "mmdit.inspection.listing": ("points",),
+    "mmdit.inspection.lora": ("sweep_lora",),
     "mmdit.inspection.patch": ("patch",),
     "mmdit.inspection.sweep": ("sweep",),
     "mmdit.models.config": ("MMDiTConfig",),

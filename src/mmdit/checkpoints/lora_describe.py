@@ -58,7 +58,7 @@ def describe_lora(path: str | Path, profile: str | HasName | None = None, *, mod
     for part in lora.parts:
         lines += ["", f"{title(part)}:", *_targets(lora.of(part))]
     if model is not None:
-        norms = delta_norms(lora, model)
+        norms = lora_norms(lora, model)
         lines += ["", "norm of the change over that of the weights, by block:", *_by_block(norms)]
     lines += ["", f"keys that are not used: {len(lora.unused)}", *_some(lora.unused)]
     lines += [f"note: {note}" for note in lora.notes]
@@ -66,7 +66,7 @@ def describe_lora(path: str | Path, profile: str | HasName | None = None, *, mod
     return "\n".join(lines)
 
 
-def delta_norms(lora: Lora, model: Weights) -> dict[str, Norms]:
+def lora_norms(lora: Lora, model: Weights) -> dict[str, Norms]:
     """The norms of what a LoRA adds at strength 1, and of the weights that it is added to.
 
     Args:

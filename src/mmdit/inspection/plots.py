@@ -93,6 +93,32 @@ def layer_step_grid(
     return figure
 
 
+def lora_norms(norms: Mapping[str, Any], *, relative: bool = True, title: str = "") -> Figure:
+    """How much a LoRA changes each weight, by block and module; white where it changes nothing.
+
+    Args:
+        norms: what `mmdit.lora_norms` gave.
+        relative: over the norm of the weight, else the norm of the change alone.
+        title: title of the figure.
+
+    Raises:
+        ValueError: there are no norms.
+    """
+    from mmdit.checkpoints.lora_describe import block_of  # plots of plain numbers need no checkpoints
+
+    cells = {block_of(key): one.relative if relative else one.change for key, one in norms.items()}
+    blocks, modules = (list(dict.fromkeys(side)) for side in zip(*_some(cells, "norms"), strict=True))
+    array = np.array([[cells.get((block, module), np.nan) for block in blocks] for module in modules])
+    figure, [[axis]] = _grid(1, 1, side=5.0)
+    shown = axis.imshow(array, cmap="cividis", aspect="auto", interpolation="nearest", vmin=0)
+    short = [block.removeprefix("transformer.") or "(outer)" for block in blocks]
+    _ticks(axis, "x", "block", short, len(blocks))
+    _ticks(axis, "y", "tensor", [module.removesuffix(".weight") for module in modules], len(modules))
+    axis.set_title(title)
+    figure.colorbar(shown, ax=axis, label="norm of change / norm of weight" if relative else "norm of change")
+    return figure
+
+
 def head_grid(
     maps: Any,
     *,

@@ -13,7 +13,7 @@ import spellings
 from mmdit import load_lora, load_mmdit, merge_lora
 from mmdit.checkpoints.lora_checkpoint import Strengths, merge_checkpoint
 from mmdit.checkpoints.lora_convert import convert_lora
-from mmdit.checkpoints.lora_describe import delta_norms, describe_lora
+from mmdit.checkpoints.lora_describe import describe_lora, lora_norms
 from mmdit.checkpoints.write import convert
 from mmdit.cli import main
 from quant import Float8Tensor
@@ -149,14 +149,14 @@ def test_description_and_norms(checkpoint: Path, state, written, capsys) -> None
     path = written("diffusers, SimpleTuner", "LoRA")
     text = describe_lora(path)
     assert all(word in text for word in ("joint_blocks.*.x_block.attn.qkv.weight[k]", "rank 4", "0.5", "width 64"))
-    norms = delta_norms(load_lora(path), {"transformer": files.model()})
+    norms = lora_norms(load_lora(path), {"transformer": files.model()})
     key = "joint_blocks.0.x_block.mlp.fc2.weight"
     change = merge_lora(state, load_lora(path))[key] - state[key]
     assert norms[f"transformer.{key}"].relative == pytest.approx(float(change.norm() / state[key].norm()), rel=1e-5)
     assert main(["inspect", str(path), "--model", str(checkpoint)]) == 0
     out = capsys.readouterr().out
     assert "transformer.joint_blocks.1" in out
-    for key, one in delta_norms(load_lora(path), checkpoint).items():
+    for key, one in lora_norms(load_lora(path), checkpoint).items():
         assert one == pytest.approx(norms[key])
     assert main(["inspect", str(checkpoint), "--model", str(checkpoint)]) == 2
 
