@@ -23,6 +23,7 @@ from mmdit.inspection.hooks import Inspected, Target, Tracker, check_address, ho
 from mmdit.inspection.points import DERIVED, Stream
 from mmdit.inspection.reducers import Reducer
 from mmdit.inspection.views import Kept, Passing, kept_value, put_back, shown
+from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Drawing
 from mmdit.pipeline.steps import PipelineSteps
@@ -301,7 +302,7 @@ def _makes_reducers(one: object) -> bool:
 
 def _rank(target: Target) -> int:
     """The order in which a pipeline runs its models."""
-    if isinstance(target.model, MMDiT):
+    if isinstance(target.model, MMDiT | ControlNet):
         return 2
     return 3 if target.entry == "decoder" else 1
 
@@ -309,7 +310,7 @@ def _rank(target: Target) -> int:
 def _sizes(model: nn.Module, entry: str, given: tuple[Any, ...]) -> Sizes:
     """The sizes of the inputs of a model's call."""
     shape = given[0].shape
-    if isinstance(model, MMDiT):
+    if isinstance(model, MMDiT | ControlNet):
         return Sizes(shape[0], shape[2], shape[3], given[2].shape[1])
     if isinstance(model, CLIPText | T5Encoder):
         return Sizes(shape[0], clip_tokens=shape[1], t5_tokens=shape[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -184,7 +184,7 @@ def selected(inspected: Inspected, patterns: str | Sequence[str], stream: Stream
 
 def check_address(inspected: Inspected, target: Target, address: Address) -> None:
     """Raise ValueError where a point lacks a dimension that the address narrows."""
-    drawn = isinstance(inspected, PipelineSteps) and target.model is inspected.transformer
+    drawn = isinstance(inspected, PipelineSteps) and target.model in (inspected.transformer, inspected.controlnet)
     address.check(target.point, target.name, drawn=drawn)
 
 
@@ -239,12 +239,14 @@ def tracking(
 
 @contextmanager
 def _told(inspected: Inspected, trackers: Mapping[int, Tracker]) -> Iterator[None]:
-    """Within the context, tell the tracker of a pipeline's transformer about drawings and passes."""
-    tracker = trackers.get(id(inspected.transformer)) if isinstance(inspected, PipelineSteps) else None
-    if tracker is None or not isinstance(inspected, PipelineSteps):
-        yield
-        return
-    with listening(inspected.planners, tracker.plan), listening(inspected.watchers, tracker.watch):
+    """Within the context, tell the trackers of a pipeline's transformer and ControlNet about drawings and passes."""
+    with ExitStack() as stack:
+        if isinstance(inspected, PipelineSteps):
+            drawn = [trackers.get(id(model)) for model in (inspected.transformer, inspected.controlnet)]
+            for tracker in drawn:
+                if tracker is not None:
+                    stack.enter_context(listening(inspected.planners, tracker.plan))
+                    stack.enter_context(listening(inspected.watchers, tracker.watch))
         yield
 
 

@@ -12,6 +12,7 @@ from mmdit.inspection.dry_run import Sizes, rehearse
 from mmdit.inspection.hooks import TRANSFORMER, Inspected, Target, Tracker, models_of, selected
 from mmdit.inspection.points import Stream
 from mmdit.inspection.views import Passing, shown
+from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.steps import PipelineSteps
 from mmdit.utils import checks_names, whole
@@ -98,6 +99,8 @@ def _sizes(model: Inspected, height: int | None, width: int | None, text_tokens:
         else 8
     )
     default = (transformer.config.sample_size or 128) if isinstance(transformer, MMDiT) else 1024 // cell
+    if isinstance(model, ControlNet) and model.config.pos_embed_size is not None:
+        default = min(default, model.config.patch_size * model.config.pos_embed_size)
     sides = [
         default if side is None else _cells_of(side, name, cell)
         for name, side in (("height", height), ("width", width))

@@ -13,6 +13,7 @@ from torch import nn
 from encoders import CLIPText
 from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.load_pipeline import Components
+from mmdit.models.controlnet import ControlNet
 from mmdit.pipeline.arguments import Offload, cells, checked_offload, checked_quant, profile_of
 from mmdit.pipeline.callbacks import CallState
 from mmdit.pipeline.failures import explained_memory_errors
@@ -78,6 +79,8 @@ class PipelineModels:
             for model in (self.transformer, self.t5):
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
+        # Draws along where a call gives control_image and no net of its own; what looks inside sees it as "controlnet".
+        self.controlnet: ControlNet | None = None
         self._here = _PerThread()
         self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # (state of the weights, their digest)
         self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
@@ -116,6 +119,7 @@ class PipelineModels:
             "clip_l": self.clip_l,
             "clip_g": self.clip_g,
             "t5": self.t5,
+            "controlnet": self.controlnet,
         }
         return {name: model for name, model in every.items() if model is not None}
 

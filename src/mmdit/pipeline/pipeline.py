@@ -138,7 +138,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
                 change; or the share of it, 0 to 1.
             hires: a second pass: what was drawn is enlarged and drawn again, from a lower noise level.
             controlnet: a net that makes the drawing follow a hint, see `mmdit.load_controlnet`; or a list of nets,
-                whose residuals are added up.
+                whose residuals are added up. None is `pipe.controlnet`, where there is a control_image.
             control_image: the hint: edges (`mmdit.canny`), a depth map, a blurred picture ..., as the net was trained;
                 what `image` takes, of any size. A list with one for each net; of each, one, or one for each drawing.
             control_mask: with an inpainting net, where the hint is drawn anew: white (1) is; what `mask_image` takes.
@@ -200,7 +200,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             ),
             hires=hires,
             controls=control_inputs(
-                controlnet,
+                self.controlnet if controlnet is None and control_image is not None else controlnet,
                 control_image,
                 control_mask,
                 scale=controlnet_conditioning_scale,
