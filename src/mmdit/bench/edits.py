@@ -34,7 +34,7 @@ from mmdit.pipeline.pipeline import Pipeline
 from mmdit.utils import markdown_table
 
 SEED = 20_260_118
-STRENGTHS = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0)
+STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 MARGIN = 3.0  # pixels that stay around the box of an object
 RECOLOUR_STRENGTH = 0.9
 _BATCH = 16

@@ -39,9 +39,10 @@ CALL: Elsewhere = {
     "cfg_scale": ((None,), "give guidance_scale"),
     "steps": ((None,), "give num_inference_steps"),
     "batch_size": ((None,), "give num_images_per_prompt"),
-    "image": ((None,), "drawing from a picture is not there yet"),
-    "strength": ((None,), "drawing from a picture is not there yet"),
-    "mask_image": ((None,), "inpainting is not there yet"),
+    "mask": ((None,), "give mask_image"),
+    "masked_image_latents": ((None,), "models of 16 channels do not read the masked picture: leave it out"),
+    "denoise": ((None,), "give strength"),
+    "init_image": ((None,), "give image"),
     "control_image": ((None,), "ControlNet is not there yet"),
 }
 _PARTS = {
