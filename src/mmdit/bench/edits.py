@@ -121,6 +121,10 @@ def strength(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
     batch, rng = sample(scenes, SEED + 1), random.Random(SEED + 1)
     pictures, texts = render(batch), [caption(scene, rng) for scene in batch.words()]
     others = texts[1:] + texts[:1]
+    with torch.no_grad():
+        coded = pipe.decode(pipe.encode_image(list(pictures)))
+    kept, new = (_share_of(score_batch(coded, said)) for said in (texts, others))
+    yield ["0: the VAE alone", len(texts), f"{kept:.1%}", f"{new:.1%}"]
     for value in STRENGTHS:
         found = drawn(pipe, others, lambda part: {"image": list(pictures[part])}, strength=value, **how)
         kept, new = (_share_of(score_batch(found, said)) for said in (texts, others))

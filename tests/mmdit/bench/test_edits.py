@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from mmdit import Pipeline
 from mmdit.bench import edits
 from mmdit.demo.scenes import from_words, render, sample
 from mmdit.demo.score import check, parse_batch
@@ -37,10 +38,18 @@ def test_claims_hold_of_a_scene_and_not_of_another():
         assert not all(check(one, before) for one in about_it)
 
 
-def test_recolour_counts(monkeypatch):
-    """A model that returns the given picture keeps the others and draws nothing new."""
-    monkeypatch.setattr(edits, "parse_batch", parse_batch)
-    pipe = lambda texts, *, image, **how: SimpleNamespace(images=torch.stack(image))  # noqa: E731
-    rows = list(edits.recolour(pipe, 4))
+class Unchanged(Pipeline):
+    """A model that returns the given picture."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, texts, *, image, **how):
+        return SimpleNamespace(images=torch.stack(image))
+
+
+def test_recolour_counts():
+    """What returns the given picture keeps the others and draws nothing new."""
+    rows = list(edits.recolour(Unchanged(), 4))
     assert [row[2] for row in rows] == ["100.0%", "100.0%"]
     assert all(float(row[3].rstrip("%")) < 75 for row in rows)
