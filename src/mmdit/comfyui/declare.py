@@ -2,8 +2,8 @@
 
 Your own node is declared in the same way, with `mmdit.workflow_node`:
 
-    @mmdit.workflow_node("Darken", [wire("image", "IMAGE"), decimal("by", 0.5, 0, 1)], ["IMAGE"])
-    def darken(image, by):
+    @mmdit.workflow_node("Dim", [wire("image", "IMAGE"), decimal("by", 0.5, 0, 1)], ["IMAGE"])
+    def dim(image, by):
         return image * (1 - by)
 """
 
