@@ -178,10 +178,12 @@ def test_two_threads_never_tear_each_others_files(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-# It imports once, forks a writer for each folder that it is told, and says how the writer ended.
+# It imports once, forks a writer for each folder that it is told, and says how the writer ended. The writer is slow, so
+# that most kills hit it while it writes, not while the system does.
 PARENT = """
 import os
 import sys
+import time
 from pathlib import Path
 from mmdit.utils import replacing, replacing_folder
 
@@ -192,9 +194,12 @@ def write(place):
         with replacing(Path(place, "file")) as part, part.open("w") as file:
             for _ in range(50):
                 file.write(str(number) * 200 + chr(10))
+                file.flush()
+                time.sleep(0.0004)
         with replacing_folder(Path(place, f"folder{number}")) as folder:
             for name in "ab":
                 (folder / name).write_text(str(number) * 1000)
+                time.sleep(0.01)
 
 for line in sys.stdin:
     child = os.fork()
