@@ -17,6 +17,7 @@ from encoders.chunks import Rows, read
 from mmdit._version import __version__
 from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.console import Note
+from mmdit.cli.controls import check_controls, control_arguments
 from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, is_file, load
 from mmdit.cli.inputs import Inputs, read_inputs
 from mmdit.cli.long_runs import note_long_run
@@ -86,10 +87,12 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     ask = _filled(options, before, note)
     profile = _checked(ask, before, note)
     inputs = read_inputs(ask, before, profile, note)
+    check_controls(ask, before)
     pictures = list(product(ask.prompts, ask.seed))
     with usage_errors():
         output, sheet = outputs(ask.output, ask.grid, len(pictures))
     pipe = _pipeline(ask, profile, _device(ask, before, note), note)
+    inputs = replace(inputs, arguments=inputs.arguments | control_arguments(ask, pipe))
     if before is not None and before.model_digest not in ("", pipe.digest) and _is_alike(pipe, before):
         note(f"{ask.settings} was drawn with other weights than those of {ask.model}, so its picture will differ")
     note_long_run(pipe, ask, len(pictures), note)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mmdit.cli.console import note_of, say
+from mmdit.cli.controls import FORM, control_option
 from mmdit.cli.loras import lora_option
 from mmdit.cli.usage import (
     DEFAULT_DEVICE,
@@ -70,6 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("with which model")
     _add_model(model)
     _add_loras(model)
+    _add_controls(model)
     _add_how(parser.add_argument_group("how to draw"))
     _add_where(parser.add_argument_group("where to write"))
 
@@ -119,6 +121,21 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         say(f"--{name}", metavar="FILE", help=f"for a .safetensors file: the file or folder of {name} {where}")
     tokenizers = "for a .safetensors file: the folder of tokenizer, tokenizer_2 and tokenizer_3 (default: beside it)"
     say("--tokenizers", metavar="FOLDER", help=tokenizers)
+
+
+def _add_controls(group: argparse._ArgumentGroup) -> None:
+    nets = "ControlNet files or folders, which make the drawing follow hints (default: none)"
+    group.add_argument("--controlnet", nargs="+", metavar="FILE", help=nets)
+    hints = (
+        "the hint of each: a picture of edges, depth ..., what it is (canny, depth, blur, tile, pose), the factor of "
+    )
+    group.add_argument(
+        "--control",
+        nargs="+",
+        type=control_option,
+        metavar=FORM,
+        help=f"{hints}the net, and the part of the way in which it acts, such as edges.png:canny:0.7:0:0.8",
+    )
 
 
 def _add_loras(group: argparse._ArgumentGroup) -> None:

@@ -1,0 +1,92 @@
+"""The ControlNets of `mmdit generate`: options and hints are checked before a model is loaded, the nets after."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mmdit.cli.usage import UsageError
+
+if TYPE_CHECKING:  # the help of the command line imports no torch
+    from mmdit.pipeline.pipeline import Pipeline
+    from mmdit.pipeline.settings import Settings
+
+KINDS = ("blur", "canny", "depth", "tile", "pose")  # without masks; as `mmdit.models.controlnet.CONTROL_KINDS`
+FORM = "FILE:KIND[:SCALE[:START[:END]]]"
+
+
+class Hint(NamedTuple):
+    """A hint as --control says it."""
+
+    path: str
+    kind: str
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+def control_option(text: str) -> Hint:
+    """The value of --control.
+
+    Raises:
+        ArgumentTypeError: it is not of the form `FORM`.
+    """
+    parts = text.split(":")
+    place = next((i for i in range(1, len(parts)) if parts[i] in KINDS), None)  # a path may hold colons
+    try:
+        if place is None or len(parts) > place + 4:
+            raise ValueError
+        return Hint(":".join(parts[:place]), parts[place], *map(float, parts[place + 1 :]))
+    except ValueError:
+        example = f"such as edges.png:canny:0.7:0:0.8; kinds are {', '.join(KINDS)}"
+        raise ArgumentTypeError(f"{text!r} is not {FORM}, {example}") from None
+
+
+def check_controls(ask: Namespace, before: Settings | None) -> None:
+    """Check that nets and hints go together, and read the hints.
+
+    Raises:
+        UsageError: the numbers of nets and hints differ, or one kind is given without the other.
+        ValueError, OSError: a hint cannot be read; or a picture that is drawn again had nets, which are not given.
+    """
+    from mmdit.pictures.read import load_image
+
+    nets, hints = ask.controlnet or [], ask.control or []
+    if len(nets) != len(hints):
+        raise UsageError(
+            f"--controlnet names {len(nets)} nets and --control {len(hints)} hints; give one --control {FORM} for each "
+            "--controlnet FILE, in the same order"
+        )
+    if before is not None and before.control and not nets:
+        kinds = " and ".join(one.partition(":")[0] for one in before.control.split(";"))
+        raise ValueError(
+            f"{ask.settings} was drawn with a ControlNet for {kinds}; give --controlnet FILE --control {FORM}"
+        )
+    for hint in hints:
+        load_image(hint.path, "--control")
+
+
+def control_arguments(ask: Namespace, pipe: Pipeline) -> dict[str, Any]:
+    """The arguments of `mmdit.Pipeline.__call__` about ControlNets; the nets are loaded here.
+
+    Raises:
+        ValueError, OSError: a net cannot be loaded, or is for other hints.
+    """
+    from mmdit.checkpoints.load import load_controlnet
+
+    hints: list[Hint] = ask.control or []
+    if not hints:
+        return {}
+    place = pipe.transformer.pos_embed.device
+    nets = [
+        load_controlnet(path, device=place, dtype=pipe.dtype, kind=hint.kind)
+        for path, hint in zip(ask.controlnet, hints, strict=True)
+    ]
+    return {
+        "controlnet": nets,
+        "control_image": [Path(hint.path) for hint in hints],
+        "controlnet_conditioning_scale": [hint.scale for hint in hints],
+        "control_guidance_start": [hint.start for hint in hints],
+        "control_guidance_end": [hint.end for hint in hints],
+    }
