@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from reprlib import repr as shorten
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class TokenSpan(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conditioning:
     """Context and pooled vector of a batch of prompts, as the transformer takes them."""
 
@@ -46,6 +47,13 @@ class Conditioning:
     pooled: Tensor  # [b, pooled_dim]
     spans: tuple[tuple[TokenSpan, ...], ...] = ()  # one tuple per prompt; empty where embeddings were given
     prompts: tuple[str, ...] = ()  # the prompts that the spans index
+
+    def __repr__(self) -> str:
+        """The prompts, cut, and the shape, dtype and range of both tensors."""
+        texts = ", ".join(map(shorten, self.prompts[:3])) + (", ..." if len(self.prompts) > 3 else "")
+        rows = "1 row" if len(self) == 1 else f"{len(self)} rows"
+        of = f" of {texts}" if texts else ""
+        return f"Conditioning({rows}{of}; context: {_summary(self.context)}, pooled: {_summary(self.pooled)})"
 
     def __len__(self) -> int:
         return len(self.context)
@@ -64,6 +72,15 @@ class Conditioning:
     def zeroed(self) -> Conditioning:
         """A conditioning of the same shapes, all zeros, as ComfyUI's ConditioningZeroOut makes it."""
         return Conditioning(torch.zeros_like(self.context), torch.zeros_like(self.pooled))
+
+
+def _summary(value: Tensor) -> str:
+    """The shape, dtype and range of a tensor."""
+    found = f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if value.is_meta or not value.numel():
+        return found
+    least, most = value.detach().aminmax()
+    return f"{found} from {float(least):.4g} to {float(most):.4g}"
 
 
 class _Tower(NamedTuple):

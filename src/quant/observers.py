@@ -132,6 +132,7 @@ def _add(name: str, into: Observed, _: nn.Module, args: tuple[Tensor, ...], kwar
 
 
 def _refuse_compiled(module: nn.Module) -> None:
+    # mmdit.runtime.compiled refuses the same for its hooks; quant is used without mmdit and imports nothing of it.
     for name, part in module.named_modules():
         if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
             raise ValueError(

@@ -28,6 +28,17 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def summary(value: Tensor | None) -> str:
+    """Return the shape, dtype and range of a tensor in a few words."""
+    if value is None:
+        return "None"
+    found = f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if value.is_meta or not value.is_floating_point() or not value.numel():
+        return found
+    least, most = value.detach().aminmax()
+    return f"{found} from {float(least):.4g} to {float(most):.4g}"
+
+
 def number(name: str, value: Any, low: int | float = -inf, high: int | float = inf, *, above: bool = False) -> float:
     """Return a finite number as a float. NumPy's numbers are numbers; booleans and strings are not.
 

@@ -266,6 +266,7 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         beside={name: getattr(ask, name) for name in OTHERS},
         hub={name: getattr(ask, name) for name in OF_THE_HUB},
         profile=profile,
+        preset=ask.preset,
         offload=ask.offload,
         quant=ask.quant,
     )

@@ -29,7 +29,7 @@ from mmdit.models.attention import Attended, Below, Joint, Rank, Strategy, atten
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Watcher
 from mmdit.runtime.compiled import refuse_compiled
-from mmdit.runtime.hooks import Hook, hooks, listening
+from mmdit.runtime.hooks import Hook, hooks, is_repeated, listening
 from mmdit.runtime.precision import full_float32
 from mmdit.utils import checks_names
 from samplers import pick
@@ -152,6 +152,8 @@ class _Recorder:
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a run of the transformer."""
         self.now = None
+        if is_repeated():
+            return
         latent, _timestep, context = (*args, *kwargs.values())[:3]
         self.tracker.enter(len(latent), context.shape[1])
         told = [rows for rows in self.tracker.rows if rows.conditioning is not None]

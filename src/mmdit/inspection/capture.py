@@ -27,7 +27,7 @@ from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.passes import Drawing
 from mmdit.pipeline.steps import PipelineSteps
-from mmdit.runtime.hooks import listening
+from mmdit.runtime.hooks import is_repeated, listening
 from mmdit.utils import checks_names
 
 Reduce = Reducer | Mapping[str, Reducer] | None
@@ -159,6 +159,8 @@ class _Recorder:
 
     def began(self, entry: nn.Module, given: tuple[Any, ...], tracker: Tracker) -> None:
         """Before a call of a model, check the size that it adds against the budget."""
+        if is_repeated():
+            return
         wanted = [rows for rows in tracker.rows if self.address.meets(rows.label, rows.steps)]
         some = [target for target in self.targets if target.model.get_submodule(target.entry) is entry]
         if not wanted:
@@ -179,6 +181,8 @@ class _Recorder:
 
     def handle(self, target: Target, passing: Passing, tracker: Tracker) -> None:
         """Keep the value at a point."""
+        if is_repeated():
+            return
         for rows in tracker.rows:
             if not self.address.meets(rows.label, rows.steps):
                 continue

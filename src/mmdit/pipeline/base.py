@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -19,7 +20,7 @@ from mmdit.pipeline.callbacks import CallState
 from mmdit.pipeline.failures import explained_memory_errors
 from mmdit.pipeline.passes import Planner, Watcher
 from mmdit.pipeline.plan import default_shift
-from mmdit.pipeline.profiles import Profile, with_sampling
+from mmdit.pipeline.profiles import PRESETS, Profile, with_sampling
 from mmdit.pipeline.settings import digest_of
 from mmdit.runtime.accelerate import Accelerated, AccelerationReport
 from mmdit.runtime.devices import resolve_device, warn_if_slow
@@ -36,7 +37,8 @@ class PipelineModels:
     Args:
         parts: the models.
         profile: a name of `mmdit.PROFILES`, or a profile of your own (`dataclasses.replace`).
-        preset: a name of `mmdit.PRESETS`: steps, guidance, sampler and shift of a kind of model.
+        preset: a name of `mmdit.PRESETS`: steps, guidance, sampler and shift of a kind of model. It takes precedence
+            over the scheduler config of the model.
         offload: "stages" keeps the models where they are, and moves text encoders, transformer and VAE to `device` in
             turn.
         device: the device that models compute on with `offload`.
@@ -61,11 +63,14 @@ class PipelineModels:
         self.clip_l: CLIPText | None = parts.clip_l
         self.clip_g: CLIPText | None = parts.clip_g
         self.t5, self.name = parts.t5, name
-        self.profile = profile_of(profile, preset)
+        self.profile, asked = profile_of(profile, preset), None if preset is None else PRESETS[preset]
         self.sampling = parts.sampling  # the scheduler's config, where it contains more than a shift
         self.shift = self.profile.shift if parts.shift is None else parts.shift
+        if asked is not None and asked.shift is not None:
+            self.shift = asked.shift
+            self.sampling = None if self.sampling is None else replace(self.sampling, shift=asked.shift)
         if self.sampling is not None:
-            self.profile = with_sampling(self.profile, self.sampling)
+            self.profile = with_sampling(self.profile, self.sampling, asked)
             self.shift = default_shift(self.sampling, self.shift, (self._cells(None, "height"),) * 2, self.transformer)
         recipe = checked_quant(quant)
         self.quant = None if recipe is None else recipe_name(recipe)

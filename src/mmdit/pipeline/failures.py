@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmdit.checkpoints.components import Component, title
 from mmdit.pipeline.passes import Branch
-from mmdit.runtime.hooks import After, Hook, hooks
+from mmdit.runtime.hooks import After, Hook, hooks, repeating
 from mmdit.utils import is_out_of_memory, weight_bytes
 from samplers import Step
 
@@ -60,7 +60,7 @@ def check_finite(step: Step, calls: Sequence[Call], predict: PredictAgain, trans
     Args:
         step: the step that was just made.
         calls: the calls of the model in this step.
-        predict: repeats the predictions of a call, without watchers.
+        predict: repeats the predictions of a call; captures and attention maps ignore these.
         transformer: the model, whose layers are checked while the predictions are repeated.
     """
     if bool(torch.isfinite(step.x).all()):
@@ -74,7 +74,7 @@ def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module
     for call in calls:
         if not torch.isfinite(call.x).all():
             return f"the input of the model at sigma {call.sigma:g} was not finite"
-        with _first_bad(transformer) as names, torch.no_grad():
+        with _first_bad(transformer) as names, repeating(), torch.no_grad():
             predictions = predict(*call)
         if names:
             return (

@@ -73,7 +73,8 @@ class PipelineFiles(PipelineModels):
         """
         source = source if isinstance(source, Source) else Source(source)
         place = _place(device, dtype, offload)
-        rest: dict[str, Any] = {"profile": profile_of(profile, preset), "quant": checked_quant(quant)}
+        profile_of(profile, preset)  # an unknown name is said before anything is read
+        rest: dict[str, Any] = {"profile": profile, "preset": preset, "quant": checked_quant(quant)}
         rest |= {"offload": checked_offload(offload), "device": place.device}
         pipe = cls(_widened(load(source, place.home, place.dtype), place), name=source.name, **rest)
         return pipe._faster() if fast else pipe
@@ -107,7 +108,8 @@ class PipelineFiles(PipelineModels):
                 bfloat16 become float32, which is far faster there.
             quant: quantize transformer and T5 to float8: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
             profile: the reference whose behaviour to follow, a name of `mmdit.PROFILES` or an `mmdit.Profile`.
-            preset: default settings of a kind of model, such as "turbo": a name of `mmdit.PRESETS`.
+            preset: default settings of a kind of model, such as "turbo": a name of `mmdit.PRESETS`. They take
+                precedence over the scheduler config of the folder.
             offload: "stages" keeps the models on the CPU, and moves text encoders, transformer and VAE to the device in
                 turn.
             fast: whether to `accelerate` the pipeline.

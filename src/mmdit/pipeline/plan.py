@@ -270,7 +270,7 @@ def make_plan(
     uses_uncond = profile.reads_negative(scale) or solver.guided or asked.is_own
     asked.check(profile, scale, mixed=uses_uncond, depth=config.depth, steps=len(levels) - 1)
     return SamplingPlan(
-        profile=profile,
+        profile=_profile_for(profile, name, sampling),
         sampler=name,
         solver=solver,
         schedule=None if sigmas is not None else profile.schedule if schedule is None else schedule,
@@ -286,6 +286,17 @@ def make_plan(
         generator=generator,
         options=sampling.options if sampling is not None and name == sampling.sampler else {},
     )
+
+
+def _profile_for(profile: Profile, sampler: str, sampling: SamplingDefaults | None) -> Profile:
+    """The profile of a drawing: timesteps without their fraction belong to the scheduler of the config alone.
+
+    In diffusers they come with that scheduler's table, so that another scheduler takes them with their fraction; in
+    ComfyUI every sampler does.
+    """
+    if sampling is None or not sampling.whole_timesteps or sampler == sampling.sampler:
+        return profile
+    return replace(profile, whole_timesteps=False)
 
 
 def resolve_sampler(profile: Profile, sampler: SamplerLike | None) -> tuple[str, Solver]:

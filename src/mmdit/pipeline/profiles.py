@@ -34,10 +34,11 @@ class Profile:
     guidance_scale: float = 7.0  # 7 (D), 8 (C: KSampler), 5 (R: all but Large)
     sampler: str = "euler"  # (D, C), "dpmpp_2m" (R)
     schedule: str = "normal"  # evenly spaced timesteps, shifted twice (all)
-    shift: float = 3.0  # where no scheduler config and no preset says otherwise (all; R's SD3-Medium: preset)
+    shift: float = 3.0  # where no preset and no scheduler config says otherwise (all; R's SD3-Medium: preset)
     # The dtype of sigma in the model's timestep and in x0 = x - sigma v; in R it is float16, like the first latent.
     sigma_dtype: Literal["float32", "float16"] = "float32"
     # Whether the timestep 1000 sigma is rounded down, as with diffusers' DPM-Solver++ and UniPC schedulers.
+    # From a scheduler config it applies to the config's own sampler alone.
     whole_timesteps: bool = False
     # The starting noise, always drawn on the CPU or on the given generator's device: in the model's dtype (D), in
     # float32 (C), in float32 and then rounded to float16 (R).
@@ -156,7 +157,7 @@ class Preset:
     steps: int
     guidance_scale: float
     sampler: str
-    shift: float | None = None  # None keeps the profile's
+    shift: float | None = None  # None keeps that of the scheduler config, or else the profile's
 
     def __post_init__(self) -> None:
         _check_defaults("Preset", self.steps, self.guidance_scale, self.sampler, self.shift)
@@ -277,12 +278,19 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def with_sampling(profile: Profile, sampling: SamplingDefaults) -> Profile:
-    """The profile with the sampler and the schedule of a scheduler's config."""
+def with_sampling(profile: Profile, sampling: SamplingDefaults, preset: Preset | None = None) -> Profile:
+    """The profile with the sampler and the schedule of a scheduler config.
+
+    Explicit choices take precedence: the sampler of a preset, and the sampler and schedule of a profile of the caller's
+    own, where these differ from the known profile of that name.
+    """
+    known = PROFILES.get(profile.name, profile)
+    if profile.sampler != sampling.sampler and (preset is not None or profile.sampler != known.sampler):
+        return profile
     return replace(
         profile,
         sampler=sampling.sampler,
-        schedule=sampling.schedule,
+        schedule=sampling.schedule if profile.schedule == known.schedule else profile.schedule,
         whole_timesteps=sampling.whole_timesteps,
     )
 

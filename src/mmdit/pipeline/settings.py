@@ -11,7 +11,7 @@ import math
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from hashlib import sha256
 from itertools import repeat
@@ -76,11 +76,15 @@ _BROKEN = (
 )
 
 
+# With a default, and not among those that the last line of a repr lists where they differ from it.
+_SHOWN = ("guidance", "model_digest", "library_version", "format_version")
+
+
 class SettingsError(ValueError):
     """Settings cannot be written or read; the message tells where, what was found, what was expected, what to do."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """The settings of one picture, complete, with every default filled in.
 
@@ -122,13 +126,32 @@ class Settings:
     hires: str = ""  # a second pass, as `mmdit.Hires.from_text` reads it
     # ControlNets, joined by ";": kind:scale:start:end:net=digest:hint=digest of each.
     control: str = ""
-    library_version: str = field(default=__version__, repr=False)
-    format_version: int = field(default=FORMAT_VERSION, repr=False)
+    library_version: str = __version__
+    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if mistakes := _mistakes(vars(self)):
             raise SettingsError(f"settings: {'; '.join(mistakes)}")
         _check_version("settings", vars(self))
+
+    def __repr__(self) -> str:
+        """What to read at a glance; `to_json` has every value as it is."""
+        against = f", against {_excerpt(self.negative_prompt)}" if self.negative_prompt else ""
+        more = f" ({_excerpt(self.guidance)})" if self.guidance else ""
+        steps = f"{self.num_inference_steps} steps of {self.sampler} on {self.schedule}"
+        digest = f" (digest {self.model_digest})" if self.model_digest else ""
+        quant = f", quantized to {self.quant}" if self.quant else ""
+        length = "" if self.max_sequence_length is None else f", {self.max_sequence_length} T5 tokens"
+        lines = [
+            f"Settings of {_excerpt(self.prompt)}{against}",
+            f"seed {self.seed}, {self.width} x {self.height} pixels, {steps}, shift {self.shift:g}, guidance "
+            f"{self.guidance_scale:g}{more}",
+            f"{self.model}{digest}, {self.dtype} on {self.device}{quant}, profile {self.profile}{length}",
+        ]
+        others = [one for one in fields(self) if one.default is not MISSING and one.name not in _SHOWN]
+        given = {one.name: getattr(self, one.name) for one in others if getattr(self, one.name) != one.default}
+        lines += [", ".join(f"{name} {_excerpt(str(value))}" for name, value in given.items())] if given else []
+        return "\n  ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `save_png` writes: strings, finite numbers and None, by name."""
@@ -154,6 +177,10 @@ class Settings:
             raise SettingsError(f"{where}: {'; '.join(mistakes)}. {_ORIGINAL}")
         known |= {name: float(value) for name, value in known.items() if float in names[name] and value is not None}
         return cls(**known)
+
+
+def _excerpt(text: str) -> str:
+    return repr(text) if len(text) <= 100 else f"{text[:100]!r}... ({len(text)} characters)"
 
 
 def settings_of(

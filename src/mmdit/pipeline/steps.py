@@ -31,7 +31,7 @@ from mmdit.pipeline.guidance import GuidanceLike
 from mmdit.pipeline.image_inputs import ImageInputs, PictureSize, image_inputs, masks_of
 from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.masks import Source, checked_source, repeated
-from mmdit.pipeline.passes import Branch, Pass, Watcher
+from mmdit.pipeline.passes import Branch, Pass
 from mmdit.pipeline.plan import (
     PlanArguments,
     Run,
@@ -44,6 +44,7 @@ from mmdit.pipeline.plan import (
     resolve_sigmas,
 )
 from mmdit.pipeline.predict import Predictor, predict_branches, timestep_of
+from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
 from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
 from mmdit.pipeline.settings import MAX_T5_TOKENS
@@ -111,6 +112,7 @@ class PipelineSteps(PipelineModels):
         conditionings: Sequence[Conditioning | Branch],
         *,
         step: int | None = None,
+        profile: Profile | None = None,
     ) -> list[Tensor]:
         """The predicted picture (x0, a latent) at noise level `sigma` under each conditioning.
 
@@ -122,6 +124,7 @@ class PipelineSteps(PipelineModels):
             conditionings: conditionings of b prompts each. `mmdit.Branch` gives one a name or changes the transformer
                 for it. `mmdit.capture` and others refuse `branch=` where the branches have no names.
             step: the number of the step, for `mmdit.capture` and others. None counts each call of `predict` as a step.
+            profile: the profile whose rules give the model's timestep; None is the pipeline's.
 
         Returns:
             One tensor [b, c, h, w] for each conditioning.
@@ -132,7 +135,7 @@ class PipelineSteps(PipelineModels):
         """
         branches = [one if isinstance(one, Branch) else Branch(one, None) for one in conditionings]
         self._check_prediction(x, branches)
-        return self._predict(x, _one_level(sigma), branches, step, self.watchers)
+        return self._predict(x, _one_level(sigma), branches, step, self.profile if profile is None else profile)
 
     def predictor(self, **conditionings: Conditioning) -> Predictor:
         """A function `(x, sigma) -> [x0, ...]` for a sampling loop of your own: `predict` with named conditionings.
@@ -538,7 +541,12 @@ class PipelineSteps(PipelineModels):
             drawing = plan.forecast(cond, uncond)
             for planner in self.planners:
                 planner(drawing)
-        return Run(plan, lambda x, sigma, branches, step: self.predict(x, sigma, branches, step=step), cond, uncond)
+        return Run(plan, partial(self._predict_in_step, plan.profile), cond, uncond)
+
+    def _predict_in_step(
+        self, profile: Profile, x: Tensor, sigma: float, branches: Sequence[Branch], step: int
+    ) -> list[Tensor]:
+        return self.predict(x, sigma, branches, step=step, profile=profile)
 
     def _steps(
         self, run: Run, noise: Tensor, source: Source | None = None, *, x: Tensor | None = None
@@ -559,7 +567,7 @@ class PipelineSteps(PipelineModels):
     def _guarded(self, run: Run, steps: Iterator[Step], levels: Tensor) -> Iterator[Step]:
         """The steps along these levels, on the fast path where there is one, and checked."""
         if self.accelerated is not None:
-            timesteps = [timestep_of(self.profile, one) for one in levels.tolist()]
+            timesteps = [timestep_of(run.plan.profile, one) for one in levels.tolist()]
             steps = self.accelerated.drawing(steps, timesteps)
         return self._checked(run, steps)
 
@@ -568,7 +576,7 @@ class PipelineSteps(PipelineModels):
         for step in steps:
             if run.plan.profile.state_dtype == "model":
                 step.x = step.x.to(self.dtype).to(step.x.dtype)
-            again = partial(self._predict, step=None, watchers=(), plain=True)
+            again = partial(self._predict, step=run.step, profile=run.plan.profile, plain=True)
             check_finite(step, run.calls, again, self.transformer)
             yield step
             run.finished(step)
@@ -579,7 +587,7 @@ class PipelineSteps(PipelineModels):
         sigma: float,
         branches: Sequence[Branch],
         step: int | None,
-        watchers: Sequence[Watcher],
+        profile: Profile,
         plain: bool = False,
     ) -> list[Tensor]:
         self._here.predictions += 1
@@ -587,11 +595,11 @@ class PipelineSteps(PipelineModels):
 
         def announce(batch: tuple[Branch, ...]) -> None:
             self._enter("transformer", also=[one.net for one in batch[0].control])
-            for watcher in watchers:
+            for watcher in self.watchers:
                 watcher(Pass(step, sigma, batch, len(x), prediction))
 
         accelerated = None if plain else self.accelerated
-        return predict_branches(self.transformer, self.profile, x, sigma, branches, announce, accelerated)
+        return predict_branches(self.transformer, profile, x, sigma, branches, announce, accelerated)
 
     def _check_prediction(self, x: Tensor, branches: Sequence[Branch]) -> None:
         """Raise ValueError or TypeError where latents and conditionings do not fit the transformer or each other."""

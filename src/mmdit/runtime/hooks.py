@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import get_ident
+from threading import get_ident, local
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -65,6 +65,29 @@ def listening(listeners: list[Any], listener: Callable[..., None]) -> Iterator[N
     finally:
         if heard in listeners:
             listeners.remove(heard)
+
+
+class _State(local):
+    repeated = False
+
+
+_state = _State()
+
+
+@contextmanager
+def repeating() -> Iterator[None]:
+    """Inside, this thread calls a model again, to find out what went wrong: what only looks does not look then."""
+    before = _state.repeated
+    try:
+        _state.repeated = True
+        yield
+    finally:
+        _state.repeated = before
+
+
+def is_repeated() -> bool:
+    """Whether the call that runs in this thread was made before, see `repeating`."""
+    return _state.repeated
 
 
 def _in_thread(call: Callable[..., Any], thread: int) -> Callable[..., Any]:

@@ -1,11 +1,14 @@
 """Callbacks are diffusers': its own classes draw the same here and there; what they read and set on the pipeline."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, SD3CFGCutoffCallback
 
+import samplers
 import tiny
-from mmdit import Pipeline
+from mmdit import Guidance, Pipeline
 
 PROMPT = "a red circle above a blue square"
 SMALL = {"num_inference_steps": 4, "height": 32, "width": 48, "output_type": "pt"}
@@ -63,6 +66,28 @@ def test_interrupting_ends_as_in_diffusers(pipe, theirs):
     assert tiny.error(found, wanted) <= 1e-5
     assert tiny.error(pipe(PROMPT, seed=3, **SMALL).images, found) > 1e-3
     assert not pipe.interrupt
+
+
+def test_another_scale_changes_the_scale_alone(pipe):
+    """The guidance is built again with the new scale, and all the rest of the plan is the same object."""
+    noise = pipe.noise(3, height=32, width=48)
+    cond, uncond = (pipe.encode(text).repeat(1) for text in (PROMPT, ""))
+    plan = pipe._plan(noise.shape, num_inference_steps=4, guidance_scale=5.0, guidance=Guidance(rescale=0.5))
+    run = pipe._run(plan, plan.ranges("cond", cond), plan.ranges("uncond", uncond))
+    before, cond_before, uncond_before = run(noise, 0.7), run.cond, run.uncond
+    run.scale(2.0)
+    changed = [one.name for one in fields(plan) if getattr(run.plan, one.name) is not getattr(plan, one.name)]
+    assert changed == ["guidance_scale"]
+    assert (run.cond, run.uncond, run.step) == (cond_before, uncond_before, 0)
+    with_prompt, without = pipe.predict(noise, 0.7, [cond, uncond])
+    x0 = without + 2.0 * (with_prompt - without)
+    wanted = noise - samplers.rescaled(noise - x0, noise - with_prompt, 0.5)
+    torch.testing.assert_close(run(noise, 0.7).x0, wanted, rtol=0, atol=1e-5)
+    assert float((before.x0 - wanted).abs().max()) > 1e-2
+    run.scale(1.0)
+    assert run(noise, 0.7).uncond is None
+    run.scale(5.0)
+    torch.testing.assert_close(run(noise, 0.7).x0, before.x0, rtol=0, atol=1e-6)
 
 
 def test_what_a_callback_can_read(pipe):

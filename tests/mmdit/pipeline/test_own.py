@@ -11,6 +11,7 @@ from jaxtyping import config as jaxtyping_config
 from PIL import Image
 
 import mmdit
+import samplers
 import tiny
 from mmdit import Guidance, Pipeline, read_settings, save_png
 from mmdit.runtime.devices import resolve_device
@@ -223,3 +224,33 @@ def test_two_threads_on_one_pipeline():
     thread.join()
     assert same == [True] * 8
     assert pipe.guidance_scale == 3.0  # the other thread's was 7
+
+
+# ---- what is shown of it
+
+
+def test_what_is_shown_fits_on_a_screen(pipe):
+    """Shapes, dtypes and ranges in place of numbers, and texts that are cut."""
+    cond = pipe.encode(["a red circle " * 12, "a blue star"])
+    *_, last = pipe.sample(cond, cond, pipe.noise(1, count=2, height=32, width=32), num_inference_steps=2)
+    low, high = (f"{float(one):.4g}" for one in last.x.aminmax())
+    wanted: list[tuple[object, tuple[str, ...]]] = [
+        (last, ("Step(i=1, sigma=0, ", f"x: [2, 16, 4, 4] float32 from {low} to {high}, denoised: ")),
+        (samplers.Guided(last.x, None), (f"x0: [2, 16, 4, 4] float32 from {low} to {high}, uncond: None",)),
+        (cond, ("2 rows of 'a red", "'a blue star'; context: [2, ", "pooled: [2, ", " float32 from ")),
+        (cond.zeroed(), ("Conditioning(2 rows; context: ", "from 0 to 0")),
+    ]
+    for one, said in wanted:
+        assert all(part in repr(one) for part in said), repr(one)
+        assert len(repr(one)) < 300
+    assert "from" not in repr(samplers.Step(0, 1.0, last.x.to("meta"), last.x[:0]))
+
+
+def test_settings_are_shown_in_three_lines(pipe):
+    few = {"num_inference_steps": 1, "height": 32, "width": 48, "guidance_scale": 4.5}
+    shown = repr(pipe("a red circle " * 12, "blue", seed=7, **few).settings[0])
+    for part in ("(156 characters), against 'blue'", "seed 7, 48 x 32 pixels, 1 steps of euler on normal, shift 3"):
+        assert part in shown
+    assert "guidance 4.5" in shown
+    assert len(shown.splitlines()) == 3
+    assert max(map(len, shown.splitlines())) < 200

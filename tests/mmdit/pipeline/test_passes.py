@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mmdit
 from mmdit import Pipeline
 from mmdit.pipeline.passes import Branch
 
@@ -50,3 +51,21 @@ def test_branches_that_skip_layers_run_apart(demo):
         velocity = demo.transformer(x, torch.tensor([700.0]), read.context, read.pooled, skip_layers=(1,))
         torch.testing.assert_close(skipped, x - 0.7 * velocity, rtol=0, atol=1e-6)
     assert (plain - skipped).abs().max() > 0.01
+
+
+def test_what_looks_inside_does_not_see_the_search_for_the_layer(demo):
+    """The step runs once more to find the layer: captures and maps pass by, and patches act as they did."""
+    name, few = "joint_blocks.1.x_block.mlp.out", {"seed": 3, "num_inference_steps": 2, "height": 64, "width": 64}
+    said = "first layer with such an output is joint_blocks.1.x_block.mlp"
+    with (
+        mmdit.attention_maps(demo, "circle") as maps,
+        mmdit.patch(demo, name, scale=float("inf"), branch="cond", steps=[1]),
+        mmdit.capture(demo, name) as seen,
+        pytest.raises(FloatingPointError, match=said),
+    ):
+        demo("a red circle", **few)
+    assert [entry.label[1:3] for entry in seen.of(name).entries] == [(0, 0), (0, 0), (1, 0), (1, 0)]
+    assert len(maps.passes) == 2
+    with mmdit.capture(demo, name) as again:
+        demo("a red circle", **few)
+    assert again[name].shape[0] == 2

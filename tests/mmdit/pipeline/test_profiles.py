@@ -179,9 +179,13 @@ def test_presets_are_defaults_that_arguments_override(tiny_folders, monkeypatch)
         Pipeline.from_pretrained(folder, preset="turbos")
 
 
-def test_the_schedulers_config_comes_before_preset_and_profile(tiny_folders):
-    """The tiny folders say shift 3.0; SD3-Medium's preset says 1.0."""
-    assert Pipeline.from_pretrained(tiny_folders["sd3-medium"], preset="sd3_medium").shift == 3.0
+def test_a_preset_comes_before_the_schedulers_config_and_that_before_the_profile(tiny_folders):
+    """The tiny folders say shift 3.0; SD3-Medium's preset says 1.0, and Turbo's says none."""
+    folder = tiny_folders["sd3-medium"]
+    other = replace(PROFILES["diffusers"], shift=2.0)
+    assert Pipeline.from_pretrained(folder, preset="sd3_medium").shift == 1.0
+    assert Pipeline.from_pretrained(folder, preset="turbo", profile=other).shift == 3.0
+    assert Pipeline.from_pretrained(folder, profile=other).shift == 3.0
 
 
 WRONG = [

@@ -9,8 +9,9 @@ import diffusers
 import pytest
 import torch
 
+import samplers
 import tiny
-from mmdit import Pipeline
+from mmdit import PROFILES, Pipeline
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.checkpoints.write import convert
 from samplers import SamplingDefaults
@@ -63,7 +64,6 @@ def test_a_folder_draws_what_diffusers_draws(folder_of, tiny_folders, name):
     plain = Pipeline.from_pretrained(tiny_folders["sd3.5-medium"])(PROMPT, seed=3, **ASKED).images
     assert float((plain - found).abs().max()) > 1e-2
     if name in ("dpm++", "dynamic"):
-        ours.profile = replace(ours.profile, whole_timesteps=False)
         asked = {"sampler": "euler", "schedule": "normal", "shift": 3.0}
         assert torch.equal(ours(PROMPT, seed=3, **asked, **ASKED).images, plain), "what is asked for goes before"
 
@@ -81,6 +81,58 @@ def test_what_the_scheduler_says_is_written_back(folder_of, tmp_path, name):
     tiny.load(written)  # the class in model_index.json is the scheduler's
     with pytest.warns(UserWarning, match=f"sampler {ours.sampling.sampler} and schedule {ours.sampling.schedule}"):
         ours.save_pretrained(tmp_path / "comfyui", layout="comfyui")
+
+
+def timesteps(pipe, **asked):
+    """What the transformer sees of each step."""
+    seen = []
+    handle = pipe.transformer.t_embedder.register_forward_pre_hook(lambda _, args: seen.append(float(args[0][0])))
+    try:
+        pipe(PROMPT, seed=3, **ASKED | {"guidance_scale": 1.0} | asked)
+    finally:
+        handle.remove()
+    return seen
+
+
+def test_whole_timesteps_belong_to_the_sampler_of_the_config(folder_of):
+    """In diffusers another scheduler is another table of timesteps; ComfyUI has fractions with every sampler."""
+    pipe = Pipeline.from_pretrained(folder_of("dpm++"))
+    levels = [1000 * sigma for sigma in pipe.sigmas(5).tolist()[:-1]]
+    assert timesteps(pipe) == timesteps(pipe, sampler="flow_dpmpp_2m") == [int(level) for level in levels]
+    assert timesteps(pipe, sampler="euler") == pytest.approx(levels, rel=1e-6)
+    assert timesteps(pipe, sampler="euler") != [int(level) for level in levels]
+    assert timesteps(pipe) == [int(level) for level in levels]
+    cond = pipe.encode(PROMPT)
+    steps = list(pipe.sample(cond, None, pipe.noise(3), num_inference_steps=2, guidance_scale=1.0, sampler="euler"))
+    drawn = pipe(cond, seed=3, num_inference_steps=2, guidance_scale=1.0, sampler="euler", output_type="latent").images
+    assert torch.equal(steps[-1].x, drawn)
+
+
+@pytest.mark.parametrize("name", ["unipc", "dynamic", "stochastic", "beta"])
+def test_a_preset_goes_before_the_scheduler_of_the_folder(folder_of, tmp_path, name):
+    folder = folder_of(name)
+    said, pipe = Pipeline.from_pretrained(folder), Pipeline.from_pretrained(folder, preset="sd3_medium")
+    assert (pipe.profile.sampler, pipe.profile.steps, pipe.shift) == ("dpmpp_2m", 50, 1.0)
+    assert pipe.profile.schedule == "normal"
+    assert not pipe.profile.whole_timesteps
+    assert torch.equal(pipe.sigmas(4), samplers.sigmas("normal", 4, shift=1.0))
+    assert timesteps(pipe) == pytest.approx([1000 * sigma for sigma in pipe.sigmas(5).tolist()[:-1]], rel=1e-6)
+    turbo = Pipeline.from_pretrained(folder, preset="turbo")
+    same = said.profile.sampler == "euler"
+    assert (turbo.profile.sampler, turbo.profile.steps) == ("euler", 4)
+    assert turbo.profile.schedule == (said.profile.schedule if same else "normal")
+    assert turbo.shift == said.shift
+    assert turbo.sampling == said.sampling, "which is what is saved"
+
+
+def test_a_profile_of_ones_own_goes_before_the_scheduler_of_the_folder(folder_of):
+    folder, known = folder_of("unipc"), PROFILES["comfyui"]
+    said = Pipeline.from_pretrained(folder, profile="comfyui").profile
+    assert (said.sampler, said.schedule, said.whole_timesteps) == ("flow_uni_pc", "diffusers_uni_pc", True)
+    own = Pipeline.from_pretrained(folder, profile=replace(known, sampler="heun")).profile
+    assert (own.sampler, own.schedule, own.whole_timesteps) == ("heun", "normal", False)
+    own = Pipeline.from_pretrained(folder, profile=replace(known, schedule="beta")).profile
+    assert (own.sampler, own.schedule, own.whole_timesteps) == ("flow_uni_pc", "beta", True)
 
 
 def test_a_plain_scheduler_leaves_the_profile_as_it_is(tiny_folders):
