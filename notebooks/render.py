@@ -8,6 +8,8 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
+from mmdit.utils import write_text
+
 HERE = Path(__file__).parent
 SETTINGS = "import matplotlib\nmatplotlib.rcParams['figure.dpi'] = 110\n"
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -25,10 +27,8 @@ def render(source: Path) -> Path:
     if noise := [output for cell in notebook.cells for output in cell.get("outputs", ()) if _is_noise(output)]:
         raise RuntimeError(f"{source.name} leaves {len(noise)} outputs that no reader wants, such as {noise[0]}")
     target = HERE / "rendered" / f"{source.stem}.ipynb"
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_suffix(".partial")
-    nbformat.write(notebook, partial)
-    return partial.replace(target)
+    write_text(target, nbformat.writes(notebook) + "\n")
+    return target
 
 
 def _is_noise(output: nbformat.NotebookNode) -> bool:

@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmdit.utils import replacing
 
-SIDE, GAP, LABEL, BLOCKS = 84, 2, 180, 3  # of the page: pixels, and how many blocks stand side by side
+SIDE, GAP, BETWEEN, BLOCKS = 84, 6, 24, 3  # of the page: pixels, and how many blocks stand side by side
+COLUMNS = 4  # of the panels of `curves`
+MARKERS, DASHES = "osD^vPX*", ("-", "--", "-.", ":")
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b")  # Okabe and Ito's
 
 
 def needs_matplotlib() -> Any:
@@ -29,30 +32,59 @@ def needs_matplotlib() -> Any:
     return pyplot
 
 
-def curves(lines: Mapping[str, Sequence[tuple[int, float]]], kinds: Mapping[str, str], path: Path) -> Path:
-    """Error against calls of the model, both logarithmic.
+def curves(lines: Mapping[str, Sequence[tuple[int, float]]], families: Mapping[str, str], path: Path) -> Path:
+    """Error against calls of the model, both logarithmic: one panel for each family, with all other lines in grey.
+
+    Within a panel each line has a marker and a dash of its own, so that no line is told by its colour alone. Samplers
+    with the same numbers share a line.
 
     Args:
         lines: (calls, error) of every sampler.
-        kinds: what each steps in: one dash each.
+        families: the title of the panel of every sampler.
         path: where to write.
     """
     plots = needs_matplotlib()
-    dashes = {"sigma": "-", "log_snr": "--", "variance_exploding": ":"}
-    figure, axes = plots.subplots(figsize=(11, 7), layout="constrained")
-    for i, (name, points) in enumerate(lines.items()):
-        calls, errors = zip(*sorted(points), strict=True)
-        axes.plot(
-            calls, errors, dashes[kinds[name]], color=plots.cm.tab20(i % 20), marker="o", markersize=3, label=name
-        )
-    axes.set(xscale="log", yscale="log", xlabel="calls of the model", ylabel="relative error of the final latent")
-    axes.set_title("steps in sigma: solid; in ln((1 - sigma) / sigma): dashed; in -ln sigma: dotted", fontsize=10)
-    ticks = [2**k for k in range(1, 10) if any(2**k <= 1.5 * calls for points in lines.values() for calls, _ in points)]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    titles = list(dict.fromkeys(families[name] for name in lines))
+    tall = -(-len(titles) // COLUMNS)
+    size = (COLUMNS * 4.2, 0.6 + tall * 3.6)
+    figure, axes = plots.subplots(
+        tall, COLUMNS, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, title in zip(axes.flat, titles, strict=False):
+        for points in lines.values():
+            axis.plot(*zip(*sorted(points), strict=True), color="0.88", linewidth=0.8, zorder=1)
+        mine = _same([(name, sorted(points)) for name, points in lines.items() if families[name] == title])
+        for i, (label, points) in enumerate(mine):
+            look = {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)]}
+            color = COLORS[i % len(COLORS)]
+            axis.plot(*zip(*points, strict=True), color=color, markersize=5, label=label, zorder=2, **look)
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=7, loc="upper right", handlelength=3.5)
+        axis.grid(alpha=0.3)
+    _logarithmic(axes.flat[0], [calls for points in lines.values() for calls, _ in points])
+    for axis in axes.flat[len(titles) :]:
+        axis.set_axis_off()
+    for axis in axes.flat[max(len(titles) - COLUMNS, 0) : len(titles)]:
+        axis.tick_params(labelbottom=True)
+    figure.supxlabel("calls of the model", fontsize=10)
+    figure.supylabel("relative error of the final latent", fontsize=10)
     return _saved(plots, figure, path)
+
+
+def _logarithmic(axis: Any, calls: Sequence[int]) -> None:
+    """Both scales, with ticks at powers of 2 along the calls; panels share them."""
+    axis.set(xscale="log", yscale="log")
+    ticks = [2**k for k in range(12) if min(calls) / 1.5 <= 2**k <= 1.5 * max(calls)]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.minorticks_off()
+
+
+def _same(lines: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The lines, with those that have the same points as one."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for name, points in lines:
+        found.setdefault(tuple(points), []).append(name)
+    return [(" = ".join(names), list(points)) for points, names in found.items()]
 
 
 def heat_map(values: Mapping[tuple[str, str], float], title: str, path: Path) -> Path:
@@ -80,30 +112,33 @@ def heat_map(values: Mapping[tuple[str, str], float], title: str, path: Path) ->
     return _saved(plots, figure, path)
 
 
-def page(pictures: Mapping[tuple[str, str], Image.Image], title: str, path: Path, red: Collection[str] = ()) -> Path:
+def page(pictures: Mapping[tuple[str, str], Image.Image], title: str, path: Path, marked: Collection[str] = ()) -> Path:
     """Pictures by (row, column) with their names, in 256 colours; the rows stand in several blocks side by side.
 
     Args:
         pictures: of any size.
         title: above all.
         path: where to write.
-        red: rows whose names are red.
+        marked: rows whose names are red and end with a star.
     """
     rows, columns = (list(dict.fromkeys(key[axis] for key in pictures)) for axis in (0, 1))
-    tall, across, down = -(-len(rows) // BLOCKS), LABEL + len(columns) * (SIDE + GAP), SIDE + GAP
-    blocks = -(-len(rows) // tall)
-    sheet = Image.new("RGB", (blocks * across + GAP, 32 + tall * down), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    pen.text((GAP, 2), title, fill="black", font=font)
+    font, names = ImageFont.load_default(size=13), {row: f"{row} *" if row in marked else row for row in rows}
+    label = GAP + max(int(font.getlength(name)) for name in names.values()) + GAP
+    tall, across, down = -(-len(rows) // BLOCKS), label + len(columns) * (SIDE + GAP) + BETWEEN, SIDE + GAP
+    blocks, top = -(-len(rows) // tall), 46
+    sheet = Image.new("RGB", (max(blocks * across, int(font.getlength(title)) + 2 * GAP), top + tall * down), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, 4), title, fill="black", font=font)
     for block in range(blocks):
         for j, column in enumerate(columns):
-            pen.text((block * across + LABEL + j * down, 17), column, fill="black", font=font)
+            pen.text((block * across + label + j * down + SIDE // 2, top - 5), column, "black", font, anchor="ms")
     for i, row in enumerate(rows):
-        x, y = i // tall * across, 32 + i % tall * down
-        pen.text((x + GAP, y + SIDE // 2 - 6), row, fill="red" if row in red else "black", font=font)
+        x, y = i // tall * across, top + i % tall * down
+        fill = "#c00000" if row in marked else "black"
+        pen.text((x + label - GAP - 1, y + SIDE // 2), names[row], fill, font, anchor="rm")
         for j, column in enumerate(columns):
             image = pictures[row, column].resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-            sheet.paste(image, (x + LABEL + j * down, y))
+            sheet.paste(image, (x + label + j * down, y))
     with replacing(path) as part:
         sheet.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
             part, format="png", optimize=True

@@ -34,6 +34,15 @@ from samplers.convergence import orders_markdown
 from samplers.schedules import SCHEDULES
 
 MEASURES = ("orders", "error", "accuracy", "steps", "page")
+_FAMILIES = {  # by the file of samplers/solvers
+    "first_order": "first order",
+    "runge_kutta": "Runge-Kutta: several calls a step",
+    "adams": "Adams: linear multistep",
+    "dpm_solver": "DPM-Solver: own steps",
+    "exponential": "exponential integrators",
+    "predictor_corrector": "predictor and corrector",
+    "stochastic": "SEEDS, without noise",
+}
 PLAIN = "a large red circle above a small blue star, on a white background"
 
 
@@ -144,9 +153,9 @@ def _error(pipe: Pipeline, plan: Plan, folder: Path) -> list[Path]:
         name: [(p.calls, p.error) for p in points if p.sampler == name]
         for name in dict.fromkeys(p.sampler for p in points)
     }
-    marks = {name: SOLVERS[name].steps_in for name in lines}
+    families = {name: _FAMILIES[SOLVERS[name].run.__module__.rpartition(".")[2]] for name in lines}
     table = _text(folder / "error.md", _error_table(points))
-    return [folder / "error.json", table, curves(lines, marks, folder / "error.png")]
+    return [folder / "error.json", table, curves(lines, families, folder / "error.png")]
 
 
 def _error_table(points: Sequence[Point]) -> str:
@@ -224,9 +233,9 @@ def _page(pipe: Pipeline, plan: Plan, folder: Path) -> list[Path]:
         for schedule in plan.schedules:
             pictures[name, schedule] = draw(sampler=name, schedule=schedule).images[0]
         _say(f"{name}: drawn")
-    title = f'"{PLAIN}", seed 0, {steps} steps, guidance {plan.guidance:g}; red: no sampler of flows'
-    red = [name for name in plan.samplers if not SOLVERS[name].fits_flows]
-    return [page(pictures, title, folder / "page.png", red)]
+    title = f'"{PLAIN}", seed 0, {steps} steps, guidance {plan.guidance:g}; red with *: wrong on flows'
+    wrong = [name for name in plan.samplers if not SOLVERS[name].fits_flows]
+    return [page(pictures, title, folder / "page.png", wrong)]
 
 
 # ---- writing

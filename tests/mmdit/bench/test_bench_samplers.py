@@ -3,12 +3,14 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import samplers
 from mmdit import Pipeline
+from mmdit.bench import sampler_plots
 from mmdit.bench import samplers as bench_samplers
 from mmdit.bench.samplers import MEASURES, Plan, errors, measure
 from mmdit.cli.app import main
@@ -91,3 +93,35 @@ def test_ode_of_the_bench_is_that_of_the_pipeline(pipe):
         both = pipe.encode(text), pipe.encode("")
         *_, theirs = pipe.sample(*both, noise, num_inference_steps=2, guidance_scale=4.5)
     torch.testing.assert_close(ours.x, theirs.x, rtol=0, atol=1e-5)
+
+
+def test_labels_and_pictures_of_the_page_keep_their_distance(tmp_path):
+    rows, columns = ("euler", "a_sampler_with_quite_a_long_name", "ddpm"), ("normal", "beta")
+    pictures = {(row, column): Image.new("RGB", (64, 64), "black") for row in rows for column in columns}
+    file = sampler_plots.page(pictures, "title", tmp_path / "page.png", ["ddpm"])
+    sheet = np.asarray(Image.open(file).convert("L")).astype(int)
+    side, gap = sampler_plots.SIDE, sampler_plots.GAP
+    starts = [
+        x for x in range(1, sheet.shape[1]) if (sheet[50:120, x] < 5).all(0) and not (sheet[50:120, x - 1] < 5).all(0)
+    ]
+    assert len(starts) == 2 * len(rows)
+    for first, second in zip(starts[::2], starts[1::2], strict=True):
+        assert second - first == side + gap
+        assert (sheet[50:120, first - gap : first] == 255).all(), "a label touches a picture"
+        assert (sheet[50:120, first + side : second] == 255).all(), "pictures touch"
+
+
+def test_lines_of_a_panel_are_told_without_their_colour(monkeypatch, tmp_path):
+    """Each family has a panel; its lines differ in marker and dash, and equal ones are one."""
+    kept = []
+    monkeypatch.setattr(sampler_plots, "_saved", lambda plots, figure, path: kept.append(figure) or path)
+    lines = {f"s{i}": [(4, 1.0 / (i + 1)), (8, 0.5 / (i + 1))] for i in range(9)} | {"twin": [(8, 0.5), (4, 1.0)]}
+    families = {name: "many" if name != "s8" else "one" for name in lines}
+    sampler_plots.curves(lines, families, tmp_path / "x.png")
+    many, one, *others = kept[0].axes
+    assert [axis.get_title() for axis in (many, one)] == ["many", "one"]
+    assert not any(axis.axison for axis in others)
+    shown = [line for line in many.get_lines() if line.get_label()[0] != "_"]
+    assert [line.get_label() for line in shown] == ["s0 = twin", *(f"s{i}" for i in range(1, 8))]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in shown}) == len(shown)
+    assert len({line.get_color() for line in shown}) == len(shown)
