@@ -84,6 +84,8 @@ for name in NAMES:
     ends = [path(name, count) for count in COUNTS]
     errors = [float((one[-1] - truth).norm() / truth.norm()) for one, _ in ends]
     axis.loglog([calls for _, calls in ends], errors, marker="o", label=name)
+axis.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
+axis.minorticks_off()
 axis.set_xlabel("model calls")
 axis.set_ylabel("relative error of the latent")
 axis.legend(fontsize=8)

@@ -36,7 +36,7 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], families: Mapping[s
     """Error against calls of the model, both logarithmic: one panel for each family, with all other lines in grey.
 
     Within a panel each line has a marker and a dash of its own, so that no line is told by its colour alone. Samplers
-    with the same numbers share a line.
+    with the same numbers, to three digits, share a line.
 
     Args:
         lines: (calls, error) of every sampler.
@@ -80,11 +80,12 @@ def _logarithmic(axis: Any, calls: Sequence[int]) -> None:
 
 
 def _same(lines: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The lines, with those that have the same points as one."""
-    found: dict[tuple[Any, ...], list[str]] = {}
+    """The lines, with those that have the same points, to three digits, as one."""
+    found: dict[tuple[tuple[int, str], ...], tuple[list[str], Any]] = {}
     for name, points in lines:
-        found.setdefault(tuple(points), []).append(name)
-    return [(" = ".join(names), list(points)) for points, names in found.items()]
+        key = tuple((calls, f"{error:.2e}") for calls, error in points)
+        found.setdefault(key, ([], points))[0].append(name)
+    return [(" =\n".join(names), points) for names, points in found.values()]
 
 
 def heat_map(values: Mapping[tuple[str, str], float], title: str, path: Path) -> Path:

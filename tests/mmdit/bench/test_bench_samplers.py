@@ -122,6 +122,6 @@ def test_lines_of_a_panel_are_told_without_their_colour(monkeypatch, tmp_path):
     assert [axis.get_title() for axis in (many, one)] == ["many", "one"]
     assert not any(axis.axison for axis in others)
     shown = [line for line in many.get_lines() if line.get_label()[0] != "_"]
-    assert [line.get_label() for line in shown] == ["s0 = twin", *(f"s{i}" for i in range(1, 8))]
+    assert [line.get_label() for line in shown] == ["s0 =\ntwin", *(f"s{i}" for i in range(1, 8))]
     assert len({(line.get_marker(), line.get_linestyle()) for line in shown}) == len(shown)
     assert len({line.get_color() for line in shown}) == len(shown)

@@ -352,6 +352,7 @@ def test_options_reach_the_loading(here, loaded, capsys):
         "device": torch.device("cpu"),
         "dtype": torch.float32,
         "profile": PROFILES["diffusers"],
+        "preset": None,
     }
     hub = {"model": "someone/model", "revision": "main", "variant": "fp16"}
     assert main(["generate", RED, "-m", "someone/model", "--revision", "main", "--variant", "fp16", *cpu]) == 1
@@ -359,7 +360,7 @@ def test_options_reach_the_loading(here, loaded, capsys):
     words = ["--t5", "t5.safetensors", "--offload", "stages", "--dtype", "float16", *cpu]
     assert main(["generate", RED, "-m", "one.safetensors", *words, "--preset", "turbo", "--profile", "reference"]) == 1
     profile = PRESETS["turbo"].applied(PROFILES["reference"])
-    file = plain | others | {"offload": "stages", "dtype": torch.float16, "profile": profile}
+    file = plain | others | {"offload": "stages", "dtype": torch.float16, "profile": profile, "preset": "turbo"}
     Path("demo").mkdir()
     for model in ("demo", "./demo"):
         assert main(["generate", RED, "-m", model, *cpu]) == 1
