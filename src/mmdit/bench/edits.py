@@ -135,8 +135,9 @@ def hires(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
     """What is drawn of prompts, without and with a second pass to twice the size; read at 128 x 128."""
     texts = prompts(scenes, SEED + 2, held_out=False)
     ways: dict[str, Hires | None] = {"none": None}
-    for one in (Hires(scale=2.0, filter="bislerp"), Hires(scale=2.0, filter="lanczos", space="pixel")):
-        ways[f"{one.space}, {one.filter}"] = one
+    half = Hires(scale=2.0, filter="lanczos", space="pixel")
+    for one in (Hires(scale=2.0, filter="bislerp"), half, replace(half, strength=0.1)):
+        ways[f"{one.space}, {one.filter}, strength {one.strength:g}"] = one
     for name, second in ways.items():
         found = drawn(pipe, texts, lambda part: {}, hires=second, **how)
         small = F.interpolate(found, size=(128, 128), mode="area")
@@ -162,7 +163,7 @@ def inversion(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
             steps,
             len(texts),
             f"{error:.4f}",
-            f"{psnr(got, wanted):.1f}",
+            f"{float(psnr(got, wanted).mean()):.1f}",
             f"{float(found.latents.std()):.2f}",
         ]
 
