@@ -20,7 +20,7 @@ SUBSTITUTIONS = {
     r"\bsigmas\(28\)": "sigmas(4)",
     r'device="cuda"': 'device="cpu"',
 }
-ELSEWHERE = re.compile(r"\bFOLDER\b|from_pretrained\(|from_single_file\(|load_lora|\bfolder\b")  # needs weights
+ELSEWHERE = re.compile(r"\bFOLDER\b|from_pretrained\(|from_single_file\(|load_lora\(|\bfolder\b")  # needs weights
 
 
 def fenced(text: str, *languages: str) -> list[str]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mmdit.comfyui.run import WorkflowCache as WorkflowCache
     from mmdit.comfyui.run import WorkflowResult as WorkflowResult
     from mmdit.comfyui.run import run_workflow as run_workflow
+    from mmdit.embedded import OUTLINES as OUTLINES
     from mmdit.inspection import plots as plots
     from mmdit.inspection import reducers as reducers
     from mmdit.inspection.addresses import Address as Address
@@ -98,6 +99,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.comfyui.export": ("from_workflow", "to_workflow"),
     "mmdit.comfyui.limits": ("WorkflowLimits",),
     "mmdit.comfyui.run": ("WorkflowCache", "WorkflowResult", "run_workflow"),
+    "mmdit.embedded": ("OUTLINES",),
     "mmdit.inspection.addresses": ("Address", "Word"),
     "mmdit.inspection.attention_maps": ("attention_maps",),
     "mmdit.inspection.budget": ("BudgetError",),

@@ -30,12 +30,12 @@ RANK, BATCH, RATE, SCENES = 4, 8, 2e-3, 512
 METADATA = {"ss_network_module": "networks.lora_sd3", "ss_network_dim": str(RANK), "ss_network_alpha": str(RANK)}
 
 
-def train(seconds: float, *, seed: int = 0) -> Factors:
+def train(seconds: float, *, seed: int = 0, scenes: int = SCENES) -> Factors:
     """The factors after so many seconds of CPU time; up starts at zero, so that training starts at the base model."""
     pipe = Pipeline.demo()
     torch.manual_seed(seed)
     factors = _attached(pipe.transformer)
-    latents, conditions = _data(pipe, seed)
+    latents, conditions = _data(pipe, seed, scenes)
     parameters = [part for pair in factors.values() for part in pair]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
     started, step, losses = time.process_time(), 0, []
@@ -75,15 +75,15 @@ def _attached(model: nn.Module) -> Factors:
     return factors
 
 
-def _data(pipe: Pipeline, seed: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+def _data(pipe: Pipeline, seed: int, count: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Latents of outlined scenes, and the context and pooled vector of a caption of each; the last is of no caption."""
-    scenes = sample_outlined(SCENES, seed)
+    scenes = sample_outlined(count, seed)
     captions = [texts[0] for texts in training_captions(scenes, 1, seed)]
     with torch.no_grad():
         pictures = outlined(scenes).split(32)
         latents = torch.cat([pipe.vae.encode(2 * part - 1).mode() for part in pictures])
         conditions = []
-        for first in range(0, SCENES, 32):
+        for first in range(0, count, 32):
             found = pipe.encode(captions[first : first + 32], max_sequence_length=77)
             conditions += list(zip(found.context, found.pooled, strict=True))
         empty = pipe.encode([""], max_sequence_length=77)
