@@ -13,7 +13,7 @@ from mmdit._version import __version__
 from mmdit.checkpoints.load_pipeline import DEMO
 from mmdit.checkpoints.locate import locate
 from mmdit.comfyui.files import DEMO_CHECKPOINT
-from mmdit.comfyui.graph import Graph, is_link, read_graph
+from mmdit.comfyui.graph import Graph, ValueProblemError, converted, is_link, read_graph
 from mmdit.comfyui.nodes import NODES
 from mmdit.comfyui.sampling import SAMPLERS, SCHEDULERS
 from mmdit.pipeline.guidance import Guidance
@@ -189,18 +189,18 @@ class _Reading:
         """The settings of its only picture."""
         sampler = self._only("KSampler")
         inputs = self._inputs(sampler)
-        if float(inputs["denoise"]) != 1:
+        if inputs["denoise"] != 1:
             raise self._more(sampler, f"it starts from a picture (denoise {inputs['denoise']})")
         shift, guidance = self._model(inputs["model"])
         width, height = self._size(inputs["latent_image"])
         return Settings(
             prompt=self._text(inputs["positive"]),
             negative_prompt=self._text(inputs["negative"]),
-            seed=int(inputs["seed"]),
+            seed=inputs["seed"],
             height=height,
             width=width,
-            num_inference_steps=int(inputs["steps"]),
-            guidance_scale=float(inputs["cfg"]),
+            num_inference_steps=inputs["steps"],
+            guidance_scale=inputs["cfg"],
             sampler=str(inputs["sampler_name"]).removesuffix("_gpu"),
             schedule=str(inputs["scheduler"]),
             shift=shift,
@@ -235,20 +235,28 @@ class _Reading:
         for one in NODES[self._name(id)].inputs:
             if one.is_widget and isinstance(found.get(one.name), list | dict):
                 raise self._more(id, f"its {one.name} comes from another node")
-        return found
+        declared = NODES[self._name(id)].by_name
+        try:
+            return {name: converted(declared[name], value) for name, value in found.items() if name in declared}
+        except ValueProblemError as error:
+            raise SettingsError(
+                f"{self.where}: node {id} ({self._name(id)}), {error.problem.input}: {error}"
+            ) from error
 
     def _linked(self, value: Any, *names: str) -> str:
         """The node that a wire comes from, which must be of one of these classes."""
-        if not is_link(value) or value[0] not in self.graph or not isinstance(self.graph[value[0]], dict):
+        one = self.graph.get(value[0]) if is_link(value) and isinstance(value[0], str) else None
+        if not isinstance(one, dict):
             raise SettingsError(f"{self.where}: a wire leads to no node: {printable(str(value), 60)}")
-        id, name = value[0], printable(str(self.graph[value[0]].get("class_type")), 60)
+        id, name = value[0], printable(str(one.get("class_type")), 60)
         if name not in names:
             raise self._more(id, f"settings can say {', '.join(names)} there")
         return str(id)
 
     def _model(self, wire: Any) -> tuple[float, str]:
         """The shift, and the guidance in words, of a chain of model patches."""
-        shift, guidance = PROFILES["comfyui"].shift, ""
+        usual, guidance = PROFILES["comfyui"].shift, ""
+        shift: float | None = None  # of the last node before the sampler, which counts
         for _ in range(len(self.graph)):
             id = self._linked(
                 wire,
@@ -259,9 +267,12 @@ class _Reading:
             if name in ("CheckpointLoaderSimple", "UNETLoader"):
                 if inputs.get("weight_dtype", "default") != "default":
                     raise self._more(id, f"it rounds the weights to {inputs['weight_dtype']}")
-                return shift, guidance
+                return usual if shift is None else shift, guidance
             if name == "ModelSamplingSD3":
-                shift = float(inputs["shift"])
+                shift = inputs["shift"] if shift is None else shift
+            elif guidance or shift not in (None, usual):
+                what = "it is the second of its kind" if guidance else "its window counts with the shift that it gets"
+                raise self._more(id, what)
             else:
                 guidance = _skipping(inputs)
             wire = inputs["model"]
@@ -270,9 +281,9 @@ class _Reading:
     def _size(self, wire: Any) -> tuple[int, int]:
         id = self._linked(wire, "EmptySD3LatentImage", "EmptyLatentImage")
         inputs = self._inputs(id)
-        if int(inputs["batch_size"]) != 1:
+        if inputs["batch_size"] != 1:
             raise self._more(id, f"it draws {inputs['batch_size']} pictures from one seed")
-        return int(inputs["width"]) // 8 * 8, int(inputs["height"]) // 8 * 8
+        return inputs["width"] // 8 * 8, inputs["height"] // 8 * 8
 
     def _text(self, wire: Any) -> str:
         return str(self._inputs(self._linked(wire, "CLIPTextEncode"))["text"])

@@ -223,7 +223,7 @@ class _Checking:
             else:
                 try:
                     found[one.name] = self._value(one, found[one.name])
-                except _ValueProblemError as error:
+                except ValueProblemError as error:
                     problems.append(error.problem)
         return problems, links
 
@@ -246,20 +246,20 @@ class _Checking:
     def _value(self, one: Input, value: Any) -> Any:
         """The value of a widget, converted and in its range."""
         value = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
-        value = _converted(one, value)
+        value = converted(one, value)
         if one.check is not None:
             if said := one.check(value, self.folders):
-                raise _ValueProblemError("custom_validation_failed", said, one)
+                raise ValueProblemError("custom_validation_failed", said, one)
             return value
         for kind, bound, is_out in (
             ("value_smaller_than_min", one.least, one.least is not None and value < one.least),
             ("value_bigger_than_max", one.most, one.most is not None and value > one.most),
         ):
             if is_out:
-                raise _ValueProblemError(kind, f"it is {value}, and the bound is {bound}", one)
+                raise ValueProblemError(kind, f"it is {value}, and the bound is {bound}", one)
         choices = one.options(self.folders)
         if choices is not None and value not in choices:
-            raise _ValueProblemError("value_not_in_list", _not_in_list(one, value, choices, self.folders), one)
+            raise ValueProblemError("value_not_in_list", _not_in_list(one, value, choices, self.folders), one)
         return value
 
 
@@ -270,7 +270,9 @@ class _Frame:
         self.id, self.links, self.valid = id, links, valid
 
 
-class _ValueProblemError(Exception):
+class ValueProblemError(Exception):
+    """The value of an input is wrong; `problem` says how."""
+
     def __init__(self, type: str, message: str, one: Input) -> None:
         super().__init__(message)
         self.problem = Problem(type, message, one.name)
@@ -283,8 +285,12 @@ def fits(given: str, taken: str) -> bool:
     return bool({one.strip() for one in given.split(",")} & {one.strip() for one in taken.split(",")})
 
 
-def _converted(one: Input, value: Any) -> Any:
-    """As ComfyUI converts: text to numbers, numbers to text, everything to True or False."""
+def converted(one: Input, value: Any) -> Any:
+    """The value of an input as ComfyUI converts it: text to numbers, numbers to text, everything to True or False.
+
+    Raises:
+        ValueProblemError: it cannot be converted, or the number is not finite.
+    """
     kinds: dict[str, Any] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
     if one.type not in kinds:
         return value
@@ -294,7 +300,7 @@ def _converted(one: Input, value: Any) -> Any:
         found = math.nan
     if isinstance(found, float) and not math.isfinite(found):
         said = f"it takes {one.type}, got {described(value)}"
-        raise _ValueProblemError("invalid_input_type", said, one)
+        raise ValueProblemError("invalid_input_type", said, one)
     return found
 
 

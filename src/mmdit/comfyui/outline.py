@@ -34,8 +34,8 @@ def outline(source: Mapping[str, Any] | str | Path, folders: Folders | None = No
 
 def _nodes(graph: Graph) -> Iterator[str]:
     """A line for each node and each of its inputs; those that no output needs come last."""
-    known = {id: one for id, one in graph.items() if isinstance(one, dict) and one.get("class_type") in NODES}
-    outputs = [id for id in known if NODES[known[id]["class_type"]].is_output]
+    known = {id: one for id, one in graph.items() if isinstance(one, dict) and str(one.get("class_type")) in NODES}
+    outputs = [id for id in known if NODES[str(known[id]["class_type"])].is_output]
     needed = _order(graph, outputs)
     for id in [*needed, *(id for id in graph if id not in needed)]:
         one = graph[id]

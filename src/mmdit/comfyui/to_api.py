@@ -77,11 +77,11 @@ class _Level:
     def of(cls, form: Mapping[str, Any], forms: _Forms, used_by: _Placed | None = None) -> _Level:
         """From the form of a workflow or of a subgraph."""
         prefix = "" if used_by is None else f"{used_by.id}:"
-        links = dict(_link(one) for one in form.get("links") or [])
-        level = cls(prefix, {}, links, forms, used_by)
-        forms.count(len(form["nodes"]))
-        for raw in form["nodes"]:
-            if not isinstance(raw, dict) or "id" not in raw or not isinstance(raw.get("type"), str):
+        level = cls(prefix, {}, dict(map(_link, _listed(form, "links"))), forms, used_by)
+        nodes = _listed(form, "nodes")
+        forms.count(len(nodes))
+        for raw in nodes:
+            if not isinstance(raw, dict) or not _is_id(raw.get("id")) or not isinstance(raw.get("type"), str):
                 raise _broken(f"a node is {described(raw)} without id and type")
             level.nodes[raw["id"]] = _Placed(level, raw)
         return level
@@ -96,7 +96,7 @@ class _Level:
 
     def origin(self, link: Any, wanted: str, depth: int = 0) -> _Source | None:
         """Where a link comes from, after reroutes, bypassed nodes and the borders of subgraphs; None is nowhere."""
-        found = self.links.get(link)
+        found = self.links.get(link) if _is_id(link) else None
         if found is None:
             return None
         if depth > _MAX_HOPS:
@@ -126,8 +126,8 @@ class _Placed:
     def __init__(self, level: _Level, raw: Mapping[str, Any]) -> None:
         self.level, self.raw = level, raw
         self.id, self.type = f"{level.prefix}{raw['id']}", str(raw["type"])
-        self.inputs = [one for one in raw.get("inputs") or [] if isinstance(one, dict)]
-        self.outputs = [one for one in raw.get("outputs") or [] if isinstance(one, dict)]
+        self.inputs = [one for one in _listed(raw, "inputs") if isinstance(one, dict)]
+        self.outputs = [one for one in _listed(raw, "outputs") if isinstance(one, dict)]
         form = level.forms.by_id.get(self.type)
         if form is not None and level.prefix.count(":") >= _MAX_NESTING:
             raise _broken(f"subgraphs nest more than {_MAX_NESTING} deep")
@@ -235,20 +235,34 @@ def _literal(value: Any) -> Any:
 
 def _link(one: Any) -> tuple[Any, _Link]:
     """A link of a workflow, [id, from node, from slot, to node, to slot, type], or of a subgraph, an object."""
-    try:
-        if isinstance(one, dict):
-            return one["id"], _Link(
-                one["origin_id"], int(one["origin_slot"]), one["target_id"], int(one["target_slot"])
-            )
-        return one[0], _Link(one[1], int(one[2]), one[3], int(one[4]))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise _broken(f"a link is {printable(str(one), 80)}, expected [id, node, slot, node, slot, type]") from error
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
+    found = [one.get(name) for name in names] if isinstance(one, dict) else one
+    if not isinstance(found, list) or len(found) < len(names) or not all(map(_is_id, found[: len(names)])):
+        raise _broken(f"a link is {printable(str(one), 80)}, expected [id, node, slot, node, slot, type]")
+    id, source, slot, target, target_slot = found[: len(names)]
+    if not all(isinstance(place, int) and place >= 0 for place in (slot, target_slot)):
+        raise _broken(f"a link goes from slot {slot} to slot {target_slot}, expected whole numbers of at least 0")
+    return id, _Link(source, slot, target, target_slot)
+
+
+def _listed(form: Mapping[str, Any], name: str) -> list[Any]:
+    """An array of a form; empty where it is missing or null."""
+    found = form.get(name)
+    if found is None:
+        return []
+    if not isinstance(found, list):
+        raise _broken(f"{name} are {described(found)}, expected an array")
+    return found
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def _subgraphs(ui: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     definitions = ui.get("definitions") or {}
-    found = definitions.get("subgraphs") or [] if isinstance(definitions, dict) else []
-    if not isinstance(found, list) or any(not isinstance(one, dict) or "nodes" not in one for one in found):
+    found = _listed(definitions, "subgraphs") if isinstance(definitions, dict) else []
+    if any(not isinstance(one, dict) or "nodes" not in one for one in found):
         raise _broken("its subgraphs are no array of objects with nodes")
     return {str(one.get("id")): one for one in found}
 
@@ -257,7 +271,7 @@ def _output_links(form: Mapping[str, Any] | None) -> dict[int, Any]:
     """Of a subgraph: the id of the link that leads to each of its outputs."""
     if form is None:
         return {}
-    return {link.target_slot: id for id, link in map(_link, form.get("links") or []) if link.target == _OUTPUTS}
+    return {link.target_slot: id for id, link in map(_link, _listed(form, "links")) if link.target == _OUTPUTS}
 
 
 def _broken(what: str) -> WorkflowError:

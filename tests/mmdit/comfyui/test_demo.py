@@ -69,6 +69,7 @@ def test_settings_come_back_from_graphs_and_pictures(output, drawn, article):
         ({"3.positive": ["3", 0]}, "node 3"),
         ({"3.model": ["77", 0]}, "no node"),
         ({"3.seed": ["5", 0]}, "seed comes from another node"),
+        ({"3.seed": None}, "node 3 .KSampler., seed"),
     ],
 )
 def test_what_settings_cannot_say_is_named(article, change, said):
