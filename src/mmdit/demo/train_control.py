@@ -104,10 +104,13 @@ def vague_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def hints(kind: ControlKind, scenes: Scenes, pictures: Tensor) -> Tensor:
-    """The hints [b, 3, h, w] in [0, 1] of scenes and their pictures."""
+    """The hints [b, 3, h, w] in [0, 1] of scenes and their pictures.
+
+    The thresholds of edges are low, because some colours are nearly as bright as their background.
+    """
     if kind == "depth":
         return depth_map(scenes)
-    return canny(pictures.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return canny(pictures.permute(0, 2, 3, 1), 0.05, 0.1).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -250,20 +253,21 @@ def new_net(kind: ControlKind, transformer: MMDiT) -> ControlNet:
 
 def train(folder: Path, seconds: float, recipe: ControlRecipe | None = None) -> dict[ControlKind, Path]:
     """Train both nets in so many seconds of the processor's time; returns their files, in official names."""
-    recipe, journal = recipe or ControlRecipe(), Journal(folder)
+    recipe, journal, started = recipe or ControlRecipe(), Journal(folder), time.process_time()
     torch.manual_seed(recipe.seed)
     pipe = Pipeline.demo()
     state: dict[str, Any] = torch.load(folder / _STATE) if (folder / _STATE).exists() else {"done": 0.0}
     earlier: float = state["done"]  # seconds of the processor in runs before this one
 
     def clock() -> float:
-        return earlier + time.process_time()
+        return earlier + time.process_time() - started
 
     if "data" not in state:
         state["data"] = vars(make_data(pipe, recipe, journal))
         state |= {"begun": clock(), "done": clock()}
         save_whole(state, folder / _STATE)
     data, begun = Data(**state["data"]), float(state["begun"])
+    left = max(seconds - begun, 1e-3)  # of the processor, for the three stages
     model = pipe.transformer.bfloat16().requires_grad_(False)
     ends = {"alone": recipe.alone_share, "canny": recipe.alone_share + recipe.canny_share, "depth": 1.0}
     start, found = 0.0, {}
@@ -272,7 +276,7 @@ def train(folder: Path, seconds: float, recipe: ControlRecipe | None = None) -> 
         trainer = Trainer(new_net(kind, model), model, recipe)
         if "net" in state:
             trainer.net.load_state_dict(state["net"])
-        rounds = _rounds(lambda: (clock() - begun) / (seconds - begun), start, end)
+        rounds = _rounds(lambda: (clock() - begun) / left, start, end)
         _stage(trainer, stage, kind, data, rounds, _Keeper(state, folder / _STATE, clock, journal, recipe))
         if stage != "alone":
             found[kind] = write_net(trainer.net, kind, folder)
