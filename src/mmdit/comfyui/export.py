@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,12 @@ _SKIPPING = (
     *("skip_guidance_layers", "skip_layer_guidance_scale", "skip_layer_guidance_start"),
     *("skip_layer_guidance_stop", "skip_layer_rescale"),
 )
+_SAID = (
+    "guidance",
+    "model_digest",
+    "library_version",
+    "format_version",
+)  # settings with defaults, not in the way of an export
 _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
 _ANOTHER = "run it as it is: mmdit run {path} --models FOLDER"
 
@@ -110,9 +116,14 @@ def from_workflow(source: Mapping[str, Any] | str | Path) -> Settings:
 
 
 def _check_known(settings: Settings) -> None:
-    if settings.strength is not None or settings.hires:
-        what = "from a picture" if settings.strength is not None else "in two passes"
-        raise SettingsError(f"the picture was drawn {what}, and only pictures from noise are exported")
+    optional = [one for one in fields(Settings) if one.default is not MISSING and one.name not in _SAID]
+    if more := [one.name for one in optional if getattr(settings, one.name) != one.default]:
+        raise SettingsError(
+            f"the picture was drawn with {', '.join(more)}, which is not exported; plain drawings from noise are, with "
+            "skip-layer guidance"
+        )
+    if settings.quant is not None:
+        raise SettingsError(f"the weights were quantized ({settings.quant}), which is not exported")
     for kind, name, known in (("sampler", settings.sampler, SAMPLERS), ("schedule", settings.schedule, SCHEDULERS)):
         if name not in known:
             raise SettingsError(f"ComfyUI has no {kind} {name!r}; it has {', '.join(known)}")

@@ -82,7 +82,8 @@ def test_what_settings_cannot_say_is_named(article, change, said):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sampler": "flow_heun"}, {"schedule": "diffusers_beta"}, {"seed": None}, {"strength": 0.5}]
+    "change",
+    [{"sampler": "flow_heun"}, {"schedule": "diffusers_beta"}, {"seed": None}, {"strength": 0.5}, {"quant": "fp8"}],
 )
 def test_what_comfyui_cannot_do_is_not_exported(drawn, change):
     with pytest.raises(SettingsError):
