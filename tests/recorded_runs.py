@@ -19,6 +19,14 @@ from mmdit.checkpoints.load_pipeline import Components
 
 FOLDER = DATA / "images"
 LATENTS = 5e-4  # the relative error that a latent may have; right code has 4e-6
+# The prompts of the runs.
+FOX, CATS, HOUSE, BOWL = (
+    "a photo of a red fox in the snow, sharp focus",
+    "two cats on a blue sofa",
+    "a lighthouse at dusk, oil painting",
+    "a bowl of fruit, studio light",
+)
+BLURRY, MARKS = "blurry, low quality", "watermark, text"
 _BASE = {"context_dim": 256, "pooled_dim": 192}
 TRANSFORMERS = {
     "large": MMDiTConfig(depth=3, hidden_size=192, pos_embed_size=24, **_BASE),

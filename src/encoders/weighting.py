@@ -120,12 +120,17 @@ def _items(text: str, brackets: _Brackets, start: int, stop: int) -> Iterator[tu
 def _inside(text: str, brackets: _Brackets, start: int, stop: int, weight: float) -> tuple[int, int, float]:
     """Start and stop of what a bracket holds without its number, and the weight there; `stop` closes the bracket."""
     colon = brackets.colon.get(stop, -1)
-    if colon > start:
-        try:
-            return start, colon, float(text[colon + 1 : stop])
-        except ValueError:  # the colon belongs to the text
-            pass
-    return start, stop, weight * 1.1
+    number = _number(text[colon + 1 : stop]) if colon > start else None
+    if number is None:  # a colon that is there belongs to the text
+        return start, stop, weight * 1.1
+    return start, colon, number
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def weighted(

@@ -187,10 +187,7 @@ def _check_operands(x: Tensor, qdata: Tensor, bias: Tensor | None, dtype: torch.
 def _forward(
     x: Tensor, qdata: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, recipe: Recipe
 ) -> Tensor:
-    out, width = qdata.shape
-    runs, why = backend_of(recipe, x.device, x.dtype, (out, width))
-    if runs == "refused":
-        raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
+    runs = _backend(recipe, x.device, x.dtype, qdata)
     if runs == "dequantized" and _at_once(qdata):
         return F.linear(x, values_of(qdata, scale, recipe.format, x.dtype), bias)
     if runs == "dequantized":
@@ -201,7 +198,15 @@ def _forward(
     as_bytes = qdata.dtype == torch.uint8 and multiply is _emulated
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
     codes, x_scale = quantize_activation(rows, recipe, input_scale, as_bytes=as_bytes)
-    return multiply(codes, x_scale, qdata, scale, bias, recipe, x.dtype).reshape(*x.shape[:-1], out)
+    return multiply(codes, x_scale, qdata, scale, bias, recipe, x.dtype).reshape(*x.shape[:-1], len(qdata))
+
+
+def _backend(recipe: Recipe, device: torch.device, dtype: torch.dtype, qdata: Tensor) -> str:
+    """The backend that multiplies by a weight; ValueError where `native` was asked for and cannot run here."""
+    runs, why = backend_of(recipe, device, dtype, (len(qdata), qdata.shape[1]))
+    if runs == "refused":
+        raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
+    return runs
 
 
 def multiply_codes(
@@ -225,10 +230,7 @@ def multiply_codes(
     Raises:
         ValueError: `native` was asked for and cannot run here.
     """
-    runs, why = backend_of(recipe, codes.device, out.dtype, (len(qdata), qdata.shape[1]))
-    if runs == "refused":
-        raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
-    if runs == "native" and len(codes):
+    if _backend(recipe, codes.device, out.dtype, qdata) == "native" and len(codes):
         _native(codes, x_scale, qdata, scale, bias, recipe, out.dtype, out=out)
     else:
         out.copy_(_emulated(codes, x_scale, qdata, scale, bias, recipe, out.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -263,8 +264,7 @@ def _ticking(total: int, progress: bool | None) -> Iterator[Callable[[], None]]:
     """A function that advances a progress bar by one step in each call."""
     ticks = bar(repeat(None, total), total, progress)
     yield lambda: next(ticks, None)
-    for _ in ticks:  # advance to the end, past tensors that the layout has no place for
-        pass
+    deque(ticks, maxlen=0)  # advance to the end, past tensors that the layout has no place for
 
 
 def _bytes(models: Sequence[StoredModel]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypedDict
 
 import torch
 
@@ -21,6 +21,16 @@ from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.devices import resolve_device, warn_if_slow
 from quant.recipe import Recipe
 from samplers import ResolutionShift, SamplingDefaults
+
+
+class LoadArguments(TypedDict):
+    """The arguments that every way to load a pipeline shares."""
+
+    device: torch.device | str
+    dtype: torch.dtype | None
+    quant: str | Recipe | None
+    profile: str | Profile
+    preset: str | None
 
 
 class PipelineFiles(PipelineModels):
@@ -46,7 +56,7 @@ class PipelineFiles(PipelineModels):
         Args:
             device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`; the files hold float16.
         """
-        how: dict[str, Any] = {"device": device, "dtype": dtype, "quant": quant, "profile": profile, "preset": preset}
+        how = LoadArguments(device=device, dtype=dtype, quant=quant, profile=profile, preset=preset)
         return cls.load(Source(DEMO), offload=offload, fast=fast, **how)
 
     @classmethod
@@ -127,13 +137,8 @@ class PipelineFiles(PipelineModels):
         """
         path = Path(folder) if folder == DEMO else folder  # a folder with that name, not the embedded model
         source = Source(path, revision=revision, token=token, variant=variant, cache_dir=cache_dir)
-        how: dict[str, Any] = {
-            "device": device,
-            "dtype": _one_dtype(dtype, torch_dtype),
-            "quant": quant,
-            "profile": profile,
-            "preset": preset,
-        }
+        dtype = _one_dtype(dtype, torch_dtype)
+        how = LoadArguments(device=device, dtype=dtype, quant=quant, profile=profile, preset=preset)
         return cls.load(source, offload=offload, fast=fast, **how)
 
     @classmethod
@@ -167,15 +172,10 @@ class PipelineFiles(PipelineModels):
         Raises:
             FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
         """
-        others: Mapping[Component, Any] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
+        others: Mapping[Component, str | Path | None] = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5, "vae": vae}
         source = Source(Path(path), others, tokenizers)
-        how: dict[str, Any] = {
-            "device": device,
-            "dtype": _one_dtype(dtype, torch_dtype),
-            "quant": quant,
-            "profile": profile,
-            "preset": preset,
-        }
+        dtype = _one_dtype(dtype, torch_dtype)
+        how = LoadArguments(device=device, dtype=dtype, quant=quant, profile=profile, preset=preset)
         return cls.load(source, offload=offload, fast=fast, **how)
 
     def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:

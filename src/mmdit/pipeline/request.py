@@ -54,7 +54,7 @@ class Request:
 
     @property
     def has_settings(self) -> bool:
-        """Whether `mmdit.Settings` can say how the pictures are drawn."""
+        """Whether `mmdit.Settings` can describe the drawing."""
         given = self.latents is not None or self.callback is not None or self.plan.schedule is None
         given = given or (self.images is not None and self.images.latents is not None)
         return not given and not self.plan.is_own
@@ -112,14 +112,13 @@ def make_request(
     if latents is not None and not plan.solver.is_stochastic:
         check_draws_nothing(seed=seed)
     against = negatives.for_each(len(prompts), config) if plan.uses_uncond else None
-    for one in (prompts, against):
-        if one is not None and one.conditionings:
-            checked_ranges(one.name, one.conditionings, plan.sigmas, plan.shift, len(one))
+    _check_ranges(plan, prompts, against)
     if seeds is None and generator is None and latents is None:
         seeds = fresh_seeds(count)
         plan = replace(plan, generator=generators(seeds, None, count))
-    second = None if hires is None else _second_plan(pipe, hires, plan, images, sampling)
-    if hires is not None and second is not None:
+    second = None
+    if hires is not None:
+        second = _second_plan(pipe, hires, plan, images, sampling)
         again = generators(seeds if hires.seed is None else hires.seed, None, count, alone=alone)
         second = replace(second, generator=plan.generator if again is None else again)
     return Request(
@@ -143,6 +142,13 @@ def make_request(
     )
 
 
+def _check_ranges(plan: SamplingPlan, *sides: Prompts | None) -> None:
+    """Raise ValueError where conditionings that were given as ranges do not cover every sigma of the plan."""
+    for one in sides:
+        if one is not None and one.conditionings:
+            checked_ranges(one.name, one.conditionings, plan.sigmas, plan.shift, len(one))
+
+
 def _second_plan(
     pipe: PipelineSteps,
     hires: Hires,
@@ -150,7 +156,7 @@ def _second_plan(
     images: ImageInputs | None,
     sampling: PlanArguments,
 ) -> SamplingPlan:
-    """The plan of a second pass: as the first, from what it drew, at another size."""
+    """The plan of a second pass, which starts from the result of the first one at another size."""
     if not isinstance(hires, Hires):
         raise TypeError(f"hires is {type(hires).__name__}, expected mmdit.Hires")
     if images is not None and images.masks:

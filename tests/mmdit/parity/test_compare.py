@@ -9,33 +9,12 @@ import torch
 
 import planted
 import tiny
+from compared import NEGATIVE, PROMPT, SETTINGS, SIZE, check, failed
 from mmdit import PROFILES, Pipeline
-from mmdit.parity.compare import Comparison, compare
+from mmdit.parity.compare import compare
 from mmdit.parity.measure import Against, Kept
 from mmdit.parity.sides import side_of
 from mmdit.parity.taps import Job, Run, tapped
-
-PROMPT, NEGATIVE = "a red circle above a blue square", "green"
-SIZE = {"num_inference_steps": 2, "height": 32, "width": 48}
-SETTINGS = SIZE | {"steps": [0]}
-
-
-@pytest.fixture(scope="module")
-def right(tiny_folders):
-    return Pipeline.from_pretrained(tiny_folders["sd3.5-medium"])
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_folders):
-    return tiny.load(tiny_folders["sd3.5-medium"])
-
-
-def check(a, b, **settings) -> Comparison:
-    return compare(a, b, PROMPT, NEGATIVE, **(SETTINGS | settings))
-
-
-def failed(comparison: Comparison) -> list[str]:
-    return [stage.name for stage in comparison.stages if not stage.ok]
 
 
 def hooks(*models) -> int:

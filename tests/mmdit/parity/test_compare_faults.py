@@ -6,31 +6,8 @@ import pytest
 import torch
 
 import planted
-import tiny
-from mmdit import Pipeline
-from mmdit.parity.compare import Comparison, compare
-
-PROMPT, NEGATIVE = "a red circle above a blue square", "green"
-SIZE = {"num_inference_steps": 2, "height": 32, "width": 48}
-SETTINGS = SIZE | {"steps": [0]}
-
-
-@pytest.fixture(scope="module")
-def right(tiny_folders):
-    return Pipeline.from_pretrained(tiny_folders["sd3.5-medium"])
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_folders):
-    return tiny.load(tiny_folders["sd3.5-medium"])
-
-
-def check(a, b, **settings) -> Comparison:
-    return compare(a, b, PROMPT, NEGATIVE, **(SETTINGS | settings))
-
-
-def failed(comparison: Comparison) -> list[str]:
-    return [stage.name for stage in comparison.stages if not stage.ok]
+from compared import NEGATIVE, check, failed
+from mmdit.parity.compare import Comparison
 
 
 def block(i, *streams) -> set[str]:

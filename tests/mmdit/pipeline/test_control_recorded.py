@@ -9,7 +9,7 @@ import mmdit
 import recorded_models as recorded
 import tiny
 from mmdit import PROFILES, images
-from recorded_runs import FOLDER, LATENTS, embeddings, text
+from recorded_runs import BLURRY, BOWL, CATS, FOLDER, FOX, HOUSE, LATENTS, MARKS, embeddings, text
 
 HINTS = {name: FOLDER / f"pub_{name}.png" for name in ("blur", "edges", "depth", "photo", "mask")}
 MEAN = replace(PROFILES["diffusers"], control_latent="mean")
@@ -87,13 +87,6 @@ def test_stability(kind, hint, seed):
     close(drawn(STABILITY, kind, hint, seed=seed, guidance_scale=3.5, **embeddings()), f"r.controlnet.{kind}")
 
 
-FOX, CATS, HOUSE, BOWL = (
-    "a photo of a red fox in the snow, sharp focus",
-    "two cats on a blue sofa",
-    "a lighthouse at dusk, oil painting",
-    "a bowl of fruit, studio light",
-)
-BLURRY, MARKS = "blurry, low quality", "watermark, text"
 COMFYUI = {  # nets, hints, prompt, negative prompt, seed, the rest
     "blur.blur.s1.0.0_1.euler": ("blur", "blur", FOX, BLURRY, 190, {}),
     "canny.edges.s1.0.0_1.euler": ("canny", "edges", HOUSE, "", 191, {}),

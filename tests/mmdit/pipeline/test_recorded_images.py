@@ -9,15 +9,8 @@ import torch
 import tiny
 from mmdit import PROFILES, Hires, Pipeline, images
 from mmdit.pipeline.images import to_pil
-from recorded_runs import LATENTS, embeddings, image, pipeline, runs, text
+from recorded_runs import BLURRY, BOWL, CATS, FOX, HOUSE, LATENTS, MARKS, embeddings, image, pipeline, runs, text
 
-FOX, CATS, HOUSE, BOWL = (
-    "a photo of a red fox in the snow, sharp focus",
-    "two cats on a blue sofa",
-    "a lighthouse at dusk, oil painting",
-    "a bowl of fruit, studio light",
-)
-BLURRY, MARKS = "blurry, low quality", "watermark, text"
 # prompt, negative prompt, picture, mask, seed, steps, strength; sampler and schedule are in the name of the run
 COMFYUI = {
     "img2img.sd35l_tiny.euler.normal.d0.6.photo.0": (FOX, BLURRY, "photo", None, 120, 6, 0.6),
