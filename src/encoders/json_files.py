@@ -93,7 +93,7 @@ def parse_json(
     return value
 
 
-def described(value: Any) -> str:
+def described(value: object) -> str:
     """What kind of JSON value this is and how it begins, for an error: `the string "abc"`, `an array`."""
     if isinstance(value, dict | list):
         return _NAMES[type(value)]

@@ -244,7 +244,7 @@ def _clip_model(files: TokenizerFiles, unk_token: str) -> BPE:
         return BPE(vocabulary, merges, end_of_word_suffix="</w>", unk_token=unk_token)
 
 
-def _model(content: Mapping[str, Any]) -> dict[str, Any]:
+def _model(content: Mapping[str, object]) -> dict[str, Any]:
     model: dict[str, Any] = expect(content.get("model"), dict, "model")
     return model
 
@@ -304,7 +304,7 @@ def _varint(message: memoryview) -> tuple[int, memoryview]:
     return sum((byte & 0x7F) << 7 * i for i, byte in enumerate(message[:size])), message[size:]
 
 
-def _check_fixed(files: TokenizerFiles, fixed: Mapping[str, Any]) -> None:
+def _check_fixed(files: TokenizerFiles, fixed: Mapping[str, object]) -> None:
     """Refuse a tokenizer_config.json that asks for something else than this code computes, and a wrong length."""
     stated = files.json("tokenizer_config.json")
     for name, value in fixed.items():
@@ -349,7 +349,7 @@ def _special_tokens(files: TokenizerFiles, defaults: Mapping[str, str]) -> tuple
     return {role: token.content for role, token in named.items()}, added
 
 
-def _id(token: Any) -> int:
+def _id(token: object) -> int:
     index: int = expect(expect(token, dict, "an added token").get("id"), int, "the id of an added token")
     return index
 
@@ -360,7 +360,7 @@ def _declared_id(key: str) -> int:
     return int(key[:20])
 
 
-def _added_token(value: Any, special: bool = True) -> AddedToken:
+def _added_token(value: object, special: bool = True) -> AddedToken:
     """A token from its text or from an object with its text and flags."""
     entry = {"content": value} if isinstance(value, str) else expect(value, dict, "an added token")
     if not expect(entry.get("content"), str, "the content of an added token"):

@@ -99,7 +99,7 @@ def require(root: Path, needs: Mapping[str, Needs]) -> None:
         )
 
 
-def expect(value: Any, kind: type | tuple[type, ...], what: str) -> Any:
+def expect(value: object, kind: type | tuple[type, ...], what: str) -> Any:
     """Return a value from a file, or raise ValueError that names it unless it has the kind; true is no number."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         names = {dict: "an object", list: "an array", str: "a string", int: "a whole number", bool: "true or false"}
@@ -119,7 +119,7 @@ def checked_tokens(tokens: Sequence[Any], what: str, most: int = MAX_TOKENS) -> 
         raise ValueError(f"the tokens of {what} have {total} characters, {MAX_TEXT} are the most")
 
 
-def checked_vocabulary(value: Any) -> dict[str, int]:
+def checked_vocabulary(value: object) -> dict[str, int]:
     """A vocabulary {token: id} whose ids are 0 .. n - 1, each once; raises ValueError for everything else."""
     vocabulary: dict[str, int] = expect(value, dict, "vocab")
     checked_tokens(list(vocabulary), "vocab")
@@ -130,7 +130,7 @@ def checked_vocabulary(value: Any) -> dict[str, int]:
     return vocabulary
 
 
-def checked_merges(rows: Sequence[Any]) -> list[tuple[str, str]]:
+def checked_merges(rows: Sequence[object]) -> list[tuple[str, str]]:
     """The merges of a BPE model as pairs, from "a b" or ["a", "b"]; raises ValueError for everything else."""
     if len(rows) > MAX_TOKENS:
         raise ValueError(f"there are {len(rows)} merges, {MAX_TOKENS} are the most")

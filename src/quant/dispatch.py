@@ -11,10 +11,10 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 OPERATIONS: dict[Any, Callable[..., Any]] = {}
 
 
-def implements(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def implements(*functions: object) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter the decorated function into `OPERATIONS` under these operations of aten."""
 
-    def register(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def register(operation: Callable[..., object]) -> Callable[..., Any]:
         OPERATIONS.update(dict.fromkeys(functions, operation))
         return operation
 

@@ -200,7 +200,7 @@ def _unsqueeze(func: Any, x: Float8Tensor, dim: int) -> Float8Tensor:
 
 
 @implements(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
-def _squeeze(func: Any, x: Float8Tensor, dims: int | Sequence[int] | None = None) -> Float8Tensor:
+def _squeeze(func: object, x: Float8Tensor, dims: int | Sequence[int] | None = None) -> Float8Tensor:
     wanted = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
     ones = [dim for dim in wanted if x.ndim and x.shape[dim] == 1]  # torch lets squeeze(0) of a scalar pass
     scale = aten.squeeze.dims(x.scale, ones) if x.scale.ndim else x.scale
@@ -223,7 +223,9 @@ def _expand(func: Any, x: Float8Tensor, size: Sequence[int], **kwargs: Any) -> F
 
 
 @implements(aten.as_strided.default)
-def _as_strided(func: Any, x: Float8Tensor, size: Sequence[int], stride: Sequence[int], offset: Any = None) -> Tensor:
+def _as_strided(
+    func: object, x: Float8Tensor, size: Sequence[int], stride: Sequence[int], offset: object = None
+) -> Tensor:
     """The tensor itself, as FSDP and compiled code ask for it; other strides would mix rows."""
     if (tuple(size), tuple(stride), offset or 0) != (tuple(x.shape), x.stride(), 0):
         raise NotImplementedError(f"{func} of a Float8Tensor to another shape; use view, transpose or slices")
@@ -241,7 +243,7 @@ def _cut(func: Any, x: Float8Tensor, dim: int = 0, *where: Any, **kwargs: Any) -
 
 
 @implements(aten.unbind.int)
-def _unbind(func: Any, x: Float8Tensor, dim: int = 0) -> list[Float8Tensor]:
+def _unbind(func: object, x: Float8Tensor, dim: int = 0) -> list[Float8Tensor]:
     return [_cut(aten.select.int, x, dim, i) for i in range(x.shape[dim])]
 
 
@@ -275,7 +277,7 @@ def _taken(x: Float8Tensor, take: Callable[[Tensor], Tensor], scale: Callable[[T
 
 
 @implements(aten.embedding.default)
-def _embedding(func: Any, weight: Tensor, indices: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _embedding(func: object, weight: Tensor, indices: Tensor, *args: object, **kwargs: object) -> Tensor:
     """The dequantized rows, as a Linear gives plain values."""
     if not isinstance(weight, Float8Tensor) or weight.ndim != 2:
         raise NotImplementedError("embedding with a Float8Tensor takes a float8 matrix and plain indices")
@@ -310,7 +312,7 @@ def _split(func: Any, x: Float8Tensor, sizes: Any, dim: int = 0) -> list[Float8T
 
 
 @implements(aten.stack.default)
-def _stack(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Float8Tensor:
+def _stack(func: object, tensors: Sequence[Tensor], dim: int = 0) -> Float8Tensor:
     return _cat(aten.cat.default, [tensor.unsqueeze(dim) for tensor in tensors], dim)
 
 
@@ -385,7 +387,7 @@ def _like(into: Float8Tensor, source: Tensor) -> Float8Tensor:
 
 
 @implements(aten.equal.default)
-def _equal(func: Any, a: Tensor, b: Tensor) -> bool:
+def _equal(func: object, a: Tensor, b: Tensor) -> bool:
     """Whether qdata, scales, recipe and logical dtype are the same."""
     if not (isinstance(a, Float8Tensor) and isinstance(b, Float8Tensor)):
         return False

@@ -52,7 +52,7 @@ _ANY_UNREAD: Final = re.compile("|".join(pattern.pattern for pattern, _ in _UNRE
 def unread_quantization(
     dtypes: Mapping[str, torch.dtype],
     metadata: Mapping[str, str] | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, object] | None = None,
 ) -> str:
     """What quantization a file has that is not read here: one sentence that names it, or "" where it has none.
 
@@ -93,7 +93,7 @@ def _unread_layers(metadata: Mapping[str, str]) -> str:
     return ""
 
 
-def _unread_config(config: Mapping[str, Any]) -> str:
+def _unread_config(config: Mapping[str, object]) -> str:
     said = config.get("quantization_config")
     if said is None:
         return ""

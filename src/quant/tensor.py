@@ -118,7 +118,7 @@ class Float8Tensor(Tensor):
             raise ValueError(f"dequantize gives {', '.join(map(str, LOGICAL))}; got {dtype}")
         return values_of(self.qdata, self.scale, self.recipe.format, dtype or self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         recipe = self.recipe
         static = "" if self.input_scale is None else ", static input scale"
         return (
@@ -167,20 +167,20 @@ class Float8Tensor(Tensor):
         """Whether qdata and scales are in shared memory."""
         return all(part.is_shared() for part in self._parts)
 
-    def pin_memory(self, device: Any = None) -> Float8Tensor:
+    def pin_memory(self, device: object = None) -> Float8Tensor:
         """A copy in page-locked memory, from where copies to a GPU are fast."""
         return self._map(lambda part: part.pin_memory())
 
-    def is_pinned(self, device: Any = None) -> bool:
+    def is_pinned(self, device: object = None) -> bool:
         """Whether qdata and scales are in page-locked memory."""
         return all(part.is_pinned() for part in self._parts)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         """Pickle qdata as bytes, because pickle knows no float8."""
         parts = (self.qdata.view(torch.uint8), self.scale, self.input_scale, self.recipe, self.dtype)
         return _rebuilt, (*parts, self.snr, isinstance(self, nn.Parameter), self._shares_scale, self._is_part)
 
-    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+    def __dlpack__(self, *args: object, **kwargs: object) -> Any:
         """Refuse: no memory holds the values.
 
         Raises:
@@ -207,7 +207,7 @@ class Float8Tensor(Tensor):
         parts = [(tuple(part.shape), part.stride(), part.dtype, part.device) for part in self._parts]
         return repr((_source(), self.recipe, self.dtype, parts))
 
-    def _replace(self, **parts: Any) -> Float8Tensor:
+    def _replace(self, **parts: object) -> Float8Tensor:
         """A new tensor in which `parts` replace its own."""
         mine = {name: getattr(self, name) for name in ("qdata", "scale", "input_scale", "recipe", "dtype")}
         return Float8Tensor(**(mine | parts))

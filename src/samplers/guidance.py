@@ -44,8 +44,8 @@ class Weaker:
 
 def guide(
     predict: Predict,
-    cond: Any,
-    uncond: Any,
+    cond: object,
+    uncond: object,
     mix: Mix,
     *,
     window: Window = ALWAYS,
@@ -90,7 +90,7 @@ def guide(
     return guided
 
 
-def cfg(predict: Predict, cond: Any, uncond: Any, scale: float) -> Guide:
+def cfg(predict: Predict, cond: object, uncond: object, scale: float) -> Guide:
     """Return plain classifier-free guidance, see `guide` and `plain`."""
     return guide(predict, cond, uncond, plain(scale))
 

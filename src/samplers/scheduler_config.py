@@ -266,7 +266,7 @@ def _word(config: Config, key: str, default: str, known: tuple[str, ...]) -> str
     return str(value)
 
 
-def _refuse(config: Config, key: str, *same: Any) -> None:
+def _refuse(config: Config, key: str, *same: object) -> None:
     """Raise ValueError unless the key is missing or one of these values, which change nothing."""
     if key in config and not any(config[key] == value and type(config[key]) is type(value) for value in same):
         raise ValueError(f"{key} is {shown(config[key])}, which has no equal here; expected {shown(same[0])}")

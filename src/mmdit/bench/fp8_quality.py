@@ -179,7 +179,7 @@ def pictures_of(pipe: Pipeline, texts: Sequence[str], scored: int, batch: int, p
     return Drawn(pictures, [verdict for future in waiting for verdict in future.result()], found)
 
 
-def _scored(pictures: Any, texts: list[str]) -> list[dict[Any, bool]]:
+def _scored(pictures: object, texts: list[str]) -> list[dict[Any, bool]]:
     return score_batch(torch.from_numpy(pictures).float() / 255, texts)
 
 

@@ -111,7 +111,7 @@ def ours(
 
 
 def theirs(
-    config: MMDiTConfig, *, float8: bool, compiled: bool, device: Any, dtype: torch.dtype, tuned: bool = False
+    config: MMDiTConfig, *, float8: bool, compiled: bool, device: object, dtype: torch.dtype, tuned: bool = False
 ) -> Built:
     """diffusers' transformer with random weights.
 

@@ -196,7 +196,7 @@ def _rows(
     against: Sequence[str],
     compiled: bool,
     fast: bool,
-    device: Any,
+    device: object,
     dtype: torch.dtype,
 ) -> Iterator[tuple[str, Build]]:
     word = str(dtype).removeprefix("torch.")

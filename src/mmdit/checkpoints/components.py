@@ -78,7 +78,7 @@ class ModelKind:
         """Make the kind a family of its own where none is given."""
         object.__setattr__(self, "family", self.family or self.component)
 
-    def config_of(self, shapes: config_json.Shapes, said: Mapping[str, Any], *, own: bool = False) -> Any:
+    def config_of(self, shapes: config_json.Shapes, said: Mapping[str, object], *, own: bool = False) -> Any:
         """The config of a model, from its shapes and, for what shapes cannot say, from its config.json.
 
         Args:
@@ -265,7 +265,7 @@ _ROWS = (
 REGISTRY: dict[Component, ModelKind] = {row.component: row for row in _ROWS}
 
 
-def to_diffusers(component: Component, config: Any) -> dict[str, Any]:
+def to_diffusers(component: Component, config: object) -> dict[str, Any]:
     """The config.json of a component as diffusers and transformers write it."""
     return REGISTRY[component].to_json(config)
 

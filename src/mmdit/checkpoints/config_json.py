@@ -39,12 +39,12 @@ def vae_config(shapes: Shapes, said: Mapping[str, Any]) -> VAEConfig:
     )
 
 
-def clip_l_config(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
+def clip_l_config(shapes: Shapes, said: Mapping[str, object]) -> CLIPConfig:
     """The config of CLIP-L, whose official file has no projection."""
     return _clip_config(shapes, said, "quick_gelu", 768, "CLIP-L", {1280: "CLIP-G"})
 
 
-def clip_g_config(shapes: Shapes, said: Mapping[str, Any]) -> CLIPConfig:
+def clip_g_config(shapes: Shapes, said: Mapping[str, object]) -> CLIPConfig:
     """The config of CLIP-G, whose projected output is half of the pooled text vector.
 
     Raises:
@@ -77,7 +77,7 @@ def _clip_config(
     return config
 
 
-def t5_config(shapes: Shapes, said: Mapping[str, Any]) -> T5Config:
+def t5_config(shapes: Shapes, said: Mapping[str, object]) -> T5Config:
     """The config of a T5 encoder, which follows from shapes alone."""
     return T5Config.from_shapes(shapes)
 
@@ -102,7 +102,7 @@ def check_shapes(shapes: Shapes, dimensions: Mapping[str, int]) -> None:
             raise ValueError(f"{odd[0]} has shape {list(shapes[odd[0]])}, expected {sides} dimensions")
 
 
-def check_entries(title: str, said: Mapping[str, Any], classes: Sequence[str]) -> None:
+def check_entries(title: str, said: Mapping[str, object], classes: Sequence[str]) -> None:
     """Check the entries of a config.json that are used without a check against tensors, and the class that it names.
 
     Raises:
@@ -122,7 +122,7 @@ def check_entries(title: str, said: Mapping[str, Any], classes: Sequence[str]) -
         )
 
 
-def check_agree(title: str, said: Mapping[str, Any], found: Mapping[str, Any], own: Shapes | None) -> None:
+def check_agree(title: str, said: Mapping[str, object], found: Mapping[str, object], own: Shapes | None) -> None:
     """Check that a config.json agrees with the tensors; entries that it lacks are not checked.
 
     Args:
@@ -160,15 +160,15 @@ def check_agree(title: str, said: Mapping[str, Any], found: Mapping[str, Any], o
         )
 
 
-def _projection_dim(said: Mapping[str, Any], own: Shapes) -> Any:
+def _projection_dim(said: Mapping[str, object], own: Shapes) -> Any:
     return said.get("projection_dim", own[_PROJECTION][0])
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

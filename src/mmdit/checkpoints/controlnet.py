@@ -105,7 +105,7 @@ def _joint_block(i: int) -> Iterator[Rename]:
         yield replace(rule, ours=rule.ours.replace("joint_blocks.", "transformer_blocks.", 1))
 
 
-def control_config(shapes: Shapes, said: Mapping[str, Any]) -> ControlNetConfig:
+def control_config(shapes: Shapes, said: Mapping[str, object]) -> ControlNetConfig:
     """The config of a net; config.json says how the pooled text vector was fed in training, and what the hint is.
 
     Raises:

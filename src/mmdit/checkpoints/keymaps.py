@@ -279,18 +279,18 @@ def write_transformers_clip(tensors: Tensors, config: Any) -> Tensors:
     return tensors | {_PROJECTION: LazyTensor.of(torch.eye(config.width, dtype=torch.float32)).as_dtype(dtype)}
 
 
-def write_unchanged(tensors: Tensors, config: Any) -> Tensors:
+def write_unchanged(tensors: Tensors, config: object) -> Tensors:
     """The tensors of a model whose official file has the same names."""
     return dict(tensors)
 
 
-def write_official_clip_l(tensors: Tensors, config: Any) -> Tensors:
+def write_official_clip_l(tensors: Tensors, config: object) -> Tensors:
     """The tensors of CLIP-L as in the official file: a projection that is the identity is left out."""
     without = {key: lazy for key, lazy in tensors.items() if key != _PROJECTION}
     return without if _PROJECTION in tensors and _is_identity(tensors[_PROJECTION]) else dict(tensors)
 
 
-def write_official_t5(tensors: Tensors, config: Any) -> Tensors:
+def write_official_t5(tensors: Tensors, config: object) -> Tensors:
     """The tensors of T5 as in the official file, which holds the token embedding twice."""
     return tensors | {_T5_EMBEDDING_TWIN: tensors[_T5_EMBEDDING]}
 

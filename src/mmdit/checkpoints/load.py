@@ -207,7 +207,7 @@ def open_model(found: Found, component: Component) -> StoredModel:
     return StoredModel(component, source, tensors, config, scales, stored_as, tuple(notes))
 
 
-def _together(said: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def _together(said: Mapping[str, object], more: Mapping[str, object]) -> dict[str, Any]:
     """The entries of config.json and those that tensors hold, which may not contradict each other."""
     for name, value in more.items():
         if said.get(name, value) not in (None, value):

@@ -103,7 +103,7 @@ class HeaderScales:
         uses_root = self.entries.get(f"{component}.use_rslora") is True  # arXiv 2312.03732
         return float(alpha) / (sqrt(rank) if uses_root else rank)
 
-    def _by_pattern(self, component: str, module: str, field: str, default: Any) -> Any:
+    def _by_pattern(self, component: str, module: str, field: str, default: object) -> Any:
         patterns = self.entries.get(f"{component}.{field}") or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(f"{self.source}: {HEADER} has {field} {described(patterns)}; expected an object")

@@ -240,7 +240,7 @@ def _parsed(path: Path, text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     return header, metadata
 
 
-def _entry(path: Path, key: str, value: Any, start: int) -> Entry:
+def _entry(path: Path, key: str, value: object, start: int) -> Entry:
     where = f"{path}: {printable(key, 200)!r}"
     sides, span = (value.get(name) if isinstance(value, dict) else None for name in ("shape", "data_offsets"))
     if not isinstance(value, dict) or not isinstance(sides, list) or not isinstance(span, list) or "dtype" not in value:
@@ -271,7 +271,7 @@ def _entry(path: Path, key: str, value: Any, start: int) -> Entry:
     return Entry(dtype, tuple(sides), start + begin, start + end)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return printable(repr(value), 120)
 
 

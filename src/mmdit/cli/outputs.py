@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 from PIL import Image
 
@@ -48,8 +47,8 @@ class Output:
         self,
         name: Iterator[Path],
         image: Image.Image,
-        settings: Mapping[str, Any],
-        workflow: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object],
+        workflow: Mapping[str, object] | None = None,
     ) -> Path:
         """Write a picture to the next of `names`, which is an iterator over them; errors name the file."""
         path = next(path for path in name if _claimed(path)) if self.keep else next(name)

@@ -118,7 +118,7 @@ class Journal:
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def row(self, stage: str, **values: Any) -> None:
+    def row(self, stage: str, **values: object) -> None:
         """Write one row, and the same as a line; a number that is not finite stops the run.
 
         Raises:
@@ -132,7 +132,7 @@ class Journal:
             raise FloatingPointError(f"{stage}: {', '.join(bad)} is not finite; resume from the last saved state")
 
 
-def save_whole(value: Any, path: Path) -> None:
+def save_whole(value: object, path: Path) -> None:
     """torch.save under a random name first, so that a killed run leaves the old file or the new one."""
     with replacing(path) as part, part.open("wb") as file:  # torch.save takes no name that begins with a dot
         torch.save(value, file)
@@ -143,5 +143,5 @@ def mean_of(values: Iterable[Tensor]) -> float:
     return float(torch.stack(list(values)).mean())
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

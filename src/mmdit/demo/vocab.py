@@ -66,7 +66,7 @@ def write_tokenizers(folder: str | Path) -> None:
     _write_t5(Path(folder, "tokenizer_3"))
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -149,7 +149,7 @@ class _Recorder:
         self.now: _Running | None = None  # the pass that is recorded
         self.known: tuple[Conditioning, list[dict[Encoder, Mix]]] | None = None  # computed for the last conditioning
 
-    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         """Begin a run of the transformer."""
         self.now = None
         if is_repeated():

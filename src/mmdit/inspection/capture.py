@@ -157,7 +157,7 @@ class _Recorder:
         running = all(name in self.reducers and self.reducers[name].running for name in needed)
         check_drawing(needed, steps, self.kept, self.budget, running=running)
 
-    def began(self, entry: nn.Module, given: tuple[Any, ...], tracker: Tracker) -> None:
+    def began(self, entry: nn.Module, given: tuple[object, ...], tracker: Tracker) -> None:
         """Before a call of a model, check the size that it adds against the budget."""
         if is_repeated():
             return

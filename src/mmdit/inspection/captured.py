@@ -301,7 +301,7 @@ class _Reader:
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self.tensors, self.used = tensors, set[str]()
 
-    def captured(self, about: Mapping[str, Any]) -> Captured:
+    def captured(self, about: Mapping[str, object]) -> Captured:
         names = [_typed(name, str, "a name") for name in _typed(about.get("names"), list, "names")]
         found = Captured(names, one_branch=_typed(about.get("one_branch"), bool, "one_branch"))
         for one in _typed(about.get("series"), list, "series"):
@@ -334,7 +334,7 @@ class _Reader:
                 raise _BrokenError(f"a value of {name!r} has shape {list(shape)}, and its labels are for {wanted}")
         return name, Series(axes, labels, running, reduced, entries)
 
-    def entry(self, name: str, number: int, row: Any) -> Entry:
+    def entry(self, name: str, number: int, row: object) -> Entry:
         label, samples = _row(row, 2, f"an entry of {name!r}")
         run, step, call, sigma, branch = _row(label, 5, f"a label of {name!r}")
         run, step, call = (_typed(one, int, f"a number of {name!r}") for one in (run, step, call))
@@ -355,7 +355,7 @@ class _Reader:
 Kind = TypeVar("Kind")
 
 
-def _typed(value: Any, kind: type[Kind], what: str) -> Kind:
+def _typed(value: object, kind: type[Kind], what: str) -> Kind:
     if type(value) is not kind:
         raise _BrokenError(f"{what} should be of type {kind.__name__}, but is {_short(value)}")
     return value
@@ -367,7 +367,7 @@ def _row(value: Any, length: int, what: str) -> list[Any]:
     return value
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return _cut(repr(value), 60)
 
 
@@ -375,14 +375,14 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def _written(label: Any) -> Any:
+def _written(label: object) -> Any:
     """A label in the form of JSON, without tuples and with infinite numbers as text."""
     if isinstance(label, tuple):
         return [_written(one) for one in label]
     return str(label) if isinstance(label, float) and not math.isfinite(label) else label
 
 
-def _read(label: Any) -> Any:
+def _read(label: object) -> Any:
     """A label that `_written` wrote."""
     if isinstance(label, list):
         return tuple(_read(one) for one in label)

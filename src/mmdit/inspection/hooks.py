@@ -255,14 +255,14 @@ def _place(target: Target) -> tuple[int, str, Side]:
 
 
 def _track(entry: nn.Module, tracker: Tracker, began: Began | None) -> Iterator[Hook]:
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         given = (*args, *kwargs.values())
         context = given[2] if isinstance(entry, MMDiT | ControlNet) else None
         tracker.enter(given[0].shape[0], 0 if context is None else context.shape[1])
         if began is not None:
             began(entry, given, tracker)
 
-    def after(*_: Any) -> None:
+    def after(*_: object) -> None:
         tracker.leave()
 
     yield Hook(entry, "input", before, first=True)
@@ -280,11 +280,11 @@ class _Look:
             self.handle(target, passing, self.tracker)
         return passing
 
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> Any:
         passing = self.see(Passing(self.module, args, kwargs))
         return (passing.args, dict(passing.kwargs)) if passing.changed else None
 
-    def after(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any], output: object) -> Any:
         passing = self.see(Passing(self.module, args, kwargs, output))
         return passing.output if passing.changed else None
 

@@ -59,7 +59,7 @@ class Labelled:
         known = dict(self.axes) | {note: labels for note, (_, labels) in self.notes.items()}
         return pick(known, name, "dimension")
 
-    def sel(self, **wanted: Any) -> Labelled:
+    def sel(self, **wanted: object) -> Labelled:
         """Select by label: a list or tuple keeps the dimension, a single label (of one index) drops it.
 
         `found.sel(step=3, branch="cond")`, `found.sel(token=[2, 5])`; notes work too: `found.sel(call=0)`.
@@ -101,7 +101,7 @@ class Labelled:
         return {note: value for note, value in self.notes.items() if value[0] != dim}
 
 
-def _shown(labels: Sequence[Any]) -> str:
+def _shown(labels: Sequence[object]) -> str:
     """Labels as text of one line: all of them if they are few, otherwise the first and the last ones."""
     texts = [f"{label:.4g}" if isinstance(label, float) else str(label) for label in labels]
     return ", ".join(texts if len(texts) <= 8 else [*texts[:3], "...", texts[-1]])

@@ -23,8 +23,8 @@ _MARKERS = "osD^vPX*"
 
 
 def heat_maps(
-    picture: Any,
-    maps: Mapping[str, Any],
+    picture: object,
+    maps: Mapping[str, object],
     *,
     label: str = "share of a patch's attention",
     columns: int = 6,
@@ -62,11 +62,11 @@ def heat_maps(
 
 
 def layer_step_grid(
-    values: Any,
+    values: object,
     *,
     label: str,
-    steps: Sequence[Any] | None = None,
-    layers: Sequence[Any] | None = None,
+    steps: Sequence[object] | None = None,
+    layers: Sequence[object] | None = None,
     title: str = "",
     across: str = "step",
     down: str = "block",
@@ -120,7 +120,7 @@ def lora_norms(norms: Mapping[str, Any], *, relative: bool = True, title: str = 
 
 
 def head_grid(
-    maps: Any,
+    maps: object,
     *,
     label: str = "share of a patch's attention",
     columns: int = 8,
@@ -152,7 +152,7 @@ def head_grid(
     return figure
 
 
-def spectra(values: Mapping[str, Any], *, label: str = "singular value", relative: bool = True) -> Figure:
+def spectra(values: Mapping[str, object], *, label: str = "singular value", relative: bool = True) -> Figure:
     """Singular values, from the largest to the smallest.
 
     Args:
@@ -177,11 +177,11 @@ def spectra(values: Mapping[str, Any], *, label: str = "singular value", relativ
 
 
 def error_by_layer(
-    values: Mapping[str, Any],
+    values: Mapping[str, object],
     *,
     label: str,
-    layers: Sequence[Any] | None = None,
-    intervals: Mapping[str, Any] | None = None,
+    layers: Sequence[object] | None = None,
+    intervals: Mapping[str, object] | None = None,
     log: bool = False,
     across: str = "block",
 ) -> Figure:
@@ -277,7 +277,7 @@ def _styles(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def _ticks(axis: Axes, which: str, label: str, names: Sequence[Any] | None, count: int) -> None:
+def _ticks(axis: Axes, which: str, label: str, names: Sequence[object] | None, count: int) -> None:
     """Label an axis of places; of many, every n-th."""
     if names is not None and len(names) != count:
         raise ValueError(f"{len(names)} names for {count} places of {label!r}")
@@ -294,7 +294,7 @@ def _some(values: Any, what: str) -> Any:
     return values
 
 
-def _array(values: Any, dimensions: int, what: str) -> NDArray[np.float64]:
+def _array(values: object, dimensions: int, what: str) -> NDArray[np.float64]:
     """Any tensor or list as float numbers."""
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
@@ -307,7 +307,7 @@ def _array(values: Any, dimensions: int, what: str) -> NDArray[np.float64]:
     return array
 
 
-def _picture(picture: Any) -> NDArray[np.float64]:
+def _picture(picture: object) -> NDArray[np.float64]:
     """[h, w, 3] in [0, 1]."""
     whole = not hasattr(picture, "detach") and np.asarray(picture).dtype == np.uint8
     whole = whole or str(getattr(picture, "dtype", "")) == "torch.uint8"

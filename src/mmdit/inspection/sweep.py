@@ -78,7 +78,7 @@ def _places(
     return {target.name: [target.name] for target in selected(model, patterns)}
 
 
-def _measured(result: Any) -> Tensor:
+def _measured(result: object) -> Tensor:
     """The result of `run` as a tensor on the CPU."""
     try:
         return torch.as_tensor(result).detach().cpu()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +27,8 @@ _FLOAT32 = float(torch.finfo(torch.float32).eps)  # sums, schedules, sinusoids a
 
 @torch.no_grad()
 def compare(
-    a: Any,
-    b: Any,
+    a: object,
+    b: object,
     prompt: str,
     negative_prompt: str = "",
     *,

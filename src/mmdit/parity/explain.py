@@ -141,7 +141,7 @@ def _models(a: Side, b: Side, component: Component) -> Iterator[str]:
     yield from _weights(component, a.weights(component), b.weights(component), _eps(a, b, component))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -142,7 +142,7 @@ def _sum(first: Stage, more: Sequence[Stage], prefix: str) -> Stage:
     return replace(first, name=name, **largest)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     """The value with None for numbers that are not finite, because JSON has no infinity."""
     if isinstance(value, Mapping):
         return {key: _finite(one) for key, one in value.items()}

@@ -231,11 +231,11 @@ class TheirSide(Side):
         pipe, scheduler, job = self.pipe, self.pipe.scheduler, run.job
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
-        def tapped_timesteps(*args: Any, **kwargs: Any) -> None:
+        def tapped_timesteps(*args: object, **kwargs: object) -> None:
             set_timesteps(*args, **kwargs)
             scheduler.sigmas = run.tap("sigmas", scheduler.sigmas)
 
-        def tapped_step(velocity: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def tapped_step(velocity: Tensor, timestep: object, sample: Tensor, *args: object, **kwargs: object) -> Any:
             wide = torch.promote_types(sample.dtype, torch.float32)
             run.in_step("guided")(sample.to(wide) - scheduler.sigmas[run.step] * velocity.to(wide))
             return step(velocity, timestep, sample, *args, **kwargs)
@@ -282,7 +282,7 @@ class TheirSide(Side):
         return int(getattr(self.pipe, _THEIR_TOKENIZERS[encoder]).eos_token_id)
 
 
-def side_of(pipe: Any) -> Side:
+def side_of(pipe: object) -> Side:
     """The pipeline as a side of a comparison.
 
     Raises:
@@ -302,5 +302,5 @@ def _lazy(model: nn.Module) -> dict[str, LazyTensor]:
     return {key: LazyTensor.of(value) for key, value in model.state_dict().items() if not UNUSED.fullmatch(key)}
 
 
-def _array(picture: Any) -> Tensor:
+def _array(picture: object) -> Tensor:
     return torch.from_numpy(np.array(picture))

@@ -92,7 +92,7 @@ def _first_bad(model: nn.Module) -> Iterator[list[str]]:
     found: list[str] = []
 
     def watch(name: str) -> After:
-        def hook(module: nn.Module, _: tuple[Any, ...], __: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, _: tuple[object, ...], __: dict[str, Any], output: object) -> None:
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
                 found.append(name or type(module).__name__)

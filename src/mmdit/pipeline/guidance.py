@@ -152,7 +152,7 @@ class Guidance:
         own = self.of(profile)
         now = [math.nan]  # the noise level, which a guidance function is told
 
-        def noting(x: Tensor, sigma: float, branches: Sequence[Any]) -> list[Tensor]:
+        def noting(x: Tensor, sigma: float, branches: Sequence[object]) -> list[Tensor]:
             now[:] = [sigma]
             return predict(x, sigma, branches)
 
@@ -325,11 +325,11 @@ def _check_order(start: float, stop: float) -> None:
         raise ValueError(f"skip_layer_guidance_start {start} is after skip_layer_guidance_stop {stop}")
 
 
-def _written(value: Any) -> str:
+def _written(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _read(word: str, text: str, kind: Any) -> Any:
+def _read(word: str, text: str, kind: object) -> Any:
     """Parse the value of a field of this type."""
     parts = get_args(kind)
     try:

@@ -216,7 +216,7 @@ def at_size(one: Picture, size: PictureSize, profile: Profile) -> Float[Tensor, 
     return resize(one.pixels.movedim(1, -1), height=size.height, width=size.width, filter="lanczos").movedim(-1, 1)
 
 
-def _latents_in(image: Any, channels: int) -> Tensor | None:
+def _latents_in(image: object, channels: int) -> Tensor | None:
     """The argument `image` where it is a tensor [b, c, h, w] or [c, h, w] with the channels of latents."""
     if not isinstance(image, Tensor) or image.ndim not in (3, 4) or image.shape[-3] != channels:
         return None
@@ -224,7 +224,7 @@ def _latents_in(image: Any, channels: int) -> Tensor | None:
     return image if image.ndim == 4 else image.unsqueeze(0)
 
 
-def _each(name: str, given: Any) -> list[tuple[str, Any]]:
+def _each(name: str, given: object) -> list[tuple[str, Any]]:
     """Pictures one by one, each with its name for errors."""
     if not isinstance(given, list | tuple):
         return [(name, given)]
@@ -233,7 +233,7 @@ def _each(name: str, given: Any) -> list[tuple[str, Any]]:
     return [pair for i, one in enumerate(given) for pair in _each(f"{name}[{i}]", one)]
 
 
-def pictures_of(argument: str, given: Any) -> list[Picture]:
+def pictures_of(argument: str, given: object) -> list[Picture]:
     """The argument of this name, which holds pictures, one by one."""
     found: list[Picture] = []
     for name, one in _each(argument, given):
@@ -242,7 +242,7 @@ def pictures_of(argument: str, given: Any) -> list[Picture]:
     return found
 
 
-def masks_of(given: Any, argument: str = "mask_image") -> list[Picture]:
+def masks_of(given: object, argument: str = "mask_image") -> list[Picture]:
     """The argument of this name, one mask for each picture or for all."""
     found: list[Picture] = []
     for name, one in _each(argument, given):
@@ -254,7 +254,7 @@ def masks_of(given: Any, argument: str = "mask_image") -> list[Picture]:
     return found
 
 
-def _as_pictures(given: Any, loaded: Float[Tensor, "b c h w"]) -> list[Picture]:
+def _as_pictures(given: object, loaded: Float[Tensor, "b c h w"]) -> list[Picture]:
     path = given if isinstance(given, str | Path) else getattr(given, "filename", "")
     name = Path(path).name if isinstance(path, str | Path) else ""
     from_pillow = not isinstance(given, np.ndarray | Tensor)

@@ -229,7 +229,7 @@ def save_png(
     path: str | Path,
     settings: Settings | Mapping[str, Any],
     *,
-    workflow: Mapping[str, Any] | None = None,
+    workflow: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a picture with its settings; it appears under its name only when it is complete.
 
@@ -315,7 +315,7 @@ def _types() -> dict[str, tuple[type, ...]]:
     return {name: (*kind, int) if float in kind else kind for name, kind in kinds.items()}
 
 
-def _mistakes(values: Mapping[str, Any]) -> list[str]:
+def _mistakes(values: Mapping[str, object]) -> list[str]:
     return [said for name, value in values.items() if (said := _mistake(name, value, _types()[name]))]
 
 
@@ -345,7 +345,7 @@ def _shown(value: object) -> str:
         return f"a long {type(value).__name__}"
 
 
-def _check_version(where: str | Path, settings: Mapping[str, Any]) -> None:
+def _check_version(where: str | Path, settings: Mapping[str, object]) -> None:
     version = settings.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise SettingsError(f"{where}: format_version is {_shown(version)}, expected {FORMAT_VERSION}. {_ORIGINAL}")
@@ -357,7 +357,7 @@ def _check_version(where: str | Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _written(path: Path, settings: Mapping[str, Any]) -> str:
+def _written(path: Path, settings: Mapping[str, object]) -> str:
     for name, value in settings.items():
         try:
             back = _parsed(json.dumps({name: value}, allow_nan=False, sort_keys=True))
@@ -368,7 +368,7 @@ def _written(path: Path, settings: Mapping[str, Any]) -> str:
     return json.dumps(dict(settings), allow_nan=False, sort_keys=True)
 
 
-def _odd(name: object, value: Any) -> str:
+def _odd(name: object, value: object) -> str:
     return f"{_shown(name)} is {_shown(value)}, which JSON does not keep"
 
 

@@ -42,7 +42,7 @@ def checked(run: Callable[..., Iterator[Step]], *, guided: bool) -> Callable[...
     known, name = list(takes.parameters)[3:], getattr(run, "__name__", type(run).__name__)
 
     @wraps(run)
-    def solve(*args: Any, **options: Any) -> Iterator[Step]:
+    def solve(*args: object, **options: object) -> Iterator[Step]:
         given = takes.bind(*args, **{key: _option(name, known, key, value) for key, value in options.items()})
         denoise, x, sigmas, *rest = given.args
         return run(_checked_denoise(name, denoise, guided), _latent(x), _levels(sigmas), *rest, **given.kwargs)
@@ -51,7 +51,7 @@ def checked(run: Callable[..., Iterator[Step]], *, guided: bool) -> Callable[...
     return solve
 
 
-def _option(name: str, known: list[str], key: str, value: Any) -> Any:
+def _option(name: str, known: list[str], key: str, value: object) -> Any:
     """Return a keyword argument, its number as Python's own."""
     if key in known:
         return _OPTIONS[key](key, value) if key in _OPTIONS else value
@@ -60,7 +60,7 @@ def _option(name: str, known: list[str], key: str, value: Any) -> Any:
     raise TypeError(f"{name} has no option {key!r}; it takes {', '.join(known) if known else 'none'}")
 
 
-def _levels(sigmas: Any) -> Tensor:
+def _levels(sigmas: object) -> Tensor:
     levels = as_levels(sigmas)
     if levels[0] > 1 or levels[-1] < 0:
         raise ValueError(f"sigmas go from {float(levels[0])} to {float(levels[-1])}, expected levels between 1 and 0")
@@ -68,7 +68,7 @@ def _levels(sigmas: Any) -> Tensor:
     return levels
 
 
-def _latent(x: Any) -> Tensor:
+def _latent(x: object) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"x is {shown(x)}, expected the latent to start from, a floating-point tensor")
     if not x.is_floating_point() or x.element_size() < 2 or x.layout != torch.strided:
@@ -76,7 +76,7 @@ def _latent(x: Any) -> Tensor:
     return x
 
 
-def _checked_denoise(name: str, denoise: Any, guided: bool) -> Callable[[Tensor, float], Any]:
+def _checked_denoise(name: str, denoise: object, guided: bool) -> Callable[[Tensor, float], Any]:
     """Return `denoise` with a check of what it returns."""
     if not callable(denoise):
         raise TypeError(f"denoise is {shown(denoise)}, expected a function of a latent and a noise level")
@@ -94,7 +94,7 @@ def _checked_denoise(name: str, denoise: Any, guided: bool) -> Callable[[Tensor,
     return predicted
 
 
-def _noise(name: str, value: Any) -> Any:
+def _noise(name: str, value: object) -> Any:
     if value is not None and not callable(value):
         raise TypeError(f"{name} is {shown(value)}, expected a function of two noise levels, or None")
     return value

@@ -70,7 +70,7 @@ class Solver:
         denoise: Callable[[Tensor, float], Any],
         x: Tensor,
         sigmas: Sequence[float] | np.ndarray | Tensor,
-        **options: Any,
+        **options: object,
     ) -> Iterator[Step]:
         """Return an iterator of the steps; the arguments are checked before the first of them.
 
@@ -221,7 +221,9 @@ def _checked_steps(run: Callable[..., Iterator[Step]]) -> Callable[..., Iterator
     """Return `run` with a check of what it yields."""
 
     @wraps(run)
-    def checked(denoise: Callable[[Tensor, float], Any], x: Tensor, sigmas: Tensor, **options: Any) -> Iterator[Step]:
+    def checked(
+        denoise: Callable[[Tensor, float], Any], x: Tensor, sigmas: Tensor, **options: object
+    ) -> Iterator[Step]:
         name, steps = run.__name__, run(denoise, x, sigmas, **options)
         if not isinstance(steps, Iterator):
             raise TypeError(f"sampler {name} returned {shown(steps)}, expected a generator that yields samplers.Step")
