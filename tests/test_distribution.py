@@ -161,6 +161,13 @@ def test_import_is_lazy():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
+def test_a_first_picture_does_not_load_the_compiler_of_torch():
+    """It takes two seconds; decorators of `torch.compiler` and values on the meta device load it unasked."""
+    draw = "mmdit.Pipeline.demo()('a circle', num_inference_steps=1)"
+    code = f"import sys, mmdit; {draw}; print('torch._dynamo' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
 def test_unknown_attribute():
     import mmdit
 

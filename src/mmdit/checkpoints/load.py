@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from encoders.clip import CLIPText
 from encoders.t5 import T5Encoder
@@ -246,8 +247,20 @@ def model_in_memory(component: Component, model: nn.Module) -> StoredModel:
 def empty(stored: StoredModel) -> nn.Module:
     """The model on the meta device, which has shapes and no values."""
     make: Any = stored.kind.module
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         return make(stored.config)
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: on the meta device it has nothing to fill, and loads torch's compiler for it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def build(stored: StoredModel, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep") -> Any:

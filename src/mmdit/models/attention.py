@@ -182,9 +182,13 @@ class Attend(nn.Module):
     def forward(
         self, q: Float[Tensor, "b n l d"], k: Float[Tensor, "b n m d"], v: Float[Tensor, "b n m d"]
     ) -> Float[Tensor, "b n l d"]:
-        if self.held:
-            return self._stacked(q, k, v)
-        return self.kernel(q, k, v)
+        if not self.held:
+            return self.kernel(q, k, v)
+        if torch.compiler.is_compiling():
+            # Strategies are no part of a graph. As a decorator of the method, `disable` would load the compiler, which
+            # takes two seconds, with every import of this module.
+            return torch.compiler.disable(self._stacked)(q, k, v)
+        return self._stacked(q, k, v)
 
     @property
     def strategies(self) -> tuple[Strategy, ...]:
@@ -194,7 +198,6 @@ class Attend(nn.Module):
         order = {id(one): i if one.rank == Rank.INPUTS else -i for i, one in enumerate(mine)}
         return tuple(sorted(mine, key=lambda one: (one.rank, order[id(one)])))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _stacked(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not (strategies := self.strategies):
             return self.kernel(q, k, v)

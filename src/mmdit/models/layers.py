@@ -160,6 +160,8 @@ def sincos_pos_embed(hidden_size: int, side: int) -> Float[Tensor, "1 l d"]:
     The first half of the channels encodes the column, the second half the row, each as [sin | cos] with
     frequencies 10000**(-i / (hidden_size/4)). Source: Stability-AI/sd3.5 `mmditx.get_2d_sincos_pos_embed`.
     """
+    if torch.get_default_device().type == "meta":  # a shape alone; torch's arange would load its compiler for it
+        return torch.empty(1, side**2, hidden_size)
     index = torch.arange(side, dtype=torch.float64)
     omega = 10000 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
     wave = torch.cat([(index[:, None] * omega).sin(), (index[:, None] * omega).cos()], dim=-1)  # side d/2
