@@ -24,10 +24,12 @@ HOW = {"seed": 7, "num_inference_steps": 2 if QUICK else 14, "max_sequence_lengt
 
 # %%
 lora = mmdit.load_lora(mmdit.OUTLINES)
-print(lora)
+print(*repr(lora).splitlines()[1:], sep="\n")
 
 # %%
 pipe = mmdit.Pipeline.demo()
+# With official weights, this one line changes and nothing else but the LoRA, which is one of theirs:
+# pipe = mmdit.Pipeline.from_pretrained("stabilityai/stable-diffusion-3.5-large", device="cuda", dtype=torch.bfloat16)
 plots.lora_norms(mmdit.lora_norms(lora, pipe.models), title="change over weight")
 
 # %% [markdown]
