@@ -48,9 +48,11 @@ EXAMPLES = """examples:
     mmdit generate --prompts cats.txt -m sd3.5-large/ -o pets/cat.png \\
       --offload stages --vae-tile 256
   a picture of your own, drawn anew where a mask is white:
-    mmdit generate "a red hat" -m sd3.5-large/ --image cat.jpg --mask head.png --strength 0.8
+    mmdit generate "a red hat" -m sd3.5-large/ --image cat.jpg \\
+      --mask head.png --strength 0.8
   64 pixels more at the left and the right:
-    mmdit generate "a cat in a room" -m sd3.5-large/ --image cat.jpg --outpaint 64,0,64,0
+    mmdit generate "a cat in a room" -m sd3.5-large/ --image cat.jpg \\
+      --outpaint 64,0,64,0
   a second pass at one and a half times the size:
     mmdit generate "a cat" -m sd3.5-large/ --hires 1.5
   the same picture again, with its seed and settings but more steps:
