@@ -3,6 +3,7 @@
 Each runs in a process of its own and reports by how much its RssAnon grew at most.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -42,9 +43,9 @@ def measure(name: str, source: Path, target: Path) -> dict:
     from mmdit.checkpoints.locate import locate
 
     assert mmdit.checkpoints.quantize
-    empty(
-        open_model(locate(source), "transformer")
-    )  # imports are not what is measured, and torch has some on first use
+    # Imports are not what is measured, and torch has some on first use: this one with the first subclass of Tensor.
+    importlib.import_module("torch.distributed.tensor")
+    empty(open_model(locate(source), "transformer"))
     stop, peak, before = threading.Event(), [0], anonymous()
     watcher = threading.Thread(target=measure_loading.peak_anonymous, args=(stop, peak))
     watcher.start()
