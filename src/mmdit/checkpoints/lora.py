@@ -1,7 +1,7 @@
-"""LoRA files: read, understood key by key, and checked before anything is changed.
+"""Read LoRA files, interpret every key, and check the file before any weight is changed.
 
-`load_lora` gives a `Lora`: what it patches, how strongly, and which keys it leaves alone and why. The names are those
-of `mmdit.checkpoints.lora_names`, the formulas those of `mmdit.checkpoints.lora_kinds`.
+`load_lora` returns a `Lora`: its patches, their scales, and the unused keys with the reasons. Names are parsed by
+`mmdit.checkpoints.lora_names`, and `mmdit.checkpoints.lora_kinds` contains the formulas.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, read
 _SHOWN: Final = 6  # unused keys in the repr
 _WIDTHS: Final = {2432: "Stable Diffusion 3.5 Large", 1536: "Stable Diffusion 3.5 Medium or Stable Diffusion 3 Medium"}
 _UNET: Final = r"(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]"
-_FOREIGN: Final = (  # LoRAs of other models, by a key of theirs
+_FOREIGN: Final = (  # LoRAs for other models, by a characteristic key
     ("Flux", r"(?:double_blocks|single_blocks|single_transformer_blocks)[._]\d"),
     ("Stable Diffusion XL", rf"{_UNET}.*[._]transformer_blocks[._][1-9]|add_embedding|label_emb"),
     ("Stable Diffusion 1.x or 2", _UNET),
@@ -36,10 +36,11 @@ _FOREIGN: Final = (  # LoRAs of other models, by a key of theirs
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Lora:
-    """What a LoRA file changes; made by `mmdit.load_lora`.
+    """The contents of a LoRA file; made by `mmdit.load_lora`.
 
-    `patches` are the changes, one for each tensor or third of a tensor. `unused` has every key of the file that is not
-    used, with the reason. `metadata` is that of the file's header. `notes` say where programs disagree on this file.
+    `patches` are the changes, one for each tensor or third of a tensor. `unused` maps every unused key of the file to
+    the reason. `metadata` is the metadata of the file's header. `notes` describe differences between the programs that
+    read such a file.
     """
 
     source: str
@@ -47,7 +48,7 @@ class Lora:
     unused: Mapping[str, str]
     metadata: Mapping[str, str]
     rules: LoraRules
-    producer: str  # the program that seems to have written it
+    producer: str  # the program that probably wrote the file
     notes: tuple[str, ...] = ()
 
     @property
@@ -60,18 +61,18 @@ class Lora:
 
     @property
     def scales(self) -> dict[str, float]:
-        """The scale sigma (alpha over rank) of every module, by its name in the file."""
+        """The scale alpha / rank of every module, by the module's name in the file."""
         return {patch.module: patch.change.scale for patch in reversed(self.patches)}
 
     @property
     def parts(self) -> list[Part]:
-        """The models that it changes."""
+        """The models that the LoRA changes."""
         present = {patch.target.part for patch in self.patches}
         return [part for part in PARTS if part in present]
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks that occur, rising."""
+        """The ranks that occur, in ascending order."""
         return sorted({patch.change.rank for patch in self.patches if patch.change.rank is not None})
 
     @property
@@ -81,7 +82,7 @@ class Lora:
 
     @property
     def width(self) -> int | None:
-        """The width of the transformer that it fits; None where it changes no weight that says so."""
+        """The width of the transformer that the LoRA fits; None if no patch determines it."""
         for patch in self.of("transformer"):
             rows, columns = patch.change.sizes
             if re.search(r"attn2?\.(qkv|proj)\.weight$|mlp\.fc1\.weight$|adaLN", patch.target.key) and columns:
@@ -92,7 +93,7 @@ class Lora:
 
     @property
     def base(self) -> str:
-        """The model that it fits, in words, by its shapes."""
+        """The base model that the LoRA's shapes fit, as text."""
         width = self.width
         if width is None:
             return "a model that its shapes do not tell"
@@ -132,21 +133,21 @@ def load_lora(
 ) -> Lora:
     """Read a LoRA file of any program that writes them for Stable Diffusion 3 and 3.5.
 
-    Read are the layouts of diffusers and peft, kohya's sd-scripts, OneTrainer, SimpleTuner, LyCORIS and ComfyUI, for
-    the transformer and all text encoders, and LoRA, DoRA, LoHa, LoKr, GLoRA, OFT, BOFT, (IA)^3, whole differences and
-    replacements.
+    Supported are the layouts of diffusers and peft, kohya's sd-scripts, OneTrainer, SimpleTuner, LyCORIS and ComfyUI,
+    for the transformer and all text encoders, and the kinds LoRA, DoRA, LoHa, LoKr, GLoRA, OFT, BOFT, (IA)^3, full
+    differences and replacements.
 
     Args:
         file: a safetensors file, or its tensors by name.
-        profile: the reading where programs disagree. None, "diffusers" and "reference" give the file the strength and
-            the formula of its trainer; "comfyui" gives what ComfyUI makes of it: no `lora_alpha` of the header, no
-            `lora_magnitude_vector`, its own DoRA, and no biases of parts of a weight.
-        metadata: the header's metadata, where `file` holds tensors.
+        profile: the interpretation where programs disagree. None, "diffusers" and "reference" use the strength and the
+            formula of the trainer. "comfyui" follows ComfyUI: it ignores `lora_alpha` in the header,
+            `lora_magnitude_vector` and biases of parts of a weight, and has its own DoRA formula.
+        metadata: the header's metadata, if `file` is a mapping of tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is broken; it is a LoRA for another model, or no LoRA; a factor is missing, empty, not
-            finite or of a shape that does not go with the others.
+        CheckpointError: the file is broken; it is not a LoRA, or a LoRA for another model; a factor is missing, empty,
+            not finite, or its shape does not match the other factors.
         ValueError: there is no such profile.
     """
     rules = rules_of(profile)
@@ -174,7 +175,7 @@ def load_lora(
 
 
 def is_lora_file(path: str | Path) -> bool:
-    """Whether a file is safetensors and has tensors of a LoRA and no model: what `load_lora` takes or explains."""
+    """Whether a safetensors file contains LoRA tensors and no model; `load_lora` reads or explains such a file."""
     path = Path(path)
     if path.suffix not in (".safetensors", ".sft") or not path.is_file():
         return False
@@ -186,7 +187,7 @@ def is_lora_file(path: str | Path) -> bool:
 
 
 def _check_is_lora(source: str, keys: Iterable[str]) -> None:
-    """Refuse what is no LoRA, and LoRAs of other models."""
+    """Raise CheckpointError for files without a LoRA and for LoRAs for other models."""
     keys = dict.fromkeys(keys)
     of_lora = [key for key in keys if is_of_lora(key, keys)]
     for name, pattern in _FOREIGN:
@@ -224,7 +225,7 @@ def _notes(patches: Iterable[Patch], metadata: Mapping[str, str], rules: LoraRul
 
 
 def _producer(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """The program that wrote such a file, as far as names and metadata tell it."""
+    """The program that probably wrote the file, judged by key names and metadata."""
     for key, name in _SIGNED:
         if key in metadata:
             return f"{name} ({metadata[key][:60]})" if key == "ss_network_module" else name

@@ -1,4 +1,4 @@
-"""A checkpoint with LoRAs merged into it, written tensor by tensor: `mmdit merge`."""
+"""Merge LoRAs into a checkpoint and write the result tensor by tensor: `mmdit merge`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from quant.tensor import Float8Tensor
 
 
 class Merged(NamedTuple):
-    """What was written."""
+    """A summary of the written checkpoint."""
 
     path: Path
-    tensors: int  # that the LoRAs have changed
+    tensors: int  # number of tensors that the LoRAs changed
 
     def __str__(self) -> str:
         return f"{self.path}: {self.tensors} tensors changed"
@@ -38,10 +38,10 @@ class Strengths(NamedTuple):
     """The strengths of a LoRA."""
 
     transformer: float = 1.0
-    text_encoders: float | None = None  # None: as the transformer
+    text_encoders: float | None = None  # None: the same as for the transformer
 
     def of(self, part: Part) -> float:
-        """The strength on a model."""
+        """The strength for a model."""
         other = self.text_encoders
         return number("strength", self.transformer if part == "transformer" or other is None else other)
 
@@ -53,19 +53,19 @@ def merge_checkpoint(
     *,
     rounding: Rounding | None = None,
 ) -> Merged:
-    """Write the checkpoint at `source`, of any layout, with LoRAs merged; all other tensors stay byte for byte.
+    """Write the checkpoint at `source`, of any layout, with LoRAs merged; all other tensors are copied unchanged.
 
-    One weight at a time is in memory. Scaled float8 is read twice: for its new scale, and for its codes.
+    Only one weight at a time is in memory. Scaled float8 weights are read twice: for the new scale, and for the qdata.
 
     Args:
         source: a file or folder; all models in it are written.
-        loras: what is merged, in this order.
+        loras: the LoRAs to merge, in this order, with their strengths.
         target: a .safetensors file, which gets official names, or a folder, which gets the layout of the source.
-        rounding: of float8, see `mmdit.merge_lora`.
+        rounding: how float8 weights are rounded, see `mmdit.merge_lora`.
 
     Raises:
-        FileExistsError: there is something at `target`.
-        CheckpointError: the source is broken or incomplete, or a LoRA does not fit it or changes nothing of it.
+        FileExistsError: `target` exists.
+        CheckpointError: the source is broken or incomplete, or a LoRA does not fit it or changes none of its weights.
     """
     target = Path(target)
     if target.exists():
@@ -102,7 +102,7 @@ def _merged(model: StoredModel, part: Part, plan: dict[str, list[Weighted]], rou
 
 
 def _changed(lazy: LazyTensor, change: partial[Tensor]) -> LazyTensor:
-    """A stored tensor after its patches, computed when it is read."""
+    """A lazy tensor whose patches are applied when it is read."""
 
     def load(dtype: torch.dtype, device: torch.device) -> Tensor:
         return change(lazy.read()).to(device, dtype)

@@ -1,6 +1,7 @@
-"""LoRA files written in other names: `mmdit convert LORA OUT --layout diffusers|kohya|comfyui`.
+"""Convert LoRA files to the key names of another program: `mmdit convert LORA OUT --layout diffusers|kohya|comfyui`.
 
-A conversion gives the same weights in every reader, or it is refused with the module that the target cannot say.
+Every reader computes the same weights from the converted file. If the target layout cannot represent a module, the
+conversion raises an error that names it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _DIFFUSERS: Final[dict[Part, str]] = {
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """A plain LoRA of all rows of an official weight, or of a third: sigma is alpha over rank."""
+    """A plain LoRA for all rows of an official weight, or for a third of them; sigma is alpha / rank."""
 
     up: Tensor
     down: Tensor
@@ -64,18 +65,18 @@ class _Pair:
 
 
 def convert_lora(source: str | Path, target: str | Path, layout: str) -> Path:
-    """Write a LoRA file in the names of another program.
+    """Convert a LoRA file to the key names of another program.
 
     Args:
         source: a LoRA file of any program.
-        target: a .safetensors file that does not exist yet.
-        layout: "diffusers" (sigma goes into the factors, because diffusers reads no alpha), "kohya" or "comfyui"
-            (official names, dotted).
+        target: the path of the .safetensors file to write; it must not exist.
+        layout: "diffusers" (alpha / rank is multiplied into the factors, because diffusers reads no alpha), "kohya" or
+            "comfyui" (official names with dots).
 
     Raises:
-        FileExistsError: there is something at `target`.
-        CheckpointError: see `mmdit.load_lora`; or the target cannot say what the file holds, which is named.
-        ValueError: there is no such layout, or the target is no .safetensors file.
+        FileExistsError: `target` exists.
+        CheckpointError: see `mmdit.load_lora`; or the layout cannot represent a module, which is named.
+        ValueError: the layout is unknown, or the target does not end in .safetensors.
     """
     target = Path(target)
     pick(dict.fromkeys(get_args(LoraLayout)), layout, "layout")
@@ -93,7 +94,7 @@ def convert_lora(source: str | Path, target: str | Path, layout: str) -> Path:
 def in_official_names(lora: Lora, *, flat: bool) -> Tensors:
     """The tensors of a LoRA in official names: kohya's (`flat`), or ComfyUI's with dots.
 
-    Thirds of a fused weight become one LoRA over all of its rows, whose ranks add up.
+    LoRAs for thirds of a fused weight become one LoRA for all of its rows; its rank is the sum of their ranks.
 
     Raises:
         CheckpointError: a kind other than LoRA patches thirds or exchanged halves, or has peft's DoRA.
@@ -113,10 +114,10 @@ def in_official_names(lora: Lora, *, flat: bool) -> Tensors:
 
 
 def in_diffusers_names(lora: Lora) -> Tensors:
-    """The tensors of a LoRA in diffusers' names, with sigma in `lora_B`; a fused weight becomes three.
+    """The tensors of a LoRA in diffusers' names, with alpha / rank in `lora_B`; fused weights are split into three.
 
     Raises:
-        CheckpointError: it patches T5, biases or norms, or has another kind than LoRA: diffusers reads none of these.
+        CheckpointError: the file patches T5, biases or norms, or has a kind other than LoRA; diffusers reads none.
     """
     names, found = _diffusers_modules(lora), Tensors()
     for patch in lora.patches:
@@ -139,18 +140,18 @@ def in_diffusers_names(lora: Lora) -> Tensors:
 
 
 def _pair(lora: Lora, patch: Patch, layout: str) -> _Pair:
-    """The factors of a plain LoRA, in official order of rows; everything else is refused."""
+    """The factors of a plain LoRA, with rows in official order; raises CheckpointError for any other patch."""
     change = patch.change
     if not isinstance(change, LowRank) or change.mid is not None or change.padded is not None or patch.magnitude:
         raise _unsaid(lora, patch, layout)
     up, down = change.up, change.down
-    if down.ndim > 2 or up.ndim > 2:  # of the patch convolution: readers take factors of two dimensions too
+    if down.ndim > 2 or up.ndim > 2:  # patch convolution: readers also accept 2-dimensional factors
         up, down = up.flatten(1), down.flatten(1)
     return _Pair(up.roll(len(up) // 2, dims=0) if _is_exchanged(patch) else up, down, change.scale)
 
 
 def _joined(pairs: Sequence[_Pair], patches: Sequence[Patch]) -> _Pair:
-    """One LoRA over all rows of a weight that does what several of it, or of thirds of it, do."""
+    """Join several LoRAs for a weight, or for thirds of its rows, into one equivalent LoRA for all rows."""
     if len(pairs) == 1 and patches[0].target.third is None:
         return pairs[0]
     rows = max(
@@ -165,7 +166,7 @@ def _joined(pairs: Sequence[_Pair], patches: Sequence[Patch]) -> _Pair:
 
 
 def _native(lora: Lora, patch: Patch) -> Tensors | None:
-    """The tensors of a patch of all rows in official order, by suffix; None of those that have to be made anew."""
+    """The tensors of a patch by suffix, if they can be copied: for all rows, in official order. Otherwise None."""
     if patch.target.third is not None or _is_exchanged(patch):
         return None
     change = patch.change
@@ -183,7 +184,7 @@ def _native(lora: Lora, patch: Patch) -> Tensors | None:
 
 
 def _fields(change: Change, names: str, prefix: str, suffix: str = "") -> Tensors:
-    """The tensors among some fields, by the suffix that files have for them."""
+    """The fields that hold tensors, by their key suffix in files."""
     return {
         f".{prefix}{name}{suffix}": value
         for name in names.split()
@@ -220,13 +221,13 @@ def _is_exchanged(patch: Patch) -> bool:
 
 
 def _is_exchanged_in_diffusers(key: str, up: Tensor, down: Tensor) -> bool:
-    """Whether diffusers has the halves of a weight's rows the other way round, see `keymaps.SwapHalves`."""
+    """Whether diffusers stores the two halves of a weight's rows in the opposite order, see `keymaps.SwapHalves`."""
     is_last = key.endswith("context_block.adaLN_modulation.1.weight") and len(up) == 2 * down.shape[1]
     return is_last or key == "final_layer.adaLN_modulation.1.weight"
 
 
 def _diffusers_modules(lora: Lora) -> dict[str, tuple[str, ...]]:
-    """diffusers' names of the official modules, one or three for each."""
+    """diffusers' module names by official module name, one or three for each."""
     blocks = [
         int(found[1]) for patch in lora.patches if (found := re.match(r"joint_blocks\.(\d+)\.", patch.target.key))
     ]

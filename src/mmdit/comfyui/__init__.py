@@ -1,1 +1,1 @@
-"""ComfyUI's workflows: API graphs are checked, run and written here, as ComfyUI 0.3.64 does it."""
+"""ComfyUI workflows: read, check, run and write graphs in API form, as ComfyUI 0.3.64 does."""

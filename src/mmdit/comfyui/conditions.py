@@ -1,7 +1,7 @@
-"""What several prompts predict together: each where and when it counts, as ComfyUI's `calc_cond_batch` averages them.
+"""Combine the predictions of several prompts, each with its area, mask and window, as ComfyUI's `calc_cond_batch` does.
 
-The prediction of a CONDITIONING at a place is sum(weight x0) / sum(weight) over its entries; the weight of an entry is
-its strength times its mask, or a ramp at the edges of its area. The model sees an area as a picture of its own.
+The prediction of a CONDITIONING in a cell is sum(weight x0) / sum(weight) over its entries. The weight of an entry is
+its strength times its mask, or times a ramp at the edges of its area. The model runs on each area as a separate image.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from mmdit.pipeline.predict import predict_branches
 from mmdit.pipeline.profiles import PROFILES
 from samplers import Window, percents
 
-_CELL = 8  # pixels of a side
-_LEAST = 8  # cells of a side of an area that is cut around a mask
-_RAMP = 8  # cells at most
-_EPSILON = 1e-37  # of ComfyUI, where no entry counts: the prediction is 0
+_CELL = 8  # pixels per side of a latent cell
+_LEAST = 8  # minimum side, in cells, of an area that is cut around a mask
+_RAMP = 8  # maximum width of the ramp at the edges of an area, in cells
+_EPSILON = 1e-37  # ComfyUI's initial sum of weights: the prediction is 0 where no entry has a weight
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A `Prompt` for latents of one shape, with everything resolved."""
 
-    conditioning: Conditioning  # of as many prompts as there are latents, on the model's device
+    conditioning: Conditioning  # one prompt per latent, on the model's device
     window: Window
     strength: float
     area: tuple[int, int, int, int] | None  # height, width, y, x in cells
-    mask: Tensor | None  # [b, h, w] of the latent's size, with its strength
-    control: tuple[Control, ...] = ()  # ControlNets that act on it
+    mask: Tensor | None  # [b, h, w] at the latent's size, multiplied by its strength
+    control: tuple[Control, ...] = ()  # ControlNets that are applied to this entry
 
     def cut(self, x: Tensor) -> Tensor:
-        """Its part of latents [b, c, h, w], or of a mask [b, h, w]; a view."""
+        """Return a view of latents [b, c, h, w], or of a mask [b, h, w], cut to the entry's area."""
         if self.area is None:
             return x
         height, width, top, left = self.area
         return x[..., top : top + height, left : left + width]
 
     def weight(self, x: Tensor) -> Tensor:
-        """How much it counts at each place of its part, [b or 1, 1, h, w]."""
+        """Return the entry's weight in each cell of its area, [b or 1, 1, h, w]."""
         part = self.cut(x)
         if self.mask is not None:
             return self.strength * self.cut(self.mask).unsqueeze(1)
@@ -62,10 +62,10 @@ class Entry:
 
 
 def resolved(several: Sequence[Prompts], model: Model, shape: Sequence[int]) -> list[list[Entry]]:
-    """The CONDITIONINGs of a drawing for latents of this shape [b, c, h, w].
+    """Resolve the CONDITIONINGs of a drawing for latents of shape [b, c, h, w].
 
-    Where an entry of one has an area, every other gets an entry with the same area, mask and window, and the text of
-    its own smallest entry around it: so each part of the picture is guided against its own negative prompt.
+    For each entry with an area, every other CONDITIONING gets an entry with the same area, mask and window. Its text
+    is that of the smallest entry that contains the area, so each area is guided against a matching negative prompt.
     """
     hints = dict.fromkeys(hint for prompts in several for one in prompts for hint in one.hints)
     controls = {hint: _encoded(hint, model, shape) for hint in hints}  # shared, so that their entries share a batch
@@ -81,14 +81,14 @@ def resolved(several: Sequence[Prompts], model: Model, shape: Sequence[int]) -> 
 def predicted(
     model: Model, x: Tensor, sigma: float, several: Sequence[Sequence[Entry]], skip_layers: Sequence[int] = ()
 ) -> list[Tensor]:
-    """The predicted picture x0 under each CONDITIONING, [b, c, h, w]; 0 where none of its entries counts.
+    """Predict x0 under each CONDITIONING, [b, c, h, w]; it is 0 in cells where no entry has a weight.
 
     Args:
-        model: the transformer.
+        model: the transformer and its patches.
         x: latents [b, c, h, w], in model space.
-        sigma: their noise level.
-        several: what `resolved` made; entries with equal areas share a batch.
-        skip_layers: blocks that are left out.
+        sigma: the noise level of `x`.
+        several: the result of `resolved`. Entries with equal areas share a batch.
+        skip_layers: numbers of the blocks to skip.
     """
     counting = [(i, entry) for i, entries in enumerate(several) for entry in entries if sigma in entry.window]
     sums = [torch.zeros_like(x) for _ in several]
@@ -128,10 +128,10 @@ def _entry(prompt: Prompt, model: Model, shape: Sequence[int], controls: Mapping
 
 
 def _encoded(hint: Hint, model: Model, shape: Sequence[int]) -> Control:
-    """A ControlNet with the latents of its hint, for latents of this shape.
+    """Encode the hint of a ControlNet for latents of this shape.
 
     Raises:
-        ValueError: there is no VAE, or the net is for another transformer.
+        ValueError: the hint has no VAE, or the net does not fit the transformer.
     """
     if hint.vae is None:
         raise ValueError(
@@ -155,7 +155,7 @@ def _picture(pixels: Tensor) -> Picture:
 
 
 def _fitted(conditioning: Conditioning, model: Model, count: int) -> Conditioning:
-    """On the model's device, with its number of channels, and one prompt for each latent."""
+    """Move a conditioning to the model's device, fit its channels to the model, and repeat it for each latent."""
     table, config = model.transformer.pos_embed, model.transformer.config
     rest = config.context_dim - conditioning.context.shape[-1]
     if rest < 0 or conditioning.pooled.shape[-1] != config.pooled_dim:
@@ -193,14 +193,14 @@ def _inside(area: tuple[int, int, int, int] | None, shape: Sequence[int]) -> tup
 
 
 def _to_size(mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """A mask [b, h, w] at the size of latents, bilinear."""
+    """Resize a mask [b, h, w] to the size of latents, bilinearly."""
     if mask.shape[1:] == tuple(shape[2:]):
         return mask
     return F.interpolate(mask.unsqueeze(1), size=tuple(shape[2:]), mode="bilinear").squeeze(1)
 
 
 def _around(mask: Tensor) -> tuple[int, int, int, int]:
-    """The rectangle of a mask [b, h, w], at least 8 cells a side."""
+    """Return the bounding rectangle of a mask [b, h, w], at least 8 cells per side."""
     places = mask.abs().amax(0).nonzero()
     if not len(places):
         return _LEAST, _LEAST, 0, 0
@@ -209,12 +209,12 @@ def _around(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def _for_each(batch: Tensor, count: int) -> Tensor:
-    """Repeated from its start to `count`, or cut (ComfyUI's repeat_to_batch_size)."""
+    """Repeat a batch from its start until it has `count` entries, or cut it (ComfyUI's repeat_to_batch_size)."""
     return batch.repeat(-(-count // len(batch)), *[1] * (batch.ndim - 1))[:count]
 
 
 def _ramp(side: int, first: bool, last: bool) -> Tensor:
-    """Weights along a side of an area, which rise from the edges that do not touch the picture's."""
+    """Return weights along one side of an area; they rise from each edge that is inside the picture."""
     weights, steps = torch.ones(side), min(_RAMP, side // 4)
     for i in range(steps):
         if first:
@@ -225,7 +225,7 @@ def _ramp(side: int, first: bool, last: bool) -> Tensor:
 
 
 def _opposite(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """The entry with the other's area, where these have none (`create_cond_with_same_area_if_none`)."""
+    """Return entries with this entry's area, where `entries` has none (`create_cond_with_same_area_if_none`)."""
     if entry.area is None:
         return []
     smallest: Entry | None = None

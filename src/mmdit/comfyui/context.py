@@ -1,4 +1,4 @@
-"""What a run gives to the functions of its nodes: folders, limits, the device, and a place for results."""
+"""The context that a run passes to the functions of its nodes: folders, limits, the device, and the results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Context:
     """One run of a graph.
 
     Args:
-        folders: where models, pictures and results are.
-        limits: of sizes and steps.
-        device: of the models.
-        dtype: that the models compute in; None is float32 on a CPU, and elsewhere the stored one.
-        graph: in API form, which is written into PNGs.
-        given_tokenizers: None are those beside the models.
+        folders: the folders of models, input pictures and results.
+        limits: the limits of sizes and steps.
+        device: the device that the models compute on.
+        dtype: the dtype that the models compute in. None is float32 on a CPU, and the stored dtype elsewhere.
+        graph: the graph in API form, which is written into PNGs.
+        given_tokenizers: the tokenizers; None takes those beside the models.
     """
 
     folders: Folders
@@ -49,7 +49,7 @@ class Context:
         """The tokenizers, or the folder that holds them.
 
         Raises:
-            FileNotFoundError: none are given, and none lie beside the models.
+            FileNotFoundError: no tokenizers were given, and there are none beside the models.
         """
         found = self.given_tokenizers if self.given_tokenizers is not None else self.folders.tokenizers
         if found is None:
@@ -60,7 +60,7 @@ class Context:
         return Path(found) if isinstance(found, str) else found
 
     def tokenizers_for(self, *, clip_l: bool, clip_g: bool, t5: bool) -> Tokenizers:
-        """The tokenizers of these encoders; CLIP-G reads with CLIP-L's, as in ComfyUI."""
+        """The tokenizers of these encoders; CLIP-G uses the tokenizer of CLIP-L, as in ComfyUI."""
         found = self.tokenizers
         if isinstance(found, Tokenizers):
             return found

@@ -1,6 +1,6 @@
-"""How a node is declared: a function, and its inputs and outputs as data. The table of all nodes is `NODES`.
+"""Declarations of nodes: a function, with its inputs and outputs as data. `NODES` is the table of all nodes.
 
-Your own node is declared in the same way, with `mmdit.workflow_node`:
+Declare your own nodes in the same way, with `mmdit.workflow_node`:
 
     @mmdit.workflow_node("Dim", [wire("image", "IMAGE"), decimal("by", 0.5, 0, 1)], ["IMAGE"])
     def dim(image, by):
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 MAX_SEED = 2**64 - 1
 MAX_SIDE = 16384  # ComfyUI's MAX_RESOLUTION
-CONTEXT = "context"  # the name of the parameter by which a function asks for the run's `Context`
-VALUES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # types whose values stand in the graph
-_CONTROLLED = ("seed", "noise_seed")  # ComfyUI's interface adds a value after these: fixed, randomize ...
+CONTEXT = "context"  # a function with a parameter of this name gets the run's `Context`
+VALUES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")  # types whose values the graph can hold
+_CONTROLLED = ("seed", "noise_seed")  # ComfyUI's interface stores "fixed", "randomize" ... after these values
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Input:
     """An input of a node.
 
     Args:
-        name: as in the graph.
-        type: of the values on its wire, such as "MODEL"; one of `VALUES` where the graph may hold the value itself.
-        default: what ComfyUI's interface fills in. A graph must say every required value itself.
+        name: the name of the input in the graph.
+        type: the type of the values on its wire, such as "MODEL"; one of `VALUES` where the graph can hold the value.
+        default: the value that ComfyUI's interface fills in. A graph must contain every required value.
         least, most: the range of a number, both ends included.
-        choices: the values that a "COMBO" takes, or a function that lists them from the folders.
-        optional: whether it may be left out; the node's function has the default then.
-        check: says what is wrong with a value, or None. It takes the place of the check of `choices`.
-        folder: where the file that it names lies, such as "checkpoints" or "input".
+        choices: the values that a "COMBO" accepts, or a function that lists them from the folders.
+        optional: whether a graph may omit the input; the default of the function's parameter then applies.
+        check: a function that returns the error in a value, or None. It replaces the check against `choices`.
+        folder: the kind of folder that holds the named file, such as "checkpoints" or "input".
     """
 
     name: str
@@ -57,11 +57,11 @@ class Input:
 
     @property
     def extra_widgets(self) -> int:
-        """How many values ComfyUI's interface stores after this one that the graph does not have."""
+        """The number of values after this one that ComfyUI's interface stores and the API form does not contain."""
         return 1 if self.name in _CONTROLLED and self.type == "INT" else 0
 
     def options(self, folders: Folders) -> Sequence[str] | None:
-        """The values that it takes; None where anything of its type does."""
+        """The accepted values; None where every value of the type is accepted."""
         return self.choices(folders) if callable(self.choices) else self.choices
 
 
@@ -69,15 +69,15 @@ class Input:
 class Node:
     """A class of nodes: its name in graphs, its inputs in ComfyUI's order (required, then optional), and its function.
 
-    The function takes the inputs by name, and a `context` where it asks for one. It returns the value of the only
-    output, or a tuple with one value for each output.
+    The function takes the inputs by name, and the run's `Context` if it has a parameter `context`. It returns the value
+    of the single output, or a tuple with one value for each output.
     """
 
     name: str
     inputs: tuple[Input, ...]
-    outputs: tuple[str, ...]  # types of the values on its wires
+    outputs: tuple[str, ...]  # types of the output values
     run: Callable[..., Any]
-    is_output: bool = False  # whether it makes a result: pictures and files
+    is_output: bool = False  # whether it produces a result of the run: pictures or files
     takes_context: bool = False
 
     def __post_init__(self) -> None:
@@ -102,15 +102,15 @@ def workflow_node(
     """Register a function as a node of workflows.
 
     Args:
-        name: its class in graphs.
-        inputs: in the order of ComfyUI's interface, required ones first.
-        outputs: the types of its outputs.
-        is_output: whether the node makes a result, for whose sake a graph is run.
-        replace: take the place of a node of that name.
+        name: the class name of the node in graphs.
+        inputs: the inputs in the order of ComfyUI's interface, required inputs first.
+        outputs: the types of the outputs.
+        is_output: whether the node produces a result of the run; only such nodes, and those they need, run.
+        replace: whether to replace a registered node of this name.
 
     Raises:
-        ValueError: there is such a node, and `replace` is False.
-        TypeError: the function's parameters are not the inputs.
+        ValueError: a node of this name is registered, and `replace` is False.
+        TypeError: the parameters of the function differ from the inputs.
     """
 
     def register(run: Function) -> Function:
@@ -123,11 +123,11 @@ def workflow_node(
     return register
 
 
-node = workflow_node  # its name inside of this room
+node = workflow_node  # the short name that the modules of this package use
 
 
 def wire(name: str, type: str, *, optional: bool = False) -> Input:
-    """An input that only a link can give."""
+    """An input whose value must come through a link."""
     return Input(name, type, optional=optional)
 
 
@@ -157,7 +157,7 @@ def choice(name: str, choices: Sequence[str], default: str | None = None, *, opt
 
 
 def file(name: str, folder: str, extra: Sequence[str] = ()) -> Input:
-    """The name of a file in one of the folders of models; `extra` are names that stand for no file."""
+    """The name of a file in one of the model folders; `extra` are accepted names without a file."""
     return Input(name, "COMBO", choices=lambda folders: [*folders.names(folder), *extra], folder=folder)
 
 

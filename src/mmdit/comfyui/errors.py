@@ -1,4 +1,4 @@
-"""What is wrong with a workflow: found before it runs, with ComfyUI's own type and node, or while a node runs."""
+"""Errors in workflows, found before the run (with ComfyUI's error type and the node) or while a node runs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of a node, as ComfyUI's answer to `POST /prompt` lists it."""
+    """One error in a node, as ComfyUI lists it in the response to `POST /prompt`."""
 
     type: str  # such as "required_input_missing"
     message: str  # a sentence
-    input: str | None = None  # the name of the input, where it is about one
+    input: str | None = None  # the name of the input; None where the error concerns the whole node
 
 
 class WorkflowError(ValueError):
-    """A graph cannot run; `type` and `node_errors` are those of ComfyUI's answer.
+    """A graph cannot run; `type` and `node_errors` are those of ComfyUI's response.
 
     Args:
         type: "invalid_prompt", "no_prompt", "prompt_no_outputs" or "prompt_outputs_failed_validation".
         message: what is wrong, and what to do.
-        node_errors: the problems of each node by its id.
+        node_errors: the problems of each node, by node id.
     """
 
     def __init__(self, type: str, message: str, node_errors: Mapping[str, Sequence[Problem]] | None = None) -> None:
@@ -30,12 +30,12 @@ class WorkflowError(ValueError):
 
 
 class NodeError(ValueError):
-    """A node failed while it ran; the exception that it raised is the cause.
+    """A node failed while it ran; the original exception is the cause.
 
     Args:
-        node_id: its id in the graph.
-        node_type: its class.
-        cause: what it raised.
+        node_id: the id of the node in the graph.
+        node_type: the class of the node.
+        cause: the exception that the node raised.
     """
 
     def __init__(self, node_id: str, node_type: str, cause: Exception) -> None:
@@ -45,4 +45,4 @@ class NodeError(ValueError):
 
 
 class LimitError(ValueError):
-    """A workflow asks for more than its limits allow; the message names the limit."""
+    """A workflow exceeds one of its limits; the message names the limit."""

@@ -1,4 +1,4 @@
-"""Between settings of a picture and graphs: what ComfyUI needs to draw ours, and what its pictures say to us."""
+"""Conversion between the settings of a picture and ComfyUI graphs, in both directions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SAID = (
     "model_digest",
     "library_version",
     "format_version",
-)  # settings with defaults, not in the way of an export
+)  # settings with defaults that may have other values in an export
 _SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvanced")
 _ANOTHER = "run it as it is: mmdit run {path} --models FOLDER"
 
@@ -43,19 +43,19 @@ def to_workflow(
     encoders: Sequence[str] | None = None,
     prefix: str = "mmdit",
 ) -> Graph:
-    """A graph in API form that draws a picture of these settings in ComfyUI.
+    """Return a graph in API form with which ComfyUI draws a picture with these settings.
 
-    The picture is the same, up to rounding, where the profile is "comfyui"; it is a warning where it is another one.
+    With the profile "comfyui", ComfyUI draws the same picture up to rounding. Any other profile causes a warning.
 
     Args:
-        settings: of one picture, such as `output.settings[0]`.
-        checkpoint: the name of the model's file among ComfyUI's checkpoints; None is that of the settings.
-        encoders: names of the files of CLIP-L, CLIP-G and T5 among ComfyUI's text encoders, none if the checkpoint
-            holds them; None looks into the checkpoint, if it is here, and else takes the official names.
-        prefix: of the files that ComfyUI saves.
+        settings: the settings of one picture, such as `output.settings[0]`.
+        checkpoint: the name of the model's file in ComfyUI's checkpoints folder; None takes the name from the settings.
+        encoders: file names of CLIP-L, CLIP-G and T5 in ComfyUI's text encoders folder; an empty sequence if the
+            checkpoint holds them. None inspects the checkpoint if it exists locally, else takes the official names.
+        prefix: the prefix of the file names that ComfyUI saves.
 
     Raises:
-        SettingsError: ComfyUI has no such sampler, schedule or guidance, or the picture has no seed of its own.
+        SettingsError: ComfyUI has no such sampler, schedule or guidance, or the settings have no seed for this picture.
     """
     _check_known(settings)
     if settings.profile != "comfyui":
@@ -91,7 +91,7 @@ def to_workflow(
 
 
 def workflow_of(settings: Settings) -> Graph | None:
-    """The graph that goes into the PNG of a picture: of profile "comfyui", where ComfyUI draws the same; else None."""
+    """Return the graph to write into a picture's PNG: for profile "comfyui" where ComfyUI draws the same, else None."""
     if settings.profile != "comfyui":
         return None
     try:
@@ -101,16 +101,16 @@ def workflow_of(settings: Settings) -> Graph | None:
 
 
 def from_workflow(source: Mapping[str, Any] | str | Path) -> Settings:
-    """The settings of the picture that a simple graph draws: one KSampler from an empty latent, and texts.
+    """Read the settings of a picture from a simple graph: one KSampler, an empty latent, and prompts.
 
-    What a graph does not say is empty: model, dtype and device.
+    Settings that a graph does not contain are empty: model, dtype and device.
 
     Args:
-        source: a graph, a JSON file, or a PNG of ComfyUI.
+        source: a graph, a JSON file, or a PNG that ComfyUI wrote.
 
     Raises:
-        SettingsError: the graph does more than settings can say; the node is named.
-        WorkflowError, JSONError: it is no graph.
+        SettingsError: settings cannot express the graph; the node is named.
+        WorkflowError, JSONError: the source is not a graph.
     """
     return _Reading(read_graph(source), source).settings()
 
@@ -190,14 +190,14 @@ def _encoders_of(model: str) -> tuple[str, ...]:
 
 
 class _Reading:
-    """A graph that is read as settings."""
+    """Reads the settings from a graph."""
 
     def __init__(self, graph: Graph, source: object) -> None:
         self.graph = graph
         self.where = str(source) if isinstance(source, str | Path) else "the workflow"
 
     def settings(self) -> Settings:
-        """The settings of its only picture."""
+        """The settings of the single picture that the graph draws."""
         sampler = self._only("KSampler")
         inputs = self._inputs(sampler)
         if inputs["denoise"] != 1:
@@ -238,7 +238,7 @@ class _Reading:
         return str(self.graph[id]["class_type"])
 
     def _inputs(self, id: str) -> dict[str, Any]:
-        """The inputs of a node, all of those that its class needs."""
+        """The inputs of a node, checked to include all that its class requires."""
         inputs = self.graph[id].get("inputs")
         found: dict[str, Any] = inputs if isinstance(inputs, dict) else {}
         if missing := [one.name for one in NODES[self._name(id)].inputs if one.name not in found and not one.optional]:
@@ -255,7 +255,7 @@ class _Reading:
             ) from error
 
     def _linked(self, value: Any, *names: str) -> str:
-        """The node that a wire comes from, which must be of one of these classes."""
+        """The id of the node that a link comes from; its class must be one of `names`."""
         one = self.graph.get(value[0]) if is_link(value) and isinstance(value[0], str) else None
         if not isinstance(one, dict):
             raise SettingsError(f"{self.where}: a wire leads to no node: {printable(str(value), 60)}")
@@ -265,9 +265,9 @@ class _Reading:
         return str(id)
 
     def _model(self, wire: Any) -> tuple[float, str]:
-        """The shift, and the guidance in words, of a chain of model patches."""
+        """The shift of a chain of model patches, and its guidance as text."""
         usual, guidance = PROFILES["comfyui"].shift, ""
-        shift: float | None = None  # of the last node before the sampler, which counts
+        shift: float | None = None  # the shift of the last such node before the sampler takes precedence
         for _ in range(len(self.graph)):
             id = self._linked(
                 wire,
@@ -306,7 +306,7 @@ class _Reading:
 
 
 def _skipping(inputs: Mapping[str, Any]) -> str:
-    """Skip-layer guidance in words, as `mmdit.Guidance.from_text` reads it."""
+    """Skip-layer guidance as text that `mmdit.Guidance.from_text` parses."""
     layers = str(inputs.get("layers", inputs.get("double_layers", "")))
     numbers = tuple(int(one) for one in layers.replace(",", " ").split() if one.isdecimal())
     return Guidance(

@@ -1,4 +1,4 @@
-"""The folders of a workflow: where models, pictures and results lie, and names that cannot leave them."""
+"""The folders of models, pictures and results of a workflow; a name in a graph cannot escape its folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mmdit.checkpoints.load_pipeline import DEMO
 from mmdit.checkpoints.locate import tokenizer_folder
 from mmdit.embedded import EMBEDDED
 
-ENDINGS = (".safetensors", ".sft")  # no pickle is ever listed, nor opened
+ENDINGS = (".safetensors", ".sft")  # pickle files are never listed or opened
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Folders of models as ComfyUI names them, and the names that they had before.
+# The model folders under ComfyUI's names, each with its former names.
 MODEL_FOLDERS: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints",),
     "diffusion_models": ("diffusion_models", "unet"),
@@ -24,20 +24,20 @@ MODEL_FOLDERS: dict[str, tuple[str, ...]] = {
     "loras": ("loras",),
     "controlnet": ("controlnet",),
 }
-DEMO_CHECKPOINT = "demo.safetensors"  # what a graph calls the embedded model
+DEMO_CHECKPOINT = "demo.safetensors"  # the name of the embedded model in graphs
 Place = Literal["input", "output", "temp"]
 PLACES: tuple[Place, ...] = ("input", "output", "temp")
-_MOST_FILES = 20_000  # of one folder of models
+_MOST_FILES = 20_000  # maximum number of files in one model folder
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a workflow may read and write.
+    """The folders that a workflow may read and write.
 
     Args:
-        models: ComfyUI's folder, or its `models`; several are looked through in order. "demo" offers the embedded
-            model as the checkpoint demo.safetensors.
-        input: the folder of pictures that LoadImage reads; None has none.
+        models: ComfyUI's folder or its `models` folder, or several, which are searched in order. "demo" provides the
+            embedded model as the checkpoint demo.safetensors.
+        input: the folder that LoadImage reads from; None provides no pictures.
         output: the folder that SaveImage writes to; None writes nothing.
     """
 
@@ -58,14 +58,14 @@ class Folders:
         return tuple(folder / "models" if (folder / "models").is_dir() else folder for folder in given)
 
     def names(self, kind: str) -> list[str]:
-        """The names of the model files of a kind of `MODEL_FOLDERS`, as graphs say them: with "/" for sub-folders."""
+        """The names of the model files of a kind of `MODEL_FOLDERS`, as in graphs: with "/" for sub-folders."""
         return sorted(self._files(kind))
 
     def model(self, kind: str, name: str) -> Path:
         """The path of a model file that `names` lists; "demo.safetensors" is the embedded model's folder.
 
         Raises:
-            FileNotFoundError: there is none of that name; the folders are named.
+            FileNotFoundError: there is no model file of this name; the message names the folders.
         """
         found = self._files(kind)
         if name not in found:
@@ -73,20 +73,20 @@ class Folders:
         return found[name]
 
     def where(self, kind: str) -> str:
-        """The folders of a kind of models, for a message."""
+        """The folders of a kind of models, as text for an error message."""
         return " or ".join(str(root / MODEL_FOLDERS[kind][0]) for root in self.roots) or "the embedded model"
 
     def pictures(self) -> list[str]:
-        """The names of the pictures in the input folder itself."""
+        """The names of the pictures in the input folder, without sub-folders."""
         if self.input is None:
             return []
         return sorted(path.name for path in self.input.iterdir() if path.suffix.lower() in PICTURES and path.is_file())
 
     def picture(self, said: str) -> Path:
-        """The path of a picture that LoadImage names: in the input folder, or where "name [output]" says.
+        """The path of a picture that LoadImage names: in the input folder, or in the folder of "name [output]".
 
         Raises:
-            ValueError: the name leaves its folder, or there is no such folder.
+            ValueError: the name escapes its folder, or there is no such folder.
             FileNotFoundError: there is no such file.
         """
         name, place = _annotated(said)
@@ -99,14 +99,14 @@ class Folders:
         return path
 
     def folder(self, place: Place) -> Path | None:
-        """The input, output or temp folder; temp lies in the output folder."""
+        """The input, output or temp folder; the temp folder is inside the output folder."""
         if place == "input":
             return self.input
         return self.output if place == "output" or self.output is None else self.output / "temp"
 
     @cached_property
     def tokenizers(self) -> Path | None:
-        """The folder with tokenizer, tokenizer_2 and tokenizer_3: beside the models, or the embedded model's."""
+        """The folder that holds tokenizer, tokenizer_2 and tokenizer_3: beside the models, or the embedded model's."""
         places = [place for root in self.roots for place in (root, root / "tokenizers", root.parent)]
         return tokenizer_folder(*places, *([EMBEDDED] if DEMO in self.models else []))
 
@@ -123,10 +123,10 @@ class Folders:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of that name in a folder or below it.
+    """The path of a file of this name in a folder or its sub-folders.
 
     Raises:
-        ValueError: the name is absolute, goes up, or is no name of a file.
+        ValueError: the name is absolute, contains "..", or is not a valid file name.
     """
     parts = name.replace("\\", "/").split("/")
     odd = not name or "\0" in name or len(name) > 500 or PureWindowsPath(name).drive or PureWindowsPath(name).root
@@ -136,9 +136,9 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _listed(folder: Path) -> dict[str, Path]:
-    """The model files in a folder and below it, by their names relative to it."""
+    """The model files in a folder and its sub-folders, by name relative to the folder."""
     found: dict[str, Path] = {}
-    seen: set[str] = set()  # real paths, because links can lead in a circle
+    seen: set[str] = set()  # real paths, because symbolic links can form a loop
     for base, inner, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(base)
         if real in seen:
@@ -155,7 +155,7 @@ def _listed(folder: Path) -> dict[str, Path]:
 
 
 def _annotated(said: str) -> tuple[str, Place]:
-    """A picture's name, and its place: "a.png [output]" is in the output folder."""
+    """Split the name of a picture into its file name and folder: "a.png [output]" is in the output folder."""
     for place in PLACES:
         if said.endswith(f"[{place}]"):
             return said.removesuffix(f"[{place}]").rstrip(), place
@@ -167,6 +167,6 @@ def as_folders(
     input: str | Path | None,
     output: str | Path | None,
 ) -> Folders:
-    """The folders of a run, as `mmdit.run_workflow` takes them."""
+    """Make `Folders` from the arguments of `mmdit.run_workflow`."""
     several = (models,) if isinstance(models, str | Path) else tuple(models)
     return Folders(several, None if input is None else Path(input), None if output is None else Path(output))

@@ -1,6 +1,6 @@
-"""A workflow as a graph: parsed, checked as ComfyUI checks it, and ordered.
+"""Parse a workflow into a graph, check it as ComfyUI does, and order its nodes.
 
-The form is ComfyUI's API form: {node id: {"class_type": name, "inputs": {input: value or [node id, output]}}}.
+A graph has ComfyUI's API form: {node id: {"class_type": name, "inputs": {input: value or [node id, output]}}}.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmdit.comfyui.files import Folders
 from mmdit.comfyui.to_api import is_ui_form, to_api
 from mmdit.pipeline.settings import WORKFLOW_KEYWORD, SettingsError, text_chunks
 
-Graph = dict[str, Any]  # in API form; what `check` has not seen may hold anything
+Graph = dict[str, Any]  # in API form; before `check`, it may contain arbitrary JSON values
 MAX_NODES = 2000
 MAX_BYTES = 8 * 2**20
 _PROBE = b"\x89PNG"
@@ -30,9 +30,9 @@ class Checked:
     """A graph of which at least one output can run.
 
     Args:
-        graph: with the values of its inputs converted to their types, where an output needs them.
+        graph: the graph; input values that an output needs are converted to their types.
         outputs: the ids of the output nodes that can run, in the order of the graph.
-        node_errors: the problems of nodes that other outputs need.
+        node_errors: the problems that prevent the remaining outputs from running, by node id.
     """
 
     graph: Graph
@@ -41,15 +41,15 @@ class Checked:
 
 
 def read_graph(source: Mapping[str, Any] | str | Path) -> Graph:
-    """A graph in API form, from a file or from what is parsed already.
+    """Read a graph in API form from a file or from parsed JSON.
 
     Args:
-        source: a JSON file in API or UI form, or the body of a request to ComfyUI; a PNG that ComfyUI or mmdit wrote;
-            or the value of such a JSON text.
+        source: a JSON file in API form, in UI form, or with the body of a request to ComfyUI; a PNG that ComfyUI or
+            mmdit wrote; or the parsed value of such JSON.
 
     Raises:
-        WorkflowError: it is no graph.
-        JSONError: the text is no strict JSON.
+        WorkflowError: the source is not a graph.
+        JSONError: the text is not strict JSON.
         SettingsError: the PNG is broken.
     """
     if isinstance(source, Mapping):
@@ -60,10 +60,10 @@ def read_graph(source: Mapping[str, Any] | str | Path) -> Graph:
 
 
 def as_graph(value: Any) -> Graph:
-    """A JSON value in API form, in UI form, or the body of a request, as a graph in API form.
+    """Convert a JSON value in API form, in UI form, or the body of a request, to a graph in API form.
 
     Raises:
-        WorkflowError: it is none of them, or it has more nodes than any workflow.
+        WorkflowError: the value has none of these forms, or too many nodes.
     """
     if isinstance(value, dict) and is_ui_form(value):
         value = to_api(value, NODES)
@@ -79,10 +79,10 @@ def as_graph(value: Any) -> Graph:
 
 
 def check(graph: Graph, folders: Folders) -> Checked:
-    """Check a graph as ComfyUI does: every class, then all that the output nodes need.
+    """Check a graph as ComfyUI does: the class of every node, then all nodes that the output nodes need.
 
     Raises:
-        WorkflowError: no output can run; its `type` and `node_errors` say why.
+        WorkflowError: no output can run; `type` and `node_errors` give the reasons.
     """
     for id, found in graph.items():
         _check_class(id, found)
@@ -98,7 +98,7 @@ def check(graph: Graph, folders: Folders) -> Checked:
 
 
 def order(graph: Graph, outputs: Sequence[str]) -> list[str]:
-    """The ids of all nodes that these outputs need, each after those that it needs itself, apart from circles."""
+    """The ids of all nodes that these outputs need, in topological order, except within cycles."""
     found: dict[str, None] = {}
     begun: set[str] = set()
     for output in outputs:
@@ -118,21 +118,21 @@ def order(graph: Graph, outputs: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Link:
-    """The wire that an input of a node is connected to."""
+    """The source that an input of a node is linked to."""
 
     input: str
     source: str  # the id of the node
-    slot: int  # of its outputs
+    slot: int  # the number of the node's output
 
 
 def links_of(graph: Graph, id: str) -> list[Link]:
-    """The wires of a node's declared inputs that are links; other inputs are ignored."""
+    """The links of a node's declared inputs; undeclared inputs are ignored."""
     inputs, declared = graph[id].get("inputs", {}), NODES[graph[id]["class_type"]].by_name
     return [Link(name, *value) for name, value in inputs.items() if name in declared and is_link(value)]
 
 
 def is_link(value: object) -> bool:
-    """Whether the value of an input is [node id, slot]."""
+    """Whether the value of an input has the form [node id, slot]."""
     return isinstance(value, list) and len(value) == 2
 
 
@@ -151,11 +151,11 @@ def _check_class(id: str, found: Any) -> None:
 
 
 class _BrokenLinkError(Exception):
-    """A link leads to no output of no node; ComfyUI stops checking its node there."""
+    """A link refers to a missing node or output; ComfyUI then stops checking the node that contains the link."""
 
 
 class _Checking:
-    """The check of a graph under way: what is known of each node."""
+    """The state of a check of a graph: the results for each node so far."""
 
     def __init__(self, graph: Graph, folders: Folders) -> None:
         self.graph, self.folders = graph, folders
@@ -165,7 +165,7 @@ class _Checking:
         self._valid: dict[str, bool] = {}
 
     def output(self, id: str) -> bool:
-        """Whether an output node and all that it needs are right."""
+        """Whether an output node and all nodes that it needs are valid."""
         frames = [self._frame(id, None)]
         while frames:
             frame = frames[-1]
@@ -185,7 +185,7 @@ class _Checking:
         return self._valid[id]
 
     def message(self) -> str:
-        """All problems as one text."""
+        """All problems as one message."""
         lines = [
             f"node {id} ({self.graph[id]['class_type']}){f', {one.input}' if one.input else ''}: {one.message}"
             for id, found in self.problems.items()
@@ -196,7 +196,7 @@ class _Checking:
         return "\n".join(["no output of the workflow can run:", *(f"  {line}" for line in lines)])
 
     def _frame(self, id: str, used_by: str | None) -> _Frame:
-        """Check a node by itself. `used_by` is the input, of another node, that it was reached through."""
+        """Check a single node. `used_by` names the input, of another node, through which this node was reached."""
         try:
             problems, links = self._inputs(id)
         except _BrokenLinkError as error:
@@ -207,7 +207,7 @@ class _Checking:
         return _Frame(id, iter(links), valid=not problems)
 
     def _inputs(self, id: str) -> tuple[list[Problem], list[Link]]:
-        """The problems of a node's inputs, and its links of the right type."""
+        """The problems of a node's inputs, and its links that have the right type."""
         found, declared = self.converted[id]["inputs"], NODES[self.graph[id]["class_type"]]
         problems: list[Problem] = []
         links: list[Link] = []
@@ -244,7 +244,7 @@ class _Checking:
         return Link(one.name, source, slot)
 
     def _value(self, one: Input, value: Any) -> Any:
-        """The value of a widget, converted and in its range."""
+        """Convert the value of a widget and check that it is in its range."""
         value = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
         value = converted(one, value)
         if one.check is not None:
@@ -271,7 +271,7 @@ class _Frame:
 
 
 class ValueProblemError(Exception):
-    """The value of an input is wrong; `problem` says how."""
+    """The value of an input is invalid; `problem` describes why."""
 
     def __init__(self, type: str, message: str, one: Input) -> None:
         super().__init__(message)
@@ -279,17 +279,17 @@ class ValueProblemError(Exception):
 
 
 def fits(given: str, taken: str) -> bool:
-    """Whether the values of an output's type go to an input's; "*" is every type, and "A,B" is A or B."""
+    """Whether an input of type `taken` accepts values of type `given`; "*" is any type, and "A,B" is A or B."""
     if "*" in (given, taken):
         return True
     return bool({one.strip() for one in given.split(",")} & {one.strip() for one in taken.split(",")})
 
 
 def converted(one: Input, value: Any) -> Any:
-    """The value of an input as ComfyUI converts it: text to numbers, numbers to text, everything to True or False.
+    """Convert the value of an input as ComfyUI does: text to numbers, numbers to text, any value to True or False.
 
     Raises:
-        ValueProblemError: it cannot be converted, or the number is not finite.
+        ValueProblemError: the value cannot be converted, or the number is not finite.
     """
     kinds: dict[str, Any] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool}
     if one.type not in kinds:
@@ -312,7 +312,7 @@ def _not_in_list(one: Input, value: Any, choices: Sequence[str], folders: Folder
 
 
 def _in_png(path: Path) -> Any:
-    """The graph in the text chunks of a PNG: "prompt" in API form, else "workflow" in UI form."""
+    """Read the graph in the text chunks of a PNG: "prompt" in API form, else "workflow" in UI form."""
     texts = text_chunks(path)
     for name in (WORKFLOW_KEYWORD, "workflow"):
         if name in texts:
@@ -321,5 +321,5 @@ def _in_png(path: Path) -> Any:
 
 
 def node_of(graph: Graph, id: str) -> Node:
-    """The declaration of a node of a graph."""
+    """Look up the declaration of a node's class."""
     return NODES[graph[id]["class_type"]]

@@ -1,4 +1,4 @@
-"""What a workflow may ask for at most. A workflow is data from strangers, and one number can take all memory."""
+"""Limits for workflows. A workflow is untrusted data, and a single number in it could exhaust the memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mmdit.utils import whole
 
 @dataclass(frozen=True)
 class WorkflowLimits:
-    """Bounds of a run; what is beyond one is a `LimitError` that says how to raise it.
+    """Limits of a run. Exceeding one raises a `LimitError` that tells how to raise the limit.
 
     Args:
-        pixels: of all pictures of a batch together; a cell of a latent counts as 64.
-        batch: pictures of a batch.
-        steps: of one sampler or schedule.
-        nodes: that are run.
-        characters: of one text.
-        tokens: of one prompt, after ConditioningConcat.
-        prompts: that one CONDITIONING holds, after ConditioningCombine.
+        pixels: total number of pixels in a batch of pictures; a latent cell counts as 64 pixels.
+        batch: number of pictures in a batch.
+        steps: number of steps of one sampler or schedule.
+        nodes: number of nodes that run.
+        characters: number of characters in one text.
+        tokens: number of tokens of one prompt, after ConditioningConcat.
+        prompts: number of prompts in one CONDITIONING, after ConditioningCombine.
     """
 
     pixels: int = 2**25
@@ -37,26 +37,26 @@ class WorkflowLimits:
             whole(f"limit {one.name}", getattr(self, one.name), 1)
 
     def check(self, name: str, asked: int) -> None:
-        """Raise LimitError where more is asked for than the limit of that name."""
+        """Raise LimitError if `asked` exceeds the limit called `name`."""
         most: int = getattr(self, name)
         if asked > most:
             raise LimitError(f"{asked:,} {name} are asked for, the limit is {most:,}; raise it with --limit {name}=N")
 
     def check_pictures(self, count: int, height: int, width: int) -> None:
-        """Raise LimitError for a batch of more or larger pictures, sides in pixels, than the limits allow."""
+        """Raise LimitError if a batch has too many pictures, or too many pixels; sides are in pixels."""
         self.check("batch", count)
         self.check("pixels", count * height * width)
 
     def check_latents(self, shape: Sequence[int]) -> None:
-        """Raise LimitError for latents of a shape [b, c, h, w] beyond the limits."""
+        """Raise LimitError if latents of shape [b, c, h, w] exceed the limits."""
         self.check_pictures(shape[0], 8 * shape[2], 8 * shape[3])
 
     @classmethod
     def from_text(cls, words: Iterable[str]) -> Self:
-        """From words NAME=NUMBER.
+        """Parse words of the form NAME=NUMBER.
 
         Raises:
-            ValueError: an unknown name, or no whole number.
+            ValueError: a name is unknown, or a value is not a whole number.
         """
         names = [one.name for one in fields(cls)]
         found: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""A workflow as a readable outline: its nodes in the order in which they run, and the models that it wants."""
+"""A readable outline of a workflow: its nodes in the order in which they run, and the models that it needs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mmdit.comfyui.files import MODEL_FOLDERS, Folders
 from mmdit.comfyui.graph import Graph, check, is_link, order, read_graph
 from mmdit.comfyui.nodes import NODES
 
-_SHOWN = 60  # characters of a value
+_SHOWN = 60  # maximum number of characters shown of a value
 
 
 def outline(source: Mapping[str, Any] | str | Path, folders: Folders | None = None) -> str:
-    """What a workflow does, node by node; what it wants and what is missing; and whether it can run.
+    """Describe a workflow: its nodes, the files that it needs, those that are missing, and whether it can run.
 
     Args:
-        source: what `read_graph` takes.
-        folders: where models and pictures are; None says only what is wanted.
+        source: a graph, as `read_graph` accepts it.
+        folders: the folders of models and pictures; None lists the files without looking for them.
 
     Raises:
-        WorkflowError, JSONError, SettingsError: it is no graph.
+        WorkflowError, JSONError, SettingsError: see `read_graph`.
     """
     graph = read_graph(source)
     lines = [f"{len(graph)} nodes", *_nodes(graph), "", "files that it wants:", *_files(graph, folders)]
@@ -48,7 +48,7 @@ def _nodes(graph: Graph) -> Iterator[str]:
 
 
 def _order(graph: Graph, outputs: list[str]) -> list[str]:
-    """The nodes in the order in which they run; none where the graph is too broken for an order."""
+    """The nodes in the order in which they run; an empty list if the graph is too broken to be ordered."""
     try:
         return order(graph, outputs)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError):
@@ -67,7 +67,7 @@ def _value(graph: Graph, value: Any) -> str:
 
 
 def _files(graph: Graph, folders: Folders | None) -> Iterator[str]:
-    """A line for each file that a node names, once."""
+    """One line for each distinct file that the nodes name."""
     wanted: dict[tuple[str, str], None] = {}
     for one in graph.values():
         declared = NODES.get(str(one.get("class_type"))) if isinstance(one, dict) else None

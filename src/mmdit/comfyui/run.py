@@ -1,4 +1,4 @@
-"""Run a workflow: each node that an output needs, once, after those that it needs itself."""
+"""Run a workflow: each node that an output needs runs once, in topological order."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Wire = tuple[str, int]  # the id of a node, and the number of one of its outputs
 
 @dataclass
 class WorkflowResult:
-    """What a workflow made.
+    """The results of a workflow.
 
-    `images`: the pictures of each output node, by its id. `values`: what is on the wires of `keep`. `files`: the files
-    that were written. `node_errors`: the problems of outputs that could not run, while others could.
+    `images`: the pictures of each output node, by node id. `values`: the values of the wires in `keep`. `files`: the
+    files that were written. `node_errors`: the problems of outputs that could not run while others could.
     """
 
     images: dict[str, list[Image.Image]]
@@ -44,10 +44,10 @@ class WorkflowResult:
 
 @dataclass
 class WorkflowCache:
-    """What nodes gave in the run before, so that the next run computes only what has changed; models stay loaded.
+    """The node outputs of the previous run, so that the next run computes only what has changed; models stay loaded.
 
-    A node is known by its class, its values and, in the same way, all that is linked to it; files by their size and
-    time. Outputs that a run does not need are forgotten at its end, as in ComfyUI.
+    The key of a node consists of its class, its input values, the keys of its linked nodes, and the size and
+    modification time of its files. Outputs that a run does not need are dropped at its end, as in ComfyUI.
     """
 
     outputs: dict[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
@@ -69,24 +69,25 @@ def run_workflow(
     """Run a ComfyUI workflow under the rules of ComfyUI 0.3.64 (profile "comfyui").
 
     Args:
-        graph: in API form or UI form, or a file: JSON, or a PNG that holds one.
-        models: ComfyUI's folder or its `models`, or several; "demo" has the embedded model as demo.safetensors.
-        input: the folder that LoadImage reads.
-        output: the folder that SaveImage writes to; None gives the pictures back and writes nothing.
-        tokenizers: the folder with tokenizer, tokenizer_2 and tokenizer_3; None are those beside the models.
-        keep: wires (node id, output) whose values are wanted. Latents are at the scale of the VAE.
-        device: that the models compute on.
-        dtype: that they compute in; None is float32 on a CPU, and elsewhere the stored one.
-        limits: of sizes, steps and nodes.
-        cache: what to take from the run before, and to fill for the next one.
+        graph: a graph in API form or UI form, or the path of a JSON file or of a PNG that contains a graph.
+        models: ComfyUI's folder or its `models` folder, or several; "demo" provides the embedded model as
+            demo.safetensors.
+        input: the folder that LoadImage reads from.
+        output: the folder that SaveImage writes to; None returns the pictures and writes nothing.
+        tokenizers: the folder that holds tokenizer, tokenizer_2 and tokenizer_3; None takes those beside the models.
+        keep: the wires (node id, output number) whose values to return. Latents are at the scale of the VAE.
+        device: the device that the models compute on.
+        dtype: the dtype that the models compute in; None is float32 on a CPU, and the stored dtype elsewhere.
+        limits: the limits of sizes, steps and nodes.
+        cache: outputs of the previous run to reuse; it is updated for the next run.
 
     Returns:
-        The pictures, the values and the files.
+        The pictures, the kept values and the files that were written.
 
     Raises:
-        WorkflowError: the graph is wrong, before anything runs; with ComfyUI's type of the error and the node.
-        NodeError: a node failed; what it raised is the cause.
-        LimitError: it asks for more than the limits allow; the node is named.
+        WorkflowError: the graph is invalid; raised before any node runs, with ComfyUI's error type and the node.
+        NodeError: a node failed; the original exception is the cause.
+        LimitError: the workflow exceeds a limit; the message names the node.
         FileNotFoundError: a folder does not exist.
     """
     folders = as_folders(models, input, output)
@@ -99,7 +100,7 @@ def run_workflow(
 
 
 def overridden(graph: Graph, changes: Iterable[str]) -> Graph:
-    """A graph with other values: each change is "node.input=value", the value as JSON or as text.
+    """Return a graph with changed values: each change is "node.input=value", with the value as JSON or as text.
 
     Raises:
         ValueError: there is no such node or input, or the input is a link.
@@ -119,7 +120,7 @@ def overridden(graph: Graph, changes: Iterable[str]) -> Graph:
 
 
 class _Running:
-    """A run under way."""
+    """The state of a run."""
 
     def __init__(self, checked: Checked, context: Context, keep: Collection[Wire], cache: WorkflowCache) -> None:
         self.graph, self.context, self.cache, self.keep = checked.graph, context, cache, keep
@@ -129,7 +130,7 @@ class _Running:
         context.limits.check("nodes", len(self.order))
 
     def run(self, *, drops: bool) -> None:
-        """Run all nodes; `drops` frees what no later node needs."""
+        """Run all nodes; with `drops`, free each output once no later node needs it."""
         for id in self.order:
             self.keys[id] = self._key(id)
         users = Counter(self.keys[link.source] for id in self.order for link in links_of(self.graph, id))
@@ -150,7 +151,7 @@ class _Running:
             self.kept[wire] = self.cache.outputs[key][wire[1]]
 
     def _outputs(self, id: str, declared: Node) -> tuple[Any, ...]:
-        """What a node gives, checked against the limits."""
+        """Run a node and return its outputs, checked against the limits."""
         self.context.node = id
         arguments: dict[str, Any] = {"context": self.context} if declared.takes_context else {}
         try:
@@ -177,7 +178,7 @@ class _Running:
         return self.cache.outputs[self.keys[source]][slot]
 
     def _key(self, id: str) -> str:
-        """What a node is known by: equal for nodes that give the same."""
+        """The cache key of a node; nodes with equal keys have equal outputs."""
         declared, parts = NODES[self.graph[id]["class_type"]], []
         for one in declared.inputs:
             value = self.graph[id].get("inputs", {}).get(one.name)
@@ -191,22 +192,22 @@ class _Running:
 
 
 def _stamp(folder: str | None, name: Any, folders: Folders) -> str:
-    """What changes with the file that an input names."""
+    """A text that changes when the file that an input names changes."""
     if folder is None:
         return ""
     try:
         path = folders.picture(str(name)) if folder == "input" else folders.model(folder, str(name))
         status = path.stat()
-    except (OSError, ValueError):  # a name that stands for no file
+    except (OSError, ValueError):  # the name does not refer to a file
         return ""
     return f"{path} {status.st_mtime_ns} {status.st_size}"
 
 
 def _wires(checked: Checked, keep: Iterable[Wire]) -> list[Wire]:
-    """The wires to keep.
+    """Check the wires to keep.
 
     Raises:
-        ValueError: one is none of the graph, or not part of what runs.
+        ValueError: the graph has no such wire, or its node does not run.
     """
     found = []
     running = set(order(checked.graph, checked.outputs))
@@ -221,7 +222,7 @@ def _wires(checked: Checked, keep: Iterable[Wire]) -> list[Wire]:
 
 
 def _check_size(value: Any, limits: WorkflowLimits) -> None:
-    """Check what goes on a wire; a batch of pictures, a mask, a latent."""
+    """Check the size of an output value: a batch of pictures, a mask or a latent."""
     if isinstance(value, dict) and isinstance(value.get("samples"), Tensor):
         limits.check_latents(value["samples"].shape)
         if isinstance(value.get("noise_mask"), Tensor):

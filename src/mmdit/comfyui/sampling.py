@@ -19,10 +19,10 @@ from mmdit.pictures.latents import from_vae_scale, to_vae_scale
 from mmdit.pipeline.seeds import solver_options
 from samplers import SOLVERS, Guide, Guided, Solver, Step, only_x0
 
-_AT_ONE = 1e-9  # a guidance scale so near to 1 is 1: the negative prompt is not read
-_DRAWS = 10_000  # single draws of noise that a batch_index may ask for
-_LAST_LEVEL = 1e-4  # what FlipSigmas puts in the place of 0
-# Names of ComfyUI's KSampler. Where noise is drawn, on a GPU or a CPU, is the only difference of *_gpu; here it is
+_AT_ONE = 1e-9  # a guidance scale within this distance of 1 counts as 1: the unconditional branch does not run
+_DRAWS = 10_000  # maximum number of noise draws that a batch_index can require
+_LAST_LEVEL = 1e-4  # FlipSigmas replaces a first level of 0 with this one
+# Sampler names of ComfyUI's KSampler. The *_gpu variants differ only in drawing their noise on the GPU; here, noise is
 # always drawn on the CPU.
 SAMPLERS: tuple[str, ...] = (
     *("euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "dpm_2"),
@@ -40,19 +40,21 @@ SCHEDULERS: tuple[str, ...] = (
 
 
 def named_sampler(name: str, **options: float | int) -> Sampler:
-    """The sampler of one of ComfyUI's names."""
+    """Return the sampler that ComfyUI calls by this name."""
     return Sampler(name, SOLVERS[name.removesuffix("_gpu")], options)
 
 
 def schedule(scheduler: str, steps: int, shift: float, denoise: float = 1.0, solver: Solver | None = None) -> Tensor:
-    """The sigmas of a scheduler: with `denoise` below 1, the last `steps` of a list that is so much longer.
+    """The sigmas of a scheduler, float64 [steps + 1].
+
+    With `denoise` below 1, they are the last `steps` + 1 sigmas of a schedule of int(steps / denoise) steps.
 
     Args:
         scheduler: one of `SCHEDULERS`.
-        steps: of the sampler.
-        shift: of the model.
-        denoise: 0 or less gives no level at all.
-        solver: for some, KSampler asks for one level more and leaves out the last but one.
+        steps: number of sampler steps.
+        shift: the shift of the model's schedule.
+        denoise: the share of the schedule to use; 0 or less returns no sigmas.
+        solver: the solver. For some solvers, KSampler adds a step to the schedule and drops the second-last sigma.
     """
     if denoise <= 0:
         return torch.zeros(0, dtype=torch.float64)
@@ -65,7 +67,7 @@ def schedule(scheduler: str, steps: int, shift: float, denoise: float = 1.0, sol
 
 
 def flipped(sigmas: Tensor) -> Tensor:
-    """The levels in the other order, a 0 at the start replaced, because nothing can be divided by it (FlipSigmas)."""
+    """Reverse the sigmas; a first sigma of 0 becomes 1e-4, because solvers divide by sigma (FlipSigmas)."""
     found = sigmas.flip(0).clone()
     if len(found) and found[0] == 0:
         found[0] = _LAST_LEVEL
@@ -73,9 +75,9 @@ def flipped(sigmas: Tensor) -> Tensor:
 
 
 def noise_of(noise: Noise, latent: Latent) -> Tensor:
-    """The noise of latents: one draw in float32 on the CPU; zeros where the node draws none.
+    """Draw the noise of latents in float32 on the CPU, all at once; zeros if the NOISE is disabled.
 
-    With `batch_index` it is drawn sample by sample, and each sample takes the draw of its number.
+    With `batch_index`, noise is drawn one sample at a time, and each sample takes the draw with its index.
     """
     shape = _with_channels(latent["samples"]).shape
     if not noise.drawn:
@@ -100,16 +102,16 @@ def draw(
     Args:
         guider: the prompts and their guidance.
         noise: [b, 16, h, w], of unit variance, or zeros.
-        seed: of the noise that a stochastic sampler adds.
-        latent: what to start from, with its mask.
-        sampler: the solver.
-        sigmas: float64 [steps + 1]; they may rise, as after FlipSigmas. No level at all returns the latent.
+        seed: the seed of the noise that a stochastic sampler adds.
+        latent: the initial latent, with its mask.
+        sampler: the solver and its options.
+        sigmas: float64 [steps + 1]; they may rise, as after FlipSigmas. An empty tensor returns the latent unchanged.
 
     Returns:
-        The latent, and the last predicted picture as a latent, both at the VAE's scale and on the CPU.
+        The final latent, and the last predicted x0, both at the VAE's scale and on the CPU.
 
     Raises:
-        ValueError: a level is no noise level, the last one is 1, or the prompts are not for this model.
+        ValueError: a sigma is out of range, the last sigma is 1, or the prompts do not fit this model.
         FloatingPointError: a value is not finite.
     """
     samples = _with_channels(latent["samples"])
@@ -140,18 +142,18 @@ def _steps(guide: Guide, x: Tensor, sampler: Sampler, sigmas: Tensor, seed: int,
     denoise = guide if solver.guided else only_x0(guide)
     if bool((sigmas.diff() < 0).all()):
         return solver(denoise, x, sigmas, **options)
-    return unwrap(solver.run)(denoise, x, sigmas, **options)  # rising levels, which a solver's own checks refuse
+    return unwrap(solver.run)(denoise, x, sigmas, **options)  # without its checks: sigmas may rise
 
 
 def _guide(
     guider: Guider, sampler: Sampler, noise: Tensor, seed: int, given: Tensor, latent: Latent, sigmas: Tensor
 ) -> Guide:
-    """What the solver calls: the guided prediction, kept to the latent where the mask is 0."""
+    """The function that the solver calls: the guided prediction, with the given latent where the mask is 0."""
     found = (_DualGuidance if guider.middle is not None else _Guidance)(guider, noise.shape, sampler.solver.guided)
     if "noise_mask" not in latent:
         return found
     mask = _mask_for(latent["noise_mask"], noise.shape).to(noise)
-    if sampler.name == "ddim":  # ComfyUI's other noise for the kept part
+    if sampler.name == "ddim":  # ComfyUI uses different noise outside of the mask
         noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed + 1)).to(noise)
     rule = guider.model.mask_rule
 
@@ -184,7 +186,7 @@ class _Guidance:
 
 
 class _DualGuidance:
-    """DualCFGGuider: two prompts and a negative one, each pair with a scale."""
+    """DualCFGGuider: two prompts and a negative prompt, with a guidance scale for each pair."""
 
     def __init__(self, guider: Guider, shape: Sequence[int], reads_uncond: bool) -> None:
         self.guider, self.model = guider, guider.model
@@ -217,7 +219,7 @@ def _found(
 
 
 def _combined(model: Model, found: Predicted) -> Tensor:
-    """cond and uncond as one prediction (ComfyUI's `cfg_function`)."""
+    """Combine cond and uncond into one prediction (ComfyUI's `cfg_function`)."""
     if model.mixing is not None:
         x0 = model.mixing(found)
     else:
@@ -228,10 +230,10 @@ def _combined(model: Model, found: Predicted) -> Tensor:
 
 
 def _with_channels(samples: Tensor) -> Tensor:
-    """Latents of 16 channels: of another number only where all are zeros (`fix_empty_latent_channels`).
+    """Return latents with 16 channels; zeros with another number are converted (`fix_empty_latent_channels`).
 
     Raises:
-        ValueError: they have another number of channels and are not empty.
+        ValueError: nonzero latents do not have 16 channels.
     """
     if samples.shape[1] == CHANNELS:
         return samples
@@ -244,20 +246,20 @@ def _with_channels(samples: Tensor) -> Tensor:
 
 
 def _to_model(samples: Tensor) -> Tensor:
-    """Latents in model space; an empty one is zeros there too, as in ComfyUI."""
+    """Convert latents to model space; latents of zeros stay zeros, as in ComfyUI."""
     samples = samples.float()
     return from_vae_scale(samples) if bool(samples.any()) else samples
 
 
 def _changed(latent: Latent, samples: Tensor) -> Latent:
-    """The latent with other samples; its mask and batch_index stay."""
+    """Return the latent with these samples, and with its mask and batch_index unchanged."""
     changed = latent.copy()
     changed["samples"] = samples
     return changed
 
 
 def _mask_for(mask: Tensor, shape: Sequence[int]) -> Tensor:
-    """A mask at the size of latents [b, c, h, w], bilinear, not rounded: [b, 1, h, w]."""
+    """Resize a mask bilinearly to [b, 1, h, w], the size of latents [b, c, h, w], without rounding."""
     mask = mask.float().reshape(-1, 1, *mask.shape[-2:])
     return repeated(F.interpolate(mask, size=tuple(shape[2:]), mode="bilinear"), shape[0])
 

@@ -1,4 +1,4 @@
-"""Pictures of a run as 8-bit pictures and as PNG files with the graph in them, named as ComfyUI names them."""
+"""Convert the pictures of a run to 8 bits, and save them as PNG files that contain the graph, named as in ComfyUI."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from mmdit.utils import replacing
 
 
 def save_pictures(context: Context, images: Tensor, prefix: str | None) -> list[Image.Image]:
-    """Pictures [b, h, w, c] in [0, 1] as 8-bit pictures, truncated, and as files where there is an output folder.
+    """Convert pictures to 8 bits by truncation, and save them if the run has an output folder.
 
     Args:
-        context: the run, which keeps the paths.
-        images: the pictures.
-        prefix: of the files' names, with "/" for sub-folders and ComfyUI's %width%, %date% and so on; None writes none.
+        context: the run, which records the paths of the files.
+        images: the pictures, [b, h, w, c] in [0, 1].
+        prefix: the prefix of the file names, with "/" for sub-folders and ComfyUI's variables such as %width% and
+            %date%; None writes no files.
     """
     check_picture("images", images)
     if not torch.isfinite(images).all():
@@ -65,12 +66,12 @@ def _written(picture: Image.Image, base: Path, number: int, graph: Mapping[str, 
         counter = max((int(one[1]) for one in taken if one), default=0) + 1
         try:
             return with_graph(picture, base.with_name(f"{name}_{counter:05}_.png"), graph, new=True)
-        except FileExistsError:  # another process was faster
+        except FileExistsError:  # another process has created the file
             continue
 
 
 def _start(prefix: str, width: int, height: int) -> str:
-    """The prefix with ComfyUI's variables in it replaced."""
+    """Replace ComfyUI's variables in the prefix."""
     now = datetime.now()  # local time, as in ComfyUI
     values = {"width": str(width), "height": str(height), "year": f"{now.year}"}
     values |= {name: f"{getattr(now, name):02}" for name in ("month", "day", "hour", "minute", "second")}

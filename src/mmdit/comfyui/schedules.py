@@ -1,4 +1,4 @@
-"""Schedules of nodes that take their own numbers."""
+"""The noise schedules of nodes that have parameters of their own: Karras and beta."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from samplers import shifted
 
-_TABLE = 1000  # timesteps that the models were trained with
+_TABLE = 1000  # number of training timesteps
 _TERMS, _HALVINGS = 300, 60
 
 
 def karras(steps: int, sigma_max: float, sigma_min: float, rho: float) -> Tensor:
-    """Levels even in sigma^(1/rho), then 0, float64 [steps + 1] (Karras et al. 2022, arXiv 2206.00364, formula 5)."""
+    """Sigmas evenly spaced in sigma^(1/rho), then 0, float64 [steps + 1] (Karras et al., arXiv 2206.00364, eq. 5)."""
     if rho <= 0 or sigma_min <= 0:
         raise ValueError(f"rho is {rho:g} and sigma_min {sigma_min:g}; both must be above 0")
     high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
@@ -23,9 +23,9 @@ def karras(steps: int, sigma_max: float, sigma_min: float, rho: float) -> Tensor
 
 
 def beta_sampling(steps: int, shift: float, alpha: float, beta: float) -> Tensor:
-    """Levels of the table at the quantiles of a beta distribution, without repeats, then 0 (ComfyUI `beta_scheduler`).
+    """The sigmas at the timesteps given by quantiles of a beta distribution, without repeats, then 0.
 
-    Lee et al. 2024, arXiv 2407.12173.
+    Source: ComfyUI `beta_scheduler`; Lee et al. 2024, arXiv 2407.12173.
     """
     if alpha <= 0 or beta <= 0:
         raise ValueError(f"alpha is {alpha:g} and beta {beta:g}; both must be above 0")
@@ -36,7 +36,7 @@ def beta_sampling(steps: int, shift: float, alpha: float, beta: float) -> Tensor
 
 
 def _quantile(share: float, a: float, b: float) -> float:
-    """The x below which this share of the beta distribution lies, by bisection."""
+    """The quantile function of the beta distribution, computed by bisection."""
     low, high = 0.0, 1.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -51,7 +51,7 @@ def _below(x: float, a: float, b: float) -> float:
     """
     if not 0 < x < 1:
         return max(0.0, min(1.0, x))
-    if x > (a + 1) / (a + b + 2):  # where the other fraction converges faster
+    if x > (a + 1) / (a + b + 2):  # here the fraction for I_(1-x)(b, a) converges faster
         return 1 - _below(1 - x, b, a)
     front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
     c, d = 1.0, 1 / _away(1 - (a + b) * x / (a + 1))
@@ -70,10 +70,10 @@ def _below(x: float, a: float, b: float) -> float:
 
 
 def _away(value: float) -> float:
-    """The value, kept away from 0."""
+    """Replace a value close to 0, so that it can be divided by."""
     return value if abs(value) > 1e-300 else 1e-300
 
 
 def level_of_table(timestep: int, shift: float) -> float:
-    """The level of a timestep of the table; 0 is the least, ComfyUI's `sigma_min`."""
+    """The sigma of a training timestep; timestep 0 gives ComfyUI's `sigma_min`."""
     return float(shifted(torch.tensor((timestep + 1) / _TABLE, dtype=torch.float64), shift))

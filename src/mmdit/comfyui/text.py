@@ -1,4 +1,4 @@
-"""Prompts to CONDITIONING as ComfyUI reads them (`comfy/text_encoders/sd3_clip.py`), by its text rules."""
+"""Encode prompts into a CONDITIONING by ComfyUI's text rules (`comfy/text_encoders/sd3_clip.py`)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from torch import Tensor
 from encoders import COMFYUI, Conditioner, Conditioning
 from mmdit.comfyui.values import Clip
 
-_POOLED = 2048  # channels of both official towers, which ComfyUI assumes where one is missing
+_POOLED = 2048  # pooled channels of both official CLIP encoders, which ComfyUI assumes where one is missing
 _OFFICIAL_TOWERS, _OFFICIAL_CONTEXT = 2048, 4096
 
 
 def encode(clip: Clip, prompt: str) -> Conditioning:
-    """One prompt for all encoders."""
+    """Encode one prompt with all encoders."""
     with _at_layer(clip):
         return _conditioner(clip)([prompt])
 
 
 def encode_each(clip: Clip, clip_l: str, clip_g: str, t5: str, *, padded: bool) -> Conditioning:
-    """A prompt of its own for each encoder (CLIPTextEncodeSD3).
+    """Encode a separate prompt with each encoder (CLIPTextEncodeSD3).
 
     Args:
         clip: the encoders.
-        clip_l, clip_g, t5: what each reads.
-        padded: whether an empty prompt is read as padding. If not, T5 gets its end token alone, an empty CLIP prompt
-            follows the length of the other, and two empty ones give no tokens and a pooled vector of zeros.
+        clip_l, clip_g, t5: the prompt of each encoder.
+        padded: whether an empty prompt is encoded as padding. If False, T5 gets only its end token for an empty prompt,
+            an empty CLIP prompt has the length of the other CLIP prompt, and two empty CLIP prompts give no tokens and
+            a pooled vector of zeros.
     """
     with _at_layer(clip):
         towers = _towers(clip, clip_l, clip_g) if padded or clip_l or clip_g else None
@@ -59,7 +60,7 @@ def _conditioner(clip: Clip, **without: None) -> Conditioner:
 
 
 def context_dim(clip: Clip) -> int:
-    """Channels of a context token: T5's; without it those of the official models, or of towers of another size."""
+    """The context dimension: T5's width; without T5, the official width, or the sum of nonstandard CLIP widths."""
     if clip.t5 is not None:
         return clip.t5.config.width
     widths = sum(tower.config.width for tower in (clip.clip_l, clip.clip_g) if tower is not None)
@@ -72,7 +73,7 @@ def _pooled_dim(clip: Clip) -> int:
 
 
 def _towers(clip: Clip, clip_l: str, clip_g: str) -> Conditioning | None:
-    """Both towers with a prompt each; the one of fewer chunks of 77 tokens is filled up with empty ones."""
+    """Encode a prompt with each CLIP encoder; the one with fewer chunks of 77 tokens is filled up with empty chunks."""
     given = {"clip_l": (clip.clip_l, clip_l), "clip_g": (clip.clip_g, clip_g)}
     found: dict[str, Conditioning] = {}
     for name, (tower, prompt) in given.items():
@@ -83,7 +84,7 @@ def _towers(clip: Clip, clip_l: str, clip_g: str) -> Conditioning | None:
         return None
     length = max(one.context.shape[1] for one in found.values())
     whole = [_lengthened(clip, name, one, length) for name, one in found.items()]
-    context = torch.stack([one.context for one in whole]).sum(0)  # each is zero in the channels of the other
+    context = torch.stack([one.context for one in whole]).sum(0)  # the channels of the two do not overlap
     return Conditioning(context, torch.stack([one.pooled for one in whole]).sum(0))
 
 
@@ -97,7 +98,7 @@ def _lengthened(clip: Clip, name: str, one: Conditioning, length: int) -> Condit
 
 
 def _t5(clip: Clip, prompt: str, *, padded: bool) -> Tensor:
-    """The tokens of T5 alone, [1, n, width]."""
+    """Encode a prompt with T5 only, [1, n, width]."""
     assert clip.t5 is not None
     if prompt or padded:
         return _conditioner(clip, clip_l=None, clip_g=None)([prompt]).context
@@ -107,16 +108,17 @@ def _t5(clip: Clip, prompt: str, *, padded: bool) -> Tensor:
 
 
 def _nothing(clip: Clip) -> Conditioning:
-    """What the model reads where no encoder reads anything: zeros."""
+    """The conditioning where no encoder has any tokens: zeros."""
     return Conditioning(torch.zeros(1, COMFYUI.clip_length, context_dim(clip)), torch.zeros(1, _pooled_dim(clip)))
 
 
 @contextmanager
 def _at_layer(clip: Clip) -> Iterator[None]:
-    """Inside, the output of the clip's layer takes the place of CLIP's penultimate one and of T5's last one.
+    """Within the context, the encoders return the output of layer `clip.layer`.
 
-    CLIP's is taken without the final norm, T5's with it. A tower with fewer layers gives its last output, with the norm
-    (ComfyUI's `SDClipModel.set_clip_options`).
+    It replaces the penultimate layer of CLIP and the last layer of T5. The output of CLIP has no final norm; that of T5
+    has. An encoder with fewer layers returns its last output, with the norm (ComfyUI's
+    `SDClipModel.set_clip_options`).
     """
     handles: list[Any] = []
     try:

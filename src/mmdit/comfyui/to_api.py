@@ -1,7 +1,7 @@
-"""From ComfyUI's UI form (what its interface saves) to its API form (what it runs).
+"""Convert a workflow from ComfyUI's UI form (which its interface saves) to its API form (which its server runs).
 
 The rules are those of ComfyUI's frontend (`graphToPrompt`, `ExecutableNodeDTO`): notes, reroutes, primitives and muted
-nodes vanish, bypassed nodes hand on an input of the type that is asked for, and subgraphs are opened.
+nodes are removed, bypassed nodes pass through an input of the requested type, and subgraphs are expanded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from mmdit.comfyui.errors import WorkflowError
 
 MUTED, BYPASSED = 2, 4  # the modes of a node
 NOTES = ("Note", "MarkdownNote")
-_MAX_NESTING = 8  # of subgraphs
-_MAX_NODES = 5000  # with those of all uses of subgraphs, which multiply
-_MAX_HOPS = 100  # reroutes and bypassed nodes between an output and an input
+_MAX_NESTING = 8  # maximum depth of nested subgraphs
+_MAX_NODES = 5000  # maximum number of nodes after all subgraphs are expanded
+_MAX_HOPS = 100  # maximum number of reroutes and bypassed nodes between an output and an input
 _INPUTS, _OUTPUTS = -10, -20  # the ids that stand for a subgraph's own inputs and outputs in its links
 
 
@@ -28,14 +28,14 @@ def is_ui_form(value: Mapping[str, Any]) -> bool:
 
 
 def to_api(ui: Mapping[str, Any], nodes: Mapping[str, Node]) -> dict[str, dict[str, Any]]:
-    """A workflow in UI form as a graph in API form.
+    """Convert a workflow in UI form to a graph in API form.
 
     Args:
         ui: {"nodes": [...], "links": [...], "definitions": {"subgraphs": [...]}}.
-        nodes: the known nodes, whose inputs say which values of a node's widgets belong to which input.
+        nodes: the known node classes; their inputs assign widget values to input names.
 
     Raises:
-        WorkflowError: the form is broken, or a node that would run is unknown.
+        WorkflowError: the form is broken, or the class of a node that would run is unknown.
     """
     whole = _Level.of(ui, _Forms(_subgraphs(ui)))
     return {one.id: _converted(one, nodes) for one in whole.every() if one.runs}
@@ -51,13 +51,13 @@ class _Link:
 
 @dataclass
 class _Forms:
-    """The definitions of subgraphs, and how many nodes have been made of all forms."""
+    """The definitions of subgraphs, and the number of nodes that have been created so far."""
 
     by_id: Mapping[str, Mapping[str, Any]]
     nodes: int = 0
 
     def count(self, more: int) -> None:
-        """Raise WorkflowError where there are more nodes than in any workflow."""
+        """Count more nodes, and raise WorkflowError if there are more than `_MAX_NODES`."""
         self.nodes += more
         if self.nodes > _MAX_NODES:
             raise _broken(f"it has more than {_MAX_NODES} nodes, with those of its subgraphs")
@@ -67,7 +67,7 @@ class _Forms:
 class _Level:
     """The nodes and links of a workflow, or of one use of a subgraph."""
 
-    prefix: str  # of the ids of its nodes
+    prefix: str  # the prefix of the ids of its nodes
     nodes: dict[Any, _Placed]
     links: dict[Any, _Link]
     forms: _Forms
@@ -75,7 +75,7 @@ class _Level:
 
     @classmethod
     def of(cls, form: Mapping[str, Any], forms: _Forms, used_by: _Placed | None = None) -> _Level:
-        """From the form of a workflow or of a subgraph."""
+        """Make a level from the UI form of a workflow or subgraph."""
         prefix = "" if used_by is None else f"{used_by.id}:"
         level = cls(prefix, {}, dict(map(_link, _listed(form, "links"))), forms, used_by)
         nodes = _listed(form, "nodes")
@@ -87,7 +87,7 @@ class _Level:
         return level
 
     def every(self) -> Iterator[_Placed]:
-        """All nodes, those of subgraphs in the place of the node that stands for them."""
+        """All nodes; each subgraph node is replaced by the nodes inside it."""
         for one in self.nodes.values():
             if one.inner is None:
                 yield one
@@ -95,7 +95,7 @@ class _Level:
                 yield from one.inner.every()
 
     def origin(self, link: Any, wanted: str, depth: int = 0) -> _Source | None:
-        """Where a link comes from, after reroutes, bypassed nodes and the borders of subgraphs; None is nowhere."""
+        """Follow a link through reroutes, bypassed nodes and subgraph borders to its source; None if there is none."""
         found = self.links.get(link) if _is_id(link) else None
         if found is None:
             return None
@@ -107,7 +107,7 @@ class _Level:
         return None if one is None else one.given(found.slot, wanted, depth + 1)
 
     def _from_above(self, slot: int, wanted: str, depth: int) -> _Source | None:
-        """What the outer level gives to an input of this subgraph."""
+        """The source that the outer level provides for an input of this subgraph."""
         if self.used_by is None or slot >= len(self.used_by.inputs):
             return None
         return self.used_by.source_of(self.used_by.inputs[slot], wanted, depth + 1)
@@ -115,13 +115,13 @@ class _Level:
 
 @dataclass(frozen=True)
 class _Source:
-    """What an input gets: a link to an output of a node, or a value."""
+    """The source of an input: a link to an output of a node, or a value."""
 
     value: Any
 
 
 class _Placed:
-    """A node in its level."""
+    """A node, and the level that it belongs to."""
 
     def __init__(self, level: _Level, raw: Mapping[str, Any]) -> None:
         self.level, self.raw = level, raw
@@ -136,21 +136,21 @@ class _Placed:
 
     @property
     def is_active(self) -> bool:
-        """Whether it is neither muted nor bypassed."""
+        """Whether the node is neither muted nor bypassed."""
         return self.raw.get("mode", 0) not in (MUTED, BYPASSED)
 
     @property
     def runs(self) -> bool:
-        """Whether it is in the API form."""
+        """Whether the node appears in the API form."""
         return self.is_active and self.type not in (*NOTES, "Reroute", "PrimitiveNode")
 
     @property
     def values(self) -> Any:
-        """What its widgets hold: a list, or a dict by name."""
+        """The values of the node's widgets: a list, or a dict by name."""
         return self.raw.get("widgets_values")
 
     def source_of(self, one: Mapping[str, Any], wanted: str, depth: int = 0) -> _Source | None:
-        """What is connected to one of its inputs, or stands in its widget in the case of a subgraph's node."""
+        """The source of one of the node's inputs: its link or, for a subgraph node, the value of its widget."""
         if one.get("link") is not None:
             return self.level.origin(one["link"], wanted, depth)
         if "widget" in one and self.inner is not None:
@@ -158,7 +158,7 @@ class _Placed:
         return None
 
     def given(self, slot: int, wanted: str, depth: int) -> _Source | None:
-        """What one of its outputs gives."""
+        """The source that one of the node's outputs provides."""
         if self.raw.get("mode", 0) == MUTED or self.type in NOTES:
             return None
         if self.type == "Reroute":
@@ -173,7 +173,7 @@ class _Placed:
         return _Source([self.id, slot])
 
     def _bypassed(self, slot: int, wanted: str, depth: int) -> _Source | None:
-        """The input of the same number if its type fits, else the first of exactly that type."""
+        """The source of the input with the same index if its type fits, else of the first input of that exact type."""
         kind = str(self.outputs[slot].get("type", wanted)) if slot < len(self.outputs) else wanted
         same = self.inputs[slot : slot + 1]
         chosen = [one for one in same if str(one.get("type")) in (kind, "*") or kind == "*"]
@@ -181,7 +181,7 @@ class _Placed:
         return self.source_of(chosen[0], wanted, depth) if chosen else None
 
     def _promoted(self, one: Mapping[str, Any]) -> _Source | None:
-        """The value of a subgraph's own widget: its values stand in the order of the inputs that have widgets."""
+        """The value of a subgraph node's own widget; the values are in the order of the inputs that have widgets."""
         with_widgets = [each for each in self.inputs if "widget" in each]
         place = next(i for i, each in enumerate(with_widgets) if each is one)
         if isinstance(self.values, list) and place < len(self.values) and self.values[place] is not None:
@@ -190,9 +190,9 @@ class _Placed:
 
 
 def _converted(one: _Placed, nodes: Mapping[str, Node]) -> dict[str, Any]:
-    """A node in API form."""
+    """Convert the inputs of a node to API form."""
     declared = nodes.get(one.type)
-    if declared is None:  # its own inputs say which widgets it has; an unknown class is refused when the graph runs
+    if declared is None:  # take the widgets from the node itself; the check of the graph refuses the class
         widgets = [str(each["name"]) for each in one.inputs if "widget" in each and "name" in each]
         inputs = dict(zip(widgets, one.values, strict=False)) if isinstance(one.values, list) else {}
     else:
@@ -207,7 +207,7 @@ def _converted(one: _Placed, nodes: Mapping[str, Node]) -> dict[str, Any]:
 
 
 def _widget_values(one: _Placed, declared: Node) -> dict[str, Any]:
-    """The values of a node's widgets by the names of its inputs."""
+    """The values of a node's widgets, by input name."""
     widgets = [each for each in declared.inputs if each.is_widget]
     if isinstance(one.values, dict):
         return {each.name: _literal(one.values[each.name]) for each in widgets if each.name in one.values}
@@ -229,12 +229,12 @@ _NOTHING = object()
 
 
 def _literal(value: Any) -> Any:
-    """A value as the API form holds it: a list is wrapped, because a list is a link there."""
+    """Convert a value to the API form; a list is wrapped, because a plain list is a link there."""
     return {"__value__": value} if isinstance(value, list) else value
 
 
 def _link(one: Any) -> tuple[Any, _Link]:
-    """A link of a workflow, [id, from node, from slot, to node, to slot, type], or of a subgraph, an object."""
+    """Parse a link: [id, from node, from slot, to node, to slot, type] in a workflow, or an object in a subgraph."""
     names = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
     found = [one.get(name) for name in names] if isinstance(one, dict) else one
     if not isinstance(found, list) or len(found) < len(names) or not all(map(_is_id, found[: len(names)])):
@@ -246,7 +246,7 @@ def _link(one: Any) -> tuple[Any, _Link]:
 
 
 def _listed(form: Mapping[str, Any], name: str) -> list[Any]:
-    """An array of a form; empty where it is missing or null."""
+    """Return an array of the UI form; an empty list if it is missing or null."""
     found = form.get(name)
     if found is None:
         return []
@@ -268,7 +268,7 @@ def _subgraphs(ui: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _output_links(form: Mapping[str, Any] | None) -> dict[int, Any]:
-    """Of a subgraph: the id of the link that leads to each of its outputs."""
+    """The id of the link that leads to each output of a subgraph, by output number."""
     if form is None:
         return {}
     return {link.target_slot: id for id, link in map(_link, _listed(form, "links")) if link.target == _OUTPUTS}

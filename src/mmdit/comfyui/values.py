@@ -1,6 +1,7 @@
-"""What travels on the wires of a workflow. Latents are at the VAE's scale, u = z / 1.5305 + 0.0609 of model space z.
+"""The types of the values on the wires of a workflow.
 
 IMAGE is a float tensor [b, h, w, c] in [0, 1], MASK [b, h, w], SIGMAS float64 [n]; the others are the classes below.
+Latents are at the VAE's scale, u = z / 1.5305 + 0.0609 for a latent z in model space.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
 from samplers import Solver
 
-CHANNELS = 16  # of a latent of SD3
+CHANNELS = 16  # channels of an SD3 latent
 
 
 class Latent(TypedDict):
     """LATENT, ComfyUI's dict."""
 
     samples: Tensor  # [b, c, h, w]
-    noise_mask: NotRequired[Tensor]  # [b, 1, height, width]; 1 is repainted
-    batch_index: NotRequired[list[int]]  # which of many single draws of noise each sample takes
+    noise_mask: NotRequired[Tensor]  # [b, 1, height, width]; 1 is drawn anew
+    batch_index: NotRequired[list[int]]  # the index of the noise draw that each sample takes
 
 
 class Area(NamedTuple):
-    """A rectangle of a latent, in cells, or in shares of its sides."""
+    """A rectangle of a latent, in cells or in shares of the latent's sides."""
 
     height: float
     width: float
@@ -45,10 +46,10 @@ class Hint:
     Args:
         net: the ControlNet.
         image: the hint, [b, h, w, c] in [0, 1].
-        vae: what encodes it; without one, the sampler fails.
-        strength: of the net.
-        start, end: the shares of the way between which it acts.
-        mask: of an inpainting net, [b, h, w]; 1 is drawn anew.
+        vae: the VAE that encodes the hint. Sampling raises an error without one.
+        strength: the factor of the net's residuals.
+        start, end: the range in which the net is applied, as shares of the way from noise to picture.
+        mask: the mask for an inpainting net, [b, h, w]; 1 is drawn anew.
     """
 
     net: ControlNet
@@ -62,16 +63,16 @@ class Hint:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One entry of a CONDITIONING, which is a tuple of these; several count together, see `mmdit.comfyui.conditions`.
+    """One entry of a CONDITIONING, which is a tuple of entries; `mmdit.comfyui.conditions` combines their predictions.
 
     Args:
-        conditioning: of one prompt.
-        start, end: the shares of the way from noise to picture between which it counts.
-        strength: its weight beside other entries.
-        area: where it counts; None is everywhere.
-        mask: [b, h, w], how much it counts at each place, times `mask_strength`.
-        mask_bounds: whether the model sees only the rectangle around the mask.
-        hints: ControlNets that act on it, in this order.
+        conditioning: the encoded prompt.
+        start, end: the range in which the entry is used, as shares of the way from noise to picture.
+        strength: the weight of the entry relative to the other entries.
+        area: the area in which the entry is used; None is the whole picture.
+        mask: the weight of the entry at each position, [b, h, w]; it is multiplied by `mask_strength`.
+        mask_bounds: whether the model runs only on the bounding rectangle of the mask.
+        hints: the ControlNets that are applied to this entry, in this order.
     """
 
     conditioning: Conditioning
@@ -90,45 +91,45 @@ Prompts = tuple[Prompt, ...]  # CONDITIONING
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """CLIP: the text encoders that a file or several files hold, the layer whose output counts, and LoRAs on them."""
+    """CLIP: the text encoders from one or more files, the layer whose output is used, and their LoRAs."""
 
     clip_l: CLIPText | None
     clip_g: CLIPText | None
     t5: T5Encoder | None
     tokenizers: Tokenizers
-    layer: int | None = None  # counted from the end, -1 is the last; None is -2 for CLIP, and T5's last
-    base: Clip | None = None  # without LoRAs; None where there is none
+    layer: int | None = None  # counted from the end: -1 is the last; None is -2 for CLIP and -1 for T5
+    base: Clip | None = None  # the encoders without LoRAs; None if there are no LoRAs
     loras: tuple[tuple[Lora, float], ...] = ()
 
 
 class Predicted(NamedTuple):
-    """What guidance knows at a noise level; x, cond and uncond are latents [b, c, h, w], the last two predicted x0."""
+    """The input of guidance patches at a sigma: latents x, and the predicted x0 cond and uncond, each [b, c, h, w]."""
 
     x: Tensor
     sigma: float
     cond: Tensor
     uncond: Tensor
     scale: float
-    weaker: Callable[[Sequence[int]], Tensor]  # the prediction with the prompt, without these layers
+    weaker: Callable[[Sequence[int]], Tensor]  # (layers) -> the conditional prediction with these layers skipped
 
 
-Before = Callable[[Predicted], Tensor]  # -> another conditional prediction
-Mixing = Callable[[Predicted], Tensor]  # -> the guided prediction, in the place of plain guidance
+Before = Callable[[Predicted], Tensor]  # -> the conditional prediction to use instead
+Mixing = Callable[[Predicted], Tensor]  # -> the guided prediction; it replaces plain guidance
 After = Callable[[Predicted, Tensor], Tensor]  # (predicted, guided prediction) -> guided prediction
 MaskRule = Callable[[Tensor, float, Tensor], Tensor]  # (mask, sigma, the drawing's sigmas) -> mask
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """MODEL: a transformer, the shift of its schedules, and what model patches do around its predictions.
+    """MODEL: a transformer, the shift of its schedules, and the model patches that change its predictions.
 
-    The patches are made anew for each drawing, because some remember the step before. LoRAs act on the weights of
-    `base`, all together, so that 16-bit and float8 weights are rounded once.
+    The patches are created anew for each drawing, because some keep state between steps. All LoRAs are merged together
+    into the weights of `base`, so that 16-bit and float8 weights are rounded only once.
     """
 
     transformer: MMDiT
-    base: MMDiT | None = None  # without LoRAs; None where there is none
-    loras: tuple[tuple[Lora, float], ...] = ()  # with their strengths
+    base: MMDiT | None = None  # the transformer without LoRAs; None if there are no LoRAs
+    loras: tuple[tuple[Lora, float], ...] = ()  # LoRAs with their strengths
     shift: float = 3.0
     before: tuple[Callable[[], Before], ...] = ()
     mixing: Mixing | None = None
@@ -136,13 +137,13 @@ class Model:
     mask_rule: MaskRule | None = None
 
     def and_after(self, patch: After) -> Model:
-        """With one more patch of the guided prediction."""
+        """Return the model with one more patch of the guided prediction."""
         return replace(self, after=(*self.after, patch))
 
 
 @dataclass(frozen=True)
 class Noise:
-    """NOISE: a seed, and whether the noise of a latent is drawn with it or is zeros."""
+    """NOISE: a seed, and whether noise is drawn with it or is zeros."""
 
     seed: int = 0
     drawn: bool = True
@@ -156,7 +157,7 @@ class Guider:
     positive: Prompts
     negative: Prompts | None = None
     scale: float = 1.0
-    middle: Prompts | None = None  # of DualCFGGuider: its second prompt
+    middle: Prompts | None = None  # the second prompt of DualCFGGuider
     middle_scale: float = 1.0
     nested: bool = False
 

@@ -1,4 +1,4 @@
-"""ControlNets of Stable Diffusion 3 and 3.5: a second, smaller net whose outputs are added to the image tokens."""
+"""ControlNets for Stable Diffusion 3 and 3.5: a second, smaller net whose outputs are added to the image tokens."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ from mmdit.models.layers import (
 
 ControlKind = Literal["blur", "canny", "depth", "tile", "pose", "inpaint"]
 CONTROL_KINDS: tuple[ControlKind, ...] = get_args(ControlKind)
-_FREQUENCIES = 256  # of the timestep's sinusoid
+_FREQUENCIES = 256  # channels of the sinusoidal timestep embedding
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class ControlNetConfig:
-    """Every number that shapes a ControlNet, and what its training has fixed beside.
+    """The dimensions of a ControlNet, and the conventions with which it was trained.
 
     There are two kinds. Stability's nets for SD3.5-Large (19 blocks of width 2432) have single-stream blocks, read no
-    text tokens, and take image tokens that the transformer has embedded. InstantX's nets for SD3-Medium (6 or 12
-    blocks of width 1536) have joint blocks, a text embedder and a position table of their own.
+    text tokens, and take the image tokens that the transformer has embedded. InstantX's nets for SD3-Medium (6 or 12
+    blocks of width 1536) have joint blocks, and their own text embedder, patch embedding and position table.
     """
 
-    depth: int  # blocks, and so residuals
-    hidden_size: int  # the transformer's
+    depth: int  # number of blocks, and therefore of residuals
+    hidden_size: int  # equal to the transformer's
     pooled_dim: int  # width of the pooled text vector
-    hint_channels: int = 16  # 17 for inpainting: latents of the masked picture, and the mask
+    hint_channels: int = 16  # 17 for inpainting: the latents of the masked picture, and the mask
     context_dim: int | None = None  # width of the text tokens; None: single-stream blocks, which read none
-    pos_embed_size: int | None = None  # side of the own position table, in patches; None where there is none
+    pos_embed_size: int | None = None  # side of the net's own position table, in patches; None without a table
     head_dim: int = 64
     patch_size: int = 2
     in_channels: int = 16
     mlp_dim: int | None = None  # None: 4 x hidden_size
     qk_norm: Literal["rms"] | None = None
-    kind: ControlKind | None = None  # of the hint; None where no file says it
-    # diffusers' force_zeros_for_pooled_projection: the net was trained with zeros as pooled text vector, and with hint
-    # latents that are scaled but not shifted.
+    kind: ControlKind | None = None  # kind of the hint; None where the files do not specify it
+    # diffusers' force_zeros_for_pooled_projection: the net was trained with a pooled text vector of zeros, and with
+    # hint latents that are scaled but not shifted.
     zero_pooled: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError, with the numbers, where no net can have them."""
+        """Raise ValueError, with the numbers, if they are inconsistent."""
         for name in ("depth", "hidden_size", "pooled_dim", "head_dim", "patch_size", "in_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ControlNetConfig.{name} must be at least 1, got {getattr(self, name)}")
@@ -99,7 +99,7 @@ class ControlNetConfig:
 
     @property
     def inpaints(self) -> bool:
-        """Whether the hint holds a mask."""
+        """Whether the hint contains a mask channel."""
         return self.hint_channels == self.in_channels + 1
 
     @classmethod
@@ -110,14 +110,15 @@ class ControlNetConfig:
         kind: ControlKind | None = None,
         zero_pooled: bool | None = None,
     ) -> Self:
-        """Infer the config from `{official key: shape}`; joint blocks are told by the text embedder.
+        """Infer the config from `{official key: shape}`; a net with a text embedder has joint blocks.
 
-        ComfyUI takes a net whose pooled text vector is as wide as its tokens for a 2B net with parallel blocks, of
-        which none was published (`comfy/cldm/dit_embedder.py`). Nothing here goes by that.
+        ComfyUI (`comfy/cldm/dit_embedder.py`) treats a net whose pooled text vector is as wide as its tokens as a 2B
+        net with parallel blocks. No such net was published, and this function does not support it.
 
         Args:
-            shapes: of all tensors.
-            kind, zero_pooled: what no shape says; `zero_pooled` None is True for joint blocks, as in diffusers.
+            shapes: the shapes of all tensors.
+            kind, zero_pooled: values that cannot be inferred. `zero_pooled` None is True for nets with joint blocks, as
+                in diffusers.
 
         Raises:
             KeyError: a tensor that the inference needs is missing.
@@ -146,7 +147,7 @@ class ControlNetConfig:
         )
 
     def joint_blocks(self) -> MMDiTConfig:
-        """The config that its joint blocks are made from: one more block, so that none ends the context."""
+        """The config of the joint blocks, with one more block, so that none of them is a last, context-free block."""
         assert self.context_dim is not None, "single-stream blocks are no joint blocks"
         assert self.pos_embed_size is not None, "joint blocks come with a table"
         return MMDiTConfig(
@@ -162,7 +163,7 @@ class ControlNetConfig:
 
 
 class EmbedMlp(nn.Module):
-    """Two linears around a SiLU, in the names of the files (`timestep_embedder`, `text_embedder`)."""
+    """Two Linears with a SiLU between them, with the key names of the files (`timestep_embedder`, `text_embedder`)."""
 
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
@@ -174,7 +175,7 @@ class EmbedMlp(nn.Module):
 
 
 class TimeTextEmbed(nn.Module):
-    """The conditioning vector: embedded timestep + pooled text (`time_text_embed`)."""
+    """The conditioning vector: embedded timestep + embedded pooled text (`time_text_embed`)."""
 
     def __init__(self, pooled_dim: int, hidden_size: int) -> None:
         super().__init__()
@@ -186,7 +187,7 @@ class TimeTextEmbed(nn.Module):
 
 
 class TableEmbed(PatchEmbed):
-    """Patches projected to tokens, plus the centre of a position table (`pos_embed` of joint nets)."""
+    """Patches projected to tokens, plus the centre crop of a position table (`pos_embed` of nets with joint blocks)."""
 
     pos_embed: Tensor
 
@@ -201,9 +202,9 @@ class TableEmbed(PatchEmbed):
 
 
 class SingleBlock(nn.Module):
-    """A block of image tokens alone: attention and MLP, each modulated by 6 chunks of adaLN, without QK-norm.
+    """A block for image tokens only: attention and MLP, modulated by the 6 chunks of adaLN, without QK-norm.
 
-    Text tokens pass it by unchanged, so that it is called as a joint block is. Source: Stability-AI/sd3.5
+    It returns the text tokens unchanged, so that it has the call signature of a joint block. Source: Stability-AI/sd3.5
     `dit_embedder.py`.
     """
 
@@ -228,7 +229,7 @@ class SingleBlock(nn.Module):
 
 
 class ControlNet(nn.Module):
-    """What a hint (edges, depth, a blurred picture ...) adds to the image tokens of an MMDiT, block by block.
+    """Computes the residuals that a hint (edges, depth, a blurred picture ...) adds to an MMDiT's image tokens.
 
     Parameter names are those of Stability's files, and for nets with joint blocks those of InstantX's, with q, k and v
     fused. See `ControlNetConfig` for the two kinds and `mmdit.load_controlnet` to read a file.
@@ -258,19 +259,19 @@ class ControlNet(nn.Module):
         hint: Float[Tensor, "b e rows columns"],
         tokens: Float[Tensor, "b l d"] | None = None,
     ) -> list[Float[Tensor, "b l d"]]:
-        """One residual of the image tokens per block of the net.
+        """Compute one residual of the image tokens for each block of the net.
 
         Args:
-            latent: what the transformer gets, in model space.
+            latent: the latents that the transformer gets, [b, c, h, w], in model space.
             timestep: 1000 x sigma, one per sample.
-            context: text tokens, which only joint blocks read.
-            pooled: the pooled text vector.
-            hint: the hint's latents, and with an inpainting net the mask as one more channel.
-            tokens: the latent's tokens with positions, as the transformer embeds them. Nets with joint blocks have
-                an embedder of their own.
+            context: text tokens [b, n, k]; only joint blocks read them.
+            pooled: the pooled text vectors [b, p].
+            hint: the hint's latents; for an inpainting net, the mask is an additional channel.
+            tokens: the latent's tokens [b, l, d] with positions, as the transformer embeds them. Nets with joint blocks
+                have their own embedder and need none.
 
         Raises:
-            ValueError: a size does not fit the config; tokens are missing.
+            ValueError: a size does not fit the config, or tokens are missing.
         """
         self.check(latent, context, pooled, hint, tokens)
         c = self.time_text_embed(timestep, pooled)
@@ -306,11 +307,11 @@ class ControlNet(nn.Module):
 def made_pos_embed(
     hidden_size: int, rows: int, columns: int, device: torch.device | str = "cpu"
 ) -> Float[Tensor, "1 l d"]:
-    """The positions that ComfyUI gives to the tokens of Stability's nets in place of the transformer's table.
+    """The positions that ComfyUI adds to the tokens of Stability's nets, instead of the transformer's table.
 
-    A square as wide as the shorter side has coordinates 0 to 15, the longer side goes beyond them on both ends; the
-    first half of the channels encodes the column, the second the row, each as [sin | cos]. In float32. Source: ComfyUI
-    `comfy/ldm/modules/diffusionmodules/mmdit.py`, `get_2d_sincos_pos_embed_torch`.
+    Coordinates run from 0 to 15 along the shorter side; along the longer side, they extend beyond this range on both
+    ends. The first half of the channels encodes the column and the second half the row, each as [sin | cos], in
+    float32. Source: ComfyUI `comfy/ldm/modules/diffusionmodules/mmdit.py`, `get_2d_sincos_pos_embed_torch`.
     """
     short, quarter = min(rows, columns), hidden_size // 4
     omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float32, device=device) / quarter)

@@ -1,4 +1,4 @@
-"""Something added beside a Linear: the low-rank products of LoRAs, or a whole matrix."""
+"""Linears with attached LoRAs: the product of low-rank factors, or a full matrix, is added to the output."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from torch import Tensor, nn
 
 
 class LoraLinear(nn.Linear):
-    """A Linear W x + b, to which up (down x) and delta x are added; its weight and bias stay as they are.
+    """A Linear that computes W x + b + up (down x) + delta x; the weight and the bias are unchanged.
 
-    It stands in the place of a Linear and shares its parameters and hooks, so that whatever looks for the Linear, its
-    weight or its name finds them. Make one by `beside`, and take it away by `without`. `down` [r, in], `up` [out, r]
-    and `delta` [out, in] are buffers that are not saved; a pair or a matrix that is not there is None.
+    It replaces a Linear and shares its parameters and hooks, so that code that looks up the Linear, its weight or its
+    name still finds them. `beside` attaches it, and `without` removes it. `down` [r, in], `up` [out, r] and `delta`
+    [out, in] are non-persistent buffers; each pair or matrix that is absent is None.
     """
 
     down: Tensor | None
     up: Tensor | None
     delta: Tensor | None
-    plain: tuple[nn.Linear]  # the Linear in whose place it stands; in a tuple, so that it is no submodule
+    plain: tuple[nn.Linear]  # the Linear that this module replaces; a tuple keeps it from being a submodule
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         return super().forward(x) + self.added(x)
 
     def added(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        """What is added to the Linear's output."""
+        """The term that is added to the Linear's output."""
         low = None if self.down is None or self.up is None else F.linear(F.linear(x, self.down), self.up)
         if self.delta is None:
             assert low is not None, "a LoraLinear adds a pair of factors, a matrix, or both"
@@ -40,17 +40,17 @@ def beside(
     factors: tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None = None,
     delta: Float[Tensor, "o i"] | None = None,
 ) -> LoraLinear:
-    """Add something beside a Linear of a model, in the place of what was beside it before.
+    """Attach low-rank factors or a full matrix to a Linear of a model; they replace anything attached before.
 
     Args:
-        model: holds the Linear.
-        name: of the Linear.
-        factors: down and up.
-        delta: a matrix that is added to the weight in effect.
+        model: the model that contains the Linear.
+        name: the name of the Linear in the model.
+        factors: down [r, in] and up [out, r].
+        delta: a matrix [out, in] whose product with the input is added to the output.
 
     Raises:
-        ValueError: nothing is given to add.
-        TypeError: there is no Linear of that name.
+        ValueError: neither factors nor a delta are given.
+        TypeError: the module of this name is not a Linear.
     """
     if factors is None and delta is None:
         raise ValueError(f"{name}: give factors, a delta, or both")
@@ -59,7 +59,7 @@ def beside(
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{name} is a {type(linear).__name__}, and a LoRA goes beside Linears")
     new = LoraLinear.__new__(LoraLinear)
-    new.__dict__.update(linear.__dict__)  # the same dicts of parameters and hooks: a change in one is one in the other
+    new.__dict__.update(linear.__dict__)  # share the dicts of parameters and hooks, so that changes apply to both
     new.__dict__["_buffers"] = dict(linear._buffers)
     new.__dict__["_non_persistent_buffers_set"] = set(linear._non_persistent_buffers_set)
     new.plain = (linear,)
@@ -71,14 +71,14 @@ def beside(
 
 
 def without(model: nn.Module, name: str) -> None:
-    """Take away what stands beside a Linear, if anything does."""
+    """Restore the plain Linear of this name, if anything is attached to it."""
     found = model.get_submodule(name)
     if isinstance(found, LoraLinear):
         _put(model, name, found.plain[0])
 
 
 def all_beside(model: nn.Module) -> dict[str, LoraLinear]:
-    """The Linears of a model beside which something stands, by name."""
+    """The Linears of a model that have something attached, by name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, LoraLinear)}
 
 

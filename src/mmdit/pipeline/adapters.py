@@ -1,6 +1,6 @@
-"""LoRAs of a pipeline: loaded, weighted, switched off, merged and taken away, under diffusers' names.
+"""LoRAs of a pipeline: load, weight, disable, merge and remove them, with diffusers' method names.
 
-Everything is computed from the weights as they were before any LoRA, so that no change leaves a trace; see
+All changes are computed from the original weights, so that removing a LoRA restores them exactly; see
 `mmdit.pipeline.patched_weights`.
 """
 
@@ -28,7 +28,7 @@ from samplers import pick
 
 @dataclass
 class _State:
-    """The LoRAs of a pipeline, and what they have done to its weights."""
+    """The LoRAs of a pipeline, and the weights that they have replaced."""
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     enabled: bool = True
@@ -47,23 +47,24 @@ class PipelineAdapters(PipelineModels):
         text_encoder_weight: Weight | None = None,
         form: Form = "attached",
     ) -> LoraReport:
-        """Read a LoRA by the rules of the pipeline's profile and let it act, beside those that act already.
+        """Read a LoRA by the rules of the pipeline's profile and activate it, in addition to the active ones.
 
         Args:
-            file: a file, its tensors, or what `mmdit.load_lora` read.
-            adapter_name: what to call it; None gives it the first free name of default_0, default_1 ...
-            weight: its strength, of any sign; or strengths by globs over official names (`{"joint_blocks.1?.*": 0.5}`),
-                where what no glob matches has 1.
+            file: a LoRA file, its tensors by name, or the result of `mmdit.load_lora`.
+            adapter_name: the name of the LoRA; None gives it the first free name of default_0, default_1 ...
+            weight: the strength, which may be negative; or strengths by globs over official names
+                (`{"joint_blocks.1?.*": 0.5}`), where tensors that no glob matches have strength 1.
             text_encoder_weight: the same for the text encoders; None is `weight`.
-            form: "attached" keeps the weights and adds products beside the Linears: exact on float8 weights, and
-                switched in no time. "merged" changes the weights: no cost per step, and float8 is rounded again.
+            form: "attached" keeps the weights and adds the low-rank products to the outputs of the Linears. It does not
+                round float8 weights again, and is fast to switch. "merged" changes the weights. It costs nothing per
+                step, but float8 weights are rounded again.
 
         Returns:
-            What acts, in which form, and what is left out.
+            The active LoRAs, their form, and the keys that are not used.
 
         Raises:
-            mmdit.CheckpointError: see `mmdit.load_lora` and `mmdit.merge_lora`; nothing is changed then.
-            ValueError: the name is taken, or a weight is not finite or a glob matches nothing.
+            mmdit.CheckpointError: see `mmdit.load_lora` and `mmdit.merge_lora`; the pipeline is then unchanged.
+            ValueError: the name is taken, a weight is not finite, or a glob matches nothing.
         """
         lora = file if isinstance(file, Lora) else load_lora(file, self.profile)
         name = self._free_name() if adapter_name is None else adapter_name
@@ -88,16 +89,16 @@ class PipelineAdapters(PipelineModels):
         *,
         text_encoder_weights: Weight | Sequence[Weight | None] | None = None,
     ) -> None:
-        """Let these LoRAs act, in this order and with these weights, and no others.
+        """Activate exactly these LoRAs, in this order and with these weights.
 
         Args:
             adapter_names: one name or several.
-            adapter_weights: one for all, or one for each, as in `load_lora_weights`; None is 1.
-            text_encoder_weights: the same for the text encoders; None is as the transformer.
+            adapter_weights: one weight for all, or one for each, as in `load_lora_weights`; None is 1.
+            text_encoder_weights: the same for the text encoders; None takes the weights of the transformer.
 
         Raises:
-            ValueError: an unknown name, a name that is given twice, another number of weights, or a weight that is not
-                finite or whose globs match nothing.
+            ValueError: a name is unknown or given twice, the number of weights differs from the number of names, a
+                weight is not finite, or a glob matches nothing.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         known = [self._adapter(name) for name in names]
@@ -115,22 +116,22 @@ class PipelineAdapters(PipelineModels):
         self._apply_loras()
 
     def get_active_adapters(self) -> list[str]:
-        """The names of the LoRAs that act, in their order."""
+        """The names of the active LoRAs, in the order in which they are applied."""
         if not self._loras.enabled:
             return []
         return [name for name, adapter in self._loras.adapters.items() if adapter.active]
 
     def get_list_adapters(self) -> dict[Part, list[str]]:
-        """The names of the loaded LoRAs by the model that they change."""
+        """The names of the loaded LoRAs, by the model that they change."""
         every = self._loras.adapters.items()
         found = {part: [name for name, adapter in every if adapter.lora.of(part)] for part in PARTS}
         return {part: names for part, names in found.items() if names}
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Take away some LoRAs, whether they act or not.
+        """Remove LoRAs, active or not.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: a name is unknown.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for name in names:
@@ -140,18 +141,18 @@ class PipelineAdapters(PipelineModels):
         self._apply_loras()
 
     def disable_lora(self) -> None:
-        """Draw as if there were no LoRA, merged ones included; `enable_lora` brings them back."""
+        """Disable all LoRAs, including merged ones, until `enable_lora`."""
         self._loras.enabled = False
         self._apply_loras()
 
     def enable_lora(self) -> None:
-        """Let the LoRAs act again after `disable_lora`."""
+        """Enable the LoRAs again after `disable_lora`."""
         self._loras.enabled = True
         self._apply_loras()
 
     @contextmanager
     def without_lora(self) -> Iterator[None]:
-        """Inside, there is no LoRA: `with pipe.without_lora(): off = mmdit.capture(pipe, ...)`."""
+        """Disable all LoRAs within the context: `with pipe.without_lora(): off = mmdit.capture(pipe, ...)`."""
         before = self._loras.enabled
         self.disable_lora()
         try:
@@ -161,14 +162,14 @@ class PipelineAdapters(PipelineModels):
             self._apply_loras()
 
     def fuse_lora(self, adapter_names: str | Sequence[str] | None = None, *, lora_scale: float = 1.0) -> LoraReport:
-        """Merge LoRAs into the weights; `unfuse_lora` brings the weights back, bit for bit.
+        """Merge LoRAs into the weights; `unfuse_lora` restores the weights bit for bit.
 
         Args:
-            adapter_names: one name or several; None takes those that act.
-            lora_scale: multiplies their weights while they are merged.
+            adapter_names: one name or several; None merges all active LoRAs.
+            lora_scale: a factor for the weights of the LoRAs while they are merged.
 
         Raises:
-            ValueError: an unknown name, no LoRA acts, or the scale is not finite.
+            ValueError: a name is unknown, no LoRA is active, or the scale is not finite.
         """
         scale = number("lora_scale", lora_scale)
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -181,26 +182,26 @@ class PipelineAdapters(PipelineModels):
         return self.lora_report()
 
     def unfuse_lora(self) -> None:
-        """Bring the weights back to what they were before LoRAs were merged; all of them are attached from here on."""
+        """Restore the weights from before LoRAs were merged, and attach all active LoRAs instead."""
         for adapter in self._loras.adapters.values():
             adapter.form, adapter.scale = "attached", 1.0
         self._apply_loras()
 
     def unload_lora_weights(self) -> None:
-        """Take away all LoRAs; every weight has the bits that it had before."""
+        """Remove all LoRAs and restore all weights bit for bit."""
         self._loras.adapters.clear()
         self._loras.enabled = True
         self._apply_loras()
 
     def lora_report(self) -> LoraReport:
-        """What acts, in which form and how strongly, and what is left out."""
+        """The active LoRAs with their forms and strengths, and the keys that are not used."""
         attached = sum(len(all_beside(model)) for model in self.models.values())
         replaced = len(self._loras.weights.before)
         return LoraReport(dict(self._loras.adapters), self._loras.enabled, attached, replaced, tuple(self.models))
 
     @contextmanager
     def _as_saved(self) -> Iterator[None]:
-        """Inside, every LoRA that acts is merged."""
+        """Within the context, all active LoRAs are merged."""
         forms = [(adapter, adapter.form) for adapter in self._loras.adapters.values()]
         try:
             for adapter, _ in forms:
@@ -228,7 +229,7 @@ class PipelineAdapters(PipelineModels):
         return next(name for i in range(10**6) if (name := f"default_{i}") not in self._loras.adapters)
 
     def _check_fits(self, lora: Lora) -> None:
-        """Refuse a LoRA that does not fit, or fits nothing, before anything is changed."""
+        """Raise CheckpointError for a LoRA that does not fit the models or changes none, before any weight is changed."""
         parts = [part for part in lora.parts if part in self.models]
         if not parts:
             raise ValueError(
@@ -238,9 +239,9 @@ class PipelineAdapters(PipelineModels):
             planned(part, shapes_of(self.models[part]), [lora], [1.0])
 
     def _apply_loras(self) -> None:
-        """Bring the weights back, then merge and attach what acts."""
+        """Restore the weights, then merge and attach the active LoRAs."""
         if self._turns is not None:
-            self._turns.leave()  # weights that are away on the device would come back over what is put here
+            self._turns.leave()  # else the offloader would overwrite the new weights when it moves the models back
         acting = [self._loras.adapters[name] for name in self.get_active_adapters()]
         parts = {part: self.models[part] for part in PARTS if part in self.models}
         self._loras.weights.apply(parts, acting)
@@ -248,12 +249,12 @@ class PipelineAdapters(PipelineModels):
 
 @dataclass(frozen=True, repr=False)
 class LoraReport:
-    """The LoRAs of a pipeline in words."""
+    """A report on the LoRAs of a pipeline."""
 
     adapters: Mapping[str, Adapter]
     enabled: bool
-    attached: int  # Linears with something beside them
-    replaced: int  # tensors that are changed in place
+    attached: int  # number of Linears with attached LoRAs
+    replaced: int  # number of tensors that LoRAs have replaced
     models: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -273,7 +274,7 @@ class LoraReport:
 
 
 def _checked(name: str, weight: Weight, lora: Lora) -> Weight:
-    """A weight, or weights by glob; each glob matches a tensor that the LoRA changes."""
+    """Check a weight, or weights by glob; each glob must match a tensor that the LoRA changes."""
     if not isinstance(weight, Mapping):
         return number(name, weight)
     keys = sorted({patch.target.key for patch in lora.patches})

@@ -84,7 +84,7 @@ class PipelineModels:
             for model in (self.transformer, self.t5):
                 if model is not None and not is_quantized(model):
                     quantize_(model, recipe)
-        # Draws along where a call gives control_image and no net of its own; what looks inside sees it as "controlnet".
+        # The default net for calls that give control_image without controlnet; its component name is "controlnet".
         self.controlnet: ControlNet | None = None
         self._here = _PerThread()
         self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # (state of the weights, their digest)
@@ -210,11 +210,11 @@ class PipelineModels:
             self.accelerated = None
 
     def _as_saved(self) -> AbstractContextManager[None]:
-        """Inside, the weights are those that `save_pretrained` writes."""
+        """Within the context, the weights are those that `save_pretrained` writes."""
         return nullcontext()
 
     def _enter(self, *names: Component, also: Sequence[nn.Module] = ()) -> None:
-        """With `offload`, move these models to the device, and others that are no part of the pipeline."""
+        """With `offload`, move these models of the pipeline, and further modules, to the device."""
         if self._turns is not None:
             self._turns.enter([*(model for name, model in self.models.items() if name in names), *also])
 

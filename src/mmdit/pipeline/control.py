@@ -1,4 +1,4 @@
-"""ControlNets in a drawing: which residuals the transformer gets at a noise level."""
+"""ControlNets in a drawing: the residuals that the transformer gets at a noise level."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from samplers.windows import ALWAYS, NEVER
 
 @dataclass(frozen=True, eq=False)
 class Control:
-    """A ControlNet with its hint, for a part of the way; `PipelineSteps.control` makes it.
+    """A ControlNet with its encoded hint and the range of steps in which it is applied; see `Pipeline.control`.
 
-    A conditioning has controls of its own (`mmdit.Ranged.control`). Conditionings with the very same ones share a batch
-    of the transformer.
+    Each conditioning has its own controls (`mmdit.Ranged.control`). Conditionings with identical `Control` objects
+    share a batch of the transformer.
     """
 
     net: ControlNet
-    hint: Tensor  # latents [b, c, h, w] of the pictures that are drawn; with an inpainting net the mask as last channel
-    hint_uncond: Tensor  # of the unconditional branch: other noise, where the profile draws it for each
-    scale: float = 1.0  # of the residuals
-    start: float = 0.0  # share of the way, counted as the profile says
+    hint: Tensor  # latents [b, c, h, w] of the hints, one per drawing; for an inpainting net, the mask is the last channel
+    hint_uncond: Tensor  # the hint of the unconditional branch; a profile may sample it with different noise
+    scale: float = 1.0  # the factor of the residuals
+    start: float = 0.0  # share of the steps or of the noise levels, as the profile says
     stop: float = 1.0
-    window: Window = ALWAYS  # of noise levels: `placed` makes it
+    window: Window = ALWAYS  # noise levels at which the net is applied; computed by `placed`
 
     def placed(self, profile: Profile, sigmas: Tensor, shift: float) -> Control:
-        """With the noise levels of its part of the way, in a drawing with this schedule."""
+        """Return the control with its window of noise levels computed from start and stop for this schedule."""
         if profile.control_window == "percents":
             window = percents(self.start, self.stop, shift)
         else:
@@ -43,11 +43,11 @@ class Control:
         return replace(self, window=window)
 
     def acts(self, sigma: float) -> bool:
-        """Whether the net adds anything at this noise level."""
+        """Whether the net is applied at this noise level."""
         return self.scale != 0 and sigma in self.window
 
     def hints(self, names: Sequence[str | None]) -> Tensor:
-        """The hints of branches with these names, one below the other."""
+        """The hints of branches with these names, concatenated along the batch."""
         return torch.cat([self.hint_uncond if name == "uncond" else self.hint for name in names])
 
 
@@ -60,15 +60,15 @@ def residuals(
     timestep: float,
     branches: Sequence[tuple[str | None, Conditioning]],
 ) -> list[Tensor | None] | None:
-    """What the nets together add after each block of the transformer; None where none of them acts.
+    """The sum of the nets' residuals after each block of the transformer; None if no net is applied.
 
     Args:
-        controls: of all branches of the batch.
-        transformer, profile: of the drawing.
-        latents: what the transformer gets, its branches one below the other; sides are multiples of its patch.
+        controls: the controls, which all branches of the batch share.
+        transformer, profile: the transformer and the profile of the drawing.
+        latents: the input of the transformer, [branches x b, c, h, w]; sides are multiples of its patch size.
         sigma: the noise level.
-        timestep: what the nets see of it.
-        branches: names and texts.
+        timestep: the timestep for the nets.
+        branches: the names and conditionings of the branches.
     """
     acting = [control for control in controls if control.acts(sigma)]
     if not acting:
@@ -95,7 +95,7 @@ def _run(
     pooled: Tensor,
     hint: Tensor,
 ) -> list[Tensor]:
-    """The residuals of one net."""
+    """Compute the residuals of one net."""
     net, config = control.net, control.net.config
     weight = net.pos_embed_input.proj.weight
     dtype, (rows, columns) = weight.dtype, latents.shape[2:]
@@ -112,7 +112,7 @@ def _run(
 
 
 def _tokens(transformer: MMDiT, profile: Profile, latents: Tensor) -> Tensor:
-    """The latents' tokens with positions, for nets that have no embedder."""
+    """The tokens of the latents with positions, for nets without their own embedder."""
     tokens: Tensor = transformer.x_embedder(latents)
     if profile.control_positions == "table":
         return tokens + transformer.cropped_pos_embed(*latents.shape[2:])
@@ -123,7 +123,7 @@ def _tokens(transformer: MMDiT, profile: Profile, latents: Tensor) -> Tensor:
 
 
 def spread(profile: Profile, net: ControlNet, depth: int) -> list[int | None]:
-    """The number of the residual that is added after each of `depth` blocks of a transformer; None for none."""
+    """The index of the residual that is added after each of the transformer's `depth` blocks; None adds nothing."""
     count = net.config.depth
     if profile.control_spread == "scaled":
         found: list[int | None] = [int(i / (depth / count)) for i in range(depth)]
@@ -136,7 +136,7 @@ def spread(profile: Profile, net: ControlNet, depth: int) -> list[int | None]:
 
 
 def _steps(sigmas: Tensor, start: float, stop: float) -> Window:
-    """The noise levels of the steps i of n with i / n >= start and (i + 1) / n <= stop, as diffusers counts."""
+    """The window of noise levels of the steps i of n with i / n >= start and (i + 1) / n <= stop, as in diffusers."""
     levels = sigmas.tolist()
     count = len(levels) - 1
     inside = [i for i in range(count) if not (i / count < start or (i + 1) / count > stop)]

@@ -1,4 +1,4 @@
-"""The arguments of a call that are about ControlNets: checked, and hints brought to the size and range of a net."""
+"""Check the ControlNet arguments of a call, and convert hints to the size and value range that a net expects."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.settings import digest_of
 from mmdit.utils import number
 
-ControlNetLike = ControlNet | Sequence[ControlNet]  # what `controlnet=` takes
-Numbers = float | Sequence[float]  # one for all nets, or one for each
+ControlNetLike = ControlNet | Sequence[ControlNet]  # the type of the argument `controlnet`
+Numbers = float | Sequence[float]  # one number for all nets, or one for each
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ControlInput:
-    """One net of a call, with its hint as it was given."""
+    """One net of a call, with its hint as given by the caller."""
 
     net: ControlNet
-    pictures: tuple[Picture, ...]  # one, or one for each drawing
-    masks: tuple[Picture, ...]  # likewise, of an inpainting net
+    pictures: tuple[Picture, ...]  # hints: one for all drawings, or one for each
+    masks: tuple[Picture, ...]  # masks for an inpainting net: one for all drawings, or one for each
     scale: float
     start: float
     stop: float
 
     @property
     def words(self) -> str:
-        """The net and its hint in the settings of a picture: kind, numbers and digests."""
+        """The net and its hint as text for the settings of a picture: kind, numbers and digests."""
         config = self.net.config
         hints = "+".join(one.digest for one in (*self.pictures, *self.masks))
         numbers = ":".join(format(one, ".12g") for one in (self.scale, self.start, self.stop))
@@ -59,17 +59,17 @@ def control_inputs(
     stop: Numbers = 1.0,
     config: MMDiTConfig,
 ) -> tuple[ControlInput, ...]:
-    """Check the arguments about ControlNets of `mmdit.Pipeline.__call__`; none without `controlnet`.
+    """Check the ControlNet arguments of `mmdit.Pipeline.__call__`; without `controlnet`, the result is empty.
 
     Args:
-        controlnet, control_image, control_mask: as the pipeline takes them.
+        controlnet, control_image, control_mask: see `mmdit.Pipeline.__call__`.
         scale, start, stop: `controlnet_conditioning_scale`, `control_guidance_start` and `control_guidance_end`.
-        config: of the transformer.
+        config: the transformer's config.
 
     Raises:
-        TypeError: a net is no `mmdit.ControlNet`, or a hint no picture.
-        ValueError: an argument is given without the one that it is about; a net is for another transformer; the numbers
-            of nets and of hints differ; a number is not finite or out of its range; a window is reversed.
+        TypeError: a net is not an `mmdit.ControlNet`, or a hint is not a picture.
+        ValueError: an argument is given without the argument that it requires; a net does not fit the transformer; the
+            numbers of nets and hints differ; a number is not finite or out of its range; or start is above stop.
     """
     if controlnet is None:
         if given := [
@@ -127,12 +127,12 @@ def make_control(
 
     Args:
         one: the net and its hint.
-        vae: of the pipeline.
-        profile: the rules of size, range, noise and scaling.
-        size: of the drawing, in pixels.
-        count: pictures that are drawn.
+        vae: the VAE that encodes the hint.
+        profile: the profile, which decides size, value range, noise and scaling.
+        size: the size of the drawing, in pixels.
+        count: the number of pictures that are drawn.
         twice: whether an unconditional branch runs.
-        shifted: whether the VAE's shift is taken from the hint's latents; None is the net's own rule.
+        shifted: whether to subtract the VAE's shift from the hint's latents; None takes the net's own rule.
     """
     weight = next(vae.parameters())
     hint, masks = (
@@ -147,13 +147,13 @@ def make_control(
         latents = latents + vae.config.shift * vae.config.scale
     if masks is not None:
         latents = torch.cat([latents, repeated(masks, len(latents)).to(latents)], dim=1)
-    # diffusers' batch begins with the unconditional branch, which so gets the first noise.
+    # diffusers' batch begins with the unconditional branch, which therefore gets the first noise.
     without, given = (latents[:count], latents[count:]) if each else (latents, latents)
     return Control(one.net, given, without, one.scale, one.start, one.stop)
 
 
 def takes_shift(net: ControlNet, profile: Profile) -> bool:
-    """Whether the VAE's shift is taken from the latents of a net's hint before they are scaled."""
+    """Whether the VAE's shift is subtracted from the latents of a net's hint before they are scaled."""
     if not net.config.is_joint:
         return True
     if profile.control_joint == "zeros":
@@ -162,7 +162,7 @@ def takes_shift(net: ControlNet, profile: Profile) -> bool:
 
 
 def check_net(name: str, net: object, config: MMDiTConfig) -> None:
-    """Raise TypeError or ValueError unless `net`, called `name` in errors, is a ControlNet for such a transformer."""
+    """Raise TypeError or ValueError unless `net` (`name` in errors) is a ControlNet that fits the transformer config."""
     if not isinstance(net, ControlNet):
         hint = "; give mmdit.load_controlnet(path)" if isinstance(net, str | Path) else ""
         raise TypeError(f"{name} is {type(net).__name__}, expected mmdit.ControlNet{hint}")
@@ -217,12 +217,12 @@ def _sized(one: Picture, size: PictureSize, profile: Profile) -> Float[Tensor, "
 
 
 def _cut(pixels: Tensor, height: int, width: int, how: Any) -> Tensor:
-    """Cut around the centre to the aspect, then resized."""
+    """Crop around the centre to the aspect ratio of the target, then resize."""
     return resize(pixels.movedim(1, -1), height=height, width=width, filter=how, crop="center").movedim(-1, 1)
 
 
 def _hint(one: ControlInput, profile: Profile, size: PictureSize) -> Float[Tensor, "b 3 h w"]:
-    """The hint in the range that its kind is encoded in; only Stability's nets have other ranges than [-1, 1]."""
+    """The hint in the value range of its kind; only Stability's nets have ranges other than [-1, 1]."""
     x = torch.cat([_sized(picture, size, profile) for picture in one.pictures])
     kind = None if one.net.config.is_joint else one.net.config.kind
     if kind == "canny" and profile.control_canny != "unit":
@@ -236,7 +236,7 @@ def _hint(one: ControlInput, profile: Profile, size: PictureSize) -> Float[Tenso
 def _inpaint_hint(
     one: ControlInput, profile: Profile, size: PictureSize, cell: int
 ) -> tuple[Tensor, Float[Tensor, "b 1 h w"]]:
-    """The masked picture in [-1, 1], and what is kept of it at the size of the latents."""
+    """The masked picture in [-1, 1], and the inverted mask (1 is kept) at the size of the latents."""
     count = max(len(one.pictures), len(one.masks))
     rows, columns = size.height // cell, size.width // cell
     if profile.control_resize == "nearest_cut":
@@ -253,6 +253,6 @@ def _inpaint_hint(
 
 
 def _drawn(encoded: DiagonalGaussian, count: int, times: int, profile: Profile) -> Tensor:
-    """The latents of `times` x `count` hints: the means, or drawn with torch's global state as both references do."""
+    """The latents of `times` x `count` hints: the means, or samples from torch's global generator as in diffusers."""
     mean, std = (repeated(one, count).repeat(times, 1, 1, 1) for one in (encoded.mean, encoded.std))
     return mean if profile.control_latent == "mean" else DiagonalGaussian(mean, std).sample()

@@ -1,8 +1,8 @@
-"""What LoRAs do to the weights of a pipeline's models, and how it is undone to the bit.
+"""Apply LoRAs to the weights of a pipeline's models, and restore the original weights bit for bit.
 
-A LoRA is either attached (products beside the Linears, whose weights stay as they are) or merged into the weights. What
-has no Linear to stand beside (norms, biases, the patch convolution, embeddings) is changed in both forms; the tensor as
-it was is kept.
+A LoRA is either attached (its products are added to the outputs of the Linears, whose weights are unchanged) or merged
+into the weights. Tensors outside of Linears (norms, biases, the patch convolution, embeddings) are replaced in both
+forms. The original tensors are kept.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Weight: TypeAlias = float | Mapping[str, float]
 
 @dataclass
 class Adapter:
-    """A LoRA of a pipeline, and how it acts."""
+    """A LoRA of a pipeline, with its strengths and its form."""
 
     lora: Lora
     form: Form
-    weight: Weight = 1.0  # of the transformer
-    text_encoder_weight: Weight | None = None  # None: as the transformer
+    weight: Weight = 1.0  # strength on the transformer
+    text_encoder_weight: Weight | None = None  # strength on the text encoders; None is `weight`
     active: bool = True
-    scale: float = 1.0  # of `fuse_lora`
+    scale: float = 1.0  # the factor `lora_scale` of `fuse_lora`
 
     def strength(self, part: Part) -> Strength:
-        """Its strength on the tensors of a model."""
+        """The strength of the LoRA on the tensors of a model."""
         is_text = part != "transformer" and self.text_encoder_weight is not None
         weight = self.text_encoder_weight if is_text else self.weight
         assert weight is not None, "the transformer has a weight"
@@ -52,12 +52,12 @@ class Adapter:
 
 @dataclass
 class PatchedWeights:
-    """The tensors that LoRAs have replaced, as they were, by model and name."""
+    """The original tensors that LoRAs have replaced, by model and name."""
 
     before: dict[tuple[Part, str], Tensor] = field(default_factory=dict)
 
     def apply(self, models: Mapping[Part, nn.Module], acting: Sequence[Adapter]) -> None:
-        """Bring the weights back, then merge and attach the LoRAs that act, in their order."""
+        """Restore the weights, then merge and attach the active LoRAs, in their order."""
         self.restore(models)
         for part, model in models.items():
             for form in ("merged", "attached"):
@@ -72,7 +72,7 @@ class PatchedWeights:
                         self._replace(part, model, key, patches)
 
     def restore(self, models: Mapping[Part, nn.Module]) -> None:
-        """Bring the weights back to what they were."""
+        """Restore the original weights."""
         for model in models.values():
             for name in all_beside(model):
                 without(model, name)
@@ -81,14 +81,14 @@ class PatchedWeights:
         self.before.clear()
 
     def _replace(self, part: Part, model: nn.Module, key: str, patches: Sequence[Weighted]) -> None:
-        """Put a changed tensor in the place of one that is kept; the CPU keeps those of a GPU."""
+        """Replace a tensor with the patched one, and keep the original; originals from a GPU are kept on the CPU."""
         old = _get(model, key)
         self.before.setdefault((part, key), old.detach().to("cpu") if old.is_cuda else old)
         replace_tensor(model, key, merged(old, key, part, patches).detach())
 
 
 def _attach(model: nn.Module, key: str, patches: Sequence[Weighted]) -> None:
-    """Put patches beside a Linear: as two factors where all of them are products, else as one matrix."""
+    """Attach patches to a Linear: as two factors if all of them are low-rank products, else as one matrix."""
     name, weight = key.removesuffix(".weight"), _get(model, key)
     if all(map(_is_low_rank, patches)):
         beside(model, name, factors=factors_of(weight, patches))
@@ -98,9 +98,9 @@ def _attach(model: nn.Module, key: str, patches: Sequence[Weighted]) -> None:
 
 
 def factors_of(weight: Tensor, patches: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
-    """down [r, in] and up [out, r] of all patches of a weight together, with strength and scale in up.
+    """The joint factors down [r, in] and up [out, r] of all patches of a weight; up includes strength and scale.
 
-    Factors of a part of the rows have zeros in the other rows. Both are in the weight's dtype.
+    Factors for a part of the rows are zero in the other rows. Both factors have the weight's dtype.
     """
     downs, ups = [], []
     for patch, strength, _, exchanged in patches:
@@ -116,9 +116,9 @@ def factors_of(weight: Tensor, patches: Sequence[Weighted]) -> tuple[Tensor, Ten
 
 
 def as_stored_now(before: Tensor, now: Tensor) -> Tensor:
-    """A weight that was kept, on the device, in the dtype and in the quantization of the one in its place.
+    """Convert an original weight to the device, dtype and quantization of the weight that replaced it.
 
-    The same bits come back where nothing of these has changed.
+    The result is bit-equal to the original if none of these has changed.
     """
     if isinstance(now, Float8Tensor):
         if isinstance(before, Float8Tensor) and before.recipe == now.recipe:
