@@ -229,7 +229,7 @@ class PipelineAdapters(PipelineModels):
         return next(name for i in range(10**6) if (name := f"default_{i}") not in self._loras.adapters)
 
     def _check_fits(self, lora: Lora) -> None:
-        """Raise CheckpointError for a LoRA that does not fit the models or changes none, before any weight is changed."""
+        """Raise CheckpointError, before any weight is changed, for a LoRA that does not fit or changes no model."""
         parts = [part for part in lora.parts if part in self.models]
         if not parts:
             raise ValueError(

@@ -27,7 +27,7 @@ class Control:
     """
 
     net: ControlNet
-    hint: Tensor  # latents [b, c, h, w] of the hints, one per drawing; for an inpainting net, the mask is the last channel
+    hint: Tensor  # latents [b, c, h, w], one per drawing; for an inpainting net, the last channel is the mask
     hint_uncond: Tensor  # the hint of the unconditional branch; a profile may sample it with different noise
     scale: float = 1.0  # the factor of the residuals
     start: float = 0.0  # share of the steps or of the noise levels, as the profile says

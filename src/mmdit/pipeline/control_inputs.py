@@ -162,7 +162,7 @@ def takes_shift(net: ControlNet, profile: Profile) -> bool:
 
 
 def check_net(name: str, net: object, config: MMDiTConfig) -> None:
-    """Raise TypeError or ValueError unless `net` (`name` in errors) is a ControlNet that fits the transformer config."""
+    """Raise TypeError or ValueError unless `net` (`name` in errors) is a ControlNet that fits the transformer."""
     if not isinstance(net, ControlNet):
         hint = "; give mmdit.load_controlnet(path)" if isinstance(net, str | Path) else ""
         raise TypeError(f"{name} is {type(net).__name__}, expected mmdit.ControlNet{hint}")
@@ -253,6 +253,6 @@ def _inpaint_hint(
 
 
 def _drawn(encoded: DiagonalGaussian, count: int, times: int, profile: Profile) -> Tensor:
-    """The latents of `times` x `count` hints: the means, or samples from torch's global generator as in diffusers."""
+    """The latents of `times` x `count` hints: means, or samples from torch's global generator as in the references."""
     mean, std = (repeated(one, count).repeat(times, 1, 1, 1) for one in (encoded.mean, encoded.std))
     return mean if profile.control_latent == "mean" else DiagonalGaussian(mean, std).sample()

@@ -1,4 +1,4 @@
-"""The second pass: enlarge what was drawn, add noise, and draw it again from there."""
+"""The second pass of a drawing: enlarge the result of the first pass, add noise, and denoise it again."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ MOST_SCALE = 8.0
 
 @dataclass(frozen=True)
 class Hires:
-    """A second pass at a larger size, as ComfyUI's templates have it; the defaults are theirs.
+    """A second pass at a larger size, with the defaults of ComfyUI's workflow templates.
 
     Raises:
-        ValueError: a number is out of its range, or a word is unknown or does not go with the space.
+        ValueError: a number is out of its range, or a name is unknown or not available in this space.
     """
 
-    scale: int | float = 1.5  # of both sides, from 1 to 8; the new size is rounded as `size` says
-    strength: int | float = 0.5  # of the second pass, from 0 to 1; below 0.5 resized latents show seams
-    steps: int | None = None  # of the second pass; None is those of the first
+    scale: int | float = 1.5  # factor of both sides, 1 to 8; see `size` for the rounding
+    strength: int | float = 0.5  # strength of the second pass, 0 to 1; below 0.5, resized latents leave visible seams
+    steps: int | None = None  # steps of the second pass; None takes the first pass's
     filter: Filter = "nearest-exact"  # "bislerp" for latents only, "lanczos" for pixels only
-    space: Literal["latent", "pixel"] = "latent"  # what is resized: the latents, or the decoded picture, encoded anew
-    sampler: str | None = None  # of the second pass, as are the next two; None is the first's
+    space: Literal["latent", "pixel"] = "latent"  # resize the latents, or decode, resize and encode the picture
+    sampler: str | None = None  # of the second pass, as are the next two fields; None takes the first pass's
     schedule: str | None = None
-    seed: int | None = None  # of its noise; None draws anew from the same seeds
+    seed: int | None = None  # seed of the second pass's noise; None uses the seeds of the first pass again
 
     def __post_init__(self) -> None:
         number("Hires.scale", self.scale, 1, MOST_SCALE)
@@ -49,16 +49,16 @@ class Hires:
             pick(SCHEDULES, self.schedule, "Hires.schedule")
 
     def to_text(self) -> str:
-        """All that is not None, as `from_text` reads it: "scale=1.5 strength=0.5 filter=bislerp space=latent"."""
+        """All fields that are not None, as `from_text` parses them: "scale=1.5 strength=0.5 filter=bislerp ..."."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return " ".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """From words NAME=VALUE, or a number alone, which is the scale.
+        """Parse words NAME=VALUE, or a single number, which is the scale.
 
         Raises:
-            ValueError: an unknown name, the same name twice, or a value that is none.
+            ValueError: a name is unknown or given twice, or a value cannot be parsed.
         """
         kinds: dict[str, Any] = {"scale": float, "strength": float, "steps": int, "seed": int}
         kinds |= dict.fromkeys(("filter", "space", "sampler", "schedule"), str)
@@ -78,21 +78,21 @@ class Hires:
         """The sides times `scale`, rounded half to even, to multiples of `unit`.
 
         Args:
-            height, width: in cells of latents or in pixels.
-            unit: what the sides of the result are multiples of, such as the transformer's patch size for latents.
+            height, width: the present sides, in latent cells or in pixels.
+            unit: the resulting sides are multiples of this number, such as the transformer's patch size for latents.
         """
         if unit == 1:
             return size_by(height, width, self.scale)
         return Size(*(max(1, round(side * self.scale / unit)) * unit for side in (height, width)))
 
     def enlarged_latent(self, latent: Tensor, vae: VAE, unit: int = 1) -> Float[Tensor, "b c h2 w2"]:
-        """Latents of the second pass's size, without its noise.
+        """Resize latents to the size of the second pass, without adding noise.
 
-        ComfyUI resizes latents at the scale of the VAE, which "bislerp" is not indifferent to, and so does this.
+        As in ComfyUI, latents are resized at the scale of the VAE, which affects the result of "bislerp".
 
         Args:
             latent: [b, c, h, w], in model space.
-            vae: whose scale and shift count.
+            vae: the VAE, which defines the scale and the shift.
             unit: see `size`, in cells.
         """
         check_latent("latent", latent)
@@ -101,7 +101,7 @@ class Hires:
         return vae.to_model(resize_latent(vae.from_model(latent), **size._asdict(), filter=self.filter))
 
     def enlarged_picture(self, picture: Tensor, unit: int = 8) -> Float[Tensor, "b h2 w2 c"]:
-        """Pictures [b, h, w, c] in [0, 1] of the second pass's size, to encode; `unit` counts in pixels."""
+        """Resize pictures [b, h, w, c] in [0, 1] to the size of the second pass; `unit` is in pixels, see `size`."""
         check_picture("picture", picture)
         height, width = picture.shape[1:3]
         return resize(picture, **self.size(height, width, unit)._asdict(), filter=self.filter)

@@ -1,4 +1,4 @@
-"""Pictures and masks that a call starts from: what people have, checked, and brought to the size of the drawing."""
+"""Input pictures and masks of a call: check them, convert them to tensors, and resize them to the drawing's size."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mmdit.utils import number, whole
 
 
 class Picture(NamedTuple):
-    """A picture or a mask of a call."""
+    """An input picture or mask of a call."""
 
-    pixels: Float[Tensor, "1 c h w"]  # float32 in [0, 1]; 3 channels, a mask 1
-    from_pillow: bool  # so that every profile resizes it by Pillow
-    name: str  # of the file that it was read from; "" where Pillow does not say
+    pixels: Float[Tensor, "1 c h w"]  # float32 in [0, 1]; 3 channels for a picture, 1 for a mask
+    from_pillow: bool  # whether it was a Pillow picture, which every profile resizes with Pillow
+    name: str  # name of the file; "" if unknown
     digest: str  # see `digest_of_picture`
 
     @property
@@ -39,7 +39,7 @@ class Picture(NamedTuple):
 
 
 class Paste(NamedTuple):
-    """Where a drawing is pasted back to."""
+    """The picture, mask and box that a drawing is pasted back into."""
 
     original: Image.Image
     mask: Image.Image  # gray, of the original's size
@@ -51,37 +51,37 @@ class PictureSize(NamedTuple):
 
     height: int
     width: int
-    cut: bool  # whether they are cut to it around their centre; else they are resized
+    cut: bool  # whether pictures are cropped around their centre to this size; else they are resized
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageInputs:
-    """The arguments of a call that are about pictures, checked; `image_inputs` makes it.
+    """The checked picture arguments of a call; `image_inputs` makes it.
 
-    Pictures are kept as they were given. `drawn` brings them to the size of the drawing, `mask_of` the masks to that
-    of its latents, both as the profile says.
+    Pictures are kept at their given size. `drawn` resizes them to the size of the drawing, and `latent_masks` resizes
+    the masks to the size of its latents, both by the rules of the profile.
     """
 
-    pictures: tuple[Picture, ...] = ()  # one, or one for each drawing; none where latents are given
+    pictures: tuple[Picture, ...] = ()  # one for all drawings, or one for each; empty where latents are given
     latents: Float[Tensor, "b c h w"] | None = None  # instead of pictures
     masks: tuple[Picture, ...] = ()  # none, one, or one for each picture
     keep_outside: bool = False
     differential: float = 0.0
     padding_mask_crop: int | None = None
-    pastes: tuple[Paste, ...] = ()  # of each picture, where only a part of it is drawn
+    pastes: tuple[Paste, ...] = ()  # one for each picture, where only a part of the picture is drawn
 
     @property
     def count(self) -> int:
-        """The number of drawings that pictures and masks are for; a single one of them is for all."""
+        """The number of drawings that the pictures and masks determine; a single picture or mask serves any number."""
         return max(len(self.pictures) if self.latents is None else len(self.latents), len(self.masks))
 
     def size(self, profile: Profile, unit: int) -> tuple[int, int] | None:
-        """Height and width of a drawing that is given none, in pixels, cut to multiples of `unit`.
+        """The default height and width of a drawing in pixels: those of the picture, cut to multiples of `unit`.
 
         None is the model's own size, to which diffusers resizes pictures.
 
         Raises:
-            ValueError: pictures of several sizes, or a side that is smaller than `unit`.
+            ValueError: the pictures have different sizes, or a side is smaller than `unit`.
         """
         if profile.image_size == "model":
             return None
@@ -94,9 +94,10 @@ class ImageInputs:
         return height - height % unit, width - width % unit
 
     def cropped(self, size: PictureSize) -> ImageInputs:
-        """With the parts around the masks, at the size of the drawing, in place of whole pictures and masks.
+        """Replace pictures and masks with the regions around the masks, resized to the size of the drawing.
 
-        As diffusers' padding_mask_crop does it, by way of 8 bits; see `mmdit.images.crop_region`, `fit`, `paste_back`.
+        This is diffusers' padding_mask_crop, which converts to 8 bits; see `mmdit.images.crop_region`, `fit` and
+        `paste_back`.
         """
         pictures, masks, pastes = list[Picture](), list[Picture](), list[Paste]()
         for i in range(self.count):
@@ -112,7 +113,7 @@ class ImageInputs:
         return replace(self, pictures=tuple(pictures), masks=tuple(masks), pastes=tuple(pastes))
 
     def settings(self, count: int, strength: float) -> list[dict[str, Any]]:
-        """What the settings of each of `count` drawings say about its picture."""
+        """The settings that describe the input picture of each of `count` drawings."""
         common = {
             "strength": strength,
             "padding_mask_crop": self.padding_mask_crop,
@@ -138,7 +139,7 @@ class ImageInputs:
         return torch.cat([at_size(one, size, profile) for one in self.masks])
 
     def latent_masks(self, size: PictureSize, cell: int, profile: Profile) -> Float[Tensor, "b 1 h8 w8"] | None:
-        """The masks at the size of the latents, of cells of so many pixels; None where there are none."""
+        """The masks at the size of the latents, with cells of `cell` pixels per side; None if there are no masks."""
         if not self.masks:
             return None
         values: MaskValues = "soft" if self.differential else profile.mask_values
@@ -155,15 +156,14 @@ def image_inputs(
     differential: float | bool = False,
     padding_mask_crop: int | None = None,
 ) -> ImageInputs | None:
-    """Check the arguments of a call that are about pictures; None where no picture is given.
+    """Check the picture arguments of a call; the result is None if no picture is given.
 
     Args:
-        image, mask_image, keep_outside, differential, padding_mask_crop: as `mmdit.Pipeline.__call__` takes
-            them.
-        channels: of latents, by which a tensor of latents is told from one of pictures.
+        image, mask_image, keep_outside, differential, padding_mask_crop: see `mmdit.Pipeline.__call__`.
+        channels: the number of latent channels; it distinguishes a tensor of latents from a tensor of pictures.
 
     Raises:
-        ValueError: an argument is given without the one that it is about, or is out of its range.
+        ValueError: an argument is given without the argument that it requires, or is out of its range.
         TypeError: a picture is of another type.
     """
     share = number("differential", float(differential) if isinstance(differential, bool) else differential, 0, 1)
@@ -194,7 +194,7 @@ def image_inputs(
 
 
 def center_cut(picture: Tensor, height: int, width: int) -> Float[Tensor, "b c h w"]:
-    """The centre of pictures [b, c, H, W]; what is cut is half of it, rounded down, at the top and the left."""
+    """The centre of pictures [b, c, H, W]; half of the excess, rounded down, is cut off at the top and the left."""
     top, left = (picture.shape[2] - height) // 2, (picture.shape[3] - width) // 2
     return picture[..., top : top + height, left : left + width]
 
@@ -234,7 +234,7 @@ def _each(name: str, given: object) -> list[tuple[str, Any]]:
 
 
 def pictures_of(argument: str, given: object) -> list[Picture]:
-    """The argument of this name, which holds pictures, one by one."""
+    """Split the value of a picture argument, called `argument` in errors, into single pictures."""
     found: list[Picture] = []
     for name, one in _each(argument, given):
         loaded = load_image(one, name).picture.movedim(-1, 1)
@@ -243,7 +243,7 @@ def pictures_of(argument: str, given: object) -> list[Picture]:
 
 
 def masks_of(given: object, argument: str = "mask_image") -> list[Picture]:
-    """The argument of this name, one mask for each picture or for all."""
+    """Split the value of a mask argument, called `argument` in errors, into single masks."""
     found: list[Picture] = []
     for name, one in _each(argument, given):
         loaded = load_mask(one, name).unsqueeze(1)
@@ -263,9 +263,9 @@ def _as_pictures(given: object, loaded: Float[Tensor, "b c h w"]) -> list[Pictur
 
 
 def digest_of_picture(values: Float[Tensor, "c h w"]) -> str:
-    """Sixteen hexadecimal digits of a picture or mask: of its size and of its values, rounded to 16 bits.
+    """A digest of 16 hexadecimal digits over the size of a picture or mask and its values, rounded to 16 bits.
 
-    They are the same for a file and an array of the same values, whatever the format and the name of the file.
+    A file and an array with the same values have the same digest, whatever the format and the name of the file.
     """
     levels = (values * 65535).round().numpy().astype("<u2")
     return sha256(f"{tuple(values.shape)}".encode() + levels.tobytes()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""From a picture back to noise: the flow's ODE from low noise levels to high ones."""
+"""Inversion of a picture to noise: integrate the flow's ODE from low to high noise levels."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from mmdit.utils import number
 from samplers import Denoise, Step
 
 Inverter = Literal["euler", "heun"]
-LOWEST = 1e-4  # where an inversion starts in place of 0, at which no velocity is defined (ComfyUI's FlipSigmas)
+LOWEST = 1e-4  # the first sigma of an inversion, because the velocity is undefined at 0 (ComfyUI's FlipSigmas)
 
 
 @dataclass(frozen=True, eq=False)
 class Inversion:
-    """What `mmdit.Pipeline.invert` found. To draw the picture again, or another one from its noise:
+    """The result of `mmdit.Pipeline.invert`. To reconstruct the picture, or to draw another one from its noise:
 
     cond = pipe.encode(prompt)
     how = {"sigmas": inversion.falling, "guidance_scale": 1.0, "add_noise": False}
     for step in pipe.sample(cond, None, inversion.latents, **how): ...
     """
 
-    latents: Float[Tensor, "b c h w"]  # at the last level: noise, where that is 1
+    latents: Float[Tensor, "b c h w"]  # at the last sigma: noise, if that is 1
     image: Float[Tensor, "b c h w"]  # the picture's latents, in model space
-    trajectory: tuple[Tensor, ...]  # latents [b, c, h, w] at each of the levels, the last of them `latents`
+    trajectory: tuple[Tensor, ...]  # latents [b, c, h, w] at each sigma; the last entry is `latents`
     sigmas: Float[Tensor, " levels"]  # float64, rising from 0.0001
 
     @property
     def falling(self) -> Float[Tensor, " levels"]:
-        """The levels of the way back to the picture: falling to 0."""
+        """The sigmas for drawing from the inverted latents, falling to 0."""
         return torch.cat([self.sigmas[1:].flip(0), self.sigmas.new_zeros(1)])
 
 
 def rising(levels: Tensor, strength: float) -> Tensor:
-    """The levels of an inversion: those of the last round(steps strength) steps of a drawing, upwards.
+    """The sigmas of an inversion: those of the last round(steps * strength) steps of a drawing, in rising order.
+
+    Source: ComfyUI's SplitSigmasDenoise and FlipSigmas.
 
     Args:
-        levels: of the drawing, falling to 0, [steps + 1].
-        strength: how far towards noise, above 0 up to 1 (ComfyUI's SplitSigmasDenoise and FlipSigmas).
+        levels: the sigmas of the drawing, [steps + 1], falling to 0.
+        strength: the share of the steps to invert, above 0 and at most 1.
 
     Raises:
-        ValueError: the strength leaves no step.
+        ValueError: no step is left.
     """
     steps = len(levels) - 1
     kept = round(steps * number("strength", strength, 0, 1))
@@ -57,12 +59,12 @@ def rising(levels: Tensor, strength: float) -> Tensor:
 
 
 def euler_up(denoise: Denoise, x: Tensor, levels: Tensor) -> Iterator[Step]:
-    """Euler's method to rising levels: x + v(x, sigma) (sigma' - sigma). First order.
+    """Euler's method along rising sigmas: x + v(x, sigma) (sigma' - sigma). First order.
 
     Args:
-        denoise: (latent, noise level) -> predicted x0, of the latent's shape.
-        x: the latent at the first level, any shape.
-        levels: [steps + 1], rising from above 0.
+        denoise: (latent, sigma) -> predicted x0, of the latent's shape.
+        x: the latent at the first sigma, of any shape.
+        levels: the sigmas, [steps + 1], rising; the first is above 0.
     """
     for i, (sigma, following) in enumerate(pairwise(levels.tolist())):
         x0 = denoise(x, sigma)
@@ -72,7 +74,7 @@ def euler_up(denoise: Denoise, x: Tensor, levels: Tensor) -> Iterator[Step]:
 
 
 def heun_up(denoise: Denoise, x: Tensor, levels: Tensor) -> Iterator[Step]:
-    """Heun's method to rising levels: the mean of the velocities at both ends. Second order, two model calls a step.
+    """Heun's method along rising sigmas: the mean of the velocities at both ends. Second order, two NFE per step.
 
     Args:
         denoise, x, levels: see `euler_up`.

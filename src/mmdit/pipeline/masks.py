@@ -1,4 +1,4 @@
-"""Drawing inside of a mask: what the latent and the prediction are outside of it, at every noise level."""
+"""Inpainting: the latent and the prediction outside of the mask, at every noise level."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class Source:
 
     latents: Tensor  # [b, c, h, w] in model space, without noise
     mask: Tensor | None = None  # [b, 1, h, w] in [0, 1]: 1 is drawn anew, 0 stays; None is 1 everywhere
-    differential: float = 0.0  # how far Differential Diffusion replaces the mask, see `Blend.mask_at`
+    differential: float = 0.0  # share of Differential Diffusion, 0 to 1, see `Blend.mask_at`
 
     def to(self, x: Tensor) -> Source:
-        """The same on the device and in the dtype of x."""
+        """Move the source to the device and the dtype of x."""
         return replace(self, latents=self.latents.to(x), mask=None if self.mask is None else self.mask.to(x))
 
 
 def checked_source(source: Source, shape: Sequence[int]) -> Source:
-    """The source with a picture and a mask for each latent of this shape, [b, c, h, w].
+    """Check a source, and repeat its picture and mask for each latent of shape [b, c, h, w].
 
     Raises:
-        ValueError: a picture or a mask of another shape, or a share outside of [0, 1].
+        ValueError: the picture or the mask has another shape, or `differential` is outside of [0, 1].
     """
     count, _, *cells = shape
     latents = _for_each("image", source.latents, count, [shape[1], *cells])
@@ -49,23 +49,23 @@ def _for_each(name: str, value: Tensor, count: int, wanted: list[int]) -> Tensor
 
 
 def repeated(batch: Tensor, count: int) -> Tensor:
-    """A batch of `count`, each entry as often as the others, the repetitions of one after each other."""
+    """Repeat each entry of a batch equally often, to a batch of `count`; copies of one entry are adjacent."""
     return batch.repeat_interleave(count // len(batch), 0)
 
 
 def noisy(latents: Tensor, noise: Tensor, sigma: float) -> Tensor:
-    """The latents at a noise level: sigma noise + (1 - sigma) latents, any shape."""
+    """Add noise to latents of any shape: sigma * noise + (1 - sigma) * latents."""
     return sigma * noise + (1 - sigma) * latents
 
 
 def latent_mask(mask: Tensor, height: int, width: int, values: MaskValues = "soft") -> Float[Tensor, "b 1 h w"]:
-    """A mask [b, H, W] at the size of the latents, in cells.
+    """Resize a mask to the size of the latents, [b, 1, h, w].
 
     Args:
-        mask: in [0, 1], of any size.
-        height, width: of the latents.
-        values: "soft" is bilinear, without antialiasing or rounding (ComfyUI); "binary" is 1 from 0.5 on, then
-            nearest (diffusers).
+        mask: [b, H, W] in [0, 1], of any size.
+        height, width: the size of the latents, in cells.
+        values: "soft" resizes bilinearly, without antialiasing or rounding (ComfyUI); "binary" thresholds at 0.5 and
+            then resizes by nearest neighbour (diffusers).
     """
     given = mask.unsqueeze(1)
     if values == "soft":
@@ -75,21 +75,21 @@ def latent_mask(mask: Tensor, height: int, width: int, values: MaskValues = "sof
 
 @dataclass(frozen=True, eq=False)
 class Blend:
-    """What a mask keeps of a picture while the rest of it is drawn.
+    """Blends the given picture into a drawing outside of the mask.
 
-    `around` is ComfyUI's `KSamplerX0Inpaint`, `after` is that of diffusers' `StableDiffusion3InpaintPipeline`.
+    `around` does so as ComfyUI's `KSamplerX0Inpaint`, and `after` as diffusers' `StableDiffusion3InpaintPipeline`.
     """
 
-    latents: Float[Tensor, "b c h w"]  # of the picture, without noise
-    noise: Float[Tensor, "b c h w"]  # of unit variance
+    latents: Float[Tensor, "b c h w"]  # latents of the picture, without noise
+    noise: Float[Tensor, "b c h w"]  # noise of unit variance
     mask: Float[Tensor, "b 1 h w"]
     differential: float
     first: float  # the first noise level of the drawing
-    last: float  # the level at which Differential Diffusion draws everywhere
+    last: float  # the noise level from which on Differential Diffusion draws everywhere
 
     @classmethod
     def of(cls, source: Source, noise: Tensor, sigmas: Tensor, shift: float) -> Blend | None:
-        """What the mask of a source keeps in a drawing along these levels; None where the source has no mask."""
+        """Make the blend of a source for a drawing with these sigmas; None if the source has no mask."""
         if source.mask is None:
             return None
         lowest = float(shifted(torch.tensor(1e-3, dtype=torch.float64), shift))
@@ -99,8 +99,9 @@ class Blend:
     def mask_at(self, sigma: float) -> Tensor:
         """The mask at a noise level.
 
-        Differential Diffusion (Levin and Fried 2023, arXiv 2306.00950) lets a cell change below a level that its mask
-        value says: where the mask is at least (sigma - last) / (first - last). ComfyUI's DifferentialDiffusion.
+        In Differential Diffusion (Levin and Fried 2023, arXiv 2306.00950), the mask value of a cell sets the noise
+        level below which it may change: a cell changes where its mask is at least (sigma - last) / (first - last).
+        Source: ComfyUI's DifferentialDiffusion.
         """
         if not self.differential:
             return self.mask
@@ -109,17 +110,17 @@ class Blend:
         return self.differential * inside + (1 - self.differential) * self.mask
 
     def latent(self, x: Tensor, sigma: float) -> Tensor:
-        """The latent x at a noise level, with the picture's outside of the mask."""
+        """Replace the latent x outside of the mask with the picture's latent at this noise level."""
         mask = self.mask_at(sigma)
         return x * mask + noisy(self.latents, self.noise, sigma) * (1 - mask)
 
     def prediction(self, x0: Tensor, sigma: float) -> Tensor:
-        """The predicted picture, with the given one outside of the mask."""
+        """Replace the predicted x0 outside of the mask with the given picture's latents."""
         mask = self.mask_at(sigma)
         return x0 * mask + self.latents * (1 - mask)
 
     def around(self, guide: Guide) -> Guide:
-        """The guide, with the picture outside of the mask in what it is given and in what it predicts."""
+        """Wrap a guide: outside of the mask, its input and its prediction are those of the given picture."""
 
         def blended(x: Tensor, sigma: float) -> Guided:
             found = guide(self.latent(x, sigma), sigma)
@@ -128,7 +129,7 @@ class Blend:
         return blended
 
     def after(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps, with the picture at the step's level outside of the mask; the solver goes on from that."""
+        """Wrap the steps: outside of the mask, `step.x` becomes the given picture at the step's noise level."""
         for step in steps:
             step.x = self.latent(step.x, step.sigma)
             yield step

@@ -98,75 +98,76 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
     ) -> PipelineOutput:
         """Draw pictures of prompts.
 
-        Arguments have diffusers' names. Where one is None, the profile's default counts: 28 steps of euler on the
-        schedule "normal" at guidance 7 in the profile "diffusers", see `mmdit.Profile`. All arguments are checked
-        before a model runs.
+        Arguments have diffusers' names. None selects the profile's default: for the profile "diffusers", 28 steps of
+        euler on the schedule "normal" at guidance 7, see `mmdit.Profile`. All arguments are checked before a model
+        runs.
 
         Args:
-            prompt: a string, or a list with one for each picture. Or what `encode` made of prompts, a `Conditioning`;
-                or a list of `mmdit.Ranged`, each a conditioning for a part of the way.
-            negative_prompt: what to keep away from; one for all prompts, or one for each. None is an empty prompt. It
-                counts where the profile runs an unconditional branch: as a rule where guidance_scale is above 1.
-            height: of the pictures, in pixels, a multiple of 16; None is the model's own size.
-            width: likewise.
-            num_inference_steps: steps of the solver, at least 1.
+            prompt: a string, or a list with one for each picture; or a `Conditioning`, the result of `encode`; or a
+                list of `mmdit.Ranged`, each a conditioning for a range of the steps.
+            negative_prompt: a description of what to avoid; one for all prompts, or one for each. None is an empty
+                prompt. It is used where the profile runs an unconditional branch: usually for guidance_scale above 1.
+            height, width: the size of the pictures in pixels, multiples of 16; None is the model's own size.
+            num_inference_steps: number of solver steps, at least 1.
             guidance_scale: weight of classifier-free guidance: x0 = uncond + guidance_scale (cond - uncond). 1 is none.
             sampler: the solver, a name of `samplers.SOLVERS`; or a function `(denoise, x, sigmas)` that yields
                 `samplers.Step`, where `denoise(x, sigma)` gives x0, the predicted picture as a latent.
             schedule: how the noise levels are spaced, a name of `samplers.SCHEDULES`.
             sigmas: the noise levels themselves, falling from at most 1 to 0, instead of steps and schedule. As in
                 diffusers, the profile "diffusers" shifts a list that does not end at 0, and appends the 0.
-            shift: how far the schedule is moved to high noise, above 0; "resolution" goes by the size of the picture,
-                see `samplers.resolution_shift`. None is the model's, as a rule 3.
+            shift: the shift of the schedule towards high noise levels, above 0; "resolution" computes it from the size
+                of the picture, see `samplers.resolution_shift`. None is the model's shift, usually 3.
             seed: a whole number of at most 64 bits, or one for each picture; with one prompt, several seeds draw
-                several pictures. None draws a seed for each picture, which is kept in `settings`. Samplers that add
-                noise on the way take it from the same seeds.
+                several pictures. None draws a random seed for each picture, which is recorded in `settings`. The noise
+                that stochastic samplers add comes from the same seeds.
             generator: a `torch.Generator`, or one for each picture, instead of seeds.
-            latents: what to start from instead of noise, [b, c, h/8, w/8], in model space.
-            image: a picture to start from: a path, a PIL picture, an array [h, w, 3] or a tensor [3, h, w] in [0, 1],
+            latents: initial latents instead of noise, [b, c, h/8, w/8], in model space.
+            image: the picture to start from: a path, a PIL picture, an array [h, w, 3] or a tensor [3, h, w] in [0, 1],
                 see `mmdit.images.load_image`; or latents [b, c, h/8, w/8]. A batch or a list has one for each drawing.
-                Without height and width, the profile says whether it is drawn at its own size, cut to multiples
-                (ComfyUI), or resized to the model's (diffusers).
-            mask_image: where the picture is drawn anew: white (1) is, black (0) stays. A path, a PIL picture, an array
-                or a tensor [h, w] in [0, 1] of the picture's size, a batch or a list of these. The profile says
-                whether grays count.
-            strength: how much of the picture is drawn anew, 0 to 1; None is the profile's.
-            padding_mask_crop: draw only the part around the mask, with so many pixels more on each side, at the size of
-                the drawing, and paste it back into the picture.
-            keep_outside: whether the given picture is laid over the drawing outside of the mask, pixel by pixel.
-            differential: Differential Diffusion, in which the grays of a mask say at which noise level a place may
-                change; or the share of it, 0 to 1.
-            hires: a second pass: what was drawn is enlarged and drawn again, from a lower noise level.
+                Without height and width, the profile decides the size: the picture's own size, cropped to multiples
+                (ComfyUI), or the model's size, to which the picture is resized (diffusers).
+            mask_image: the region to draw anew: white (1) is drawn anew, black (0) is kept. A path, a PIL picture, an
+                array or a tensor [h, w] in [0, 1] of the picture's size, or a batch or a list of these. The profile
+                decides whether intermediate values are kept or thresholded.
+            strength: how much of the picture is drawn anew, 0 to 1; None is the profile's value.
+            padding_mask_crop: draw only the region around the mask, padded by this number of pixels on each side, at
+                the size of the drawing, and paste the result back into the picture.
+            keep_outside: whether to copy the pixels of the given picture outside of the mask into the result.
+            differential: use Differential Diffusion, in which the gray values of a mask set the noise level at which a
+                cell may change; True, or a share from 0 to 1.
+            hires: a second pass, which enlarges the result and denoises it again from a lower noise level.
             controlnet: a net that makes the drawing follow a hint, see `mmdit.load_controlnet`; or a list of nets,
-                whose residuals are added up. None is `pipe.controlnet`, where there is a control_image.
-            control_image: the hint: edges (`mmdit.canny`), a depth map, a blurred picture ..., as the net was trained;
-                what `image` takes, of any size. A list with one for each net; of each, one, or one for each drawing.
-            control_mask: with an inpainting net, where the hint is drawn anew: white (1) is; what `mask_image` takes.
+                whose residuals are added up. None uses `pipe.controlnet` if a control_image is given.
+            control_image: the hint that the net was trained for: edges (`mmdit.canny`), a depth map, a blurred picture
+                ...; of any size, in the forms that `image` accepts. For several nets, a list with an entry for each
+                net. Each entry is one hint for all drawings, or one for each.
+            control_mask: for an inpainting net, the region to draw anew (1), in the forms that `mask_image` accepts.
             controlnet_conditioning_scale: the factor of the residuals; or a list with one for each net.
-            control_guidance_start: the share of the way at which the net begins to act, 0 to 1, counted in steps, or in
-                percents of the noise levels, as the profile says; or a list.
-            control_guidance_end: the share at which it ends; or a list.
-            prompt_embeds: context of shape [b, tokens, context_dim], as `encode` gives it, instead of prompts.
-            pooled_prompt_embeds: of shape [b, pooled_dim], with prompt_embeds.
-            negative_prompt_embeds: likewise, instead of negative prompts.
-            negative_pooled_prompt_embeds: likewise.
-            num_images_per_prompt: pictures of each prompt; they follow each other in the output.
-            max_sequence_length: tokens that T5 reads; None is the profile's number.
+            control_guidance_start: the share at which the net begins to be applied, 0 to 1; or a list with one for each
+                net. The profile decides whether it is a share of the steps or of the noise levels.
+            control_guidance_end: the share at which the net stops being applied, likewise.
+            prompt_embeds: context of shape [b, tokens, context_dim], as `encode` returns it, instead of prompts.
+            pooled_prompt_embeds: pooled text vectors of shape [b, pooled_dim], required with prompt_embeds.
+            negative_prompt_embeds: the context of the negative prompts, likewise.
+            negative_pooled_prompt_embeds: the pooled text vectors of the negative prompts, likewise.
+            num_images_per_prompt: number of pictures per prompt; they are adjacent in the output.
+            max_sequence_length: number of T5 tokens; None is the profile's number.
             callback_on_step_end: a function `(pipe, step, timestep, tensors)`, called after every step, or one of
-                diffusers' callback objects. It may return a dict of tensors to go on with: "latents", "prompt_embeds",
-                "pooled_prompt_embeds". While it runs, `pipe._interrupt = True` ends the drawing after this step, and
-                `pipe.num_timesteps` and `pipe.guidance_scale` can be read. The timestep is a tensor, 1000 sigma.
+                diffusers' callback objects. It may return a dict of tensors to continue with: "latents",
+                "prompt_embeds", "pooled_prompt_embeds". While it runs, `pipe._interrupt = True` ends the drawing after
+                this step, and `pipe.num_timesteps` and `pipe.guidance_scale` can be read. The timestep is a tensor,
+                1000 sigma.
             callback_on_step_end_tensor_inputs: the names of the tensors that the callback gets: "latents",
                 "denoised" (the predicted picture), "prompt_embeds" and "pooled_prompt_embeds" (negative prompts first).
                 None gives it the first two.
-            skip_guidance_layers: blocks that skip-layer guidance leaves out, 7, 8, 9 for SD3.5-Medium. As in diffusers,
-                that profile leaves it out unless guidance_scale is above 1.
-            skip_layer_guidance_scale: its weight.
-            skip_layer_guidance_start: the share of the steps after which it begins, 0 to 1.
-            skip_layer_guidance_stop: the share of the steps at which it ends, 0 to 1.
-            guidance: all other ways to guide, as `mmdit.Guidance`; or a function `(x, sigma, cond, uncond) -> x0`, in
-                place of classifier-free guidance, of the latents [b, c, h, w], their noise level and the two predicted
-                pictures. The unconditional branch then always runs.
+            skip_guidance_layers: numbers of the blocks that skip-layer guidance skips; 7, 8, 9 for SD3.5-Medium. In the
+                profile "diffusers", skip-layer guidance is only applied if guidance_scale is above 1.
+            skip_layer_guidance_scale: the weight of skip-layer guidance.
+            skip_layer_guidance_start: the share of the steps after which skip-layer guidance begins, 0 to 1.
+            skip_layer_guidance_stop: the share of the steps at which skip-layer guidance ends, 0 to 1.
+            guidance: further guidance settings, as `mmdit.Guidance`; or a function `(x, sigma, cond, uncond) -> x0`
+                that replaces classifier-free guidance. It gets the latents [b, c, h, w], their sigma and the two
+                predicted pictures; the unconditional branch then always runs.
             vae_tile: encode and decode in tiles of this many pixels a side, which takes less memory; see
                 `encoders.decode_tiled`.
             output_type: "pil", "pt" (a tensor [b, 3, h, w] in [0, 1]), "np" (an array [b, h, w, 3]) or "latent".
@@ -253,20 +254,21 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         max_sequence_length: int | None = None,
         progress: bool | None = None,
     ) -> Inversion:
-        """The noise from which these prompts draw pictures: the steps of a drawing backwards.
+        """Find the noise from which these prompts draw the given pictures, by integrating the ODE towards noise.
 
         Args:
-            image: the pictures, see `__call__`, whose latents are the means of their distributions in every profile;
-                or latents.
+            image: the pictures, see `__call__`, or latents. In every profile, pictures are encoded to the means of
+                their latent distributions.
             prompt, negative_prompt: one for all pictures, or one for each.
             height, width, schedule, sigmas, shift, guidance, max_sequence_length, progress: see `__call__`.
-            num_inference_steps: of the drawing from all of the noise; None is the profile's number.
-            guidance_scale: 1 inverts most exactly: far above it the ODE is stiff, and its steps do not lead back.
-            sampler: "heun", of second order, two model calls a step, or "euler", of first.
-            strength: how far towards noise: 1 is all the way.
+            num_inference_steps: number of steps of a full drawing; None is the profile's number.
+            guidance_scale: 1 gives the most accurate inversion. Far above 1 the ODE is stiff, and drawing from the
+                noise does not reproduce the picture.
+            sampler: "heun" (second order, two NFE per step) or "euler" (first order).
+            strength: the share of the steps to invert; 1 goes to the highest noise level.
 
         Raises:
-            ValueError, TypeError: as `__call__`.
+            ValueError, TypeError: see `__call__`.
         """
         inverter = pick(INVERTERS, sampler, "sampler of invert")
         texts = Prompts.of("prompt", prompt, None, None)
@@ -352,7 +354,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
     def _controlled(
         self, request: Request, plan: SamplingPlan, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None
     ) -> Run:
-        """A plan that is ready to run, with the ControlNets of the request, whose hints get the size of the plan."""
+        """Make the run of a plan with the ControlNets of the request; hints are encoded at the size of the plan."""
         if request.controls:
             height, width = (side * self.vae.config.downscale for side in plan.shape[2:])
             size = PictureSize(height, width, cut=False)
@@ -362,7 +364,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         return self._run(plan, cond, uncond)
 
     def _start(self, request: Request) -> Tensor:
-        """The latents that a drawing starts from: those given, or noise."""
+        """The initial latents of a drawing: those of the caller, or noise."""
         if request.latents is not None:
             return request.latents.to(self.device)
         return self._noise(request.plan.shape, request.plan.generator)
@@ -398,7 +400,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         return inside * found + (1 - inside) * before
 
     def _pasted(self, given: ImageInputs, drawn: Tensor) -> Tensor:
-        """The whole pictures, in which a part was drawn anew."""
+        """Paste the drawn regions back into the original pictures."""
         parts = to_pil(drawn, self.profile.to_uint8)
         pastes = [given.pastes[i * len(given.pastes) // len(parts)] for i in range(len(parts))]
         pictures = [
@@ -413,7 +415,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         latent: Tensor,
         pair: tuple[Sequence[Ranged], Sequence[Ranged] | None],
     ) -> Tensor:
-        """Enlarge what was drawn, and draw it again; the last latent."""
+        """Enlarge the result of the first pass and denoise it again; returns the final latent."""
         hires, tile = request.hires, request.vae_tile
         assert hires is not None
         if hires.space == "latent":

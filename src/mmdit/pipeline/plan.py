@@ -76,8 +76,8 @@ class SamplingPlan:
     guidance_scale: float
     guidance: Guidance  # with the profile's numbers filled in
     uses_uncond: bool  # whether the unconditional branch runs
-    strength: float | None  # of a drawing that starts from a picture; None without one
-    all_noise: bool  # whether it starts from all of the noise, whatever its first level says
+    strength: float | None  # strength of a drawing that starts from a picture; None for a drawing from noise
+    all_noise: bool  # whether the initial latent is noise of unit variance, whatever the first sigma is
     shape: tuple[int, ...]  # shape of the latents, [b, c, h, w]
     generator: Generators  # draws the noise that a stochastic solver adds
     options: Mapping[str, Any]  # keyword arguments of the solver from the scheduler's config
@@ -141,7 +141,7 @@ class SamplingPlan:
 
         Args:
             noise: of unit variance, [b, c, h, w].
-            source: the picture to start from; without one, the profile says how much of the noise there is.
+            source: the picture to start from. Without one, the profile decides how the noise is scaled.
         """
         x = noise.to(torch.promote_types(noise.dtype, torch.float32))
         first = float(self.sigmas[0])
@@ -158,8 +158,8 @@ class SamplingPlan:
         Args:
             guide: what the solver calls.
             x: the latents at the first noise level, [b, c, h, w], in float32 at least; see `start`.
-            noise: of unit variance, which a mask lays over its picture; it is not added to x.
-            source: the picture and the mask in which it is drawn anew.
+            noise: noise of unit variance, which is added to the picture outside of a mask; it is not added to x.
+            source: the picture, and the mask of the region that is drawn anew.
         """
         blend = None if source is None else Blend.of(source.to(x), self._mask_noise(x, noise), self.sigmas, self.shift)
         if blend is not None and self.profile.mask_acts == "around_model":
@@ -170,7 +170,7 @@ class SamplingPlan:
         return found if blend is None or self.profile.mask_acts == "around_model" else blend.after(found)
 
     def _mask_noise(self, x: Tensor, noise: Tensor) -> Tensor:
-        """The noise that lies over the picture outside of a mask, like x."""
+        """The noise for the picture outside of a mask, with the shape, device and dtype of x."""
         if self.sampler == "ddim" and self.profile.ddim_mask_noise == "of_the_next_seed":
             return next_noise(x, self.generator)
         return noise.to(x)
@@ -382,7 +382,7 @@ def resolve_sigmas(
 
 
 def _part_of(levels: Tensor, profile: Profile, strength: float | None) -> Tensor:
-    """The levels that a strength leaves of all of a drawing's."""
+    """The sigmas of a drawing that remain at this strength, by the profile's rule."""
     steps = len(levels) - 1
     match profile.strength_levels:
         case _ if strength is None:

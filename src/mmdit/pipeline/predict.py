@@ -56,7 +56,7 @@ def predict_branches(
 
 
 def control_timestep_of(profile: Profile, sigma: float) -> float:
-    """What a ControlNet sees of a noise level, before it is cast to the dtype of the net."""
+    """The timestep of a noise level for ControlNets, before it is cast to the dtype of the net."""
     if profile.control_timestep == "wide":
         return float(_seen(profile, sigma).float() * 1000)
     return timestep_of(profile, sigma)
@@ -83,7 +83,8 @@ def _predict_batch(
 ) -> list[Tensor]:
     """The predicted pictures of branches that share a batch.
 
-    The fast forward knows neither perturbed attention nor control: where a ControlNet acts, the transformer's own runs.
+    The fast forward supports neither perturbed attention nor ControlNets. With these, the transformer's own forward
+    runs.
     """
     (rows, columns), patch = x.shape[2:], transformer.config.patch_size
     filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")

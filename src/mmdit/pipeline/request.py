@@ -35,11 +35,11 @@ class Request:
     seeds: int | list[int] | None  # one for all pictures, or one for each; None with generators or latents
     latents: Tensor | None  # [b, c, h, w] in model space, in place of noise
     images: ImageInputs | None  # pictures to start from
-    size: PictureSize  # of the drawing
+    size: PictureSize  # the size of the drawing
     plan: SamplingPlan
     controls: tuple[ControlInput, ...]  # ControlNets with their hints
     hires: Hires | None  # a second pass
-    second: SamplingPlan | None  # its plan
+    second: SamplingPlan | None  # the plan of the second pass
     max_sequence_length: int | None
     callback: OnStepEnd | None
     tensor_inputs: tuple[str, ...]  # names of the tensors that the callback is given
@@ -185,7 +185,7 @@ def _size(
     height: int | None,
     width: int | None,
 ) -> PictureSize:
-    """The size of the drawing: of the latents or pictures given, or that which is asked for."""
+    """The size of the drawing: that of the given latents or pictures, or the requested size."""
     if images is not None:
         if latents is not None:
             raise ValueError(

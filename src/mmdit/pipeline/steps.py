@@ -117,31 +117,32 @@ class PipelineSteps(PipelineTensors):
         Args:
             cond: the prompts, encoded, one for each picture; or several `mmdit.Ranged`, each for a part of the way.
             uncond: the negative prompts, likewise; None where the profile runs no unconditional branch.
-            noise: what to start from, [b, c, h, w], of unit variance; see `noise`. None with an image and
+            noise: the initial noise, [b, c, h, w], of unit variance; see `noise`. None with an image and
                 add_noise=False.
-            num_inference_steps: steps of the schedule. Like all that follows, None is the profile's default.
+            num_inference_steps: steps of the schedule. For this and all further arguments, None is the default.
             guidance_scale: weight of classifier-free guidance; 1 is none.
             sampler: a name of `samplers.SOLVERS`; or a function `(denoise, x, sigmas) -> iterator of samplers.Step`,
                 where `denoise(x, sigma)` gives x0.
             schedule: a name of `samplers.SCHEDULES`.
             sigmas: noise levels to use as they are, see `Pipeline.sigmas`.
-            shift: of the schedule, above 0; "resolution" is `samplers.resolution_shift` of the latents' size.
-            generator: what drew `noise`. Samplers that add noise go on with it, or with its seed, as the profile says.
-            guidance: settings beyond classifier-free guidance; None is that alone. Or a function
-                `(x, sigma, cond, uncond) -> x0` of the latent, its noise level and the two predicted pictures.
+            shift: the shift of the schedule, above 0; "resolution" is `samplers.resolution_shift` of the latents' size.
+            generator: the generator that drew `noise`. The noise that stochastic samplers add comes from it, or from a
+                new generator with its seed, as the profile says.
+            guidance: guidance settings; None is plain classifier-free guidance. Or a function
+                `(x, sigma, cond, uncond) -> x0` of the latent, its sigma and the two predicted pictures.
             image: a picture to start from, as latents without noise in model space, [b, c, h, w] or [1, c, h, w]; see
                 `encode_image`.
             mask: where the image is drawn anew, [b, 1, h, w] or [1, 1, h, w] in [0, 1]; see `encode_mask`.
             strength: how much of the image is drawn anew, 0 to 1: the profile says at which noise level that starts.
                 With `start`, None is 1.
             differential: share of Differential Diffusion, in which a soft mask says at which level a cell may change.
-            start, stop: begin with this step and end before that one, counted from 0; together with `add_noise` and
-                `leftover_noise` they are ComfyUI's KSamplerAdvanced. To go on with the latent of another call, give
-                its `step.x` as `noise` with `add_noise=False` and without `image`.
-            add_noise: False takes `noise` as the latent at the first noise level, or with an image starts from
+            start, stop: run the steps from number `start` up to, but excluding, number `stop`, counted from 0. Together
+                with `add_noise` and `leftover_noise` they correspond to ComfyUI's KSamplerAdvanced. To continue with
+                the latent of another call, pass its `step.x` as `noise` with `add_noise=False` and without `image`.
+            add_noise: False uses `noise` as the latent at the first sigma or, with an image, starts from
                 (1 - sigma) image.
-            leftover_noise: whether a drawing that ends at `stop` keeps the noise of that level; False draws its last
-                step to 0.
+            leftover_noise: whether a drawing that ends at `stop` keeps the noise of that level; with False, its last
+                step goes to sigma 0.
 
         Returns:
             An iterator of `samplers.Step`; `step.x` of the last one is the latent to decode.
@@ -195,11 +196,11 @@ class PipelineSteps(PipelineTensors):
         Args:
             num_inference_steps: steps of the schedule; None is the profile's default.
             schedule: a name of `samplers.SCHEDULES`; None is the profile's.
-            sigmas: levels from at most 1 to 0, used as they are instead of a schedule. (diffusers shifts a list of its
-                user's and appends the 0: `samplers.shifted` does that.)
-            shift: of the schedule; None is the model's.
-            sampler: for some, ComfyUI leaves out the second-last level; None is the profile's.
-            strength: the levels of a drawing that starts from a picture, see `sample`; None is one that does not.
+            sigmas: sigmas from at most 1 to 0, used unchanged instead of a schedule. (diffusers shifts the caller's
+                sigmas and appends 0; use `samplers.shifted` for the shift.)
+            shift: the shift of the schedule; None is the model's.
+            sampler: the sampler, because ComfyUI omits the second-last sigma for some samplers; None is the profile's.
+            strength: the strength of a drawing that starts from a picture, see `sample`; None is a drawing from noise.
 
         Raises:
             ValueError: no step, an unknown name, levels that do not fall from at most 1 to 0; or both are given.
@@ -221,7 +222,7 @@ class PipelineSteps(PipelineTensors):
     def _begun(
         self, noise: Tensor | None, image: Tensor | None, mask: Tensor | None, differential: float, add_noise: bool
     ) -> tuple[Tensor, Source | None]:
-        """What `sample` starts from: noise, and the picture that it is laid over."""
+        """Check the start of `sample`: the noise, and the source picture with its mask."""
         if image is None:
             if noise is None or mask is not None:
                 missing = "noise" if noise is None else "image"
@@ -257,7 +258,7 @@ class PipelineSteps(PipelineTensors):
         )
 
     def _run(self, plan: SamplingPlan, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None) -> Run:
-        """A plan that is ready to run; whoever listens has been told of the drawing."""
+        """Make the run of a plan, after announcing the drawing to the planners."""
         if self.planners:
             drawing = plan.forecast(cond, uncond)
             for planner in self.planners:
@@ -276,9 +277,9 @@ class PipelineSteps(PipelineTensors):
 
         Args:
             run: the drawing.
-            noise: of unit variance.
+            noise: noise of unit variance, [b, c, h, w].
             source: the picture to start from.
-            x: the latents at the first level; None makes them of noise and source.
+            x: the latents at the first sigma; None computes them from noise and source.
         """
         if x is None:
             x = run.plan.start(noise, source)

@@ -1,4 +1,4 @@
-"""Prompts, pictures, masks and seeds to tensors, and latents back to pictures."""
+"""Convert prompts, pictures, masks and seeds to tensors, and latents to pictures."""
 
 from __future__ import annotations
 
@@ -103,15 +103,15 @@ class PipelineTensors(PipelineModels):
         Args:
             image: a path, a PIL picture, an array [h, w, 3] or a tensor [3, h, w] in [0, 1], a batch or a list of
                 these. Latents are returned as they are.
-            height, width: to draw at, in pixels. None is the profile's: the picture's own size, cut to multiples, or
-                the model's.
-            seed, generator: what samples the latent, where the profile does; see `noise`.
+            height, width: the size of the drawing in pixels. None leaves it to the profile: the picture's own size,
+                cropped to multiples, or the model's.
+            seed, generator: the source of randomness, if the profile samples the latent distribution; see `noise`.
             tile: encode in tiles of this many pixels a side, which takes less memory; see `encoders.encode_tiled`.
             mean: take the mean of the latent's distribution, whatever the profile does.
 
         Raises:
             ValueError, TypeError: the picture, its size or the numbers of seeds are not possible.
-            FloatingPointError: the latents that the VAE makes of it are not finite.
+            FloatingPointError: the encoded latents are not finite.
         """
         inputs = image_inputs(image, None, channels=self.vae.config.latent_channels)
         assert inputs is not None
@@ -125,11 +125,11 @@ class PipelineTensors(PipelineModels):
         """A mask at the size of latents, as the profile reads it; see `sample(mask=)`.
 
         Args:
-            mask_image: where a picture is drawn anew, see `Pipeline.__call__`; of any size.
-            latents: [b, c, h, w].
+            mask_image: the region to draw anew, of any size, see `Pipeline.__call__`.
+            latents: the latents [b, c, h, w] whose size the mask gets.
 
         Raises:
-            ValueError, TypeError: the mask is none, or 0 everywhere.
+            ValueError, TypeError: the value is not a mask, or the mask is 0 everywhere.
         """
         cell = self.vae.config.downscale
         rows, columns = latents.shape[2:]
@@ -153,7 +153,7 @@ class PipelineTensors(PipelineModels):
         stop: Numbers = 1.0,
         guided: bool = True,
     ) -> tuple[Control, ...]:
-        """The controls of a conditioning, for `mmdit.Ranged` and `sample`: nets with their hints encoded.
+        """Encode the hints of ControlNets; the result is the `control` of a `mmdit.Ranged`, for `sample`.
 
             control = pipe.control(net, edges)
             cond, uncond = (Ranged(pipe.encode(text), control=control) for text in ("a red circle", ""))
@@ -161,10 +161,10 @@ class PipelineTensors(PipelineModels):
 
         Args:
             controlnet, control_image, control_mask: see `mmdit.Pipeline.__call__`.
-            count: pictures that are drawn.
-            height, width: of the drawing in pixels; None is the model's own size.
+            count: the number of pictures that are drawn.
+            height, width: the size of the drawing in pixels; None is the model's own size.
             scale, start, stop: `controlnet_conditioning_scale`, `control_guidance_start` and `control_guidance_end`.
-            guided: whether an unconditional branch runs, which the profile "diffusers" gives noise of its own.
+            guided: whether an unconditional branch runs; in the profile "diffusers", its hint has separate noise.
 
         Raises:
             TypeError, ValueError: see `mmdit.pipeline.control_inputs.control_inputs`.
@@ -214,7 +214,7 @@ class PipelineTensors(PipelineModels):
     def _controls(
         self, inputs: Sequence[ControlInput], size: PictureSize, count: int, *, guided: bool
     ) -> tuple[Control, ...]:
-        """The nets of a call with their hints encoded."""
+        """Encode the hints of the nets of a call."""
         if not inputs:
             return ()
         check_counts(inputs, count)
@@ -226,7 +226,7 @@ class PipelineTensors(PipelineModels):
         )
 
     def _check_nets(self, nets: Sequence[ControlNet]) -> None:
-        """Raise ValueError for a net on another device than the transformer; with `offload` it is brought there."""
+        """Raise ValueError for a net on another device than the transformer; with `offload`, nets are moved to it."""
         device = self.transformer.pos_embed.device
         for net in nets if self._turns is None else ():
             if net.pos_embed_input.proj.weight.device != device:
@@ -258,9 +258,9 @@ class PipelineTensors(PipelineModels):
         *,
         mean: bool = False,
     ) -> Float[Tensor, "b c h w"]:
-        """The latents of `count` drawings; pictures are repeated, each after itself.
+        """The latents of `count` drawings; pictures are repeated, with copies of one picture adjacent.
 
-        A picture for several drawings has one sample for all of them, or one by each of several generators.
+        A picture for several drawings is sampled once for all of them, or once with each of several generators.
         """
         if inputs.latents is not None:
             return repeated(inputs.latents, count).to(self.device, self._latent_dtype)
@@ -275,7 +275,7 @@ class PipelineTensors(PipelineModels):
         *,
         mean: bool = False,
     ) -> Float[Tensor, "b2 c h8 w8"]:
-        """The latents of `count` drawings that start from these pictures, in [0, 1]; in tiles of so many pixels."""
+        """Encode pictures in [0, 1] to the latents of `count` drawings, in tiles of `tile` pixels per side."""
         self._enter("vae")
         first = next(self.vae.parameters())
         given = (2 * pixels - 1).to(first.device, first.dtype)
