@@ -1,7 +1,8 @@
-"""Files of ControlNets: key maps, configs and words, for the row of the registry.
+"""ControlNet files: key maps, configs and descriptions, for the registry of components.
 
-Stability's files hold single-stream blocks in the names of our modules, and a number that says the kind of the hint.
-diffusers has split q, k, v; nets with joint blocks (InstantX) exist in its names only, so their official file is that.
+Stability's files contain single-stream blocks under the names of our modules, and a number for the kind of the hint.
+diffusers splits q, k and v. Nets with joint blocks (InstantX) are only published under diffusers' names, so these are
+their official names.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ CONTROL_DIMENSIONS = {
 
 
 def control_said(tensors: Tensors) -> dict[str, Any]:
-    """What a tensor of Stability's files says of the config: the kind of the hint, as diffusers' config would hold it.
+    """Read the kind of the hint from a tensor in Stability's files, as an entry of diffusers' config.
 
     Raises:
-        ValueError: it is not one of the numbers of `TYPES`.
+        ValueError: the number is not an index of `TYPES`.
     """
     if CONTROL_TYPE not in tensors:
         return {}
@@ -59,7 +60,7 @@ def control_said(tensors: Tensors) -> dict[str, Any]:
 
 
 def read_control(tensors: Tensors, source: Path) -> Mapped:
-    """A net of Stability's in its own names; `control_said` has read its kind."""
+    """Map a file of Stability's; `control_said` has already read its kind."""
     return Mapped({key: lazy for key, lazy in tensors.items() if key != CONTROL_TYPE}, {})
 
 
@@ -71,7 +72,7 @@ def read_diffusers_control(tensors: Tensors, source: Path) -> Mapped:
 
 
 def write_official_control(tensors: Tensors, config: ControlNetConfig) -> Tensors:
-    """A net as its official file holds it: Stability's names with the kind, or diffusers' where it has joint blocks."""
+    """Map a net to its official names: Stability's with the kind, or diffusers' for nets with joint blocks."""
     if config.is_joint:
         return write_diffusers_control(tensors, config)
     if config.kind not in TYPES:
@@ -96,7 +97,7 @@ def control_rules(depth: int, joint: bool) -> list[Rename]:
 
 
 def is_joint(tensors: Mapping[str, object]) -> bool:
-    """Whether a net has joint blocks, by its names in diffusers or ours."""
+    """Whether a net has joint blocks, judged by its diffusers or official names."""
     return any(".norm1_context." in key or ".context_block." in key for key in tensors)
 
 
@@ -106,10 +107,10 @@ def _joint_block(i: int) -> Iterator[Rename]:
 
 
 def control_config(shapes: Shapes, said: Mapping[str, object]) -> ControlNetConfig:
-    """The config of a net; config.json says how the pooled text vector was fed in training, and what the hint is.
+    """The config of a net. config.json contains the kind of the hint, and how the pooled text vector was trained.
 
     Raises:
-        KeyError, ValueError: see `ControlNetConfig.from_shapes`; or an entry is of the wrong kind.
+        KeyError, ValueError: see `ControlNetConfig.from_shapes`; or an entry has the wrong type.
     """
     kind, zeros = said.get(KIND), said.get(ZEROS)
     if kind is not None and kind not in CONTROL_KINDS:
@@ -120,7 +121,7 @@ def control_config(shapes: Shapes, said: Mapping[str, object]) -> ControlNetConf
 
 
 def control_json(config: ControlNetConfig) -> dict[str, Any]:
-    """The config.json of diffusers' SD3ControlNetModel; it passes over the kind, whose name begins with "_"."""
+    """The config.json of diffusers' SD3ControlNetModel, which ignores our entry for the kind, prefixed with "_"."""
     return {
         "_class_name": "SD3ControlNetModel",
         KIND: config.kind,
@@ -147,13 +148,13 @@ def control_json(config: ControlNetConfig) -> dict[str, Any]:
 
 
 def control_stem(config: ControlNetConfig) -> str:
-    """What the file of such a net is called officially."""
+    """The official file name of such a net, without its suffix."""
     kind = config.kind or "unknown"
     return f"sd3_controlnet_{kind}" if config.is_joint else f"{_BASES.get(config.hidden_size, 'sd3')}_controlnet_{kind}"
 
 
 def control_words(config: ControlNetConfig) -> str:
-    """What a net is, for people."""
+    """A short description of a net."""
     blocks = "joint blocks with a text embedder" if config.is_joint else "single-stream blocks"
     kind = f"{config.kind} hints" if config.kind else "kind of hint not said"
     base = _TITLES.get((config.hidden_size, config.is_joint), f"a transformer of width {config.hidden_size}")

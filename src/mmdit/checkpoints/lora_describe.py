@@ -1,4 +1,4 @@
-"""What a LoRA file holds, in words and tables: `mmdit inspect LORA`."""
+"""Describe the contents of a LoRA file in text and tables: `mmdit inspect LORA`."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from mmdit.checkpoints.lora_rules import HasName
 from quant.tensor import Float8Tensor
 
 Weights: TypeAlias = str | Path | Mapping[Part, nn.Module]
-_SHOWN: Final = 20  # unused keys, and entries of the header
+_SHOWN: Final = 20  # maximum number of unused keys, and of header entries, that are listed
 _BLOCK: Final = re.compile(r"(.*?(?:joint_blocks|layers|block)\.)(\d+)\.(.+)")
 
 
 class Norms(NamedTuple):
-    """How large a LoRA's change of a tensor is, at strength 1."""
+    """The norms of a LoRA's change of a tensor, at strength 1, and of the tensor."""
 
-    change: float  # Frobenius norm
-    weight: float  # of the tensor before
+    change: float  # Frobenius norm of the change
+    weight: float  # Frobenius norm of the original tensor
 
     @property
     def relative(self) -> float:
-        """The norm of the change over that of the weight."""
+        """The norm of the change divided by the norm of the weight."""
         return self.change / self.weight if self.weight else float("inf")
 
 
 def describe_lora(path: str | Path, profile: str | HasName | None = None, *, model: str | Path | None = None) -> str:
-    """Producer, kinds, ranks, scales, targets by block, the base that it fits, unused keys and metadata.
+    """Describe a LoRA file: producer, kinds, ranks, scales, targets by block, base model, unused keys and metadata.
 
     Args:
         path: a LoRA file.
         profile: see `mmdit.load_lora`.
-        model: a checkpoint that it is held against; norms of its changes relative to the weights are added.
+        model: a checkpoint. The description then includes the norms of the changes relative to its weights.
 
     Raises:
-        FileNotFoundError, CheckpointError: see `mmdit.load_lora`; or it does not fit the model.
+        FileNotFoundError, CheckpointError: see `mmdit.load_lora`; or the LoRA does not fit the model.
     """
     lora = load_lora(path, profile)
     lines = repr(lora).splitlines()[:4]
@@ -67,14 +67,14 @@ def describe_lora(path: str | Path, profile: str | HasName | None = None, *, mod
 
 
 def lora_norms(lora: Lora, model: Weights) -> dict[str, Norms]:
-    """The norms of what a LoRA adds at strength 1, and of the weights that it is added to.
+    """The norms of a LoRA's changes at strength 1, and of the weights that it changes.
 
     Args:
         lora: the LoRA.
         model: a checkpoint, or models by name: `pipe.models`.
 
     Returns:
-        Norms by `part.official key`, of the models that are there.
+        Norms by `part.official key`, for the models that `model` contains.
 
     Raises:
         CheckpointError: the LoRA does not fit.
@@ -95,7 +95,7 @@ def block_of(name: str) -> tuple[str, str]:
 
 
 def _weights(model: Weights, parts: Sequence[Part]) -> Iterable[tuple[Part, Shapes, Callable[[str], Tensor]]]:
-    """The models that are there, each with the shapes of its tensors and a way to read one in float32."""
+    """The available models, each with the shapes of its tensors and a function that reads a tensor in float32."""
     if isinstance(model, Mapping):
         for part in (each for each in parts if each in model):
             state = model[part].state_dict()

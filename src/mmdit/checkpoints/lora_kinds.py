@@ -1,8 +1,8 @@
 """The kinds of patches in LoRA files and their formulas, in float32 (float64 for float64 weights).
 
-`Change.of(weight, strength)` is what a kind adds to a weight W. Sources: LoRA arXiv 2106.09685, LoHa 2108.06098,
-LoKr and the Tucker forms LyCORIS 2309.14859, GLoRA 2306.07967, OFT 2306.07280, BOFT 2311.06243, (IA)^3 2205.05638,
-DoRA 2402.09353; storage as LyCORIS 4.1 and ComfyUI 0.3.64 `comfy/weight_adapter` have it.
+`Change.of(weight, strength)` returns the term that a patch adds to a weight W. Sources: LoRA arXiv 2106.09685, LoHa
+2108.06098, LoKr and the Tucker forms LyCORIS 2309.14859, GLoRA 2306.07967, OFT 2306.07280, BOFT 2311.06243, (IA)^3
+2205.05638, DoRA 2402.09353. The tensors are stored as in LyCORIS 4.1 and ComfyUI 0.3.64 `comfy/weight_adapter`.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ Sizes = tuple[int | None, int | None]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Change:
-    """One kind with its tensors; `scale` is sigma, alpha over rank."""
+    """A change of one kind, with its tensors; `scale` is sigma = alpha / rank."""
 
     name: ClassVar[str]
     scale: float = 1.0
 
     @property
     def sizes(self) -> Sizes:
-        """Rows and inputs of the weight that it is for."""
+        """Rows and inputs of the weight that the change fits."""
         raise NotImplementedError
 
     @property
     def rank(self) -> int | None:
-        """The rank, of kinds that have one."""
+        """The rank; None for kinds without a rank."""
         return None
 
     def of(self, weight: Tensor, strength: float) -> Tensor:
-        """What is added to `weight`, of its shape and dtype."""
+        """Compute the term that is added to `weight`, with its shape and dtype."""
         raise NotImplementedError
 
     def tensors(self) -> Iterator[Tensor]:
-        """All its tensors."""
+        """All tensors of the change."""
         return (value for one in fields(self) if isinstance(value := getattr(self, one.name), Tensor))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LowRank(Change):
-    """LoRA: up @ down, and the Tucker form of convolutions where there is a core `mid`."""
+    """LoRA: up @ down, or the Tucker form of a convolution if there is a core `mid`."""
 
     name = "lora"
     up: Tensor  # [out, r], or [out, r, 1, 1]
     down: Tensor  # [r, in], or [r, in, k, k]
     mid: Tensor | None = None  # [r, r, k, k]
-    padded: tuple[int, ...] | None = None  # the shape that the weight grows to first
+    padded: tuple[int, ...] | None = None  # the shape to which the weight is padded first
 
     @property
     def sizes(self) -> Sizes:
@@ -75,14 +75,14 @@ class LowRank(Change):
         return (strength * self.scale) * delta.reshape(weight.shape)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """up [out, r] and down [r, in] of the plain form, in float32, with sigma in up."""
+        """up [out, r] and down [r, in] of the plain form, in float32; up is multiplied by sigma."""
         assert self.mid is None, "a Tucker form has no two factors"
         return self.scale * self.up.float().flatten(1), self.down.float().flatten(1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Hadamard(Change):
-    """LoHa: the elementwise product of two low-rank products, each with a Tucker core where there is one."""
+    """LoHa: the elementwise product of two low-rank products, each with an optional Tucker core."""
 
     name = "loha"
     w1_a: Tensor
@@ -118,7 +118,7 @@ class Hadamard(Change):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Kronecker(Change):
-    """LoKr: kron(w1, w2), where each is whole, or factored, or (w2) in the Tucker form."""
+    """LoKr: kron(w1, w2). Each matrix is stored in full or factored; w2 may also have the Tucker form."""
 
     name = "lokr"
     w1: Tensor | None = None
@@ -137,7 +137,7 @@ class Kronecker(Change):
 
     @property
     def rank(self) -> int | None:
-        """That of w2 where it is factored, else that of w1; alpha counts for neither where both are whole."""
+        """The rank of w2 if it is factored, else that of w1; None if both are full, and alpha is then ignored."""
         factor = self.w2_b if self.w2_b is not None else self.w1_b
         return None if factor is None else factor.shape[0]
 
@@ -177,7 +177,7 @@ class Kronecker(Change):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Generalized(Change):
-    """GLoRA: W a1 a2 + b1 b2; files of older LyCORIS have the factors of each product in the other order."""
+    """GLoRA: W a1 a2 + b1 b2. Older versions of LyCORIS store the factors of each product in the opposite order."""
 
     name = "glora"
     a1: Tensor  # [in, r]; older [r, in]
@@ -203,7 +203,7 @@ class Generalized(Change):
         a1, a2, b1, b2 = (_like(part, weight).flatten(1) for part in (self.a1, self.a2, self.b1, self.b2))
         if self.is_older:
             a1, a2, b1, b2 = a2, a1, b2, b1
-        if weight.ndim > 2 and a1.shape[0] == weight.shape[1]:  # of a convolution a1 mixes the channels
+        if weight.ndim > 2 and a1.shape[0] == weight.shape[1]:  # in a convolution, a1 mixes the channels
             product = torch.einsum("oi...,ij,jk->ok...", weight, a1, a2)
         else:
             product = (weight.flatten(1) @ a1 @ a2).reshape(weight.shape)
@@ -214,8 +214,8 @@ class Generalized(Change):
 class Orthogonal(Change):
     """OFT and BOFT: blocks of rows are rotated by R = (I + Q)(I - Q)^-1, Q = B - B^T.
 
-    `limit` is the largest norm of Q (0: none). At strength s the rotation is I + s (R - I). ComfyUI then multiplies
-    the change by s once more (`twice`), so that a strength of -0.5 acts as 0.25.
+    `limit` is the maximum norm of Q; 0 is no limit. At strength s, the rotation is I + s (R - I). ComfyUI then
+    multiplies the change by s once more (`twice`), so that a strength of -0.5 has the effect of 0.25.
     """
 
     name = "oft"
@@ -237,7 +237,7 @@ class Orthogonal(Change):
         identity = torch.eye(rotation.shape[-1], dtype=weight.dtype, device=weight.device)
         rotation = identity + strength * (rotation - identity)
         turned = self._butterfly(rotation, weight) if rotation.ndim == 4 else self._turned(rotation, weight)
-        if self.rescale is not None and not (self.twice and rotation.ndim == 3):  # ComfyUI's OFT leaves it out
+        if self.rescale is not None and not (self.twice and rotation.ndim == 3):  # ComfyUI's OFT ignores `rescale`
             rescale = _like(self.rescale, weight).reshape(-1, *[1] * (weight.ndim - 1))
             turned = turned * (1 + strength * (rescale - 1) if not self.twice else rescale)
         return (turned - weight) * (strength if self.twice else 1.0)
@@ -258,7 +258,7 @@ class Orthogonal(Change):
 
     @staticmethod
     def _butterfly(rotation: Tensor, weight: Tensor) -> Tensor:
-        """The factors of a butterfly, each on rows that lie 2^i half blocks apart."""
+        """Apply the butterfly factors; factor i combines rows that are 2^i half blocks apart."""
         turned, half = weight.flatten(1), rotation.shape[-1] // 2
         for i, factor in enumerate(rotation):
             k = 2**i * half
@@ -270,7 +270,7 @@ class Orthogonal(Change):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scaled(Change):
-    """(IA)^3: rows of W, or its columns where `on_input`, times 1 + s * factor."""
+    """(IA)^3: the rows of W, or with `on_input` its columns, are multiplied by 1 + s * factor."""
 
     name = "ia3"
     factor: Tensor
@@ -289,7 +289,7 @@ class Scaled(Change):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Full(Change):
-    """A whole difference (`.diff`, `.w_norm`, biases)."""
+    """A full difference of the weight (`.diff`, `.w_norm`, biases)."""
 
     name = "full"
     diff: Tensor
@@ -304,7 +304,7 @@ class Full(Change):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Replacement(Change):
-    """A tensor that takes the place of the weight, whatever the strength (`.set_weight`)."""
+    """A tensor that replaces the weight, whatever the strength (`.set_weight`)."""
 
     name = "set"
     value: Tensor
@@ -322,9 +322,9 @@ DoraRule = Literal["trained", "comfyui", "peft"]
 
 @dataclass(frozen=True, eq=False)
 class Magnitude:
-    """DoRA: the norms m that the rows, or the columns, of the changed weight M get.
+    """DoRA: the rows, or the columns, of the changed weight M are scaled to the norms m.
 
-    Which of them is told by the shape: [out, 1] or [out] are rows, [1, in] columns. Rules, with s the strength:
+    The shape of m distinguishes them: [out, 1] or [out] for rows, [1, in] for columns. Rules, with s the strength:
         trained: W + s (m M / norm(M) - W), M = W + sigma delta (LyCORIS, OneTrainer at s = 1)
         comfyui: the same, but rows are divided by the norms of W (`comfy/weight_adapter/base.py`)
         peft: m M / rownorm(M), M = W + s sigma delta (peft `tuners/lora/dora.py`)
@@ -334,11 +334,11 @@ class Magnitude:
     rule: DoraRule
 
     def on_rows(self, rows: int) -> bool:
-        """Whether it belongs to the rows of a weight with so many."""
+        """Whether m has the norms of rows, for a weight with this number of rows."""
         return self.values.shape[0] == rows
 
     def changed(self, weight: Tensor, change: Tensor, strength: float) -> Tensor:
-        """The weight after the change; of the rule "peft" the change has the strength in it, else it is that at 1."""
+        """The weight after the change; `change` includes the strength for the rule "peft", else it is at strength 1."""
         moved, rows = weight + change, self.on_rows(weight.shape[0])
         values = _like(self.values, weight)
         ones = [1] * (weight.ndim - 2)

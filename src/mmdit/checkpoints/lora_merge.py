@@ -1,4 +1,4 @@
-"""LoRAs merged into weights: in float32 from the weights that are given, rounded once to the dtype that they had."""
+"""Merge LoRAs into weights: compute in float32 from the given weights, and round once to their dtype."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Rounding = Literal["nearest", "comfyui", "comfyui-new-scale"]
 Model = TypeVar("Model", bound=nn.Module)
 Strength: TypeAlias = float | Callable[[str], float]
 Shapes: TypeAlias = Mapping[str, torch.Size | tuple[int, ...]]
-# What ComfyUI calls the weights of each model; the seeds of stochastic rounding are made of these names.
+# ComfyUI's prefixes for the weights of each model; the seeds of stochastic rounding derive from the prefixed names.
 COMFYUI_PREFIXES: Final[dict[Part, str]] = {
     "transformer": "diffusion_model.",
     "clip_l": "clip_l.transformer.",
@@ -44,7 +44,7 @@ COMFYUI_PREFIXES: Final[dict[Part, str]] = {
 
 
 class Weighted(NamedTuple):
-    """A patch, its strength, the reading of its file, and whether its two halves of rows are exchanged."""
+    """A patch, its strength, the rules for its file, and whether its two halves of rows are exchanged."""
 
     patch: Patch
     strength: float
@@ -83,26 +83,27 @@ def merge_lora(
     """Add a LoRA, or several in this order, to the weights of a model.
 
     Each changed weight is computed in float32 (float64 for float64) and rounded once to its own dtype. A float8 weight
-    is dequantized, changed and quantized again by its own recipe. Nothing is changed where a patch does not fit.
+    is dequantized, changed and quantized again by its own recipe. If any patch does not fit, no weight is changed.
 
     Args:
-        model: A model, which is changed in place (its changed parameters are new ones), or a state dict in official
-            names, with or without the prefixes of single files. Of the dict a new one is made; tensors that are not
-            changed are the same objects.
-        lora: What `mmdit.load_lora` read; several are rounded once together, in repeated calls each time.
-        strength: The strength of the LoRA, or of each.
-        part: Which model it is: "transformer", "clip_l", "clip_g" or "t5". None tells it by its class or names; CLIP-L
-            and CLIP-G have the same ones, so it must be said where a file changes both.
-        rounding: How float8 is rounded. "nearest" finds a new scale; weights without a scale keep none. "comfyui" keeps
-            the scale and rounds stochastically with ComfyUI's seeds, "comfyui-new-scale" finds a new scale first.
-            None goes by the profile of the LoRA that was read.
+        model: A model, which is changed in place (changed parameters are replaced by new ones), or a state dict in
+            official names, with or without the prefixes of single files. For a dict, the result is a new dict that
+            shares the unchanged tensors.
+        lora: One or more results of `mmdit.load_lora`. LoRAs in one call are rounded once; separate calls round each
+            time.
+        strength: The strength of all LoRAs, or one for each.
+        part: The model: "transformer", "clip_l", "clip_g" or "t5". None infers it from the class or the names. CLIP-L
+            and CLIP-G have the same names, so it is required where a file changes both.
+        rounding: How float8 is rounded. "nearest" computes a new scale; weights without a scale stay without one.
+            "comfyui" keeps the scale and rounds stochastically with ComfyUI's seeds; "comfyui-new-scale" computes a new
+            scale first. None uses the rule of the profile with which the LoRA was read.
 
     Returns:
         The model, or the new state dict.
 
     Raises:
         CheckpointError: shapes do not fit, or the LoRA changes nothing of this model.
-        ValueError: a strength is not finite, the part is unknown or must be said, or the names are not official.
+        ValueError: a strength is not finite, the part is unknown or required, or the names are not official.
     """
     loras, strengths = _pairs(lora, strength)
     if part is not None:
@@ -119,17 +120,17 @@ def merge_lora(
 def planned(
     part: Part, shapes: Shapes, loras: Sequence[Lora], strengths: Sequence[Strength], *, warn: bool = True
 ) -> dict[str, list[Weighted]]:
-    """The patches of each tensor of a model, in their order, after a check that all of them fit.
+    """The patches of each tensor of a model, in order, after checking that all of them fit.
 
     Args:
         part: the model.
-        shapes: of its tensors, by official name.
-        loras, strengths: what is applied; those that change nothing of this part are passed over. A strength may be a
-            function of the official name.
-        warn: whether to warn of patches whose tensors this model has not.
+        shapes: the shapes of the model's tensors, by official name.
+        loras, strengths: the LoRAs with their strengths; LoRAs that do not change this part are skipped. A strength may
+            be a function of the official name.
+        warn: whether to warn about patches whose tensors are missing from this model.
 
     Raises:
-        CheckpointError: a patch does not fit its tensor, or a LoRA changes this part and no tensor of it is there.
+        CheckpointError: a patch does not fit its tensor, or all tensors that a LoRA changes in this part are missing.
     """
     plan: dict[str, list[Weighted]] = {}
     for lora, strength in zip(loras, strengths, strict=True):
@@ -166,13 +167,13 @@ def _check_fit(lora: Lora, part: Part, patches: Sequence[Patch], present: Sequen
 def merged(
     tensor: Tensor, key: str, part: Part, patches: Sequence[Weighted], rounding: Rounding | None = None
 ) -> Tensor:
-    """A tensor after its patches, in the dtype (and float8 recipe) that it had.
+    """Apply patches to a tensor; the result has the tensor's dtype and float8 recipe.
 
     Args:
-        tensor: the weight as it was before any patch.
-        key: its official name.
+        tensor: the original weight, before any patch.
+        key: the official name of the weight.
         part: the model.
-        patches: in the order in which they act.
+        patches: the patches, in the order in which they are applied.
         rounding: see `merge_lora`.
     """
     values = tensor.dequantize(torch.float32) if isinstance(tensor, Float8Tensor) else tensor.detach()
@@ -182,7 +183,7 @@ def merged(
 
 
 def changed(weight: Tensor, patches: Iterable[Weighted]) -> Tensor:
-    """A weight of float32 or float64 after its patches."""
+    """Apply patches to a weight in float32 or float64."""
     for each in patches:
         target, padded = each.patch.target, _padding(each.patch)
         weight = weight if padded is None else _padded(weight, padded)
@@ -197,12 +198,12 @@ def changed(weight: Tensor, patches: Iterable[Weighted]) -> Tensor:
 
 
 def stored_as(like: Tensor, values: Tensor, name: str, rounding: str) -> Tensor:
-    """Values as `like` stores its own: cast to its dtype, or quantized by its recipe.
+    """Store values like another weight: cast them to its dtype, or quantize them by its recipe.
 
     Args:
-        like: the weight whose place they take.
-        values: float32 or float64.
-        name: what ComfyUI calls the weight, which makes the seed.
+        like: the weight that the values replace.
+        values: the new values, in float32 or float64.
+        name: ComfyUI's name of the weight, from which the seed of stochastic rounding derives.
         rounding: see `merge_lora`.
     """
     if rounding not in get_args(Rounding):
@@ -233,9 +234,9 @@ def _new_scale(values: Tensor, like: Float8Tensor, format: Format) -> Tensor:
 
 
 def _changed_part(weight: Tensor, each: Weighted) -> Tensor:
-    """The rows of one patch after it; exchanged ones are brought into the file's order first.
+    """Apply one patch to its rows; exchanged halves are first brought into the order of the file.
 
-    ComfyUI's order is another: it computes on the rows as they lie and exchanges the change alone, not DoRA's norms.
+    ComfyUI instead computes with the rows in official order and exchanges only the change, not DoRA's norms.
     """
     if each.exchanged and each.rules.exchanges_magnitude:
         return _halves_exchanged(_applied(_halves_exchanged(weight), each))
@@ -254,7 +255,7 @@ def _halves_exchanged(tensor: Tensor) -> Tensor:
 
 
 def _padded(weight: Tensor, shape: Sequence[int]) -> Tensor:
-    """The weight with zeros beside and below it."""
+    """Pad the weight with zeros to a larger shape."""
     grown = [side for size, wanted in zip(weight.shape[::-1], shape[::-1], strict=True) for side in (0, wanted - size)]
     return F.pad(weight, grown)
 
@@ -269,7 +270,7 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _is_exchanged(patch: Patch, shapes: Shapes) -> bool:
-    """Whether the halves lie the other way round; a bias has the order of its weight."""
+    """Whether the file has the two halves of rows in the opposite order; a bias has the order of its weight."""
     key = patch.target.key
     weight = f"{key.removesuffix('bias')}weight" if key.endswith(".bias") else key
     rows, columns = _matrix(shapes.get(weight, shapes[key]))
@@ -277,7 +278,7 @@ def _is_exchanged(patch: Patch, shapes: Shapes) -> bool:
 
 
 def _mistake(patch: Patch, shapes: Shapes) -> str | None:
-    """Why a patch does not fit its tensor."""
+    """The reason why a patch does not fit its tensor; None if it fits."""
     shape, padded = tuple(shapes[patch.target.key]), _padding(patch)
     if padded is not None:
         if len(padded) != len(shape) or patch.target.third is not None or any(map(lt, padded, shape)):
@@ -296,7 +297,7 @@ def _mistake(patch: Patch, shapes: Shapes) -> str | None:
 
 
 def _pairs(lora: Lora | Sequence[Lora], strength: float | Sequence[float]) -> tuple[Sequence[Lora], Sequence[float]]:
-    """As many strengths as LoRAs, all of them finite."""
+    """Return lists of LoRAs and strengths of equal length, after checking that all strengths are finite."""
     loras = [lora] if isinstance(lora, Lora) else list(lora)
     given = list(strength) if isinstance(strength, Sequence) else [strength] * len(loras)
     if len(given) != len(loras):
@@ -307,7 +308,7 @@ def _pairs(lora: Lora | Sequence[Lora], strength: float | Sequence[float]) -> tu
 def _models(
     model: nn.Module | Mapping[str, Tensor], loras: Sequence[Lora], part: Part | None
 ) -> list[tuple[Part, dict[str, str]]]:
-    """The models that are changed, with their tensors as `{official name: name in the model or dict}`."""
+    """The models to change, with their tensors as `{official name: name in the model or dict}`."""
     wanted = [each for each in PARTS if any(lora.of(each) for lora in loras)]
     found = [(_part(known, wanted, part), names) for known, names in _known(model, part)]
     changed = [(each, names) for each, names in found if each in wanted]
@@ -321,7 +322,7 @@ def _models(
 
 
 def _known(model: nn.Module | Mapping[str, Tensor], part: Part | None) -> Iterator[tuple[list[Part], dict[str, str]]]:
-    """The models that there are, each as the parts that it may be and its names."""
+    """The available models: for each, the parts that it could be, and its tensor names."""
     if isinstance(model, nn.Module):
         kinds = [each for each in PARTS if isinstance(model, REGISTRY[each].module)]
         yield kinds, {unwrapped(key): key for key in model.state_dict()}
@@ -342,7 +343,7 @@ def _known(model: nn.Module | Mapping[str, Tensor], part: Part | None) -> Iterat
 
 
 def _part(known: Sequence[Part], wanted: Sequence[Part], part: Part | None) -> Part | None:
-    """Which of the parts that a model may be it is; None where none is asked for."""
+    """Decide which of the possible parts a model is; None if no LoRA changes any of them."""
     if part is not None:
         if len(known) == 1 and known[0] != part:
             return None
@@ -354,7 +355,7 @@ def _part(known: Sequence[Part], wanted: Sequence[Part], part: Part | None) -> P
 
 
 def _refuse_scales(state: Mapping[str, Tensor]) -> None:
-    """Refuse float8 whose scales lie beside it: the codes alone are not the weight."""
+    """Raise ValueError for float8 weights with separate scales, because the qdata alone is not the weight."""
     for key, tensor in state.items():
         scales = [other for other in (scale_keys(key)[0], scale_keys(key, older=True)[0]) if other in state]
         if tensor.dtype in FORMAT_OF and scales:
@@ -376,7 +377,7 @@ def _with(model: nn.Module | Mapping[str, Tensor], new: Mapping[str, Tensor]) ->
 
 
 def replace_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
-    """Put a tensor in the place of a parameter or buffer, as a new parameter."""
+    """Replace a parameter or buffer with a new parameter that holds `tensor`."""
     path, _, name = key.rpartition(".")
     owner = model.get_submodule(path)
     old = owner._parameters.get(name)

@@ -1,4 +1,4 @@
-"""The keys of a LoRA file, grouped into modules, and each module's tensors made into patches."""
+"""Group the keys of a LoRA file into modules, and make patches from the tensors of each module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mmdit.checkpoints.lora_names import PRECEDENCE, Named, Target, understood
 from mmdit.checkpoints.lora_rules import HeaderScales, LoraRules
 from mmdit.checkpoints.safetensors_io import CheckpointError
 
-_ADAPTER = r"(?:\.\w+)?"  # the name of an adapter, which PEFT leaves in
+_ADAPTER = r"(?:\.\w+)?"  # the adapter name, which PEFT may include in the key
 _ROLES: Final[tuple[tuple[str, str], ...]] = (
     (rf"(?:\.lora_up|_lora\.up|\.lora\.up|\.lora_linear_layer\.up|\.lora_B{_ADAPTER})\.weight|\.lora_B", "up"),
     (
@@ -53,7 +53,7 @@ _ROLES: Final[tuple[tuple[str, str], ...]] = (
     (r"\.on_input", "on_input"),
 )
 _KEY = re.compile("(.+?)(?:" + "|".join(f"(?P<_{i}>{pattern})" for i, (pattern, _) in enumerate(_ROLES)) + ")")
-_UNREAD: Final = (  # what other trainers store, in words
+_UNREAD: Final = (  # further tensors that trainers store, with a description
     (re.compile(r"bundle_emb\..*"), "an embedding of a word, not a LoRA"),
     (re.compile(r".*\._aux\..*"), "what a trainer keeps for itself; its own reader drops it too"),
     (re.compile(r".*\.oft_R(?:\.\w+)?\.weight"), "OFT of version 2, which is not read"),
@@ -61,7 +61,7 @@ _UNREAD: Final = (  # what other trainers store, in words
     (re.compile(r".*\.lora_embedding_[AB].*"), "a LoRA of an embedding table, which is not read"),
     (re.compile(r".*\.scalar"), "a factor that LyCORIS folds into the others when it saves"),
 )
-_KINDS: Final = {  # the tensors that say a kind, in the order in which the later of two kinds of one module wins
+_KINDS: Final = {  # the tensors that identify a kind; if a module has several kinds, the last in this order is used
     "lora": ("up", "down"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a"),
@@ -89,20 +89,20 @@ _OF_KIND: Final = {  # all tensors that a kind reads
 class Patch:
     """One change of one tensor."""
 
-    module: str  # its name in the file
+    module: str  # name of the module in the file
     target: Target
     change: Change
-    magnitude: Magnitude | None = None  # of DoRA
+    magnitude: Magnitude | None = None  # DoRA's norms
 
     @property
     def kind(self) -> str:
-        """Its kind, with "+dora" where norms go with it."""
+        """The kind of the change, with "+dora" if there are norms."""
         return self.change.name + ("" if self.magnitude is None else "+dora")
 
 
 @dataclass
 class Module:
-    """The tensors of one module of a file, by role, and their keys."""
+    """The tensors of one module in the file, by role, and their keys."""
 
     name: str
     named: Named
@@ -110,12 +110,12 @@ class Module:
     keys: dict[str, str] = field(default_factory=dict)
 
     def kinds(self) -> list[str]:
-        """The kinds that its tensors are of; the last one counts."""
+        """The kinds of the module's tensors; the last one is used."""
         return [kind for kind, roles in _KINDS.items() if any(role in self.tensors for role in roles)]
 
 
 def modules_of(tensors: Mapping[str, Tensor], unused: dict[str, str]) -> list[Module]:
-    """The modules of a file; keys that belong to none are added to `unused`, with the reason."""
+    """The modules of a file; keys that belong to no module are added to `unused`, with the reason."""
     modules: dict[str, Module] = {}
     for key, tensor in tensors.items():
         found = _role(key, tensors)
@@ -137,12 +137,12 @@ def modules_of(tensors: Mapping[str, Tensor], unused: dict[str, str]) -> list[Mo
 
 
 def is_of_lora(key: str, keys: Container[str]) -> bool:
-    """Whether a name among others has the suffix of a tensor of a LoRA."""
+    """Whether a key has the suffix of a LoRA tensor, given all keys of the file."""
     return _role(key, keys) is not None
 
 
 def _role(key: str, keys: Container[str]) -> tuple[str, str] | None:
-    """The module's name and the role of a key; a plain `.weight` has one beside `.on_input` alone."""
+    """The module name and the role of a key; a plain `.weight` only has a role next to `.on_input`."""
     name = key.removesuffix(".weight")
     if name != key and f"{name}.on_input" in keys:
         return name, "weight"
@@ -151,7 +151,7 @@ def _role(key: str, keys: Container[str]) -> tuple[str, str] | None:
 
 
 def _without_twins(modules: list[Module], unused: dict[str, str]) -> list[Module]:
-    """One module for each target: of several names for one, the last in ComfyUI's order of prefixes counts."""
+    """Keep one module per target; if several names refer to one target, the last in ComfyUI's prefix order is used."""
     winners: dict[Target, Module] = {}
     for module in sorted(modules, key=lambda each: PRECEDENCE[each.named.prefix]):
         loser = winners.pop(module.named.target, None)
@@ -164,10 +164,10 @@ def _without_twins(modules: list[Module], unused: dict[str, str]) -> list[Module
 def patches_of(
     source: str, module: Module, rules: LoraRules, header: HeaderScales, unused: dict[str, str]
 ) -> list[Patch]:
-    """The patches that a module's tensors make: of its weight, of its bias, or of both; the rest is added to `unused`.
+    """The patches for a module's weight and bias; keys that are not used are added to `unused`.
 
     Raises:
-        CheckpointError: a tensor is missing, or the shapes do not go together.
+        CheckpointError: a tensor is missing, or the shapes do not match.
     """
     kinds = [kind for kind in module.kinds() if kind != "ia3" or rules.reads_ia3]
     patches, used, scale, target = [], set[str](), 1.0, module.named.target
@@ -219,7 +219,7 @@ def _change(source: str, module: Module, kind: str, rules: LoraRules, header: He
 
 
 def _check_present(source: str, module: Module, kind: str) -> None:
-    """Refuse a module of which a factor is missing."""
+    """Raise CheckpointError if a factor of the module is missing."""
     present = module.tensors
     wanted = [*_KINDS[kind], *(["weight"] if kind == "ia3" else [])]
     if kind == "lokr":
@@ -234,7 +234,7 @@ def _check_present(source: str, module: Module, kind: str) -> None:
 
 
 def _check_product(change: Change) -> None:
-    """Compute the change once without numbers, so that factors that do not go together are found."""
+    """Compute the change once on the meta device, to find factors whose shapes do not match."""
     rows, columns = change.sizes
     if rows is not None and columns is not None:
         change.of(torch.empty(rows, columns, device="meta"), 1.0)
@@ -243,7 +243,7 @@ def _check_product(change: Change) -> None:
 
 
 def _scaled(source: str, module: Module, change: Change, rules: LoraRules, header: HeaderScales) -> Change:
-    """The change with its sigma."""
+    """Set the scale (alpha / rank) of the change."""
     rank, alpha = change.rank, module.tensors.get("alpha")
     if alpha is not None and alpha.numel() != 1:
         raise CheckpointError(f"{source}: {module.keys['alpha']} has shape {list(alpha.shape)}; an alpha is one number")

@@ -1,7 +1,8 @@
-"""Names in LoRA files: which official tensor, and which of its rows, a module's name means.
+"""Map module names in LoRA files to official tensors and to rows of these tensors.
 
-Every program has its own spelling of one module: dots or underscores, official or diffusers words, and a prefix. Here
-a name loses its prefix, its dots become underscores, and a table made of `keymaps.mmdit_rules` says the rest.
+Programs spell module names differently: with dots or underscores, official or diffusers names, and various prefixes.
+This module removes the prefix, replaces dots with underscores, and looks the name up in a table that is built from
+`keymaps.mmdit_rules`.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ class Target:
         return f"{self.part}.{self.key}" + ("" if self.third is None else f"[{'qkv'[self.third]}]")
 
     def rows(self, count: int) -> slice:
-        """The rows of a tensor that has `count` of them."""
+        """The slice of the target's rows in a tensor with `count` rows."""
         if self.third is None:
             return slice(0, count)
         return slice(self.third * count // 3, (self.third + 1) * count // 3)
 
     def is_exchanged(self, rows: int, columns: int) -> bool:
-        """Whether a weight of so many rows and inputs has its halves in the other order in the file.
+        """Whether a weight with this many rows and inputs has its halves in the opposite order in the file.
 
-        Of a context stream, the block that ends it has 2 chunks of rows where all others have 6.
+        In the context stream, the modulation of the last block has 2 chunks of rows; all other blocks have 6.
         """
         return self.exchange == "always" or (self.exchange == "if last" and rows == 2 * columns)
 
 
 class Named(NamedTuple):
-    """A module's name, understood."""
+    """The official tensors that a module name refers to."""
 
     target: Target  # the weight; a bias has the same rows
     bias: str | None  # official name of the bias
@@ -55,7 +56,7 @@ class Named(NamedTuple):
 
 
 class _Module(NamedTuple):
-    """One module of a model, by template: `{i}` stands for the number of a block or layer."""
+    """One module of a model as a template; `{i}` stands for the number of a block or layer."""
 
     weight: str
     bias: str | None
@@ -63,7 +64,7 @@ class _Module(NamedTuple):
     exchange: Exchange = "never"
 
 
-# In the order in which the later of two names of one module wins (ComfyUI's order; those it does not read come first).
+# If two names refer to one module, the later prefix is used (ComfyUI's order, after the prefixes it does not read).
 _PREFIXES: Final[tuple[tuple[str, Part], ...]] = (
     ("", "transformer"),
     ("model.diffusion_model.", "transformer"),
@@ -93,15 +94,15 @@ _NUMBERED = re.compile(r"(joint_blocks|transformer_blocks|text_model_encoder_lay
 
 
 def understood(name: str) -> Named | None:
-    """What a module's name in a LoRA file means; None where it is no module of SD3 / 3.5.
+    """Look up a module name from a LoRA file; None if SD3 / 3.5 has no such module.
 
     Args:
-        name: the part of a key before its suffix, such as `lora_unet_joint_blocks_7_x_block_attn_qkv`; an official
-            name of a parameter (`diffusion_model.joint_blocks.7.x_block.attn.qkv.bias`) is understood too.
+        name: the part of a key before its suffix, such as `lora_unet_joint_blocks_7_x_block_attn_qkv`; or the official
+            name of a parameter, such as `diffusion_model.joint_blocks.7.x_block.attn.qkv.bias`.
     """
     prefix, part = next((prefix, part) for prefix, part in _LONGEST_FIRST if name.startswith(prefix))
     flat = name.removeprefix(prefix).replace(".processor.", ".").replace(".", "_")
-    if part in ("clip_l", "clip_g") and flat.startswith("encoder_layers_"):  # as transformers 5 names them
+    if part in ("clip_l", "clip_g") and flat.startswith("encoder_layers_"):  # the names of transformers 5
         flat = f"text_model_{flat}"
     found = _NUMBERED.fullmatch(flat)
     template = flat if found is None else f"{found[1]}_{{i}}_{found[3]}"
@@ -118,14 +119,14 @@ def understood(name: str) -> Named | None:
 
 @cache
 def _modules(part: Part) -> Mapping[str, _Module]:
-    """The modules of a model by flat name; those of text encoders have one name each."""
+    """The modules of a model by flat name; modules of text encoders have one name each."""
     if part == "transformer":
         return dict(_transformer())
     return dict(_plain(_CLIP if part.startswith("clip") else _T5))
 
 
 def _transformer() -> Iterator[tuple[str, _Module]]:
-    """Official and diffusers names; of the last block only what differs from the others."""
+    """Official and diffusers names of the modules; for the last block, only those that differ from other blocks."""
     for rule in mmdit_rules(2):
         ours, _, kind = rule.ours.rpartition(".")
         if kind == "bias" or ours.startswith("joint_blocks.1."):

@@ -1,7 +1,7 @@
-"""What programs disagree on in LoRA files, as one frozen value; and the scales that a file's header gives.
+"""Rules for LoRA files where programs disagree, and the scales in a file's header.
 
-Two readings exist. `TRAINED` gives a file the strength and the formula that its trainer used, as diffusers and peft do
-for theirs. `COMFYUI` gives what ComfyUI 0.3.64 makes of the same file, with what it leaves out.
+There are two sets of rules. `TRAINED` applies the strength and the formula of the trainer, as diffusers and peft do for
+their own files. `COMFYUI` reproduces ComfyUI 0.3.64, including the tensors that it ignores.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _COMPONENTS: Final[dict[Part, str]] = {
 
 @dataclass(frozen=True)
 class LoraRules:
-    """One reading of LoRA files."""
+    """A set of rules for reading LoRA files."""
 
     name: str
-    reads_header: bool  # whether lora_alpha of the header counts where there is no alpha
+    reads_header: bool  # whether the header's lora_alpha is used for modules without an alpha tensor
     reads_peft_extras: bool  # `lora_magnitude_vector`, and biases of `lora_B`
     reads_ia3: bool
-    cuts_biases: bool  # whether `.diff_b` works on a third of the rows, and on exchanged halves
+    cuts_biases: bool  # whether `.diff_b` is applied to thirds of the rows, and to exchanged halves
     exchanges_magnitude: bool  # whether DoRA's norms of rows are exchanged with the rows
     zero_alpha_is_rank: bool  # whether alpha 0 means scale 1 (trainers) or 0
     dora: DoraRule
-    orthogonal_twice: bool  # whether OFT has the strength twice
+    orthogonal_twice: bool  # whether OFT and BOFT apply the strength twice
     float8: str  # how float8 weights are rounded after merging: see `mmdit.merge_lora`
 
 
@@ -49,17 +49,17 @@ _BY_PROFILE: Final = {"diffusers": TRAINED, "reference": TRAINED, "comfyui": COM
 
 @runtime_checkable
 class HasName(Protocol):
-    """A profile, of which only the name counts here."""
+    """A profile; only its name is used here."""
 
     @property
     def name(self) -> str: ...
 
 
 def rules_of(profile: str | HasName | None) -> LoraRules:
-    """The reading that goes with a profile; None is `TRAINED`.
+    """The rules of a profile; None is `TRAINED`.
 
     Raises:
-        ValueError: there is no such profile.
+        ValueError: the profile is unknown.
     """
     if profile is None:
         return TRAINED
@@ -69,10 +69,10 @@ def rules_of(profile: str | HasName | None) -> LoraRules:
 
 
 class HeaderScales:
-    """The scales that the header of a file says for modules without an alpha.
+    """The scales in the header of a file, for modules without an alpha tensor.
 
     Raises:
-        CheckpointError: the entry is no JSON object, or a number in it is none.
+        CheckpointError: the entry is not a JSON object, or one of its values is not a number.
     """
 
     def __init__(self, source: str, metadata: Mapping[str, str]) -> None:
@@ -85,12 +85,12 @@ class HeaderScales:
                 raise CheckpointError(str(error)) from error
 
     def scale(self, part: Part, module: str, rank: int) -> float | None:
-        """The scale of a module; None where the header says none.
+        """The scale of a module; None if the header has none.
 
         Args:
             part: the model.
-            module: the module's name in diffusers' words, without the component.
-            rank: of the module in the file.
+            module: the module's name in diffusers' spelling, without the component.
+            rank: the rank of the module in the file.
         """
         component = _COMPONENTS[part]
         alpha = self._by_pattern(component, module, "alpha_pattern", self.entries.get(f"{component}.lora_alpha"))

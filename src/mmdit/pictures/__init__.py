@@ -1,1 +1,1 @@
-"""Pictures, masks and latents as plain tensors: read, resize, cut, combine. No model is needed for any of it."""
+"""Operations on pictures, masks and latents as plain tensors: read, resize, crop, combine. They need no model."""

@@ -1,4 +1,4 @@
-"""Checks of pictures, masks and latents: each error says what was found, what is expected and what to give."""
+"""Checks of pictures, masks and latents; each error tells what was found, what is expected and what to give."""
 
 from __future__ import annotations
 

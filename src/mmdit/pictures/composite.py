@@ -1,4 +1,4 @@
-"""Pictures laid on each other, cut, blurred and enlarged; equal to ComfyUI's nodes of those names."""
+"""Composite, crop, invert, batch and blur pictures; the results equal those of the ComfyUI nodes that are named."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def composite(
 
     Args:
         destination: [b, h, w, c].
-        source: [b, h, w, c]; a shorter batch is repeated. A missing alpha channel counts as 1, one too many is dropped.
-        x, y: the place of the source's first pixel; what is outside of the destination is left out.
+        source: [b, h, w, c]; a shorter batch is repeated. A missing alpha channel is 1; an extra one is dropped.
+        x, y: column and row of the source's top left pixel; parts outside of the destination are cropped.
         mask: [b, h, w], resized (bilinear) to the source; None is 1 everywhere.
         resize_source: whether the source is resized (bilinear) to the destination first.
     """
@@ -47,7 +47,7 @@ def laid_on(
     mask: Tensor | None,
     resize_source: bool,
 ) -> Float[Tensor, "b c h w"]:
-    """What `composite` and `composite_latents` share; positions count in the same unit as the tensors."""
+    """The common part of `composite` and `composite_latents`; `left` and `top` are in elements of the tensors."""
     if resize_source:
         source = F.interpolate(source, size=destination.shape[2:], mode="bilinear")
     source = repeated(source.to(destination), len(destination))
@@ -67,7 +67,7 @@ def laid_on(
 
 
 def repeated(batch: Tensor, count: int) -> Tensor:
-    """A batch of `count`: repeated from its start as often as needed, or cut (ComfyUI's repeat_to_batch_size)."""
+    """Repeat a batch from its start until it has `count` entries, or cut it (ComfyUI's repeat_to_batch_size)."""
     times = -(-count // len(batch))
     return batch.repeat(times, *[1] * (batch.ndim - 1))[:count]
 
@@ -83,7 +83,7 @@ def _same_channels(destination: Tensor, source: Tensor) -> tuple[Tensor, Tensor]
 
 
 def crop(picture: Tensor, *, x: int, y: int, width: int, height: int) -> Float[Tensor, "b h w c"]:
-    """The part of pictures from column x and row y on, as far as there is one (ImageCrop)."""
+    """Crop pictures from column x and row y on; the result is smaller at the picture's border (ImageCrop)."""
     check_picture("picture", picture)
     left, top = min(whole("x", x, 0), picture.shape[2] - 1), min(whole("y", y, 0), picture.shape[1] - 1)
     return picture[:, top : top + whole("height", height, 1), left : left + whole("width", width, 1)]
@@ -96,7 +96,7 @@ def invert(picture: Tensor) -> Float[Tensor, "b h w c"]:
 
 
 def batch(first: Tensor, second: Tensor) -> Float[Tensor, "b h w c"]:
-    """Two batches of pictures as one; the second is brought to the size of the first (ImageBatch)."""
+    """Concatenate two batches of pictures; the second is resized to the size of the first (ImageBatch)."""
     check_picture("first", first)
     check_picture("second", second)
     if first.shape[3] != second.shape[3]:
@@ -120,11 +120,12 @@ def blur(picture: Tensor, radius: int = 1, sigma: float = 1.0) -> Float[Tensor, 
 
     Args:
         picture: [b, h, w, c].
-        radius: of the kernel of 2 radius + 1 pixels, which lie evenly from -1 to 1; 0 changes nothing.
-        sigma: in those units, so that the width of the blur grows with the radius.
+        radius: the radius of the kernel of 2 radius + 1 pixels; 0 changes nothing. The kernel's coordinates are evenly
+            spaced from -1 to 1.
+        sigma: the standard deviation in kernel coordinates, so that the width of the blur grows with the radius.
 
     Raises:
-        ValueError: the radius is not smaller than both sides, which the reflected border needs.
+        ValueError: the radius is not smaller than both sides, as reflection at the borders requires.
     """
     check_picture("picture", picture)
     radius = whole("radius", radius, 0)
@@ -140,14 +141,14 @@ def blur(picture: Tensor, radius: int = 1, sigma: float = 1.0) -> Float[Tensor, 
 
 
 def gray_inside(picture: Tensor, mask: Tensor, grow: int = 6, cell: int = 8) -> tuple[Tensor, Tensor]:
-    """What ComfyUI's VAEEncodeForInpaint encodes, and the mask that it draws by.
+    """Prepare a picture and a mask for inpainting, as ComfyUI's VAEEncodeForInpaint does before it encodes.
 
     Args:
         picture: [b, h, w, c].
         mask: [b, h, w], resized (bilinear) to the picture.
-        grow: pixels by which the mask for drawing is grown; 0 only rounds it. An even number grows it one pixel more to
-            the top and the left than to the bottom and the right.
-        cell: pixels of a side of a latent cell; the picture and the mask are cut around their center to multiples.
+        grow: number of pixels by which the returned mask is grown; 0 only rounds it. An even number grows it one pixel
+            more to the top and the left than to the bottom and the right.
+        cell: pixels per side of a latent cell; the picture and the mask are center-cropped to multiples of it.
 
     Returns:
         Pictures [b, h, w, c] that are gray where the rounded mask is 1, and the mask [b, h, w], of zeros and ones.
@@ -163,7 +164,7 @@ def gray_inside(picture: Tensor, mask: Tensor, grow: int = 6, cell: int = 8) -> 
 
 
 def _grown(hard: Float[Tensor, "b h w"], size: int) -> Float[Tensor, "b h w"]:
-    """A binary mask, with ones wherever a window of so many pixels meets a one."""
+    """Dilate a binary mask by a square window of `size` pixels per side."""
     if not size:
         return hard
     padding = size // 2  # ceil((size - 1) / 2)

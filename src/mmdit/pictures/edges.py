@@ -1,4 +1,4 @@
-"""Edges of pictures by Canny's rule, as ComfyUI's node finds them (kornia) or as OpenCV does."""
+"""Canny edge detection as in ComfyUI's node (kornia) or in OpenCV."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RULES = ("kornia-0.9", "kornia-0.7", "opencv")
 _USUAL = {"kornia-0.9": (0.4, 0.8), "kornia-0.7": (0.4, 0.8), "opencv": (100.0, 200.0)}
 # (rows down, columns right) of the neighbour in direction 0 to 7: from the right towards the bottom, by 45 degrees.
 _NEIGHBOURS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
-_FLAT = 1e-6  # added below the root, so that it has a gradient everywhere
+_FLAT = 1e-6  # added under the square root, as in kornia, which keeps its gradient finite
 
 
 def canny(
@@ -30,18 +30,19 @@ def canny(
 
     Args:
         image: a file, a Pillow picture, or an array or tensor [h, w, 3] or [b, h, w, 3] in [0, 1].
-        low: a pixel whose gradient is larger is an edge if it is connected to one above `high`. None is 0.4, or 100 for
-            OpenCV. Gradients are those of Sobel's unnormalised filter: of gray values in [0, 1], after a Gaussian of
-            5 x 5 pixels and sigma 1, for kornia; of 8-bit values, as |x| + |y| and without a Gaussian, for OpenCV.
-        high: see `low`. None is 0.8, or 200 for OpenCV.
-        rule: "kornia-0.9" is kornia 0.9.0, which ComfyUI's node `Canny` uses today: of two equal neighbours across an
-            edge, it keeps the left or the upper one. "kornia-0.7" is kornia 0.7.4, which keeps neither;
-            what is equal to it is decided in the last bit there, so that single pixels can differ. "opencv" is
-            `cv2.Canny` of the RGB picture, where cv2 is installed.
+        low: the low threshold of the gradient magnitude: pixels above it are edges if they are connected to a pixel
+            above `high`. None is 0.4, or 100 for OpenCV. Gradients are those of the unnormalised Sobel filter. kornia
+            takes them of gray values in [0, 1], after a Gaussian of 5 x 5 pixels and sigma 1; OpenCV takes |x| + |y| of
+            8-bit values, without a Gaussian.
+        high: the high threshold, see `low`. None is 0.8, or 200 for OpenCV.
+        rule: "kornia-0.9" is kornia 0.9.0, which ComfyUI's node `Canny` uses: of two equal neighbours across an edge,
+            it keeps the left or the upper one. "kornia-0.7" is kornia 0.7.4, which keeps neither; whether two
+            neighbours are equal depends on the last bit there, so that single pixels can differ. "opencv" is
+            `cv2.Canny` of the RGB picture and needs cv2.
 
     Raises:
         ValueError: the rule is unknown, a threshold is not finite or not above 0, or low is above high.
-        ImportError: the rule is OpenCV's, which is not installed.
+        ImportError: the rule is "opencv", and cv2 is not installed.
     """
     pick(dict.fromkeys(RULES), rule, "rule")
     usual = _USUAL[rule]
@@ -56,10 +57,10 @@ def canny(
 
 
 def _kornia(picture: Tensor, low: float, high: float, ties: bool) -> Float[Tensor, "b h w"]:
-    """By kornia's rule; `ties` says whether one of two equal neighbours is kept.
+    """Detect edges as kornia does; `ties` is whether one of two equal neighbours is kept.
 
-    Source: kornia `filters/canny.py`, `filters/gaussian.py`, `filters/sobel.py` of 0.9.0 and 0.7.4. Sums are made in
-    its order, since equal neighbours have to stay equal to the last bit.
+    Source: kornia `filters/canny.py`, `filters/gaussian.py`, `filters/sobel.py` of 0.9.0 and 0.7.4. Sums have kornia's
+    order, because equal neighbours must be bit-equal.
     """
     x, y = _gradients(_blurred(_gray(picture, fused=ties)))
     magnitude = (x.square() + y.square() + _FLAT).sqrt()
@@ -95,7 +96,7 @@ def _larger(magnitude: Float[Tensor, "b h w"]) -> Bool[Tensor, "8 b h w"]:
 
 
 def _gray(picture: Float[Tensor, "b h w 3"], *, fused: bool) -> Float[Tensor, "b h w"]:
-    """The brightness; kornia 0.9 rounds a product and a sum together, 0.7 each."""
+    """The luminance; kornia 0.9 rounds a product and a sum once (fused), kornia 0.7 rounds each."""
     red, green, blue = picture.unbind(-1)
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=picture.dtype, device=picture.device)
     if fused:
@@ -104,7 +105,7 @@ def _gray(picture: Float[Tensor, "b h w 3"], *, fused: bool) -> Float[Tensor, "b
 
 
 def _blurred(gray: Float[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-    """By a Gaussian of five pixels and sigma 1, along rows and then along columns; the borders are mirrored."""
+    """Blur by a Gaussian of five pixels and sigma 1, along rows and then columns, with reflection at the borders."""
     wave = torch.exp(-(torch.arange(5, dtype=gray.dtype, device=gray.device) - 2).square() / 2)
     kernel = wave / wave.sum()
     rows = F.conv2d(F.pad(gray[:, None], (2, 2, 0, 0), mode="reflect"), kernel.view(1, 1, 1, 5))

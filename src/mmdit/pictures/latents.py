@@ -1,4 +1,4 @@
-"""Operations on latents [b, c, h, w], equal to ComfyUI's nodes of those names; all sizes and places are in cells.
+"""Operations on latents [b, c, h, w], equal to the ComfyUI nodes that are named; sizes and positions are in cells.
 
 ComfyUI holds latents at the scale of the VAE, u = z / 1.5305 + 0.0609 of model-space latents z; see `to_vae_scale`.
 """
@@ -17,12 +17,12 @@ from mmdit.pictures.resize import Filter, resize_latent
 from mmdit.utils import number, whole
 from samplers import pick
 
-SCALE, SHIFT = 1.5305, 0.0609  # of the official VAE
+SCALE, SHIFT = 1.5305, 0.0609  # the constants of the official VAE
 Rotation = Literal["none", "90 degrees", "180 degrees", "270 degrees"]
 ROTATIONS: tuple[Rotation, ...] = get_args(Rotation)
 Axis = Literal["x-axis: vertically", "y-axis: horizontally"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-_LEAST = 8  # cells that LatentCrop leaves of a side at least
+_LEAST = 8  # minimum side of a LatentCrop result, in cells
 
 
 def to_vae_scale(latent: Tensor, scale: float = SCALE, shift: float = SHIFT) -> Float[Tensor, "b c h w"]:
@@ -62,7 +62,7 @@ def composite_latents(
 def paste_latent(
     destination: Tensor, source: Tensor, *, x: int = 0, y: int = 0, feather: int = 0
 ) -> Float[Tensor, "b c h w"]:
-    """Lay latents on others, with edges that fade in linearly (LatentComposite).
+    """Paste latents onto others, with edges that fade in linearly (LatentComposite).
 
     Args:
         destination, source: [b, c, h, w].
@@ -85,7 +85,7 @@ def paste_latent(
 
 
 def _ramp(side: int, feather: int, first: bool, last: bool) -> Float[Tensor, " side"]:
-    """Weights along a side, which rise from each edge that is asked for."""
+    """Weights along a side; they rise from the first edge, the last edge, or both."""
     weights = torch.ones(side)
     for i in range(min(feather, side)):
         if first:
@@ -126,7 +126,7 @@ def interpolate_latents(first: Tensor, second: Tensor, ratio: float = 1.0) -> Fl
 
     Args:
         first, second: [b, c, h, w]; another size is brought to the first's (bilinear, center).
-        ratio: the share of the first.
+        ratio: the weight of `first`, 0 to 1.
     """
     second, ratio = _like(first, second), number("ratio", ratio)
     norm_1, norm_2 = (one.norm(dim=1, keepdim=True) for one in (first, second))
@@ -180,7 +180,7 @@ def crop_latent(latent: Tensor, *, x: int, y: int, width: int, height: int) -> F
 
 
 def _like(first: Tensor, second: Tensor) -> Tensor:
-    """The second latents at the size and of the number of the first (ComfyUI's reshape_latent_to)."""
+    """Resize and repeat the second latents to the shape of the first (ComfyUI's reshape_latent_to)."""
     check_latent("first", first)
     check_latent("second", second)
     second = second if first.shape[1:] == second.shape[1:] else _to_size(second, first)

@@ -94,7 +94,7 @@ def color_to_mask(picture: Tensor, color: int) -> Float[Tensor, "b h w"]:
 
 
 def grow_mask(mask: Tensor, expand: int, *, tapered_corners: bool = True) -> Float[Tensor, "b h w"]:
-    """Grow a mask by so many pixels, or shrink it where the number is negative (GrowMask).
+    """Grow a mask by a number of pixels, or shrink it if the number is negative (GrowMask).
 
     Args:
         mask: [b, h, w]; grays are kept: each step takes the largest (or smallest) value of the neighbourhood.
@@ -136,7 +136,7 @@ def feather_mask(
 
 
 def _fall_off(side: int, first: int, last: int, *names: str) -> Float[Tensor, " side"]:
-    """The factors of the rows or the columns."""
+    """The fall-off factors of the rows or of the columns."""
     first, last = (min(whole(name, value, 0), side) for name, value in zip(names, (first, last), strict=True))
     factors = torch.ones(side)
     for i in range(first):
@@ -152,8 +152,8 @@ def combine_masks(
     """Combine two masks, the second laid on the first at column x and row y (MaskComposite).
 
     Args:
-        destination, source: [b, h, w]; what of the source is outside of the destination is left out.
-        x, y: the place of the source's first pixel.
+        destination, source: [b, h, w]; parts of the source outside of the destination are cropped.
+        x, y: column and row of the source's top left pixel in the destination.
         operation: "multiply", "add", "subtract", clamped to [0, 1]; "and", "or", "xor" of the rounded masks.
     """
     check_mask("destination", destination)

@@ -1,4 +1,4 @@
-"""Enlarge the canvas of a picture, for drawing around it."""
+"""Outpainting: enlarge the canvas of a picture, and make the mask of the added borders."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def pad_for_outpaint(
     """Enlarge pictures by gray borders, and make the mask for drawing there (ComfyUI's ImagePadForOutpaint).
 
     Args:
-        image: whatever `mmdit.images.load_image` takes.
-        left, top, right, bottom: pixels to add at each side.
-        feather: the mask goes on into the picture for so many pixels and falls off there; it does so only where twice
-            as many pixels are less than both sides of the picture.
+        image: a picture, as `mmdit.images.load_image` accepts it.
+        left, top, right, bottom: number of pixels to add at each side.
+        feather: number of pixels over which the mask extends into the picture and falls off. It has no effect unless
+            2 feather is less than both sides of the picture.
 
     Returns:
         Pictures [b, H, W, 3] and a mask [1, H, W]: 1 on the borders, ((feather - d) / feather) ** 2 at distance d from
@@ -51,7 +51,7 @@ def _falling(height: int, width: int, borders: tuple[int, int, int, int], feathe
 
 
 def _distance(side: int, before: int, after: int) -> Tensor:
-    """How far each row or column is from the borders that are added; ComfyUI counts from 0 there, and from 1 back."""
+    """The distance of each row or column to the added borders, counted as in ComfyUI: from 0 forwards, from 1 back."""
     places = torch.arange(side, dtype=torch.float64)
     far = torch.full_like(places, side)
     return torch.minimum(places if before else far, side - places if after else far)

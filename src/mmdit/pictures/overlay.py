@@ -1,6 +1,6 @@
-"""diffusers' way with Pillow's pictures: resizing, the part around a mask, and pasting back what was drawn of it.
+"""Resize Pillow pictures, crop the region around a mask, and paste a drawing back, as diffusers does.
 
-`VaeImageProcessor` of diffusers 0.42.1, with `resample="lanczos"`.
+Source: `VaeImageProcessor` of diffusers 0.42.1, with `resample="lanczos"`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FITS: tuple[Fit, ...] = get_args(Fit)
 
 
 class Box(NamedTuple):
-    """A part of a picture, from its first column and row to those after its last."""
+    """A region of a picture: its first column and row, and the column and row after its last."""
 
     left: int
     top: int
@@ -37,16 +37,16 @@ class Box(NamedTuple):
 
 
 def fit(image: Image.Image, *, height: int, width: int, how: Fit = "crop") -> Image.Image:
-    """A picture of exactly this size, by LANCZOS.
+    """Resize a picture to exactly this size with Pillow's LANCZOS.
 
     Args:
-        image: of any mode.
+        image: a picture of any mode.
         height, width: in pixels.
-        how: "stretch" changes the aspect ratio (diffusers' resize_mode "default"); "crop" covers the size and cuts what
-            is too much ("crop"); "pad" fits inside and fills the rest with the border lines of the picture ("fill").
+        how: "stretch" changes the aspect ratio (diffusers' resize_mode "default"); "crop" covers the size and crops the
+            excess ("crop"); "pad" fits inside and fills the rest with the border lines of the picture ("fill").
 
     Raises:
-        ValueError: a size or a word is not possible.
+        ValueError: a size is invalid, or `how` is unknown.
     """
     height, width = whole("height", height, 1), whole("width", width, 1)
     match pick(dict(zip(FITS, FITS, strict=True)), how, "fit"):
@@ -59,12 +59,12 @@ def fit(image: Image.Image, *, height: int, width: int, how: Fit = "crop") -> Im
 
 
 def crop_region(mask: Image.Image, *, height: int, width: int, pad: int = 0) -> Box:
-    """The part around a mask, with the aspect ratio of what is drawn (diffusers' `get_crop_region`).
+    """The region around a mask, with the aspect ratio of the drawing (diffusers' `get_crop_region`).
 
     Args:
-        mask: what is not black counts.
-        height, width: of what is drawn, in pixels.
-        pad: pixels that the part is larger on each side, where the picture has them.
+        mask: the mask; all pixels that are not black belong to the region.
+        height, width: the size of the drawing, in pixels.
+        pad: number of pixels by which the region is enlarged on each side, within the picture.
 
     Raises:
         ValueError: the mask is black.
@@ -95,13 +95,13 @@ def _widened(start: int, stop: int, wanted: float, side: int) -> tuple[int, int]
 
 
 def paste_back(original: Image.Image, mask: Image.Image, drawn: Image.Image, box: Box | None = None) -> Image.Image:
-    """Lay the original over what was drawn, where the mask is dark (diffusers' `apply_overlay`).
+    """Paste the original over the drawing where the mask is dark (diffusers' `apply_overlay`).
 
     Args:
-        original: the whole picture.
-        mask: of the original's size; gray is mixed.
-        drawn: what was drawn of the box, of any size, or of the whole picture at its size.
-        box: the part that was drawn; None is the whole.
+        original: the whole original picture.
+        mask: the mask, of the original's size; gray values blend the two.
+        drawn: the drawing of the box, of any size; or of the whole picture, at the picture's size.
+        box: the region that was drawn; None is the whole picture.
     """
     if mask.size != original.size:
         raise ValueError(f"mask_image has {mask.size} pixels and the picture {original.size}; give a mask of its size")

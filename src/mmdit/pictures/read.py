@@ -1,7 +1,7 @@
-"""Read pictures and masks: files, bytes, Pillow's pictures, arrays and tensors become tensors in [0, 1].
+"""Read pictures and masks from files, bytes, Pillow pictures, arrays and tensors, as tensors in [0, 1].
 
-Nothing that a file holds is executed: only the formats of `FORMATS` are opened, by Pillow's own decoders (its reader
-of EPS, for one, would start Ghostscript). A picture of more than `MOST_PIXELS` pixels is refused before it is decoded.
+Files are only opened in the formats of `FORMATS`, whose decoders are part of Pillow and run no other program (Pillow's
+EPS reader would start Ghostscript). A picture of more than `MOST_PIXELS` pixels is refused before it is decoded.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mmdit.pictures.masks import CHANNELS
 from samplers import pick
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-MOST_PIXELS = 8192 * 8192  # of all frames together
+MOST_PIXELS = 8192 * 8192  # maximum number of pixels of all frames together
 Frames = Literal["refuse", "first", "all"]
 MaskChannel = Literal["gray", "red", "green", "blue", "alpha"]
 PictureLike: TypeAlias = str | Path | bytes | Image.Image | np.ndarray | Tensor | Sequence[Any]  # of the same, nested
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
-_LEVELS = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}  # what 1.0 is among the values of an array
+_LEVELS = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}  # the value of an array that becomes 1.0, by dtype
 
 
 class LoadedImage(NamedTuple):
@@ -50,14 +50,14 @@ def load_image(source: PictureLike, name: str = "image", *, frames: Frames = "re
         source: A path, the bytes of a file, a `PIL.Image.Image`, an array [h, w, c] or [b, h, w, c], a tensor
             [c, h, w], [b, c, h, w] or, with its channels last, as an array; or a list of these, of equal sizes. Values
             are in [0, 1], or 8 or 16 bits unsigned.
-        name: of the argument, for errors.
-        frames: of an animated file: an error, the first, or all as a batch (ComfyUI).
+        name: the name of the argument, for errors.
+        frames: the treatment of animated files: raise an error, take the first frame, or all as a batch (ComfyUI).
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or it cannot be opened.
-        ValueError: the file is no picture of `FORMATS`, or it is broken, animated or too large; or a shape or a value
-            is not possible.
-        TypeError: the source is something else.
+        ValueError: the file is not a picture in one of `FORMATS`, or is broken, animated or too large; or a shape or a
+            value is invalid.
+        TypeError: the source has another type.
     """
     pick(dict.fromkeys(get_args(Frames)), frames, "frames")
     if isinstance(source, list | tuple):
@@ -70,7 +70,7 @@ def load_image(source: PictureLike, name: str = "image", *, frames: Frames = "re
 def load_mask(
     source: PictureLike, name: str = "mask_image", *, channel: MaskChannel = "gray", frames: Frames = "refuse"
 ) -> Tensor:
-    """Read masks, float [b, h, w] in [0, 1]; white, which is 1, is what is drawn anew.
+    """Read masks, float [b, h, w] in [0, 1]; white (1) is drawn anew.
 
     Args:
         source: Whatever `load_image` takes; arrays and tensors also without channels, [h, w] or [b, h, w].
@@ -94,7 +94,7 @@ def load_mask(
 
 
 def _named(source: object, name: str) -> str:
-    """How errors call a source."""
+    """The name of a source in errors."""
     return f"{name}: {source}" if isinstance(source, str | Path) else name
 
 
@@ -119,7 +119,7 @@ def _opened(source: str | Path | bytes, called: str) -> Image.Image:
         raise ValueError(f"{called} is an address; nothing is downloaded here: give a file")
     data: BytesIO | Path = BytesIO(source) if isinstance(source, bytes) else Path(source)
     if isinstance(data, Path):
-        with data.open("rb"):  # the system's own errors, such as a missing file, which name it
+        with data.open("rb"):  # a missing file raises the system's own error, which names it
             pass
     try:
         return Image.open(data, formats=FORMATS)

@@ -39,7 +39,7 @@ class Size(NamedTuple):
 def resize(
     picture: Tensor, *, height: int, width: int, filter: Filter = "lanczos", crop: Crop = "disabled"
 ) -> Float[Tensor, "b h w c"]:
-    """Pictures of another size (ComfyUI's ImageScale).
+    """Resize pictures (ComfyUI's ImageScale).
 
     Args:
         picture: [b, h, w, c], in [0, 1].
@@ -49,7 +49,7 @@ def resize(
         crop: "center" first cuts the picture to the new aspect ratio; "disabled" stretches it.
 
     Raises:
-        ValueError: the picture, a size or a word is not possible.
+        ValueError: the picture or a size is invalid, or the filter or the crop is unknown.
     """
     check_picture("picture", picture)
     pick(dict.fromkeys(PICTURE_FILTERS), filter, "filter")
@@ -57,7 +57,7 @@ def resize(
 
 
 def resize_nearest(picture: Tensor, *, height: int, width: int) -> Float[Tensor, "b h w c"]:
-    """Pictures of another size, where each pixel is the one at its upper left (diffusers, for arrays and tensors)."""
+    """Resize pictures by nearest neighbour, rounding positions down (diffusers, for arrays and tensors)."""
     check_picture("picture", picture)
     return F.interpolate(picture.movedim(-1, 1), size=tuple(_size(height, width))).movedim(1, -1)
 
@@ -65,7 +65,7 @@ def resize_nearest(picture: Tensor, *, height: int, width: int) -> Float[Tensor,
 def resize_latent(
     latent: Tensor, *, height: int, width: int, filter: Filter = "nearest-exact", crop: Crop = "disabled"
 ) -> Float[Tensor, "b c h w"]:
-    """Latents of another size (ComfyUI's LatentUpscale, with sizes in cells).
+    """Resize latents (ComfyUI's LatentUpscale, with sizes in cells).
 
     Args:
         latent: [b, c, h, w]; ComfyUI resizes latents at the scale of the VAE, see `to_vae_scale`, which changes the
@@ -75,7 +75,7 @@ def resize_latent(
         crop: see `resize`.
 
     Raises:
-        ValueError: the latents, a size or a word is not possible.
+        ValueError: the latents or a size are invalid, or the filter or the crop is unknown.
     """
     check_latent("latent", latent)
     pick(dict.fromkeys(LATENT_FILTERS), filter, "filter")
@@ -89,11 +89,11 @@ def size_by(height: int, width: int, scale: float) -> Size:
 
 
 def size_or_aspect(size: tuple[int, int], height: int, width: int, least: int = 1) -> Size:
-    """The size asked for, where a 0 keeps the aspect ratio and two keep the size.
+    """The requested size; one side of 0 keeps the aspect ratio, and two sides of 0 keep the present size.
 
     Args:
-        size: the height and width now, in any unit: only their ratio counts.
-        height, width: what is asked for.
+        size: the present height and width, in the unit of `height` and `width`.
+        height, width: the requested sides; 0 leaves a side open.
         least: the smallest side; ComfyUI's LatentUpscale has 64 pixels, its ImageScale 1.
 
     Raises:
@@ -112,7 +112,7 @@ def size_or_aspect(size: tuple[int, int], height: int, width: int, least: int = 
 
 
 def size_of_megapixels(height: int, width: int, megapixels: float) -> Size:
-    """The size of about so many times 1024 x 1024 pixels (ComfyUI's ImageScaleToTotalPixels)."""
+    """The size with about `megapixels` x 1024 x 1024 pixels (ComfyUI's ImageScaleToTotalPixels)."""
     total = int(number("megapixels", megapixels, 0) * 1024 * 1024)
     scale = math.sqrt(total / (width * height))
     return Size(max(1, round(height * scale)), max(1, round(width * scale)))
@@ -159,7 +159,7 @@ def _resized(x: Float[Tensor, "b c h w"], size: Size, filter: Filter, crop: Crop
 
 
 def cut_to_aspect(x: Float[Tensor, "b c h w"], size: Size) -> Float[Tensor, "b c h2 w2"]:
-    """Cut as much on both sides as brings the aspect ratio near that of a size."""
+    """Crop both sides equally to about the aspect ratio of a size."""
     height, width = x.shape[2:]
     old, new = width / height, size.width / size.height
     left = round((width - width * (new / old)) / 2) if old > new else 0
