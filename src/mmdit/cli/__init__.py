@@ -1,4 +1,4 @@
-"""The command line: arguments become calls."""
+"""The command line: each command parses its arguments and calls the library."""
 
 from mmdit.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The ControlNets of `mmdit generate`: options and hints are checked before a model is loaded, the nets after."""
+"""The ControlNets of `mmdit generate`: options and hints are checked before a model is loaded, and nets afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORM = "FILE:KIND[:SCALE[:START[:END]]]"
 
 
 class Hint(NamedTuple):
-    """A hint as --control says it."""
+    """A hint from the option --control."""
 
     path: str
     kind: str
@@ -30,7 +30,7 @@ def control_option(text: str) -> Hint:
     """The value of --control.
 
     Raises:
-        ArgumentTypeError: it is not of the form `FORM`.
+        ArgumentTypeError: the text does not have the form `FORM`.
     """
     parts = text.split(":")
     place = next((i for i in range(1, len(parts)) if parts[i] in KINDS), None)  # a path may hold colons
@@ -44,7 +44,7 @@ def control_option(text: str) -> Hint:
 
 
 def check_controls(ask: Namespace, before: Settings | None) -> None:
-    """Check that nets and hints go together, and read the hints.
+    """Check that there is a hint for each net, and read the hints.
 
     Raises:
         UsageError: the numbers of nets and hints differ, or one kind is given without the other.
@@ -68,10 +68,10 @@ def check_controls(ask: Namespace, before: Settings | None) -> None:
 
 
 def control_arguments(ask: Namespace, pipe: Pipeline) -> dict[str, Any]:
-    """The arguments of `mmdit.Pipeline.__call__` about ControlNets; the nets are loaded here.
+    """Load the nets, and return the ControlNet arguments of `mmdit.Pipeline.__call__`.
 
     Raises:
-        ValueError, OSError: a net cannot be loaded, or is for other hints.
+        ValueError, OSError: a net cannot be loaded, or is for another kind of hint.
     """
     from mmdit.checkpoints.load import load_controlnet
 

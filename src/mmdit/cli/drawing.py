@@ -116,7 +116,7 @@ def _workflow(settings: Settings) -> Mapping[str, Any] | None:
 
 
 def _is_alike(pipe: Pipeline, before: Settings) -> bool:
-    """Whether dtype and quantization are those of a picture, so that digests can be compared."""
+    """Whether the pipeline has the dtype and quantization of a picture, so that digests can be compared."""
     return (str(pipe.dtype).removeprefix("torch."), pipe.quant) == (before.dtype, before.quant)
 
 
@@ -137,7 +137,7 @@ def _filled(options: Namespace, before: Settings | None, note: Note) -> Namespac
     """The options, filled in from a picture's settings, then from defaults; None is left to profile and model."""
     ask = Namespace(**vars(options))
     said = {} if before is None else {option: getattr(before, setting) for option, setting in TAKEN.items()}
-    if before is not None and not before.dtype:  # which a picture of ComfyUI does not say
+    if before is not None and not before.dtype:  # a picture of ComfyUI does not record the dtype
         del said["dtype"]
     said |= {"seed": [0 if before is None else before.seed]}
     for option, value in ({"negative_prompt": "", "profile": "diffusers"} | said).items():
@@ -308,9 +308,9 @@ def _drawn(
 
 
 def _batches(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:
-    """The pictures that are drawn at once, in order: at most --batch, of prompts equally long for the encoders.
+    """The batches of pictures, in order: at most --batch pictures, whose prompts have equal lengths for the encoders.
 
-    Shorter prompts would be filled up to the longest of a batch, which changes their pictures.
+    Shorter prompts would be padded to the longest prompt of a batch, which changes their pictures.
     """
     for _, alike in groupby(pictures, key=lambda picture: ask.batch > 1 and _lengths(pipe, ask, picture[0])):
         while batch := list(islice(alike, ask.batch)):

@@ -1,4 +1,4 @@
-"""The picture and the mask that `mmdit generate` starts from: read, fitted and enlarged before a model is loaded."""
+"""The input picture and mask of `mmdit generate`: read, fitted and enlarged before a model is loaded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _OF_MASK = ("padding_mask_crop", "keep_outside", "differential")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the pipeline is given."""
+    """The picture arguments of a call of the pipeline, and the settings that describe them."""
 
     arguments: dict[str, Any] = field(default_factory=dict)  # of `mmdit.Pipeline.__call__`
-    settings: dict[str, Any] = field(default_factory=dict)  # what pictures keep besides what the pipeline knows
+    settings: dict[str, Any] = field(default_factory=dict)  # settings that the pipeline does not know
 
 
 def read_inputs(ask: Namespace, before: Settings | None, profile: Profile, note: Note) -> Inputs:
@@ -44,9 +44,9 @@ def read_inputs(ask: Namespace, before: Settings | None, profile: Profile, note:
 
     Args:
         ask: the options, filled in from a picture's settings.
-        before: those settings.
-        profile: which says the size of a drawing that is given none.
-        note: tells the user something that is not an error.
+        before: the settings of the picture that is drawn again; None without one.
+        profile: the profile, which decides the default size of a drawing.
+        note: prints a note that is not an error.
 
     Raises:
         UsageError: options do not go together.
@@ -76,7 +76,7 @@ def borders_of(text: str) -> dict[str, int]:
     """The numbers of --outpaint LEFT,TOP,RIGHT,BOTTOM[,FEATHER], in pixels.
 
     Raises:
-        ValueError: others.
+        ValueError: the text does not have this form.
     """
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -93,7 +93,7 @@ def borders_of(text: str) -> dict[str, int]:
 
 
 def _check_files(ask: Namespace, before: Settings | None) -> None:
-    """A picture that was drawn from others is drawn again from the same."""
+    """Raise ValueError if a picture is to be drawn again and its input files are not given."""
     if before is None:
         return
     for option, name, digest in (
@@ -135,7 +135,7 @@ def _check_together(ask: Namespace) -> None:
 
 
 def _compare(ask: Namespace, before: Settings, picture: Tensor, mask: Tensor | None, note: Note) -> None:
-    """Tell where a file holds other pixels than the one that a picture was drawn from."""
+    """Print a note if a file has other pixels than the file that the picture was drawn from."""
     for option, values, digest in (
         ("image", picture.movedim(-1, 1), before.image_digest),
         ("mask", mask, before.mask_digest),
@@ -177,7 +177,7 @@ def _enlarged(
 def _fitted(
     ask: Namespace, picture: Tensor, mask: Tensor | None, borders: dict[str, int]
 ) -> tuple[Tensor, Tensor | None]:
-    """What is inside of the borders, at the size that is left for it."""
+    """The picture and the mask, resized to the size inside of the borders."""
     height = ask.height - borders["top"] - borders["bottom"]
     width = ask.width - borders["left"] - borders["right"]
     if min(height, width) < 1:

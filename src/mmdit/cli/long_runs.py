@@ -13,8 +13,8 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
 from samplers import SOLVERS
 
-_LONG = 120.0  # seconds of which users are told beforehand
-_SMALL = 3e8  # parameters of a transformer that is never slow
+_LONG = 120.0  # runs of more seconds are announced
+_SMALL = 3e8  # transformers with fewer parameters are not timed
 
 
 def note_long_run(pipe: Pipeline, ask: Namespace, pictures: int, note: Note) -> None:
@@ -38,7 +38,7 @@ def note_long_run(pipe: Pipeline, ask: Namespace, pictures: int, note: Note) -> 
 
 
 def seconds_of(model: MMDiT, size: int, batch: int, dtype: torch.dtype, *, text: int = 333) -> float:
-    """An estimate of a step's seconds on this CPU: its operations by the speed of one matrix product."""
+    """Estimate the seconds of a step on this CPU: its operations divided by the measured speed of a matrix product."""
     from mmdit.bench.step import Work
 
     work = Work.of(model, size, text, batch)

@@ -56,7 +56,7 @@ class Output:
             return save_png(image, path, settings, workflow=workflow)
         except BaseException as error:
             if self.keep:
-                path.unlink()  # what was claimed is empty
+                path.unlink()  # the reserved file is empty
             if isinstance(error, OSError) and error.errno is not None:
                 raise type(error)(error.errno, error.strerror, str(path)) from error  # a full disk names no file
             raise
@@ -78,7 +78,7 @@ class Output:
             raise ValueError(f"{option} {self.path}: nothing can be written to {folder} ({error.strerror})") from error
 
     def _longest(self) -> Path:
-        """A name as long as numbered names become."""
+        """A name of the maximum length of the numbered names."""
         return self.path.with_stem(f"{self.path.stem}-{self.count}")
 
     def _next_free(self) -> int:

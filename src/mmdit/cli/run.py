@@ -11,7 +11,7 @@ LIMITS = "pixels, batch, steps, nodes, characters, tokens, prompts"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The workflow, its folders, and what is changed in it."""
+    """Add the workflow, its folders, and changes of its values."""
     more = parser.add_argument
     more("workflow", metavar="FILE", help="workflow in API or UI form (.json), or a PNG that holds one")
     models = "ComfyUI's folder or its models folder; several are looked through in order (default: demo, which offers "

@@ -1,4 +1,4 @@
-"""`mmdit workflow`: say what a ComfyUI workflow does, and which files it wants."""
+"""`mmdit workflow`: describe a ComfyUI workflow, and the files that it needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmdit.cli.console import say
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The workflow and the folders in which its files are looked for."""
+    """Add the workflow, and the folders in which its files are searched."""
     parser.add_argument("workflow", metavar="FILE", help="workflow in API or UI form (.json), or a PNG that holds one")
     models = "ComfyUI's folder or its models folder, to say which files are missing (default: only what is wanted)"
     parser.add_argument("--models", nargs="+", metavar="FOLDER", help=models)

@@ -1,1 +1,1 @@
-"""Does it compute the same? compare and verify."""
+"""Compare two pipelines stage by stage (`compare`), and verify a checkpoint against diffusers (`verify`)."""

@@ -1,4 +1,4 @@
-"""Two pipelines over the same prompt and the same noise, stage by stage: where they differ beyond rounding, and why."""
+"""Run two pipelines on the same prompt and noise, and find the stages that differ beyond rounding, and the reasons."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mmdit.parity.taps import Job
 from mmdit.utils import whole
 
 _EXACT = 0.0  # token ids are right or wrong, and so are the 8-bit values of equal pixels
-# How many eps a stage may be off, from equal inputs. A block rounds about 16 times in a row, each time by half an eps,
-# which adds up to 16**0.5 halves; four times that for what layers make of it. Seen: 1.6 in blocks of full width with
-# outliers of 300, 2.8 in a pooled vector of the embedded model.
+# The relative error allowed for a stage with equal inputs, in units of eps. A block rounds about 16 times in sequence,
+# each time by half an eps, which adds up to 16**0.5 halves; a factor of four allows for amplification in layers.
+# Measured: 1.6 in blocks of full width with outliers of 300, 2.8 in a pooled vector of the embedded model.
 _STAGE = 8
 _FLOAT32 = float(torch.finfo(torch.float32).eps)  # sums, schedules, sinusoids and pixels are float32 at every dtype
 
@@ -78,14 +78,14 @@ def compare(
 
 
 def _runs(a: Side, b: Side, job: Job, noise: Tensor) -> Runs:
-    """Run both sides. diffusers' values are kept, because diffusers cannot take prompts of different lengths."""
+    """Run both sides. The values of diffusers' side are kept, because it cannot run prompts of different lengths."""
     a_is_kept = isinstance(b, OurSide) and not isinstance(a, OurSide)
     first, second = (a, b) if a_is_kept else (b, a)
     return measure(second, job, noise, keep(first, job, noise), a_is_kept=a_is_kept)
 
 
 def _common_noise(a: Side, b: Side, job: Job) -> Tensor:
-    """a's noise, in numbers that both sides' dtypes hold."""
+    """a's noise, rounded to values that the dtypes of both sides represent exactly."""
     noise, other = a.noise(job), b.noise(job)
     if noise.shape != other.shape:
         raise ValueError(
@@ -121,7 +121,7 @@ def _tolerance(name: str, rounding: Mapping[Component, float], job: Job, depth: 
     own = rounding.get(component_of(name) or "transformer", rounding["transformer"])
     step = re.match(r"step (\d+) velocity", name)
     if step and int(step[1]) not in job.looked:
-        return own * math.sqrt(depth)  # nothing was replaced inside: the blocks add up
+        return own * math.sqrt(depth)  # no value was replaced inside: the errors of the blocks add up
     if re.fullmatch(r"step \d+ (guided|latent)", name):
         return own * (1 + job.guidance / _STAGE)  # guidance multiplies the rounding of both branches by 2 x scale - 1
     return own

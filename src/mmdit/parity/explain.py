@@ -15,9 +15,9 @@ from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.parity.sides import Side
 
-# Fields of a profile by the stages that they show in first; one that is not here is always named.
+# Regular expressions of the stages in which each field of a profile first has an effect; other fields always appear.
 _CONCERN = {
-    # Both run with the same numbers and draw one picture; the shift in use is compared itself.
+    # Both sides run with the same numbers and draw one picture; the effective shift is compared separately.
     r"name|steps|guidance_scale|shift|one_seed|odd_latents|skip_.*": r"(?!)",
     r"schedule": r"sigmas|timesteps",
     r"first_level": r"step 0 input latent",
@@ -35,7 +35,7 @@ _CONCERN = {
     r"text\.(t5_.*|long_t5|missing_t5)": r"\w+ t5 .*",
     r"text\..*": r"(prompt|negative) .*",
 }
-# Entries of config.json files that say nothing about how a prompt becomes a picture, or that one side does not keep.
+# Entries of config.json files that do not affect the picture, or that one side does not keep.
 _UNSAID = r"_.*|architectures|model_type|sample_size|force_upcast|tie_.*|is_encoder_decoder|(bos|pad|eos)_token_id"
 
 
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 def explain(a: Side, b: Side, failed: Sequence[str], tokens: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
-    """Lines that say why these stages differ, as far as that is known.
+    """Lines with the known reasons why these stages differ.
 
     Args:
         a, b: The two sides.
@@ -73,7 +73,7 @@ def component_of(stage: str) -> Component | None:
 
 
 def differing_ids(a: Tensor, b: Tensor) -> str:
-    """How many ids differ and which is the first; lengths, where they differ."""
+    """Describe how two sequences of token ids differ: the number of different ids, the first one, and the lengths."""
     shared = min(len(a), len(b))
     places = (a[:shared] != b[:shared]).nonzero().flatten().tolist()
     said = [f"{len(a)} tokens in a, {len(b)} in b"] if len(a) != len(b) else []

@@ -1,4 +1,4 @@
-"""Measuring one run of a pipeline against the values that were kept of another, stage by stage."""
+"""Measure one run of a pipeline against the values that were kept from another run, stage by stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 class Kept:
-    """A tap that keeps every value, in rows (along the batch) on the CPU, so that batches may be cut differently."""
+    """A tap that keeps every value on the CPU, split into rows of the batch, so that batch sizes may differ."""
 
     def __init__(self) -> None:
         self.rows: dict[str, list[Tensor]] = {}
@@ -28,7 +28,7 @@ class Kept:
 
 
 class Score:
-    """The difference of the rows of one stage: those of the run that is measured, and those that were kept."""
+    """The difference between the measured and the kept rows of one stage."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[Shape, Shape | None]] = []
@@ -37,7 +37,7 @@ class Score:
         self.finite = [True, True]  # whether all values of the measured and of the kept run are finite
 
     def add(self, row: Tensor, kept: Tensor | None) -> None:
-        """A row and its partner, if there is one; of rows of different lengths, what both have is measured."""
+        """Add a row and its counterpart, if there is one; of rows of different lengths, the common part is measured."""
         self.shapes.append((tuple(row.shape), None if kept is None else tuple(kept.shape)))
         if kept is None:
             return
@@ -58,7 +58,7 @@ class Score:
 
     @property
     def fits(self) -> bool:
-        """Whether every row has a partner of its shape."""
+        """Whether every row has a counterpart of the same shape."""
         return all(shape == kept for shape, kept in self.shapes)
 
     @property
@@ -67,17 +67,17 @@ class Score:
         return (len(self.shapes), *self.shapes[0][0])
 
     def relative(self, base: int) -> float:
-        """The error by the size of the measured rows (0) or the kept ones (1), if that is not 0; inf if it is NaN."""
+        """The error relative to the norm of the measured (0) or kept (1) rows, unless that is 0; inf if it is NaN."""
         error = math.sqrt(self._error) / (math.sqrt(self._sizes[base]) or 1.0)
         return error if math.isfinite(error) else math.inf
 
 
 class Against:
-    """A tap that measures every value against the one that was kept of another run.
+    """A tap that measures every value against the value that was kept from another run.
 
     Args:
         kept: The values of the other run.
-        feed: Continue with the kept value after every stage, so that no error reaches the next one.
+        feed: Continue with the kept value after every stage, so that no error reaches the next stage.
     """
 
     def __init__(self, kept: Kept, *, feed: bool) -> None:
@@ -97,9 +97,9 @@ class Against:
 
 
 def _instead(value: Tensor, kept: list[Tensor]) -> Tensor:
-    """The kept rows in place of a value, unless they are of another kind or number.
+    """Replace a value with the kept rows, unless their shape or number differs.
 
-    A single row may be longer or shorter: what reads the tokens of one prompt reads any number of them.
+    A single row may be longer or shorter, because the layers after it accept any number of tokens.
     """
     lengths = slice(1 if len(value) == 1 else 0, None)
     fit = all(row.ndim == value.ndim - 1 and row.shape[lengths] == value.shape[1:][lengths] for row in kept)

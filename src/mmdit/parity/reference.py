@@ -1,4 +1,4 @@
-"""diffusers' pipeline of a checkpoint of any layout: the live reference of comparisons.
+"""Load a checkpoint of any layout into diffusers' pipeline, the live reference of comparisons.
 
 It needs the extra `test`, which brings diffusers and transformers.
 """
@@ -40,10 +40,10 @@ def libraries() -> tuple[Any, Any]:
 def load_diffusers(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, str]:
-    """diffusers' `StableDiffusion3Pipeline` of a checkpoint of any layout, and where its weights come from.
+    """Load diffusers' `StableDiffusion3Pipeline` from any layout; also returns where the weights come from.
 
-    A checkpoint that diffusers cannot read where it lies is rewritten for it in a temporary folder, which takes the
-    checkpoint's size on disk while it is read.
+    A checkpoint that diffusers cannot read directly is rewritten to a temporary folder, which temporarily takes as much
+    disk space as the checkpoint.
 
     Args:
         folder: A folder or file of any layout, or owner/name on the Hugging Face Hub.

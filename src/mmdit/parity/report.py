@@ -1,4 +1,4 @@
-"""The result of a comparison: a table for people, JSON for programs."""
+"""The result of a comparison, as a readable table and as JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _LEGEND = (
 class Limits(NamedTuple):
     """The largest relative errors of a stage that pass."""
 
-    alone: float  # both sides computed the stage from the same inputs
-    carried: float = math.inf  # two whole runs
+    alone: float  # limit where both sides compute the stage from the same inputs
+    carried: float = math.inf  # limit between two undisturbed runs
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Stage:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """All stages of a comparison in the order of computation; printed, a table and a verdict."""
+    """All stages of a comparison in the order of computation; printing shows a table and a verdict."""
 
     a: str
     b: str
     settings: str
     stages: tuple[Stage, ...]
     explanation: tuple[str, ...]  # reasons why stages differ beyond rounding, as far as they are known
-    reasons: tuple[str, ...] = ()  # why the limits are what they are, where they are fixed
+    reasons: tuple[str, ...] = ()  # the reasons for fixed limits
 
     @property
     def first(self) -> Stage | None:
@@ -115,7 +115,7 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def _folded(stages: Sequence[Stage]) -> Iterator[Stage]:
-    """One row for layers, for blocks and for steps that were not looked into, where they agree."""
+    """Combine the rows of layers, of blocks and of steps that were not inspected, where they agree."""
     looked = {stage.name.split()[1] for stage in stages if stage.name.endswith(" guided")}
 
     def group(stage: Stage) -> str | None:

@@ -1,9 +1,9 @@
-"""Runs of two pipelines: the values of one are kept, the other is measured against them, stage by stage.
+"""Run two pipelines: the values of one are kept, and the other is measured against them, stage by stage.
 
 One side runs first, and the values of all its stages are kept. The other side then runs twice. In the first run it
-continues after every stage with the kept value in place of its own: both sides compute each stage from the same inputs,
-so the error of a stage is its own, and a fault does not hide those that follow. The second run is undisturbed and says
-how far the two pipelines drift apart in all.
+continues after every stage with the kept value instead of its own. Both sides thus compute each stage from the same
+inputs, and a fault in one stage does not hide faults in later ones. The second run is undisturbed and shows how far the
+two pipelines drift apart in total.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Runs(NamedTuple):
 
     kept: Kept
     alone: Against  # every stage computed from the kept inputs
-    whole: Against  # a run that was left to itself
+    whole: Against  # an undisturbed run
     a_is_kept: bool
 
     def pair(self, measured: T, kept: T) -> tuple[T, T]:
-        """What belongs to a, and what belongs to b."""
+        """Order a measured and a kept value as (value of a, value of b)."""
         return (kept, measured) if self.a_is_kept else (measured, kept)
 
     @property

@@ -1,4 +1,4 @@
-"""The two kinds of pipeline that can be compared, ours and diffusers', seen alike."""
+"""A common interface for the two kinds of pipelines that can be compared, ours and diffusers'."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _THEIRS = (
 
 
 class Side(ABC):
-    """A pipeline, and what a comparison asks of it."""
+    """The interface of a pipeline for comparisons."""
 
     models: Mapping[Component, nn.Module]
     modules: Modules
@@ -71,7 +71,7 @@ class Side(ABC):
 
     @abstractmethod
     def config(self, component: Component) -> Mapping[str, Any]:
-        """A model's config in the words of diffusers and transformers."""
+        """A model's config with the names of diffusers and transformers."""
 
     @abstractmethod
     def weights(self, component: Component) -> Mapping[str, LazyTensor]:
@@ -87,7 +87,7 @@ class Side(ABC):
         return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def longest_sum(self, component: Component) -> int:
-        """Products that a model's widest layer adds up for one number."""
+        """The number of products in the longest dot product of a model's layers."""
         return max(weight[0].numel() for weight in self.models[component].parameters() if weight.ndim > 1)
 
     def _words(self) -> str:
@@ -155,7 +155,7 @@ class OurSide(Side):
             run.in_step("guided")(step.denoised)
             step.x = x = run.tap(f"step {run.step} latent", step.x)
             run.step += 1
-        # What is not finite is a stage to be shown, not an error.
+        # Values that are not finite appear in the comparison instead of raising an error.
         return pipe.decode(run.tap("final latent", x.to(pipe.dtype)), finite=False)
 
     def eight_bits(self, pixels: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class OurSide(Side):
 
 
 class TheirSide(Side):
-    """A live `diffusers.StableDiffusion3Pipeline`, or what has its parts."""
+    """A live `diffusers.StableDiffusion3Pipeline`, or an object with the same components."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.profile = pipe, PROFILES["diffusers"]

@@ -1,4 +1,4 @@
-"""Looking into a run of a pipeline: every stage is passed through a function that may keep, measure or replace it."""
+"""Taps: pass every stage of a run through a function that may keep, measure or replace the value."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Job(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """Where a pipeline keeps what is looked into; the same names on both sides, those of the official files."""
+    """The modules of a pipeline that are tapped, under the names of the official files on both sides."""
 
     encoders: Mapping[Component, nn.Module]
     transformer: nn.Module
@@ -53,7 +53,7 @@ class Modules(NamedTuple):
 
 @dataclass
 class Run:
-    """Where a run has got to, which is what stages are named by."""
+    """The progress of a run, from which the names of stages are made."""
 
     tap: Tap
     job: Job
@@ -64,7 +64,7 @@ class Run:
     batch: list[str] = field(default_factory=list)  # which branch each row of the transformer's batch is
 
     def named(self, name: str) -> Change:
-        """Tap under this name."""
+        """Return a function that passes a value through the tap under this name."""
         return lambda value: self.tap(name, value)
 
     def of_text(self, name: str) -> Change:
@@ -76,7 +76,7 @@ class Run:
         return lambda value: self.tap(f"step {self.step} {name}", value) if self.step in self.job.looked else value
 
     def ids(self, encoder: Component) -> Change:
-        """Tap what an encoder reads, and note how long it is."""
+        """Tap the token ids of an encoder, and record their number."""
 
         def change(ids: Tensor) -> Tensor:
             ids = self.tap(f"{self.prompt} {encoder} tokens", ids)
@@ -86,7 +86,7 @@ class Run:
         return change
 
     def contexts(self, context: Tensor) -> Tensor:
-        """Tap what the transformer reads of the prompts, and note which row is of which."""
+        """Tap the context that the transformer gets, and record the branch of each row."""
         context = self.in_step("input context")(context)
         known = [(branch, of_prompt[0].to(context)) for branch, of_prompt in self.branches.items()]
         self.batch = [next((branch for branch, one in known if torch.equal(one, row)), "other") for row in context]
@@ -100,7 +100,7 @@ class Run:
 
 @contextmanager
 def tapped(modules: Modules, run: Run) -> Iterator[None]:
-    """Pass the stages of all calls inside through the run's tap; nothing stays behind."""
+    """Within the context, pass the stages of all calls through the run's tap; all hooks are removed at the end."""
     with hooks(_hooks(modules, run)):
         yield
 

@@ -1,4 +1,4 @@
-"""A user's own weights, here and in diffusers: a comparison with fixed limits, from the prompt to the pixels.
+"""Verify a checkpoint: compare our pipeline with diffusers' on the same weights, from the prompt to the pixels.
 
 `verify` is `compare` of our pipeline with diffusers' on the same weights. It holds every stage to a fixed limit instead
 of one that follows from the dtype, and latents and pixels of the two whole runs to limits of their own.

@@ -155,9 +155,9 @@ def _again(solver: Solver, x: Tensor, sigmas: Tensor, generators: Generators) ->
 
 
 def next_noise(x: Tensor, generators: Generators) -> Tensor:
-    """Noise like x of the seeds after those of the generators, drawn on the CPU; of torch's state without generators.
+    """Noise with the shape of x, drawn on the CPU from each generator's seed + 1; without generators, from torch's.
 
-    ComfyUI lays it over the picture outside of a mask, where the sampler is "ddim".
+    For the sampler "ddim", ComfyUI adds it to the picture outside of a mask.
     """
     seeds = _seeds(generators)
     drawn_by: Generators = None

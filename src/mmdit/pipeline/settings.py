@@ -32,7 +32,7 @@ from mmdit.utils import replacing
 from quant.tensor import Float8Tensor
 
 KEYWORD = "mmdit"
-WORKFLOW_KEYWORD = "prompt"  # ComfyUI's, of a graph in API form
+WORKFLOW_KEYWORD = "prompt"  # ComfyUI's keyword for a graph in API form
 FORMAT_VERSION = (
     4  # of the settings; a new field needs a new version, and `Settings.from_json` fills it in for old versions
 )
@@ -76,7 +76,7 @@ _BROKEN = (
 )
 
 
-# With a default, and not among those that the last line of a repr lists where they differ from it.
+# Fields with a default that the last line of a repr does not list.
 _SHOWN = ("guidance", "model_digest", "library_version", "format_version")
 
 
