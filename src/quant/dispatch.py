@@ -12,7 +12,7 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {}
 
 
 def implements(*functions: object) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter the decorated function into `OPERATIONS` under these operations of aten."""
+    """Register the decorated function in `OPERATIONS` for these aten operations."""
 
     def register(operation: Callable[..., object]) -> Callable[..., Any]:
         OPERATIONS.update(dict.fromkeys(functions, operation))

@@ -84,7 +84,7 @@ def _larger(a, b):
 @no_type_check  # what annotations mean here is Triton's
 @triton.jit
 def largest_of(size):
-    """The largest of a vector of absolute values; NaN where one is."""
+    """The largest of a vector of absolute values; NaN if any of them is NaN."""
     return tl.reduce(size, 0, _larger)
 
 

@@ -57,7 +57,7 @@ def unread_quantization(
     """What quantization a file has that is not read here: one sentence that names it, or "" where it has none.
 
     Readers call it before they compare keys and shapes, because such weights have other shapes and dtypes and would be
-    called mis-shaped. It recognises bitsandbytes, NVFP4, MXFP8, 8-bit integers with scales, GPTQ, AWQ, SVDQuant,
+    reported as shape errors. It recognises bitsandbytes, NVFP4, MXFP8, 8-bit integers with scales, GPTQ, AWQ, SVDQuant,
     optimum-quanto, formats that ComfyUI's metadata names, and whatever a config.json calls `quantization_config`. (GGUF
     is a file format of its own.) It does not raise.
 

@@ -19,12 +19,12 @@ _AT_ONCE: Final = 4096 * 4096  # elements that are rounded at a time; the random
 
 
 def stochastic_codes(values: Tensor, format: Format, seed: int) -> Tensor:
-    """The codes of values, float8 of the format; values beyond its reach become its largest number.
+    """The codes of values, float8 of the format; values beyond its range become its largest number.
 
     Args:
         values: Numbers of at least one dimension, floating point.
         format: The format of the codes.
-        seed: Of the generator, on the device of the values.
+        seed: The seed of the generator, which runs on the device of the values.
     """
     generator = torch.Generator(device=values.device).manual_seed(seed)
     codes = torch.empty_like(values, dtype=FLOAT8_FORMATS[format].dtype)

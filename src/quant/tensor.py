@@ -1,7 +1,7 @@
 """`Float8Tensor`: float8 qdata and their scale in place of a Linear's weight.
 
-The tensor has the shape and the dtype (its logical dtype) of the weight that it replaces, so that model code does not
-know of it. `quant.operations` holds the operations that it supports; any other operation raises and names itself.
+The tensor has the shape and the dtype (its logical dtype) of the weight that it replaces, so that model code works
+unchanged. `quant.operations` holds the operations that it supports; any other operation raises and names itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Float8Tensor(Tensor):
     """A weight, or a stack of weights, as float8 codes and their scale: value = qdata * scale.
 
-    A Float8Tensor is not trained: the codes have no neighbours that a small gradient step would reach. Gradients pass
+    A Float8Tensor cannot be trained: a small gradient step is less than the distance between two codes. Gradients pass
     through products to the other factor, so biases, norms and adapters around it train. `requires_grad_(True)`,
     `requires_grad = True` and `module.requires_grad_(True)` raise; `nn.Parameter(tensor)` and
     `load_state_dict(assign=True)`, which ask for gradients by default, keep `requires_grad` False.

@@ -145,7 +145,7 @@ def hires(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
 
 
 def inversion(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
-    """How near a scene comes that is drawn from the noise that its inversion found."""
+    """How close a scene is to its redrawing from the noise that inversion found."""
     del how
     batch, rng = sample(scenes, SEED + 3), random.Random(SEED + 3)
     pictures, texts = render(batch), [caption(scene, rng) for scene in batch.words()]

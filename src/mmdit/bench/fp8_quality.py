@@ -1,8 +1,8 @@
 """What each float8 recipe costs in quality: `mmdit bench quality --output FOLDER`.
 
 Every recipe draws the same prompts from the same noise as the model that is not quantized. A row says how much of what
-prompts state is in the pictures, how close they are to its pictures, and how their distribution lies to that of
-rendered scenes.
+prompts state is in the pictures, how close they are to that model's pictures, and how far their distribution is from
+that of rendered scenes.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def quality(
     seconds: float,
     device: str,
 ) -> Quality:
-    """Hold the pictures of a row against those not quantized; differences of pictures are taken on `device`."""
+    """Compare the pictures of a row with the unquantized model's; `device` computes the differences."""
     closeness = []
     for pair in zip(drawn.pictures.split(128), base.pictures.split(128), strict=True):
         a, b = (pictures.to(device).float() / 255 for pictures in pair)

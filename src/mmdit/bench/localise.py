@@ -3,7 +3,7 @@
 The embedded model draws prompts while `mmdit.attention_maps` watches their colour and shape words. The objects that
 such a word means are found in the drawn picture. A word points at them where more of its map lies inside of them than
 their share of the picture: the table gives share of map / share of area, 1 for a map that knows nothing of the word.
-The same of the other objects tells "points at its object" from "points at objects".
+The same ratio for the other objects tells "points at its object" from "points at objects".
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Shares:
-    """Of one word of one picture. Shares of maps are [directions, encoders, blocks + 1], the last that of the mean map;
-    NaN where there are no others.
+    """Measurements of one word in one picture.
+
+    Shares of maps are [directions, encoders, blocks + 1]; the last block index is the mean map. Shares of the other
+    objects are NaN where there are none.
     """
 
     prompt: int

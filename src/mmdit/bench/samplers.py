@@ -57,7 +57,7 @@ class Plan:
     guidance: float = 4.5
     fine: int = 100  # steps of the run that counts as exact
     batch: int = 32
-    minutes: float = float("inf")  # nothing is started that would end later
+    minutes: float = float("inf")  # no run is started that would end after this time
     pool: Executor | None = field(default=None, compare=False)  # processes that score pictures
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ __all__ = ["MAX_OBJECTS", "SIDE", "SIZES", "Scene", "SceneObject", "Scenes", "fr
 
 SIDE = 128
 MAX_OBJECTS = 4
-# Extent in pixels before rotation. The wide gap between them is what makes a size readable.
+# Extents in pixels before rotation. The wide gap between the two ranges makes sizes easy to tell apart.
 SIZES: dict[str, tuple[float, float]] = {"small": (23.0, 27.0), "large": (38.0, 46.0)}
 GAP = 6.0  # pixels between the boxes of two objects
 MARGIN = 2.0  # pixels between a box and the border
@@ -90,7 +90,7 @@ def sample(n: int, seed: int | torch.Generator) -> Scenes:
     """Draw `n` scenes on the CPU, the same for the same seed wherever they are drawn later.
 
     Args:
-        n: how many.
+        n: number of scenes.
         seed: a seed, or a CPU generator to draw from.
 
     Raises:
@@ -113,7 +113,7 @@ def sample(n: int, seed: int | torch.Generator) -> Scenes:
 
 
 def from_words(scenes: Sequence[Scene]) -> Scenes:
-    """Return scenes given in words as a batch, without tilt and tint; nothing checks that their objects keep apart.
+    """Return scenes given in words as a batch, without tilt and tint; overlap of objects is not checked.
 
     Raises:
         ValueError: an unknown name, or more than `MAX_OBJECTS` objects.
@@ -183,7 +183,7 @@ def _places(half: Tensor, count: Tensor, g: torch.Generator) -> tuple[Tensor, Te
 
 
 def _place_once(half: Tensor, count: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Try once: one object after the other takes the first of `_TRIES` random places that is free."""
+    """Try once: each object in turn takes the first free place among `_TRIES` random places."""
     n = len(half)
     places = torch.zeros(2, n, MAX_OBJECTS)
     fits = torch.ones(n, dtype=torch.bool)

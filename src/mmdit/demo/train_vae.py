@@ -75,10 +75,10 @@ def fold_scale(vae: VAE, raw: Tensor) -> float:
 def latents_of(run: Run, vae: VAE, scenes: Scenes, space: str = "model") -> Tensor:
     """The most likely latents of scenes, bfloat16 [n, 16, 16, 16], in the model's space or "raw".
 
-    The mode, not a sample: the posterior's noise is what the decoder ignores, and the transformer need not learn it.
+    The mode is used because the decoder ignores the posterior's noise, so the transformer need not learn it.
     """
     into = []
-    dtype = torch.float16 if run.device.type == "cuda" else torch.float32  # what a pipeline computes in there
+    dtype = torch.float16 if run.device.type == "cuda" else torch.float32  # the dtype in which a pipeline decodes
     vae = copy.deepcopy(vae).to(dtype)
     for first in range(0, len(scenes), _RENDERED):
         latent = vae.encode(2 * render(scenes[first : first + _RENDERED]).to(dtype) - 1).mode()
@@ -100,7 +100,7 @@ def round_trip(run: Run, vae: VAE) -> tuple[float, float]:
         decoded = decoded.clamp(0, 1)
         errors.append((decoded - pictures).square().mean())
         chosen = slice(first, first + size)
-        # A neighbour's caption is mostly false here, so that "true" alone is no way to pass.
+        # A neighbour's caption is mostly false here, so a scorer that always answers "true" fails the check.
         said = [captions[i : i + 1] + captions[i - 1 : i] for i in range(len(scenes))][chosen]
         verdicts.append(run.pool.submit(_agreement, decoded.cpu().numpy(), words[chosen], said))
     shares = [future.result() for future in verdicts]

@@ -19,7 +19,7 @@ from mmdit.demo.shapes import BACKGROUNDS, COLOURS, SHAPES, coverage, palette, u
 
 __all__ = ["UNKNOWN", "Found", "Parsed", "masks", "parse", "parse_batch", "symbolic"]
 
-UNKNOWN = "unknown"  # the shape of a region that is like none of ours
+UNKNOWN = "unknown"  # the shape name of a region that matches no template
 MIN_CORE = 24  # pixels of a region that an erosion by one pixel must leave: a true 23 px star leaves 60 and more
 MIN_FIT = 0.88  # similarity to the best template: true shapes reach 0.95 after noise and blur, other regions less
 _LIMIT = sum(SIZES["small"][1:] + SIZES["large"][:1]) / 2  # pixels between small and large
@@ -52,7 +52,7 @@ class Parsed:
 
 
 def parse(picture: Float[Tensor, "3 h w"]) -> Parsed:
-    """Return what one RGB picture in [0, 1] shows. The prompt is not an input, so it cannot help."""
+    """Return what one RGB picture in [0, 1] shows. The reading depends on pixels alone."""
     return parse_batch(picture[None])[0]
 
 
@@ -93,7 +93,7 @@ def _parse_chunk(pictures: Tensor) -> list[Parsed]:
 
 def _background(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """Return the index of the background colour that most pixels are nearest to, and their mean colour [b, 3]."""
-    pictures = pictures[:, :, ::2, ::2]  # a quarter of the pixels says the same
+    pictures = pictures[:, :, ::2, ::2]  # a quarter of the pixels suffices
     grounds = palette(BACKGROUNDS).to(pictures.device)
     known = torch.cat([grounds, palette(COLOURS).to(pictures.device)])
     nearest = _nearest(pictures, known.expand(len(pictures), -1, -1))
@@ -128,7 +128,7 @@ class _Regions:
 
 
 def _regions(names: Tensor) -> _Regions:
-    """Return the connected regions of one colour that are no specks."""
+    """Return the connected regions of one colour that survive the erosion."""
     labels = _connected(names)
     picture, row, column = (labels >= 0).nonzero().unbind(1)
     label = labels[picture, row, column]
@@ -145,7 +145,7 @@ def _regions(names: Tensor) -> _Regions:
 
 
 def _ends(label: Tensor, at: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Return the first pixel edge and the last of each of `n` labels along one axis."""
+    """Return the first and last pixel edges of each of `n` labels along one axis."""
     low = torch.full((n,), 1 << 30, device=at.device).scatter_reduce(0, label, at, "amin")
     return low, torch.zeros(n, dtype=at.dtype, device=at.device).scatter_reduce(0, label, at, "amax") + 1
 

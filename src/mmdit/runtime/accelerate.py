@@ -1,6 +1,6 @@
-"""A model made faster, and what was chosen for it: few kernels, tables that are computed ahead, CUDA graphs.
+"""The fast path of a model: fused kernels, precomputed modulation tables and CUDA graphs, with a report of the choices.
 
-Nothing of the model is replaced: `Accelerated.velocity` computes what the model computes, over the same parameters.
+The model is left unchanged: `Accelerated.velocity` computes the same function from the same parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one Linear of each stream runs on."""
+    """The dtype or float8 backend of one Linear in each stream."""
 
     name: str
     runs: str  # dtype or float8 backend
@@ -41,7 +41,7 @@ class LayerChoice:
 
 @dataclass
 class AccelerationReport:
-    """What was chosen for a model; attention and graphs are known once a step has run."""
+    """The choices made for a model; those of attention and graphs are known once a step has run."""
 
     kernels: str  # "Triton" or "plain torch"
     graph: bool
@@ -88,9 +88,9 @@ class Accelerated:
         self.attention = BestAttention(attention)
         self.graphs = Graphs(graphs)
         self._version: object = None
-        self._planned: tuple[float, ...] = ()  # timesteps of the drawing that is under way, falling
+        self._planned: tuple[float, ...] = ()  # timesteps of the current drawing, descending
         self._texts: dict[tuple[int, ...], _Text] = {}
-        self._lock = Lock()  # of the memory that graphs read and write
+        self._lock = Lock()  # guards the buffers that the graphs read and write
         self.begin()
         ACCELERATED.setdefault(model, WeakSet()).add(self)
 
@@ -123,7 +123,7 @@ class Accelerated:
         ACCELERATED.get(self.model, WeakSet()).discard(self)
 
     def _refresh(self) -> None:
-        """Notice what has changed in the model since."""
+        """Detect changes of the model since the fast forward was built."""
         _check_whole(self.model)
         version = version_of(self.model)
         if version != self._version:
@@ -269,5 +269,5 @@ def _check_whole(model: MMDiT) -> None:
 
 
 def _is_plain(slot: nn.Module) -> bool:
-    """Whether a slot holds torch's attention and nothing else."""
+    """Return whether a slot holds exactly torch's attention."""
     return type(slot) is Attend and not slot.strategies and slot.kernel is F.scaled_dot_product_attention

@@ -1,4 +1,4 @@
-"""Exact attention by what is there: the kernel that is quickest at a shape, found by measuring once."""
+"""Exact attention by the fastest installed kernel for each shape, chosen by measuring once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     name: str
     kernel: Attention
     milliseconds: dict[str, float]  # of one attention, by kernel
-    refused: dict[str, str]  # by kernel, what it said
+    refused: dict[str, str]  # error message of each kernel that failed
 
 
 class BestAttention:
@@ -90,7 +90,7 @@ def _measured(kernels: dict[str, Attention], q: Tensor, k: Tensor, v: Tensor) ->
     refused: dict[str, str] = {}
     for name, kernel in kernels.items():
         try:
-            with warnings.catch_warnings():  # of the compilers of libraries, which are not for their users' users
+            with warnings.catch_warnings():  # warnings of the libraries' compilers, which do not concern our users
                 warnings.simplefilter("ignore")
                 times[name] = milliseconds(partial(kernel, q, k, v))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, ImportError) as error:

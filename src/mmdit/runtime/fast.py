@@ -1,4 +1,4 @@
-"""A second forward of an MMDiT, over the same parameters, made of few kernels.
+"""A second forward of an MMDiT that uses the same parameters and a few fused kernels.
 
 Tokens of both streams are rows of one matrix, so that each kernel runs once for both. What a sublayer adds to the
 residual stream waits until the next norm, which adds it, norms, modulates and rounds in one pass. The modulation of
@@ -100,7 +100,7 @@ class FastBlock:
 
     Args:
         block: its Linears are read where they lie.
-        place: of its first vector in the modulation table.
+        place: index of its first vector in the modulation table.
     """
 
     def __init__(self, block: JointBlock, place: int) -> None:
@@ -160,7 +160,7 @@ class FastBlock:
     def _first_norm(
         self, x: Tensor, rows: Rows, vectors: Tensor, updates: Sequence[Update], kernels: ModuleType
     ) -> tuple[Activation, Activation | None]:
-        """What the first attention reads, and what the second one does, which the image has alone."""
+        """Inputs of the joint attention and of the second attention, which only the image stream has."""
         one = self._output(0, self.qkv.rounding)
         if self.qkv2 is None:
             return kernels.norm_modulate(x, vectors, rows, [one], updates)[0], None
@@ -174,7 +174,7 @@ class FastBlock:
     def _second_norm(
         self, x: Tensor, rows: Rows, vectors: Tensor, update: Update, second: Update, kernels: ModuleType
     ) -> Activation:
-        """What the MLPs read, where the image has two updates."""
+        """Inputs of the MLPs, for blocks in which the image has two updates."""
         output, text = [self._output(3, self.fc1.rounding)], None
         if not self.ends_context:
             of_text = [Update(update.value[: rows.split], update.gate)]

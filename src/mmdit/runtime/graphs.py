@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: the GPU repeats a recorded step, and the host launches one thing."""
+"""Steps as CUDA graphs: the GPU replays a recorded step after a single launch by the host."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     output: Tensor
-    nbytes: int  # that the recording took of the device
+    nbytes: int  # bytes of device memory that the recording took
 
 
 class Graphs:
-    """A graph per kind of step; those that were not used for longest make room for new ones.
+    """A cache with one graph per kind of step; the least recently used graph is evicted first.
 
     A step must read tensors that stay where they are (weights, tables) and its inputs, and must not wait for the GPU.
 

@@ -76,7 +76,7 @@ _state = _State()
 
 @contextmanager
 def repeating() -> Iterator[None]:
-    """Inside, this thread calls a model again, to find out what went wrong: what only looks does not look then."""
+    """Mark calls that this thread repeats to diagnose a fault; hooks that only observe skip these calls."""
     before = _state.repeated
     try:
         _state.repeated = True
@@ -86,7 +86,7 @@ def repeating() -> Iterator[None]:
 
 
 def is_repeated() -> bool:
-    """Whether the call that runs in this thread was made before, see `repeating`."""
+    """Return whether the current call of this thread is a repeated one, see `repeating`."""
     return _state.repeated
 
 

@@ -15,7 +15,7 @@ class _Guest(NamedTuple):
 
     tensor: Tensor
     home: Tensor
-    version: int  # of the tensor as it arrived: a later one means that it was changed there
+    version: int  # version of the tensor on arrival; a higher one later means that it was written to on the device
 
 
 class Turns:
@@ -30,7 +30,7 @@ class Turns:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self.lock = RLock()  # of whoever draws with the models
+        self.lock = RLock()  # held by the caller that draws with the models
         self._guests: list[_Guest] = []
         self._group: frozenset[int] = frozenset()
 

@@ -20,7 +20,7 @@ def norm_modulate(
     Args:
         x: the residual stream, [rows, d].
         table: modulation vectors of each sample, [samples, vectors, d].
-        rows: whose rows they are.
+        rows: the stream and sample of each row.
         outputs: LayerNorm(x) (1 + scale) + shift, and what that is rounded to; in one launch all to one kind.
         updates: at most two.
     """
@@ -47,8 +47,8 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> Attent
     Args:
         qkv: [rows, 3 d].
         norms: weights of the RMS norms, [2 (text, image), 2 (queries, keys), head_dim]; None leaves the norms out.
-        rows: whose rows they are.
-        head_dim: of a head.
+        rows: the stream and sample of each row.
+        head_dim: channels per head.
     """
     parts: list[list[Tensor]] = [[], [], []]
     for stream, (start, end) in enumerate(((0, rows.split), (rows.split, rows.total))):
@@ -67,7 +67,7 @@ def unpack(z: Tensor, rows: Rows, rounding: Rounding, *, text: bool = True) -> A
 
     Args:
         z: text tokens first.
-        rows: whose rows they are.
+        rows: the stream and sample of each row.
         rounding: what the rows are rounded to.
         text: whether the text's rows are wanted.
     """

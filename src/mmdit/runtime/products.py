@@ -77,7 +77,7 @@ class Pair:
     """The Linears of text and image at one place of a block; the text's is None where that stream has ended.
 
     Args:
-        text, image: of the streams.
+        text, image: the Linear of each stream.
         kind: what both read; None is what they ask for, or 16 bits where they differ.
     """
 
@@ -90,7 +90,7 @@ class Pair:
 
     @property
     def products(self) -> list[Product]:
-        """Those that are there."""
+        """The Linears that exist."""
         return [one for one in (self.text, self.image) if one is not None]
 
     def __call__(self, x: Activation, rows: Rows) -> Tensor:

@@ -12,7 +12,7 @@ EPS = 1e-6  # of LayerNorm and of the RMS norms of queries and keys
 
 
 class Rows(NamedTuple):
-    """Which rows of a matrix are whose: the text tokens of each sample in turn, then the image tokens of each."""
+    """Layout of the rows of a matrix: the text tokens of all samples, then the image tokens of all samples."""
 
     samples: int
     text: int  # tokens of a sample; 0 where only the image's rows are meant
@@ -20,12 +20,12 @@ class Rows(NamedTuple):
 
     @property
     def split(self) -> int:
-        """Rows of text."""
+        """Number of text rows."""
         return self.samples * self.text
 
     @property
     def total(self) -> int:
-        """Rows in all."""
+        """Number of rows of both streams."""
         return self.samples * (self.text + self.image)
 
     def only_image(self) -> Rows:
@@ -45,7 +45,7 @@ class Columns(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """What an activation becomes for the products that read it.
+    """The rounding of an activation before the products that read it.
 
     `none` keeps 16 bits. `token` gives E4M3 codes and a scale per row. `static` gives E4M3 codes under the scale of
     each stream, float32 ().
