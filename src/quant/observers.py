@@ -57,7 +57,7 @@ class Observed:
 
     @property
     def mean(self) -> Tensor:
-        """The largest absolute value of each channel, float32 [in]."""
+        """The mean of each channel, float32 [in]."""
         return (self._sum / max(self.rows, 1)).float()
 
     @property
