@@ -297,7 +297,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(message: memoryview) -> tuple[int, memoryview]:
-    """Seven bits a byte, the lowest first, the top bit says that more follow: (value, rest of the message)."""
+    """Decode a varint (7 bits per byte, lowest first, top bit for continuation): (value, rest of the message)."""
     size = next((i for i, byte in enumerate(message[:10], 1) if byte < 0x80), None)
     if size is None:
         raise ValueError("not a sentencepiece model: a number in it does not end")
@@ -377,7 +377,7 @@ def _finish(
     with files.blame(""):
         backend.add_tokens([token for _, token in added.values()])
     for text, (declared, _) in added.items():
-        given = backend.token_to_id(text)  # the library takes no ids, it makes up the next free one
+        given = backend.token_to_id(text)  # the library accepts no ids and assigns the next free one
         if (given >= size) if declared is None else (given != declared):
             shown = printable(repr(text), 80)
             raise TokenizerFileError(f"{files.path}: special token {shown} has id {given}, declared: {declared}")

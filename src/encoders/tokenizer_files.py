@@ -1,7 +1,7 @@
 """The files of one tokenizer folder: found, bounded in size, and checked before the tokenizers library gets them.
 
-The library trusts its input: it panics on an empty vocabulary and reads past the end of a broken character map. What is
-handed to it is therefore checked here first, and a panic that still happens becomes a `TokenizerFileError`.
+The library trusts its input: it panics on an empty vocabulary and reads past the end of a broken character map. Its
+input is therefore checked here first, and a panic that still happens becomes a `TokenizerFileError`.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def checked_pieces(value: Any, unk_id: Any) -> tuple[list[tuple[str, float]], in
 
 
 def checked_charsmap(data: bytes) -> bytes:
-    """A precompiled character map, checked so far that no text can lead the library out of it.
+    """A precompiled character map, checked so that no text makes the library read outside the map.
 
     It is the size of a double-array trie, the trie, and the texts that its leaves point to, each ended by a zero
     (sentencepiece `normalizer.cc`; the fields of a unit are those of `darts_clone`). A step from unit i goes to

@@ -249,7 +249,7 @@ class VAE(nn.Module):
             )
 
     def posterior(self, moments: Float[Tensor, "b z2 h w"]) -> DiagonalGaussian:
-        """The distribution, in model space, that the encoder's output says: means, then log-variances."""
+        """The distribution, in model space, that the encoder's output describes: means, then log-variances."""
         mean, logvar = moments.chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(MIN_LOGVAR, MAX_LOGVAR))
         return DiagonalGaussian(self.to_model(mean), std * self.config.scale)

@@ -44,7 +44,7 @@ def quantize_with(x: Tensor, scale: Tensor, format: Format) -> Tensor:
     return codes
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _rows(x, codes, scales, columns, stride, largest: tl.constexpr, smallest: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -57,7 +57,7 @@ def _rows(x, codes, scales, columns, stride, largest: tl.constexpr, smallest: tl
     tl.store(codes + row * columns + place, code, mask=inside)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _long_rows(x, codes, scales, columns, stride, largest: tl.constexpr, smallest: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -75,20 +75,20 @@ def _long_rows(x, codes, scales, columns, stride, largest: tl.constexpr, smalles
         tl.store(codes + row * columns + start + place, code, mask=inside)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def largest_of(size):
     """The largest of a vector of absolute values; NaN if any of them is NaN."""
     return tl.reduce(size, 0, _larger)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def row_scale(amax, largest: tl.constexpr, smallest: tl.constexpr):
     """`quant.scaling.scale_of`."""
@@ -96,7 +96,7 @@ def row_scale(amax, largest: tl.constexpr, smallest: tl.constexpr):
     return tl.where(amax == 0, 1.0, scale)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _divide(x, codes, scale, count, largest: tl.constexpr, block: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -106,7 +106,7 @@ def _divide(x, codes, scale, count, largest: tl.constexpr, block: tl.constexpr):
     tl.store(codes + place, code, mask=inside)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def code_of(value, scale, largest: tl.constexpr, dtype: tl.constexpr):
     """The codes of value / scale, the quotient rounded to nearest.

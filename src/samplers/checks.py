@@ -89,7 +89,7 @@ def tensor(name: str, value: Any) -> Tensor:
     """Return a tensor as it is.
 
     Raises:
-        TypeError: it is none; lists and arrays are not taken, because their dtype and device are not said.
+        TypeError: the value is not a tensor; lists and arrays are refused because their dtype and device are ambiguous.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {shown(value)}, expected a tensor: torch.tensor(...) makes one of numbers")
@@ -103,7 +103,7 @@ def as_levels(levels: Any) -> Tensor:
         levels: a tensor, an array or a sequence of numbers.
 
     Raises:
-        ValueError: they are no such numbers; the message names the first that is wrong.
+        ValueError: the levels are not finite or do not fall; the message names the first that is wrong.
     """
     if isinstance(levels, Tensor):
         if levels.is_complex() or levels.dtype == torch.bool or levels.is_meta or levels.layout != torch.strided:

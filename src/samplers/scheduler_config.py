@@ -43,7 +43,7 @@ class ResolutionShift:
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How a model is to be sampled when the caller does not say."""
+    """The sampling defaults of a model, used where the caller gives no value."""
 
     sampler: str = "euler"  # a key of `SOLVERS`
     schedule: str = "normal"  # a key of `SCHEDULES`
@@ -54,7 +54,7 @@ class SamplingDefaults:
 
     @property
     def is_plain(self) -> bool:
-        """Whether only the shift is said: Euler on `normal`."""
+        """Whether only the shift is specified, so that the sampler is Euler on `normal`."""
         return self == SamplingDefaults(shift=self.shift) and isinstance(self.shift, float)
 
 

@@ -44,7 +44,7 @@ def checked_sigmas(levels: Sequence[float] | np.ndarray | Tensor) -> Tensor:
         levels: falling noise levels, the first at most 1, the last 0.
 
     Raises:
-        ValueError: the levels are not so; the message names the first place.
+        ValueError: the levels break this rule; the message names the first position that does.
     """
     schedule = as_levels(levels)
     if schedule[0] > 1 or schedule[-1] != 0:

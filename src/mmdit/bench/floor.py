@@ -36,7 +36,7 @@ def floor_of(
         model: one of `MODELS`.
         recipe: a name of `quant.RECIPES` with float8 activations, or None for 16 bits.
         size, text, batch: see `mmdit.bench.step.bench`.
-        device, dtype: where and in what; 0 on anything but a GPU.
+        device, dtype: the device and dtype of the measurement; the result is 0 on devices other than GPUs.
     """
     device = torch.device(device)
     if device.type != "cuda":

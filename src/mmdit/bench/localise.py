@@ -194,7 +194,7 @@ def sheet(pipe: Pipeline, prompt: str, words: Sequence[str], seed: int, path: Pa
 
     Args:
         pipe: the embedded model.
-        prompt: what to draw.
+        prompt: the prompt to draw.
         words: Words of the prompt whose maps are shown.
         seed: Seed of the noise.
         path: Where the PNG is written.

@@ -39,7 +39,7 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """The time with maps by the time without."""
+        """The ratio of the time with maps to the time without."""
         return self.maps_seconds / self.plain_seconds
 
 
@@ -145,7 +145,7 @@ def _measured(loop: Loop, steps: int, device: torch.device) -> _Run:
 
 
 def _prompt(words: int) -> tuple[str, tuple[TokenSpan, ...]]:
-    """A prompt of so many words, and the tokens that stand for them."""
+    """A prompt of `words` words, and the tokens of each word."""
     prompt, spans = "", list[TokenSpan]()
     for i in range(words):
         start, prompt = len(prompt), f"{prompt}word{i} "
@@ -163,7 +163,7 @@ def _how(maps: AttentionMaps) -> str:
 
 
 def lines(found: Cost, steps: int) -> list[str]:
-    """What was measured, in words."""
+    """Return the measurements as text."""
     extra = "not counted on this device" if found.extra_bytes is None else f"{found.extra_bytes / 1e9:.3f} GB"
     return [
         f"without maps  {found.plain_seconds:.3f} s for {steps} steps",

@@ -41,7 +41,7 @@ def curves(lines: Mapping[str, Sequence[tuple[int, float]]], families: Mapping[s
     Args:
         lines: (calls, error) of every sampler.
         families: the title of the panel of every sampler.
-        path: where to write.
+        path: file to write.
     """
     plots = needs_matplotlib()
     titles = list(dict.fromkeys(families[name] for name in lines))
@@ -93,8 +93,8 @@ def heat_map(values: Mapping[tuple[str, str], float], title: str, path: Path) ->
 
     Args:
         values: from 0 to 1; what is missing stays white.
-        title: of the map.
-        path: where to write.
+        title: title of the map.
+        path: file to write.
     """
     plots = needs_matplotlib()
     rows, columns = (list(dict.fromkeys(key[axis] for key in values)) for axis in (0, 1))
@@ -117,9 +117,9 @@ def page(pictures: Mapping[tuple[str, str], Image.Image], title: str, path: Path
     """Pictures by (row, column) with their names, in 256 colours; the rows stand in several blocks side by side.
 
     Args:
-        pictures: of any size.
-        title: above all.
-        path: where to write.
+        pictures: pictures of any size.
+        title: title of the page.
+        path: file to write.
         marked: rows whose names are red and end with a star.
     """
     rows, columns = (list(dict.fromkeys(key[axis] for key in pictures)) for axis in (0, 1))

@@ -109,7 +109,7 @@ def bench(
     Args:
         model: one of `MODELS`.
         size: Side of the picture in pixels; None is the model's default.
-        text: tokens, 333 with T5 at 256.
+        text: number of text tokens, 333 with T5 at 256.
         batch: samples of a step; 2 are the branches of the guidance.
         recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off).
         against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row, "torchao-tuned" the
@@ -119,7 +119,7 @@ def bench(
         only: globs over names of rows; others are left out.
         repeats: steps of which the median is taken.
         device, dtype: The device and dtype of the models.
-        seconds: no row is started after so many.
+        seconds: time limit in seconds, after which no further row is started.
 
     Raises:
         ValueError: an unknown name, a glob that matches no row, a peer that has none.

@@ -1,4 +1,4 @@
-"""Addresses: the part of a point that is meant, by step, noise level, branch, sample, head and token."""
+"""Addresses: the selected part of a point, by step, noise level, branch, sample, head and token."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Picked(NamedTuple):
         return self._replace(rows=tuple(row - rows.first for row in self.rows))
 
     def read(self, value: Tensor) -> Tensor:
-        """The part, [samples, axes]; a view where whole neighbouring rows are meant."""
+        """The part, [samples, axes]; a view where whole neighbouring rows are selected."""
         value = self.read_rows(value)
         for i, places in enumerate(self.places):
             value = taken(value, i + 1, places)
@@ -101,7 +101,7 @@ class Picked(NamedTuple):
 
 @dataclass(frozen=True)
 class Address:
-    """The part of a point that is meant; None means all of it.
+    """The selected part of a point; an argument of None selects everything.
 
     Args:
         steps: numbers of steps. Outside of a drawing each call of the model, or of `predict`, counts as a step.
@@ -137,7 +137,7 @@ class Address:
         """Raise ValueError where the point does not have what the address narrows.
 
         Args:
-            point: called `name`.
+            point: the point, whose name is `name`.
             drawn: whether a pipeline says of each call which branches and noise level it has.
         """
         if not drawn and (self.branch is not None or self.sigmas is not None):
@@ -155,7 +155,7 @@ class Address:
                 )
 
     def meets(self, label: Label, steps: int | None) -> bool:
-        """Whether a run of a model is meant.
+        """Return whether a run of a model is selected.
 
         Raises:
             ValueError: the address names a branch, and the branches of the run have no names.
@@ -176,7 +176,7 @@ class Address:
         return self.steps is None or label.step in wanted_steps(self.steps, steps, label.step)
 
     def meant(self, drawing: Drawing) -> list[tuple[Label, Branch]]:
-        """The steps and branches of a drawing that are meant.
+        """The selected steps and branches of a drawing.
 
         Raises:
             ValueError: there is none.
@@ -197,7 +197,7 @@ class Address:
         return found
 
     def pick(self, point: Point, shape: torch.Size, rows: Rows) -> Picked:
-        """The part of a value of that shape, [b, axes].
+        """The selected part of a value of this shape, [b, axes].
 
         Raises:
             ValueError: a number is out of range, or a word is not in a prompt or not of as many tokens in each.
@@ -230,7 +230,7 @@ def wanted_steps(steps: Numbers, total: int | None, step: int) -> Sequence[int]:
     """The numbers of steps; `total` is needed for negative ones and else only bounds a slice.
 
     Raises:
-        ValueError: they count from an end that is not known.
+        ValueError: a number is negative and `total` is unknown.
     """
     if isinstance(steps, slice):
         ends = (steps.start or 0, steps.stop or 0)

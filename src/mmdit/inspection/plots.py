@@ -1,6 +1,6 @@
 """Figures of what was measured: thin functions from arrays to a matplotlib `Figure` (extra `plots`).
 
-Every axis says what it counts and in which unit. Colour maps are viridis and cividis, and lines have the colours of
+Every axis is labelled with its quantity and unit. Colour maps are viridis and cividis, and lines have the colours of
 Okabe and Ito, which colour-blind people can tell apart. Figures belong to the caller: `figure.savefig(path)` saves one,
 and in a notebook the last value of a cell is shown.
 """
@@ -36,7 +36,7 @@ def heat_maps(
     Args:
         picture: RGB, [h, w, 3] or [3, h, w], in [0, 1] or uint8; or a PIL picture.
         maps: by title, [rows, columns] of any size: each covers the whole picture.
-        label: what the numbers are, with their unit.
+        label: quantity and unit of the numbers.
         columns: number of maps in a line.
         shared: one scale of colours for all maps, to compare them; otherwise each map has its own.
         title: title of the figure.
@@ -75,7 +75,7 @@ def layer_step_grid(
 
     Args:
         values: [steps, layers].
-        label: what the numbers are, with their unit.
+        label: quantity and unit of the numbers.
         steps, layers: names along the two axes; None counts from 0.
         title: title of the figure.
         across, down: what the axes count.
@@ -130,7 +130,7 @@ def head_grid(
 
     Args:
         maps: [heads, rows, columns].
-        label: what the numbers are, with their unit.
+        label: quantity and unit of the numbers.
         columns: number of heads in a line.
         titles: one per head; None counts from 0.
 
@@ -157,7 +157,7 @@ def spectra(values: Mapping[str, object], *, label: str = "singular value", rela
 
     Args:
         values: by name, [n] of any order and length.
-        label: what they are.
+        label: quantity of the singular values.
         relative: divide each spectrum by its largest value.
 
     Raises:
@@ -189,7 +189,7 @@ def error_by_layer(
 
     Args:
         values: by name, [layers].
-        label: what the numbers are, with their unit, such as "error / bfloat16's" or "signal to noise, dB".
+        label: quantity and unit of the numbers, such as "error / bfloat16's" or "signal to noise, dB".
         layers: names of the layers; None counts from 0.
         intervals: by name, [2, layers], the lowest and highest value.
         log: use a logarithmic axis.
@@ -230,7 +230,7 @@ def _ticker() -> Any:
 
 
 def _grid(rows: int, columns: int, *, side: float) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of rows of axes, which pyplot has forgotten: it is shown once, and freed with its last name."""
+    """A figure with rows of axes, closed in pyplot, so that it is shown once and freed with its last reference."""
     plt = _pyplot()
     size = (side * 1.25 * columns + 0.6, side * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -265,7 +265,7 @@ def _only(used: Sequence[Axes], axes: Sequence[Sequence[Axes]], unit: str) -> No
 
 
 def _styles(count: int) -> list[dict[str, Any]]:
-    """Lines that differ in colour and mark, and after eight of them in stroke."""
+    """Lines that differ in colour and mark, and beyond eight lines also in line style."""
     return [
         {
             "color": OKABE_ITO[i % 8],
@@ -278,7 +278,7 @@ def _styles(count: int) -> list[dict[str, Any]]:
 
 
 def _ticks(axis: Axes, which: str, label: str, names: Sequence[object] | None, count: int) -> None:
-    """Label an axis of places; of many, every n-th."""
+    """Label the positions of an axis; where there are many, only every n-th."""
     if names is not None and len(names) != count:
         raise ValueError(f"{len(names)} names for {count} places of {label!r}")
     every = range(0, count, -(-count // 20))

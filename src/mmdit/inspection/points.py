@@ -17,7 +17,7 @@ Side = Literal["input", "output"]
 Layout = Literal["vector", "tokens", "heads", "split", "joint", "pattern", "by_head", "map"]
 Stream = Literal["text", "image", "joint"]
 
-# Names of the dimensions after the batch, in the form in which a point is shown. What passes may lie otherwise:
+# Names of the dimensions after the batch, in the form in which a point is shown. The layout may differ:
 # "heads" is [b, l, heads x d], "split" is [b, l, heads, d]. "pattern" and "by_head" are computed from what passes.
 AXES: Final[dict[Layout, tuple[str, ...]]] = {
     "vector": ("channel",),
@@ -33,7 +33,7 @@ DERIVED: Final = ("pattern", "by_head")
 
 
 class Chunk(NamedTuple):
-    """The `part`-th `of` so many equal slices of the last dimension."""
+    """Slice number `part` of `of` equal slices of the last dimension."""
 
     part: int
     of: int

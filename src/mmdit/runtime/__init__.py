@@ -1,1 +1,1 @@
-"""The same model placed, precise, compiled, faster or split; never what it computes."""
+"""Execution of a model: devices, precision, compilation, fast path and offloading; results stay the same."""

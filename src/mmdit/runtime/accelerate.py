@@ -248,7 +248,7 @@ def _kernels_for(model: MMDiT) -> ModuleType:
 
 
 def _why_no_triton(model: MMDiT) -> str:
-    """Empty where the kernels of Triton run."""
+    """Return why the Triton kernels cannot run; empty where they can."""
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
     if device.type != "cuda":
         return f"they run on GPUs, the model is on {device}"

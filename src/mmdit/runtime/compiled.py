@@ -1,4 +1,4 @@
-"""Models that run other code than their modules': under torch.compile, or accelerated."""
+"""Models whose modules' code is replaced at run time, by torch.compile or by acceleration."""
 
 from __future__ import annotations
 

@@ -10,15 +10,15 @@ _SLOW = (torch.float16, torch.bfloat16)
 
 
 def resolve_device(device: torch.device | str | None, argument: str = "device") -> torch.device:
-    """The device of a name, if it is here. None and "auto" take CUDA where there is one, else the CPU.
+    """Return the named device. None and "auto" take CUDA where there is one, else the CPU.
 
     Args:
         device: "auto", or a name that torch knows: "cpu", "cuda", "cuda:1", "mps".
-        argument: what errors call it.
+        argument: name of the argument in errors.
 
     Raises:
-        ValueError: torch knows no such name, or the machine has no such device; what is there is said.
-        TypeError: it is no string and no `torch.device`.
+        ValueError: the name is unknown to torch, or the machine lacks the device; the available ones are listed.
+        TypeError: the device is neither a string nor a `torch.device`.
     """
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

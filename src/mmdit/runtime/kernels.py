@@ -2,7 +2,7 @@
 
 They compute what `mmdit.runtime.plain_kernels` says, in float32, rounded once at the end; codes and scales obey
 `quant.scaling` bit for bit. A program handles a row, in two pieces whose sizes are powers of two, because a single one
-would waste up to half of the threads: the model's widths are 19 x 128 and 12 x 128. Loaded only where Triton is.
+would waste up to half of the threads: the model's widths are 19 x 128 and 12 x 128. Triton is required.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _pieces(width: int) -> dict[str, Any]:
     return {"head": head, "tail": tail, "num_warps": warps}
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit(
     do_not_specialize=[
         "text_shift",
@@ -268,21 +268,21 @@ def _norm(
         _put(out2 + place, scales2 + scale_place, normed, normed2, a, b, inside, static2, kind, largest, smallest)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _add(value, update, gate, inside):
     gated = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
     return value + gated * tl.load(update, mask=inside, other=0.0).to(tl.float32)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _modulated(value, factor, shift, scale, inside):
     scaled = 1.0 + tl.load(scale, mask=inside, other=0.0).to(tl.float32)
     return value * factor * scaled + tl.load(shift, mask=inside, other=0.0).to(tl.float32)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _put(
     out,
@@ -315,7 +315,7 @@ def _put(
         tl.store(out + b, code_of(value2, scale, largest, out.dtype.element_ty), mask=inside)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit(do_not_specialize=["skip", "split", "text", "image", "text_tokens", "tokens", "gap"])
 def _row(
     x,
@@ -360,7 +360,7 @@ def _row(
     _put(out + place, scales + scale_place, value, value2, a, b, inside, static, kind, largest, smallest)
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def _gelu(x):
     """x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as x (1 + tanh(u)) / 2."""
@@ -369,7 +369,7 @@ def _gelu(x):
     return x / (1.0 + tl.exp2(power))
 
 
-@no_type_check  # what annotations mean here is Triton's
+@no_type_check  # annotations have Triton's meaning here
 @triton.jit(do_not_specialize=["units", "split", "text", "image", "text_tokens", "image_tokens"])
 def _pack(
     qkv,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class _Guest(NamedTuple):
-    """A tensor that is on the device for now."""
+    """A tensor that is temporarily on the device."""
 
     tensor: Tensor
     home: Tensor
@@ -35,7 +35,7 @@ class Turns:
         self._group: frozenset[int] = frozenset()
 
     def enter(self, models: Iterable[nn.Module]) -> None:
-        """Bring these models to the device and send the others home."""
+        """Move these models to the device and the others back to their own memory."""
         models = list(models)
         group = frozenset(map(id, models))
         if group == self._group:
@@ -51,7 +51,7 @@ class Turns:
         self._group = group
 
     def leave(self) -> None:
-        """Send all models home; what an interrupted `enter` had brought already too."""
+        """Move all models back to their own memory, including those that an interrupted `enter` had moved."""
         self._group = frozenset()
         while self._guests:
             tensor, home, version = self._guests[-1]

@@ -1,4 +1,4 @@
-"""Float32 that is float32 everywhere."""
+"""Full float32 precision on every device."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def res_multistep_ancestral(
 ) -> Iterator[Step]:
     """`res_multistep` with ancestral noise in the variance exploding form, as ComfyUI runs it: wrong on a flow.
 
-    `dpmpp_2m_sde_heun` is the like of it that is right on flows.
+    Use `dpmpp_2m_sde_heun` on flows: it is the closest solver that samples them correctly.
 
     Args:
         denoise, x, sigmas, eta, s_noise, noise: see `samplers.euler_ancestral`.
@@ -154,7 +154,7 @@ def dpmpp_sde(
     noise: Noise | None = None,
     shift: float = 3.0,
 ) -> Iterator[Step]:
-    """DPM-Solver++ (SDE): an ancestral step to the middle, whose prediction is used for the whole. Two calls a step.
+    """DPM-Solver++ (SDE): an ancestral step to the middle, whose prediction serves the whole step. Two calls a step.
 
     Lu et al. 2022, arXiv 2211.01095, algorithm 1 with r = 1/2, each half with DDIM's noise (k-diffusion); the steps are
     in the flow's half log-SNR, as ComfyUI has it.

@@ -50,7 +50,7 @@ class Solver:
     drops_second_last: bool = False  # ComfyUI's KSampler asks for one step more and leaves out the second-last level
     own_steps: bool = False  # whether it uses only the ends of the levels, chooses its own steps, and ends above 0
     flow_form: str = ""  # the solver to use instead, where this one is wrong on flows
-    origin: Literal["comfyui", "diffusers", "ours"] = "comfyui"  # whose numbers it reproduces
+    origin: Literal["comfyui", "diffusers", "ours"] = "comfyui"  # the implementation whose numbers it reproduces
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "run", checked(self.run, guided=self.guided))
