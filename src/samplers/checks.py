@@ -103,7 +103,8 @@ def as_levels(levels: Any) -> Tensor:
         levels: a tensor, an array or a sequence of numbers.
 
     Raises:
-        ValueError: the levels are not finite or do not fall; the message names the first that is wrong.
+        ValueError: the levels are no finite real numbers in a sequence or tensor, or do not fall; the message names the
+            first that is wrong.
     """
     if isinstance(levels, Tensor):
         if levels.is_complex() or levels.dtype == torch.bool or levels.is_meta or levels.layout != torch.strided:

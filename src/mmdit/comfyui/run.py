@@ -51,6 +51,13 @@ class WorkflowCache:
     """
 
     outputs: dict[str, tuple[Any, ...]] = field(default_factory=dict, repr=False)
+    tokenizers: Tokenizers | str | Path | None = field(default=None, repr=False)
+
+    def begin(self, tokenizers: Tokenizers | str | Path | None) -> None:
+        """Drop all outputs if they were made with other tokenizers."""
+        if tokenizers != self.tokenizers:
+            self.outputs.clear()
+        self.tokenizers = tokenizers
 
 
 def run_workflow(
@@ -94,7 +101,9 @@ def run_workflow(
     parsed = read_graph(graph)
     checked = check(parsed, folders)
     context = Context(folders, limits or WorkflowLimits(), resolve_device(device), dtype, parsed, tokenizers)
-    running = _Running(checked, context, _wires(checked, keep), WorkflowCache() if cache is None else cache)
+    kept = WorkflowCache() if cache is None else cache
+    kept.begin(tokenizers)
+    running = _Running(checked, context, _wires(checked, keep), kept)
     running.run(drops=cache is None)
     return WorkflowResult(context.images, running.kept, context.files, checked.node_errors)
 

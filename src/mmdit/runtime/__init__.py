@@ -1,1 +1,1 @@
-"""Execution of a model: devices, precision, compilation, fast path and offloading; results stay the same."""
+"""Execution of a model: devices, precision, compilation, fast path and offloading; never what it computes."""

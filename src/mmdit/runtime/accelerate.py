@@ -1,6 +1,6 @@
 """The fast path of a model: fused kernels, precomputed modulation tables and CUDA graphs, with a report of the choices.
 
-The model is left unchanged: `Accelerated.velocity` computes the same function from the same parameters.
+The model is left unchanged: `Accelerated.velocity` computes the same function from the same parameters, up to rounding.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ _SLOW = (torch.float16, torch.bfloat16)
 
 
 def resolve_device(device: torch.device | str | None, argument: str = "device") -> torch.device:
-    """Return the named device. None and "auto" take CUDA where there is one, else the CPU.
+    """Return the named device, if this machine has it. None and "auto" take CUDA where there is one, else the CPU.
 
     Args:
         device: "auto", or a name that torch knows: "cpu", "cuda", "cuda:1", "mps".

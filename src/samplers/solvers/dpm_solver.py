@@ -16,7 +16,7 @@ from samplers.types import Denoise, Step
 
 @solver
 def dpm_fast(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """DPM-Solver-fast in -ln sigma: steps of three model calls and a shorter remainder, one call per level in all.
+    """DPM-Solver-fast in -ln sigma: steps of three model calls and a shorter remainder, as many calls as steps in all.
 
     Lu et al. 2022, arXiv 2206.00927, section 3.3 and appendix D.3. The steps are equal in -ln sigma and end at the last
     level above 0, so a little noise stays. Only the ends of `sigmas` and their number count.

@@ -112,6 +112,9 @@ def test_the_second_run_computes_only_what_changed(article, monkeypatch):
     calls.clear()
     run_workflow(overridden(article, ["3.steps=1", "3.seed=8"]), cache=cache)
     assert calls == ["KSampler", "VAEDecode"]
+    calls.clear()
+    run_workflow(overridden(article, ["3.steps=1"]), cache=cache, tokenizers=Pipeline.demo().tokenizers)
+    assert calls[:2] == ["CheckpointLoaderSimple", "CLIPTextEncode"]  # what other tokenizers made is not used
 
 
 def _watched(run, name, calls):
