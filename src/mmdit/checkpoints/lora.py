@@ -203,6 +203,8 @@ def _check_is_lora(source: str, keys: Iterable[str]) -> None:
 
 def _check_finite(source: str, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
+        if tensor.is_complex():
+            raise CheckpointError(f"{source}: {printable(key, 200)} is {tensor.dtype}, expected real numbers")
         if tensor.is_floating_point() and (bad := int((~tensor.float().isfinite()).sum())):
             raise CheckpointError(
                 f"{source}: {bad} of {tensor.numel()} numbers of {printable(key, 200)} are not finite; the training "
