@@ -10,7 +10,7 @@ from encoders.rules import TextRules
 from encoders.tokenize import CLIPTokenizer, T5Tokenizer
 from encoders.weighting import Segment, plain_segment, weighted_segments
 
-MAX_WEIGHT = 1000.0  # a larger one makes the context overflow float16, and at the latest at 1e38 float32
+MAX_WEIGHT = 1000.0  # larger weights make the context overflow float16, and from about 1e38 on float32
 _WHOLE_WORD = 8  # tokens from which on a word may be split between two chunks (R other_impls.py, C comfy/sd1_clip.py)
 
 

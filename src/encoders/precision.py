@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def upcast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A float16 or bfloat16 tensor in `dtype` where that is wider; every other tensor, and with None any, as it is."""
+    """Cast a float16 or bfloat16 tensor to `dtype` if that is wider; all others, and all with None, are unchanged."""
     is_narrow = tensor.dtype in (torch.float16, torch.bfloat16)
     return tensor.to(dtype) if is_narrow and dtype in (torch.float32, torch.float64) else tensor
 

@@ -1,6 +1,6 @@
 """Tiled decoding and encoding: the same result as in one piece, with the memory of one tile on the device.
 
-Whole activations rest on one device, and each layer is computed tile by tile on another. A tile is read with the
+Whole activations are kept on one device, and each layer is computed tile by tile on another. A tile is read with the
 neighbouring cells around it, and a norm uses the statistics of the whole picture, so that no seam can arise.
 """
 
@@ -38,8 +38,8 @@ def decode_tiled(
         vae: The VAE, on the device and in the dtype of the latent.
         latent: Latents of shape [b, z, h, w], in model space.
         tile: Side of a tile in cells of each layer's output: pixels in the last layers, latent cells in the first.
-        park: The device on which whole activations rest between layers. If it is the latent's own device, nothing is
-            copied, and the memory is only a third less than that of whole decoding.
+        park: The device on which whole activations are kept between layers. If it is the latent's own device, nothing
+            is copied, and the memory is only a third less than that of whole decoding.
 
     Raises:
         ValueError: `tile` is below 1, or the latent does not have the channels of this VAE.
@@ -63,7 +63,7 @@ def encode_tiled(vae: VAE, image: Tensor, *, tile: int = 256, park: torch.device
         vae: The VAE, on the device and in the dtype of the pictures.
         image: Pictures of shape [b, 3, h, w], with pixels in [-1, 1] and sides in multiples of `config.downscale`.
         tile: Side of a tile in cells of each layer's output, as in `decode_tiled`.
-        park: The device on which whole activations rest between layers, as in `decode_tiled`.
+        park: The device on which whole activations are kept between layers, as in `decode_tiled`.
 
     Returns:
         The distribution of the latents, in model space, on the device of the pictures.

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_ESCAPED = "\0"  # stands for a bracket that is text while brackets are matched
+_ESCAPED = "\0"  # replaces brackets that are text while brackets are matched
 _TOKEN = re.compile("[():]")
 
 

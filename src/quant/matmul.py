@@ -147,7 +147,7 @@ def _rows_shapes(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 
 def _by_kernels(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same codes and scales in one pass, or two."""
+    """Compute the codes and scales of `quantize_activation` with our kernels, in one or two passes over x."""
     from quant import kernels
 
     if recipe.activation == "token":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quant.quantize import _selected, check_module, linears_of
 
 # Bins of the histogram of |x| are ranges of float32 patterns: 64 to an octave, so that a percentile is right to 1.6 %.
-_BIN: Final = 2**17  # patterns in one
+_BIN: Final = 2**17  # bit patterns in one bin
 _BINS: Final = 0x7F800000 // _BIN + 1  # to infinity; the first holds zero and nothing else
 
 
@@ -132,7 +132,7 @@ def _add(name: str, into: Observed, _: nn.Module, args: tuple[Tensor, ...], kwar
 
 
 def _refuse_compiled(module: nn.Module) -> None:
-    # mmdit.runtime.compiled refuses the same for its hooks; quant is used without mmdit and imports nothing of it.
+    # mmdit.runtime.compiled refuses the same for its hooks; quant is used without mmdit and imports nothing from it.
     for name, part in module.named_modules():
         if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None:
             raise ValueError(

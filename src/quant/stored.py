@@ -30,7 +30,7 @@ from quant.spellings import (
     weight_of,
 )
 
-NOTE_BYTES = 4096  # of one `comfy_quant` tensor; those of ComfyUI have under 200
+NOTE_BYTES = 4096  # the largest `comfy_quant` tensor; those that ComfyUI writes have under 200 bytes
 
 
 class Stored(NamedTuple):

@@ -45,7 +45,7 @@ BEST = ("graphs", "lookup", "bf16")
 
 @dataclass(frozen=True)
 class Variant:
-    """One row; `seconds` is what it may take, and it is left out where less is left."""
+    """One row of the table; it is left out if fewer than `seconds` remain."""
 
     form: T5Form
     quick: tuple[str, ...]
@@ -59,7 +59,7 @@ class Variant:
         return f"{self.form:8} {'+'.join(self.compiled):12} {' '.join(self.quick) or '-'}{cudnn}"
 
 
-# By what they are likely to be worth; graphs of torch.compile are shared between rows wherever they are the same.
+# Ordered by expected benefit; graphs of torch.compile are shared between rows wherever they are the same.
 VARIANTS = (
     Variant("short", (), 90, profiled=True),
     Variant("short", ("graphs",), 6),
@@ -89,7 +89,7 @@ class Bench:
         self.references: dict[T5Form, tuple[float, Tensor]] = {}
 
     def reference(self, form: T5Form) -> tuple[float, Tensor]:
-        """Loss and gradient in float32 (not TF32), without compilation, eighth by eighth to fit."""
+        """Loss and gradient in float32 (not TF32), without compilation, in eighths of the batch to fit in memory."""
         if form not in self.references:
             trainee, size = trainee_of(copy.deepcopy(self.parts)), max(self.run.recipe.batch // 8, 1)
             loss, count = 0.0, self.run.recipe.batch // size
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _rows(run: Run, bench: Bench, variants: tuple[Variant, ...]) -> Iterator[str]:
-    """Rows as they come; the encoding of latents after the fifth, and a row for everything that fails."""
+    """Yield rows as they are measured, the encoding of latents after the fifth; what fails is a row too."""
     for i, variant in enumerate(variants):
         if i == min(5, len(variants) - 1) and run.left > 15:
             yield from _guarded(run, "latents", lambda: _encoding(run))
@@ -182,7 +182,7 @@ def _rows(run: Run, bench: Bench, variants: tuple[Variant, ...]) -> Iterator[str
         with _cudnn_attention(variant.cudnn):
             yield from _guarded(run, str(variant), lambda variant=variant: bench.measure(variant))  # type: ignore[misc]
         if run.device.type == "cuda":
-            gc.collect()  # compiled modules are in cycles
+            gc.collect()  # compiled modules are in reference cycles
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
@@ -191,7 +191,7 @@ def _guarded(run: Run, name: str, work: Callable[[], str]) -> Iterator[str]:
     started = time.monotonic()
     try:
         row = work()
-    except Exception as error:  # one way that fails is a row of the table, and the others still count
+    except Exception as error:  # a variant that fails becomes a row of the table, and the others still run
         row = f"{name:52} failed: {type(error).__name__}: {str(error)[:300]}"
     run.journal.say(f"{row} ({time.monotonic() - started:.0f} s)")
     yield row
@@ -220,7 +220,7 @@ def _encoding(run: Run) -> str:
         "half channels last": lambda: last.encode(pictures.half().contiguous(memory_format=torch.channels_last)).mode(),
     }
     if run.device.type != "cuda":
-        ways = {"render": ways["render"]}  # half precision takes a CPU minutes
+        ways = {"render": ways["render"]}  # half precision takes minutes on a CPU
     said = []
     for name, way in ways.items():
         out = way()
@@ -280,7 +280,7 @@ def _profiled(run: Run, step: Callable[[], None], title: str, most: int = 18) ->
 
 @contextmanager
 def _cudnn_attention(on: bool) -> Iterator[None]:
-    """The choice of kernel is made while tracing, so that cached graphs of another choice must not be taken."""
+    """Switch cuDNN attention on; the kernel is chosen while tracing, so graphs cached without it must not be used."""
     if not on:
         yield
         return

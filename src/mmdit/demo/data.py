@@ -99,9 +99,9 @@ def tokenize(captions: Sequence[str]) -> TokenTable:
 
 
 def make_dataset(scenes: int, per_scene: int, seed: int, pool: Executor) -> Callable[[], Dataset]:
-    """Start to sample, describe and tokenize scenes; call what is returned for the result.
+    """Start to sample, describe and tokenize scenes; call the returned function for the result.
 
-    The same for the same seed on any number of cores.
+    The result depends on the seed and not on the number of cores.
     """
     counts = [min(_CHUNK, scenes - first) for first in range(0, scenes, _CHUNK)]
     # Generators read 32 bits of a seed, so seeds of chunks must differ there.
@@ -117,13 +117,13 @@ def make_dataset(scenes: int, per_scene: int, seed: int, pool: Executor) -> Call
 
 
 def _behind() -> None:
-    """One thread, and behind the main process, which compiles meanwhile and works on a single core."""
+    """Use one thread, at a lower priority than the main process, which compiles meanwhile on a single core."""
     torch.set_num_threads(1)
     os.nice(10)
 
 
 def _chunk(count: int, per_scene: int, seed: int) -> dict[str, Any]:
-    """Arrays, because tensors would travel between processes as open files, of which there are too few."""
+    """Return NumPy arrays: tensors are sent between processes as open files, whose number is limited."""
     scenes = sample(count, seed)
     captions = [text for texts in training_captions(scenes, per_scene, seed) for text in texts]
     state = Dataset(scenes, tokenize(captions), per_scene).state_dict()

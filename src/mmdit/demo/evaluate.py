@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _with_t5(pipe: Pipeline, setting: Setting) -> tuple[Pipeline, int | None]:
-    """The pipeline as the setting wants it, sharing all weights, and the T5 length."""
+    """Return a pipeline with the setting's T5 choice, sharing all weights, and the T5 length."""
     if setting.t5 in ("256", "77"):
         return pipe, int(setting.t5)
     missing: Literal["zeros", "omit"] = "zeros" if setting.t5 == "zeros" else "omit"

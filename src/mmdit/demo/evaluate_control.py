@@ -2,7 +2,7 @@
 
 Scenes that no training saw are drawn from their hint alone: the caption says colours, number and background, and leaves
 shapes and positions out. The pictures are read by `mmdit.demo.score`. Reported is the share of the scenes' statements
-about shapes (an object of this shape is there) and positions (two objects of known shapes stand so) that hold.
+about shapes (an object of this shape exists) and positions (two objects have this relation) that hold.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mmdit.pipeline.pipeline import Pipeline
 
 __all__ = ["evaluate_control", "main", "statements_of"]
 
-SEED = 20_261_128  # of the scenes, which no training has
+SEED = 20_261_128  # seed of the scenes, which no training uses
 
 
 def statements_of(scene: Scene) -> Iterator[Statement]:
-    """What a scene states of shapes and of positions: a shape exists; two of different shapes, each once, stand so."""
+    """Yield statements about a scene: each shape exists; the relation of two objects whose shapes each occur once."""
     shapes = [one.shape for one in scene.objects]
     for shape in dict.fromkeys(shapes):
         yield Statement("shape", What(shape=shape))
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     pipe = Pipeline.demo(profile=options.profile)
-    pipe.transformer.bfloat16()  # far faster on processors that have matrices of it; the VAE stays in float32
+    pipe.transformer.bfloat16()  # far faster on processors with bfloat16 matrix units; the VAE stays in float32
     net = None if options.net is None else load_controlnet(options.net, dtype=torch.bfloat16)
     for kind, (share, number) in evaluate_control(pipe, net, options.count, steps=options.steps).items():
         print(f"{kind}: {share:.4f} of {number}")  # noqa: T201

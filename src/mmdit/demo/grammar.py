@@ -71,7 +71,7 @@ _KNOWN = frozenset([*WORDS, *_DIGITS])
 
 @dataclass(frozen=True)
 class What:
-    """A description of objects; None is not said."""
+    """A description of objects; None means that the prompt does not say."""
 
     shape: str | None = None
     colour: str | None = None

@@ -1,7 +1,7 @@
 """Outlined shapes: what the embedded LoRA teaches, drawn and scored.
 
 An outlined shape has its colour along its edge and the background inside. The scorer fills what an outline encloses and
-leaves the rest to `mmdit.demo.score`, so that it says both how hollow shapes are and whether they are the right ones.
+leaves the rest to `mmdit.demo.score`, so that both the hollowness and the choice of shapes are measured.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ class Budget:
 
     Args:
         seconds: Time that the stage may take.
-        steps: it ends after so many; None is no limit.
-        done: share that an earlier run did already.
-        clock: seconds that only grow.
+        steps: The number of steps after which the stage ends; None is no limit.
+        done: The share that an earlier run has done.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
@@ -84,20 +84,20 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved average."""
+        """Restore a saved average."""
         self.updates = state["updates"]
         for into, value in zip(self.average, state["average"], strict=True):
             into.copy_(value)
 
 
 class Every:
-    """True once in so many seconds."""
+    """A timer that is due once in a given number of seconds."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds, self.clock, self.last = seconds, clock, clock()
 
     def due(self) -> bool:
-        """Whether it is time again; asking starts the next wait."""
+        """Whether the interval has passed; if it has, the next interval starts."""
         if (now := self.clock()) - self.last < self.seconds:
             return False
         self.last = now

@@ -36,7 +36,7 @@ class Run:
         return self.seconds - (time.monotonic() - self.start)
 
     def generator(self, offset: int) -> torch.Generator:
-        """A generator on the device, of a seed that differs from stage to stage."""
+        """A generator on the device, whose seed differs from stage to stage."""
         return torch.Generator(self.device).manual_seed(1000 * self.recipe.seed + offset)
 
     def autocast(self) -> torch.autocast:

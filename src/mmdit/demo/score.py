@@ -1,4 +1,4 @@
-"""Says which statements of a prompt a picture fulfils.
+"""Judge which statements of a prompt a picture fulfils.
 
 The reader (`parse`) never sees the prompt; `statements` never sees the picture; `check` compares the two:
 
@@ -6,7 +6,7 @@ The reader (`parse`) never sees the prompt; `statements` never sees the picture;
     colour      an object of this shape has this colour (colour and shape must meet in one object)
     size        at least as many objects as said have this description with its size
     count       exactly as many objects as said fit the description (all objects for "three shapes")
-    relation    two objects that fit stand so: the axis along which their middles differ most decides, so exactly one
+    relation    two objects that fit have it: the axis along which their middles differ most decides, so exactly one
                 of the four relations holds each way
     background  the background has this colour
 

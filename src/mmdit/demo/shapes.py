@@ -32,7 +32,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
 _CROSS_ARM = 0.34  # half the width of an arm
 _RING_HOLE = 0.52  # radius of the hole
 _STAR_OUTER = 1 / math.sin(math.radians(72))  # the box of the star is then 2 wide
-_STAR_INNER = 0.45 * _STAR_OUTER  # fatter than a pentagram (0.38), so that its arms live at 22 px
+_STAR_INNER = 0.45 * _STAR_OUTER  # fatter than a pentagram (0.38), so that its arms stay visible at 22 px
 _STAR_DROP = _STAR_OUTER * (1 - math.cos(math.radians(36))) / 2  # puts the middle of the star's box at the origin
 
 

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _marked(path: Path) -> Iterator[None]:
-    """The number of this process in a file while it runs: searching processes by name finds the searching shell too."""
+    """Keep the process id in a file while the run lasts: a search by name would also find the searching shell."""
     path.write_text(f"{os.getpid()}\n")
     try:
         yield

@@ -1,10 +1,10 @@
 """Trains two ControlNets for the embedded model: `python -m mmdit.demo.train_control FOLDER --seconds 900`.
 
 Scenes of `mmdit.demo.scenes` are drawn, their hints made (Canny edges, or a map that is the brighter the larger an
-object is), and both encoded. A net first learns to say the picture from the hint by itself, with a linear read-out in
+object is), and both encoded. A net first learns to predict the picture from the hint alone, with a linear read-out in
 place of the transformer; then its residuals are trained through the frozen transformer, on captions that leave shapes
-and positions out. The net for depth starts from the one for edges. What is done is saved every minute, and a run that
-was ended goes on from there; it is meant for one core, in bfloat16.
+and positions out. The net for depth starts from the one for edges. The state is saved every minute, and an
+interrupted run resumes from it; it is meant for one core, in bfloat16.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ControlRecipe:
     full_captions: float = 0.3  # share of captions that say shapes and positions too
     dropped: float = 0.1  # captions replaced by the empty one
     seed: int = 0
-    alone_share: float = 0.18  # of the first stage, without the transformer
+    alone_share: float = 0.18  # share of the first stage, which trains without the transformer
     canny_share: float = 0.52
     alone_batch: int = 64
     batch: int = 32
@@ -124,7 +124,7 @@ class Data:
     empty: tuple[Tensor, Tensor]
 
     def draw(self, kind: ControlKind, size: int, recipe: ControlRecipe, g: torch.Generator) -> Batch:
-        """A batch; picture and hint are shifted by whole cells, around the border, which makes many of few scenes."""
+        """A batch; picture and hint are shifted by whole cells, with wraparound, which augments few scenes."""
         scene = torch.randint(len(self.pictures), (size,), generator=g)
         texts = len(self.context) // len(self.pictures)
         text = scene * texts + torch.randint(texts, (size,), generator=g)
@@ -140,7 +140,7 @@ class Data:
 
 @dataclass
 class Batch:
-    """What one step sees."""
+    """The inputs of one training step."""
 
     x0: Tensor
     noise: Tensor
@@ -203,7 +203,7 @@ class Trainer:
         return x, 1000 * batch.t, tokens
 
     def residuals(self, batch: Batch, x: Tensor, timestep: Tensor, tokens: Tensor) -> list[Tensor]:
-        """What the net adds."""
+        """Return the residuals that the net adds."""
         with torch.autocast("cpu", torch.bfloat16):
             return self.net(x, timestep, batch.context, batch.pooled, batch.hint, tokens.float())
 
@@ -267,7 +267,7 @@ def train(folder: Path, seconds: float, recipe: ControlRecipe | None = None) -> 
         state |= {"begun": clock(), "done": clock()}
         save_whole(state, folder / _STATE)
     data, begun = Data(**state["data"]), float(state["begun"])
-    left = max(seconds - begun, 1e-3)  # of the processor, for the three stages
+    left = max(seconds - begun, 1e-3)  # seconds of processor time, for the three stages
     model = pipe.transformer.bfloat16().requires_grad_(False)
     ends = {"alone": recipe.alone_share, "canny": recipe.alone_share + recipe.canny_share, "depth": 1.0}
     start, found = 0.0, {}
@@ -293,7 +293,7 @@ def _rounds(share: Callable[[], float], start: float, end: float) -> Iterator[tu
 
 @dataclass
 class _Keeper:
-    """Saves the net that is in training, once in a while."""
+    """Saves the net in training at regular intervals."""
 
     state: dict[str, Any]
     path: Path
@@ -302,7 +302,7 @@ class _Keeper:
     recipe: ControlRecipe
 
     def keep(self, net: nn.Module) -> None:
-        """Write everything that the run needs to go on."""
+        """Write everything that is needed to resume the run."""
         self.state |= {"net": {name: tensor.clone() for name, tensor in net.state_dict().items()}, "done": self.clock()}
         save_whole(self.state, self.path)
 

@@ -37,12 +37,12 @@ class Batch:
     tokens: TokenTable
 
     def tensors(self) -> list[Tensor]:
-        """All of them, in order."""
+        """All tensors of the batch, in order."""
         return [self.x0, self.noise, self.t, self.tokens.clip_l, self.tokens.clip_g, self.tokens.t5]
 
     @classmethod
     def like(cls, other: Batch) -> Batch:
-        """Room for batches of the same size."""
+        """Allocate tensors for batches of the same size."""
         x0, noise, t, *tokens = (tensor.clone() for tensor in other.tensors())
         return cls(x0, noise, t, TokenTable(*tokens))
 
@@ -105,7 +105,7 @@ class _Captured:
 
 
 class Engine:
-    """Forward and backward of a run's models, compiled and hurried as the run says.
+    """Forward and backward of a run's models, compiled and optimized as the run says.
 
     Args:
         run: its `compiled` and `quick`; "graphs" needs a GPU.
@@ -144,7 +144,7 @@ class Engine:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Give the working weights what the masters are now."""
+        """Copy the master weights to the working weights."""
         if self.narrow:
             torch._foreach_copy_(self.weights, self.masters)
 
@@ -192,7 +192,7 @@ def make_optimizer(trainee: torch.nn.Module) -> torch.optim.AdamW:
 def rehearse(run: Run, engine: Engine) -> None:
     """Compile the regions of the run and log the time of a step of every form, on noise and without an update.
 
-    It comes before everything else, so that what does not compile or fit says so in the first minutes.
+    It runs first, so that a failure to compile or to fit in memory shows in the first minutes.
     """
     size, side = run.recipe.batch, engine.trainee.transformer.config.sample_size or 16
     latents = torch.randn(size, 16, side, side, device=run.device)
@@ -251,7 +251,7 @@ def train_mmdit(
             if export.due():
                 ema.write_to(into)
                 saved(averaged)
-            since = time.monotonic()  # what was done here is no part of a step
+            since = time.monotonic()  # checks and saves are not part of a step's time
     ema.write_to(into)
     _save(run, trainee, ema, optimizer, step + 1, 1.0)
 

@@ -53,7 +53,7 @@ REGIONS: dict[str, tuple[type[nn.Module], ...]] = {
     "vae": (ResnetBlock,),
 }
 
-# Ways to be quick that leave the computation as it is but for rounding; `bench_step` says what each is worth.
+# Optimizations that change the result only by rounding; `bench_step` says what each is worth.
 QUICK = {
     "graphs": "one CUDA graph per form: a step is one launch instead of a thousand",
     "bf16": "bfloat16 working weights over float32 masters: residual streams, norms and gradients are bfloat16 too",
@@ -183,7 +183,7 @@ def compile_regions(module: nn.Module, kinds: Iterable[str], backend: str = "ind
 
 
 def graph_breaks() -> int:
-    """The number of times that torch.compile gave up within a region so far; these regions reach 0."""
+    """The number of graph breaks within regions so far; for these regions it should be 0."""
     return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
@@ -197,7 +197,7 @@ def save_compiled(folder: Path) -> int:
 
 
 def load_compiled(folder: Path) -> int:
-    """Take over what `save_compiled` wrote under the same torch and GPU, of which only what fits is used."""
+    """Load the compile cache that `save_compiled` wrote; torch uses only the entries that fit its version and GPU."""
     data = b"".join(path.read_bytes() for path in sorted(folder.glob("compiled.*")))
     if data:
         torch.compiler.load_cache_artifacts(zlib.decompress(data))

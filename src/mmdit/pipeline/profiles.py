@@ -38,7 +38,7 @@ class Profile:
     # The dtype of sigma in the model's timestep and in x0 = x - sigma v; in R it is float16, like the first latent.
     sigma_dtype: Literal["float32", "float16"] = "float32"
     # Whether the timestep 1000 sigma is rounded down, as with diffusers' DPM-Solver++ and UniPC schedulers.
-    # From a scheduler config it applies to the config's own sampler alone.
+    # If a scheduler config asks for it, it applies only to the sampler of that config.
     whole_timesteps: bool = False
     # The starting noise, always drawn on the CPU or on the given generator's device: in the model's dtype (D), in
     # float32 (C), in float32 and then rounded to float16 (R).
@@ -48,11 +48,11 @@ class Profile:
     # The noise that a sampler adds: from the generator of the starting noise (D's schedulers, if given one; R has no
     # such sampler), or from a new one with its seed on the latent's device, for *_sde through a Brownian tree (C).
     step_noise: StepNoise = "continued"
-    # Schedules that start below 1: with noise of unit variance (D), or scaled by the first level (C, R).
+    # The starting noise of a schedule that starts below 1: of unit variance (D), or scaled by the first level (C, R).
     first_level: Literal["all_noise", "its_share"] = "all_noise"
     # dpm_2 and uni_pc: the schedule as it is (D), or with one more level, without its second-last one (C: KSampler).
     second_last: Literal["kept", "left_out"] = "kept"
-    # Sigmas that the caller gives and that end above 0: shifted, with a 0 at the end (D), or refused (C, R).
+    # Sigmas given by the caller whose last one is above 0: shifted, with a 0 at the end (D), or refused (C, R).
     open_sigmas: Literal["shift", "refuse"] = "shift"
     state_dtype: Literal["model", "float32"] = (
         "model"  # dtype of the latent between steps: the model's (D), float32 (C, R)
@@ -72,22 +72,22 @@ class Profile:
     # Pictures as input. For these D is also `StableDiffusion3Img2ImgPipeline` and `StableDiffusion3InpaintPipeline`.
     image_steps: int | None = 50  # steps where a picture is given: 50 (D), or None, those without a picture (C, R)
     strength: float = 0.6  # .6 (D), 1 (C: KSampler's denoise), .8 (R)
-    # The levels of a strength s: of those of n steps, without the first int(n - n s) (D) or int(n (1 - s)) (R), which
-    # differ by rounding; or always n steps, the last of the levels of int(n / s) steps (C).
+    # How a strength s selects noise levels: those of n steps without the first int(n - n s) (D) or int(n (1 - s)) (R),
+    # which differ by rounding; or always the last n steps of a schedule of int(n / s) steps (C).
     strength_levels: Literal["without_first", "without_share", "last_of_more"] = "without_first"
-    # The size of a drawing that is given none: the model's own, to which the picture is resized (D, R), or the
+    # The size of a drawing if the caller gives none: the model's own, to which the picture is resized (D, R), or the
     # picture's, cut around its centre to multiples (C: VAEEncode).
     image_size: Literal["model", "picture"] = "model"
-    # Arrays and tensors of another size than that asked for: nearest (D), or Pillow's LANCZOS by way of truncated 8
-    # bits (C: ImageScale). Pillow's pictures always take its LANCZOS (D, C, R).
+    # Resizing of arrays and tensors whose size is not the requested one: nearest (D), or Pillow's LANCZOS on values
+    # truncated to 8 bits (C: ImageScale). Pillow's pictures always take its LANCZOS (D, C, R).
     array_resize: Literal["nearest", "lanczos"] = "nearest"
     # A picture's latent: drawn from the VAE's distribution by the call's generators, before the noise (D), or from
     # torch's global state (R), or its mean (C).
     image_latent: Literal["sampled", "sampled_globally", "mean"] = "sampled"
     # Masks: 0 or 1, resized by LANCZOS, cut at 0.5 and nearest (D); or any share, bilinear (C). R has none.
     mask_values: Literal["binary", "soft"] = "binary"
-    # Where the mask acts: on the latent after every step (D), or before and after every call of the model, on its
-    # input and its prediction (C). R has no inpainting; it does as C.
+    # Where the mask is applied: on the latent after every step (D), or before and after every call of the model, on its
+    # input and its prediction (C). R has no inpainting; its profile follows C.
     mask_acts: Literal["after_step", "around_model"] = "after_step"
     # The sampler "ddim" outside of a mask: the noise of the start, or that of the next seed (C).
     ddim_mask_noise: Literal["of_the_start", "of_the_next_seed"] = "of_the_start"
@@ -96,9 +96,9 @@ class Profile:
     # ControlNets. D is `StableDiffusion3ControlNetPipeline` and its inpainting one, C is `comfy/controlnet.py`.
     # The hint's size: as that of pictures (D, R), or cut to the aspect around its centre, then nearest (C).
     control_resize: Literal["as_pictures", "nearest_cut"] = "as_pictures"
-    # What Stability's nets get of edges x in [0, 1]: 2x - 1 (D), 127.5x + .5 (R, and D's model card), 255x (C).
+    # The input of Stability's nets for edges x in [0, 1]: 2x - 1 (D), 127.5x + .5 (R, and D's model card), 255x (C).
     control_canny: Literal["unit", "bytes", "bytes_unit"] = "unit"
-    control_depth: Literal["unit", "inverted"] = "unit"  # and of depth: 2x - 1 (D, R), 1 - 2x (C)
+    control_depth: Literal["unit", "inverted"] = "unit"  # and for depth: 2x - 1 (D, R), 1 - 2x (C)
     # The hint's latent: drawn by torch's global state, for each branch of guidance (D) or once (R); or the mean (C).
     control_latent: Literal["sampled_each", "sampled_once", "mean"] = "sampled_each"
     # Positions of the tokens that Stability's nets get: the transformer's table (D, R), or made for the size (C).
@@ -106,15 +106,15 @@ class Profile:
     # InstantX's nets: pooled text and the shift of the hint's latents as their config says (D), or neither (C). With
     # inpainting nets, D takes the shift and no pooled text.
     control_joint: Literal["as_configured", "zeros"] = "as_configured"
-    # Of several nets, whose rule says whether the shift is taken: the first one's for all (D), or each one's (C).
+    # Which of several nets decides whether the VAE's shift is applied: the first for all (D), or each for itself (C).
     control_shift_of: Literal["first", "each"] = "first"
     # The residual j of n that is added after block i of d: int(i n / d) (D), or each as often as the next (R, C).
     control_spread: Literal["scaled", "repeated"] = "scaled"
     control_after_last: bool = False  # whether one is added after the last block: R, C
-    # The part of the way in which a net acts: whole steps (D), or percents of the noise levels, both ends inside (C).
+    # The part of sampling in which a net acts: whole steps (D), or percents of the noise levels, both ends inside (C).
     control_window: Literal["steps", "percents"] = "steps"
-    control_skip: bool = True  # whether the pass of skip-layer guidance has it: C; R has not, D has no such pass
-    # What a net sees of a noise level: what the transformer sees (D), that in the net's own dtype (C), or 1000 sigma of
+    control_skip: bool = True  # whether the skip-layer pass gets the residuals: yes in C, no in R; D has no such pass
+    # The timestep that a net gets: the transformer's (D), the same in the net's own dtype (C), or 1000 sigma of
     # the rounded sigma, without rounding it again (R).
     control_timestep: Literal["model", "net", "wide"] = "model"
 

@@ -1,4 +1,4 @@
-"""The nodes that workflows may use, by idea; `NODES` is the table that their modules fill."""
+"""The nodes that workflows may use, grouped by topic; each module registers its nodes in the table `NODES`."""
 
 from mmdit.comfyui.declare import NODES as NODES
 from mmdit.comfyui.nodes import conditioning as conditioning

@@ -1,4 +1,4 @@
-"""Prompts and what is done with them: ComfyUI's `nodes.py` and `comfy_extras/nodes_sd3.py`, `nodes_cond.py`."""
+"""Encode and edit prompts: ComfyUI's `nodes.py` and `comfy_extras/nodes_sd3.py`, `nodes_cond.py`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TO_FROM = (wire("conditioning_to", "CONDITIONING"), wire("conditioning_from", "
 
 
 def _checked(clip: Clip | None) -> Clip:
-    """The encoders.
+    """Return the text encoders.
 
     Raises:
-        RuntimeError: there are none, as from a checkpoint without text encoders.
+        RuntimeError: there are none, for example because the checkpoint has no text encoders.
     """
     if clip is None:
         raise RuntimeError(
@@ -35,7 +35,7 @@ def _checked(clip: Clip | None) -> Clip:
 
 @node("CLIPTextEncode", [text("text"), wire("clip", "CLIP")], ["CONDITIONING"])
 def clip_text_encode(context: Context, text: str, clip: Clip | None) -> Prompts:
-    """One prompt for all encoders."""
+    """Encode one prompt with all text encoders."""
     context.limits.check("characters", len(text))
     return (Prompt(encode(_checked(clip), text)),)
 
@@ -54,7 +54,7 @@ def clip_text_encode(context: Context, text: str, clip: Clip | None) -> Prompts:
 def clip_text_encode_sd3(
     context: Context, clip: Clip | None, clip_l: str, clip_g: str, t5xxl: str, empty_padding: str
 ) -> Prompts:
-    """A prompt of its own for each encoder."""
+    """Encode a separate prompt for each text encoder."""
     for one in (clip_l, clip_g, t5xxl):
         context.limits.check("characters", len(one))
     return (Prompt(encode_each(_checked(clip), clip_l, clip_g, t5xxl, padded=empty_padding != "none")),)
@@ -62,13 +62,13 @@ def clip_text_encode_sd3(
 
 @node("CLIPSetLastLayer", [wire("clip", "CLIP"), integer("stop_at_clip_layer", -1, -24, -1)], ["CLIP"])
 def clip_set_last_layer(clip: Clip | None, stop_at_clip_layer: int) -> Clip:
-    """The layer, counted from the end, whose output counts."""
+    """Choose the layer, counted from the end, whose output is used."""
     return replace(_checked(clip), layer=stop_at_clip_layer)
 
 
 @node("ConditioningZeroOut", [_CONDITIONING], ["CONDITIONING"])
 def conditioning_zero_out(conditioning: Prompts) -> Prompts:
-    """Zeros in the place of tokens and pooled vector."""
+    """Replace the context tokens and the pooled vector by zeros."""
     return _each(conditioning, lambda one: replace(one, conditioning=one.conditioning.zeroed()))
 
 
@@ -78,14 +78,14 @@ def conditioning_zero_out(conditioning: Prompts) -> Prompts:
     ["CONDITIONING"],
 )
 def conditioning_combine(context: Context, conditioning_1: Prompts, conditioning_2: Prompts) -> Prompts:
-    """Both, whose predictions are averaged."""
+    """Put the prompts of both inputs in one list; the sampler averages their predictions."""
     context.limits.check("prompts", len(conditioning_1) + len(conditioning_2))
     return conditioning_1 + conditioning_2
 
 
 @node("ConditioningConcat", _TO_FROM, ["CONDITIONING"])
 def conditioning_concat(context: Context, conditioning_to: Prompts, conditioning_from: Prompts) -> Prompts:
-    """The tokens of one after those of the other, with the pooled vector of `conditioning_to`."""
+    """Append the tokens of `conditioning_from` to those of `conditioning_to`, whose pooled vector is kept."""
     more = _first(conditioning_from).conditioning.context
 
     def joined(one: Prompt) -> Prompt:
@@ -104,7 +104,10 @@ def conditioning_concat(context: Context, conditioning_to: Prompts, conditioning
 def conditioning_average(
     conditioning_to: Prompts, conditioning_from: Prompts, conditioning_to_strength: float
 ) -> Prompts:
-    """strength * to + (1 - strength) * from, of tokens and pooled vectors; `from` is cut or filled up with zeros."""
+    """Compute strength * to + (1 - strength) * from for tokens and pooled vectors.
+
+    The tokens of `from` are cut, or padded with zeros, to the length of `to`.
+    """
     weight, other = conditioning_to_strength, _first(conditioning_from).conditioning
 
     def mixed(one: Prompt) -> Prompt:
@@ -124,7 +127,7 @@ def conditioning_average(
     ["CONDITIONING"],
 )
 def conditioning_set_timestep_range(conditioning: Prompts, start: float, end: float) -> Prompts:
-    """The shares of the way between which it counts."""
+    """Limit the prompts to a part of sampling; `start` and `end` are fractions from 0 to 1."""
     return _each(conditioning, lambda one: replace(one, start=start, end=end))
 
 
@@ -134,7 +137,7 @@ def conditioning_set_timestep_range(conditioning: Prompts, start: float, end: fl
     ["CONDITIONING"],
 )
 def conditioning_set_mask(conditioning: Prompts, mask: Tensor, strength: float, set_cond_area: str) -> Prompts:
-    """Where it counts, by a mask."""
+    """Limit the prompts to the region of a mask."""
     mask = mask.reshape(-1, *mask.shape[-2:])
     bounds = set_cond_area != "default"
     return _each(conditioning, lambda one: replace(one, mask=mask, mask_strength=strength, mask_bounds=bounds))
@@ -153,7 +156,7 @@ def conditioning_set_mask(conditioning: Prompts, mask: Tensor, strength: float, 
     ["CONDITIONING"],
 )
 def conditioning_set_area(conditioning: Prompts, width: int, height: int, x: int, y: int, strength: float) -> Prompts:
-    """Where it counts, by a rectangle in pixels."""
+    """Limit the prompts to a rectangle given in pixels."""
     area = Area(height // 8, width // 8, y // 8, x // 8)
     return _each(conditioning, lambda one: replace(one, area=area, strength=strength, mask_bounds=False))
 
@@ -171,14 +174,14 @@ def conditioning_set_area(conditioning: Prompts, width: int, height: int, x: int
 def conditioning_set_area_percentage(
     conditioning: Prompts, width: float, height: float, x: float, y: float, strength: float
 ) -> Prompts:
-    """Where it counts, by a rectangle in shares of the sides."""
+    """Limit the prompts to a rectangle given in fractions of the height and width."""
     area = Area(height, width, y, x, in_shares=True)
     return _each(conditioning, lambda one: replace(one, area=area, strength=strength, mask_bounds=False))
 
 
 @node("ConditioningSetAreaStrength", [_CONDITIONING, _STRENGTH], ["CONDITIONING"])
 def conditioning_set_area_strength(conditioning: Prompts, strength: float) -> Prompts:
-    """Its weight beside others."""
+    """Set the weight of the prompts relative to others."""
     return _each(conditioning, lambda one: replace(one, strength=strength))
 
 
@@ -187,5 +190,5 @@ def _each(prompts: Prompts, change: Callable[[Prompt], Prompt]) -> Prompts:
 
 
 def _first(prompts: Prompts) -> Prompt:
-    """The entry that is joined or mixed to the others; ComfyUI takes the first too, and warns of more."""
+    """Return the first prompt, the only one that is concatenated or averaged; ComfyUI does the same, with a warning."""
     return prompts[0]

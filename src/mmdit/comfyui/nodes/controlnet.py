@@ -23,7 +23,7 @@ _BOTH = ("CONDITIONING", "CONDITIONING")
 
 @node("ControlNetLoader", [file("control_net_name", "controlnet")], ["CONTROL_NET"])
 def control_net_loader(context: Context, control_net_name: str) -> ControlNet:
-    """A ControlNet."""
+    """Load a ControlNet."""
     path = context.folders.model("controlnet", control_net_name)
     return load_controlnet(path, device=context.device, dtype=context.load_dtype)
 
@@ -43,7 +43,10 @@ def control_net_apply_advanced(
     end_percent: float,
     vae: VAE | None = None,
 ) -> tuple[Prompts, Prompts]:
-    """A net on both prompts, for a part of the way, after those that act already; a strength of 0 is none."""
+    """Add a ControlNet to both prompts, after those they already have; with strength 0 nothing is added.
+
+    The net acts between `start_percent` and `end_percent` of sampling.
+    """
     return _on_both(positive, negative, Hint(control_net, image, vae, strength, start_percent, end_percent))
 
 
@@ -58,13 +61,13 @@ def control_net_apply_sd3(
     start_percent: float,
     end_percent: float,
 ) -> tuple[Prompts, Prompts]:
-    """The same, an older node."""
+    """Do the same as `control_net_apply_advanced`; this is an older node."""
     return _on_both(positive, negative, Hint(control_net, image, vae, strength, start_percent, end_percent))
 
 
 @node("ControlNetApply", [wire("conditioning", "CONDITIONING"), _NET, _IMAGE, _STRENGTH], ["CONDITIONING"])
 def control_net_apply(conditioning: Prompts, control_net: ControlNet, image: Tensor, strength: float) -> Prompts:
-    """The oldest node, which has no VAE for the hint: nets of SD3 fail in the sampler, as in ComfyUI."""
+    """Add a ControlNet without a VAE for its hint; SD3 nets then fail in the sampler, as in ComfyUI."""
     return _on_both(conditioning, (), Hint(control_net, image, None, strength))[0]
 
 
@@ -84,7 +87,10 @@ def control_net_inpainting_alimama_apply(
     start_percent: float,
     end_percent: float,
 ) -> tuple[Prompts, Prompts]:
-    """An inpainting net, whose hint is the picture without what is drawn anew, and the mask; other nets see no mask."""
+    """Add an inpainting net, whose hint is the picture without the masked region, and the mask.
+
+    Other nets get no mask.
+    """
     given = mask if control_net.config.inpaints else None
     return _on_both(positive, negative, Hint(control_net, image, vae, strength, start_percent, end_percent, given))
 
@@ -95,7 +101,7 @@ def control_net_inpainting_alimama_apply(
     ["IMAGE"],
 )
 def canny(image: Tensor, low_threshold: float, high_threshold: float) -> Tensor:
-    """The edges of pictures, by the rule of kornia 0.9.0."""
+    """Detect edges with the Canny algorithm of kornia 0.9.0."""
     return edges.canny(image, low_threshold, high_threshold)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: loaded, saved, resized, combined. ComfyUI's `nodes.py` and `comfy_extras/nodes_images.py`."""
+"""Load, save, resize and combine pictures: ComfyUI's `nodes.py` and `comfy_extras/nodes_images.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ assert set(_METHOD.choices or ()) == set(PICTURE_FILTERS)  # type: ignore[arg-ty
 
 
 def _is_there(value: Any, folders: Folders) -> str | None:
-    """What is wrong with the name of a picture."""
+    """Return what is wrong with the name of a picture, or None."""
     try:
         folders.picture(str(value))
     except (OSError, ValueError) as error:
@@ -36,26 +36,26 @@ _FILE = Input("image", "COMBO", choices=lambda folders: folders.pictures(), chec
 
 @node("LoadImage", [_FILE], ["IMAGE", "MASK"])
 def load_image(context: Context, image: str) -> tuple[Tensor, Tensor]:
-    """A picture, and 1 - alpha as a mask; without transparency the mask is 64 x 64 zeros."""
+    """Load a picture, and 1 - alpha as its mask; without transparency the mask is 64 x 64 zeros."""
     picture, mask = pictures.load_image(context.folders.picture(image), frames="all")
     return picture, torch.zeros(len(picture), _NO_MASK, _NO_MASK) if mask is None else mask
 
 
 @node("LoadImageMask", [_FILE, choice("channel", ("alpha", "red", "green", "blue"))], ["MASK"])
 def load_image_mask(context: Context, image: str, channel: MaskChannel) -> Tensor:
-    """A channel of a picture as a mask; of alpha, 1 - alpha."""
+    """Load one channel of a picture as a mask; for alpha, the mask is 1 - alpha."""
     return pictures.load_mask(context.folders.picture(image), channel=channel, frames="first")
 
 
 @node("SaveImage", [wire("images", "IMAGE"), text("filename_prefix", "ComfyUI")], is_output=True)
 def save_image(context: Context, images: Tensor, filename_prefix: str) -> None:
-    """Write pictures to the output folder, with the graph in them."""
+    """Write pictures to the output folder, with the workflow graph in their metadata."""
     context.images[context.node] = save_pictures(context, images, filename_prefix)
 
 
 @node("PreviewImage", [wire("images", "IMAGE")], is_output=True)
 def preview_image(context: Context, images: Tensor) -> None:
-    """Give pictures back without a file."""
+    """Return pictures without writing a file."""
     context.images[context.node] = save_pictures(context, images, None)
 
 
@@ -65,7 +65,7 @@ def preview_image(context: Context, images: Tensor) -> None:
     ["IMAGE"],
 )
 def image_scale(context: Context, image: Tensor, upscale_method: Filter, width: int, height: int, crop: Crop) -> Tensor:
-    """Pictures of another size; 0 keeps the aspect ratio."""
+    """Resize pictures; a width or height of 0 keeps the aspect ratio."""
     if not width and not height:
         return image
     rows, columns = image.shape[1:3]
@@ -74,14 +74,14 @@ def image_scale(context: Context, image: Tensor, upscale_method: Filter, width: 
 
 @node("ImageScaleBy", [_IMAGE, _METHOD, decimal("scale_by", 1.0, 0.01, 8.0)], ["IMAGE"])
 def image_scale_by(context: Context, image: Tensor, upscale_method: Filter, scale_by: float) -> Tensor:
-    """Pictures of another size, by a factor."""
+    """Resize pictures by a factor."""
     rows, columns = image.shape[1:3]
     return _resized(context, image, pictures.size_by(rows, columns, scale_by), upscale_method, "disabled")
 
 
 @node("ImageScaleToTotalPixels", [_IMAGE, _METHOD, decimal("megapixels", 1.0, 0.01, 16.0)], ["IMAGE"])
 def image_scale_to_total_pixels(context: Context, image: Tensor, upscale_method: Filter, megapixels: float) -> Tensor:
-    """Pictures of about so many times 1024 x 1024 pixels."""
+    """Resize pictures to about `megapixels` times 1024 x 1024 pixels."""
     rows, columns = image.shape[1:3]
     size = pictures.size_of_megapixels(rows, columns, megapixels)
     return _resized(context, image, size, upscale_method, "disabled")
@@ -94,19 +94,19 @@ def _resized(context: Context, image: Tensor, size: Size, method: Filter, crop: 
 
 @node("ImageCrop", [_IMAGE, side("width", 512, 1), side("height", 512, 1), _X, _Y], ["IMAGE"])
 def image_crop(image: Tensor, width: int, height: int, x: int, y: int) -> Tensor:
-    """A part of pictures."""
+    """Crop pictures."""
     return pictures.crop(image, x=x, y=y, width=width, height=height)
 
 
 @node("ImageInvert", [_IMAGE], ["IMAGE"])
 def image_invert(image: Tensor) -> Tensor:
-    """1 - picture."""
+    """Invert pictures: 1 - image."""
     return pictures.invert(image)
 
 
 @node("ImageBatch", [wire("image1", "IMAGE"), wire("image2", "IMAGE")], ["IMAGE"])
 def image_batch(context: Context, image1: Tensor, image2: Tensor) -> Tensor:
-    """Two batches as one, in the size of the first."""
+    """Concatenate two batches, at the picture size of the first."""
     context.limits.check_pictures(len(image1) + len(image2), *image1.shape[1:3])
     return pictures.batch(image1, image2)
 
@@ -122,14 +122,14 @@ def image_batch(context: Context, image1: Tensor, image2: Tensor) -> Tensor:
     ["IMAGE"],
 )
 def empty_image(context: Context, width: int, height: int, batch_size: int, color: int) -> Tensor:
-    """Pictures of one color."""
+    """Make pictures of one color."""
     context.limits.check_pictures(batch_size, height, width)
     return pictures.solid(color, height=height, width=width, count=batch_size)
 
 
 @node("ImageBlur", [_IMAGE, integer("blur_radius", 1, 1, 31), decimal("sigma", 1.0, 0.1, 10.0)], ["IMAGE"])
 def image_blur(image: Tensor, blur_radius: int, sigma: float) -> Tensor:
-    """A Gaussian blur."""
+    """Apply a Gaussian blur."""
     return pictures.blur(image, blur_radius, sigma)
 
 
@@ -145,7 +145,7 @@ def image_blur(image: Tensor, blur_radius: int, sigma: float) -> Tensor:
 def image_pad_for_outpaint(
     context: Context, image: Tensor, left: int, top: int, right: int, bottom: int, feathering: int
 ) -> tuple[Tensor, Tensor]:
-    """A larger canvas, gray around the picture, and the mask of what is to be drawn there."""
+    """Pad a picture with gray, and return it with the mask of the region to be drawn."""
     rows, columns = image.shape[1:3]
     context.limits.check_pictures(len(image), rows + top + bottom, columns + left + right)
     return pictures.pad_for_outpaint(image, left=left, top=top, right=right, bottom=bottom, feather=feathering)
@@ -166,11 +166,11 @@ def image_pad_for_outpaint(
 def image_composite_masked(
     destination: Tensor, source: Tensor, x: int, y: int, resize_source: bool, mask: Tensor | None = None
 ) -> Tensor:
-    """Pictures laid on others, by a mask."""
+    """Paste pictures onto others, through a mask."""
     return pictures.composite(destination, source, x=x, y=y, mask=mask, resize_source=resize_source)
 
 
 @node("GetImageSize", [_IMAGE], ["INT", "INT", "INT"])
 def get_image_size(image: Tensor) -> tuple[int, int, int]:
-    """Width, height and number of pictures."""
+    """Return the width, height and number of pictures."""
     return image.shape[2], image.shape[1], image.shape[0]

@@ -1,6 +1,6 @@
-"""Latents: made, encoded, decoded, resized, combined. ComfyUI's `nodes.py` and `comfy_extras/nodes_latent.py`.
+"""Make, encode, decode, resize and combine latents: ComfyUI's `nodes.py` and `comfy_extras/nodes_latent.py`.
 
-Sizes and places are in pixels; a cell of a latent is 8 pixels, and what is left over is dropped.
+Sizes and positions are in pixels; a latent cell is 8 pixels wide, and remainders are dropped.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ assert set(_METHOD.choices or ()) == set(LATENT_FILTERS)  # type: ignore[arg-typ
 
 @node("EmptySD3LatentImage", [side("width", 1024), side("height", 1024), _BATCH], ["LATENT"])
 def empty_sd3_latent_image(context: Context, width: int, height: int, batch_size: int) -> Latent:
-    """An empty latent of SD3."""
+    """Make an empty SD3 latent."""
     return _empty(context, batch_size, CHANNELS, height, width)
 
 
 @node("EmptyLatentImage", [side("width", 512), side("height", 512), _BATCH], ["LATENT"])
 def empty_latent_image(context: Context, width: int, height: int, batch_size: int) -> Latent:
-    """An empty latent of 4 channels, which samplers widen for SD3."""
+    """Make an empty latent of 4 channels, which the samplers expand for SD3."""
     return _empty(context, batch_size, 4, height, width)
 
 
@@ -60,7 +60,7 @@ def _empty(context: Context, count: int, channels: int, height: int, width: int)
 
 @node("VAEDecode", [_SAMPLES, _VAE], ["IMAGE"])
 def vae_decode(samples: Latent, vae: VAE | None) -> Tensor:
-    """Pictures of latents."""
+    """Decode latents to pictures."""
     vae = _checked(vae)
     return _decoded(vae, samples, vae.decode)
 
@@ -69,7 +69,7 @@ def vae_decode(samples: Latent, vae: VAE | None) -> Tensor:
 def vae_decode_tiled(
     samples: Latent, vae: VAE | None, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int
 ) -> Tensor:
-    """The same in tiles, for less memory. The tiles have no seams here, so the overlap changes nothing."""
+    """Decode in tiles, to use less memory. The tiles have no seams here, so the overlap changes nothing."""
     vae = _checked(vae)
     return _decoded(vae, samples, lambda latent: decode_tiled(vae, latent, tile=tile_size))
 
@@ -82,7 +82,7 @@ def _decoded(vae: VAE, samples: Latent, decode: Callable[[Tensor], Tensor]) -> T
 
 @node("VAEEncode", [_PIXELS, _VAE], ["LATENT"])
 def vae_encode(pixels: Tensor, vae: VAE | None) -> Latent:
-    """Latents of pictures, the mean of their distribution; sides are cut to multiples of 8."""
+    """Encode pictures as the mean of their latent distribution; their sides are cut to multiples of 8."""
     return {"samples": encoded(_checked(vae), pixels)}
 
 
@@ -90,12 +90,12 @@ def vae_encode(pixels: Tensor, vae: VAE | None) -> Latent:
 def vae_encode_tiled(
     pixels: Tensor, vae: VAE | None, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int
 ) -> Latent:
-    """The same, of the whole picture: without the seams that ComfyUI's tiles leave."""
+    """Encode the whole picture at once, without the seams that ComfyUI's tiles leave."""
     return {"samples": encoded(_checked(vae), pixels)}
 
 
 def encoded(vae: VAE, pixels: Tensor) -> Tensor:
-    """Pictures [b, h, w, c] as latents at the VAE's scale [b, 16, h / 8, w / 8]; the first three channels count."""
+    """Encode pictures [b, h, w, c] to latents [b, 16, h / 8, w / 8] in VAE scale, using the first three channels."""
     first = next(vae.parameters())
     picture = pictures.center_crop(pixels[..., :3]).movedim(-1, 1)
     # contiguous, because GroupNorm of a channels-last view is less exact on a CPU
@@ -111,14 +111,14 @@ def _checked(vae: VAE | None) -> VAE:
 
 @node("VAEEncodeForInpaint", [_PIXELS, _VAE, _MASK, integer("grow_mask_by", 6, 0, 64)], ["LATENT"])
 def vae_encode_for_inpaint(pixels: Tensor, vae: VAE | None, mask: Tensor, grow_mask_by: int) -> Latent:
-    """Latents of pictures that are gray inside the mask, and the mask, rounded and grown."""
+    """Encode pictures, gray inside the mask, and attach the mask, rounded and grown."""
     gray, noise_mask = pictures.gray_inside(pixels[..., :3], mask, grow_mask_by)
     return {"samples": encoded(_checked(vae), gray), "noise_mask": noise_mask.unsqueeze(1)}
 
 
 @node("SetLatentNoiseMask", [_SAMPLES, _MASK], ["LATENT"])
 def set_latent_noise_mask(samples: Latent, mask: Tensor) -> Latent:
-    """The mask of what is drawn anew, as it is."""
+    """Attach the mask of the region to be redrawn, unchanged."""
     changed = samples.copy()
     changed["noise_mask"] = mask.reshape(-1, 1, *mask.shape[-2:])
     return changed
@@ -139,7 +139,10 @@ def set_latent_noise_mask(samples: Latent, mask: Tensor) -> Latent:
 def inpaint_model_conditioning(
     positive: Prompts, negative: Prompts, vae: VAE | None, pixels: Tensor, mask: Tensor, noise_mask: bool
 ) -> tuple[Prompts, Prompts, Latent]:
-    """Latents of the pictures, with the mask; what the prompts get in ComfyUI, a model of 16 channels ignores."""
+    """Encode pictures and attach the mask; the prompts are unchanged.
+
+    ComfyUI also adds the picture and the mask to the prompts; a model of 16 input channels ignores them.
+    """
     latent: Latent = {"samples": encoded(_checked(vae), pixels)}
     if noise_mask:
         at_size = pictures.mask_to_size(mask, Size(*pixels.shape[1:3])).squeeze(1)
@@ -155,7 +158,7 @@ def inpaint_model_conditioning(
 def latent_upscale(
     context: Context, samples: Latent, upscale_method: Filter, width: int, height: int, crop: Crop
 ) -> Latent:
-    """Latents of another size; 0 keeps the aspect ratio, and a side has 64 pixels at least."""
+    """Resize latents; a width or height of 0 keeps the aspect ratio, and each side is at least 64 pixels."""
     if not width and not height:
         return samples
     rows, columns = samples["samples"].shape[2:]
@@ -165,7 +168,7 @@ def latent_upscale(
 
 @node("LatentUpscaleBy", [_SAMPLES, _METHOD, decimal("scale_by", 1.5, 0.01, 8.0)], ["LATENT"])
 def latent_upscale_by(context: Context, samples: Latent, upscale_method: Filter, scale_by: float) -> Latent:
-    """Latents of another size, by a factor."""
+    """Resize latents by a factor."""
     rows, columns = samples["samples"].shape[2:]
     return _resized(context.limits, samples, pictures.size_by(rows, columns, scale_by), upscale_method, "disabled")
 
@@ -180,7 +183,7 @@ def _resized(limits: WorkflowLimits, samples: Latent, size: Size, method: Filter
 
 @node("LatentFromBatch", [_SAMPLES, integer("batch_index", 0, 0, 63), integer("length", 1, 1, 64)], ["LATENT"])
 def latent_from_batch(samples: Latent, batch_index: int, length: int) -> Latent:
-    """Some samples of a batch; each keeps the noise that it has in the batch."""
+    """Take some samples of a batch; each keeps the noise that it has in the batch."""
     latent = samples["samples"]
     start = min(len(latent) - 1, batch_index)
     part = slice(start, min(start + length, len(latent)))
@@ -193,7 +196,7 @@ def latent_from_batch(samples: Latent, batch_index: int, length: int) -> Latent:
 
 @node("RepeatLatentBatch", [_SAMPLES, integer("amount", 1, 1, 64)], ["LATENT"])
 def repeat_latent_batch(context: Context, samples: Latent, amount: int) -> Latent:
-    """A batch several times in a row; numbers of its noise go on."""
+    """Repeat a batch; the noise indices in `batch_index` continue from one repetition to the next."""
     latent = samples["samples"]
     context.limits.check_latents((len(latent) * amount, *latent.shape[1:]))
     found = _with(samples, latent.repeat(amount, 1, 1, 1))
@@ -208,7 +211,7 @@ def repeat_latent_batch(context: Context, samples: Latent, amount: int) -> Laten
 
 @node("LatentBatch", _PAIR, ["LATENT"])
 def latent_batch(context: Context, samples1: Latent, samples2: Latent) -> Latent:
-    """Two batches as one."""
+    """Concatenate two batches."""
     one, other = samples1["samples"], samples2["samples"]
     context.limits.check_latents((len(one) + len(other), *one.shape[1:]))
     found = _with(samples1, pictures.batch_latents(one, other))
@@ -223,7 +226,7 @@ def latent_batch(context: Context, samples1: Latent, samples2: Latent) -> Latent
     ["LATENT"],
 )
 def latent_composite(samples_to: Latent, samples_from: Latent, x: int, y: int, feather: int) -> Latent:
-    """Latents laid on others, with edges that fade in."""
+    """Paste latents onto others, with feathered edges."""
     to, of = samples_to["samples"], samples_from["samples"]
     return _with(samples_to, pictures.paste_latent(to, of, x=x // _CELL, y=y // _CELL, feather=feather // _CELL))
 
@@ -243,7 +246,7 @@ def latent_composite(samples_to: Latent, samples_from: Latent, x: int, y: int, f
 def latent_composite_masked(
     destination: Latent, source: Latent, x: int, y: int, resize_source: bool, mask: Tensor | None = None
 ) -> Latent:
-    """Latents laid on others, by a mask."""
+    """Paste latents onto others, through a mask."""
     below, above = destination["samples"], source["samples"]
     found = pictures.composite_latents(below, above, x=x // _CELL, y=y // _CELL, mask=mask, resize_source=resize_source)
     return _with(destination, found)
@@ -251,55 +254,55 @@ def latent_composite_masked(
 
 @node("LatentBlend", [*_PAIR, decimal("blend_factor", 0.5, 0.0, 1.0)], ["LATENT"])
 def latent_blend(samples1: Latent, samples2: Latent, blend_factor: float) -> Latent:
-    """A weighted mean."""
+    """Compute the weighted mean of two latents."""
     return _with(samples1, pictures.blend_latents(samples1["samples"], samples2["samples"], blend_factor))
 
 
 @node("LatentCrop", [_SAMPLES, side("width", 512, 64), side("height", 512, 64), _X, _Y], ["LATENT"])
 def latent_crop(samples: Latent, width: int, height: int, x: int, y: int) -> Latent:
-    """A part of latents."""
+    """Crop latents."""
     sizes = {"x": x // _CELL, "y": y // _CELL, "width": width // _CELL, "height": height // _CELL}
     return _with(samples, pictures.crop_latent(samples["samples"], **sizes))
 
 
 @node("LatentFlip", [_SAMPLES, choice("flip_method", AXES)], ["LATENT"])
 def latent_flip(samples: Latent, flip_method: Axis) -> Latent:
-    """Latents mirrored."""
+    """Mirror latents."""
     return _with(samples, pictures.flip_latent(samples["samples"], flip_method))
 
 
 @node("LatentRotate", [_SAMPLES, choice("rotation", ROTATIONS)], ["LATENT"])
 def latent_rotate(samples: Latent, rotation: Rotation) -> Latent:
-    """Latents turned clockwise."""
+    """Rotate latents clockwise."""
     return _with(samples, pictures.rotate_latent(samples["samples"], rotation))
 
 
 @node("LatentAdd", _PAIR, ["LATENT"])
 def latent_add(samples1: Latent, samples2: Latent) -> Latent:
-    """The sum."""
+    """Add two latents."""
     return _with(samples1, pictures.add_latents(samples1["samples"], samples2["samples"]))
 
 
 @node("LatentSubtract", _PAIR, ["LATENT"])
 def latent_subtract(samples1: Latent, samples2: Latent) -> Latent:
-    """The difference."""
+    """Subtract the second latent from the first."""
     return _with(samples1, pictures.subtract_latents(samples1["samples"], samples2["samples"]))
 
 
 @node("LatentMultiply", [_SAMPLES, decimal("multiplier", 1.0, -10.0, 10.0)], ["LATENT"])
 def latent_multiply(samples: Latent, multiplier: float) -> Latent:
-    """Latents times a number."""
+    """Multiply latents by a number."""
     return _with(samples, pictures.multiply_latent(samples["samples"], multiplier))
 
 
 @node("LatentInterpolate", [*_PAIR, decimal("ratio", 1.0, 0.0, 1.0)], ["LATENT"])
 def latent_interpolate(samples1: Latent, samples2: Latent, ratio: float) -> Latent:
-    """Directions and norms of cells, interpolated."""
+    """Interpolate the direction and the norm of each latent cell."""
     return _with(samples1, pictures.interpolate_latents(samples1["samples"], samples2["samples"], ratio))
 
 
 def _with(latent: Latent, samples: Tensor) -> Latent:
-    """The latent with other samples; its mask and batch_index stay."""
+    """Copy a latent with other samples; its mask and batch_index stay."""
     changed = latent.copy()
     changed["samples"] = samples
     return changed

@@ -1,4 +1,4 @@
-"""Loaders of models: ComfyUI's `nodes.py` and `nodes_sd3.py`. Files are opened as everywhere: no pickle."""
+"""Loaders of models: ComfyUI's `nodes.py` and `nodes_sd3.py`. As everywhere, no pickle is opened."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmdit.models.mmdit import MMDiT
 _ENCODERS = ("clip_l", "clip_g", "t5")
 _FLOAT8 = {"fp8_e4m3fn": "float8_e4m3fn", "fp8_e4m3fn_fast": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 _WEIGHT_DTYPES = ("default", *_FLOAT8)
-_VAES = ("taesd", "taesdxl", "taesd3", "taef1", "pixel_space")  # names of ComfyUI that stand for no file
+_VAES = ("taesd", "taesdxl", "taesd3", "taef1", "pixel_space")  # names in ComfyUI that do not name a file
 _TYPES: tuple[str, ...] = (
     *("stable_diffusion", "stable_cascade", "sd3", "stable_audio", "mochi", "ltxv", "pixart", "cosmos", "lumina2"),
     *("wan", "hidream", "chroma", "ace", "omnigen2", "qwen_image", "hunyuan_image"),
@@ -31,7 +31,7 @@ _DEVICE = choice("device", ("default", "cpu"), optional=True)
 
 @node("CheckpointLoaderSimple", [file("ckpt_name", "checkpoints")], ["MODEL", "CLIP", "VAE"])
 def checkpoint_loader(context: Context, ckpt_name: str) -> tuple[Model, Clip | None, VAE | None]:
-    """All models of a file; CLIP is None where it holds no text encoders."""
+    """Load all models of a file; CLIP is None if the file has no text encoders."""
     found = locate(context.folders.model("checkpoints", ckpt_name))
     model = Model(_built(context, found, "transformer"))
     encoders = {name: _built(context, found, name) for name in _ENCODERS if name in found.weights}
@@ -45,7 +45,7 @@ def checkpoint_loader(context: Context, ckpt_name: str) -> tuple[Model, Clip | N
     ["MODEL"],
 )
 def unet_loader(context: Context, unet_name: str, weight_dtype: str) -> Model:
-    """A transformer alone. The float8 choices round every tensor to float8 without scales, norms and biases too."""
+    """Load a transformer. The float8 choices round every tensor, also norms and biases, to float8 without scales."""
     transformer = _built(context, locate(context.folders.model("diffusion_models", unet_name)), "transformer")
     if weight_dtype != "default":
         _round_to_float8(transformer, getattr(torch, _FLOAT8[weight_dtype]))
@@ -54,7 +54,7 @@ def unet_loader(context: Context, unet_name: str, weight_dtype: str) -> Model:
 
 @node("VAELoader", [file("vae_name", "vae", _VAES)], ["VAE"])
 def vae_loader(context: Context, vae_name: str) -> VAE:
-    """A VAE alone."""
+    """Load a VAE."""
     if vae_name in _VAES:
         raise ValueError(f"the VAE {vae_name!r} is not built here; give the file of an SD3 VAE")
     return _built(context, locate(context.folders.model("vae", vae_name)), "vae")
@@ -62,7 +62,7 @@ def vae_loader(context: Context, vae_name: str) -> VAE:
 
 @node("CLIPLoader", [file("clip_name", "text_encoders"), choice("type", _TYPES), _DEVICE], ["CLIP"])
 def clip_loader(context: Context, clip_name: str, type: str, device: str = "default") -> Clip:
-    """One text encoder; the others are missing."""
+    """Load one text encoder; the others are missing."""
     return _from_files(context, [clip_name], type)
 
 
@@ -83,7 +83,7 @@ def dual_clip_loader(
     type: str,
     device: str = "default",
 ) -> Clip:
-    """Two text encoders; which they are is told by their tensors."""
+    """Load two text encoders, which are recognized by their tensors."""
     return _from_files(context, [clip_name1, clip_name2], type)
 
 
@@ -93,7 +93,7 @@ def dual_clip_loader(
     ["CLIP"],
 )
 def triple_clip_loader(context: Context, clip_name1: str, clip_name2: str, clip_name3: str) -> Clip:
-    """All three text encoders, in any order."""
+    """Load all three text encoders, in any order."""
     return _from_files(context, [clip_name1, clip_name2, clip_name3], "sd3")
 
 

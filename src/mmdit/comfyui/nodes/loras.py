@@ -58,7 +58,7 @@ def _of_clip(clip: Clip, lora: Lora, strength: float) -> Clip:
 
 
 def _merged(model: Module, part: Part, loras: Sequence[tuple[Lora, float]]) -> Module:
-    """The model with those LoRAs that change it; weights that none changes are shared with the one that is given."""
+    """Merge the LoRAs that change a model; weights that no LoRA changes are shared with the original."""
     acting = [(lora, strength) for lora, strength in loras if lora.of(part)]
     if not acting:
         return model

@@ -16,51 +16,51 @@ _SIZE = (side("width", 512, 1), side("height", 512, 1))
 
 @node("SolidMask", [decimal("value", 1.0, 0.0, 1.0), *_SIZE], ["MASK"])
 def solid_mask(context: Context, value: float, width: int, height: int) -> Tensor:
-    """A mask of one value."""
+    """Make a mask of one value."""
     context.limits.check_pictures(1, height, width)
     return pictures.solid_mask(value, height=height, width=width)
 
 
 @node("InvertMask", [_MASK], ["MASK"])
 def invert_mask(mask: Tensor) -> Tensor:
-    """1 - mask."""
+    """Invert a mask: 1 - mask."""
     return pictures.invert_mask(mask)
 
 
 @node("CropMask", [_MASK, *_PLACE, *_SIZE], ["MASK"])
 def crop_mask(mask: Tensor, x: int, y: int, width: int, height: int) -> Tensor:
-    """A part of a mask."""
+    """Crop a mask."""
     return pictures.crop_mask(mask, x=x, y=y, width=width, height=height)
 
 
 @node("MaskToImage", [_MASK], ["IMAGE"])
 def mask_to_image(mask: Tensor) -> Tensor:
-    """A mask as a gray picture."""
+    """Convert a mask to a gray picture."""
     return pictures.mask_to_picture(mask)
 
 
 @node("ImageToMask", [wire("image", "IMAGE"), choice("channel", ("red", "green", "blue", "alpha"))], ["MASK"])
 def image_to_mask(image: Tensor, channel: Channel) -> Tensor:
-    """A channel of a picture as it is."""
+    """Take a channel of a picture as a mask, unchanged."""
     return pictures.picture_to_mask(image, channel)
 
 
 @node("ImageColorToMask", [wire("image", "IMAGE"), integer("color", 0, 0, 0xFFFFFF)], ["MASK"])
 def image_color_to_mask(image: Tensor, color: int) -> Tensor:
-    """1 where a picture has this color."""
+    """Make a mask that is 1 where a picture has this color."""
     return pictures.color_to_mask(image, color)
 
 
 @node("GrowMask", [_MASK, integer("expand", 0, -MAX_SIDE, MAX_SIDE), boolean("tapered_corners", True)], ["MASK"])
 def grow_mask(context: Context, mask: Tensor, expand: int, tapered_corners: bool) -> Tensor:
-    """A mask grown by so many pixels, or shrunk by a negative number."""
+    """Grow a mask by `expand` pixels; a negative number shrinks it."""
     context.limits.check("steps", abs(expand))
     return pictures.grow_mask(mask, expand, tapered_corners=tapered_corners)
 
 
 @node("FeatherMask", [_MASK, *(integer(name, 0, 0, MAX_SIDE) for name in ("left", "top", "right", "bottom"))], ["MASK"])
 def feather_mask(mask: Tensor, left: int, top: int, right: int, bottom: int) -> Tensor:
-    """A mask that falls off at its edges."""
+    """Fade a mask out towards its edges."""
     return pictures.feather_mask(mask, left=left, top=top, right=right, bottom=bottom)
 
 
@@ -70,11 +70,11 @@ def feather_mask(mask: Tensor, left: int, top: int, right: int, bottom: int) -> 
     ["MASK"],
 )
 def mask_composite(destination: Tensor, source: Tensor, x: int, y: int, operation: Operation) -> Tensor:
-    """A mask laid on another."""
+    """Combine a mask with another at a position."""
     return pictures.combine_masks(destination, source, x=x, y=y, operation=operation)
 
 
 @node("ThresholdMask", [_MASK, decimal("value", 0.5, 0.0, 1.0)], ["MASK"])
 def threshold_mask(mask: Tensor, value: float) -> Tensor:
-    """1 where a mask is above a value."""
+    """Make a mask that is 1 where the given mask is above a value."""
     return pictures.threshold_mask(mask, value)

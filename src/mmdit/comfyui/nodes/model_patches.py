@@ -28,7 +28,7 @@ _SKIP = (
 
 @node("ModelSamplingSD3", [_MODEL, decimal("shift", 3.0, 0.0, 100.0)], ["MODEL"])
 def model_sampling_sd3(model: Model, shift: float) -> Model:
-    """The shift of the model's schedules."""
+    """Set the shift of the model's schedules."""
     if not shift > 0:
         raise ValueError(f"shift must be above 0, got {shift:g}")
     return replace(model, shift=shift)
@@ -36,7 +36,7 @@ def model_sampling_sd3(model: Model, shift: float) -> Model:
 
 @node("SkipLayerGuidanceSD3", [_MODEL, text("layers", "7, 8, 9"), *_SKIP], ["MODEL"])
 def skip_layer_guidance_sd3(model: Model, layers: str, scale: float, start_percent: float, end_percent: float) -> Model:
-    """Guidance away from the prediction without some blocks."""
+    """Guide away from the prediction made without some blocks (skip-layer guidance)."""
     return _skipping(model, layers, scale, start_percent, end_percent, 0.0)
 
 
@@ -60,7 +60,10 @@ def skip_layer_guidance_dit(
     end_percent: float,
     rescaling_scale: float,
 ) -> Model:
-    """The same, with the deviation of the result brought nearer to that of cond; SD3 has no single layers."""
+    """Apply skip-layer guidance and rescale the result towards the standard deviation of cond.
+
+    SD3 has no single-stream layers.
+    """
     return _skipping(model, double_layers, scale, start_percent, end_percent, rescaling_scale)
 
 
@@ -69,7 +72,7 @@ def _skipping(model: Model, layers: str, scale: float, start: float, end: float,
     depth = model.transformer.config.depth
     if outside := [i for i in numbers if i >= depth]:
         raise ValueError(f"layers {outside[:5]} do not exist; this model has layers 0 to {depth - 1}")
-    window = percents(start, end, model.shift)  # of the shift that the model has here, as in ComfyUI
+    window = percents(start, end, model.shift)  # computed with the shift that the model has at this node, as in ComfyUI
     if not numbers:
         return model
 
@@ -86,7 +89,7 @@ def _skipping(model: Model, layers: str, scale: float, start: float, end: float,
 
 @node("RescaleCFG", [_MODEL, decimal("multiplier", 0.7, 0.0, 1.0)], ["MODEL"])
 def rescale_cfg(model: Model, multiplier: float) -> Model:
-    """Guidance whose result has the deviation of cond, in v-prediction of the variance exploding form.
+    """Rescale the guided v-prediction, in variance exploding form, towards the standard deviation of cond.
 
     Lin et al. 2023, arXiv 2305.08891; ComfyUI uses that form for flows too, as if x were scaled by sqrt(sigma^2 + 1).
     """
@@ -105,7 +108,10 @@ def rescale_cfg(model: Model, multiplier: float) -> Model:
 
 @node("PerturbedAttentionGuidance", [_MODEL, decimal("scale", 3.0, 0.0, 100.0)], ["MODEL"])
 def perturbed_attention_guidance(model: Model, scale: float) -> Model:
-    """Nothing, as in ComfyUI, whose node changes a block that only U-Nets have; `mmdit.Guidance` has it for SD3."""
+    """Return the model unchanged, as in ComfyUI, whose node changes a block that only U-Nets have.
+
+    `mmdit.Guidance` has perturbed attention guidance for SD3.
+    """
     warnings.warn(
         "PerturbedAttentionGuidance changes nothing: ComfyUI's node perturbs the middle block of a U-Net, which SD3 "
         "does not have; mmdit.Guidance(perturbed_layers=...) does it for SD3",
@@ -127,7 +133,7 @@ def perturbed_attention_guidance(model: Model, scale: float) -> Model:
 def apg(model: Model, eta: float, norm_threshold: float, momentum: float) -> Model:
     """Adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416) in ComfyUI's form: cond + scale d.
 
-    The paper, and `samplers.projected`, have scale - 1 there.
+    The paper and `samplers.projected` have scale - 1 in place of scale.
     """
 
     def make() -> Before:
@@ -170,7 +176,7 @@ def cfg_zero_star(model: Model) -> Model:
 
 @node("CFGNorm", [_MODEL, decimal("strength", 1.0, 0.0, 100.0)], ["MODEL"])
 def cfg_norm(model: Model, strength: float) -> Model:
-    """The guided x0 with, at each place, at most the norm of cond over the channels, times the strength."""
+    """Limit the channel norm of the guided x0 in each latent cell to that of cond, then multiply by the strength."""
 
     def patch(found: Predicted, x0: Tensor) -> Tensor:
         norms = [one.norm(dim=1, keepdim=True) for one in (found.cond, x0)]
@@ -181,7 +187,7 @@ def cfg_norm(model: Model, strength: float) -> Model:
 
 @node("DifferentialDiffusion", [_MODEL, decimal("strength", 1.0, 0.0, 1.0, optional=True)], ["MODEL"])
 def differential_diffusion(model: Model, strength: float = 1.0) -> Model:
-    """A gray mask says from which noise level on a place is repainted (Levin & Fried 2023, arXiv 2306.00950)."""
+    """Let a gray mask set the noise level from which each cell is repainted (Levin & Fried 2023, arXiv 2306.00950)."""
 
     def rule(mask: Tensor, sigma: float, sigmas: Tensor) -> Tensor:
         low = max(level_of_table(0, model.shift), float(sigmas[-1]))

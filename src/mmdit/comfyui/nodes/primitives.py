@@ -10,7 +10,7 @@ _LARGEST = 2**63 - 1
 
 @node("PrimitiveInt", [integer("value", 0, -_LARGEST, _LARGEST)], ["INT"])
 def primitive_int(value: int) -> int:
-    """A whole number."""
+    """An integer."""
     return value
 
 
@@ -40,6 +40,6 @@ def primitive_boolean(value: bool) -> bool:
 
 @node("StringConcatenate", [text("string_a"), text("string_b"), text("delimiter")], ["STRING"])
 def string_concatenate(context: Context, string_a: str, string_b: str, delimiter: str) -> str:
-    """Two texts with a third between them."""
+    """Concatenate two texts with a delimiter between them."""
     context.limits.check("characters", len(string_a) + len(string_b) + len(delimiter))
     return delimiter.join((string_a, string_b))

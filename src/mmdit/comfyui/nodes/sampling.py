@@ -56,7 +56,7 @@ def ksampler(
     latent_image: Latent,
     denoise: float,
 ) -> Latent:
-    """Draw; with `denoise` below 1, start from the latent with that share of noise."""
+    """Sample; with `denoise` below 1, start from the given latent with that share of noise."""
     context.limits.check("steps", steps)
     sampler = named_sampler(sampler_name)
     sigmas = schedule(scheduler, steps, model.shift, denoise, sampler.solver)
@@ -98,7 +98,7 @@ def ksampler_advanced(
     end_at_step: int,
     return_with_leftover_noise: str,
 ) -> Latent:
-    """Draw some of the steps of a schedule; leftover noise is either kept, or the last step jumps to level 0."""
+    """Sample some steps of a schedule; leftover noise is kept, or the last step goes to sigma 0."""
     context.limits.check("steps", steps)
     sampler = named_sampler(sampler_name)
     sigmas = schedule(scheduler, steps, model.shift, solver=sampler.solver)
@@ -137,7 +137,7 @@ def sampler_custom(
     sigmas: Tensor,
     latent_image: Latent,
 ) -> tuple[Latent, Latent]:
-    """Draw over the given sigmas; the outputs are the latent and the last predicted picture."""
+    """Sample over the given sigmas; the outputs are the latent and the last prediction of x0."""
     guider = Guider(model, positive, negative, cfg)
     return _drawn(context, guider, Noise(noise_seed, add_noise), latent_image, sampler, sigmas)
 
@@ -150,13 +150,13 @@ def sampler_custom(
 def sampler_custom_advanced(
     context: Context, noise: Noise, guider: Guider, sampler: Sampler, sigmas: Tensor, latent_image: Latent
 ) -> tuple[Latent, Latent]:
-    """The same with noise and guidance from nodes."""
+    """Sample over the given sigmas, with noise and guidance from other nodes."""
     return _drawn(context, guider, noise, latent_image, sampler, sigmas)
 
 
 @node("RandomNoise", [seed("noise_seed")], ["NOISE"])
 def random_noise(noise_seed: int) -> Noise:
-    """Noise of a seed."""
+    """Noise from a seed."""
     return Noise(noise_seed)
 
 
@@ -200,13 +200,13 @@ def dual_cfg_guider(
     cfg_cond2_negative: float,
     style: str,
 ) -> Guider:
-    """Guidance of one prompt away from a second, and of that away from the negative one."""
+    """Guidance of one prompt away from a second one, and of the second one away from the negative prompt."""
     return Guider(model, cond1, negative, cfg_conds, cond2, cfg_cond2_negative, nested=style == "nested")
 
 
 @node("KSamplerSelect", [_SAMPLER], ["SAMPLER"])
 def ksampler_select(sampler_name: str) -> Sampler:
-    """A sampler by its name."""
+    """Select a sampler by its name."""
     return named_sampler(sampler_name)
 
 
@@ -243,7 +243,7 @@ def sampler_dpmpp_sde(eta: float, s_noise: float, r: float, noise_device: str) -
 
 @node("BasicScheduler", [_MODEL, _SCHEDULER, _STEPS, _DENOISE], ["SIGMAS"])
 def basic_scheduler(context: Context, model: Model, scheduler: str, steps: int, denoise: float) -> Tensor:
-    """The sigmas of a schedule; the last `steps` of a longer one where `denoise` is below 1."""
+    """The sigmas of a schedule; with `denoise` below 1, the last `steps` steps of a longer schedule."""
     context.limits.check("steps", steps)
     if 0.9999 < denoise < 1:  # here, unlike in KSampler, the list is longer
         return samplers.sigmas(scheduler, int(steps / denoise), shift=model.shift)[-(steps + 1) :]
@@ -261,7 +261,7 @@ def basic_scheduler(context: Context, model: Model, scheduler: str, steps: int, 
     ["SIGMAS"],
 )
 def karras_scheduler(context: Context, steps: int, sigma_max: float, sigma_min: float, rho: float) -> Tensor:
-    """Sigmas evenly spaced in sigma^(1/rho), and 0."""
+    """Sigmas evenly spaced in sigma^(1/rho), followed by 0."""
     context.limits.check("steps", steps)
     return karras(steps, sigma_max, sigma_min, rho)
 
@@ -272,33 +272,33 @@ def karras_scheduler(context: Context, steps: int, sigma_max: float, sigma_min: 
     ["SIGMAS"],
 )
 def beta_sampling_scheduler(context: Context, model: Model, steps: int, alpha: float, beta: float) -> Tensor:
-    """Sigmas at the quantiles of a beta distribution, and 0."""
+    """Sigmas at the quantiles of a beta distribution, followed by 0."""
     context.limits.check("steps", steps)
     return beta_sampling(steps, model.shift, alpha, beta)
 
 
 @node("SplitSigmas", [_SIGMAS, integer("step", 0, 0, 10000)], ["SIGMAS", "SIGMAS"])
 def split_sigmas(sigmas: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """The levels up to a step, and those from it on."""
+    """Split sigmas at a step; the sigma of that step is in both parts."""
     return sigmas[: step + 1], sigmas[step:]
 
 
 @node("SplitSigmasDenoise", [_SIGMAS, _DENOISE], ["SIGMAS", "SIGMAS"])
 def split_sigmas_denoise(sigmas: Tensor, denoise: float) -> tuple[Tensor, Tensor]:
-    """The same with the share of the steps that the second part has."""
+    """Split sigmas so that the second part has the share `denoise` of the steps."""
     later = round(max(len(sigmas) - 1, 0) * denoise)
     return sigmas[:-later], sigmas[-(later + 1) :]
 
 
 @node("FlipSigmas", [_SIGMAS], ["SIGMAS"])
 def flip_sigmas(sigmas: Tensor) -> Tensor:
-    """The levels in the other order, to go from a picture to noise."""
+    """Reverse the sigmas, to go from a picture to noise."""
     return flipped(sigmas)
 
 
 @node("AddNoise", [_MODEL, wire("noise", "NOISE"), _SIGMAS, _LATENT], ["LATENT"])
 def add_noise(model: Model, noise: Noise, sigmas: Tensor, latent_image: Latent) -> Latent:
-    """A latent with as much noise as lies between the first and the last level."""
+    """Add noise to a latent; its level is the difference between the first and the last sigma."""
     if not len(sigmas):
         return latent_image
     level = float(abs(sigmas[0] - sigmas[-1]) if len(sigmas) > 1 else sigmas[0])
