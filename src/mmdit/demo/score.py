@@ -6,8 +6,8 @@ The reader (`parse`) never sees the prompt; `statements` never sees the picture;
     colour      an object of this shape has this colour (colour and shape must meet in one object)
     size        at least as many objects as said have this description with its size
     count       exactly as many objects as said fit the description (all objects for "three shapes")
-    relation    two objects that fit have it: the axis along which their middles differ most decides, so exactly one
-                of the four relations holds each way
+    relation    two objects that fit have this relation: the axis along which their middles differ most decides, so
+                exactly one of the four relations holds each way
     background  the background has this colour
 
 A wrong object fails its shape, its colour and its relations: each kind is reported on its own, and `macro_average`
