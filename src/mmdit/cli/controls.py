@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,6 +66,23 @@ def check_controls(ask: Namespace, before: Settings | None) -> None:
         )
     for hint in hints:
         load_image(hint.path, "--control")
+
+
+def note_other_control(path: str, before: str, now: str, note: Callable[[str], object]) -> None:
+    """Print a note if a picture that is drawn again had other nets, hints, scales or windows.
+
+    Args:
+        path: the picture whose settings are used.
+        before: `Settings.control` of that picture; empty if it was drawn without a net.
+        now: `Settings.control` of the new picture.
+        note: prints a note.
+    """
+    if before and now != before:
+        numbers = " and ".join(one.partition(":net=")[0] for one in before.split(";"))
+        note(
+            f"{path} was drawn with other ControlNets, hints, scales or windows (KIND:SCALE:START:END was {numbers}), "
+            "so its picture will differ"
+        )
 
 
 def control_arguments(ask: Namespace, pipe: Pipeline) -> dict[str, Any]:

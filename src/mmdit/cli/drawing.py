@@ -17,7 +17,7 @@ from encoders.chunks import Rows, read
 from mmdit._version import __version__
 from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.console import Note
-from mmdit.cli.controls import check_controls, control_arguments
+from mmdit.cli.controls import check_controls, control_arguments, note_other_control
 from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, is_file, load
 from mmdit.cli.inputs import Inputs, read_inputs
 from mmdit.cli.long_runs import note_long_run
@@ -98,6 +98,8 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     note_long_run(pipe, ask, len(pictures), note)
     drawn, names = [], output.names()
     for number, (image, settings) in enumerate(_drawn(pipe, ask, pictures, inputs), 1):
+        if number == 1 and before is not None:
+            note_other_control(ask.settings, before.control, settings.control, note)
         path = output.write(names, image, settings.to_json(), _workflow(settings))
         place = f"; picture {number} of {len(pictures)}" if len(pictures) > 1 else ""
         yield f"wrote {path} ({image.width} x {image.height}, seed {settings.seed}{place})"

@@ -119,8 +119,7 @@ def _opened(source: str | Path | bytes, called: str) -> Image.Image:
         raise ValueError(f"{called} is an address; nothing is downloaded here: give a file")
     data: BytesIO | Path = BytesIO(source) if isinstance(source, bytes) else Path(source)
     if isinstance(data, Path):
-        with data.open("rb"):  # a missing file raises the system's own error, which names it
-            pass
+        data.open("rb").close()  # a missing file raises the system's own error, which names it
     try:
         return Image.open(data, formats=FORMATS)
     except UnidentifiedImageError as error:

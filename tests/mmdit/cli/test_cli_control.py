@@ -53,5 +53,10 @@ def test_a_drawing(folder, capsys):
     capsys.readouterr()
     assert main(["generate", "--settings", str(folder / "a.png"), "-o", str(folder / "b.png")]) != 0
     assert "--controlnet" in capsys.readouterr().err
+    again = ["generate", "--settings", str(folder / "a.png"), "-o", str(folder / "d.png")]
+    assert main([*again, *control]) == 0
+    assert "canny:0.5:0:1" not in capsys.readouterr().err
+    assert main([*again, *control[:3], f"{folder / 'edges.png'}:canny"]) == 0
+    assert "canny:0.5:0:1" in capsys.readouterr().err  # another scale is said
     assert main(["generate", "a star", *control[:2], *how, str(folder / "c.png")]) != 0
     assert "1 nets" in capsys.readouterr().err
