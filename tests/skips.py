@@ -9,7 +9,7 @@ SKIPS = {
     "float8 gpu": "needs a GPU with a float8 matmul (compute capability 8.9 or later)",
     # tests/mmdit/runtime: Triton has wheels for Linux only; there its interpreter runs the kernels on the CPU.
     "triton": "needs Triton, which is for Linux only",
-    # tests/mmdit/runtime/test_accelerate.py: run it where there is one.
+    # tests/mmdit/runtime and tests/mmdit/pipeline: run them where there is one, `pytest -m gpu`.
     "gpu": "needs a GPU",
     "no gpu": "what a machine without a GPU is told",
     # tests/mmdit/cli/test_console.py and tests/mmdit/test_replacing.py: what only some systems have.

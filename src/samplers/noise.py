@@ -47,7 +47,7 @@ class Fresh:
         self.like, self.generators = x, generators
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        return gaussian(self.like.shape, self.generators, self.like.dtype).to(self.like.device)
+        return sent(gaussian(self.like.shape, self.generators, self.like.dtype), self.like)
 
 
 class BrownianTree:
@@ -85,7 +85,14 @@ class BrownianTree:
             warnings.filterwarnings("ignore", "Should have t")
             paths = torch.stack([tree(min(ends), max(ends)) for tree in self.trees])
         noise = (paths if self.batched else paths[0]) * (1.0 if sigma_next > sigma else -1.0)
-        return (noise / (ends[1] - ends[0]).abs().sqrt()).to(self.like)
+        return sent(noise / (ends[1] - ends[0]).abs().sqrt(), self.like)
+
+
+def sent(noise: Tensor, like: Tensor) -> Tensor:
+    """Noise on the device and in the dtype of `like`; the host does not wait for a GPU that fetches it."""
+    if like.is_cuda and not noise.is_cuda:
+        noise = noise.to(like.dtype).pin_memory()
+    return noise.to(like, non_blocking=like.is_cuda)
 
 
 def _torchsde() -> Any:

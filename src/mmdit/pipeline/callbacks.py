@@ -58,7 +58,8 @@ def after_step(
         ValueError: it returned a tensor with a wrong name or shape.
     """
     given = {name: _tensor(name, run, step, dtype) for name in names}
-    found = callback(pipe, step.i, torch.tensor(1000 * sigma, dtype=torch.float32, device=step.x.device), dict(given))
+    timestep = torch.full((), 1000 * sigma, dtype=torch.float32, device=step.x.device)
+    found = callback(pipe, step.i, timestep, dict(given))
     if found is None:
         return
     if not isinstance(found, dict):

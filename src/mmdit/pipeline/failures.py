@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -54,20 +54,55 @@ def check_all_finite(values: Tensor, what: str) -> None:
 PredictAgain = Callable[[Tensor, float, Sequence[Branch]], Sequence[Tensor]]
 
 
-def check_finite(step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> None:
-    """Raise FloatingPointError where the latent after a step is not finite, with the step, its level and the layer.
+class FiniteCheck:
+    """Whether the latent after a step is finite; `read` raises where it is not.
+
+    A GPU counts the values that are not finite behind the step, and the host need not wait: it reads their number once
+    the next step is launched. Elsewhere, the check is made at once.
 
     Args:
         step: the step that was just made.
-        calls: the calls of the model in this step.
+        calls: the calls of the model in this step; their inputs are kept until the check is read.
         predict: repeats the predictions of a call; captures and attention maps ignore these.
         transformer: the model, whose layers are checked while the predictions are repeated.
+
+    Raises:
+        FloatingPointError: see `read`; on devices other than GPUs.
     """
-    if bool(torch.isfinite(step.x).all()):
-        return
-    bad = f"{int((~torch.isfinite(step.x)).sum())} of {step.x.numel()} values that are not finite"
-    level = f"from sigma {calls[0].sigma:g} to" if calls else "to sigma"
-    raise FloatingPointError(f"step {step.i} {level} {step.sigma:g} gave {bad}: {_reason(calls, predict, transformer)}")
+
+    def __init__(self, step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> None:
+        self._calls, self._predict, self._transformer = calls, predict, transformer
+        self._i, self._sigma, self._values = step.i, step.sigma, step.x.numel()
+        if not step.x.is_cuda:
+            if not bool(torch.isfinite(step.x).all()):
+                self._fail(int((~torch.isfinite(step.x)).sum()))
+            self._ready: torch.cuda.Event | None = None
+            return
+        self._bad = torch.empty((), dtype=torch.int64, pin_memory=True)
+        with torch.cuda.device(step.x.device):
+            self._bad.copy_((~torch.isfinite(step.x)).sum(), non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def read(self) -> None:
+        """Wait until the step is done.
+
+        Raises:
+            FloatingPointError: the latent is not finite; the step, its noise level and the first layer are named.
+        """
+        if self._ready is None:
+            return
+        self._ready.synchronize()
+        self._ready = None
+        if bad := int(self._bad):
+            self._fail(bad)
+
+    def _fail(self, bad: int) -> NoReturn:
+        level = f"from sigma {self._calls[0].sigma:g} to" if self._calls else "to sigma"
+        raise FloatingPointError(
+            f"step {self._i} {level} {self._sigma:g} gave {bad} of {self._values} values that are not finite: "
+            f"{_reason(self._calls, self._predict, self._transformer)}"
+        )
 
 
 def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> str:

@@ -446,6 +446,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
                 if request.callback is not None:
                     after_step(request.callback, request.tensor_inputs, self, run, step, sigma, dtype)
                 if call.interrupt:
+                    run.read_check()
                     break
                 sigma = step.sigma
         finally:

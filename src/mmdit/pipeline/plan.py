@@ -14,7 +14,7 @@ import samplers
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.arguments import Shift, shift_for
-from mmdit.pipeline.failures import Call
+from mmdit.pipeline.failures import Call, FiniteCheck
 from mmdit.pipeline.guidance import Guidance, GuidanceLike, as_guidance
 from mmdit.pipeline.masks import Blend, Source, noisy
 from mmdit.pipeline.passes import Branch, Drawing
@@ -192,6 +192,7 @@ class Run:
         self.plan, self.cond, self.uncond = plan, cond, uncond
         self.step = 0  # number of steps that the solver has finished
         self.calls: list[Call] = []  # calls of the model in this step
+        self.check: FiniteCheck | None = None  # of the last step, unless it has been read
         self._predict_in_step = predict
         self.rebuild()
 
@@ -209,6 +210,12 @@ class Run:
         uses_uncond = reads and self.uncond is not None
         self.plan = replace(self.plan, guidance_scale=guidance_scale, uses_uncond=uses_uncond)
         self.rebuild()
+
+    def read_check(self) -> None:
+        """Raise FloatingPointError where the last step was not finite, see `FiniteCheck`."""
+        check, self.check = self.check, None
+        if check is not None:
+            check.read()
 
     def finished(self, step: Step) -> None:
         """Note that this step is finished and the next one begins."""

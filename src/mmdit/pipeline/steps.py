@@ -11,7 +11,7 @@ from torch import Tensor
 
 from encoders import Conditioning
 from mmdit.pipeline.arguments import Shift, check_tensor
-from mmdit.pipeline.failures import check_finite
+from mmdit.pipeline.failures import FiniteCheck
 from mmdit.pipeline.guidance import GuidanceLike
 from mmdit.pipeline.masks import Source, checked_source
 from mmdit.pipeline.passes import Branch, Pass
@@ -294,14 +294,27 @@ class PipelineSteps(PipelineTensors):
         return self._checked(run, steps)
 
     def _checked(self, run: Run, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps, each finite, with latents in the dtype that the profile keeps (diffusers: the model's)."""
-        for step in steps:
-            if run.plan.profile.state_dtype == "model":
-                step.x = step.x.to(self.dtype).to(step.x.dtype)
-            again = partial(self._predict, step=run.step, profile=run.plan.profile, plain=True)
-            check_finite(step, run.calls, again, self.transformer)
-            yield step
-            run.finished(step)
+        """The steps, each finite, with latents in the dtype that the profile keeps (diffusers: the model's).
+
+        On a GPU a step is given out before it is done. It is checked once the next one is launched, the last one before
+        it is given out; whoever leaves the loop before that calls `run.read_check`.
+        """
+        last = len(run.plan.sigmas) - 2
+        try:
+            for step in steps:
+                run.read_check()
+                if run.plan.profile.state_dtype == "model":
+                    step.x = step.x.to(self.dtype).to(step.x.dtype)
+                again = partial(self._predict, step=run.step, profile=run.plan.profile, plain=True)
+                run.check = FiniteCheck(step, run.calls, again, self.transformer)
+                if step.i == last:
+                    run.read_check()
+                yield step
+                run.finished(step)
+            run.read_check()
+        except Exception:  # a step fails where the one before it was not finite, which is what should be said
+            run.read_check()
+            raise
 
     def _predict(
         self,

@@ -220,7 +220,8 @@ class _Text:
             per_step = fast.vectors * fast.model.config.hidden_size * self.pooled.nbytes // self.pooled.shape[1]
             most = max(_TABLE_BYTES // max(per_step, 1), 1)
             wanted = list(dict.fromkeys([timestep, *ahead]))[:most]
-            table = fast.table(torch.tensor(wanted, dtype=torch.float32, device=self.pooled.device), self.pooled)
+            timesteps = torch.tensor(wanted, dtype=torch.float32, pin_memory=self.pooled.is_cuda)
+            table = fast.table(timesteps.to(self.pooled.device, non_blocking=True), self.pooled)
             self._rows = dict(zip(wanted, table.unbind(0), strict=True))
         return self._rows[timestep]
 

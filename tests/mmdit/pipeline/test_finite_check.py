@@ -1,0 +1,112 @@
+"""The check of each step is read once the next step is launched, at the end, and where a drawing is left early."""
+
+import pytest
+
+import mmdit
+from mmdit.pipeline import failures, steps
+from mmdit.pipeline.plan import Run
+
+SETTINGS = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "progress": False, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return mmdit.Pipeline.demo()
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Checks that fail when they are read, as on a GPU; gives the steps that fail, and a log of what happened."""
+    failing, log = set(), []
+
+    class Late(failures.FiniteCheck):
+        def __init__(self, step, *rest):
+            super().__init__(step, *rest)
+            self.i = step.i
+
+        def read(self):
+            log.append(f"read {self.i}")
+            if self.i in failing:
+                self._fail(3)
+
+    predict = Run._predict
+
+    def noted(self, *given):
+        log.append(f"launch {self.step}")
+        return predict(self, *given)
+
+    monkeypatch.setattr(steps, "FiniteCheck", Late)
+    monkeypatch.setattr(Run, "_predict", noted)
+    return failing, log
+
+
+def draw(pipe, **more):
+    return pipe("a red circle", output_type="latent", **SETTINGS | more).images
+
+
+def test_a_step_is_read_after_the_next_is_launched(pipe, late):
+    _, log = late
+    draw(pipe)
+    assert log == ["launch 0", "launch 1", "read 0", "launch 2", "read 1", "launch 3", "read 2", "read 3"]
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_its_own_step_and_level_are_named(pipe, late, bad):
+    failing, log = late
+    failing.add(bad)
+    levels = pipe.sigmas(4).tolist()
+    said = rf"step {bad} from sigma {levels[bad]:g} to {levels[bad + 1]:g} gave 3 of 1024 "
+    with pytest.raises(FloatingPointError, match=said):
+        draw(pipe)
+    assert log[-2:] == ([f"launch {bad + 1}", f"read {bad}"] if bad < 3 else ["read 2", "read 3"])
+
+
+def test_the_last_step_is_read_before_it_is_given_out(pipe, late):
+    late[0].add(3)
+    cond = pipe.encode("a red circle")
+    drawing = pipe.sample(cond, None, pipe.noise(1, height=64, width=64), num_inference_steps=4, guidance_scale=1.0)
+    assert [next(drawing).i for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(FloatingPointError, match="step 3"):
+        next(drawing)
+
+
+def test_a_solver_with_its_own_steps_is_read_at_its_end(pipe, late):
+    draw(pipe, sampler="dpm_fast")
+    reads = [int(line.split()[1]) for line in late[1] if line.startswith("read")]
+    assert reads == sorted(set(reads))
+    assert len(reads) == max(reads) + 1
+
+
+def test_a_drawing_that_a_callback_ends_is_read(pipe, late):
+    failing, log = late
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
+
+    draw(pipe, callback_on_step_end=stop)
+    assert log[-1] == "read 1"
+    failing.add(1)
+    with pytest.raises(FloatingPointError, match="step 1"):
+        draw(pipe, callback_on_step_end=stop)
+
+
+def test_what_a_bad_step_breaks_is_not_what_is_said(pipe, late):
+    late[0].add(0)
+
+    def broken(x, sigma, cond, uncond):
+        if sigma < 0.95:
+            raise ZeroDivisionError
+        return cond
+
+    with pytest.raises(FloatingPointError, match="step 0"):
+        draw(pipe, guidance=broken, guidance_scale=None)
+    late[0].clear()
+    with pytest.raises(ZeroDivisionError):
+        draw(pipe, guidance=broken, guidance_scale=None)
+
+
+def test_a_callback_reads_the_timestep_of_its_step(pipe):
+    found = []
+    draw(pipe, callback_on_step_end=lambda _, step, timestep, tensors: found.append((timestep.shape, float(timestep))))
+    levels = pipe.sigmas(4).tolist()[:-1]
+    assert found == [((), pytest.approx(1000 * level)) for level in levels]
