@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.bench.metrics import psnr
-from mmdit.demo.captions import caption, prompts
+from mmdit.demo.captions import caption, inventory, prompts
 from mmdit.demo.grammar import Statement, statements
 from mmdit.demo.scenes import Scene, Scenes, render, sample
 from mmdit.demo.score import accuracies, check, parse_batch, score_batch
 from mmdit.demo.shapes import COLOURS
+from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.hires import Hires
 from mmdit.pipeline.invert import Inverter
 from mmdit.pipeline.pipeline import Pipeline
@@ -38,13 +40,6 @@ STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 MARGIN = 3.0  # pixels that stay around the box of an object
 RECOLOUR_STRENGTH = 0.9
 _BATCH = 16
-
-
-def words_of(scene: Scene) -> str:
-    """A caption that names every object of a scene with its size, and the background."""
-    things = [f"a {one.size} {one.colour} {one.shape}" for one in scene.objects]
-    said = things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
-    return f"{said}, on a {scene.background} background"
 
 
 def free_of(scene: Scene, place: int, side: int = 128) -> Tensor:
@@ -98,7 +93,7 @@ def recolour(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
     pictures, before = render(batch), batch.words()
     pairs = [recoloured(scene, rng) for scene in before]
     masks = torch.stack([free_of(scene, place) for scene, (_, place) in zip(before, pairs, strict=True)])
-    texts = [words_of(scene) for scene, _ in pairs]
+    texts = [inventory(scene) for scene, _ in pairs]
     whole = drawn(
         pipe,
         texts,
@@ -197,8 +192,11 @@ def main() -> int:
     parser.add_argument("--guidance", type=float, default=4.5)
     parser.add_argument("--task", choices=TASKS, nargs="+", default=list(TASKS))
     parser.add_argument("--profile", default="comfyui")
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="model folder (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    pipe = Pipeline.demo(profile=options.profile)
+    dtype = torch.float32 if options.device == "cpu" else torch.float16
+    pipe = Pipeline.from_pretrained(options.model, device=options.device, dtype=dtype, profile=options.profile)
     for name in options.task:
         task, head = TASKS[name]
         start, rows = time.monotonic(), []

@@ -13,7 +13,17 @@ from mmdit.demo.grammar import NUMBERS, OPPOSITE, RELATIONS, plural
 from mmdit.demo.scenes import Scene, SceneObject, Scenes, sample
 from mmdit.demo.shapes import COLOURS, SHAPES
 
-__all__ = ["HELD_OUT", "caption", "clear_relation", "held_out", "held_out_caption", "prompts", "training_captions"]
+__all__ = [
+    "HELD_OUT",
+    "CaptionStyle",
+    "caption",
+    "clear_relation",
+    "held_out",
+    "held_out_caption",
+    "inventory",
+    "prompts",
+    "training_captions",
+]
 
 # A relation is stated only when nobody would argue: far apart along its axis, and much less so across it.
 CLEAR_DISTANCE = 16.0
@@ -41,6 +51,15 @@ _AFTER = (
 _BEFORE = ("on a {ground} background, {things}", "{ground} background, {things}", "on {ground}, {things}")
 
 
+@dataclass(frozen=True)
+class CaptionStyle:
+    """How often captions say what. The defaults are those of all prompts that are scored."""
+
+    relation: float = 0.85  # share of captions that state a relation, where the scene has a clear one
+    second: float = 0.4  # of these, the share that states another one
+    inventory: float = 0.0  # share of captions that are an `inventory`
+
+
 def held_out(shape: str, colour: str, relation: str) -> bool:
     """Return whether an object of this shape and colour as the subject of a relation is kept from training.
 
@@ -64,15 +83,26 @@ def clear_relation(subject: SceneObject, other: SceneObject) -> str | None:
     return "left of" if right < 0 else "right of"
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
+def caption(scene: Scene, rng: random.Random, style: CaptionStyle = CaptionStyle()) -> str:
     """Return one random caption: at least three statements, all true of the scene, no held-out combination.
 
     Args:
         scene: what to describe.
         rng: where the wording comes from.
+        style: how often the caption says what.
     """
+    if style.inventory and rng.random() < style.inventory:
+        return inventory(scene)
     allowed = [r for r in _clear_relations(scene, rng) if not r.held_out and not r.reversed.held_out]
-    return _Draft(scene, rng, _stated(allowed, rng) if rng.random() < 0.85 else []).text()
+    stated = _stated(allowed, rng, style.second) if rng.random() < style.relation else []
+    return _Draft(scene, rng, stated).text()
+
+
+def inventory(scene: Scene) -> str:
+    """Return the caption that names every object of a scene with its size, and the background."""
+    things = [f"a {one.size} {one.colour} {one.shape}" for one in scene.objects]
+    said = things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
+    return f"{said}, on a {scene.background} background"
 
 
 def held_out_caption(scene: Scene, rng: random.Random) -> str | None:
@@ -81,13 +111,18 @@ def held_out_caption(scene: Scene, rng: random.Random) -> str | None:
     return _Draft(scene, rng, _stated(clear, rng)).text() if clear and clear[0].held_out else None
 
 
-def training_captions(scenes: Scenes, per_scene: int, seed: int) -> list[list[str]]:
+def training_captions(
+    scenes: Scenes,
+    per_scene: int,
+    seed: int,
+    style: CaptionStyle = CaptionStyle(),
+) -> list[list[str]]:
     """Return `per_scene` captions of each scene, none of which states a held-out combination.
 
     The wording depends on the seed and the scene's place in the batch only: give each chunk of scenes its own seed.
     """
     rng = random.Random(seed)
-    return [[caption(scene, rng) for _ in range(per_scene)] for scene in scenes.words()]
+    return [[caption(scene, rng, style) for _ in range(per_scene)] for scene in scenes.words()]
 
 
 def prompts(n: int, seed: int, *, held_out: bool) -> list[str]:
@@ -155,10 +190,10 @@ def _clear_relations(scene: Scene, rng: random.Random) -> list[_Relation]:
     return [_Relation(a, name, b) for a, name, b in named if name]
 
 
-def _stated(relations: list[_Relation], rng: random.Random) -> list[_Relation]:
+def _stated(relations: list[_Relation], rng: random.Random, second: float = CaptionStyle.second) -> list[_Relation]:
     """Choose the first relation and sometimes one more, of another pair."""
     chosen = relations[:1]
-    if chosen and rng.random() < 0.4:
+    if chosen and rng.random() < second:
         pair = {chosen[0].subject, chosen[0].other}
         chosen += [r for r in relations if {r.subject, r.other} != pair][:1]
     return chosen

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from encoders.tokenize import CLIPTokenizer, T5Tokenizer, Tokenizers, pad
-from mmdit.demo.captions import training_captions
+from mmdit.demo.captions import CaptionStyle, training_captions
 from mmdit.demo.scenes import Scenes, sample
 from mmdit.demo.vocab import write_tokenizers
 
@@ -98,15 +98,30 @@ def tokenize(captions: Sequence[str]) -> TokenTable:
     return TokenTable(*(_ids(tokenizer, captions) for tokenizer in (own.clip_l, own.clip_g, own.t5)))
 
 
-def make_dataset(scenes: int, per_scene: int, seed: int, pool: Executor) -> Callable[[], Dataset]:
+def make_dataset(
+    scenes: int,
+    per_scene: int,
+    seed: int,
+    pool: Executor,
+    style: CaptionStyle = CaptionStyle(),  # noqa: B008 (frozen)
+    odds: Sequence[float] | None = None,
+) -> Callable[[], Dataset]:
     """Start to sample, describe and tokenize scenes; call the returned function for the result.
 
     The result depends on the seed and not on the number of cores.
+
+    Args:
+        scenes, per_scene: the number of scenes, and of the captions of each.
+        seed: of both.
+        pool: processes that do it.
+        style: what the captions say.
+        odds: of scenes of 1, 2, 3 and 4 objects; None are those of `scenes.sample`.
     """
     counts = [min(_CHUNK, scenes - first) for first in range(0, scenes, _CHUNK)]
     # Generators read 32 bits of a seed, so seeds of chunks must differ there.
     seeds = [(seed * 1_000_003 + i) % 2**32 for i in range(len(counts))]
-    waiting = pool.map(_chunk, counts, [per_scene] * len(counts), seeds)
+    n = len(counts)
+    waiting = pool.map(_chunk, counts, [per_scene] * n, seeds, [style] * n, [odds] * n)
 
     def gather() -> Dataset:
         chunks = list(waiting)
@@ -122,12 +137,27 @@ def _behind() -> None:
     os.nice(10)
 
 
-def _chunk(count: int, per_scene: int, seed: int) -> dict[str, Any]:
+def _chunk(count: int, per_scene: int, seed: int, style: CaptionStyle, odds: Sequence[float] | None) -> dict[str, Any]:
     """Return NumPy arrays: tensors are sent between processes as open files, whose number is limited."""
-    scenes = sample(count, seed)
-    captions = [text for texts in training_captions(scenes, per_scene, seed) for text in texts]
+    scenes = sample(count, seed) if odds is None else _with_odds(count, seed, odds)
+    captions = [text for texts in training_captions(scenes, per_scene, seed, style) for text in texts]
     state = Dataset(scenes, tokenize(captions), per_scene).state_dict()
     return {name: value.numpy() for name, value in state.items() if name != "per_scene"}
+
+
+def _with_odds(count: int, seed: int, odds: Sequence[float]) -> Scenes:
+    """Choose among four times as many scenes, so that these shares of them have 1, 2, 3 and 4 objects."""
+    g = torch.Generator().manual_seed(seed)
+    many = sample(4 * count, g)
+    ends = [round(count * sum(odds[:i]) / sum(odds)) for i in range(len(odds) + 1)]
+    chosen = [
+        (many.count == i + 1).nonzero()[: end - start, 0]
+        for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False))
+    ]
+    rows = torch.cat(chosen)
+    if len(rows) < count:
+        raise ValueError(f"odds of objects {tuple(odds)} differ too much from those of `scenes.sample` to choose by")
+    return many[rows[torch.randperm(count, generator=g)]]
 
 
 def _ids(tokenizer: CLIPTokenizer | T5Tokenizer, captions: Sequence[str]) -> Tensor:

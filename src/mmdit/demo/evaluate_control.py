@@ -22,6 +22,7 @@ from mmdit.demo.grammar import Statement, What
 from mmdit.demo.scenes import Scene, render, sample
 from mmdit.demo.score import accuracies, check, parse_batch
 from mmdit.demo.train_control import hints, vague_caption
+from mmdit.embedded import EMBEDDED
 from mmdit.models.controlnet import ControlNet
 from mmdit.pipeline.pipeline import Pipeline
 
@@ -71,7 +72,7 @@ def evaluate_control(
             output_type="pt",
             **given,
         ).images
-        parsed = parse_batch((drawn.float() * 255).round() / 255)
+        parsed = parse_batch((drawn.float().cpu() * 255).round() / 255)
         verdicts += [
             {one: check(one, found) for one in statements_of(scene)} for scene, found in zip(words, parsed, strict=True)
         ]
@@ -87,11 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", default="diffusers")
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="of which model (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
-    pipe = Pipeline.demo(profile=options.profile)
+    given: dict[str, Any] = {"device": options.device, "dtype": torch.float32, "profile": options.profile}
+    pipe = Pipeline.from_pretrained(options.model, **given)
     pipe.transformer.bfloat16()  # far faster on processors with bfloat16 matrix units; the VAE stays in float32
-    net = None if options.net is None else load_controlnet(options.net, dtype=torch.bfloat16)
+    net = None if options.net is None else load_controlnet(options.net, device=options.device, dtype=torch.bfloat16)
     for kind, (share, number) in evaluate_control(pipe, net, options.count, steps=options.steps).items():
         print(f"{kind}: {share:.4f} of {number}")  # noqa: T201
 

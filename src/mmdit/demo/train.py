@@ -24,8 +24,9 @@ from mmdit.checkpoints.load_pipeline import Components, load
 from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
+from mmdit.demo.mistakes import mistaken
 from mmdit.demo.progress import Journal, save_whole
-from mmdit.demo.recipe import FULL, SMOKE
+from mmdit.demo.recipe import FULL, FURTHER, smoke
 from mmdit.demo.run import Run
 from mmdit.demo.train_mmdit import Batches, Engine, rehearse, train_mmdit
 from mmdit.demo.train_vae import latents_of, train_vae
@@ -49,7 +50,8 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
         cache: folder of `save_compiled`, of an earlier run on the same kind of GPU.
     """
     recipe = run.recipe
-    gather = make_dataset(recipe.scenes, recipe.captions_per_scene, recipe.seed, run.pool)
+    numbers = (recipe.scenes, recipe.captions_per_scene, recipe.seed)
+    gather = make_dataset(*numbers, run.pool, recipe.style, recipe.object_odds)
     parts, averaged = (initial_parts(run.recipe.architecture, run.recipe.seed) for _ in range(2))
     if start_from is not None:
         parts, averaged = (load(start_from, "cpu", torch.float32) for _ in range(2))
@@ -73,7 +75,18 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
     mean, std = float(latents[:4096].float().mean()), float(latents[:4096].float().std())
     run.journal.row("latents", shape=str(list(latents.shape)), mean=mean, std=std, took=time.monotonic() - start)
     tokens = data.tokens.to(run.device)
-    batches = Batches(latents, tokens, data.per_scene, recipe.dropped, recipe.shift, run.generator(3))
+    wrong = mistaken(data.scenes, run.generator(5)) if recipe.mistaken else None
+    batches = Batches(
+        latents,
+        tokens,
+        data.per_scene,
+        recipe.dropped,
+        recipe.shift,
+        run.generator(3),
+        mistakes=None if wrong is None else latents_of(run, averaged.vae, wrong),
+        mistaken=recipe.mistaken,
+        mistaken_from=recipe.mistaken_from,
+    )
     train_mmdit(
         run,
         batches,
@@ -98,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     journal = Journal(args.out)
     journal.say(f"{' '.join(sys.argv)}: torch {torch.__version__}, {_hardware(device)}")
     with _marked(args.out / "pid"), workers(args.workers) as pool:
-        recipe = SMOKE if args.smoke else FULL
+        recipe = FURTHER if args.further else FULL
+        recipe = smoke(recipe) if args.smoke else recipe
         compiled = () if args.no_compile else args.compile or (() if args.smoke else DEFAULT_REGIONS)
         quick = (FASTEST if device.type == "cuda" else ()) if args.quick is None else tuple(args.quick)
         run = Run(recipe, device, args.out, journal, pool, 60 * args.minutes, compiled, quick)
@@ -124,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--smoke", action="store_true", help="every stage with tiny numbers; compiles nothing unless told"
     )
+    parser.add_argument("--further", action="store_true", help="the recipe for going on from a trained model")
     parser.add_argument("--compile", nargs="+", default=None, choices=sorted(REGIONS), help="only these; default all")
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
     parser.add_argument("--start-from", type=Path, help="a model folder to take VAE and starting weights from")

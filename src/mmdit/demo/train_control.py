@@ -4,7 +4,8 @@ Scenes of `mmdit.demo.scenes` are drawn, their hints made (Canny edges, or a map
 object is), and both encoded. A net first learns to predict the picture from the hint alone, with a linear read-out in
 place of the transformer; then its residuals are trained through the frozen transformer, on captions that leave shapes
 and positions out. The net for depth starts from the one for edges. The state is saved every minute, and an
-interrupted run resumes from it; it is meant for one core, in bfloat16.
+interrupted run resumes from it. On one core, seconds are those of the processor; on a GPU (`--device cuda`), which
+has a recipe of its own, they are those of the clock. Both compute in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,23 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders import VAE
-from mmdit.checkpoints.load import model_in_memory
+from mmdit.checkpoints.load import load_controlnet, model_in_memory
 from mmdit.checkpoints.safetensors_io import write_tensors
 from mmdit.checkpoints.write import METADATA, official
 from mmdit.demo.captions import caption
 from mmdit.demo.grammar import NUMBERS
 from mmdit.demo.progress import Ema, Every, Journal, learning_rate, mean_of, save_whole
 from mmdit.demo.scenes import SIZES, Scene, Scenes, render, sample
+from mmdit.embedded import EMBEDDED
 from mmdit.models.controlnet import ControlKind, ControlNet, ControlNetConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pictures.edges import canny
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.runtime.precision import full_float32
 from samplers.training import logit_normal, noised, shifted
 
-__all__ = ["ControlRecipe", "depth_map", "main", "train", "vague_caption"]
+__all__ = ["GPU", "ControlRecipe", "depth_map", "main", "net_file", "train", "vague_caption"]
 
 KINDS: tuple[ControlKind, ...] = ("canny", "depth")
-_STATE = "control.pt"
+_STATE, _DATA = "control.pt", "data.pt"
 _NEAREST = SIZES["large"][1]
 
 
@@ -60,9 +63,23 @@ class ControlRecipe:
     decay: float = 0.5
     ema: float = 0.99
     shift: float = 3.0
+    moves: int = 4  # cells by which pictures and hints are shifted at most, with wraparound, which augments few scenes
     without_last: float = 0.5  # share of steps without a residual after the last block, which diffusers leaves out
     save_seconds: float = 60.0
     log_seconds: float = 20.0
+
+
+GPU = ControlRecipe(
+    scenes=24_576,
+    captions_per_scene=1,
+    alone_share=0.08,
+    canny_share=0.52,
+    alone_batch=512,
+    batch=512,
+    warmup=200,
+    ema=0.999,
+    moves=0,
+)
 
 
 def depth_map(scenes: Scenes) -> Tensor:
@@ -110,7 +127,8 @@ def hints(kind: ControlKind, scenes: Scenes, pictures: Tensor) -> Tensor:
     """
     if kind == "depth":
         return depth_map(scenes)
-    return canny(pictures.permute(0, 2, 3, 1), 0.05, 0.1).permute(0, 3, 1, 2)
+    with full_float32():  # the shorter mantissa of TF32 moves edges
+        return canny(pictures.permute(0, 2, 3, 1), 0.05, 0.1).permute(0, 3, 1, 2)
 
 
 @dataclass
@@ -124,18 +142,28 @@ class Data:
     empty: tuple[Tensor, Tensor]
 
     def draw(self, kind: ControlKind, size: int, recipe: ControlRecipe, g: torch.Generator) -> Batch:
-        """A batch; picture and hint are shifted by whole cells, with wraparound, which augments few scenes."""
-        scene = torch.randint(len(self.pictures), (size,), generator=g)
+        """A batch, drawn where the data lie; picture and hint are shifted by whole cells."""
+        device = g.device
+        scene = torch.randint(len(self.pictures), (size,), generator=g, device=device)
         texts = len(self.context) // len(self.pictures)
-        text = scene * texts + torch.randint(texts, (size,), generator=g)
-        drop = torch.rand(size, generator=g) < recipe.dropped
+        text = scene * texts + torch.randint(texts, (size,), generator=g, device=device)
+        drop = torch.rand(size, generator=g, device=device) < recipe.dropped
         context = torch.where(drop[:, None, None], self.empty[0], self.context[text])
         pooled = torch.where(drop[:, None], self.empty[1], self.pooled[text])
-        move = torch.randint(-4, 5, (2,), generator=g).tolist()
-        x0, hint = (one[scene].float().roll(move, (2, 3)) for one in (self.pictures, self.hints[kind]))
-        noise = torch.randn(x0.shape, generator=g)
+        x0, hint = self.pictures[scene].float(), self.hints[kind][scene].float()
+        if recipe.moves:
+            reach = recipe.moves
+            move = torch.randint(-reach, reach + 1, (2,), generator=g, device=device).tolist()
+            x0, hint = x0.roll(move, (2, 3)), hint.roll(move, (2, 3))
+        noise = torch.randn(x0.shape, generator=g, device=device)
         t = shifted(logit_normal(size, generator=g), recipe.shift)
         return Batch(x0, noise, t, hint, context, pooled)
+
+    def to(self, device: torch.device) -> Data:
+        """The same data on a device."""
+        hints = {kind: hint.to(device) for kind, hint in self.hints.items()}
+        empty = self.empty[0].to(device), self.empty[1].to(device)
+        return Data(self.pictures.to(device), hints, self.context.to(device), self.pooled.to(device), empty)
 
 
 @dataclass
@@ -160,13 +188,14 @@ def make_data(pipe: Pipeline, recipe: ControlRecipe, journal: Journal) -> Data:
         for scene in scenes.words()
         for _ in range(recipe.captions_per_scene)
     ]
-    pieces = [pipe.encode(captions[i : i + 64]) for i in range(0, len(captions), 64)]
+    pieces = [pipe.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
     empty = pipe.encode("")
     short = slice(0, 77)  # the tokens of CLIP; the embedded model also knows captions without T5
     vae = pipe.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     latents: dict[str, list[Tensor]] = {"picture": [], **{kind: [] for kind in KINDS}}
-    for i in range(0, recipe.scenes, 32):
-        some = scenes[i : i + 32]
+    batch = 32 if pipe.device.type == "cpu" else 512
+    for i in range(0, recipe.scenes, batch):
+        some = scenes[i : i + batch].to(pipe.device)
         drawn = render(some)
         for name, pictures in (("picture", drawn), *((kind, hints(kind, some, drawn)) for kind in KINDS)):
             latents[name].append(_encoded(vae, pictures))
@@ -194,7 +223,7 @@ class Trainer:
         self.net, self.recipe = net, recipe
         self.transformer = transformer
         width, patch = net.config.hidden_size, net.config.patch_size
-        self.reader = nn.Linear(width, 16 * patch**2)
+        self.reader = nn.Linear(width, 16 * patch**2).to(transformer.pos_embed.device)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The noised latents, the timesteps, and the tokens that the net gets."""
@@ -204,7 +233,7 @@ class Trainer:
 
     def residuals(self, batch: Batch, x: Tensor, timestep: Tensor, tokens: Tensor) -> list[Tensor]:
         """Return the residuals that the net adds."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             return self.net(x, timestep, batch.context, batch.pooled, batch.hint, tokens.float())
 
     def alone(self, batch: Batch) -> Tensor:
@@ -251,31 +280,57 @@ def new_net(kind: ControlKind, transformer: MMDiT) -> ControlNet:
     return net
 
 
-def train(folder: Path, seconds: float, recipe: ControlRecipe | None = None) -> dict[ControlKind, Path]:
-    """Train both nets in so many seconds of the processor's time; returns their files, in official names."""
-    recipe, journal, started = recipe or ControlRecipe(), Journal(folder), time.process_time()
+def train(
+    folder: Path,
+    seconds: float,
+    recipe: ControlRecipe | None = None,
+    *,
+    device: str = "cpu",
+    model: Path = EMBEDDED,
+    start_from: Path | None = None,
+) -> dict[ControlKind, Path]:
+    """Train both nets; returns their files, in official names.
+
+    Args:
+        folder: of states, log and nets.
+        seconds: of the processor on a CPU, of the clock on a GPU.
+        recipe: None is the device's.
+        device: of the training.
+        model: the folder of the model that the nets are for.
+        start_from: a folder of nets of an earlier run, which are trained further without the first stage.
+    """
+    recipe = recipe or (ControlRecipe() if device == "cpu" else GPU)
+    journal, ticks = Journal(folder), time.process_time if device == "cpu" else time.monotonic
+    started = ticks()
     torch.manual_seed(recipe.seed)
-    pipe = Pipeline.demo()
+    pipe = Pipeline.from_pretrained(model, device=device, dtype=torch.float32)
     state: dict[str, Any] = torch.load(folder / _STATE) if (folder / _STATE).exists() else {"done": 0.0}
-    earlier: float = state["done"]  # seconds of the processor in runs before this one
+    earlier: float = state["done"]  # seconds of runs before this one
 
     def clock() -> float:
-        return earlier + time.process_time() - started
+        return earlier + ticks() - started
 
-    if "data" not in state:
-        state["data"] = vars(make_data(pipe, recipe, journal))
+    if not (folder / _DATA).exists():
+        save_whole(vars(make_data(pipe, recipe, journal)), folder / _DATA)
         state |= {"begun": clock(), "done": clock()}
         save_whole(state, folder / _STATE)
-    data, begun = Data(**state["data"]), float(state["begun"])
-    left = max(seconds - begun, 1e-3)  # seconds of processor time, for the three stages
-    model = pipe.transformer.bfloat16().requires_grad_(False)
-    ends = {"alone": recipe.alone_share, "canny": recipe.alone_share + recipe.canny_share, "depth": 1.0}
-    start, found = 0.0, {}
-    for stage, end in ends.items():
+    data, begun = Data(**torch.load(folder / _DATA)).to(pipe.device), float(state["begun"])
+    left = max(seconds - begun, 1e-3)  # for the three stages
+    transformer = pipe.transformer.bfloat16().requires_grad_(False)
+    ends = {"alone": 0.0 if start_from else recipe.alone_share, "canny": recipe.alone_share + recipe.canny_share}
+    start, found, before = 0.0, dict[ControlKind, Path](), (clock() - begun) / left
+    for stage, end in (*ends.items(), ("depth", 1.0)):
         kind: ControlKind = "depth" if stage == "depth" else "canny"
-        trainer = Trainer(new_net(kind, model), model, recipe)
-        if "net" in state:
+        if before >= end and (stage == "alone" or net_file(folder, kind).exists()):  # an earlier run ended this stage
+            found |= {kind: net_file(folder, kind)} if stage != "alone" else {}
+            start = end
+            continue
+        trainer = Trainer(new_net(kind, transformer).to(pipe.device), transformer, recipe)
+        if "net" in state and (start_from is None or state["stage"] == stage):
             trainer.net.load_state_dict(state["net"])
+        elif start_from is not None:
+            given = load_controlnet(net_file(start_from, kind), dtype=torch.float32)
+            trainer.net.load_state_dict(given.state_dict())
         rounds = _rounds(lambda: (clock() - begun) / left, start, end)
         _stage(trainer, stage, kind, data, rounds, _Keeper(state, folder / _STATE, clock, journal, recipe))
         if stage != "alone":
@@ -301,9 +356,10 @@ class _Keeper:
     journal: Journal
     recipe: ControlRecipe
 
-    def keep(self, net: nn.Module) -> None:
+    def keep(self, net: nn.Module, stage: str) -> None:
         """Write everything that is needed to resume the run."""
-        self.state |= {"net": {name: tensor.clone() for name, tensor in net.state_dict().items()}, "done": self.clock()}
+        weights = {name: tensor.cpu().clone() for name, tensor in net.state_dict().items()}
+        self.state |= {"net": weights, "stage": stage, "done": self.clock()}
         save_whole(self.state, self.path)
 
 
@@ -317,13 +373,14 @@ def _stage(
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.01)
     ema, losses = Ema(net, recipe.ema), list[Tensor]()
     log, save = Every(recipe.log_seconds), Every(recipe.save_seconds)
-    g = torch.Generator().manual_seed(recipe.seed + len(stage))
+    device = next(net.parameters()).device
+    g, rng = torch.Generator(device).manual_seed(recipe.seed + len(stage)), random.Random(recipe.seed)
     for step, fraction in rounds:
         for group in optimizer.param_groups:
             rate = learning_rate(fraction, step, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
             group["lr"] = rate
         batch = data.draw(kind, recipe.alone_batch if alone else recipe.batch, recipe, g)
-        last = bool(torch.rand((), generator=g) >= recipe.without_last)
+        last = rng.random() >= recipe.without_last
         loss = trainer.alone(batch) if alone else trainer.together(batch, last)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -335,16 +392,21 @@ def _stage(
             keeper.journal.row(stage, step=step, done=fraction, loss=mean_of(losses), rate=rate)
             losses = []
         if save.due():
-            keeper.keep(net)
+            keeper.keep(net, stage)
     ema.write_to(net)
-    keeper.keep(net)
+    keeper.keep(net, stage)
+
+
+def net_file(folder: Path, kind: ControlKind) -> Path:
+    """The file of a net in a folder of nets."""
+    return folder / f"controlnet_{kind}.safetensors"
 
 
 def write_net(net: ControlNet, kind: ControlKind, folder: Path) -> Path:
     """Write a net in float16 under official names."""
     stored = model_in_memory("controlnet", net)
     half = replace(stored, tensors={key: lazy.as_dtype(torch.float16) for key, lazy in stored.tensors.items()})
-    path = folder / f"controlnet_{kind}.safetensors"
+    path = net_file(folder, kind)
     write_tensors(path, official(half, "comfyui"), METADATA)
     return path
 
@@ -353,9 +415,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where states, log and nets are written")
-    parser.add_argument("--seconds", type=float, default=900.0, help="of the processor's time, in all")
+    parser.add_argument("--seconds", type=float, default=900.0, help="in all: of the processor, or a GPU's clock")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="of which model (default: %(default)s)")
+    parser.add_argument("--start-from", type=Path, help="a folder of nets of an earlier run, to train them further")
     options = parser.parse_args(arguments)
-    train(options.folder, options.seconds)
+    torch.set_float32_matmul_precision("high")
+    given = {"device": options.device, "model": options.model, "start_from": options.start_from}
+    train(options.folder, options.seconds, **given)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,17 @@ from mmdit.demo.run import Run
 from mmdit.demo.trainee import T5Form, Trainee, compile_regions, graph_breaks, hurried, trainee_of
 from samplers.training import logit_normal, noised, shifted, velocity_loss
 
-__all__ = ["Batch", "Batches", "Engine", "draw_form", "flow_loss", "make_optimizer", "rehearse", "train_mmdit"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Engine",
+    "draw_form",
+    "flow_loss",
+    "make_optimizer",
+    "mending_noise",
+    "rehearse",
+    "train_mmdit",
+]
 
 _STATE = "mmdit.pt"
 _FORMS: tuple[T5Form, ...] = ("short", "long", "zeros", "omitted")
@@ -57,6 +67,8 @@ class Batches:
         dropped: share of captions replaced by the empty one.
         shift: Shift of the sampled times.
         generator: on the device of the latents.
+        mistakes: Latents of the same scenes with a mistake each, as `latents`, or None.
+        mistaken: share of captioned latents at times from `mistaken_from` on that have the mistake.
     """
 
     def __init__(
@@ -67,8 +79,13 @@ class Batches:
         dropped: float,
         shift: float,
         generator: torch.Generator,
+        *,
+        mistakes: Tensor | None = None,
+        mistaken: float = 0.0,
+        mistaken_from: float = 0.5,
     ) -> None:
         self.latents, self.tokens, self.per_scene = latents, tokens, per_scene
+        self.mistakes, self.mistaken, self.mistaken_from = mistakes, mistaken, mistaken_from
         self.dropped, self.shift, self.generator = dropped, shift, generator
         self.empty = tokenize([""]).to(latents.device)
 
@@ -81,7 +98,20 @@ class Batches:
         x0 = self.latents[scene].float()
         noise = torch.randn(x0.shape, generator=g, device=device)
         t = shifted(logit_normal(size, generator=g), self.shift)
+        if self.mistakes is not None:
+            wrong = ~drop & (torch.rand(size, generator=g, device=device) < self.mistaken) & (t >= self.mistaken_from)
+            noise = mending_noise(noise, x0, self.mistakes[scene].float(), t, wrong)
         return Batch(x0, noise, t, _replaced(self.tokens[caption], self.empty, drop))
+
+
+def mending_noise(noise: Tensor, x0: Tensor, mistake: Tensor, t: Tensor, where: Tensor) -> Tensor:
+    """The noise that, mixed into x0 at times t, gives what `noise` gives when it is mixed into `mistake`.
+
+    The velocity that it leads to runs from there to x0: a model that learns it mends the mistake on the straight path.
+    Elsewhere than `where` [b], it is the noise itself. All other shapes as in `samplers.training.noised`; t > 0.
+    """
+    level = t[:, None, None, None]
+    return torch.where(where[:, None, None, None], noise + (1 - level) / level * (mistake - x0), noise)
 
 
 def draw_form(rng: random.Random, run: Run, fraction: float) -> T5Form:

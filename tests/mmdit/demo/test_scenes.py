@@ -1,6 +1,7 @@
 """Scenes keep their promises (sizes, gaps, colours, seeds), and pictures show what the tensors say."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmdit.demo import scenes
+from mmdit.demo.mistakes import mistaken
 from mmdit.demo.scenes import Scene, SceneObject, Scenes
 from mmdit.demo.shapes import BACKGROUNDS, COLOURS, SHAPES, coverage, palette, signed_distance, unit_area
 
@@ -172,3 +174,26 @@ def test_bad_arguments_are_named() -> None:
         one("hexagon")
     with pytest.raises(ValueError, match="at most 4 objects"):
         scenes.from_words([Scene("white", scenes.sample(1, 0).words()[0].objects * 5)])
+
+
+def test_a_mistake_contradicts_the_caption_of_its_scene() -> None:
+    """Objects, one of which has another colour or shape or is missing, or two of which have swapped colours."""
+    right = scenes.sample(400, 17)
+    wrong = mistaken(right, torch.Generator().manual_seed(1))
+    kinds: Counter[str] = Counter()
+    for one, other in zip(right.words(), wrong.words(), strict=True):
+        if len(other.objects) < len(one.objects):
+            kinds["missing"] += 1
+            assert set(other.objects) < set(one.objects)
+            continue
+        pairs = [(a, b) for a, b in zip(one.objects, other.objects, strict=True) if a != b]
+        assert all(replace(a, shape=b.shape, colour=b.colour) == b for a, b in pairs)
+        changed = [(a.shape != b.shape, a.colour != b.colour) for a, b in pairs]
+        if len(changed) == 2:
+            assert Counter(a.colour for a, _ in pairs) == Counter(b.colour for _, b in pairs)
+        kinds[str(changed)] += 1
+    assert kinds["[(False, True)]"] > 180
+    assert kinds["[(True, False)]"] > 50
+    assert min(kinds["missing"], kinds["[(False, True), (False, True)]"]) > 25
+    assert sum(kinds.values()) - kinds["[]"] > 370, "two objects of one colour may be swapped"
+    assert set(kinds) <= {"missing", "[]", "[(False, True)]", "[(True, False)]", "[(False, True), (False, True)]"}

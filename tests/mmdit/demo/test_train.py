@@ -18,6 +18,7 @@ from encoders.t5 import T5Config, T5Encoder
 from encoders.vae import VAE, VAEConfig
 from mmdit.checkpoints.load import load_vae
 from mmdit.demo import evaluate, recipe, train, trainee
+from mmdit.demo.captions import CaptionStyle, inventory
 from mmdit.demo.data import LENGTH, TokenTable, make_dataset, own_tokenizers, tokenize
 from mmdit.demo.export import PIECE, write_pieces
 from mmdit.demo.progress import Budget, Ema, Journal, learning_rate, save_whole
@@ -30,6 +31,7 @@ from mmdit.embedded import EMBEDDED
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
+from samplers.training import noised
 
 TINY = Architecture(
     MMDiTConfig(depth=2, hidden_size=64, context_dim=256, pooled_dim=192, pos_embed_size=32, sample_size=16),
@@ -155,6 +157,15 @@ def test_data_is_the_same_for_the_same_seed_and_captions_belong_to_their_scenes(
             assert all(thing.shape in text and thing.colour in text for thing in scene.objects)
 
 
+def test_odds_of_objects_and_style_of_captions_are_those_asked_for() -> None:
+    style = CaptionStyle(inventory=1.0)
+    data = make_dataset(400, 1, 3, Inline(), style, (0.0, 0.1, 0.2, 0.7))()
+    shares = torch.bincount(data.scenes.count, minlength=5)[1:] / 400
+    assert shares.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.7])
+    texts = [inventory(scene) for scene in data.scenes[:8].words()]
+    assert torch.equal(data.tokens.t5[:8], tokenize(texts).t5)
+
+
 @pytest.mark.parametrize("form", ["short", "long", "zeros", "omitted"])
 def test_training_reads_text_exactly_as_the_library_does(form: trainee.T5Form) -> None:
     parts = trainee.initial_parts(TINY, 1)
@@ -244,6 +255,23 @@ def test_batches_pair_latents_with_captions_of_their_scene_and_drop_some() -> No
         scene = (source.latents == x0).flatten(1).all(1).nonzero().item()
         assert (source.tokens.t5[2 * int(scene) : 2 * int(scene) + 2] == row).all(1).any()
     assert drawn.t.median().item() == pytest.approx(0.75, abs=0.03)  # shift 3 moves 0.5 there
+
+
+def test_a_latent_with_a_mistake_is_noised_as_it_is_and_leads_to_the_right_one() -> None:
+    """Captioned latents at late times are noised from the mistake; the path from there ends at the true latent."""
+    source = batches(dropped=0.25)
+    source.mistakes, source.mistaken = source.latents + 3.0, 0.5
+    drawn, plain = source.draw(2000), batches(dropped=0.25).draw(2000)
+    dropped = (drawn.tokens.t5 == tokenize([""]).t5).all(1)
+    wrong = (drawn.noise != plain.noise).flatten(1).any(1)
+    assert not (wrong & dropped).any()
+    assert not (wrong & (drawn.t < source.mistaken_from)).any()
+    may = ~dropped & (drawn.t >= source.mistaken_from)
+    assert wrong[may].float().mean().item() == pytest.approx(0.5, abs=0.05)
+    state = noised(drawn.x0, drawn.noise, drawn.t)[wrong]
+    torch.testing.assert_close(state, noised(drawn.x0 + 3.0, plain.noise, drawn.t)[wrong])
+    end = state - drawn.t[wrong][:, None, None, None] * (drawn.noise - drawn.x0)[wrong]
+    torch.testing.assert_close(end, drawn.x0[wrong], atol=1e-5, rtol=0)
 
 
 def test_forms_are_drawn_by_the_mix_of_their_phase(tmp_path: Path) -> None:
