@@ -11,6 +11,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -150,10 +151,7 @@ def _with_odds(count: int, seed: int, odds: Sequence[float]) -> Scenes:
     g = torch.Generator().manual_seed(seed)
     many = sample(4 * count, g)
     ends = [round(count * sum(odds[:i]) / sum(odds)) for i in range(len(odds) + 1)]
-    chosen = [
-        (many.count == i + 1).nonzero()[: end - start, 0]
-        for i, (start, end) in enumerate(zip(ends, ends[1:], strict=False))
-    ]
+    chosen = [(many.count == i + 1).nonzero()[: end - start, 0] for i, (start, end) in enumerate(pairwise(ends))]
     rows = torch.cat(chosen)
     if len(rows) < count:
         raise ValueError(f"odds of objects {tuple(odds)} differ too much from those of `scenes.sample` to choose by")
