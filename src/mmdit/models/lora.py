@@ -21,16 +21,32 @@ class LoraLinear(nn.Linear):
     plain: tuple[nn.Linear]  # the Linear that this module replaces; a tuple keeps it from being a submodule
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        return super().forward(x) + self.added(x)
+        return self.add_to(super().forward(x), x)
 
-    def added(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        """The term that is added to the Linear's output."""
-        low = None if self.down is None or self.up is None else F.linear(F.linear(x, self.down), self.up)
-        if self.delta is None:
-            assert low is not None, "a LoraLinear adds a pair of factors, a matrix, or both"
-            return low
-        whole = F.linear(x, self.delta)
-        return whole if low is None else low + whole
+    @property
+    def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None:
+        """down and up; None where only a full matrix is attached."""
+        return None if self.down is None or self.up is None else (self.down, self.up)
+
+    def add_to(self, output: Float[Tensor, "... o"], x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        """Add up (down x) + delta x to an output of the Linear, in place where the dtypes allow it."""
+        if self.factors is not None:
+            down, up = self.factors
+            output = add_product(output, F.linear(x, down), up)
+        return output if self.delta is None else add_product(output, x, self.delta)
+
+
+def add_product(
+    output: Float[Tensor, "... o"], x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"]
+) -> Float[Tensor, "... o"]:
+    """Add `F.linear(x, weight)` to an output in place, so that the output is read and written only once more.
+
+    Under autocast, where the dtypes differ, the result is a new tensor.
+    """
+    if not output.dtype == x.dtype == weight.dtype or not output.is_contiguous():
+        return output + F.linear(x, weight)
+    output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    return output
 
 
 def beside(

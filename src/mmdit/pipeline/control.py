@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from math import ceil
 
 import torch
@@ -75,14 +76,23 @@ def residuals(
         return None
     names = [name for name, _ in branches]
     context, pooled = (torch.cat([getattr(text, part) for _, text in branches]) for part in ("context", "pooled"))
-    total: list[Tensor | None] = [None] * transformer.config.depth
+    given: list[list[Tensor]] = []
     for control in acting:
-        given = _run(control, transformer, profile, latents, timestep, context, pooled, control.hints(names))
-        for i, j in enumerate(spread(profile, control.net, transformer.config.depth)):
-            if j is not None:
-                before, residual = total[i], (given[j] * control.scale).to(latents.dtype)
-                total[i] = residual if before is None else before + residual
-    return total
+        found = _run(control, transformer, profile, latents, timestep, context, pooled, control.hints(names))
+        given.append([(one * control.scale).to(latents.dtype) for one in found])
+    depth = transformer.config.depth
+    spreads = zip(*(spread(profile, control.net, depth) for control in acting), strict=True)
+    return _summed(given, list(spreads))
+
+
+def _summed(given: Sequence[Sequence[Tensor]], spreads: Sequence[tuple[int | None, ...]]) -> list[Tensor | None]:
+    """The sum of the nets' residuals after each block; blocks that get the same residuals share one tensor."""
+    sums: dict[tuple[int | None, ...], Tensor | None] = {}
+    for places in spreads:
+        if places not in sums:
+            parts = [each[place] for each, place in zip(given, places, strict=True) if place is not None]
+            sums[places] = reduce(torch.add, parts) if parts else None
+    return [sums[places] for places in spreads]
 
 
 def _run(

@@ -83,8 +83,7 @@ def _predict_batch(
 ) -> list[Tensor]:
     """The predicted pictures of branches that share a batch.
 
-    The fast forward supports neither perturbed attention nor ControlNets. With these, the transformer's own forward
-    runs.
+    The fast forward does not support perturbed attention, with which the transformer's own forward runs.
     """
     (rows, columns), patch = x.shape[2:], transformer.config.patch_size
     filled = F.pad(x, (0, -columns % patch, 0, -rows % patch), mode="circular")
@@ -93,10 +92,10 @@ def _predict_batch(
     texts = [(branch.name, branch.conditioning) for branch in branches]
     level = control_timestep_of(profile, sigma)
     control = residuals(first.control, transformer, profile, latents, sigma, level, texts)
-    if accelerated is None or first.perturbed_layers or control is not None:
+    if accelerated is None or first.perturbed_layers:
         velocity = _velocity(transformer, latents, timestep, branches, control)
     else:
-        velocity = _fast(accelerated, latents, timestep, branches)
+        velocity = _fast(accelerated, latents, timestep, branches, control)
     velocity = velocity[..., :rows, :columns]
     known = sigma if profile.sigma_dtype == "float32" else float(_seen(profile, sigma))
     return [x - known * part for part in velocity.to(x.dtype).chunk(len(branches))]
@@ -122,7 +121,13 @@ def _velocity(
         )
 
 
-def _fast(accelerated: Accelerated, latents: Tensor, timestep: float, branches: tuple[Branch, ...]) -> Tensor:
+def _fast(
+    accelerated: Accelerated,
+    latents: Tensor,
+    timestep: float,
+    branches: tuple[Branch, ...],
+    control: Sequence[Tensor | None] | None,
+) -> Tensor:
     """The velocity by the transformer's fast forward."""
     texts = [branch.conditioning for branch in branches]
     return accelerated.velocity(
@@ -131,6 +136,7 @@ def _fast(accelerated: Accelerated, latents: Tensor, timestep: float, branches: 
         [text.context for text in texts],
         [text.pooled for text in texts],
         skip_layers=branches[0].skip_layers,
+        control=control,
     )
 
 

@@ -149,7 +149,7 @@ class Accelerated:
                     if product is not None
                 ]
         by_triton = self.fast.kernels is not plain_kernels
-        left_out = ["branches of perturbed attention and control residuals, which run on the model's own forward"]
+        left_out = ["branches of perturbed attention, which run on the model's own forward, and ControlNets themselves"]
         if not by_triton:
             left_out.append(f"Triton kernels: {_why_no_triton(self.model)}")
         if not self.graph:
@@ -166,6 +166,7 @@ class Accelerated:
         pooled: Sequence[Tensor],
         *,
         skip_layers: tuple[int, ...] = (),
+        control: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """What the model predicts for samples that share a noise level.
 
@@ -177,25 +178,28 @@ class Accelerated:
             contexts, pooled: text tokens [n, k] and pooled vectors of parts of the batch, [b / parts, ...] each. Tables
                 are kept for these very tensors until the drawing ends.
             skip_layers: blocks that both streams pass by.
+            control: one residual [b, l, hidden_size] or None per block, as in `MMDiT.forward`.
 
         Raises:
             ValueError: see the class; or a size does not fit the model.
         """
         if timestep not in self._planned:
             self._refresh()
-        self.model.check(latent, contexts[0], pooled[0], None, skip_layers)
+        self.model.check(latent, contexts[0], pooled[0], control, skip_layers)
         text = self._text(contexts, pooled)
         vectors = text.vectors(self.fast, timestep, [one for one in self._planned if one < timestep])
         latent = latent.to(self.model.pos_embed.dtype)
-        inputs = (latent, text.tokens, vectors)
+        places, residuals = _distinct(control, self.model.pos_embed.dtype)
+        inputs = (latent, text.tokens, vectors, *residuals)
 
-        def step(latent: Tensor, tokens: Tensor, vectors: Tensor) -> Tensor:
-            return self.fast(latent, tokens, vectors, skip_layers)
+        def step(latent: Tensor, tokens: Tensor, vectors: Tensor, *given: Tensor) -> Tensor:
+            added = [None if place is None else given[place] for place in places] if places else None
+            return self.fast(latent, tokens, vectors, skip_layers, added)
 
         if not self.graph:
             return step(*inputs)
         with self._lock:
-            return self.graphs((latent.shape, text.tokens.shape, skip_layers), step, inputs)
+            return self.graphs((latent.shape, text.tokens.shape, skip_layers, places), step, inputs)
 
     def _text(self, contexts: Sequence[Tensor], pooled: Sequence[Tensor]) -> _Text:
         key = tuple(map(id, (*contexts, *pooled)))
@@ -224,6 +228,16 @@ class _Text:
             table = fast.table(timesteps.to(self.pooled.device, non_blocking=True), self.pooled)
             self._rows = dict(zip(wanted, table.unbind(0), strict=True))
         return self._rows[timestep]
+
+
+def _distinct(
+    control: Sequence[Tensor | None] | None, dtype: torch.dtype
+) -> tuple[tuple[int | None, ...], list[Tensor]]:
+    """Which residual each block gets, and the residuals, each once: one may be added after several blocks."""
+    found = {id(one): one for one in control or () if one is not None}
+    order = {key: place for place, key in enumerate(found)}
+    places = tuple(None if one is None else order[id(one)] for one in control or ())
+    return places, [one.to(dtype) for one in found.values()]
 
 
 def version_of(model: MMDiT) -> object:

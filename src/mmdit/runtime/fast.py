@@ -22,7 +22,7 @@ from mmdit.runtime.rows import Activation, Attention, Columns, Output, Rounding,
 
 
 class FastMMDiT:
-    """What `model` computes, without gradients, control residuals and hooks.
+    """What `model` computes, without gradients and hooks.
 
     Args:
         model: its weights are read where they lie; norms of queries and keys are copied.
@@ -70,6 +70,7 @@ class FastMMDiT:
         tokens: Float[Tensor, "b n d"],
         vectors: Float[Tensor, "b v d"],
         skip_layers: Collection[int] = (),
+        control: Sequence[Tensor | None] | None = None,
     ) -> Float[Tensor, "b o h w"]:
         """The velocity, as `MMDiT.forward` gives it.
 
@@ -78,6 +79,7 @@ class FastMMDiT:
             tokens: see `tokens`.
             vectors: a row of `table`.
             skip_layers: blocks that both streams pass by.
+            control: one residual [b, l, hidden_size] or None per block, added to the image tokens after it.
         """
         model, sides = self.model, latent.shape[2:]
         image = model.x_embedder(latent) + model.cropped_pos_embed(*sides)
@@ -87,6 +89,8 @@ class FastMMDiT:
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
                 rows, x, updates = block(x, rows, vectors, updates, self.kernels, self.attention)
+            if control is not None and (residual := control[i]) is not None:
+                x[rows.split :].add_(residual.flatten(0, 1))
         x, updates, rows = _image_of(x, updates, rows)
         shift, scale = self.vectors - 2, self.vectors - 1
         output = Output(Columns(shift, shift), Columns(scale, scale), Rounding())

@@ -6,10 +6,11 @@ from torch import nn
 
 from mmdit.models.attention import SelfOnly, attending
 from mmdit.models.config import MMDiTConfig
+from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.accelerate import Accelerated, version_of
 from mmdit.runtime.attention import BestAttention
-from quant.quantize import quantize_
+from quant.quantize import linears_of, quantize_
 from skips import SKIPS
 from triton_device import DEVICE
 
@@ -71,7 +72,34 @@ def test_tables_are_computed_together_and_once(model):
     assert asked[3:] == [[900.0]]
 
 
+def attach(model, scale=1.0):
+    """A LoRA beside two Linears of each block."""
+    for name, linear in linears_of(model):
+        if "x_block.mlp" in name:
+            sizes = (4, linear.in_features), (linear.out_features, 4)
+            down, up = (torch.full(size, 0.1).to(DEVICE, model.pos_embed.dtype) for size in sizes)
+            beside(model, name, factors=(down, scale * up))
+
+
+def control_of(model, samples=1, cells=6):
+    """Residuals, of which one is added after two blocks."""
+    one, two = (torch.randn(samples, cells // 2 * 4, 64).to(DEVICE, model.pos_embed.dtype) for _ in range(2))
+    return [one, two, one]
+
+
+def test_control_residuals(model):
+    fast, inputs = Accelerated(model), inputs_of(model)
+    control = control_of(model)
+    found = velocity(fast, inputs, control=control)
+    assert near(model, found, inputs, control=control)
+    assert not torch.equal(found, velocity(fast, inputs))
+    assert near(model, velocity(fast, inputs, control=[None, None, None]), inputs)
+    with pytest.raises(ValueError, match="2 entries"):
+        velocity(fast, inputs, control=control[:2])
+
+
 CHANGES = {
+    "a LoRA beside": attach,
     "in place": lambda model: model.joint_blocks[1].x_block.mlp.fc1.weight.mul_(3),
     "a norm": lambda model: model.joint_blocks[2].x_block.attn.ln_q.weight.mul_(3),
     "modulation": lambda model: model.joint_blocks[0].context_block.adaLN_modulation[1].bias.add_(1),
@@ -191,6 +219,30 @@ def test_a_graph_needs_a_gpu(model):
 def test_an_attention_kernel_that_is_not_here():
     with pytest.raises(ValueError, match=r"cudnn.*flash"):
         BestAttention("flash-attn-9")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason=SKIPS["gpu"])
+@pytest.mark.parametrize("recipe", [None, "fp8"])
+def test_graphs_with_loras_and_controls_are_bit_equal_and_notice_changes(model, recipe):
+    if recipe is not None:
+        quantize_(model, recipe)
+    attach(model)
+    fast, plain = Accelerated(model), Accelerated(model, graph=False)
+    inputs, seen = inputs_of(model), []
+    for scale in (1.0, -2.0, None):
+        if scale is None:
+            for name in all_beside(model):
+                without(model, name)
+        else:
+            attach(model, scale)
+        for control in (None, control_of(model), control_of(model)):
+            found = velocity(fast, inputs, control=control)
+            assert torch.equal(found, velocity(plain, inputs, control=control))
+            assert recipe is not None or near(model, found, inputs, control=control)
+            assert not any(torch.equal(found, other) for other in seen)
+            seen.append(found)
+        assert len(fast.graphs) == 2
 
 
 @pytest.mark.gpu

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
 from mmdit.models.config import MMDiTConfig
+from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.fast import FastMMDiT
-from mmdit.runtime.products import Product
+from mmdit.runtime.products import Float8Factors, Product
 from mmdit.runtime.rows import Part
 from quant.quantize import linears_of, quantize_
 from quant.recipe import RECIPES
@@ -68,6 +70,73 @@ def test_it_is_the_model(name, skip_layers, samples):
     inputs = inputs_of(model, samples)
     wanted = model(*inputs, skip_layers=skip_layers)
     assert error(fast_of(model, inputs, skip_layers=skip_layers), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("skip_layers", [(), (1,)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_control_residuals_are_added(name, skip_layers):
+    model = model_of(name)
+    inputs = inputs_of(model)
+    residual, last = (torch.randn(2, 12, 64, dtype=torch.float64, device=DEVICE) for _ in range(2))
+    control = [residual, None, last][: model.config.depth]
+    before = residual.clone()
+    wanted = model(*inputs, control=control, skip_layers=skip_layers)
+    assert error(fast_of(model, inputs, control=control, skip_layers=skip_layers), wanted) < 1e-12
+    assert torch.equal(residual, before)
+
+
+def with_lora(model, rank=3):
+    """Factors beside every Linear of the blocks; those beside float8 weights are as float8 models have them."""
+    for name, linear in linears_of(model):
+        if name.startswith("joint_blocks") and "adaLN" not in name:
+            sizes = (rank, linear.in_features), (linear.out_features, rank)
+            down, up = (0.1 * torch.randn(size, device=DEVICE) for size in sizes)
+            beside(model, name, factors=(down.to(linear.weight.dtype), up.to(linear.weight.dtype)))
+    return model
+
+
+KINDS = {"fp8": "token", "fp8-static": "static"}
+
+
+@pytest.mark.parametrize("recipe", [None, "fp8", "fp8-static", "fp8-tensor", "fp8-weight-only"])
+def test_loras_are_added(recipe):
+    """Beside float8 they read the codes of the activations, which is as exact as the model's own forward."""
+    model = with_lora(model_of("sd3.5-medium"))
+    inputs = inputs_of(model)
+    exact = model(*inputs)
+    low = [one.float() for one in inputs]
+    if recipe is None:
+        assert error(fast_of(model, inputs), exact) < 1e-12
+    else:
+        quantized(model.float(), recipe)
+        assert error(fast_of(model, low), exact) < 1.1 * error(model(*low), exact)
+    assert Product(model.joint_blocks[0].x_block.mlp.fc1).kind == KINDS.get(recipe, "none")
+    for name in all_beside(model):
+        without(model, name)
+    assert error(model(*(inputs if recipe is None else low)), exact) > 0.1
+
+
+def test_a_full_matrix_beside_float8_reads_16_bits():
+    model = model_of("sd3.5-large", torch.float32)
+    quantized(model, "fp8")
+    beside(model, "joint_blocks.0.x_block.mlp.fc1", delta=torch.randn(256, 64, device=DEVICE))
+    assert Product(model.joint_blocks[0].x_block.mlp.fc1).kind == "none"
+    inputs = inputs_of(model, dtype=torch.float32)
+    assert error(fast_of(model, inputs), model(*inputs).double()) < 2e-3
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_factors_beside_float8_are_nearly_exact(static):
+    linear = nn.Sequential(nn.Linear(64, 48, device=DEVICE))
+    down, up = torch.randn(5, 64, device=DEVICE), torch.randn(48, 5, device=DEVICE)
+    factors = Float8Factors.of(beside(linear, "0", factors=(down, up)))
+    assert factors.down.shape == (16, 64)
+    codes = torch.randint(0, 120, (7, 64), dtype=torch.uint8, device=DEVICE).view(torch.float8_e4m3fn)
+    scale = torch.tensor(0.02, device=DEVICE) if static else torch.rand(7, 1, device=DEVICE)
+    out = torch.ones(7, 48, device=DEVICE)
+    factors.add_to(out, codes, scale)
+    wanted = 1 + (codes.double() * scale) @ down.double().t() @ up.double().t()
+    assert error(out, wanted) < 2e-3  # E4M3 alone: 2e-2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
