@@ -28,7 +28,7 @@ LAYERS = (
     ("checkpoints",),
     ("runtime",),
     ("pipeline",),
-    ("inspection", "parity", "comfyui"),
+    ("inspection", "parity", "comfyui", "training"),
     ("demo",),
     ("bench",),
     ("cli",),
@@ -98,7 +98,7 @@ def test_rooms_import_only_those_before_them():
     assert sorted(wrong) == []
 
 
-def test_rooms_have_at_most_eight_levels():
+def test_rooms_have_at_most_nine_levels():
     """The longest chain of rooms that import each other."""
     targets: dict[str, set[str]] = {}
     for source, found in edges().items():
@@ -111,7 +111,7 @@ def test_rooms_have_at_most_eight_levels():
         free = {name for name, needs in targets.items() if not needs & set(targets)}
         assert free
         targets = {name: needs for name, needs in targets.items() if name not in free}
-    assert levels <= 8
+    assert levels <= 9
 
 
 def test_models_import_no_leaf():

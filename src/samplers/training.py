@@ -25,6 +25,7 @@ __all__ = [
     "mode_map",
     "noised",
     "plain_weight",
+    "sample_losses",
     "shifted",
     "sigma_sqrt_weight",
     "uniform",
@@ -143,6 +144,21 @@ def velocity_loss(predicted: Tensor, x0: Tensor, noise: Tensor, weight: Tensor |
     wide = torch.promote_types(predicted.dtype, torch.float32)
     error = (predicted.to(wide) - velocity(x0.to(wide), noise.to(wide))) ** 2
     return error.mean() if weight is None else (_per_sample(weight, error) * error).mean()
+
+
+def sample_losses(predicted: Tensor, x0: Tensor, noise: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the terms of `velocity_loss`, whose mean it is: one for each sample [b], in float32 or wider.
+
+    Args:
+        predicted, x0, noise, weight: see `velocity_loss`.
+
+    Raises:
+        ValueError: shapes disagree.
+    """
+    _check_pair(predicted, x0, "predicted", "x0")
+    wide = torch.promote_types(predicted.dtype, torch.float32)
+    errors = ((predicted.to(wide) - velocity(x0.to(wide), noise.to(wide))) ** 2).flatten(1).mean(1)
+    return errors if weight is None else _per_sample(weight, errors) * errors
 
 
 def plain_weight(t: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def in_diffusers_names(lora: Lora) -> Tensors:
     Raises:
         CheckpointError: the file patches T5, biases or norms, or has a kind other than LoRA; diffusers reads none.
     """
-    names, found = _diffusers_modules(lora), Tensors()
+    names, found = diffusers_names_of(lora), Tensors()
     for patch in lora.patches:
         target, pair = patch.target, _pair(lora, patch, "diffusers' names")
         prefix = _DIFFUSERS.get(target.part)
@@ -226,7 +226,7 @@ def _is_exchanged_in_diffusers(key: str, up: Tensor, down: Tensor) -> bool:
     return is_last or key == "final_layer.adaLN_modulation.1.weight"
 
 
-def _diffusers_modules(lora: Lora) -> dict[str, tuple[str, ...]]:
+def diffusers_names_of(lora: Lora) -> dict[str, tuple[str, ...]]:
     """diffusers' module names by official module name, one or three for each."""
     blocks = [
         int(found[1]) for patch in lora.patches if (found := re.match(r"joint_blocks\.(\d+)\.", patch.target.key))

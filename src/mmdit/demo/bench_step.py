@@ -28,13 +28,14 @@ from mmdit.checkpoints.load import load_vae
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.captions import training_captions
 from mmdit.demo.data import tokenize
-from mmdit.demo.progress import Ema, Journal
 from mmdit.demo.recipe import FULL
 from mmdit.demo.run import Run
 from mmdit.demo.scenes import render, sample
 from mmdit.demo.train_mmdit import Batch, Batches, Engine, flow_loss, make_optimizer
 from mmdit.demo.trainee import T5Form, initial_parts, save_compiled, trainee_of
 from mmdit.embedded import EMBEDDED
+from mmdit.training.ema import Ema
+from mmdit.training.journal import Journal
 
 __all__ = ["main"]
 

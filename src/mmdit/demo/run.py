@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from mmdit.demo.progress import Journal
 from mmdit.demo.recipe import TrainingRecipe
+from mmdit.training.journal import Journal
 
 __all__ = ["Run"]
 

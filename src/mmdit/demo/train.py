@@ -25,7 +25,7 @@ from mmdit.demo.data import Dataset, make_dataset, workers
 from mmdit.demo.evaluate import MAIN, SETTINGS, Setting, evaluate, evaluate_all, write_sheet
 from mmdit.demo.export import cast_copy, export, write_pieces
 from mmdit.demo.mistakes import mistaken
-from mmdit.demo.progress import Journal, save_whole
+from mmdit.demo.progress import save_whole
 from mmdit.demo.recipe import FULL, FURTHER, smoke
 from mmdit.demo.run import Run
 from mmdit.demo.train_mmdit import Batches, Engine, rehearse, train_mmdit
@@ -33,6 +33,7 @@ from mmdit.demo.train_vae import latents_of, train_vae
 from mmdit.demo.trainee import QUICK, REGIONS, initial_parts, load_compiled, save_compiled
 from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.training.journal import Journal
 
 __all__ = ["main", "train"]
 

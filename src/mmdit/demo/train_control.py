@@ -28,7 +28,7 @@ from mmdit.checkpoints.safetensors_io import write_tensors
 from mmdit.checkpoints.write import METADATA, official
 from mmdit.demo.captions import caption
 from mmdit.demo.grammar import NUMBERS
-from mmdit.demo.progress import Ema, Every, Journal, learning_rate, mean_of, save_whole
+from mmdit.demo.progress import save_whole
 from mmdit.demo.scenes import SIZES, Scene, Scenes, render, sample
 from mmdit.embedded import EMBEDDED
 from mmdit.models.controlnet import ControlKind, ControlNet, ControlNetConfig
@@ -36,6 +36,9 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pictures.edges import canny
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.precision import full_float32
+from mmdit.training.ema import Ema
+from mmdit.training.journal import Journal, mean_of
+from mmdit.training.rates import Every, learning_rate
 from samplers.training import logit_normal, noised, shifted
 
 __all__ = ["GPU", "ControlRecipe", "depth_map", "main", "net_file", "train", "vague_caption"]

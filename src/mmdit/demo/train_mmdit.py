@@ -15,9 +15,12 @@ from torch import Tensor
 
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.data import TokenTable, tokenize
-from mmdit.demo.progress import Budget, Ema, Every, learning_rate, mean_of, save_whole
+from mmdit.demo.progress import save_whole
 from mmdit.demo.run import Run
 from mmdit.demo.trainee import T5Form, Trainee, compile_regions, graph_breaks, hurried, trainee_of
+from mmdit.training.ema import Ema
+from mmdit.training.journal import mean_of
+from mmdit.training.rates import Budget, Every, learning_rate
 from samplers.training import logit_normal, noised, shifted, velocity_loss
 
 __all__ = [

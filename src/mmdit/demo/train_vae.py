@@ -13,11 +13,14 @@ from torch import Tensor
 
 from encoders.vae import MAX_LOGVAR, MIN_LOGVAR, VAE
 from mmdit.demo.captions import training_captions
-from mmdit.demo.progress import Budget, Ema, Every, learning_rate, mean_of, save_whole
+from mmdit.demo.progress import save_whole
 from mmdit.demo.run import Run
 from mmdit.demo.scenes import Scene, Scenes, render, sample
 from mmdit.demo.score import check, parse_batch, statements, symbolic
 from mmdit.demo.trainee import compile_regions, initial_parts
+from mmdit.training.ema import Ema
+from mmdit.training.journal import mean_of
+from mmdit.training.rates import Budget, Every, learning_rate
 
 __all__ = ["fold_scale", "latents_of", "round_trip", "train_vae", "vae_loss"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -49,6 +51,9 @@ def add_product(
     return output
 
 
+Kind = TypeVar("Kind", bound=LoraLinear)
+
+
 def beside(
     model: nn.Module,
     name: str,
@@ -70,18 +75,34 @@ def beside(
     """
     if factors is None and delta is None:
         raise ValueError(f"{name}: give factors, a delta, or both")
+    new = stand_in(model, name, LoraLinear)
+    down, up = (None, None) if factors is None else factors
+    for key, tensor in (("down", down), ("up", up), ("delta", delta)):
+        new.register_buffer(key, tensor, persistent=False)
+    return new
+
+
+def stand_in(model: nn.Module, name: str, kind: type[Kind]) -> Kind:
+    """Replace a Linear by a module of a class that adds to its output, and that shares its parameters and hooks.
+
+    Args:
+        model: the model that contains the Linear; anything attached to the Linear before is removed.
+        name: the name of the Linear in the model.
+        kind: the class; its `__init__` is not called.
+
+    Raises:
+        TypeError: the module of this name is not a Linear.
+    """
     without(model, name)
     linear = model.get_submodule(name)
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"{name} is a {type(linear).__name__}, and a LoRA goes beside Linears")
-    new = LoraLinear.__new__(LoraLinear)
+    new = kind.__new__(kind)
     new.__dict__.update(linear.__dict__)  # share the dicts of parameters and hooks, so that changes apply to both
     new.__dict__["_buffers"] = dict(linear._buffers)
+    new.__dict__["_modules"] = dict(linear._modules)
     new.__dict__["_non_persistent_buffers_set"] = set(linear._non_persistent_buffers_set)
     new.plain = (linear,)
-    down, up = (None, None) if factors is None else factors
-    for key, tensor in (("down", down), ("up", up), ("delta", delta)):
-        new.register_buffer(key, tensor, persistent=False)
     _put(model, name, new)
     return new
 

@@ -109,7 +109,7 @@ def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module
     for call in calls:
         if not torch.isfinite(call.x).all():
             return f"the input of the model at sigma {call.sigma:g} was not finite"
-        with _first_bad(transformer) as names, repeating(), torch.no_grad():
+        with nonfinite_layers(transformer) as names, repeating(), torch.no_grad():
             predictions = predict(*call)
         if names:
             return (
@@ -122,8 +122,8 @@ def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module
 
 
 @contextmanager
-def _first_bad(model: nn.Module) -> Iterator[list[str]]:
-    """The names of the layers whose output is not finite, in the order in which they finish."""
+def nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
+    """Inside, the names of the layers whose output is not finite are collected, in the order in which they finish."""
     found: list[str] = []
 
     def watch(name: str) -> After:

@@ -21,7 +21,7 @@ from mmdit.demo import evaluate, recipe, train, trainee
 from mmdit.demo.captions import CaptionStyle, inventory
 from mmdit.demo.data import LENGTH, TokenTable, make_dataset, own_tokenizers, tokenize
 from mmdit.demo.export import PIECE, write_pieces
-from mmdit.demo.progress import Budget, Ema, Journal, learning_rate, save_whole
+from mmdit.demo.progress import save_whole
 from mmdit.demo.recipe import FULL, Architecture, T5Mix
 from mmdit.demo.run import Run
 from mmdit.demo.train_mmdit import Batches, Engine, draw_form, flow_loss, make_optimizer
@@ -31,6 +31,9 @@ from mmdit.embedded import EMBEDDED
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.training.ema import Ema
+from mmdit.training.journal import Journal
+from mmdit.training.rates import Budget, learning_rate
 from samplers.training import noised
 
 TINY = Architecture(

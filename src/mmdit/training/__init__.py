@@ -1,0 +1,1 @@
+"""Training: losses of flow matching, adapters, data, checkpoints, and a plain loop of parts."""

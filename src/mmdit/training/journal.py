@@ -1,0 +1,49 @@
+"""The log of a run, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class Journal:
+    """The log of a run: lines for people on the screen and in log.txt, rows for programs in progress.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.start = folder, time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        """Write one line with the seconds since the start."""
+        line = f"[{time.monotonic() - self.start:7.1f} s] {text}"
+        print(line, flush=True)  # noqa: T201
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def row(self, stage: str, **values: object) -> None:
+        """Write one row, and the same as a line; a number that is not finite stops the run.
+
+        Raises:
+            FloatingPointError: a value is not finite; the state saved before it is sound.
+        """
+        row = {"stage": stage, "seconds": round(time.monotonic() - self.start, 1)} | values
+        with (self.folder / "progress.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.say(f"{stage} " + " ".join(f"{name} {_short(value)}" for name, value in values.items()))
+        if bad := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
+            raise FloatingPointError(f"{stage}: {', '.join(bad)} is not finite; resume from the last saved state")
+
+
+def mean_of(values: Iterable[Tensor]) -> float:
+    """The mean of scalar tensors, with one copy from their device."""
+    return float(torch.stack(list(values)).mean())
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

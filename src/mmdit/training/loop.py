@@ -1,0 +1,182 @@
+"""The training loop, and the parts that it is made of.
+
+    run = start(config)                          # mmdit.training.setup: model, data, optimizer
+    for step in range(run.step, config.steps):
+        batch = run.batch(step)                  # mmdit.training.batches: which samples, which noise, which times
+        losses = flow_losses(run.model, batch)   # predict the velocity, compare it
+        losses.mean().backward()
+        run.optimizer.step()
+
+`train` is this loop with accumulation, clipping, averages, checkpoints, the log and sample pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdit.pipeline.failures import nonfinite_layers
+from mmdit.runtime.hooks import repeating
+from mmdit.training.batches import Batch, Samples, batch_at
+from mmdit.training.config import TrainingConfig
+from mmdit.training.ema import Ema
+from mmdit.training.rates import rate_at
+from samplers.training import WEIGHTINGS, noised, sample_losses
+
+Weight = Callable[[Tensor], Tensor]  # times [b] -> a factor of the loss of each sample [b]
+
+
+@dataclass
+class Processes:
+    """What a step needs to know of the other processes; the default is one process.
+
+    Attributes:
+        rank, world: the number of this process, and of all.
+        prepare: wraps the model that computes the loss (DDP), or shards it (fully_shard), before the optimizer is made.
+        no_sync: the context of a backward pass whose gradients are not yet exchanged.
+        mean: the mean over all processes of a tensor for the log.
+        whole: a parameter, or a tensor of its optimizer's state, as a plain tensor, for checkpoints.
+        fill: copies a plain tensor into a parameter, or a tensor of its optimizer's state.
+    """
+
+    rank: int = 0
+    world: int = 1
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model
+    no_sync: Callable[[nn.Module], AbstractContextManager[object]] = lambda model: nullcontext()
+    mean: Callable[[Tensor], Tensor] = lambda value: value
+    whole: Callable[[Tensor], Tensor] = lambda value: value
+    fill: Callable[[Tensor, Tensor], object] = lambda into, value: into.copy_(value)
+
+
+@dataclass
+class Training:
+    """A run: what a step reads and changes.
+
+    Attributes:
+        model: (latent, timestep, context, pooled, hint=None) -> velocity; it may wrap the transformer.
+        parameters: what is trained, by name.
+        step: the number of steps that are done.
+    """
+
+    config: TrainingConfig
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    samples: Samples
+    optimizer: torch.optim.Optimizer
+    shift: float
+    device: torch.device
+    dtype: torch.dtype
+    ema: Ema | None = None
+    processes: Processes = field(default_factory=Processes)
+    step: int = 0
+    before_forward: Callable[[Batch, int], None] | None = None  # called with each batch and the number of its pass
+
+    def batch(self, step: int, micro: int = 0) -> Batch:
+        """The batch of a step, or of one of its accumulated passes."""
+        return batch_at(
+            self.samples,
+            self.config,
+            self.shift,
+            step * self.config.accumulation + micro,
+            rank=self.processes.rank,
+            world=self.processes.world,
+            device=self.device,
+            dtype=torch.promote_types(self.dtype, torch.float32),
+        )
+
+
+class StepResult(NamedTuple):
+    """What a step tells the log."""
+
+    step: int
+    loss: Tensor  # mean over the samples of the step, on this process
+    norm: Tensor | None  # of all gradients together, before clipping
+    rate: float
+    times: Tensor  # [samples of the step]
+    losses: Tensor  # one for each time
+
+
+def flow_losses(model: nn.Module, batch: Batch, weight: Weight | None = None) -> Tensor:
+    """The velocity loss of each sample, weight (predicted - (noise - x0))^2, [b], in float32 or wider.
+
+    The model gets the noised latents, the text and the hint in its own dtype, and the timestep 1000 t.
+    """
+    dtype = dtype_of(model)
+    latent = noised(batch.x0, batch.noise, batch.t).to(dtype)
+    hint = {} if batch.hint is None else {"hint": batch.hint.to(dtype)}
+    predicted = model(latent, 1000 * batch.t, batch.context.to(dtype), batch.pooled.to(dtype), **hint)
+    return sample_losses(predicted, batch.x0, batch.noise, None if weight is None else weight(batch.t))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model computes: that of its first weight, whose float8 codes stand for a wider one."""
+    return next(model.parameters()).dtype
+
+
+def training_step(run: Training, step: int) -> StepResult:
+    """One step of the optimizer: passes forward and backward, clipping, the step itself, the average.
+
+    Raises:
+        FloatingPointError: a loss is not finite; the step, the times and the first layer are named, and no weight has
+            changed.
+    """
+    config, weight = run.config, WEIGHTINGS[run.config.weighting]
+    rate = rate_at(step, config.steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule)
+    set_rate(run.optimizer, rate)
+    times, losses = [], []
+    for micro in range(config.accumulation):
+        batch = run.batch(step, micro)
+        if run.before_forward is not None:
+            run.before_forward(batch, step * config.accumulation + micro)
+        last = micro == config.accumulation - 1
+        with nullcontext() if last else run.processes.no_sync(run.model):
+            each = flow_losses(run.model, batch, weight)
+            check_finite_losses(run.model, batch, each, step)
+            (each.mean() / config.accumulation).backward()
+        times.append(batch.t.detach())
+        losses.append(each.detach())
+    norm = clipped(run.parameters.values(), config.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.ema is not None:
+        run.ema.update()
+    run.step = step + 1
+    every = torch.cat(losses)
+    return StepResult(step, every.mean(), norm, rate, torch.cat(times), every)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # an optimizer in a graph, or of torchao
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def clipped(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor | None:
+    """Scale all gradients so that their common norm is at most `most`; returns the norm before. None does nothing."""
+    return None if most is None else nn.utils.clip_grad_norm_(list(parameters), most)
+
+
+def check_finite_losses(model: nn.Module, batch: Batch, losses: Tensor, step: int) -> None:
+    """Raise FloatingPointError where a loss is not finite, with the step, the times, and the first layer to blame."""
+    bad = ~torch.isfinite(losses.detach())
+    if not bool(bad.any()):
+        return
+    times = ", ".join(f"{1000 * t:.1f}" for t in batch.t[bad].tolist())
+    with nonfinite_layers(model) as names, repeating(), torch.no_grad():
+        flow_losses(model, batch)
+    inputs = [name for name, part in batch._asdict().items() if part is not None and not torch.isfinite(part).all()]
+    where = f"the first layer with such an output is {names[0]}" if names else "all layers are finite"
+    if inputs:
+        where = f"the batch's {', '.join(inputs)} is not finite: delete the cache, and look at the pictures"
+    raise FloatingPointError(
+        f"step {step}: the loss of timestep {times} is not finite; {where}. No weight has changed: go on from the last "
+        "checkpoint with a lower learning_rate, a smaller clip, or dtype float32"
+    )
