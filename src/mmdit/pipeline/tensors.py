@@ -56,6 +56,7 @@ class PipelineTensors(PipelineModels):
             rules,
             context_dim=self.transformer.config.context_dim,
             pooled_dim=self.transformer.config.pooled_dim,
+            faster=None if self._beside is None else self._beside.encoders(self._text_encoders),
         )
         prompts = checked_prompts(prompts)
         self._enter("clip_l", "clip_g", "t5")
@@ -206,7 +207,8 @@ class PipelineTensors(PipelineModels):
         if finite:
             check_all_finite(latent, "the latent to decode")
         tile = None if tile is None else whole("tile", tile, LEAST_TILE)
-        decoded = self.vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile)
+        vae = self.vae if self._beside is None else self._beside.vae(self.vae)
+        decoded = vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile)
         if finite:
             check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
         return to_unit(decoded)
@@ -279,7 +281,8 @@ class PipelineTensors(PipelineModels):
         self._enter("vae")
         first = next(self.vae.parameters())
         given = (2 * pixels - 1).to(first.device, first.dtype)
-        found = self.vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
+        vae = self.vae if self._beside is None else self._beside.vae(self.vae)
+        found = vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
         latents, std = found.mean, found.std
         if isinstance(drawn_by, Sequence):
             latents, std = repeated(latents, count), repeated(std, count)

@@ -21,7 +21,7 @@ from mmdit.models.attention import Attend
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.attention import BestAttention
-from mmdit.runtime.compiled import ACCELERATED, refuse_compiled_parts
+from mmdit.runtime.compiled import ACCELERATED, refuse_changed
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
 
@@ -49,6 +49,7 @@ class AccelerationReport:
     left_out: list[str]  # and why
     attention: BestAttention = field(repr=False)
     graphs: Graphs = field(repr=False)
+    others: dict[str, str] = field(default_factory=dict)  # what runs faster beside the transformer, and how
 
     def __str__(self) -> str:
         lines = [f"kernels: {self.kernels}; a step is {'a CUDA graph' if self.graph else 'launched kernel by kernel'}"]
@@ -65,6 +66,7 @@ class AccelerationReport:
             lines.append(f"attention of {list(key[0])}: {choice.name} ({times}{refused})")  # type: ignore[call-overload]
         if len(self.graphs):
             lines.append(f"{len(self.graphs)} graphs hold {self.graphs.nbytes / 1e9:.2f} GB")
+        lines += [f"{name}: {how}" for name, how in self.others.items()]
         return "\n".join([*lines, *(f"left out: {one}" for one in self.left_out)])
 
 
@@ -151,7 +153,7 @@ class Accelerated:
         by_triton = self.fast.kernels is not plain_kernels
         left_out = ["branches of perturbed attention, which run on the model's own forward, and ControlNets themselves"]
         if not by_triton:
-            left_out.append(f"Triton kernels: {_why_no_triton(self.model)}")
+            left_out.append(f"Triton kernels: {why_no_triton(self.model.pos_embed)}")
         if not self.graph:
             left_out.append("CUDA graphs: " + ("not asked for" if self.model.pos_embed.is_cuda else "no GPU"))
         name = "Triton" if by_triton else "plain torch"
@@ -240,7 +242,7 @@ def _distinct(
     return places, [one.to(dtype) for one in found.values()]
 
 
-def version_of(model: MMDiT) -> object:
+def version_of(model: nn.Module) -> object:
     """Equal as long as no parameter was replaced, moved or written to."""
     return tuple(_identity(tensor) for tensor in (*model.parameters(), *model.buffers()))
 
@@ -255,32 +257,28 @@ def _identity(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _kernels_for(model: MMDiT) -> ModuleType:
-    if _why_no_triton(model):
+    if why_no_triton(model.pos_embed):
         return plain_kernels
     from mmdit.runtime import kernels
 
     return kernels
 
 
-def _why_no_triton(model: MMDiT) -> str:
-    """Return why the Triton kernels cannot run; empty where they can."""
-    device, dtype = model.pos_embed.device, model.pos_embed.dtype
-    if device.type != "cuda":
-        return f"they run on GPUs, the model is on {device}"
+def why_no_triton(weight: Tensor) -> str:
+    """Return why Triton kernels cannot run for a model with such weights; empty where they can."""
+    if weight.device.type != "cuda":
+        return f"they run on GPUs, the model is on {weight.device}"
     if find_spec("triton") is None:
         return "triton is not installed"
-    return f"they compute in float32, the model in {dtype}" if dtype == torch.float64 else ""
+    return f"they compute in float32, the model in {weight.dtype}" if weight.dtype == torch.float64 else ""
 
 
 def _check_whole(model: MMDiT) -> None:
     """Raise ValueError where the model runs what the fast forward would not."""
-    refuse_compiled_parts(model, "the model")
+    refuse_changed(model, "the model")
     for name, module in model.named_modules():
-        part = name or "the model"
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"{part} has hooks, which the fast forward does not run: remove them first")
-        if "forward" in vars(module) or (name.endswith(("attend", "attend2")) and not _is_plain(module)):
-            raise ValueError(f"{part} is replaced, and the fast forward would not run it: restore it first")
+        if name.endswith(("attend", "attend2")) and not _is_plain(module):
+            raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
 
 
 def _is_plain(slot: nn.Module) -> bool:

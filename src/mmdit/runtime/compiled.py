@@ -28,3 +28,14 @@ def refuse_compiled_parts(model: nn.Module, name: str) -> None:
                 f"{part or name} is compiled (torch.compile), and a hook that is added after compiling never fires: "
                 "nothing would be seen or changed. Look into the model before it is compiled, or load it again"
             )
+
+
+def refuse_changed(model: nn.Module, name: str) -> None:
+    """Raise ValueError where a second forward would not run what the model runs: compiled, hooked, replaced parts."""
+    refuse_compiled_parts(model, name)
+    for path, module in model.named_modules():
+        part = path or name
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise ValueError(f"{part} has hooks, which the fast forward does not run: remove them first")
+        if "forward" in vars(module):
+            raise ValueError(f"{part} is replaced, and the fast forward would not run it: restore it first")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-Step = Callable[..., Tensor]
+Step = Callable[..., Any]  # tensors -> a tensor, or a tuple of tensors
 
 
 class Captured(NamedTuple):
@@ -17,7 +18,7 @@ class Captured(NamedTuple):
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
-    output: Tensor
+    output: Any
     nbytes: int  # bytes of device memory that the recording took
 
 
@@ -34,7 +35,7 @@ class Graphs:
         self.limit = limit
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
 
-    def __call__(self, key: Hashable, step: Step, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, key: Hashable, step: Step, inputs: Sequence[Tensor]) -> Any:
         """`step(*inputs)`, recorded at the first call with this key; the result is the caller's own.
 
         Args:
@@ -51,7 +52,7 @@ class Graphs:
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         captured.graph.replay()
-        return captured.output.clone()
+        return tree_map(_copied, captured.output)
 
     def __len__(self) -> int:
         return len(self._captured)
@@ -64,6 +65,10 @@ class Graphs:
     def clear(self) -> None:
         """Free all graphs and their memory."""
         self._captured.clear()
+
+
+def _copied(leaf: object) -> object:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _capture(step: Step, inputs: Sequence[Tensor]) -> Captured:

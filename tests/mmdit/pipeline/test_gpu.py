@@ -1,5 +1,6 @@
 """Drawing on a GPU: no step waits for it, a bad step is named, and all solvers draw what they draw without graphs."""
 
+import warnings
 from contextlib import contextmanager
 
 import pytest
@@ -124,3 +125,60 @@ def test_float8_waits_for_nothing_either():
     second_step_waits_for_nothing(pipe)
     pipe.accelerate()
     second_step_waits_for_nothing(pipe)
+
+
+def test_text_encoders_in_graphs_are_bit_equal(pipes):
+    for texts in ([PROMPT], [PROMPT, ""], ["a blue star " * 40]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what is cut off
+            found, wanted = (pipes[which].encode(texts) for which in ("fast", "plain"))
+        assert torch.equal(found.context, wanted.context)
+        assert torch.equal(found.pooled, wanted.pooled)
+
+
+@pytest.mark.parametrize("more", [{"quant": "fp8"}, {"profile": "comfyui"}], ids=str)
+def test_other_text_encoders_in_graphs_are_bit_equal(more):
+    pipe = drawing_pipe(**more)
+    wanted = pipe.encode(PROMPT)
+    report = pipe.accelerate()
+    assert {"CLIP-L", "CLIP-G", "T5", "VAE"} <= set(report.others)
+    for _ in range(2):
+        found = pipe.encode(PROMPT)
+        assert torch.equal(found.context, wanted.context)
+        assert torch.equal(found.pooled, wanted.pooled)
+
+
+def test_graphs_of_text_encoders_notice_other_weights():
+    pipe = drawing_pipe(fast=True)
+    before = pipe.encode(PROMPT).context
+    weight = pipe.t5.encoder.block[1].layer[1].DenseReluDense.wo.weight
+    weight.data = 2 * weight.data
+    after = pipe.encode(PROMPT).context
+    assert not torch.equal(after, before)
+    pipe.plain()
+    assert torch.equal(pipe.encode(PROMPT).context, after)
+
+
+def test_what_looks_into_a_graphed_encoder_is_refused(pipes):
+    with pytest.raises(ValueError, match=r"pipe\.plain\(\)"), mmdit.capture(pipes["fast"], "t5.*"):
+        pipes["fast"].encode(PROMPT)
+
+
+def test_the_fast_vae_draws_the_pictures_of_the_plain_one(pipes):
+    latent = pipes["plain"].noise(1, count=2).to(torch.bfloat16)
+    found, wanted = (pipes[which].decode(latent) for which in ("fast", "plain"))
+    assert float((found - wanted).abs().mean()) < 0.01
+    found, wanted = (pipes[which].encode_image(wanted, seed=1) for which in ("fast", "plain"))
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_a_pipeline_that_moves_to_the_cpu_and_back(pipes):
+    pipe = drawing_pipe(fast=True)
+    latent = latent_of(pipe)
+    picture = pipe.decode(latent.to(pipe.dtype))
+    pipe.to("cpu")
+    assert pipe.decode(latent.to("cpu", pipe.dtype)).shape == picture.shape
+    assert pipe.encode(PROMPT).context.device.type == "cpu"
+    pipe.to("cuda")
+    assert torch.equal(latent_of(pipe), latent)
+    assert torch.equal(pipe.decode(latent.to(pipe.dtype)), picture)

@@ -1,0 +1,144 @@
+"""Triton kernels of the fast VAE: GroupNorm and SiLU of pictures whose channels lie side by side.
+
+Statistics take one pass over the picture, and the norm with SiLU another one, where eager torch takes several and
+changes the memory layout twice. Everything is computed in float32. Triton is required.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+_TILE = 8192  # values of a program's tile
+_PARTS = 512  # programs that share the statistics of a picture, at most
+
+
+def norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, in_place: bool = False) -> Tensor:
+    """`mmdit.runtime.fast_vae.plain_norm`, in two passes over the picture.
+
+    Args:
+        x: [b, c, h, w], channels last.
+        norm: the groups, weights and eps.
+        silu: whether SiLU follows.
+        in_place: write the result into `x`.
+    """
+    samples, width, height, columns = x.shape
+    cells, wide = height * columns, triton.next_power_of_2(width)
+    rows = max(min(_TILE // wide, triton.next_power_of_2(cells)), 1)
+    each = max(triton.cdiv(triton.cdiv(cells, _PARTS), rows), 1) * rows  # cells of a part
+    parts = triton.cdiv(cells, each)
+    per_group = width // norm.num_groups
+    means, squares = torch.empty((2, samples, parts, width), dtype=torch.float32, device=x.device).unbind(0)
+    factor, offset = torch.empty((2, samples, width), dtype=torch.float32, device=x.device).unbind(0)
+    out = x if in_place else torch.empty_like(x)
+    _moments[(parts, samples)](x, means, squares, cells, width, each, rows, wide, num_warps=8)
+    _affine[(norm.num_groups, samples)](
+        means,
+        squares,
+        norm.weight,
+        norm.bias,
+        factor,
+        offset,
+        cells,
+        width,
+        each,
+        parts,
+        per_group,
+        norm.eps,
+        triton.next_power_of_2(parts),
+        triton.next_power_of_2(per_group),
+        num_warps=8 if parts > 64 else 1,
+    )
+    _apply[(triton.cdiv(cells, rows), samples)](x, out, factor, offset, cells, width, silu, rows, wide, num_warps=8)
+    return out
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["cells", "each"])
+def _moments(x, means, squares, cells, width, each, rows: tl.constexpr, wide: tl.constexpr):
+    """Mean and sum of squared deviations of each channel over the cells of a part.
+
+    Values are taken relative to the part's first cell, so that no digits cancel where the mean is large.
+    """
+    part, sample = tl.program_id(0), tl.program_id(1)
+    first = part * each
+    end = tl.minimum(first + each, cells)
+    channel = tl.arange(0, wide)
+    known = channel < width
+    picture = x + sample.to(tl.int64) * cells * width
+    shift = tl.load(picture + first.to(tl.int64) * width + channel, mask=known, other=0.0).to(tl.float32)
+    total = tl.zeros((rows, wide), tl.float32)
+    square = tl.zeros((rows, wide), tl.float32)
+    for start in range(first, end, rows):
+        cell = start + tl.arange(0, rows)
+        inside = (cell < end)[:, None] & known[None, :]
+        place = cell.to(tl.int64)[:, None] * width + channel[None, :]
+        value = tl.load(picture + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(inside, value - shift[None, :], 0.0)
+        total += value
+        square += value * value
+    count = (end - first).to(tl.float32)
+    sums = tl.sum(total, 0)
+    place = (sample * tl.num_programs(0) + part) * width + channel
+    tl.store(means + place, shift + sums / count, mask=known)
+    tl.store(squares + place, tl.sum(square, 0) - sums * (sums / count), mask=known)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["cells", "each", "parts"])
+def _affine(
+    means,
+    squares,
+    weight,
+    bias,
+    factor,
+    offset,
+    cells,
+    width,
+    each,
+    parts,
+    per_group,
+    eps,
+    part_block: tl.constexpr,
+    channel_block: tl.constexpr,
+):
+    """Factor and offset of each channel: parts are merged without cancellation (Chan, Golub and LeVeque 1979)."""
+    group, sample = tl.program_id(0), tl.program_id(1)
+    part = tl.arange(0, part_block)
+    lane = tl.arange(0, channel_block)
+    channel = group * per_group + lane
+    known = lane < per_group
+    inside = (part < parts)[:, None] & known[None, :]
+    place = (sample * parts + part)[:, None] * width + channel[None, :]
+    mean_of = tl.load(means + place, mask=inside, other=0.0)
+    square_of = tl.load(squares + place, mask=inside, other=0.0)
+    count = tl.where(inside, tl.minimum(cells - part * each, each).to(tl.float32)[:, None], 0.0)
+    total = cells.to(tl.float32) * per_group
+    mean = tl.sum(tl.sum(mean_of * count, 1), 0) / total
+    apart = mean_of - mean
+    variance = tl.sum(tl.sum(square_of + count * apart * apart, 1), 0) / total
+    scale = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32) / tl.sqrt_rn(variance + eps)
+    shift = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32) - mean * scale
+    tl.store(factor + sample * width + channel, scale, mask=known)
+    tl.store(offset + sample * width + channel, shift, mask=known)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["cells"])
+def _apply(x, out, factor, offset, cells, width, silu: tl.constexpr, rows: tl.constexpr, wide: tl.constexpr):
+    sample = tl.program_id(1)
+    cell = tl.program_id(0) * rows + tl.arange(0, rows)
+    channel = tl.arange(0, wide)
+    known = channel < width
+    inside = (cell < cells)[:, None] & known[None, :]
+    scale = tl.load(factor + sample * width + channel, mask=known, other=0.0)
+    shift = tl.load(offset + sample * width + channel, mask=known, other=0.0)
+    place = (sample.to(tl.int64) * cells + cell)[:, None] * width + channel[None, :]
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    if silu:
+        value = value / (1.0 + tl.exp(-value))
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
