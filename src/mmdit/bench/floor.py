@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdit.bench.layers import shapes_of, timed
+from mmdit.bench.layers import Shape, shapes_of, timed
 from mmdit.bench.random_models import MODELS
 from mmdit.runtime.attention import BestAttention
 from quant.matmul import multiply_codes, quantize_activation
@@ -43,30 +43,37 @@ def floor_of(
         return 0.0
     config = MODELS[model]
     shapes = shapes_of(model, size, text, batch)
-    products = sum(one.count * _product(one.rows, one.out, one.width, recipe, device, dtype) for one in shapes)
+    products = sum(product_floor(one, recipe, device, dtype) for one in shapes)
     image = (size // 8 // config.patch_size) ** 2
-    joint = _attention((batch, text + image, config.heads, config.head_dim), device, dtype)
-    alone = _attention((batch, image, config.heads, config.head_dim), device, dtype)
+    joint = attention_floor((batch, text + image, config.heads, config.head_dim), device, dtype)
+    alone = attention_floor((batch, image, config.heads, config.head_dim), device, dtype)
     attention = config.depth * joint + len(config.dual_attention_blocks) * alone
     per_value = 34 + 7 * (2 if recipe is None else 1)  # bytes
     moved = batch * (text + image) * config.hidden_size * config.depth * per_value
     return products + attention + 1000 * moved / _copy_rate(device)
 
 
-def _product(rows: int, out: int, width: int, recipe: str | None, device: torch.device, dtype: torch.dtype) -> float:
-    x, weight = (torch.randn(shape, device=device, dtype=dtype) for shape in ((rows, width), (out, width)))
-    result = torch.empty(rows, out, device=device, dtype=dtype)
+def product_floor(shape: Shape, recipe: str | None, device: torch.device, dtype: torch.dtype) -> float:
+    """Milliseconds of all Linears of a shape by the device's own matmul, in 16 bits or on codes."""
+    sizes = (shape.rows, shape.width), (shape.out, shape.width)
+    x, weight = (torch.randn(size, device=device, dtype=dtype) for size in sizes)
+    result = torch.empty(shape.rows, shape.out, device=device, dtype=dtype)
     bias = result[0].clone()
     if recipe is None:
-        return timed(lambda: torch.addmm(bias, x, weight.t(), out=result), device)
+        return shape.count * timed(lambda: torch.addmm(bias, x, weight.t(), out=result), device)
     static = torch.tensor(0.01, device=device)
     how = RECIPES[recipe]
     float8 = Float8Tensor.quantize(weight, recipe=how, input_scale=static if how.activation == "static" else None)
     codes, scale = quantize_activation(x, how, float8.input_scale, as_bytes=False)
-    return timed(lambda: multiply_codes(codes, scale, float8.qdata, float8.scale, bias, how, out=result), device)
+
+    def multiply() -> None:
+        multiply_codes(codes, scale, float8.qdata, float8.scale, bias, how, out=result)
+
+    return shape.count * timed(multiply, device)
 
 
-def _attention(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> float:
+def attention_floor(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> float:
+    """Milliseconds of one attention of [b, tokens, heads, head_dim] by the quickest exact kernel that is installed."""
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
     best = BestAttention()
     best(q, k, v)  # chooses

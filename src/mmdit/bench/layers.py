@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit.bench.random_models import MODELS, check_names, check_size
 from mmdit.models.mmdit import MMDiT
@@ -55,12 +55,26 @@ def shapes_of(model: str = "large", size: int | None = None, text: int = 333, ba
     with torch.device("meta"):
         blocks = MMDiT(config).joint_blocks
     image = (size // 8 // config.patch_size) ** 2
+
+    def rows_of(name: str) -> int | None:
+        return None if "adaLN" in name else batch * (image if ".x_block." in name else text)
+
+    return counted(blocks, rows_of)
+
+
+def counted(module: nn.Module, rows_of: Callable[[str], int | None]) -> list[Shape]:
+    """The Linears of a module's numbered blocks, each shape once.
+
+    Args:
+        module: the blocks, or the module that holds them.
+        rows_of: the rows that the Linear of this name reads; None leaves it out.
+    """
     counts: dict[tuple[str, int, int, int], int] = {}
-    for name, linear in linears_of(blocks):
-        if "adaLN" not in name:
-            _, stream, part = name.split(".", 2)
-            rows = batch * (image if stream == "x_block" else text)
-            key = f"{stream}.{part}", rows, linear.out_features, linear.in_features
+    for name, linear in linears_of(module):
+        if (rows := rows_of(name)) is not None:
+            parts = name.split(".")
+            number = next(i for i, part in enumerate(parts) if part.isdigit())
+            key = ".".join(parts[number + 1 :] or parts[:number]), rows, linear.out_features, linear.in_features
             counts[key] = counts.get(key, 0) + 1
     return [Shape(*key, count) for key, count in counts.items()]
 

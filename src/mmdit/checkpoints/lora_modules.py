@@ -234,9 +234,15 @@ def _check_present(source: str, module: Module, kind: str) -> None:
 
 
 def _check_product(change: Change) -> None:
-    """Compute the change once on the meta device, to find factors whose shapes do not match."""
+    """Find factors whose shapes do not match: but for plain LoRAs, by computing the change on the meta device.
+
+    The first multiplication on that device makes torch import its compiler, which takes seconds.
+    """
     rows, columns = change.sizes
-    if rows is not None and columns is not None:
+    if isinstance(change, LowRank) and change.mid is None:
+        if change.up.flatten(1).shape[1] != change.down.flatten(1).shape[0]:
+            raise ValueError("ranks that differ")
+    elif rows is not None and columns is not None:
         change.of(torch.empty(rows, columns, device="meta"), 1.0)
     elif isinstance(change, Orthogonal) and change.blocks.shape[-1] != change.blocks.shape[-2]:
         raise ValueError("blocks that are not square")

@@ -1,4 +1,4 @@
-"""`mmdit bench`: measure a step, its layers, a whole picture, samplers, quality of float8, or attention maps."""
+"""`mmdit bench`: measure a step, its layers, LoRAs, ControlNets, a whole picture, samplers, quality or maps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,18 @@ _STEPS = "number of sampler steps (default: %(default)s)"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the measurements as subcommands, and the options of the default one, which measures a step."""
     parser.set_defaults(what="steps")
-    more = parser.add_subparsers(title="other measurements", metavar="layers, picture, samplers, quality, maps")
+    more = parser.add_subparsers(title="other measurements", metavar="layers, picture, lora, controlnet, ...")
     for name, add, said in (
         ("layers", _layers, "measure each Linear of a block alone, and native against emulated float8"),
         ("picture", _picture, "draw a whole picture with all models: time of each stage, and memory"),
         ("samplers", _samplers, "measure error and accuracy of samplers on the embedded model, as tables and plots"),
         ("quality", _quality, "measure the quality that each float8 recipe loses on the embedded model"),
+        ("lora", _lora, "measure a step with an attached LoRA, and how long merging one takes"),
+        (
+            "controlnet",
+            _controlnet,
+            "measure a step with a ControlNet of full size, beside the floor of its operations",
+        ),
         ("maps", _maps, "measure time and memory of attention maps; exit code 1 where outputs differ"),
     ):
         one = more.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}.")
@@ -91,6 +97,28 @@ def _picture(parser: argparse.ArgumentParser) -> None:
     peers = "diffusers: also measure its pipeline in the same run"
     parser.add_argument("--against", nargs="*", default=[], metavar="PEER", help=peers)
     parser.add_argument("--eager", action="store_true", help="skip the rows with compiled blocks")
+
+
+def _lora(parser: argparse.ArgumentParser) -> None:
+    _add_sizes(parser, "fp8")
+    _add_pace(parser)
+    parser.add_argument("--batch", type=int, default=2, help=_BATCH)
+    parser.add_argument("--text", type=int, default=333, help=_TEXT)
+    ranks = "rank of the LoRA that is attached, and of the one that is merged (default: 16 32)"
+    parser.add_argument("--ranks", type=int, nargs=2, default=(16, 32), metavar="N", help=ranks)
+
+
+def _controlnet(parser: argparse.ArgumentParser) -> None:
+    _add_sizes(parser, "fp8")
+    _add_pace(parser)
+    parser.add_argument("--text", type=int, default=333, help=_TEXT)
+
+
+def _add_pace(parser: argparse.ArgumentParser) -> None:
+    repeats = "timed steps, whose median is shown (default: %(default)s)"
+    parser.add_argument("--repeats", type=int, default=8, metavar="N", help=repeats)
+    seconds = "start no row after so many seconds (default: %(default)s)"
+    parser.add_argument("--seconds", type=float, default=90.0, metavar="X", help=seconds)
 
 
 def _samplers(parser: argparse.ArgumentParser) -> None:

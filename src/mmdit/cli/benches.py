@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from mmdit.bench import fp8_quality, maps
+from mmdit.bench import controlnet, fp8_quality, lora, maps
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import step as bench
 from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size
+from mmdit.bench.rows import Cells
 from mmdit.bench.samplers import MEASURES, Plan, measure
 from mmdit.cli.console import Note
 from mmdit.cli.devices import device_of, dtype_of, load
@@ -25,7 +26,7 @@ from mmdit.cli.usage import usage_errors
 from mmdit.demo.data import workers
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.utils import whole
+from mmdit.utils import markdown_table, whole
 from quant.recipe import RECIPES
 from samplers import pick
 
@@ -189,11 +190,46 @@ def _maps(options: Namespace, note: Note) -> Iterator[str | int]:
     yield 0 if found.equal else 1
 
 
+def _lora(options: Namespace, note: Note) -> Iterator[str]:
+    """Two tables: steps with an attached LoRA, and merges."""
+    with usage_errors():
+        check_names(options.quant, RECIPES)
+        attached, merged = (whole("--ranks", rank, 1) for rank in options.ranks)
+    sizes = _sizes(options, "batch", "text", "repeats")
+    common: dict[str, Any] = {"recipes": options.quant, "seconds": options.seconds, **_where(options)}
+    steps = _noted(lora.steps(options.model, rank=attached, **sizes, **common), note)
+    merges = _noted(lora.merges(options.model, rank=merged, **common), note)
+    yield "\n".join([*markdown_table(lora.STEPS, steps), "", *markdown_table(lora.MERGES, merges)])
+
+
+def _controlnet(options: Namespace, note: Note) -> Iterator[str]:
+    with usage_errors():
+        check_names(options.quant, RECIPES)
+    sizes = _sizes(options, "text", "repeats")
+    common: dict[str, Any] = {"recipes": options.quant, "seconds": options.seconds, **_where(options)}
+    rows = _noted(controlnet.bench(options.model, **sizes, **common), note)
+    net = controlnet.net_config(MODELS[options.model])
+    flops = controlnet.flops_of_net(net, sizes["size"], 2) / 1e12
+    head = f"The net has {net.depth} blocks of width {net.hidden_size}; its operations are {flops:.2f} TFLOP a step."
+    yield "\n".join([head, "", *markdown_table(controlnet.TITLES, rows)])
+
+
+def _noted(rows: Iterable[Cells], note: Note) -> list[Cells]:
+    """All rows, each noted when it is there."""
+    found = []
+    for row in rows:
+        note(", ".join(map(str, row)))
+        found.append(row)
+    return found
+
+
 BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "steps": _steps,
     "layers": _layers,
     "picture": _picture,
     "samplers": _samplers,
     "quality": _quality,
+    "lora": _lora,
+    "controlnet": _controlnet,
     "maps": _maps,
 }

@@ -21,6 +21,7 @@ from mmdit.checkpoints.lora_kinds import LowRank
 from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, merged, planned, replace_tensor
 from mmdit.checkpoints.lora_names import Part
 from mmdit.models.lora import all_beside, beside, without
+from mmdit.runtime.host import HostCopies
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
 
@@ -59,6 +60,7 @@ class PatchedWeights:
     def apply(self, models: Mapping[Part, nn.Module], acting: Sequence[Adapter]) -> None:
         """Restore the weights, then merge and attach the active LoRAs, in their order."""
         self.restore(models)
+        to_host = HostCopies()
         for part, model in models.items():
             for form in ("merged", "attached"):
                 adapters = [one for one in acting if one.form == form]
@@ -69,7 +71,7 @@ class PatchedWeights:
                     if key in linears:
                         _attach(model, key, patches)
                     else:
-                        self._replace(part, model, key, patches)
+                        self._replace(part, model, key, patches, to_host)
 
     def restore(self, models: Mapping[Part, nn.Module]) -> None:
         """Restore the original weights."""
@@ -80,10 +82,12 @@ class PatchedWeights:
             replace_tensor(models[part], key, as_stored_now(tensor, _get(models[part], key)))
         self.before.clear()
 
-    def _replace(self, part: Part, model: nn.Module, key: str, patches: Sequence[Weighted]) -> None:
+    def _replace(
+        self, part: Part, model: nn.Module, key: str, patches: Sequence[Weighted], to_host: HostCopies
+    ) -> None:
         """Replace a tensor with the patched one, and keep the original; originals from a GPU are kept on the CPU."""
         old = _get(model, key)
-        self.before.setdefault((part, key), old.detach().to("cpu") if old.is_cuda else old)
+        self.before.setdefault((part, key), to_host(old) if old.is_cuda else old)
         replace_tensor(model, key, merged(old, key, part, patches).detach())
 
 

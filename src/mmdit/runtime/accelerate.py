@@ -118,6 +118,12 @@ class Accelerated:
         self._texts.clear()
         self._refresh()
 
+    def without_graphs(self) -> Accelerated:
+        """The same forward with the same attention kernels, launched kernel by kernel."""
+        other = Accelerated(self.model, graph=False)
+        other.attention.kernels, other.attention.choices = self.attention.kernels, self.attention.choices
+        return other
+
     def close(self) -> None:
         """Free graphs and tables; the model counts as plain."""
         self.graphs.clear()

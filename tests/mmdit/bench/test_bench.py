@@ -7,14 +7,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from full import in_full
-from mmdit import MMDiT
-from mmdit.bench import step
+from mmdit import ControlNet, MMDiT
+from mmdit.bench import controlnet, step
 from mmdit.bench.floor import floor_of
 from mmdit.bench.random_models import MODELS, Inputs
+from mmdit.bench.rows import attempted
 from mmdit.bench.step import Work, bench
 from mmdit.cli.app import main
+from mmdit.models.config import MMDiTConfig
 from mmdit.utils import weight_bytes
 from quant import quantize_
+from quant.quantize import linears_of
 
 
 @pytest.mark.parametrize("name", in_full([*MODELS], [name for name in MODELS if name != "large"]))
@@ -137,3 +140,48 @@ def test_layers_and_pictures(capsys):
     rows = capsys.readouterr().out.splitlines()
     names = [row.split("|")[1].strip() for row in rows[2:]]
     assert names == ["mmdit float32 eager", "mmdit fp8 eager", "diffusers float32 eager, no text encoders"]
+
+
+FEW = ["--model", "demo", "--size", "32", "--text", "5", "--repeats", "1", "--device", "cpu", "--dtype", "float32"]
+
+
+def test_loras_and_a_controlnet_are_measured(capsys, monkeypatch):
+    tiny = MMDiTConfig(2, 64, 48, 24, 8, head_dim=16, sample_size=4)
+    monkeypatch.setitem(MODELS, "demo", tiny)
+    assert main(["bench", "lora", *FEW, "--quant", "fp8", "--ranks", "2", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1]: cells for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 2}
+    for name in ("float32 fast", "float32 eager", "fp8 fast", "fp8 eager"):
+        assert rows[name][5] == "no graph"
+        assert float(rows[name][2]) > 0
+    assert rows["rank 3 into fp8"][6] == rows["rank 3 into float32"][6] == "bit for bit"
+    assert main(["bench", "controlnet", *FEW, "--quant"]) == 0
+    said = capsys.readouterr().out
+    assert "1 blocks of width 64" in said
+    assert "| float32 eager" in said
+    assert "failed" not in said
+
+
+def test_operations_of_a_controlnet_are_what_torch_counts():
+    config, size = controlnet.net_config(MODELS["demo"]), 128
+    with torch.device("meta"):
+        net = ControlNet(config)
+    latent, tokens = torch.empty(2, 16, 16, 16, device="meta"), torch.empty(2, 64, config.hidden_size, device="meta")
+    context, pooled = torch.empty(2, 5, 256, device="meta"), torch.empty(2, config.pooled_dim, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(latent, torch.empty(2, device="meta"), context, pooled, latent, tokens)
+    patches = 2 * 2 * 64 * 64 * config.hidden_size
+    once = 2 * 2 * sum(linear.weight.numel() for name, linear in linears_of(net) if "adaLN" in name or "text" in name)
+    wanted = counter.get_total_flops() - patches - once
+    assert controlnet.flops_of_net(config, size, 2) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_rows_go_on_after_one_that_fails():
+    def fails():
+        raise RuntimeError("no memory\nat all")
+
+    found = list(attempted({"one": lambda: [1, 2], "two": fails, "three": lambda: [3, 4]}, 3))
+    assert found == [["one", 1, 2], ["two", "failed: RuntimeError: no memory", "-"], ["three", 3, 4]]
+    (late,) = attempted({"late": fails}, 3, seconds=-1.0)
+    assert late[0] == "late"
+    assert "not started" in late[1]

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import lora_files as files
 import spellings
-from mmdit import load_lora, load_mmdit, merge_lora
-from mmdit.checkpoints.lora_kinds import Orthogonal
+from mmdit import CheckpointError, load_lora, load_mmdit, merge_lora
+from mmdit.checkpoints.lora_kinds import LowRank, Orthogonal
 from quant import Float8Tensor, quantize_
 
 README = Path(__file__).parents[3] / "src" / "mmdit" / "checkpoints" / "README.md"
@@ -22,6 +22,16 @@ LIMITS = {  # of the relative L2 error, by precision: one rounding to 24, 8, 4 b
     "fp8 scaled, ComfyUI per layer": 0.04,
     "ours per row": 0.04,
 }
+
+
+def test_a_plain_lora_is_checked_by_its_shapes_alone(monkeypatch):
+    """Computing on the meta device would import torch's compiler, which takes seconds."""
+    monkeypatch.setattr(LowRank, "of", None)
+    key = "diffusion_model.joint_blocks.0.x_block.attn.qkv"
+    up, down = torch.ones(6, 2), torch.ones(2, 4)
+    assert load_lora({f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": down}).patches[0].change.rank == 2
+    with pytest.raises(CheckpointError, match=r"lora_B.weight \[6, 2\].*lora_A.weight \[3, 4\]"):
+        load_lora({f"{key}.lora_B.weight": up, f"{key}.lora_A.weight": torch.ones(3, 4)})
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,8 @@ def test_graphs_with_loras_and_controls_are_bit_equal_and_notice_changes(model, 
     if recipe is not None:
         quantize_(model, recipe)
     attach(model)
-    fast, plain = Accelerated(model), Accelerated(model, graph=False)
+    fast = Accelerated(model)
+    plain = fast.without_graphs()
     inputs, seen = inputs_of(model), []
     for scale in (1.0, -2.0, None):
         if scale is None:
@@ -248,7 +249,8 @@ def test_graphs_with_loras_and_controls_are_bit_equal_and_notice_changes(model, 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason=SKIPS["gpu"])
 def test_graphs_are_bit_equal_and_few(model):
-    fast, plain = Accelerated(model, graphs=2), Accelerated(model, graph=False)
+    fast = Accelerated(model, graphs=2)
+    plain = fast.without_graphs()
     for cells in (4, 6, 8, 4):
         inputs = inputs_of(model, cells=cells)
         for timestep in (900.0, 100.0):

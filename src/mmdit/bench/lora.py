@@ -1,0 +1,199 @@
+"""What an attached LoRA costs in a step, and how long merging one takes: `mmdit bench lora`.
+
+Weights, inputs and LoRAs are random. A LoRA changes every Linear of the blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_names, check_size, fill, quantized
+from mmdit.bench.rows import Cells, attempted, step_time
+from mmdit.checkpoints.lora import load_lora
+from mmdit.models.lora import beside
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
+from mmdit.runtime.accelerate import Accelerated
+from quant.quantize import linears_of
+from quant.recipe import RECIPES
+
+STEPS = ["step", "ms without", "ms with the LoRA", "more", "CUDA graph"]
+MERGES = ["merge", "file", "s to load", "s to merge", "s to restore", "restored"]
+
+
+def steps(
+    model: str = "large",
+    *,
+    recipes: Sequence[str] = ("fp8",),
+    rank: int = 16,
+    size: int | None = None,
+    text: int = 333,
+    batch: int = 2,
+    repeats: int = 8,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = float("inf"),
+) -> Iterator[Cells]:
+    """Rows of `STEPS`: a step of the model's own forward and of the accelerated one, in 16 bits and by each recipe.
+
+    Args:
+        model: one of `MODELS`.
+        recipes: names of `quant.RECIPES`.
+        rank: rank of the LoRA.
+        size, text, batch: see `mmdit.bench.step.bench`.
+        repeats: steps of which the median is taken.
+        device, dtype: the device and dtype of the model.
+        seconds: time limit, after which no further row is started.
+
+    Raises:
+        ValueError: a name or a size is unknown.
+    """
+    check_names((model,), MODELS)
+    check_names(recipes, RECIPES)
+    device = torch.device(device)
+    inputs = Inputs.random(MODELS[model], check_size(model, size), text, batch, device, dtype)
+    tasks: dict[str, Callable[[], Cells]] = {}
+    for recipe in (None, *recipes):
+        name = recipe or str(dtype).removeprefix("torch.")
+        make = partial(_model, model, recipe, device, dtype)
+        tasks[f"{name} fast"] = partial(_fast, make, rank, inputs, repeats, device)
+        tasks[f"{name} eager"] = partial(_eager, make, rank, inputs, repeats, device)
+    return attempted(tasks, len(STEPS), seconds)
+
+
+def merges(
+    model: str = "large",
+    *,
+    recipes: Sequence[str] = ("fp8",),
+    rank: int = 32,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = float("inf"),
+) -> Iterator[Cells]:
+    """Rows of `MERGES`: load a file and merge it into the weights as a pipeline does, and restore the weights.
+
+    Args:
+        model, recipes, rank, device, dtype, seconds: see `steps`.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    check_names((model,), MODELS)
+    check_names(recipes, RECIPES)
+    tasks: dict[str, Callable[[], Cells]] = {
+        f"rank {rank} into {recipe or str(dtype).removeprefix('torch.')}": partial(
+            _merge, partial(_model, model, recipe, torch.device(device), dtype), rank, torch.device(device)
+        )
+        for recipe in (*recipes, None)
+    }
+    return attempted(tasks, len(MERGES), seconds)
+
+
+def _model(name: str, recipe: str | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
+    with torch.device("meta"):
+        model = MMDiT(MODELS[name])
+    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    if recipe is not None:
+        quantized(model, recipe)
+    return model
+
+
+def _targets(model: MMDiT) -> list[tuple[str, nn.Linear]]:
+    return [(name, linear) for name, linear in linears_of(model) if name.startswith("joint_blocks.")]
+
+
+def attach(model: MMDiT, rank: int) -> None:
+    """Attach random factors to every Linear of the blocks."""
+    table = model.pos_embed
+    for name, linear in _targets(model):
+        down, up = table.new_empty(rank, linear.in_features), table.new_empty(linear.out_features, rank)
+        beside(model, name, factors=(down.normal_(std=0.02), up.normal_(std=0.02)))
+
+
+@torch.no_grad()
+def _eager(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, device: torch.device) -> Cells:
+    model = make()
+
+    def step() -> Tensor:
+        found: Tensor = model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
+        return found
+
+    before = step_time(step, device, repeats)
+    attach(model, rank)
+    return _cells(before, step_time(step, device, repeats), "no graph")
+
+
+@torch.no_grad()
+def _fast(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, device: torch.device) -> Cells:
+    model = make()
+    fast = Accelerated(model)
+
+    def velocity(of: Accelerated) -> Tensor:
+        return of.velocity(inputs.latent, TIMESTEP, [inputs.context], [inputs.pooled])
+
+    fast.begin([TIMESTEP])
+    before, plain = step_time(lambda: velocity(fast), device, repeats), velocity(fast)
+    attach(model, rank)
+    fast.begin([TIMESTEP])
+    after, found = step_time(lambda: velocity(fast), device, repeats), velocity(fast)
+    if torch.equal(found, plain):
+        raise AssertionError("the LoRA changes nothing: the graph of the model without it was replayed")
+    said = "no graph"
+    if fast.graph:
+        said = "bit-equal" if torch.equal(found, velocity(fast.without_graphs())) else "DIFFERS"
+    fast.close()
+    return _cells(before, after, said)
+
+
+def _cells(before: float, after: float, graph: str) -> Cells:
+    return [f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}", graph]
+
+
+@torch.no_grad()
+def _merge(make: Callable[[], MMDiT], rank: int, device: torch.device) -> Cells:
+    model, patched = make(), PatchedWeights()
+    linear = model.joint_blocks[0].get_submodule("x_block.mlp.fc1")
+    assert isinstance(linear, nn.Linear), "every block has this Linear"
+    weight = linear.weight
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "lora.safetensors"
+        save_file(_tensors(model, rank), file)
+        megabytes = file.stat().st_size / 1e6
+        start = time.perf_counter()
+        lora = load_lora(file)
+        loaded = time.perf_counter()
+        patched.apply({"transformer": model}, [Adapter(lora, "merged")])
+        _wait(device)
+        merged = time.perf_counter()
+    if linear.weight is weight:
+        raise AssertionError("the weights are not changed")
+    patched.restore({"transformer": model})
+    _wait(device)
+    restored = time.perf_counter()
+    same = torch.equal(linear.weight, weight)
+    times = (f"{one:.2f}" for one in (loaded - start, merged - loaded, restored - merged))
+    return [f"{megabytes:.0f} MB", *times, "bit for bit" if same else "DIFFERS"]
+
+
+def _tensors(model: MMDiT, rank: int) -> dict[str, Tensor]:
+    """A LoRA of every Linear of the blocks but the modulations, as files mostly have them, in bfloat16."""
+    tensors = {}
+    for name, linear in _targets(model):
+        if "adaLN" not in name:
+            key = f"diffusion_model.{name}"
+            tensors[f"{key}.lora_A.weight"] = 0.02 * torch.randn(rank, linear.in_features)
+            tensors[f"{key}.lora_B.weight"] = 0.02 * torch.randn(linear.out_features, rank)
+    return {key: tensor.to(torch.bfloat16) for key, tensor in tensors.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,63 @@
+"""Rows of a bench that go on when one of them fails, within a time limit."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+
+import torch
+
+from mmdit.runtime.attention import milliseconds
+
+Cells = Sequence[object]
+
+
+def attempted(tasks: Mapping[str, Callable[[], Cells]], columns: int, seconds: float = float("inf")) -> Iterator[Cells]:
+    """The rows of a table, each with its name first; a row that fails says why, and the next one starts all the same.
+
+    Args:
+        tasks: what measures each row.
+        columns: the cells of a row, its name included.
+        seconds: time limit, after which no further row is started.
+    """
+    start = time.monotonic()
+    for name, measure in tasks.items():
+        if time.monotonic() - start > seconds:
+            yield [name, f"not started, {seconds:g} s are over", *["-"] * (columns - 2)]
+            continue
+        try:
+            yield [name, *measure()]
+        except (RuntimeError, ValueError, TypeError, AssertionError, ImportError, OSError) as error:
+            said = (str(error).splitlines() or [""])[0]
+            yield [name, f"failed: {type(error).__name__}: {said[:200]}", *["-"] * (columns - 2)]
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def step_time(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median milliseconds of a step, launches included: on a GPU between two events, else by the clock."""
+    if device.type == "cuda":
+        run()
+        return milliseconds(run, repeats)
+    return median(_clocked(run) for _ in range(repeats))
+
+
+def peak_of(run: Callable[[], object], device: torch.device) -> float:
+    """Peak of the device's memory while this runs, in units of 1e9 bytes; 0 on devices that do not count."""
+    if device.type != "cuda":
+        run()
+        return 0.0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def _clocked(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1000 * (time.perf_counter() - start)
