@@ -186,7 +186,7 @@ class _Walk:
             seen_rows, seen_columns = scale.seen(rows, height), scale.seen(columns, width)
             part = x[..., seen_rows, seen_columns].to(self.device)
             if norm and moments:
-                part = F.silu(_normed(norm, part, moments), inplace=True)
+                part = F.silu(normed(norm, part, moments), inplace=True)
             own = (..., scale.within(rows, seen_rows), scale.within(columns, seen_columns))
             yield (..., rows, columns), layer(part)[own]
 
@@ -201,7 +201,7 @@ class _Walk:
         return product(*spans)
 
 
-def _normed(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], moments: Moments) -> Float[Tensor, "b c h w"]:
+def normed(norm: nn.GroupNorm, x: Float[Tensor, "b c h w"], moments: Moments) -> Float[Tensor, "b c h w"]:
     """Compute `norm(x)` with given statistics, by a batch norm that takes one mean and variance for each channel."""
     samples, channels = x.shape[:2]
     mean, variance = (

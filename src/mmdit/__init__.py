@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from mmdit.pipeline.hires import Hires as Hires
     from mmdit.pipeline.invert import Inversion as Inversion
     from mmdit.pipeline.output import PipelineOutput as PipelineOutput
+    from mmdit.pipeline.parallelize import parallelize as parallelize
     from mmdit.pipeline.passes import Branch as Branch
     from mmdit.pipeline.pipeline import Pipeline as Pipeline
     from mmdit.pipeline.previews import preview as preview
@@ -82,6 +83,8 @@ if TYPE_CHECKING:
     from mmdit.pipeline.settings import SettingsError as SettingsError
     from mmdit.pipeline.settings import read_settings as read_settings
     from mmdit.pipeline.settings import save_png as save_png
+    from mmdit.runtime.lifeline import ParallelError as ParallelError
+    from mmdit.runtime.lifeline import RanksDifferError as RanksDifferError
 
 # Public names by the module that they are loaded from. A test compares the table with the imports above.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -125,12 +128,14 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.pipeline.output": ("PipelineOutput",),
     "mmdit.pipeline.hires": ("Hires",),
     "mmdit.pipeline.invert": ("Inversion",),
+    "mmdit.pipeline.parallelize": ("parallelize",),
     "mmdit.pipeline.passes": ("Branch",),
     "mmdit.pipeline.pipeline": ("Pipeline",),
     "mmdit.pipeline.previews": ("preview",),
     "mmdit.pipeline.profiles": ("PRESETS", "PROFILES", "Preset", "Profile"),
     "mmdit.pipeline.prompts": ("Ranged",),
     "mmdit.pipeline.settings": ("Settings", "SettingsError", "read_settings", "save_png"),
+    "mmdit.runtime.lifeline": ("ParallelError", "RanksDifferError"),
 }
 _MODULES = {
     "encoders": "encoders",

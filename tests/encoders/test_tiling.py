@@ -135,8 +135,8 @@ def test_shows_no_seams_in_any_dtype(trained, latent, truth, dtype):
 
 def statistics_of_each_tile(monkeypatch):
     """Naive tiling: the statistics of each tile in place of those of the whole picture."""
-    normed = tiling._normed
-    monkeypatch.setattr(tiling, "_normed", lambda norm, x, _: normed(norm, x, Moments.of(x, norm.num_groups)))
+    normed = tiling.normed
+    monkeypatch.setattr(tiling, "normed", lambda norm, x, _: normed(norm, x, Moments.of(x, norm.num_groups)))
 
 
 def no_neighbours(monkeypatch):

@@ -32,7 +32,8 @@ class Rank(IntEnum):
     TOKENS = 0  # adds tokens that nothing below sees; one at a time
     INPUTS = 1  # sees or changes queries, keys and values; the one that was added first acts first
     OUTPUTS = 2  # sees or changes pattern and output; the one that was added first acts first
-    WEIGHTS = 3  # computes attention; one at a time
+    DEVICES = 3  # exchanges tokens for heads with other devices; one at a time
+    WEIGHTS = 4  # computes attention; one at a time
 
 
 class Strategy(ABC):
@@ -235,7 +236,7 @@ def _add(slot: nn.Module, new: _Held) -> None:
             "computes is not known, so it cannot be watched or changed"
         )
     same = [one for one in slot.strategies if one.rank == new.strategy.rank]
-    if same and new.strategy.rank in (Rank.TOKENS, Rank.WEIGHTS):
+    if same and new.strategy.rank in (Rank.TOKENS, Rank.DEVICES, Rank.WEIGHTS):
         raise ValueError(
             f"{type(new.strategy).__name__} cannot be combined with the {type(same[0]).__name__} that acts on the same "
             "attention already: leave that first"

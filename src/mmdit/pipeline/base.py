@@ -27,6 +27,7 @@ from mmdit.runtime.accelerate import Accelerated, AccelerationReport
 from mmdit.runtime.beside import Beside
 from mmdit.runtime.devices import resolve_device, warn_if_slow
 from mmdit.runtime.offload import Turns
+from mmdit.runtime.parallel import Parallel
 from mmdit.utils import weight_bytes
 from quant.quantize import is_quantized, quantize_, refuse_quantized
 from quant.recipe import Recipe, recipe_name
@@ -92,6 +93,7 @@ class PipelineModels:
         self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # (state of the weights, their digest)
         self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
         self._beside: Beside | None = None  # what runs faster beside the transformer
+        self.parallel: Parallel | None = None  # see `mmdit.parallelize`
         self._turns = None if checked_offload(offload) is None else Turns(resolve_device(device))
 
     @property
@@ -205,7 +207,8 @@ class PipelineModels:
                 "the pipeline without offload"
             )
         self.plain()
-        accelerated = Accelerated(self.transformer, graph=graph, attention=attention)
+        sequence = None if self.parallel is None else self.parallel.sequence
+        accelerated = Accelerated(self.transformer, graph=graph, attention=attention, sequence=sequence)
         try:
             self._beside = Beside(self.vae, self._text_encoders, graph)
         except ValueError:
@@ -253,14 +256,18 @@ class PipelineModels:
 
     @contextmanager
     def _drawing(self, what: str) -> Iterator[None]:
-        """Explain running out of memory; with `offload`, leave no model on the device, also after an error."""
+        """Explain running out of memory; with `offload`, leave no model on the device, also after an error.
+
+        Other ranks that draw the same are told of an error.
+        """
+        guard = nullcontext() if self.parallel is None else self.parallel.guarded()
         if self._turns is None:
-            with explained_memory_errors(self.models, what):
+            with guard, explained_memory_errors(self.models, what):
                 yield
             return
         with self._turns.lock:  # the models share the device in turn, so one thread draws at a time
             try:
-                with explained_memory_errors(self.models, what):
+                with guard, explained_memory_errors(self.models, what):
                     yield
             finally:
                 self._turns.leave()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from math import ceil
 
 import torch
@@ -15,6 +15,7 @@ from encoders import Conditioning
 from mmdit.models.controlnet import ControlNet, made_pos_embed
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.profiles import Profile
+from mmdit.runtime.sequence import SequenceParallel
 from samplers import Window, percents
 from samplers.windows import ALWAYS, NEVER
 
@@ -60,6 +61,7 @@ def residuals(
     sigma: float,
     timestep: float,
     branches: Sequence[tuple[str | None, Conditioning]],
+    sequence: SequenceParallel | None = None,
 ) -> list[Tensor | None] | None:
     """The sum of the nets' residuals after each block of the transformer; None if no net is applied.
 
@@ -70,6 +72,7 @@ def residuals(
         sigma: the noise level.
         timestep: the timestep for the nets.
         branches: the names and conditionings of the branches.
+        sequence: computes this rank's tokens of the residuals; None computes all.
     """
     acting = [control for control in controls if control.acts(sigma)]
     if not acting:
@@ -78,7 +81,8 @@ def residuals(
     context, pooled = (torch.cat([getattr(text, part) for _, text in branches]) for part in ("context", "pooled"))
     given: list[list[Tensor]] = []
     for control in acting:
-        found = _run(control, transformer, profile, latents, timestep, context, pooled, control.hints(names))
+        hints = control.hints(names)
+        found = _run(control, transformer, profile, latents, timestep, context, pooled, hints, sequence)
         given.append([(one * control.scale).to(latents.dtype) for one in found])
     depth = transformer.config.depth
     spreads = zip(*(spread(profile, control.net, depth) for control in acting), strict=True)
@@ -104,6 +108,7 @@ def _run(
     context: Tensor,
     pooled: Tensor,
     hint: Tensor,
+    sequence: SequenceParallel | None,
 ) -> list[Tensor]:
     """Compute the residuals of one net."""
     net, config = control.net, control.net.config
@@ -115,7 +120,8 @@ def _run(
     hint = F.pad(hint, (0, columns - hint.shape[3], 0, rows - hint.shape[2]), mode="circular")
     levels = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
     levels = levels.to(dtype).float() if profile.control_timestep == "net" else levels
-    found: list[Tensor] = net(
+    forward = net if sequence is None else partial(sequence.residuals, net)
+    found: list[Tensor] = forward(
         latents.to(dtype), levels, context.to(dtype), pooled.to(dtype), hint.to(latents.device, dtype), tokens
     )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -182,55 +183,57 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             FloatingPointError: values are not finite; the step and the first such layer are named.
             MemoryError: the device has too little memory; the message says what helps.
         """
-        request = make_request(
-            self,
-            Prompts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
-            Prompts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds),
-            height=height,
-            width=width,
-            seed=seed,
-            generator=generator,
-            latents=latents,
-            images=image_inputs(
-                image,
-                mask_image,
-                channels=self.vae.config.latent_channels,
-                keep_outside=keep_outside,
-                differential=differential,
-                padding_mask_crop=padding_mask_crop,
-            ),
-            hires=hires,
-            controls=control_inputs(
-                self.controlnet if controlnet is None and control_image is not None else controlnet,
-                control_image,
-                control_mask,
-                scale=controlnet_conditioning_scale,
-                start=control_guidance_start,
-                stop=control_guidance_end,
-                config=self.transformer.config,
-            ),
-            strength=strength,
-            num_images_per_prompt=num_images_per_prompt,
-            max_sequence_length=max_sequence_length,
-            callback=callback_on_step_end,
-            tensor_inputs=callback_on_step_end_tensor_inputs,
-            vae_tile=vae_tile,
-            output_type=output_type,
-            progress=progress,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            schedule=schedule,
-            sigmas=sigmas,
-            shift=shift,
-            guidance=with_skip_layers(
-                guidance,
-                skip_guidance_layers,
-                skip_layer_guidance_scale,
-                skip_layer_guidance_start,
-                skip_layer_guidance_stop,
-            ),
-        )
+        with self._together():
+            request = make_request(
+                self,
+                Prompts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
+                Prompts.of("negative_prompt", negative_prompt, negative_prompt_embeds, negative_pooled_prompt_embeds),
+                height=height,
+                width=width,
+                seed=seed,
+                generator=generator,
+                latents=latents,
+                images=image_inputs(
+                    image,
+                    mask_image,
+                    channels=self.vae.config.latent_channels,
+                    keep_outside=keep_outside,
+                    differential=differential,
+                    padding_mask_crop=padding_mask_crop,
+                ),
+                hires=hires,
+                controls=control_inputs(
+                    self.controlnet if controlnet is None and control_image is not None else controlnet,
+                    control_image,
+                    control_mask,
+                    scale=controlnet_conditioning_scale,
+                    start=control_guidance_start,
+                    stop=control_guidance_end,
+                    config=self.transformer.config,
+                ),
+                strength=strength,
+                num_images_per_prompt=num_images_per_prompt,
+                max_sequence_length=max_sequence_length,
+                callback=callback_on_step_end,
+                tensor_inputs=callback_on_step_end_tensor_inputs,
+                vae_tile=vae_tile,
+                output_type=output_type,
+                progress=progress,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                sampler=sampler,
+                schedule=schedule,
+                sigmas=sigmas,
+                shift=shift,
+                guidance=with_skip_layers(
+                    guidance,
+                    skip_guidance_layers,
+                    skip_layer_guidance_scale,
+                    skip_layer_guidance_start,
+                    skip_layer_guidance_stop,
+                ),
+            )
+        self._agree(request)
         with self._drawing(f"{request.count} pictures at once"):
             return self._draw(request)
 
@@ -297,6 +300,15 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             steps = self._guarded(run, inverter(only_x0(run), x, levels), levels)
             found = [step.x for step in bar(steps, len(levels) - 1, progress)]
         return Inversion(found[-1], latents, (x, *found), levels)
+
+    def _together(self) -> AbstractContextManager[None]:
+        """Within the context, arguments are checked; where one rank of a parallel run refuses them, no rank draws."""
+        return nullcontext() if self.parallel is None else self.parallel.together()
+
+    def _agree(self, request: Request) -> None:
+        """Raise RanksDifferError, on every rank, where the ranks of a parallel run are to draw different pictures."""
+        if self.parallel is not None:
+            self.parallel.agree("the pictures to draw", **request.facts)
 
     def _draw(self, request: Request) -> PipelineOutput:
         """The pictures of a request: encode, start, sample, decode."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from mmdit.pipeline.control import residuals
 from mmdit.pipeline.passes import Branch, perturbed
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.sequence import SequenceParallel
 from mmdit.utils import whole
 
 _SIGMA_DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -29,6 +31,7 @@ def predict_branches(
     branches: Sequence[Branch],
     announce: Announce,
     accelerated: Accelerated | None = None,
+    sequence: SequenceParallel | None = None,
 ) -> list[Tensor]:
     """The predicted picture (x0 = x - sigma * velocity, a latent) of each branch.
 
@@ -43,6 +46,7 @@ def predict_branches(
         branches: the branches, each with b prompts.
         announce: called before each batch.
         accelerated: the transformer's fast forward; None runs the model's own forward.
+        sequence: forwards over several ranks; None computes on this one. `accelerated` has its own.
     """
     batches: dict[tuple[object, ...], list[int]] = {}
     for place, branch in enumerate(branches):
@@ -51,7 +55,8 @@ def predict_branches(
     for places in batches.values():
         batch = tuple(branches[place] for place in places)
         announce(batch)
-        found |= zip(places, _predict_batch(transformer, profile, x, sigma, batch, accelerated), strict=True)
+        predicted = _predict_batch(transformer, profile, x, sigma, batch, accelerated, sequence)
+        found |= zip(places, predicted, strict=True)
     return [found[place] for place in range(len(branches))]
 
 
@@ -80,6 +85,7 @@ def _predict_batch(
     sigma: float,
     branches: tuple[Branch, ...],
     accelerated: Accelerated | None,
+    sequence: SequenceParallel | None,
 ) -> list[Tensor]:
     """The predicted pictures of branches that share a batch.
 
@@ -91,9 +97,9 @@ def _predict_batch(
     timestep, first = timestep_of(profile, sigma), branches[0]
     texts = [(branch.name, branch.conditioning) for branch in branches]
     level = control_timestep_of(profile, sigma)
-    control = residuals(first.control, transformer, profile, latents, sigma, level, texts)
+    control = residuals(first.control, transformer, profile, latents, sigma, level, texts, sequence)
     if accelerated is None or first.perturbed_layers:
-        velocity = _velocity(transformer, latents, timestep, branches, control)
+        velocity = _velocity(transformer, latents, timestep, branches, control, sequence)
     else:
         velocity = _fast(accelerated, latents, timestep, branches, control)
     velocity = velocity[..., :rows, :columns]
@@ -107,11 +113,13 @@ def _velocity(
     timestep: float,
     branches: tuple[Branch, ...],
     control: Sequence[Tensor | None] | None,
+    sequence: SequenceParallel | None,
 ) -> Tensor:
-    """The velocity by the transformer's own forward."""
+    """The velocity by the transformer's own forward, or by that over several ranks."""
     first = branches[0]
+    forward = transformer if sequence is None else partial(sequence.velocity, transformer)
     with perturbed(transformer, first.perturbed_layers, first.conditioning.context.shape[1]):
-        return transformer(
+        return forward(
             latents,
             torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device),
             torch.cat([branch.conditioning.context for branch in branches]),

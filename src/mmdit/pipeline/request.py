@@ -53,11 +53,48 @@ class Request:
         return self.plan.shape[0]
 
     @property
+    def facts(self) -> dict[str, object]:
+        """What the ranks of a parallel run must be given alike, by the name of the argument."""
+        plan, images = self.plan, self.images
+        return {
+            "prompt": _facts_of(self.prompts),
+            "negative_prompt": _facts_of(self.negatives),
+            "seed": self.seeds,
+            "generator": plan.generator,
+            "latents": self.latents,
+            "image": _facts_of_images(images),
+            "strength": plan.strength,
+            "hires": None if self.hires is None else self.hires.to_text(),
+            "controlnet": [one.words for one in self.controls],
+            "height, width and number of pictures": plan.shape,
+            "sampler": plan.sampler,
+            "sigmas": plan.sigmas,
+            "guidance_scale": plan.guidance_scale,
+            "guidance": "a function" if plan.guidance.is_own else plan.guidance.to_text(),
+            "max_sequence_length": self.max_sequence_length,
+            "vae_tile": self.vae_tile,
+        }
+
+    @property
     def has_settings(self) -> bool:
         """Whether `mmdit.Settings` can describe the drawing."""
         given = self.latents is not None or self.callback is not None or self.plan.schedule is None
         given = given or (self.images is not None and self.images.latents is not None)
         return not given and not self.plan.is_own
+
+
+def _facts_of(prompts: Prompts | None) -> object:
+    """Texts, or the tensors of conditionings and the ranges of the steps in which they are used."""
+    if prompts is None or prompts.texts is not None:
+        return None if prompts is None else prompts.texts
+    return [(one.conditioning.context, one.conditioning.pooled, one.start, one.stop) for one in prompts.conditionings]
+
+
+def _facts_of_images(images: ImageInputs | None) -> object:
+    """Digests of pictures and masks with their settings, or the latents that are given instead."""
+    if images is None or images.latents is not None:
+        return None if images is None else images.latents
+    return [sorted(one.items()) for one in images.settings(max(images.count, 1), 0.0)]
 
 
 def make_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Unpack
 
@@ -281,6 +282,10 @@ class PipelineSteps(PipelineTensors):
             source: the picture to start from.
             x: the latents at the first sigma; None computes them from noise and source.
         """
+        if self.parallel is not None:
+            first = self.parallel.first
+            noise, x = first(noise), None if x is None else first(x)
+            source = None if source is None else replace(source, latents=first(source.latents))
         if x is None:
             x = run.plan.start(noise, source)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -333,8 +338,17 @@ class PipelineSteps(PipelineTensors):
             for watcher in self.watchers:
                 watcher(Pass(step, sigma, batch, len(x), prediction))
 
-        accelerated = None if plain else self.accelerated
-        return predict_branches(self.transformer, profile, x, sigma, branches, announce, accelerated)
+        def run(branches: Sequence[Branch]) -> list[Tensor]:
+            return predict_branches(
+                self.transformer, profile, x, sigma, branches, announce, None if plain else self.accelerated, sequence
+            )
+
+        if plain or self.parallel is None:
+            sequence = None
+            return run(branches)
+        sequence = self.parallel.sequence
+        with self.parallel.guarded():
+            return self.parallel.predictions(branches, run, x)
 
     def _check_prediction(self, x: Tensor, branches: Sequence[Branch]) -> None:
         """Raise ValueError or TypeError where latents and conditionings do not fit the transformer or each other."""

@@ -59,6 +59,8 @@ class PipelineTensors(PipelineModels):
             faster=None if self._beside is None else self._beside.encoders(self._text_encoders),
         )
         prompts = checked_prompts(prompts)
+        if self.parallel is not None:
+            self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
         self._enter("clip_l", "clip_g", "t5")
         return conditioner(prompts).to(self.device, self.dtype)
 
@@ -207,8 +209,14 @@ class PipelineTensors(PipelineModels):
         if finite:
             check_all_finite(latent, "the latent to decode")
         tile = None if tile is None else whole("tile", tile, LEAST_TILE)
-        vae = self.vae if self._beside is None else self._beside.vae(self.vae)
-        decoded = vae.decode(latent) if tile is None else decode_tiled(self.vae, latent, tile=tile)
+        if tile is not None:
+            decoded = decode_tiled(self.vae, latent, tile=tile)
+        elif self.parallel is not None:
+            with self.parallel.guarded():
+                decoded = self.parallel.decoded(self.vae, latent)
+        else:
+            vae = self.vae if self._beside is None else self._beside.vae(self.vae)
+            decoded = vae.decode(latent)
         if finite:
             check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
         return to_unit(decoded)

@@ -24,6 +24,7 @@ from mmdit.runtime.attention import BestAttention
 from mmdit.runtime.compiled import ACCELERATED, refuse_changed
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
+from mmdit.runtime.sequence import SequenceParallel
 
 _TABLE_BYTES = 2**28  # of modulation that is computed ahead
 _TEXTS = 8  # texts whose tables are kept
@@ -78,15 +79,22 @@ class Accelerated:
         graph: record steps as CUDA graphs; None does where the model is on a GPU.
         attention: the name of the one attention kernel to use; None measures those that are there.
         graphs: how many graphs are kept, one per shape.
+        sequence: the ranks that share the image tokens; their exchanges are recorded in the graphs.
 
     Raises:
         ValueError: the model has parts that the fast forward would not run; graphs are asked for without a GPU.
     """
 
     def __init__(
-        self, model: MMDiT, *, graph: bool | None = None, attention: str | None = None, graphs: int = 4
+        self,
+        model: MMDiT,
+        *,
+        graph: bool | None = None,
+        attention: str | None = None,
+        graphs: int = 4,
+        sequence: SequenceParallel | None = None,
     ) -> None:
-        self.model, self._asked = model, graph
+        self.model, self._asked, self.sequence = model, graph, sequence
         self.attention = BestAttention(attention)
         self.graphs = Graphs(graphs)
         self._version: object = None
@@ -120,9 +128,13 @@ class Accelerated:
 
     def without_graphs(self) -> Accelerated:
         """The same forward with the same attention kernels, launched kernel by kernel."""
-        other = Accelerated(self.model, graph=False)
+        other = Accelerated(self.model, graph=False, sequence=self.sequence)
         other.attention.kernels, other.attention.choices = self.attention.kernels, self.attention.choices
         return other
+    def share(self, sequence: SequenceParallel | None) -> None:
+        """Compute on the ranks that share the image tokens from now on; None computes on this one."""
+        self.sequence, self._version = sequence, None
+        self.begin()
 
     def close(self) -> None:
         """Free graphs and tables; the model counts as plain."""
@@ -141,7 +153,9 @@ class Accelerated:
             self.graph = device.type == "cuda" if self._asked is None else self._asked
             self.graphs.clear()
             self._texts.clear()
-            self.fast = FastMMDiT(self.model, kernels=_kernels_for(self.model), attention=self.attention)
+            self.fast = FastMMDiT(
+                self.model, kernels=_kernels_for(self.model), attention=self.attention, sequence=self.sequence
+            )
             self._version = version
 
     def report(self) -> AccelerationReport:

@@ -7,15 +7,21 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+PARALLEL: WeakSet[nn.Module] = WeakSet()  # models that compute on several ranks
 ACCELERATED: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()  # by model, its `Accelerated`s
 
 
 def refuse_compiled(model: nn.Module, name: str) -> None:
-    """Raise ValueError for a model of which any part is compiled, or that a pipeline has accelerated."""
+    """Raise ValueError for a model that is accelerated, shared by several ranks, or partly compiled."""
     if ACCELERATED.get(model):
         raise ValueError(
             f"{name} is accelerated, and the fast forward runs none of its modules: nothing would be seen or changed. "
             "Call pipe.plain() first; pipe.accelerate() makes it fast again"
+        )
+    if model in PARALLEL:
+        raise ValueError(
+            f"{name} is parallelized: each rank computes some branches, tokens and heads, so what is seen or "
+            "changed on one of them is a part. Call pipe.parallel.close() on every rank first"
         )
     refuse_compiled_parts(model, name)
 

@@ -19,6 +19,7 @@ from mmdit.models.layers import SelfAttention
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.products import Pair, Product, common_kind
 from mmdit.runtime.rows import Activation, Attention, Columns, Output, Rounding, Rows, Update
+from mmdit.runtime.sequence import SequenceParallel
 
 
 class FastMMDiT:
@@ -28,10 +29,18 @@ class FastMMDiT:
         model: its weights are read where they lie; norms of queries and keys are copied.
         kernels: `mmdit.runtime.kernels`, or `mmdit.runtime.plain_kernels` where there is no Triton.
         attention: softmax attention without mask, [b, tokens, heads, head_dim] in and out.
+        sequence: the ranks that share the image tokens; None computes all of them here.
     """
 
-    def __init__(self, model: MMDiT, *, kernels: ModuleType, attention: Attention) -> None:
-        self.model, self.kernels, self.attention = model, kernels, attention
+    def __init__(
+        self,
+        model: MMDiT,
+        *,
+        kernels: ModuleType,
+        attention: Attention,
+        sequence: SequenceParallel | None = None,
+    ) -> None:
+        self.model, self.kernels, self.attention, self.sequence = model, kernels, attention, sequence
         self.blocks: list[FastBlock] = []
         width = 0
         for block in model.joint_blocks:
@@ -83,12 +92,16 @@ class FastMMDiT:
         """
         model, sides = self.model, latent.shape[2:]
         image = model.x_embedder(latent) + model.cropped_pos_embed(*sides)
+        part, attention = None, self.attention
+        if self.sequence is not None:
+            part = self.sequence.part(image.shape[1])
+            image, attention = part.own(image), part.attention(attention)
         rows = Rows(len(latent), tokens.shape[1], image.shape[1])
         x = torch.cat([tokens.flatten(0, 1), image.flatten(0, 1)])
         updates: list[Update] = []
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
-                rows, x, updates = block(x, rows, vectors, updates, self.kernels, self.attention)
+                rows, x, updates = block(x, rows, vectors, updates, self.kernels, attention)
             if control is not None and (residual := control[i]) is not None:
                 x[rows.split :].add_(residual.flatten(0, 1))
         x, updates, rows = _image_of(x, updates, rows)
@@ -96,7 +109,7 @@ class FastMMDiT:
         output = Output(Columns(shift, shift), Columns(scale, scale), Rounding())
         (found,) = self.kernels.norm_modulate(x, vectors, rows, [output], updates)
         patches = model.final_layer.linear(found.image.data).unflatten(0, (rows.samples, -1))
-        return model.unpatchify(patches, *sides)
+        return model.unpatchify(patches if part is None else part.whole(patches), *sides)
 
 
 class FastBlock:

@@ -1,0 +1,111 @@
+"""`mmdit.parallelize`: a pipeline that draws together with those of other processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from typing import Literal
+
+import torch
+
+from mmdit.pipeline.base import PipelineModels
+from mmdit.runtime import mesh
+from mmdit.runtime.compiled import PARALLEL
+from mmdit.runtime.lifeline import RanksDifferError
+from mmdit.runtime.mesh import Layout, layout_of
+from mmdit.runtime.parallel import Parallel
+from quant.tensor import Float8Tensor
+
+
+def parallelize(
+    pipe: PipelineModels,
+    cfg: int | Literal["auto"] = "auto",
+    sequence: int | None = None,
+    *,
+    timeout: float = 600.0,
+) -> Parallel:
+    """Draw on several GPUs from now on: every process of a `torchrun` calls this, and then draws the same pictures.
+
+        # torchrun --nproc-per-node 2 draw.py
+        pipe = mmdit.Pipeline.from_pretrained(folder, device=f"cuda:{os.environ['LOCAL_RANK']}", fast=True)
+        mmdit.parallelize(pipe, cfg=2)
+        image = pipe("a cat").images[0]  # the same picture on both ranks
+
+    The branches of guidance are split over `cfg` ranks, with one small exchange in each step. The image tokens of a
+    branch are split over `sequence` ranks, with two exchanges in each attention. Decoding is split over all ranks.
+    Results equal those of one process up to rounding. Float8 activations with a scale per tensor are scaled per rank.
+
+    All ranks must make the same calls in the same order; different prompts, seeds or settings are refused on all of
+    them. Random seeds and noise are those of rank 0. Where a rank fails or dies, all others raise `mmdit.ParallelError`
+    with its number and reason. `mmdit.capture` and others refuse a parallel pipeline.
+
+    Args:
+        pipe: a pipeline with equal models on all ranks, each on a GPU of its own, or on CPUs.
+        cfg: the number of ranks that share the branches; "auto" is 2 where the profile guides and the number of
+            processes is even, else 1.
+        sequence: the number of ranks that share the tokens of a branch, at most the number of attention heads; None is
+            what `cfg` leaves of the processes.
+        timeout: seconds after which an exchange that never ends is an error.
+
+    Returns:
+        The mesh and this rank's place in it. `close` leaves it at the end; the end of the program does so too.
+
+    Raises:
+        ValueError: the mesh does not fit the processes, the model or the GPUs; the processes were not started by
+            torchrun; or the pipeline is parallel already.
+        mmdit.RanksDifferError: the ranks have different models, devices or layouts.
+    """
+    if pipe.parallel is not None:
+        raise ValueError("the pipeline is parallel already; call pipe.parallel.close() on every rank first")
+    mesh.start(pipe.device, timedelta(seconds=timeout))
+    _check_alike(pipe, cfg, sequence)
+    guided = pipe.profile.reads_negative(pipe.profile.guidance_scale)
+    world = torch.distributed.get_world_size()
+    layout = layout_of(world, cfg, sequence, guided=guided, heads=pipe.transformer.config.heads)
+    pipe.parallel = PipelineParallel(pipe, layout)
+    if pipe.accelerated is not None:
+        pipe.accelerated.share(pipe.parallel.sequence)
+    return pipe.parallel
+
+
+class PipelineParallel(Parallel):
+    """The parallel run of a pipeline, which draws alone again after `close`."""
+
+    def __init__(self, pipe: PipelineModels, layout: Layout) -> None:
+        super().__init__(layout, pipe.device)
+        self.pipe = pipe
+        PARALLEL.add(pipe.transformer)
+
+    def close(self) -> None:
+        """Leave the run; the pipeline draws alone again."""
+        super().close()
+        PARALLEL.discard(self.pipe.transformer)
+        if self.pipe.parallel is self:
+            self.pipe.parallel = None
+            if self.pipe.accelerated is not None:
+                self.pipe.accelerated.share(None)
+
+
+def _check_alike(pipe: PipelineModels, cfg: object, sequence: object) -> None:
+    """Raise RanksDifferError where the ranks could not draw one picture together."""
+    recipes = sorted({repr(one.recipe) for one in pipe.transformer.parameters() if isinstance(one, Float8Tensor)})
+    facts: dict[str, object] = {
+        "cfg": cfg,
+        "sequence": sequence,
+        "the transformer's config": repr(pipe.transformer.config),
+        "dtype": str(pipe.dtype),
+        "float8 recipes": recipes,
+        "the transformer's weights": pipe.digest,
+        "profile": pipe.profile.name,
+        "fast path": pipe.accelerated is not None,
+        "kind of device": pipe.device.type,
+    }
+    mesh.check_equal(facts, "parallelize")
+    places = mesh.of_all((socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), str(pipe.device)))
+    for rank, place in enumerate(places):
+        if pipe.device.type == "cuda" and places.index(place) != rank:
+            raise RanksDifferError(
+                f"parallelize: the pipelines of ranks {places.index(place)} and {rank} are both on {place[2]}; each "
+                "needs a GPU of its own: device=f\"cuda:{os.environ['LOCAL_RANK']}\""
+            )

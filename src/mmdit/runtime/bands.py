@@ -1,0 +1,94 @@
+"""Decoding over several ranks: each computes a band of rows of every layer, with the adjacent rows of its neighbours.
+
+Norms use the statistics of the whole picture, so the result is that of one process up to rounding, without seams.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from encoders.tiling import Moments, normed
+from encoders.vae import VAE, ResnetBlock, Upsample
+from mmdit.runtime.mesh import Team, shares, starts
+
+
+@torch.no_grad()
+def decode_in_bands(vae: VAE, latent: Float[Tensor, "b z h w"], team: Team) -> Float[Tensor, "b 3 h8 w8"]:
+    """Compute `vae.decode(latent)` on all ranks of a team; each gets the whole picture.
+
+    The middle of the decoder, whose attention sees all cells, runs on every rank; it is a small part of the work.
+
+    Args:
+        vae: the VAE, equal on all ranks.
+        latent: latents in model space, equal on all ranks. With fewer rows than ranks, every rank decodes alone.
+        team: the ranks.
+    """
+    rows = shares(latent.shape[2], team.size)
+    if team.size == 1 or min(rows) < 1:
+        return vae.decode(latent)
+    decoder = vae.decoder
+    x = decoder.mid(decoder.conv_in(vae.from_model(latent)))
+    start = starts(rows)[team.rank]
+    band = Band(team, rows)
+    x = x[:, :, start : start + rows[team.rank]]
+    for layer in (layer for level in reversed(decoder.up) for layer in level.modules()):
+        if isinstance(layer, ResnetBlock):
+            x = band.resnet(layer, x)
+        elif isinstance(layer, Upsample):
+            x, band = band.run(layer, x, up=2), band.larger()
+    return team.joined(band.run(decoder.conv_out, x, decoder.norm_out), band.rows, 2)
+
+
+class Band(NamedTuple):
+    """The rows of the activations that each rank of a team holds."""
+
+    team: Team
+    rows: list[int]
+
+    def larger(self) -> Band:
+        """The bands after the sides were doubled."""
+        return self._replace(rows=[2 * one for one in self.rows])
+
+    def resnet(self, block: ResnetBlock, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
+        """Compute `block(x)`."""
+        update = self.run(block.conv2, self.run(block.conv1, x, block.norm1), block.norm2)
+        return (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x) + update
+
+    def run(
+        self, layer: nn.Module, x: Float[Tensor, "b c h w"], norm: nn.GroupNorm | None = None, *, up: int = 1
+    ) -> Float[Tensor, "b d h2 w2"]:
+        """Compute `layer(silu(norm(x)))` for a layer that sees one row above and below.
+
+        Args:
+            layer: a 3x3 convolution that keeps the size, or one that first enlarges it.
+            x: this rank's rows.
+            norm: the norm before the layer.
+            up: the factor by which the layer enlarges the sides.
+        """
+        above, below = self._neighbours(x)
+        rows = torch.cat([above, x, below], dim=2)
+        if norm is not None:
+            rows = F.silu(normed(norm, rows, self._moments(x, norm.num_groups)), inplace=True)
+        first = up * above.shape[2]
+        return layer(rows)[:, :, first : first + up * x.shape[2]]
+
+    def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The row above and the row below, [b, c, 1, w]; empty at the border of the picture."""
+        edges = self.team.gathered(torch.stack([x[:, :, :1], x[:, :, -1:]]))
+        rank, nothing = self.team.rank, x[:, :, :0]
+        above = edges[rank - 1, 1] if rank else nothing
+        return above, edges[rank + 1, 0] if rank + 1 < self.team.size else nothing
+
+    def _moments(self, x: Tensor, groups: int) -> Moments:
+        """The moments of the whole activations."""
+        own = Moments.of(x, groups)
+        found = self.team.gathered(torch.stack([own.mean, own.squares]))
+        each = own.total // x.shape[2]
+        parts = (Moments(each * rows, *one.unbind(0)) for rows, one in zip(self.rows, found, strict=True))
+        return reduce(Moments.merge, parts)

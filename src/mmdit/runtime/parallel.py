@@ -1,0 +1,107 @@
+"""A model over several ranks: the parts of a parallel run, and what all ranks must agree on.
+
+`mmdit.parallelize` makes a `Parallel`. Guidance branches are split by `branches`, image tokens by `sequence`, decoding
+by `bands`; `mesh` holds the ranks, and `lifeline` tells each of them when another one fails.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from encoders.vae import VAE
+from mmdit.runtime import mesh
+from mmdit.runtime.bands import decode_in_bands
+from mmdit.runtime.branches import split_branches
+from mmdit.runtime.lifeline import Lifeline, ParallelError
+from mmdit.runtime.mesh import Layout, Mesh
+from mmdit.runtime.sequence import SequenceParallel
+
+T = TypeVar("T")
+
+
+class Parallel:
+    """The ranks that draw together; all of them make the same calls in the same order.
+
+    Args:
+        layout: the layout of the mesh.
+        device: the device of this rank.
+
+    Attributes:
+        sequence: forwards over the ranks that share the tokens; None where each rank computes whole forwards.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.device = layout, device
+        self.mesh = Mesh.of(layout, device)
+        self.rank, self.world = self.mesh.world.rank, self.mesh.world.size
+        self.lifeline = connected()
+        self.sequence = SequenceParallel(self.mesh.sequence) if layout.sequence > 1 else None
+
+    def __str__(self) -> str:
+        cfg, sequence = self.mesh.cfg.rank, self.mesh.sequence.rank
+        return f"{self.layout} on {self.world} ranks; this is rank {self.rank} (cfg {cfg}, sequence {sequence})"
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """See `Lifeline.guarded`."""
+        return self.lifeline.guarded()
+
+    def predictions(self, branches: Sequence[T], run: Callable[[Sequence[T]], list[Tensor]], x: Tensor) -> list[Tensor]:
+        """See `split_branches`."""
+        return run(branches) if self.layout.cfg == 1 else split_branches(branches, run, x, self.mesh.cfg)
+
+    def decoded(self, vae: VAE, latent: Tensor) -> Tensor:
+        """See `decode_in_bands`."""
+        return decode_in_bands(vae, latent, self.mesh.world)
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The tensor of rank 0, on every rank."""
+        found = tensor.to(self.device).contiguous().clone()
+        dist.broadcast(found, src=0)
+        return found.to(tensor.device)
+
+    def agree(self, what: str, **facts: object) -> None:
+        """Raise RanksDifferError, on every rank, where a fact differs between the ranks; see `mesh.check_equal`."""
+        with self.lifeline.guarded():
+            mesh.check_equal(facts, what)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the context each rank checks its arguments; if some ranks refuse theirs, the others do not go on.
+
+        Torch's global generator gets the state of rank 0 first, so that random seeds are equal. The ranks can draw
+        again afterwards.
+
+        Raises:
+            ParallelError: another rank has refused its arguments.
+        """
+        with self.lifeline.guarded():
+            mesh.same_random_state()
+        try:
+            yield
+        except Exception as error:
+            with self.lifeline.guarded():
+                mesh.of_all(f"{type(error).__name__}: {error}")
+            raise
+        with self.lifeline.guarded():
+            refused = mesh.of_all(None)
+        for rank, why in enumerate(refused):
+            if why is not None:
+                raise ParallelError(f"rank {rank} refused its arguments: {why}. Nothing was drawn on rank {self.rank}")
+
+    def close(self) -> None:
+        """Leave the run."""
+        self.lifeline.close()
+
+
+def connected() -> Lifeline:
+    """The lifeline of all running processes; all ranks call this."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return Lifeline.connected(rank, world, mesh.from_first, host=host, on_failure=mesh.abort)
