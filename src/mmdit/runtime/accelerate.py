@@ -131,6 +131,7 @@ class Accelerated:
         other = Accelerated(self.model, graph=False, sequence=self.sequence)
         other.attention.kernels, other.attention.choices = self.attention.kernels, self.attention.choices
         return other
+
     def share(self, sequence: SequenceParallel | None) -> None:
         """Compute on the ranks that share the image tokens from now on; None computes on this one."""
         self.sequence, self._version = sequence, None
