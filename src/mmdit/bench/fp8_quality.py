@@ -11,7 +11,7 @@ import copy
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Row:
     name: str
     recipe: str | Recipe | None
     options: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None  # of a model in float8, which is measured instead of a recipe
 
     @property
     def static(self) -> bool:
@@ -96,6 +97,8 @@ def built(
 ) -> tuple[MMDiT, Pipeline]:
     """The transformer before its weights are rounded, and the pipeline with the quantized one."""
     pipe = Pipeline.demo(device=device, dtype=dtype)
+    if row.folder is not None:
+        return pipe.transformer, Pipeline.from_pretrained(row.folder, device=device, dtype=dtype)
     options = dict(row.options)
     smooth, mean = options.pop("smooth", None), options.pop("mean", False)
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": MAIN.guidance, "batch": 32}
@@ -278,6 +281,7 @@ def run(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     processes: int | None = None,
+    tuned: Mapping[str, str | Path] | None = None,
 ) -> Iterator[Quality]:
     """Measure rows of `ROWS`, and write fp8_quality.json and fp8_quality.md into the folder after each.
 
@@ -292,6 +296,7 @@ def run(
         batch: Pictures drawn at once.
         device, dtype: The device and dtype of the models.
         processes: Processes that score pictures; None takes one per core.
+        tuned: Folders of fine-tuned models in float8, measured after the rows, by the names that they get.
 
     Raises:
         ValueError: the first row is not 0, or a row does not exist.
@@ -304,11 +309,12 @@ def run(
     texts = [text for text in make_prompts(count, SEED, held_out=True) for _ in range(seeds)]
     calibrating = make_prompts(calibration, SEED + 7, held_out=False)
     setting = replace(MAIN, steps=steps)
+    more = [Row(name, None, folder=Path(at)) for name, at in (tuned or {}).items()]
     found: list[Quality] = []
     base: Drawn | None = None
     rendered: Tensor | None = None
     with workers(processes) as pool:
-        for row in (ROWS[i] for i in rows):
+        for row in [*(ROWS[i] for i in rows), *more]:
             start = time.monotonic()
             before, pipe = built(row, device, dtype, calibrating, steps)
             drawn = pictures_of(pipe, texts, prompts * seeds, batch, pool, setting)

@@ -152,6 +152,8 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     say("--pictures", type=int, default=4000, metavar="N", help=pictures)
     rows = "numbers of the table's rows; the first must be 0, the model that is not quantized (default: all)"
     say("--rows", type=int, nargs="+", metavar="N", help=rows)
+    tuned = "also measure a fine-tuned model in float8, such as python -m mmdit.demo.train_float8 writes"
+    say("--tuned", nargs="+", default=[], metavar="NAME=FOLDER", help=tuned)
     say("--steps", type=int, default=20, metavar="N", help=_STEPS)
     prompts = "prompts, none of them held out, that static scales are calibrated on (default: %(default)s)"
     say("--calibration", type=int, default=32, metavar="N", help=prompts)

@@ -161,6 +161,7 @@ def _quality(options: Namespace, note: Note) -> Iterator[str]:
     names = ("prompts", "seeds", "pictures", "steps", "calibration", "batch")
     with usage_errors():
         numbers: dict[str, Any] = {name: whole(f"--{name}", getattr(options, name), 1) for name in names}
+        tuned = dict(_name_and_folder(one) for one in options.tuned)
     folder, rows = Path(options.output), options.rows or range(len(fp8_quality.ROWS))
     device, dtype = device_of(options.device), dtype_of(options.dtype)
     assert dtype is not None
@@ -169,9 +170,17 @@ def _quality(options: Namespace, note: Note) -> Iterator[str]:
             "this takes minutes on a GPU and hours on a CPU; --prompts, --seeds, --pictures and --rows make it smaller"
         )
     more: dict[str, Any] = {"rows": tuple(rows), "device": str(device), "dtype": dtype, "processes": options.workers}
+    more["tuned"] = tuned
     for row in fp8_quality.run(folder, **numbers, **more):
         note(f"{row.name}: {row.seconds:.0f} s")
     yield (folder / "fp8_quality.md").read_text(encoding="utf-8")
+
+
+def _name_and_folder(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and Path(folder).is_dir()):
+        raise ValueError(f"--tuned takes NAME=FOLDER with the folder of a model; got {text!r}")
+    return name, Path(folder)
 
 
 def _maps(options: Namespace, note: Note) -> Iterator[str | int]:

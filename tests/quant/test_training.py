@@ -1,0 +1,127 @@
+"""Quantization-aware fine-tuning: the forward is that of float8, gradients are those of the formula, scales learn."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from float8_recipes import RECIPES_OF_ALL
+from quant import Float8Tensor, quantize_
+from quant.formats import LARGEST
+from quant.scaling import from_codes, to_codes
+from quant.training import FakeQuantizedLinear, fake_codes, fake_quantize_, fake_quantized, quantize_trained_
+
+
+def model_of(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16, bias=False)).to(dtype)
+
+
+def scales_of(recipe):
+    return {"0": 0.01, "2": torch.tensor(0.004)} if recipe.activation == "static" else None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_the_forward_is_that_of_the_float8_weights_before_and_after_training(name, dtype):
+    recipe, model = RECIPES_OF_ALL[name], model_of(dtype)
+    x = torch.randn(2, 5, 16).to(dtype)
+    plain = copy.deepcopy(model)
+    quantize_(plain, recipe, input_scales=scales_of(recipe))
+    fake = fake_quantize_(model, recipe, input_scales=scales_of(recipe))
+    assert list(fake) == ["0", "2"]
+    near = {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(model(x), plain(x), **near)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(x).square().mean().backward()
+    optimizer.step()
+    trained = model(x).detach()
+    assert not torch.equal(trained, plain(x)), "a step of this size changes codes"
+    report = quantize_trained_(model)
+    assert [layer.recipe for layer in report] == [recipe, recipe]
+    assert all(type(model[i]) is nn.Linear and isinstance(model[i].weight, Float8Tensor) for i in (0, 2))
+    torch.testing.assert_close(model(x).detach(), trained, **near)
+    assert set(model.state_dict()) == set(plain.state_dict())
+
+
+def straight_through(x, scale, format):
+    """s * q = s * (clamp(x / s) + r) with the remainder r of rounding held fixed, whose derivative is the rule's."""
+    within = (x / scale).clamp(-LARGEST[format], LARGEST[format])
+    rest = (from_codes(to_codes(x, scale, format), format, x.dtype) - within).detach()
+    return scale * (within + rest)
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("shape", [(), (3, 1)])
+def test_gradients_are_straight_through_for_values_and_those_of_learned_steps_for_scales(format, shape):
+    torch.manual_seed(1)
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    # The last row, or the largest values of all, are beyond the reach of their scale.
+    scale = torch.full(shape, 1.1 / LARGEST[format], dtype=torch.float64).requires_grad_()
+    g = torch.randn(3, 7, dtype=torch.float64)
+    beyond = (x / scale).abs() > LARGEST[format]
+    assert 0 < beyond.sum() < x.numel()
+    ours = torch.autograd.grad((g * scale * fake_codes(x, scale, format)).sum(), (x, scale))
+    wanted = torch.autograd.grad((g * straight_through(x, scale, format)).sum(), (x, scale))
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    assert not ours[0][beyond].any()
+    torch.testing.assert_close(ours[0][~beyond], g[~beyond])
+
+
+def test_gradcheck_where_codes_do_not_move():
+    """Beyond the reach of a scale, codes stay the largest one, and the rule is the true derivative."""
+    x = torch.tensor([500.0, -700.0, 1e4], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, s: s * fake_codes(x, s, "e4m3"), (x, scale))
+
+
+@pytest.mark.parametrize(
+    ("train", "weights", "scales"), [("weights", True, False), ("scales", False, True), ("both", True, True)]
+)
+def test_what_trains(train, weights, scales):
+    model = model_of()
+    fake = fake_quantize_(model, "fp8-static", input_scales={"0": 0.01, "2": 0.004}, train=train)
+    model(torch.randn(4, 16)).square().mean().backward()
+    for linear in fake.values():
+        assert (linear.weight.grad is not None) == weights
+        assert (linear.weight_growth.grad is not None) == (linear.input_growth.grad is not None) == scales
+        assert linear.weight_scale > 0
+
+
+def test_learned_scales_lessen_the_error_of_a_scale_that_is_far_too_large():
+    """Codes near zero are coarse; scales that learn move values back to where float8 is fine."""
+    model, x = model_of(seed=3), torch.randn(64, 16)
+    wanted = model(x).detach()
+    fake_quantize_(model, "fp8-static", input_scales={"0": 300.0, "2": 300.0}, train="scales")
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad and p.ndim == 0], lr=0.2)
+    errors = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (model(x) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < 0.1 * errors[0]
+    quantize_trained_(model)
+    assert float(model[0].weight.input_scale) < 100.0
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="no fake-quantized"):
+        quantize_trained_(model_of())
+    with pytest.raises(TypeError, match="Linear itself"):
+        fake_quantize_(nn.Linear(4, 4))
+    with pytest.raises((ValueError, TypeError), match="biases"):
+        fake_quantize_(model_of(), "fp8", train="biases")
+    model = model_of()
+    fake_quantize_(model, "fp8")
+    with pytest.raises(ValueError, match="'0'"):
+        fake_quantize_(model, "fp8")
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="2: 1 of 512"):
+        quantize_trained_(model)
+    assert all(isinstance(linear, FakeQuantizedLinear) for linear in fake_quantized(model).values())
+    assert len(fake_quantized(model)) == 2
