@@ -23,13 +23,15 @@ from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.captions import prompts
 from mmdit.demo.evaluate import MAIN, SEED
 from mmdit.demo.export import export
-from mmdit.demo.progress import Every, Journal, mean_of, save_whole
+from mmdit.demo.progress import save_whole
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.calibration import calibrate
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
 from mmdit.training.distil import States, distil, states_of
+from mmdit.training.journal import Journal, mean_of
+from mmdit.training.rates import Every
 from mmdit.utils import markdown_table, write_text
 from quant.quantize import quantize_, snr
 from quant.recipe import RECIPES
