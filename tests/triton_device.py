@@ -15,7 +15,7 @@ def _interpreted() -> None:
     """What a GPU does and Triton's interpreter does not.
 
     A GPU rounds to nearest where the interpreter cuts off what does not fit float8 and bfloat16; its fma rounds once,
-    not twice; its plain maximum passes NaN by.
+    not twice; its plain maximum passes NaN by. Its matrix units read bfloat16.
     """
     import ml_dtypes
     import numpy as np
@@ -41,7 +41,12 @@ def _interpreted() -> None:
     def maxnum(self, a, b):
         return self.binary_op(a, b, np.fmax)
 
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        left, right = (np.asarray(one.data).view(types[str(one.dtype)]).astype(np.float32) for one in (a, b))
+        return interpreter.TensorHandle(left @ right + d.data, d.dtype.scalar)
+
     interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpreterBuilder.create_maxnumf = maxnum
     interpreter.ReduceOps.generic_reduce = reduce
     interpreter.InterpreterBuilder.create_fma = fma

@@ -1,7 +1,8 @@
-"""Triton kernels of the native backend: activations to float8 codes in one pass over them.
+"""Triton kernels that round activations to float8 in one pass over them: to codes, or to values of codes in float16.
 
 They give the codes and scales of `quant.scaling` bit for bit (division rounded to nearest, NaN kept), and read and
-write every value once, where eager torch takes nine passes. Loaded only on GPUs.
+write every value once, where eager torch takes nine passes. Codes need compute capability 8.9, values do not. Loaded
+only on GPUs.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _PER_THREAD = 16  # values of a row that a thread holds
 _LONG, _CHUNK = 4096, 2048  # longer rows are read twice in chunks, from the cache the second time
 
 
-def quantize_rows(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Codes [m, k] and scales float32 [m, 1] of a matrix whose rows are contiguous."""
+def quantize_rows(x: Tensor, format: Format, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Codes [m, k] and scales float32 [m, 1] of a matrix whose rows are contiguous; in float16 the values of codes."""
     rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=DTYPES[format], device=x.device)
+    codes = torch.empty((rows, columns), dtype=dtype or DTYPES[format], device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     if columns > _LONG:
         _long_rows[(rows,)](
@@ -37,9 +38,9 @@ def quantize_rows(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def quantize_with(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-    """Codes of a contiguous tensor under one scale, float32 ()."""
-    codes = torch.empty_like(x, dtype=DTYPES[format])
+def quantize_with(x: Tensor, scale: Tensor, format: Format, dtype: torch.dtype | None = None) -> Tensor:
+    """Codes of a contiguous tensor under one scale, float32 (); in float16 the values of codes."""
+    codes = torch.empty_like(x, dtype=dtype or DTYPES[format])
     _divide[(triton.cdiv(x.numel(), _BLOCK),)](x, codes, scale, x.numel(), LARGEST[format], _BLOCK, num_warps=8)
     return codes
 
@@ -109,7 +110,7 @@ def _divide(x, codes, scale, count, largest: tl.constexpr, block: tl.constexpr):
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit
 def code_of(value, scale, largest: tl.constexpr, dtype: tl.constexpr):
-    """The codes of value / scale, the quotient rounded to nearest.
+    """The codes of value / scale, the quotient rounded to nearest; for the dtype float16 the values of these codes.
 
     A product with the rounded reciprocal and one correction give that quotient (Markstein 1990, theorem 8.3) at a third
     of a division's instructions; what is far beyond the largest code needs none, and could overflow in it.
@@ -119,4 +120,21 @@ def code_of(value, scale, largest: tl.constexpr, dtype: tl.constexpr):
     corrected = tl.fma(tl.fma(-quotient, scale, value), reciprocal, quotient)
     inside = (tl.abs(quotient) < 2 * largest) & (quotient != 0)  # a zero keeps its sign
     quotient = tl.where(inside, corrected, quotient)
-    return tl.clamp(quotient, -largest, largest, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+    quotient = tl.clamp(quotient, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
+    if dtype == tl.float16:
+        quotient = _nearest(quotient, largest)
+    return quotient.to(dtype)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _nearest(value, largest: tl.constexpr):
+    """The nearest value of a code, ties to even, by arithmetic of float32: see `quant.scaling.to_values`.
+
+    The largest number tells the formats apart: E4M3 has 3 bits of mantissa and E5M2 has 2.
+    """
+    smallest: tl.constexpr = 2.0**-6 if largest == 448.0 else 2.0**-14
+    grid: tl.constexpr = 1.5 * 2.0**20 if largest == 448.0 else 1.5 * 2.0**21
+    power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    large = tl.maximum(power, smallest) * grid
+    return (value + large) - large

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quant import emulation
+from quant.emulation import HALF, HAS_TRITON, Product
 from quant.formats import DTYPES, Format
 from quant.recipe import Recipe
-from quant.scaling import from_codes, scale_of, to_codes, values_of
+from quant.scaling import from_codes, scale_of, to_codes, to_values, values_of
 
-_HAS_TRITON = find_spec("triton") is not None
 LONG = 4096  # values in a row; longer rows are quantized by one operation that a compiler does not split
 # Values of a result; cuBLAS has no fast accumulation for smaller results of long sums under scales per row.
 _SMALL = 2**17
@@ -82,6 +82,30 @@ def backend_of(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: 
     return "native", "float8 matmul of the device"
 
 
+def arithmetic_of(runs: Runs, device: torch.device, dtype: torch.dtype) -> str:
+    """The dtype in which a backend multiplies.
+
+    Args:
+        runs: The backend, of `backend_of`.
+        device: The device of the matmul.
+        dtype: The dtype of the input.
+    """
+    if runs in ("native", "refused"):
+        return "float8" if runs == "native" else "-"
+    if runs == "emulated":
+        dtype = torch.float16 if multiplies_by_half(runs, device, dtype) else torch.promote_types(dtype, torch.float32)
+    return str(dtype).removeprefix("torch.")
+
+
+def multiplies_by_half(runs: Runs, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `quant.emulation` multiplies: in 16 bits, with sums in float32."""
+    return device.type == "cuda" and ((runs == "emulated" and dtype != torch.float64) or _is_half(runs, dtype))
+
+
+def _is_half(runs: Runs, dtype: torch.dtype) -> bool:
+    return runs == "dequantized" and dtype in HALF
+
+
 def why_not_native(recipe: Recipe, device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> str:
     """Why `torch._scaled_mm` cannot multiply by a weight of shape [out, in]; empty where it can.
 
@@ -109,26 +133,37 @@ def quantize_activation(
     x: Tensor, recipe: Recipe, input_scale: Tensor | None, *, as_bytes: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes [m, in] of activations [m, in] and their scale: () for all of them, or [m, 1] per token."""
-    if not as_bytes and x.numel() and _has_kernels(x):
+    if not as_bytes and _has_kernels(x) and _capability(x.device) >= (8, 9):  # below it Triton converts to no float8
         if type(x) in (Tensor, nn.Parameter):
-            return _by_kernels(x.contiguous(), recipe, input_scale)
+            return _by_kernels(x.contiguous(), recipe, input_scale, DTYPES[recipe.activation_format])
         # Under the compiler, whose tensors have other types, rounding is fused with the operations that made x; but
         # for long rows it would compute these twice, once for the scale and once for the codes.
         if recipe.activation == "token" and x.shape[1] > LONG:
             return rows_as_one(x, recipe.activation_format)
-    if recipe.activation == "static":
-        assert input_scale is not None
-        scale = input_scale
-    elif not x.numel():
-        scale = torch.ones((len(x), 1) if recipe.activation == "token" else (), device=x.device)
-    else:
-        amax = x.abs().amax(dim=-1, keepdim=True) if recipe.activation == "token" else x.abs().amax()
-        scale = scale_of(amax, recipe.activation_format)
+    scale = _scale_of(x, recipe, input_scale)
     return to_codes(x, scale, recipe.activation_format, as_bytes=as_bytes), scale
 
 
+def round_activation(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`quantize_activation`, with codes as their values in float16."""
+    if _has_kernels(x) and type(x) in (Tensor, nn.Parameter):
+        return _by_kernels(x.contiguous(), recipe, input_scale, torch.float16)
+    scale = _scale_of(x, recipe, input_scale)
+    return to_values(x, scale, recipe.activation_format), scale
+
+
+def _scale_of(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> Tensor:
+    if recipe.activation == "static":
+        assert input_scale is not None
+        return input_scale
+    if not x.numel():
+        return torch.ones((len(x), 1) if recipe.activation == "token" else (), device=x.device)
+    amax = x.abs().amax(dim=-1, keepdim=True) if recipe.activation == "token" else x.abs().amax()
+    return scale_of(amax, recipe.activation_format)
+
+
 def _has_kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float64 and _HAS_TRITON
+    return bool(x.is_cuda and x.numel() and x.dtype != torch.float64 and HAS_TRITON)
 
 
 @torch.library.custom_op(
@@ -146,18 +181,18 @@ def _rows_shapes(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=DTYPES[format]), x.new_empty((len(x), 1), dtype=torch.float32)
 
 
-def _by_kernels(x: Tensor, recipe: Recipe, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute the codes and scales of `quantize_activation` with our kernels, in one or two passes over x."""
+def _by_kernels(x: Tensor, recipe: Recipe, input_scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute codes, or their values, and scales with our kernels, in one or two passes over x."""
     from quant import kernels
 
     if recipe.activation == "token":
-        return kernels.quantize_rows(x, recipe.activation_format)
+        return kernels.quantize_rows(x, recipe.activation_format, dtype)
     if recipe.activation == "static":
         assert input_scale is not None
-        return kernels.quantize_with(x, input_scale, recipe.activation_format), input_scale
+        return kernels.quantize_with(x, input_scale, recipe.activation_format, dtype), input_scale
     low, high = x.aminmax()
     scale = scale_of(torch.maximum(-low, high), recipe.activation_format)
-    return kernels.quantize_with(x, scale, recipe.activation_format), scale
+    return kernels.quantize_with(x, scale, recipe.activation_format, dtype), scale
 
 
 def _autocast(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, torch.dtype]:
@@ -188,20 +223,77 @@ def _forward(
     x: Tensor, qdata: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, recipe: Recipe
 ) -> Tensor:
     runs = _backend(recipe, x.device, x.dtype, qdata)
-    if runs == "dequantized" and _at_once(qdata):
-        return F.linear(x, values_of(qdata, scale, recipe.format, x.dtype), bias)
-    if runs == "dequantized":
-        pieces = _pieces(qdata, scale, recipe.format, x.dtype)
-        products = [F.linear(x, weight, None if bias is None else bias[rows]) for rows, weight in pieces]
-        return torch.cat(products, -1)
-    multiply = _native if runs == "native" and x.numel() else _emulated
-    as_bytes = qdata.dtype == torch.uint8 and multiply is _emulated
+    half = multiplies_by_half(runs, x.device, x.dtype) and x.numel() and qdata.numel()
+    if runs == "dequantized" and not half:
+        return _dequantized(x, qdata, scale, bias, recipe)
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
-    codes, x_scale = quantize_activation(rows, recipe, input_scale, as_bytes=as_bytes)
-    return multiply(codes, x_scale, qdata, scale, bias, recipe, x.dtype).reshape(*x.shape[:-1], len(qdata))
+    if half:
+        y = _by_half(rows, qdata, scale, input_scale, bias, recipe)
+    else:
+        multiply = _native if runs == "native" and x.numel() else _emulated
+        as_bytes = qdata.dtype == torch.uint8 and multiply is _emulated
+        codes, x_scale = quantize_activation(rows, recipe, input_scale, as_bytes=as_bytes)
+        y = multiply(codes, x_scale, qdata, scale, bias, recipe, x.dtype)
+    return y.reshape(*x.shape[:-1], len(qdata))
 
 
-def _backend(recipe: Recipe, device: torch.device, dtype: torch.dtype, qdata: Tensor) -> str:
+def _dequantized(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+    """Weight-only: torch's own matmul by the dequantized weight."""
+    if _at_once(qdata):
+        return F.linear(x, values_of(qdata, scale, recipe.format, x.dtype), bias)
+    pieces = _pieces(qdata, scale, recipe.format, x.dtype)
+    products = [F.linear(x, weight, None if bias is None else bias[rows]) for rows, weight in pieces]
+    return torch.cat(products, -1)
+
+
+def _by_half(
+    rows: Tensor, qdata: Tensor, scale: Tensor, input_scale: Tensor | None, bias: Tensor | None, recipe: Recipe
+) -> Tensor:
+    """The product of `quant.emulation`, as one operation where a compiler traces."""
+    values, x_scale = (rows, None) if recipe.activation == "none" else round_activation(rows, recipe, input_scale)
+    run = _multiply_by_half if type(rows) in (Tensor, nn.Parameter) else multiply_as_one
+    return run(values, x_scale, qdata, scale, bias, recipe.format, rows.dtype)
+
+
+def _multiply_by_half(
+    x: Tensor,
+    x_scale: Tensor | None,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    format: Format,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty((len(x), len(qdata)), dtype=dtype, device=x.device)
+    emulation.multiply(_product(x, x_scale, qdata, scale, bias, format), out)
+    return out
+
+
+multiply_as_one = torch.library.custom_op(
+    "mmdit_quant::multiply_by_half",
+    _multiply_by_half,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? x_scale, Tensor qdata, Tensor scale, Tensor? bias, str format, ScalarType dtype) "
+    "-> Tensor",
+)
+
+
+@multiply_as_one.register_fake
+def _multiplied_shape(
+    x: Tensor, x_scale: object, qdata: Tensor, scale: object, bias: object, format: object, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((len(x), len(qdata)), dtype=dtype)
+
+
+def _product(
+    x: Tensor, x_scale: Tensor | None, qdata: Tensor, scale: Tensor, bias: Tensor | None, format: Format
+) -> Product:
+    """The product with rows in one piece, as kernels read them."""
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    return Product(rows, x_scale, qdata.contiguous(), scale.contiguous(), bias, format)
+
+
+def _backend(recipe: Recipe, device: torch.device, dtype: torch.dtype, qdata: Tensor) -> Runs:
     """The backend that multiplies by a weight; ValueError where `native` was asked for and cannot run here."""
     runs, why = backend_of(recipe, device, dtype, (len(qdata), qdata.shape[1]))
     if runs == "refused":
@@ -209,9 +301,9 @@ def _backend(recipe: Recipe, device: torch.device, dtype: torch.dtype, qdata: Te
     return runs
 
 
-def multiply_codes(
-    codes: Tensor,
-    x_scale: Tensor,
+def multiply_into(
+    x: Tensor,
+    x_scale: Tensor | None,
     qdata: Tensor,
     scale: Tensor,
     bias: Tensor | None,
@@ -219,21 +311,32 @@ def multiply_codes(
     *,
     out: Tensor,
 ) -> None:
-    """The product of `linear` of an activation that is in float8 already, written into `out`.
+    """The product of `linear`, written into `out`, of an activation that is rounded already or is not rounded.
+
+    On a GPU without a float8 matmul, the first call with a shape measures which way to multiply is quickest.
 
     Args:
-        codes: float8 of the recipe's activation format, [m, in].
-        x_scale: float32, [m, 1] where the recipe scales per token, else ().
+        x: [m, in]: float8 of the recipe's activation format or, for `emulated`, float16 values of its codes; for a
+            weight-only recipe the activation itself.
+        x_scale: float32, [m, 1] where the recipe scales per token, else (); None for a weight-only recipe.
         qdata, scale, bias, recipe: see `linear`.
-        out: [m, out], of the dtype that the weight stands for.
+        out: [m, out] with contiguous rows, of the dtype that the weight stands for.
 
     Raises:
         ValueError: `native` was asked for and cannot run here.
     """
-    if _backend(recipe, codes.device, out.dtype, qdata) == "native" and len(codes):
-        _native(codes, x_scale, qdata, scale, bias, recipe, out.dtype, out=out)
+    runs = _backend(recipe, x.device, out.dtype, qdata)
+    if runs == "native" and len(x):
+        assert x_scale is not None
+        _native(x, x_scale, qdata, scale, bias, recipe, out.dtype, out=out)
+    elif multiplies_by_half(runs, x.device, out.dtype) and out.numel() and x.numel():
+        values = x if runs == "dequantized" else x.half()
+        emulation.multiply(_product(values, x_scale, qdata, scale, bias, recipe.format), out, measured=True)
+    elif runs == "dequantized":
+        out.copy_(_dequantized(x, qdata, scale, bias, recipe))
     else:
-        out.copy_(_emulated(codes, x_scale, qdata, scale, bias, recipe, out.dtype))
+        assert x_scale is not None
+        out.copy_(_emulated(x, x_scale, qdata, scale, bias, recipe, out.dtype))
 
 
 def _native(

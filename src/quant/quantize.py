@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from quant.matmul import backend_of
+from quant.matmul import arithmetic_of, backend_of
 from quant.recipe import Recipe, as_recipe, recipe_name
 from quant.scaling import checked_input_scale
 from quant.tensor import Float8Tensor, check_values
@@ -30,13 +30,14 @@ class Layer:
     runs: str  # the backend ("refused": the layer will raise), or the dtype of a weight that is not quantized
     why: str  # the reason for the backend, or for skipping the layer
     bytes: int  # of the weight with its scales
+    arithmetic: str  # the dtype in which it multiplies; "-" where it refuses
 
 
 class Report(list[Layer]):
     """The Linears of a module; prints as a table."""
 
     def __repr__(self) -> str:
-        header = ("layer", "shape", "format", "scale", "activation", "SNR dB", "runs", "why", "MB")
+        header = ("layer", "shape", "format", "scale", "activation", "SNR dB", "runs", "in", "why", "MB")
         rows = [header, *map(_row, self)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -236,11 +237,13 @@ def _layer(name: str, linear: nn.Linear) -> Layer:
     if not isinstance(weight, Float8Tensor):
         pattern = kept(name)
         why = f"kept: {pattern}" if pattern else "not selected"
-        return Layer(name, shape, None, None, str(weight.dtype).removeprefix("torch."), why, weight.nbytes)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        return Layer(name, shape, None, None, dtype, why, weight.nbytes, dtype)
     runs, why = backend_of(weight.recipe, weight.device, weight.dtype, shape)
     if weight.recipe.activation == "static" and weight.input_scale is None:
         runs, why = "refused", "no input scale"
-    return Layer(name, shape, weight.recipe, weight.snr, runs, why, weight.nbytes)
+    arithmetic = arithmetic_of(runs, weight.device, weight.dtype)
+    return Layer(name, shape, weight.recipe, weight.snr, runs, why, weight.nbytes, arithmetic)
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
@@ -248,4 +251,4 @@ def _row(layer: Layer) -> tuple[str, ...]:
     words = ("-", "-", "-") if recipe is None else (recipe.format, recipe.granularity, recipe.activation)
     ratio = "-" if layer.snr is None else f"{layer.snr:.1f}"
     size = f"{layer.bytes / 1e6:.2f}"
-    return (layer.name, "x".join(map(str, layer.shape)), *words, ratio, layer.runs, layer.why, size)
+    return (layer.name, "x".join(map(str, layer.shape)), *words, ratio, layer.runs, layer.arithmetic, layer.why, size)

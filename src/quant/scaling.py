@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.codec import decode, encode
-from quant.formats import DTYPES, LARGEST, Format
+from quant.formats import DTYPES, FLOAT8_FORMATS, LARGEST, Format
 
 SMALLEST_SCALE: Final = 2.0**-126  # the smallest normal float32: below it division and GPUs' flushing disagree
 
@@ -44,6 +44,24 @@ def to_codes(x: Tensor, scale: Tensor, format: Format, *, as_bytes: bool = False
         return codes if as_bytes else codes.view(DTYPES[format])
     # The clamp is explicit, because the result of a cast that overflows depends on the version of torch.
     return wide.clamp(-LARGEST[format], LARGEST[format]).to(DTYPES[format])
+
+
+def to_values(x: Tensor, scale: Tensor, format: Format) -> Tensor:
+    """The values of the codes of x / scale, float16: those of `to_codes`, but that -0 may be 0.
+
+    A sum with a large power of two rounds to nearest even at its last bit, which here is that of the code. So no float8
+    dtype is needed, which compilers of some GPUs do not convert.
+
+    Args:
+        x: Values of any shape and floating dtype but float64.
+        scale: float32, broadcasts to x.
+        format: The format of the codes.
+    """
+    spec = FLOAT8_FORMATS[format]
+    value = (x.float() / scale).clamp(-spec.largest, spec.largest)
+    power = (value.view(torch.int32) & 0x7F800000).view(torch.float32)  # the value, cut to its power of two
+    large = power.clamp(min=spec.smallest_normal) * (1.5 * 2 ** (23 - spec.mantissa_bits))
+    return ((value + large) - large).half()
 
 
 def from_codes(codes: Tensor, format: Format, dtype: torch.dtype = torch.float32) -> Tensor:

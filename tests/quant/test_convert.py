@@ -200,7 +200,19 @@ def test_the_report_says_what_was_done():
     lines = str(returned).splitlines()
     assert str(returned) == repr(returned)
     assert len(lines) == 1 + 8 + 1
-    assert lines[0].split() == ["layer", "shape", "format", "scale", "activation", "SNR", "dB", "runs", "why", "MB"]
+    assert lines[0].split() == [
+        "layer",
+        "shape",
+        "format",
+        "scale",
+        "activation",
+        "SNR",
+        "dB",
+        "runs",
+        "in",
+        "why",
+        "MB",
+    ]
     assert f"blocks.1.qkv                 48x16  e4m3    row    token       {qkv.snr:.1f}    emulated" in lines[5]
     assert lines[-1].startswith("3 of 8 Linears in float8: 0.0 of 0.0 MB")
     assert "kept: *embed*" in lines[1]

@@ -8,7 +8,7 @@ from torch import Tensor
 from mmdit.bench.layers import Shape, shapes_of, timed
 from mmdit.bench.random_models import MODELS
 from mmdit.runtime.attention import BestAttention
-from quant.matmul import multiply_codes, quantize_activation
+from quant.matmul import multiply_into, quantize_activation
 from quant.recipe import RECIPES
 from quant.tensor import Float8Tensor
 
@@ -67,7 +67,7 @@ def product_floor(shape: Shape, recipe: str | None, device: torch.device, dtype:
     codes, scale = quantize_activation(x, how, float8.input_scale, as_bytes=False)
 
     def multiply() -> None:
-        multiply_codes(codes, scale, float8.qdata, float8.scale, bias, how, out=result)
+        multiply_into(codes, scale, float8.qdata, float8.scale, bias, how, out=result)
 
     return shape.count * timed(multiply, device)
 

@@ -15,14 +15,13 @@ from encoders import VAE, CLIPText, T5Encoder, Tokenizers
 from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
-from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, fill, quantized
+from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, fill, quantized, recipe_of
 from mmdit.checkpoints.components import to_diffusers
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.utils import markdown_table, weight_bytes
-from quant.recipe import RECIPES
 
 PROMPT = "a large red circle above a blue star, on a white background"
 
@@ -68,7 +67,8 @@ def pictures(
         ValueError: an unknown name.
     """
     check_names((model,), MODELS)
-    check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
+    for name in recipes:
+        recipe_of(name)
     check_peers(against, ("diffusers",))
     size = check_size(model, size)
     device = torch.device(device)

@@ -15,7 +15,7 @@ from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.accelerate import Accelerated
 from quant.quantize import linears_of, quantize_
-from quant.recipe import RECIPES
+from quant.recipe import RECIPES, Recipe
 
 TIMESTEP = 500.0  # of the step that is measured
 MODELS: dict[str, MMDiTConfig] = {
@@ -171,10 +171,22 @@ def _quantize_by_torchao(model: nn.Module, tuned: bool) -> None:
     )
 
 
+def recipe_of(name: str) -> Recipe:
+    """A recipe by a bench's name of it: NAME, NAME+exact (no fast accumulation) or NAME:emulated (no float8 units).
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+    known, exact, emulated = name.removesuffix("+exact").removesuffix(":emulated"), "+exact" in name, ":" in name
+    check_names([known], RECIPES)
+    recipe = RECIPES[known]
+    recipe = replace(recipe, fast_accum=recipe.fast_accum and not exact)
+    return replace(recipe, backend="emulated") if emulated else recipe
+
+
 def quantized(model: nn.Module, name: str) -> None:
-    """Quantize in place by a recipe's name, with or without "+exact"; static input scales are arbitrary numbers."""
-    recipe = RECIPES[name.removesuffix("+exact")]
-    recipe = replace(recipe, fast_accum=recipe.fast_accum and not name.endswith("+exact"))
+    """Quantize in place by a name of `recipe_of`; static input scales are arbitrary numbers."""
+    recipe = recipe_of(name)
     scale = torch.tensor(6 / 448)
     scales = {linear: scale for linear, _ in linears_of(model)} if recipe.activation == "static" else None
     quantize_(model, recipe, input_scales=scales)

@@ -22,7 +22,18 @@ from typing import Any
 import torch
 
 from mmdit.bench.floor import floor_of
-from mmdit.bench.random_models import MODELS, Built, Inputs, Step, check_names, check_peers, check_size, ours, theirs
+from mmdit.bench.random_models import (
+    MODELS,
+    Built,
+    Inputs,
+    Step,
+    check_names,
+    check_peers,
+    check_size,
+    ours,
+    recipe_of,
+    theirs,
+)
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.utils import markdown_table, weight_bytes, write_text
@@ -86,6 +97,7 @@ class Timed:
     kernels: list[tuple[str, int, float]]  # those that take longest: name, how often, milliseconds
     host: float = 0.0  # milliseconds until the host has launched a step, median; 0 on a CPU, which does the work too
     floor: float = 0.0  # milliseconds, see `mmdit.bench.floor`; 0 where it was not measured
+    failed: str = ""  # the error of a row that could not be measured, whose numbers are then 0
 
 
 def bench(
@@ -111,7 +123,8 @@ def bench(
         size: Side of the picture in pixels; None is the model's default.
         text: number of text tokens, 333 with T5 at 256.
         batch: samples of a step; 2 are the branches of the guidance.
-        recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off).
+        recipes: names of `quant.RECIPES`; with "+exact" behind them, float8 sums are exact (`Recipe.fast_accum` off),
+            with ":emulated" they run as on a GPU without float8 units.
         against: of `PEERS`; "torchao" is diffusers with torchao's float8 of dynamic scales per row, "torchao-tuned" the
             same with the compiler settings that torchao asks for (minutes of compiling more).
         compiled: whether to measure with compiled blocks too.
@@ -126,7 +139,8 @@ def bench(
         ImportError: a peer is not installed.
     """
     check_names((model,), MODELS)
-    check_names([name.removesuffix("+exact") for name in recipes], RECIPES)
+    for name in recipes:
+        recipe_of(name)
     check_names(against, PEERS)
     size = check_size(model, size)
     if "torchao-tuned" in against and not compiled:
@@ -144,7 +158,8 @@ def bench(
             if fast and recipe not in floors:
                 floors[recipe] = floor_of(model, recipe, **sizes)
             with _own_compiler_settings():
-                yield replace(_timed(name, build, inputs, work, repeats, device), floor=floors.get(recipe, 0.0))
+                row = _timed_or_failed(name, build, inputs, work, repeats, device)
+                yield replace(row, floor=floors.get(recipe, 0.0))
 
 
 def work_of(model: str = "large", *, size: int | None = None, text: int = 333, batch: int = 2) -> Work:
@@ -160,17 +175,18 @@ _TITLES = (
 
 
 def table(work: Work, found: Sequence[Timed]) -> str:
-    """The rows beside the counted work; ratios are to the first row."""
+    """The rows beside the counted work; ratios are to the first row that was measured."""
     flops = work.linear_flops + work.other_flops
     head = (
         f"{flops / 1e12:.2f} TFLOP a step ({work.linear_flops / 1e12:.2f} in Linears of the blocks), "
         f"{work.weight_bytes / 1e9:.2f} GB of 16-bit weights, {work.tokens} tokens a sample"
     )
+    first = next((one.milliseconds for one in found if one.milliseconds), 1.0)
     rows = [
         (
             one.name,
-            f"{one.milliseconds:.2f}",
-            f"{one.milliseconds / found[0].milliseconds:.3f}",
+            f"failed: {one.failed}" if one.failed else f"{one.milliseconds:.2f}",
+            f"{one.milliseconds / first:.3f}",
             f"{one.floor:.1f}" if one.floor else "-",
             f"{one.host:.1f}" if one.host else "-",
             f"{one.spread:.2f}",
@@ -242,6 +258,15 @@ def _own_compiler_settings() -> Iterator[None]:
         yield
     finally:
         settings.load_config(before)
+
+
+def _timed_or_failed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, device: torch.device) -> Timed:
+    """A row; errors of what is measured are part of the table, so that the other rows are measured too."""
+    try:
+        return _timed(name, build, inputs, work, repeats, device)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
+        said = (str(error).splitlines() or [""])[0]
+        return Timed(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, {}, [], failed=f"{type(error).__name__} {said}"[:200])
 
 
 @torch.no_grad()

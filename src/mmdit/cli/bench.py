@@ -17,9 +17,10 @@ _STEPS = "number of sampler steps (default: %(default)s)"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the measurements as subcommands, and the options of the default one, which measures a step."""
     parser.set_defaults(what="steps")
-    more = parser.add_subparsers(title="other measurements", metavar="layers, picture, lora, controlnet, ...")
+    more = parser.add_subparsers(title="other measurements", metavar="layers, ways, picture, lora, controlnet, ...")
     for name, add, said in (
         ("layers", _layers, "measure each Linear of a block alone, and native against emulated float8"),
+        ("ways", _ways, "measure the ways to multiply by float8 weights on a GPU's 16-bit units"),
         ("picture", _picture, "draw a whole picture with all models: time of each stage, and memory"),
         ("samplers", _samplers, "measure error and accuracy of samplers on the embedded model, as tables and plots"),
         ("quality", _quality, "measure the quality that each float8 recipe loses on the embedded model"),
@@ -45,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     only = "measure only the rows whose names match, such as '*compiled' (default: all)"
     add_option("--only", nargs="+", default=["*"], metavar="GLOB", help=only)
     add_option("--repeats", type=int, default=20, help="timed steps, whose median is shown (default: %(default)s)")
+    _add_seconds(parser)
     add_option("-o", "--output", metavar="FILE.json", help="also write all numbers to this file")
 
 
@@ -64,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
 def _add_sizes(parser: argparse.ArgumentParser, *recipes: str) -> None:
     say = parser.add_argument
     _add_model(parser)
-    names = f"float8 recipes; NAME+exact turns fast accumulation off (default: {' '.join(recipes)})"
+    names = "float8 recipes; NAME+exact without fast accumulation, NAME:emulated without float8 units "
+    names += f"(default: {' '.join(recipes)})"
     say("--quant", nargs="*", default=list(recipes), metavar="NAME", help=names)
 
 
@@ -89,6 +92,18 @@ def _layers(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser, "fp8", "fp8-tensor")
     parser.add_argument("--batch", type=int, default=2, help=_BATCH)
     parser.add_argument("--text", type=int, default=333, help=_TEXT)
+
+
+def _ways(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--batch", type=int, default=2, help=_BATCH)
+    parser.add_argument("--text", type=int, default=333, help=_TEXT)
+    _add_seconds(parser)
+
+
+def _add_seconds(parser: argparse.ArgumentParser) -> None:
+    said = "start no further row after so many seconds (default: no limit)"
+    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="X", help=said)
 
 
 def _picture(parser: argparse.ArgumentParser) -> None:

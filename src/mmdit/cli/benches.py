@@ -16,7 +16,8 @@ from mmdit.bench import controlnet, fp8_quality, lora, maps
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import step as bench
-from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size
+from mmdit.bench import ways as bench_ways
+from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, recipe_of
 from mmdit.bench.rows import Cells
 from mmdit.bench.samplers import MEASURES, Plan, measure
 from mmdit.cli.console import Note
@@ -48,10 +49,11 @@ def _steps(options: Namespace, note: Note) -> Iterator[str]:
         fast=options.fast,
         only=options.only,
         repeats=repeats,
+        seconds=options.seconds,
         **_where(options),
     ):
         rows.append(row)
-        note(f"{row.name}: {row.milliseconds:.1f} ms")
+        note(f"{row.name}: {row.failed or f'{row.milliseconds:.1f} ms'}")
         if options.output is not None:
             bench.save(Path(options.output), work, rows)
     yield bench.table(work, rows)
@@ -64,6 +66,13 @@ def _layers(options: Namespace, note: Note) -> Iterator[str]:
     shapes = bench_layers.shapes_of(options.model, **sizes)
     _note_long(options, len(options.quant), sizes["batch"], note)
     yield bench_layers.table(list(bench_layers.layers(shapes, options.quant, **_where(options))))
+
+
+def _ways(options: Namespace, note: Note) -> Iterator[str]:
+    sizes = _sizes(options, "batch", "text")
+    shapes = bench_layers.shapes_of(options.model, **sizes)
+    rows = bench_ways.ways(shapes, seconds=options.seconds, **_where(options))
+    yield bench_ways.table(list(rows))
 
 
 def _picture(options: Namespace, note: Note) -> Iterator[str]:
@@ -87,7 +96,8 @@ def _picture(options: Namespace, note: Note) -> Iterator[str]:
 def _check(options: Namespace, peers: Sequence[str]) -> None:
     """Raise, before anything is built, for recipes and peers that are unknown or missing."""
     with usage_errors():
-        check_names([name.removesuffix("+exact") for name in options.quant], RECIPES)
+        for name in options.quant:
+            recipe_of(name)
         check_names(options.against, peers)
     check_peers(options.against, peers)
 
@@ -235,6 +245,7 @@ def _noted(rows: Iterable[Cells], note: Note) -> list[Cells]:
 BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "steps": _steps,
     "layers": _layers,
+    "ways": _ways,
     "picture": _picture,
     "samplers": _samplers,
     "quality": _quality,

@@ -25,6 +25,7 @@ from mmdit.runtime.compiled import ACCELERATED, refuse_changed
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.sequence import SequenceParallel
+from quant import emulation
 
 _TABLE_BYTES = 2**28  # of modulation that is computed ahead
 _TEXTS = 8  # texts whose tables are kept
@@ -65,6 +66,11 @@ class AccelerationReport:
             times = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(choice.milliseconds.items()))
             refused = "".join(f"; {name} refused: {why}" for name, why in choice.refused.items())
             lines.append(f"attention of {list(key[0])}: {choice.name} ({times}{refused})")  # type: ignore[call-overload]
+        for (rows, outs, width, kind, *_), product in emulation.choices().items():
+            times = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(product.milliseconds.items()))
+            refused = "".join(f"; {name} refused: {why}" for name, why in product.refused.items())
+            shape = f"up to {rows} rows by [{outs}, {width}]"
+            lines.append(f"{kind} product of {shape}: {product.name} ({times}{refused})")
         if len(self.graphs):
             lines.append(f"{len(self.graphs)} graphs hold {self.graphs.nbytes / 1e9:.2f} GB")
         lines += [f"{name}: {how}" for name, how in self.others.items()]

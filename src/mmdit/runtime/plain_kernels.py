@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmdit.runtime.rows import EPS, Activation, AttentionInputs, Columns, Output, Part, Rounding, Rows, Update
-from quant.scaling import scale_of, to_codes
+from quant.scaling import scale_of, to_codes, to_values
 
 
 def norm_modulate(
@@ -100,4 +100,5 @@ def _part(x: Tensor, rounding: Rounding, static: Tensor | None) -> Part:
         return Part(x)
     scale = scale_of(x.abs().amax(dim=1, keepdim=True), "e4m3") if rounding.kind == "token" else static
     assert scale is not None, "static rounding has the scale of its stream"
-    return Part(to_codes(x, scale, "e4m3"), scale)
+    rounded = to_values(x, scale, "e4m3") if rounding.codes == torch.float16 else to_codes(x, scale, "e4m3")
+    return Part(rounded, scale)

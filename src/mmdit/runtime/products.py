@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmdit.models.lora import LoraLinear
 from mmdit.runtime.rows import Activation, Part, Rounding, Rows
-from quant.matmul import backend_of, multiply_codes
+from quant.matmul import arithmetic_of, backend_of, multiplies_by_half, multiply_into
 from quant.recipe import Recipe
 from quant.scaling import has_float8
 from quant.tensor import Float8Tensor
@@ -21,7 +21,7 @@ Kind = Literal["none", "token", "static"]
 
 
 class Product:
-    """A Linear that reads 16 bits, or codes where its weight is in float8.
+    """A Linear that reads 16 bits, or codes (see `Rounding`) where its weight is in float8.
 
     Args:
         linear: its weight is read where it lies, so that the product is that of the Linear.
@@ -32,18 +32,23 @@ class Product:
         self._factors: Float8Factors | None = None
         weight = linear.weight
         self.kind: Kind = "none"
+        self.codes = torch.float8_e4m3fn  # the dtype of what it reads where that is rounded
         self.runs = str(weight.dtype).removeprefix("torch.")
         if isinstance(weight, Float8Tensor):
             recipe = weight.recipe
-            self.runs, _ = backend_of(recipe, weight.device, weight.dtype, (linear.out_features, linear.in_features))
-            reads_codes = self.runs in ("native", "emulated") and has_float8(weight.device)
+            runs, _ = backend_of(recipe, weight.device, weight.dtype, (linear.out_features, linear.in_features))
+            arithmetic = arithmetic_of(runs, weight.device, weight.dtype)
+            self.runs = runs if runs == "native" else f"{runs} ({arithmetic})"
+            if multiplies_by_half(runs, weight.device, weight.dtype):
+                self.codes = torch.float16
+            reads_codes = runs in ("native", "emulated") and has_float8(weight.device)
             if reads_codes and isinstance(linear, LoraLinear):
                 self._factors = Float8Factors.of(linear)
                 # What cannot read codes beside a Linear reads 16 bits, so that the Linear does too.
-                reads_codes = self._factors is not None and self._factors.runs == self.runs
+                reads_codes = self._factors is not None and self._factors.runs == runs
             if reads_codes and recipe.activation in ("token", "static") and recipe.activation_format == "e4m3":
                 self.kind = "token" if recipe.activation == "token" else "static"
-            self._as_rows = self.kind == "static" and self.runs == "native" and weight.dtype == torch.bfloat16
+            self._as_rows = self.kind == "static" and runs == "native" and weight.dtype == torch.bfloat16
             self._scales: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -66,13 +71,15 @@ class Product:
                 torch.addmm(bias, F.linear(x.data, down), up.t(), out=out).addmm_(x.data, weight.t())
                 return
             torch.addmm(bias, x.data, weight.t(), out=out)
+        elif isinstance(weight, Float8Tensor) and weight.recipe.activation == "none":
+            multiply_into(x.data, None, weight.qdata, weight.scale, bias, weight.recipe, out=out)
         else:
             out.copy_(F.linear(x.data, weight, bias))
         if isinstance(linear, LoraLinear):
             linear.add_to(out, x.data)
 
     def _by_codes(self, codes: Tensor, x_scale: Tensor, out: Tensor) -> None:
-        """The product of activations that are in float8 already; a LoRA reads the same codes."""
+        """The product of activations that are rounded already; a LoRA reads the same codes."""
         weight, bias = self.linear.weight, self.linear.bias
         assert isinstance(weight, Float8Tensor), "codes are for float8 weights"
         scale, recipe = weight.scale, weight.recipe
@@ -80,7 +87,7 @@ class Product:
         if self._as_rows:
             rows_scale, scale = self._repeated(x_scale, scale, len(out))
             recipe = replace(recipe, granularity="row")
-        multiply_codes(codes, rows_scale, weight.qdata, scale, bias, recipe, out=out)
+        multiply_into(codes, rows_scale, weight.qdata, scale, bias, recipe, out=out)
         if self._factors is not None:
             self._factors.add_to(out, codes, x_scale)
 
@@ -126,7 +133,7 @@ class Float8Factors(NamedTuple):
         """
         down = self.down
         low = torch.empty((len(codes), len(down)), dtype=out.dtype, device=out.device)
-        multiply_codes(codes, x_scale, down.qdata, down.scale, None, down.recipe, out=low)
+        multiply_into(codes, x_scale, down.qdata, down.scale, None, down.recipe, out=low)
         out.addmm_(low, self.up.t())
 
 
@@ -143,7 +150,7 @@ class Pair:
         kind = kind or common_kind(self.products)
         self.rounding = Rounding()
         if kind != "none":
-            self.rounding = Rounding(kind, None if text is None else text.static, image.static)
+            self.rounding = Rounding(kind, None if text is None else text.static, image.static, image.codes)
 
     @property
     def products(self) -> list[Product]:
@@ -164,5 +171,5 @@ class Pair:
 
 def common_kind(products: Iterable[Product]) -> Kind:
     """What all of them read: 16 bits where they do not agree, which each then rounds by itself."""
-    kinds = {one.kind for one in products}
-    return kinds.pop() if len(kinds) == 1 else "none"
+    kinds = {(one.kind, one.codes) for one in products}
+    return kinds.pop()[0] if len(kinds) == 1 else "none"

@@ -48,16 +48,17 @@ class Rounding(NamedTuple):
     """The rounding of an activation before the products that read it.
 
     `none` keeps 16 bits. `token` gives E4M3 codes and a scale per row. `static` gives E4M3 codes under the scale of
-    each stream, float32 ().
+    each stream, float32 (). Codes are float8, or their values in float16 where products are emulated in 16 bits.
     """
 
     kind: Literal["none", "token", "static"] = "none"
     text: Tensor | None = None
     image: Tensor | None = None
+    codes: torch.dtype = torch.float8_e4m3fn  # or float16
 
 
 class Part(NamedTuple):
-    """The rows of one stream, [rows, k]: values, or E4M3 codes and their scale, float32 [rows, 1] or ()."""
+    """The rows of one stream, [rows, k]: values, or codes (see `Rounding`) and their scale, float32 [rows, 1] or ()."""
 
     data: Tensor
     scale: Tensor | None = None
@@ -98,7 +99,7 @@ class Blank(NamedTuple):
         """For these rows, each of `width` values of `dtype` where they are not rounded, on the device of `like`."""
         if rounding.kind == "none":
             return cls(torch.empty((rows.total, width), dtype=dtype, device=like.device), None, 0)
-        data = torch.empty((rows.total, width), dtype=torch.float8_e4m3fn, device=like.device)
+        data = torch.empty((rows.total, width), dtype=rounding.codes, device=like.device)
         if rounding.kind == "static":
             return cls(data, None, 0)
         gap = -rows.split % 4

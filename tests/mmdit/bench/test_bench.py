@@ -1,23 +1,29 @@
 """The bench counts what a step must do and measures every row it names; times themselves are not tested."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from full import in_full
+from half_units import pretend_half
 from mmdit import ControlNet, MMDiT
 from mmdit.bench import controlnet, step
 from mmdit.bench.floor import floor_of
-from mmdit.bench.random_models import MODELS, Inputs
+from mmdit.bench.layers import shapes_of
+from mmdit.bench.random_models import MODELS, Inputs, recipe_of
 from mmdit.bench.rows import attempted
-from mmdit.bench.step import Work, bench
+from mmdit.bench.step import Work, bench, table
+from mmdit.bench.ways import table as ways_table
+from mmdit.bench.ways import ways
 from mmdit.cli.app import main
 from mmdit.models.config import MMDiTConfig
 from mmdit.utils import weight_bytes
 from quant import quantize_
 from quant.quantize import linears_of
+from quant.recipe import RECIPES
 
 
 @pytest.mark.parametrize("name", in_full([*MODELS], [name for name in MODELS if name != "large"]))
@@ -185,3 +191,40 @@ def test_rows_go_on_after_one_that_fails():
     (late,) = attempted({"late": fails}, 3, seconds=-1.0)
     assert late[0] == "late"
     assert "not started" in late[1]
+
+
+def test_ways_to_multiply_and_why_one_cannot(monkeypatch):
+    pretend_half(monkeypatch, triton=False)
+    shapes = shapes_of("demo", 16, 4)[:2]
+    found = list(ways(shapes, device="cpu"))
+    assert [(row.kind, row.way, row.rule) for row in found[:3]] == [
+        ("plain", "16 bits", False),
+        ("emulated", "library", True),
+        ("weight-only", "library", True),
+    ]
+    assert all(row.milliseconds > 0 and row.error < (3e-7 if row.kind == "emulated" else 3e-3) for row in found)
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: failing())
+    broken = [row for row in ways(shapes, device="cpu") if row.failed]
+    assert [(row.kind, row.failed) for row in broken] == [("emulated", "no units")] * 2
+    lines = ways_table(broken + found).splitlines()
+    assert any("failed: no units" in line for line in lines)
+    assert any(line.startswith("emulated: ") for line in lines)
+
+
+def failing():
+    raise RuntimeError("no units")
+
+
+def test_a_row_that_fails_is_said_to(monkeypatch):
+    monkeypatch.setattr("mmdit.bench.step._timed", lambda *args: failing())
+    (row,) = bench("demo", size=64, text=20, recipes=["fp8:emulated"], only=["*emulated eager"], device="cpu")
+    assert (row.name, row.failed, row.milliseconds) == ("mmdit fp8:emulated eager", "RuntimeError no units", 0.0)
+    assert "failed: RuntimeError no units" in table(Work(1e12, 0.0, 1e9, 36), [row])
+
+
+def test_a_bench_names_recipes():
+    assert recipe_of("fp8:emulated") == replace(RECIPES["fp8"], backend="emulated")
+    assert recipe_of("fp8:emulated+exact") == replace(RECIPES["fp8"], backend="emulated", fast_accum=False)
+    assert recipe_of("fp8-weight-only") == RECIPES["fp8-weight-only"]
+    with pytest.raises(ValueError, match="fp9"):
+        recipe_of("fp9:emulated")

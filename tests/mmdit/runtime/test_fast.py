@@ -1,9 +1,12 @@
 """The fast forward is the model's: in float64 to rounding, in float8 to the codes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from half_units import pretend_half
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
@@ -12,8 +15,9 @@ from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.products import Float8Factors, Product
 from mmdit.runtime.rows import Part
+from quant import emulation, matmul
 from quant.quantize import linears_of, quantize_
-from quant.recipe import RECIPES
+from quant.recipe import RECIPES, as_recipe
 from skips import SKIPS
 from triton_device import DEVICE, HAS_TRITON, quiet
 
@@ -55,7 +59,7 @@ def fast_of(model, inputs, *, kernels=plain_kernels, **rest):
 
 def quantized(model, recipe):
     scales = {name: torch.tensor(0.02) for name, _ in linears_of(model)}
-    return quantize_(model, recipe, input_scales=scales if RECIPES[recipe].activation == "static" else None)
+    return quantize_(model, recipe, input_scales=scales if as_recipe(recipe).activation == "static" else None)
 
 
 def error(found, exact):
@@ -151,6 +155,23 @@ def test_in_float8_it_has_the_same_codes(name, recipe):
     assert error(fast_of(model, inputs), wanted) < (2e-3 if DEVICE == "cpu" else 2e-2)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason=SKIPS["stand-in"])
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-static", "fp8-weight-only"])
+def test_on_gpus_without_float8_units_it_has_the_same_codes(monkeypatch, recipe):
+    """float16 values of codes are read, and no copy of a result is made."""
+    model = model_of("sd3.5-medium", torch.bfloat16 if recipe == "fp8-weight-only" else torch.float32)
+    quantized(model, recipe)
+    inputs = [one if i == 1 else one.to(model.pos_embed.dtype) for i, one in enumerate(inputs_of(model, 1))]
+    wanted = model(*inputs).double()
+    pretend_half(monkeypatch, triton=False)
+    monkeypatch.setattr(emulation, "_quickest", lambda product, out, ways: "library")
+    monkeypatch.setattr(matmul, "_emulated", lambda *args: pytest.fail("float32 products"))
+    product = FastMMDiT(model, kernels=plain_kernels, attention=torch_attention).blocks[0].qkv
+    assert product.image.runs == ("dequantized (bfloat16)" if "only" in recipe else "emulated (float16)")
+    assert product.rounding.codes == (torch.float8_e4m3fn if "only" in recipe else torch.float16)
+    assert error(fast_of(model, inputs), wanted) < (2e-2 if "only" in recipe else 2e-3)
+
+
 def test_streams_of_different_recipes():
     model = model_of("sd3.5-medium", torch.float32)
     quantize_(model, "fp8", ["joint_blocks.*.x_block.attn.*", "joint_blocks.*.x_block.mlp.*"])
@@ -192,7 +213,10 @@ def test_a_table_of_many_timesteps_is_one_of_each():
     torch.testing.assert_close(table[1:2], alone, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("recipe", [None, "fp8", "fp8-static"])
+EMULATED = [replace(RECIPES["fp8"], backend="emulated"), RECIPES["fp8-weight-only"]] if DEVICE == "cuda" else []
+
+
+@pytest.mark.parametrize("recipe", [None, "fp8", "fp8-static", *EMULATED], ids=str)
 @pytest.mark.parametrize("name", CONFIGS if DEVICE == "cuda" else ["sd3.5-medium"])
 @pytest.mark.skipif(not HAS_TRITON, reason=SKIPS["triton"])
 def test_by_triton_it_is_as_exact_as_the_model(name, recipe):

@@ -1,0 +1,246 @@
+"""Products with float8 weights on a GPU's 16-bit matrix units: which ways there are, and which one is taken.
+
+Activations in float8 come as float16 values of codes, and sums are in float32 (`emulated`); activations that are not
+rounded are multiplied by the dequantized weight in their dtype (weight-only). The ways differ in the order of their
+sums alone. One follows from the card and the number of rows, so that equal calls give equal bits; the fast path may
+measure all of them instead, once for each shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from statistics import median
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant.formats import Format
+from quant.scaling import values_of
+
+HAS_TRITON = find_spec("triton") is not None
+HALF = (torch.float16, torch.bfloat16)
+_FEW = 1024  # rows; below, a weight is read about as long as it is multiplied, so that it pays to read bytes
+_ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError)  # of a way that cannot run here
+
+
+class Product(NamedTuple):
+    """x @ weight.T * scale * x_scale + bias.
+
+    Args:
+        x: [m, in] with contiguous rows: float16 values of codes, or 16-bit activations that are not rounded.
+        x_scale: float32, () or [m, 1]; None where x is not rounded (weight-only).
+        codes: of the weight, [out, in], float8 or uint8.
+        scale: of the weight, float32, () or [out, 1].
+        bias: [out] or None.
+        format: of the weight.
+    """
+
+    x: Tensor
+    x_scale: Tensor | None
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    format: Format
+
+    @property
+    def dequantizes(self) -> bool:
+        """Whether the weight is multiplied by its scale, and rounded, before the product: weight-only."""
+        return self.x_scale is None
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Rows, channels and summands."""
+        return len(self.x), len(self.codes), self.x.shape[1]
+
+
+class Tile(NamedTuple):
+    """How a product is cut: rows of x, channels and summands of a program, and how it runs."""
+
+    rows: int
+    outs: int
+    summands: int
+    stages: int
+    warps: int
+
+
+Way = Callable[[Product, Tensor], None]  # writes the result, [m, out] with contiguous rows
+
+
+class Measured(NamedTuple):
+    """What was chosen for a shape, and how long all ways took."""
+
+    name: str
+    milliseconds: dict[str, float]
+    refused: dict[str, str]  # error message of each way that cannot run here
+
+
+_CHOICES: dict[tuple[object, ...], Measured] = {}
+_LOCK = Lock()
+
+
+def multiply(product: Product, out: Tensor, *, measured: bool = False) -> None:
+    """Write the product into `out`, [m, out] with contiguous rows: float32, bfloat16 or float16.
+
+    Args:
+        product: what is multiplied, on a GPU.
+        out: gets the result.
+        measured: take the quickest way, which the first call with a shape finds out.
+    """
+    ways = ways_for(product)
+    name = _quickest(product, out, ways) if measured else rule(product)
+    ways[name](product, out)
+
+
+def rule(product: Product) -> str:
+    """The way that follows from the number of rows alone."""
+    return "registers 128x128" if HAS_TRITON and len(product.x) < _FEW else "library"
+
+
+def choices() -> dict[tuple[object, ...], Measured]:
+    """What was measured so far: by rows (the power of two above them), channels, summands, kind, dtype and device."""
+    return dict(_CHOICES)
+
+
+def ways_for(product: Product) -> dict[str, Way]:
+    """The ways to compute a product, by name.
+
+    "registers" reads bytes and decodes them in registers, in tiles of so many rows and channels; "widened" writes the
+    weight in 16 bits first, for one product, and multiplies by our kernel; "library" does so by torch's.
+    """
+    library: dict[str, Way] = {"library": _dequantize_and_multiply if product.dequantizes else _multiply_and_finish}
+    if not HAS_TRITON:
+        return library
+    return {**_by_kernels(dequantizes=product.dequantizes, hopper=_is_hopper(product.x.device)), **library}
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _by_kernels(*, dequantizes: bool, hopper: bool) -> dict[str, Way]:
+    """Our kernels in tiles that fit the shared memory of a card: 227 KB on Hopper, 163 on A100, 99 on RTX 30."""
+    small, wide = (
+        (Tile(128, 128, 64, 4, 8), Tile(256, 128, 64, 4, 8))
+        if hopper
+        else (
+            Tile(128, 128, 32, 4, 4),
+            Tile(256, 128, 32, 3, 8),
+        )
+    )
+    found: dict[str, Way] = {
+        f"registers {tile.rows}x{tile.outs}": partial(_in_registers, tile=tile) for tile in (small, wide)
+    }
+    if not dequantizes:
+        tile = Tile(128, 256, 64, 4, 8) if hopper else Tile(128, 128, 32, 4, 4)
+        found[f"widened {tile.rows}x{tile.outs}"] = partial(_widened_first, tile=tile)
+    return found
+
+
+def _in_registers(product: Product, out: Tensor, tile: Tile) -> None:
+    from quant import emulation_kernels as kernels
+
+    kernels.multiply(product, out, tile)
+
+
+def _widened_first(product: Product, out: Tensor, tile: Tile) -> None:
+    from quant import emulation_kernels as kernels
+
+    kernels.multiply(product, out, tile, weight=_widened(product, scaled=False))
+
+
+def _multiply_and_finish(product: Product, out: Tensor) -> None:
+    """torch's 16-bit product with a float32 result, and scales and bias after it."""
+    weight = _widened(product, scaled=False)
+    with torch.autocast(out.device.type, enabled=False):
+        sums = torch.mm(product.x, weight.t(), out_dtype=torch.float32)
+    if HAS_TRITON:
+        from quant import emulation_kernels as kernels
+
+        kernels.finish(sums, product, out)
+        return
+    assert product.x_scale is not None
+    sums.mul_(product.scale.reshape(-1 if product.scale.ndim else ())).mul_(product.x_scale)
+    out.copy_(sums if product.bias is None else sums.add_(product.bias))
+
+
+def _dequantize_and_multiply(product: Product, out: Tensor) -> None:
+    weight = _widened(product, scaled=True)
+    with torch.autocast(out.device.type, enabled=False):
+        if product.bias is None:
+            torch.mm(product.x, weight.t(), out=out)
+        else:
+            torch.addmm(product.bias, product.x, weight.t(), out=out)
+
+
+def _widened(product: Product, *, scaled: bool) -> Tensor:
+    """The weight in x's dtype, times its scale where `scaled`; lives for one product."""
+    return dequantized(product.codes, product.scale if scaled else None, product.format, product.x.dtype)
+
+
+def dequantized(codes: Tensor, scale: Tensor | None, format: Format, dtype: torch.dtype) -> Tensor:
+    """`scaling.values_of` in one pass where there is Triton; without a scale, the values of the codes."""
+    if HAS_TRITON and codes.is_contiguous() and codes.numel():
+        from quant import emulation_kernels as kernels
+
+        return kernels.widen(codes, scale, format, dtype)
+    one = torch.ones((), device=codes.device) if scale is None else scale
+    return values_of(codes, one, format, dtype)
+
+
+def _quickest(product: Product, out: Tensor, ways: dict[str, Way]) -> str:
+    key = _key(product, out)
+    with _LOCK:
+        if key not in _CHOICES:
+            if out.is_cuda and torch.cuda.is_current_stream_capturing():
+                return rule(product)
+            _CHOICES[key] = _measure(product, out, ways)
+        return _CHOICES[key].name
+
+
+def _key(product: Product, out: Tensor) -> tuple[object, ...]:
+    rows, outs, width = product.size
+    kind = "weight-only" if product.dequantizes else "emulated"
+    return 1 << (rows - 1).bit_length(), outs, width, kind, product.format, out.dtype, out.device
+
+
+def _measure(product: Product, out: Tensor, ways: dict[str, Way]) -> Measured:
+    times: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    errors: tuple[type[Exception], ...] = (*_ERRORS, *errors_of_triton())
+    for name, way in ways.items():
+        try:
+            times[name] = _milliseconds(partial(way, product, out))
+        except errors as error:
+            refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    if not times:
+        raise RuntimeError(f"no product of {product.size} runs here: {refused}")
+    return Measured(min(times, key=times.__getitem__), times, refused)
+
+
+def errors_of_triton() -> tuple[type[Exception], ...]:
+    """The error classes of a kernel that a card cannot run."""
+    if not HAS_TRITON:
+        return ()
+    from triton.runtime import errors
+
+    found: type[Exception] = errors.TritonError
+    return (found,)
+
+
+def _milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median time of the GPU's work, each run between two events."""
+    run()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return median(times)
