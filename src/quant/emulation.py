@@ -19,52 +19,13 @@ import torch
 from torch import Tensor
 
 from quant.formats import Format
+from quant.product import Product, Tile
 from quant.scaling import values_of
 
 HAS_TRITON = find_spec("triton") is not None
 HALF = (torch.float16, torch.bfloat16)
 _FEW = 1024  # rows; below, a weight is read about as long as it is multiplied, so that it pays to read bytes
 _ERRORS = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError)  # of a way that cannot run here
-
-
-class Product(NamedTuple):
-    """x @ weight.T * scale * x_scale + bias.
-
-    Args:
-        x: [m, in] with contiguous rows: float16 values of codes, or 16-bit activations that are not rounded.
-        x_scale: float32, () or [m, 1]; None where x is not rounded (weight-only).
-        codes: of the weight, [out, in], float8 or uint8.
-        scale: of the weight, float32, () or [out, 1].
-        bias: [out] or None.
-        format: of the weight.
-    """
-
-    x: Tensor
-    x_scale: Tensor | None
-    codes: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    format: Format
-
-    @property
-    def dequantizes(self) -> bool:
-        """Whether the weight is multiplied by its scale, and rounded, before the product: weight-only."""
-        return self.x_scale is None
-
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """Rows, channels and summands."""
-        return len(self.x), len(self.codes), self.x.shape[1]
-
-
-class Tile(NamedTuple):
-    """How a product is cut: rows of x, channels and summands of a program, and how it runs."""
-
-    rows: int
-    outs: int
-    summands: int
-    stages: int
-    warps: int
 
 
 Way = Callable[[Product, Tensor], None]  # writes the result, [m, out] with contiguous rows

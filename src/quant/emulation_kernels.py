@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.emulation import Product, Tile
 from quant.formats import Format
+from quant.product import Product, Tile
 
 _WIDE_BLOCK = 1024  # values that a program of `_widen` and of `_finish` handles
 

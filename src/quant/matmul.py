@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant import emulation
-from quant.emulation import HALF, HAS_TRITON, Product
+from quant.emulation import HALF, HAS_TRITON
 from quant.formats import DTYPES, Format
+from quant.product import Product
 from quant.recipe import Recipe
 from quant.scaling import from_codes, scale_of, to_codes, to_values, values_of
 

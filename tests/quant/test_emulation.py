@@ -13,8 +13,8 @@ from float8_law import decoded
 from half_units import pretend_half
 from quant import emulation, matmul
 from quant.codec import decode
-from quant.emulation import Product, Tile
 from quant.formats import DTYPES, LARGEST
+from quant.product import Product, Tile
 from quant.quantize import quantize_, report
 from quant.recipe import RECIPES, Recipe
 from quant.scaling import from_codes, scale_of, to_codes, to_values, values_of

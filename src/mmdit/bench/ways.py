@@ -12,8 +12,8 @@ from torch import Tensor
 from mmdit.bench.layers import Shape, timed
 from mmdit.utils import markdown_table
 from quant import emulation
-from quant.emulation import Product
 from quant.matmul import round_activation
+from quant.product import Product
 from quant.recipe import RECIPES
 from quant.scaling import from_codes
 from quant.tensor import Float8Tensor
