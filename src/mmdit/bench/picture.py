@@ -15,6 +15,7 @@ from encoders import VAE, CLIPText, T5Encoder, Tokenizers
 from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
+from mmdit.bench.first_picture import FIRSTS, first_picture
 from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, fill, quantized, recipe_of
 from mmdit.checkpoints.components import to_diffusers
 from mmdit.checkpoints.load_pipeline import Components
@@ -31,11 +32,13 @@ class Drawn:
     """A row of the table: seconds by stage, and gigabytes (1e9 bytes) of the device's memory."""
 
     name: str
-    seconds: dict[str, float] = field(
-        default_factory=dict
-    )  # "text" unless it was not measured, "steps", "decode", "picture"
+    # By stage, where it was measured: "text", "steps", "decode", "picture" (all of these), "encode" (a picture by the
+    # VAE), "turbo" (a picture of 4 steps without guidance) and "first" (from the start of a process).
+    seconds: dict[str, float] = field(default_factory=dict)
     weights_gb: float = 0.0
     peak_gb: dict[str, float] = field(default_factory=dict)  # by stage
+    more_gb: dict[str, float] = field(default_factory=dict)  # the peak of a stage beyond what was there before
+    failed: str = ""  # why nothing was measured
 
 
 def pictures(
@@ -45,11 +48,14 @@ def pictures(
     steps: int = 20,
     size: int | None = None,
     compiled: bool = True,
+    fast: bool = False,
+    first: bool = False,
+    seconds: float = float("inf"),
     against: Sequence[str] = (),
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Drawn]:
-    """Draw with all models on the device: in 16 bits and with each recipe, eager and compiled.
+    """Draw with all models on the device: in 16 bits and with each recipe, accelerated, eager and compiled.
 
     A row draws twice; the second time counts. The prompt is encoded with T5 at 256 tokens, by T5-XXL, CLIP-L and CLIP-G
     of official size (for the embedded model's size, by itself).
@@ -60,6 +66,9 @@ def pictures(
         steps: Sampler steps.
         size: Side of the picture in pixels; None is the model's default.
         compiled: whether to draw with compiled blocks too.
+        fast: whether to draw with `mmdit.Pipeline.accelerate` too.
+        first: whether to measure the first pictures of new processes too, see `mmdit.bench.first_picture`.
+        seconds: no row is started after so many seconds.
         against: ("diffusers",) adds its pipeline, eager, with the same embeddings and without text encoders.
         device, dtype: The device and dtype of all models.
 
@@ -73,31 +82,62 @@ def pictures(
     size = check_size(model, size)
     device = torch.device(device)
     word = str(dtype).removeprefix("torch.")
-    for mode in (False, True) if compiled else (False,):
-        for recipe in (None, *recipes):
-            name = f"mmdit {recipe or word} {'compiled' if mode else 'eager'}"
-            yield _drawn(name, partial(_ours, model, recipe, mode, device, dtype), steps, size, device)
+    start = time.monotonic()
+    modes = [*(["fast"] if fast else []), "eager", *(["compiled"] if compiled else [])]
+    rows: dict[str, Callable[[str], Drawn]] = {}
+    for mode in modes:
+        for recipe in (*recipes, None) if mode == "fast" else (None, *recipes):
+            build = partial(_ours, model, recipe, mode, device, dtype)
+            rows[f"mmdit {recipe or word} {mode}"] = partial(_drawn, build=build, steps=steps, size=size, device=device)
+    if first:
+        recipe = next(iter(recipes), None)
+        for name, options in FIRSTS.items():
+            asked = partial(first_picture, model, recipe, steps=steps, size=size, device=device, dtype=dtype)
+            rows[f"mmdit {recipe or word}, {name}"] = partial(_first, measure=partial(asked, **options), device=device)
     if "diffusers" in against:
-        yield _theirs(model, steps, size, device, dtype)
+        rows[f"diffusers {word} eager, no text encoders"] = lambda name: _theirs(
+            name, model, steps, size, device, dtype
+        )
+    for name, measure in rows.items():
+        if time.monotonic() - start > seconds:
+            yield Drawn(name, failed="no time was left")
+            continue
+        try:
+            yield measure(name)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            yield Drawn(name, failed=f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160])
+
+
+def _first(name: str, measure: Callable[[], float], device: torch.device) -> Drawn:
+    _emptied(device)
+    return Drawn(name, {"first": measure()})
 
 
 def table(found: Sequence[Drawn]) -> str:
-    """Times and memory beside those of the first row."""
-    first, base = found[0], max(found[0].peak_gb.values())
+    """Times and memory beside those of the first row that draws whole pictures."""
+    base = next((one for one in found if "picture" in one.seconds), None)
     rows = []
     for one in found:
-        stages = ("text", "steps", "decode", "picture")
-        times = (f"{one.seconds[stage]:.3f}" if stage in one.seconds else "-" for stage in stages)
-        peak = max(one.peak_gb.values())
-        memory = (f"{peak:.2f}", f"{peak / base:.3f}") if base else ("-", "-")  # a CPU does not count
-        faster = f"{one.seconds['picture'] / first.seconds['picture']:.3f}"
-        rows.append((one.name, *times, faster, f"{one.weights_gb:.2f}", *memory))
+        if one.failed:
+            rows.append((one.name, one.failed, *[""] * (len(_TITLES) - 2)))
+            continue
+        times = (f"{one.seconds[stage]:.3f}" if stage in one.seconds else "-" for stage in _STAGES)
+        ratio = "-" if base is None else _ratio(one.seconds.get("picture", 0.0), base.seconds["picture"])
+        peak = max(one.peak_gb.values(), default=0.0)
+        more = (f"{one.more_gb[stage]:.2f}" if one.more_gb.get(stage) else "-" for stage in ("decode", "encode"))
+        weights = f"{one.weights_gb:.2f}" if one.weights_gb else "-"
+        rows.append((one.name, *times, ratio, weights, f"{peak:.2f}" if peak else "-", *more))
     return "\n".join(markdown_table(_TITLES, rows))
 
 
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.3f}" if value and base else "-"
+
+
+_STAGES = ("text", "steps", "decode", "picture", "encode", "turbo", "first")
 _TITLES = (
-    *("", "text s", "steps s", "decoding s", "picture s", "to the first", "weights GB", "peak GB"),
-    "peak to the first",
+    *("", "text s", "steps s", "decoding s", "picture s", "encoding s", "4 steps s", "first picture s"),
+    *("to the first", "weights GB", "peak GB", "decoding + GB", "encoding + GB"),
 )
 
 
@@ -117,15 +157,17 @@ def random_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Pip
     return Pipeline(Components(transformer, vae, clip_l, clip_g, t5, tokenizers, 3.0), name="random weights")
 
 
-def _ours(model: str, recipe: str | None, compiled: bool, device: torch.device, dtype: torch.dtype) -> Pipeline:
+def _ours(model: str, recipe: str | None, mode: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
     pipe = random_pipeline(model, device, dtype)
     if recipe is not None:
         assert pipe.t5 is not None
         for part in (pipe.transformer, pipe.t5):
             quantized(part, recipe)
-    if compiled:
+    if mode == "compiled":
         for block in pipe.transformer.joint_blocks:
             block.compile(fullgraph=True)
+    if mode == "fast":
+        pipe.accelerate()
     return pipe
 
 
@@ -135,21 +177,36 @@ def _drawn(name: str, build: Callable[[], Pipeline], steps: int, size: int, devi
     pipe = build()
     weights = sum(weight_bytes(part) for part in pipe.models.values())
     found = Drawn(name, weights_gb=weights / 1e9)
-    for _ in range(2):
-        watch = _Watch(device, found)
-        cond, uncond = (watch("text", partial(pipe.encode, text)) for text in (PROMPT, ""))
-        noise = pipe.noise(0, height=size, width=size)
-
-        def every_step(cond: Any = cond, uncond: Any = uncond, noise: Any = noise) -> Any:
-            *_, last = pipe.sample(cond, uncond, noise, num_inference_steps=steps, guidance_scale=4.5)
-            return last.x
-
-        latent = watch("steps", every_step)
-        watch("decode", partial(pipe.decode, latent))
+    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(pipe.device, pipe.dtype)
+    for _ in range(2):  # the second time counts
+        found.seconds, found.peak_gb, found.more_gb = {}, {}, {}
+        _Picture(pipe, found, size, device)(steps, 4.5)
         found.seconds["picture"] = sum(found.seconds[stage] for stage in ("text", "steps", "decode"))
-    del pipe, cond, uncond, noise, latent, every_step
+        turbo = Drawn("")
+        _Picture(pipe, turbo, size, device)(4, 1.0)
+        found.seconds["turbo"] = sum(turbo.seconds.values())
+        _Watch(device, found)("encode", lambda: pipe._fast_vae.encode(pixels).mean)
     torch.compiler.reset()
     return found
+
+
+class _Picture:
+    """Draws a picture and notes the time of each stage; negative prompts are encoded where there is guidance."""
+
+    def __init__(self, pipe: Pipeline, into: Drawn, size: int, device: torch.device) -> None:
+        self.pipe, self.size, self.watch = pipe, size, _Watch(device, into)
+
+    def __call__(self, steps: int, guidance: float) -> None:
+        texts = (PROMPT, "") if guidance > 1 else (PROMPT,)
+        cond, *rest = [self.watch("text", partial(self.pipe.encode, text)) for text in texts]
+        noise = self.pipe.noise(0, height=self.size, width=self.size)
+        settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+
+        def every_step() -> Any:
+            *_, last = self.pipe.sample(cond, rest[0] if rest else None, noise, **settings)
+            return last.x
+
+        self.watch("decode", partial(self.pipe.decode, self.watch("steps", every_step)))
 
 
 class _Watch:
@@ -157,25 +214,27 @@ class _Watch:
 
     def __init__(self, device: torch.device, into: Drawn) -> None:
         self.device, self.into = device, into
-        into.seconds, into.peak_gb = {}, {}
 
     def __call__(self, stage: str, run: Callable[[], Any]) -> Any:
         cuda = self.device.type == "cuda"
+        before = 0
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
         start = time.perf_counter()
         result = run()
         if cuda:
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - start
         self.into.seconds[stage] = self.into.seconds.get(stage, 0.0) + seconds
-        peak = torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else 0.0
-        self.into.peak_gb[stage] = max(self.into.peak_gb.get(stage, 0.0), peak)
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
+        for kept, size in ((self.into.peak_gb, peak), (self.into.more_gb, peak - before)):
+            kept[stage] = max(kept.get(stage, 0.0), size / 1e9)
         return result
 
 
 @torch.no_grad()
-def _theirs(model: str, steps: int, size: int, device: torch.device, dtype: torch.dtype) -> Drawn:
+def _theirs(name: str, model: str, steps: int, size: int, device: torch.device, dtype: torch.dtype) -> Drawn:
     """diffusers' pipeline, eager, from embeddings of the right shape; its text encoders are not loaded."""
     try:
         from diffusers import (
@@ -203,12 +262,15 @@ def _theirs(model: str, steps: int, size: int, device: torch.device, dtype: torc
     embeddings = {"prompt_embeds": context, "pooled_prompt_embeds": pooled}
     embeddings |= {f"negative_{key}": torch.zeros_like(value) for key, value in embeddings.items()}
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 4.5, "height": size, "width": size}
-    found = Drawn(f"diffusers {str(dtype).removeprefix('torch.')} eager, no text encoders")
+    found = Drawn(name)
     found.weights_gb = (weight_bytes(transformer) + weight_bytes(vae)) / 1e9
+    image = torch.rand(1, 3, size, size, device=device, dtype=dtype)
     for _ in range(2):
+        found.seconds, found.peak_gb, found.more_gb = {}, {}, {}
         watch = _Watch(device, found)
         latent = watch("steps", lambda: pipe(**embeddings, **settings, output_type="latent").images)
         watch("decode", partial(vae.decode, latent / 1.5305 + 0.0609))
+        watch("encode", lambda: vae.encode(image).latent_dist.mean)
     found.seconds["picture"] = found.seconds["steps"] + found.seconds["decode"]
     return found
 

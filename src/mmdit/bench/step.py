@@ -157,7 +157,7 @@ def bench(
             recipe = _multiplies_in(name)
             if fast and recipe not in floors:
                 floors[recipe] = floor_of(model, recipe, **sizes)
-            with _own_compiler_settings():
+            with own_compiler_settings():
                 row = _timed_or_failed(name, build, inputs, work, repeats, device)
                 yield replace(row, floor=floors.get(recipe, 0.0))
 
@@ -249,7 +249,7 @@ def _chosen(rows: dict[str, Build], only: Sequence[str]) -> list[tuple[str, Buil
 
 
 @contextmanager
-def _own_compiler_settings() -> Iterator[None]:
+def own_compiler_settings() -> Iterator[None]:
     """Restore the compiler's settings after a row, because torchao may change them."""
     import torch._inductor.config as settings
 
@@ -263,14 +263,15 @@ def _own_compiler_settings() -> Iterator[None]:
 def _timed_or_failed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, device: torch.device) -> Timed:
     """A row; errors of what is measured are part of the table, so that the other rows are measured too."""
     try:
-        return _timed(name, build, inputs, work, repeats, device)
+        return timed(name, build, inputs, work, repeats, device)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
         said = (str(error).splitlines() or [""])[0]
         return Timed(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, {}, [], failed=f"{type(error).__name__} {said}"[:200])
 
 
 @torch.no_grad()
-def _timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, device: torch.device) -> Timed:
+def timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, device: torch.device) -> Timed:
+    """The row of a model: build it, take `repeats` steps after two that do not count, and forget what was compiled."""
     cuda = device.type == "cuda"
     gc.collect()
     if cuda:

@@ -17,8 +17,11 @@ _STEPS = "number of sampler steps (default: %(default)s)"
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the measurements as subcommands, and the options of the default one, which measures a step."""
     parser.set_defaults(what="steps")
-    more = parser.add_subparsers(title="other measurements", metavar="layers, ways, picture, lora, controlnet, ...")
+    more = parser.add_subparsers(
+        title="other measurements", metavar="speed, layers, ways, picture, lora, controlnet, ..."
+    )
     for name, add, said in (
+        ("speed", _speed, "measure a step of accelerated models at all sizes, and their peers, in one run"),
         ("layers", _layers, "measure each Linear of a block alone, and native against emulated float8"),
         ("ways", _ways, "measure the ways to multiply by float8 weights on a GPU's 16-bit units"),
         ("picture", _picture, "draw a whole picture with all models: time of each stage, and memory"),
@@ -88,6 +91,18 @@ def _add_device(parser: argparse.ArgumentParser, dtypes: Sequence[str], default:
     parser.add_argument("--dtype", type=dtype_name, choices=dtypes, default=default, help=dtype)
 
 
+def _speed(parser: argparse.ArgumentParser) -> None:
+    say = parser.add_argument
+    cases = "MODEL:SIZE:BATCH, such as large:1024:2 (default: large:1024:2 large:1024:1 large:512:2 medium:1024:2)"
+    say("--cases", nargs="+", metavar="CASE", help=cases)
+    peers = "also measure diffusers, eager and compiled, or torchao, compiled, in the same run"
+    say("--against", nargs="*", default=[], metavar="PEER", help=peers)
+    say("--repeats", type=int, default=20, help="timed steps, whose median is shown (default: %(default)s)")
+    say("--minutes", type=float, default=float("inf"), metavar="X", help="start no row after so many minutes")
+    _add_device(parser, DTYPES, "bfloat16")
+    say("-o", "--output", metavar="FILE.json", help="also write all numbers to this file")
+
+
 def _layers(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser, "fp8", "fp8-tensor")
     parser.add_argument("--batch", type=int, default=2, help=_BATCH)
@@ -112,6 +127,10 @@ def _picture(parser: argparse.ArgumentParser) -> None:
     peers = "diffusers: also measure its pipeline in the same run"
     parser.add_argument("--against", nargs="*", default=[], metavar="PEER", help=peers)
     parser.add_argument("--eager", action="store_true", help="skip the rows with compiled blocks")
+    parser.add_argument("--fast", action="store_true", help="add rows of accelerated pipelines")
+    first = "also measure the time from the start of a process to its first picture, plain and accelerated"
+    parser.add_argument("--first", action="store_true", help=first)
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="X", help="start no row after that")
 
 
 def _lora(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import torch
 from mmdit.bench import controlnet, fp8_quality, lora, maps
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import picture as bench_picture
+from mmdit.bench import speed as bench_speed
 from mmdit.bench import step as bench
 from mmdit.bench import ways as bench_ways
 from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, recipe_of
@@ -59,6 +60,21 @@ def _steps(options: Namespace, note: Note) -> Iterator[str]:
     yield bench.table(work, rows)
 
 
+def _speed(options: Namespace, note: Note) -> Iterator[str]:
+    with usage_errors():
+        cases = bench_speed.CASES if options.cases is None else [bench_speed.Case.of(text) for text in options.cases]
+        repeats = whole("--repeats", options.repeats, 1)
+        check_names(options.against, bench.PEERS)
+    check_peers(options.against, bench.PEERS)
+    rows, seconds = [], 60 * options.minutes
+    for row in bench_speed.speed(cases, against=options.against, repeats=repeats, seconds=seconds, **_where(options)):
+        rows.append(row)
+        note(f"{row.case}, {row.name}: {f'{row.timed.milliseconds:.2f} ms' if row.timed else row.failed}")
+        if options.output is not None:
+            bench_speed.save(Path(options.output), rows)
+    yield bench_speed.table(rows)
+
+
 def _layers(options: Namespace, note: Note) -> Iterator[str]:
     sizes = _sizes(options, "batch", "text")
     with usage_errors():
@@ -85,11 +101,14 @@ def _picture(options: Namespace, note: Note) -> Iterator[str]:
         options.quant,
         **sizes,
         compiled=not options.eager,
+        fast=options.fast,
+        first=options.first,
+        seconds=60 * options.minutes,
         against=options.against,
         **_where(options),
     ):
         rows.append(row)
-        note(f"{row.name}: {row.seconds['picture']:.2f} s")
+        note(f"{row.name}: {row.failed or ', '.join(f'{stage} {time:.3f} s' for stage, time in row.seconds.items())}")
     yield bench_picture.table(rows)
 
 
@@ -244,6 +263,7 @@ def _noted(rows: Iterable[Cells], note: Note) -> list[Cells]:
 
 BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "steps": _steps,
+    "speed": _speed,
     "layers": _layers,
     "ways": _ways,
     "picture": _picture,

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from encoders import CLIPText, T5Encoder
+from encoders import VAE, CLIPText, T5Encoder
 from encoders.conditioning import EncoderName
 from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.load_pipeline import Components
@@ -26,6 +26,7 @@ from mmdit.pipeline.settings import digest_of
 from mmdit.runtime.accelerate import Accelerated, AccelerationReport
 from mmdit.runtime.beside import Beside
 from mmdit.runtime.devices import resolve_device, warn_if_slow
+from mmdit.runtime.fast_vae import FastVAE
 from mmdit.runtime.offload import Turns
 from mmdit.runtime.parallel import Parallel
 from mmdit.utils import weight_bytes
@@ -228,6 +229,11 @@ class PipelineModels:
         if self._beside is not None:
             self._beside.close()
             self._beside = None
+
+    @property
+    def _fast_vae(self) -> VAE | FastVAE:
+        """The VAE that encodes and decodes: the pipeline's, or its fast forward."""
+        return self.vae if self._beside is None else self._beside.vae(self.vae)
 
     @property
     def _text_encoders(self) -> dict[EncoderName, CLIPText | T5Encoder | None]:

@@ -215,8 +215,7 @@ class PipelineTensors(PipelineModels):
             with self.parallel.guarded():
                 decoded = self.parallel.decoded(self.vae, latent)
         else:
-            vae = self.vae if self._beside is None else self._beside.vae(self.vae)
-            decoded = vae.decode(latent)
+            decoded = self._fast_vae.decode(latent)
         if finite:
             check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
         return to_unit(decoded)
@@ -289,8 +288,7 @@ class PipelineTensors(PipelineModels):
         self._enter("vae")
         first = next(self.vae.parameters())
         given = (2 * pixels - 1).to(first.device, first.dtype)
-        vae = self.vae if self._beside is None else self._beside.vae(self.vae)
-        found = vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
+        found = self._fast_vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
         latents, std = found.mean, found.std
         if isinstance(drawn_by, Sequence):
             latents, std = repeated(latents, count), repeated(std, count)
