@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mmdit
 from mmdit.cli import main
 from mmdit.models.mmdit import MMDiT
 
 PROMPT = "a red circle"
+SIZE = {"height": 64, "width": 64}
+SETTINGS = {"num_inference_steps": 3, "seed": 1, "output_type": "latent", "progress": False, **SIZE}
+PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+MASK = Image.new("L", (64, 64))
+MASK.paste(255, (16, 24, 48, 64))
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +29,7 @@ def pipe(loaded):
 
 
 def latent_of(pipe, **options):
-    settings = {"num_inference_steps": 3, "seed": 1, "output_type": "latent", "progress": False} | options
-    return pipe(PROMPT, **settings).images
+    return pipe(PROMPT, **SETTINGS | options).images
 
 
 def near(found, wanted):
@@ -40,16 +45,36 @@ GUIDED = {
     "a layer skipped": {"skip_guidance_layers": [1]},
     "perturbed attention": {"guidance": mmdit.Guidance(perturbed_layers=(1,))},
     "several pictures": {"num_images_per_prompt": 2},
-    "an odd size": {"height": 96, "width": 112},
+    "an odd size": {"height": 48, "width": 80},
+    "from a picture": {"image": PICTURE, "strength": 0.7},
+    "a mask": {"image": PICTURE, "mask_image": MASK, "strength": 0.9, "num_images_per_prompt": 2},
+    "a mask and a crop": {"image": PICTURE, "mask_image": MASK, "padding_mask_crop": 8, "output_type": "pt"},
+    "a second pass": {"hires": mmdit.Hires(scale=1.5, strength=0.7)},
+    "a second pass of pixels": {"hires": mmdit.Hires(scale=1.25, strength=0.7, space="pixel", filter="lanczos")},
 }
 
 
 @pytest.mark.parametrize("options", GUIDED.values(), ids=GUIDED)
-def test_it_draws_the_same(pipe, options):
-    wanted = latent_of(pipe, **options)
+def test_it_draws_the_same(pipe, options, monkeypatch):
+    wanted, own, passes = latent_of(pipe, **options), MMDiT.forward, []
     pipe.accelerate()
+    monkeypatch.setattr(MMDiT, "forward", lambda *args, **rest: passes.append(1) or own(*args, **rest))
     assert near(latent_of(pipe, **options), wanted)
-    assert near(latent_of(pipe, **options), wanted)
+    assert bool(passes) == ("guidance" in options)  # perturbed attention runs the model's own forward
+
+
+def test_again_with_a_mask_by_comfyui_s_rules_and_inverted(pipe):
+    how = {"image": PICTURE, "mask_image": MASK, "strength": 0.9}
+    noise = {"num_inference_steps": 2, "progress": False}
+    pipe.profile = mmdit.PROFILES["comfyui"]
+    try:
+        wanted = latent_of(pipe, **how), pipe.invert(PICTURE, PROMPT, **noise).latents
+        pipe.accelerate()
+        for _ in range(2):
+            assert near(latent_of(pipe, **how), wanted[0])
+            assert near(pipe.invert(PICTURE, PROMPT, **noise).latents, wanted[1])
+    finally:
+        pipe.profile = mmdit.PROFILES["diffusers"]
 
 
 def test_its_own_forward_does_not_run_and_plain_undoes_it(pipe, monkeypatch):
@@ -114,7 +139,5 @@ def test_it_can_be_asked_for_when_loading(tmp_path, loaded):
     outs = [tmp_path / "plain.png", tmp_path / "fast.png"]
     for out, more in zip(outs, ([], ["--fast"]), strict=True):
         assert main(["generate", PROMPT, "--steps", "2", "--device", "cpu", "-o", str(out), *more]) in (0, None)
-    from PIL import Image
-
     plain, fast = (np.asarray(Image.open(out), dtype=int) for out in outs)
     assert abs(plain - fast).max() <= 2
