@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.checkpoints.lora_kinds import Change, Kronecker, LowRank, Magnitude
-from mmdit.models.lora import LoraLinear, stand_in, without
+from mmdit.models.lora import LoraLinear, add_product, stand_in, without
 from mmdit.training.config import TrainingConfig
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
@@ -68,6 +68,10 @@ class LowRankAdapter(Adapter):
 
     def added(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), (self.scale * self.whole_up()).to(x.dtype))
+
+    def changed(self, output: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
+        low = F.linear(x, self.down.to(x.dtype))
+        return add_product(output, low, (self.scale * self.whole_up()).to(x.dtype))
 
     def whole_up(self) -> Tensor:
         """The up factor of all rows, [out, parts * rank]: blocks along the diagonal."""
@@ -148,10 +152,9 @@ class AdaptedLinear(LoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.adapter.changed(nn.Linear.forward(self, x), x, self)
 
-    def added(self, x: Tensor) -> Tensor:
-        """The term that is added to the Linear's output."""
-        output = nn.Linear.forward(self, x)
-        return self.adapter.changed(output, x, self) - output
+    def add_to(self, output: Tensor, x: Tensor) -> Tensor:
+        """Change an output of the Linear in place, without a gradient."""
+        return output.copy_(self.adapter.changed(output, x, self))
 
 
 def attach(model: nn.Module, config: TrainingConfig) -> dict[str, Adapter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Sample(NamedTuple):
     hint: Tensor | None = None  # latents of the hint, [c, h, w]
 
 
+@runtime_checkable
 class Samples(Protocol):
     """Encoded training data."""
 

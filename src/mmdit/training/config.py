@@ -38,7 +38,12 @@ class ConfigError(ValueError):
 
 
 def _setting(
-    default: Any, said: str, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
+    default: Any,
+    said: str,
+    least: int | float = -math.inf,
+    most: int | float = math.inf,
+    *,
+    above: int | float = -math.inf,
 ) -> Any:
     """A field with its description and its range: from `least` to `most`, and greater than `above`."""
     return field(default=default, metadata={"said": said, "least": least, "most": most, "above": above})
@@ -171,7 +176,7 @@ class TrainingConfig:
         try:
             if unknown := [key for key in values if key not in _types()]:
                 raise ConfigError(_unknown("key", unknown[0], _types(), "the config has no"))
-            return cls(**values)
+            return cls(**{key: _checked(key, value, _types()[key]) for key, value in values.items()})
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}" if isinstance(source, str | Path) else str(error)) from None
 
@@ -225,7 +230,7 @@ def _checked_list(key: str, value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ..
     return tuple(_checked(key, one, kinds[0]) for one in value)
 
 
-def _in_range(key: str, value: float) -> float:
+def _in_range(key: str, value: int | float) -> int | float:
     at = next(one.metadata for one in dataclasses.fields(TrainingConfig) if one.name == key)
     least, most, above = at["least"], at["most"], at["above"]
     if not math.isfinite(value) or not least <= value <= most or value <= above:
