@@ -19,6 +19,7 @@ COMPARERS = {
     "mmdit/parity/traces.py",
     "mmdit/bench/random_models.py",
     "mmdit/bench/picture.py",
+    "mmdit/bench/training.py",
     "mmdit/cli/compare.py",
 }
 # The rooms of `src/mmdit`: a room imports only rooms of lines above its own; rooms of one line do not see each other.

@@ -1,4 +1,4 @@
-"""`mmdit bench`: measure a step, its layers, LoRAs, ControlNets, a whole picture, samplers, quality or maps."""
+"""`mmdit bench`: measure a step, its layers, LoRAs, ControlNets, a picture, samplers, quality, maps, training."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             "measure a step with a ControlNet of full size, beside the floor of its operations",
         ),
         ("maps", _maps, "measure time and memory of attention maps; exit code 1 where outputs differ"),
+        ("training", _training, "measure a training step of a LoRA and of the whole model, beside diffusers and peft"),
     ):
         one = more.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}.")
         one.set_defaults(what=name)
@@ -211,3 +212,19 @@ def _maps(parser: argparse.ArgumentParser) -> None:
     say("--text", type=int, default=333, metavar="N", help=_TEXT)
     rounds = "runs with maps, and as many without, whose medians are shown (default: %(default)s)"
     say("--rounds", type=int, default=3, metavar="N", help=rounds)
+
+
+def _training(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    say = parser.add_argument
+    full = "size of the model that is trained in full: large, medium, demo (default: %(default)s)"
+    say("--full", default="medium", metavar="MODEL", help=full)
+    say("--batch", type=int, default=1, help="samples of a step (default: %(default)s)")
+    say("--text", type=int, default=333, metavar="N", help=_TEXT)
+    say("--rank", type=int, default=16, metavar="N", help="rank of the LoRA (default: %(default)s)")
+    ahead = "steps whose modulation is computed at once in the rows with 'ahead' (default: %(default)s)"
+    say("--ahead", type=int, default=32, metavar="N", help=ahead)
+    say("--repeats", type=int, default=5, metavar="N", help="timed steps, whose median is shown (default: %(default)s)")
+    only = "measure only the rows whose names match, such as 'lora:*' (default: all)"
+    say("--only", nargs="+", default=["*"], metavar="GLOB", help=only)
+    say("--seconds", type=float, default=85.0, metavar="X", help="start no row later than this (default: %(default)s)")

@@ -17,6 +17,7 @@ from mmdit.bench import layers as bench_layers
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import speed as bench_speed
 from mmdit.bench import step as bench
+from mmdit.bench import training as bench_training
 from mmdit.bench import ways as bench_ways
 from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, recipe_of
 from mmdit.bench.rows import Cells
@@ -261,6 +262,20 @@ def _noted(rows: Iterable[Cells], note: Note) -> list[Cells]:
     return found
 
 
+def _training(options: Namespace, note: Note) -> Iterator[str]:
+    with usage_errors():
+        check_names((options.model, options.full), MODELS)
+        for name in ("batch", "text", "rank", "ahead", "repeats"):
+            whole(f"--{name}", getattr(options, name), 1)
+        check_size(options.model, options.size)
+    names = ("model", "full", "size", "text", "batch", "rank", "ahead", "repeats")
+    sizes, rows = bench_training.Sizes(**{name: getattr(options, name) for name in names}), []
+    for row in bench_training.bench(sizes, only=options.only, seconds=options.seconds, **_where(options)):
+        rows.append(row)
+        note(f"{row.name}: {row.note or f'{row.milliseconds:.1f} ms'}")
+    yield bench_training.table(rows)
+
+
 BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "steps": _steps,
     "speed": _speed,
@@ -272,4 +287,5 @@ BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "lora": _lora,
     "controlnet": _controlnet,
     "maps": _maps,
+    "training": _training,
 }

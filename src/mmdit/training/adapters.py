@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.checkpoints.lora_kinds import Change, Kronecker, LowRank, Magnitude
-from mmdit.models.lora import LoraLinear, add_product, stand_in, without
+from mmdit.models.lora import LoraLinear, stand_in, without
 from mmdit.training.config import TrainingConfig
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
@@ -70,8 +70,11 @@ class LowRankAdapter(Adapter):
         return F.linear(F.linear(x, self.down.to(x.dtype)), (self.scale * self.whole_up()).to(x.dtype))
 
     def changed(self, output: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
-        low = F.linear(x, self.down.to(x.dtype))
-        return add_product(output, low, (self.scale * self.whole_up()).to(x.dtype))
+        low = F.linear(x, self.down.to(x.dtype)).flatten(0, -2)
+        up = (self.scale * self.whole_up()).to(x.dtype)
+        if output.dtype != x.dtype:  # under autocast
+            return output + F.linear(low, up).view(output.shape)
+        return torch.addmm(output.flatten(0, -2), low, up.t()).view(output.shape)  # not in place: blocks run twice
 
     def whole_up(self) -> Tensor:
         """The up factor of all rows, [out, parts * rank]: blocks along the diagonal."""

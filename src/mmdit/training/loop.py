@@ -74,15 +74,19 @@ class Training:
     ema: Ema | None = None
     processes: Processes = field(default_factory=Processes)
     step: int = 0
-    before_forward: Callable[[Batch, int], None] | None = None  # called with each batch and the number of its pass
+    before_pass: Callable[[int], None] | None = None  # called with the number of each pass before it runs
 
     def batch(self, step: int, micro: int = 0) -> Batch:
         """The batch of a step, or of one of its accumulated passes."""
+        return self.batch_of(step * self.config.accumulation + micro)
+
+    def batch_of(self, place: int) -> Batch:
+        """The batch of the pass number `place`, counted over all steps."""
         return batch_at(
             self.samples,
             self.config,
             self.shift,
-            step * self.config.accumulation + micro,
+            place,
             rank=self.processes.rank,
             world=self.processes.world,
             device=self.device,
@@ -131,8 +135,8 @@ def training_step(run: Training, step: int) -> StepResult:
     times, losses = [], []
     for micro in range(config.accumulation):
         batch = run.batch(step, micro)
-        if run.before_forward is not None:
-            run.before_forward(batch, step * config.accumulation + micro)
+        if run.before_pass is not None:
+            run.before_pass(step * config.accumulation + micro)
         last = micro == config.accumulation - 1
         with nullcontext() if last else run.processes.no_sync(run.model):
             each = flow_losses(run.model, batch, weight)

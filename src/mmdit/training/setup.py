@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdit.checkpoints.load import load_controlnet
 from mmdit.checkpoints.load_pipeline import DEMO, Source
 from mmdit.models.controlnet import ControlNet
+from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.compiled import refuse_compiled
 from mmdit.runtime.devices import resolve_device
@@ -26,6 +27,7 @@ from mmdit.training.data import encoded, on_device
 from mmdit.training.ema import Ema
 from mmdit.training.export import write_lora, write_model
 from mmdit.training.loop import Processes, Training
+from mmdit.training.modulation import ModulationAhead
 from quant.quantize import quantize_, refuse_quantized
 
 
@@ -38,6 +40,7 @@ class Trained:
     parameters: dict[str, nn.Parameter]
     adapters: Mapping[str, Adapter]  # by name of the Linear; empty unless the method is lora
     net: ControlNet | None = None
+    ahead: ModulationAhead | None = None
 
     def write(self, config: TrainingConfig) -> Path:
         """Write the result into the output's folder, in the dtype of the base model; returns the file."""
@@ -142,7 +145,30 @@ def start(
         None if config.ema is None else Ema(found.parameters.values(), config.ema),
         processes,
     )
+    if config.ahead:
+        found.ahead = ahead_of(run, pipe.transformer)
     return run, found
+
+
+def ahead_of(run: Training, transformer: MMDiT) -> ModulationAhead:
+    """Compute the modulation of a run's passes ahead from now on.
+
+    Raises:
+        ValueError: an adapter is beside adaLN or an embedder, whose modulation would change with it.
+    """
+    trained = {name for name, one in transformer.named_parameters() if one.requires_grad}
+    if bad := sorted(name for name in trained if "adaLN" in name or name.startswith(("t_embedder", "y_embedder"))):
+        raise ValueError(f"ahead: {bad[0]} is trained, and the modulation depends on it; set ahead to 0")
+    config = run.config
+
+    def conditions(place: int) -> tuple[Tensor, Tensor]:
+        batch = run.batch_of(place)
+        return batch.t, batch.pooled
+
+    last = config.steps * config.accumulation
+    made = ModulationAhead(transformer, config.batch_size, config.ahead, conditions, last)
+    run.before_pass = made.enter
+    return made
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,69 @@
+"""Steps on a GPU: float8 bases, compiled blocks and modulation ahead give the numbers of plain steps."""
+
+import pytest
+import torch
+
+from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
+from mmdit.training.adapters import attach
+from mmdit.training.batches import InMemory, Sample
+from mmdit.training.blocks import compile_blocks, recompute
+from mmdit.training.config import TrainingConfig
+from mmdit.training.loop import Training, training_step
+from mmdit.training.setup import ahead_of, make_optimizer, place
+
+pytestmark = pytest.mark.gpu
+CONFIG = MMDiTConfig(depth=3, hidden_size=256, context_dim=128, pooled_dim=64, pos_embed_size=16)
+
+
+def losses(quant: str | None, *, compiled: bool = False, ahead: int = 0, again: bool = True) -> tuple[list[float], int]:
+    generator = torch.Generator().manual_seed(0)
+    model = MMDiT(CONFIG).requires_grad_(False).bfloat16()
+    for one in model.parameters():
+        scale = 0.3 if one.ndim < 2 else 0.7 * one[0].numel() ** -0.5
+        one.data = (scale * torch.randn(one.shape, generator=generator)).bfloat16()
+    place(model, torch.device("cuda"), quant)
+    config = TrainingConfig(batch_size=2, rank=4, learning_rate=1e-2, steps=4, shift=3.0, ahead=ahead)
+    adapters = attach(model, config)
+    parameters = {f"{name}.{key}": one for name, part in adapters.items() for key, one in part.named_parameters()}
+    if again:
+        recompute(model.joint_blocks, keep_attention=True)
+    if compiled:
+        compile_blocks(model.joint_blocks)
+    made = [
+        Sample(
+            torch.randn(16, 16, 16, generator=generator),
+            None,
+            torch.randn(20, 128, generator=generator),
+            torch.randn(64, generator=generator),
+        )
+        for _ in range(4)
+    ]
+    samples = InMemory(made, (torch.zeros(20, 128), torch.zeros(64)))
+    run = Training(
+        config,
+        model,
+        parameters,
+        samples,
+        make_optimizer(parameters.values(), config),
+        3.0,
+        torch.device("cuda"),
+        torch.bfloat16,
+    )
+    if ahead:
+        ahead_of(run, model)
+    torch.cuda.reset_peak_memory_stats()
+    found = [float(training_step(run, step).loss) for step in range(4)]
+    return found, torch.cuda.max_memory_allocated()
+
+
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_all_ways_of_a_step_give_the_same_losses(quant) -> None:
+    plain, whole = losses(quant, again=False)
+    again, kept = losses(quant)
+    assert again == pytest.approx(plain, rel=2e-2)
+    assert kept < whole
+    for settings in ({"ahead": 3}, {"compiled": True}, {"compiled": True, "ahead": 3}):
+        found, _ = losses(quant, **settings)
+        assert found == pytest.approx(plain, rel=3e-2), settings
+    assert plain[-1] != plain[0]
