@@ -33,8 +33,10 @@ from quant.quantize import quantize_
 from samplers.training import noised
 
 Step = Callable[[int], Any]
-_TARGETS = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out")  # of diffusers' script
-_TARGETS += ("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v")
+_TARGETS = (  # of diffusers' script
+    *("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v"),
+)
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def _peer(sizes: Sizes, *, device: torch.device, dtype: torch.dtype, full: bool 
 
 def _batch(samples: InMemory, size: int, device: torch.device, dtype: torch.dtype) -> Batch:
     read = [samples.read(i % len(samples.samples)) for i in range(size)]
-    x0, context, pooled = (torch.stack([one[i] for one in read]).to(device, dtype) for i in (0, 2, 3))
+    parts = [[one.mean for one in read], [one.context for one in read], [one.pooled for one in read]]
+    x0, context, pooled = (torch.stack(part).to(device, dtype) for part in parts)
     return Batch(x0, torch.randn_like(x0), torch.full((size,), 0.6, device=device), context, pooled)
 
 
