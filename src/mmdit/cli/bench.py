@@ -24,6 +24,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("speed", _speed, "measure a step of accelerated models at all sizes, and their peers, in one run"),
         ("layers", _layers, "measure each Linear of a block alone, and native against emulated float8"),
         ("ways", _ways, "measure the ways to multiply by float8 weights on a GPU's 16-bit units"),
+        (
+            "errors",
+            _errors,
+            "measure the errors of accelerated models against float64, and hold them to the plain ones",
+        ),
         ("picture", _picture, "draw a whole picture with all models: time of each stage, and memory"),
         ("samplers", _samplers, "measure error and accuracy of samplers on the embedded model, as tables and plots"),
         ("quality", _quality, "measure the quality that each float8 recipe loses on the embedded model"),
@@ -55,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, and print tables or the names of their files; the exit code is 1 where `maps` finds a difference."""
+    """Measure, and print tables or the names of their files; the exit code is 1 where `maps` or `errors` fails."""
     from mmdit.cli.benches import BENCHES
 
     code = 0
@@ -102,6 +107,13 @@ def _speed(parser: argparse.ArgumentParser) -> None:
     say("--minutes", type=float, default=float("inf"), metavar="X", help="start no row after so many minutes")
     _add_device(parser, DTYPES, "bfloat16")
     say("-o", "--output", metavar="FILE.json", help="also write all numbers to this file")
+
+
+def _errors(parser: argparse.ArgumentParser) -> None:
+    _add_sizes(parser, "fp8", "fp8-static")
+    parser.set_defaults(size=512)
+    parser.add_argument("--text", type=int, default=333, help=_TEXT)
+    parser.add_argument("--steps", type=int, default=8, help=_STEPS)
 
 
 def _layers(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mmdit.bench import controlnet, fp8_quality, lora, maps
+from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import speed as bench_speed
@@ -74,6 +75,19 @@ def _speed(options: Namespace, note: Note) -> Iterator[str]:
         if options.output is not None:
             bench_speed.save(Path(options.output), rows)
     yield bench_speed.table(rows)
+
+
+def _errors(options: Namespace, note: Note) -> Iterator[str | int]:
+    with usage_errors():
+        for name in options.quant:
+            recipe_of(name)
+    sizes, rows = _sizes(options, "text", "steps"), []
+    _note_long(options, 4 * sizes["steps"] * (2 + len(options.quant)), 2, note)
+    for row in bench_errors.errors(options.model, options.quant, **sizes, **_where(options)):
+        rows.append(row)
+        note(f"{row.name}: at most {row.worst:.3f} of the plain forward's error")
+    yield bench_errors.table(rows)
+    yield 0 if all(row.worst <= bench_errors.LIMIT for row in rows) else 1
 
 
 def _layers(options: Namespace, note: Note) -> Iterator[str]:
@@ -279,6 +293,7 @@ def _training(options: Namespace, note: Note) -> Iterator[str]:
 BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "steps": _steps,
     "speed": _speed,
+    "errors": _errors,
     "layers": _layers,
     "ways": _ways,
     "picture": _picture,

@@ -25,11 +25,11 @@ def norm_modulate(
         updates: at most two.
     """
     for update in updates:
-        x.add_(_spread(table, update.gate, rows) * update.value)
+        x.add_(spread(table, update.gate, rows) * update.value)
     normed = F.layer_norm(x, x.shape[1:], eps=EPS)
     found = []
     for one in outputs:
-        value = normed * (1 + _spread(table, one.scale, rows)) + _spread(table, one.shift, rows)
+        value = normed * (1 + spread(table, one.scale, rows)) + spread(table, one.shift, rows)
         if one.wide is not None:
             one.wide.copy_(value)
         found.append(_rounded(value, rows, one.rounding))
@@ -77,7 +77,7 @@ def unpack(z: Tensor, rows: Rows, rounding: Rounding, *, text: bool = True) -> A
     return _rounded(torch.cat([part.flatten(0, 1) for part in parts]), rows, rounding)
 
 
-def _spread(table: Tensor, columns: Columns, rows: Rows) -> Tensor:
+def spread(table: Tensor, columns: Columns, rows: Rows) -> Tensor:
     """The vector of each row's stream and sample, [rows, d]."""
     spread = [
         table[:, column].repeat_interleave(tokens, dim=0)
