@@ -11,6 +11,7 @@ has a recipe of its own, they are those of the clock. Both compute in bfloat16.
 from __future__ import annotations
 
 import argparse
+import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -317,7 +318,7 @@ def train(
         save_whole(vars(make_data(pipe, recipe, journal)), folder / _DATA)
         state |= {"begun": clock(), "done": clock()}
         save_whole(state, folder / _STATE)
-    data, begun = Data(**torch.load(folder / _DATA)).to(pipe.device), float(state["begun"])
+    data, begun = Data(**torch.load(folder / _DATA)).to(pipe.device), float(state.get("begun", 0.0))
     left = max(seconds - begun, 1e-3)  # for the three stages
     transformer = pipe.transformer.bfloat16().requires_grad_(False)
     ends = {"alone": 0.0 if start_from else recipe.alone_share, "canny": recipe.alone_share + recipe.canny_share}
@@ -407,7 +408,7 @@ def net_file(folder: Path, kind: ControlKind) -> Path:
 
 def write_net(net: ControlNet, kind: ControlKind, folder: Path) -> Path:
     """Write a net in float16 under official names."""
-    stored = model_in_memory("controlnet", net)
+    stored = model_in_memory("controlnet", copy.deepcopy(net).cpu())
     half = replace(stored, tensors={key: lazy.as_dtype(torch.float16) for key, lazy in stored.tensors.items()})
     path = net_file(folder, kind)
     write_tensors(path, official(half, "comfyui"), METADATA)
