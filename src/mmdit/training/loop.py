@@ -165,7 +165,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def clipped(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor | None:
     """Scale all gradients so that their common norm is at most `most`; returns the norm before. None does nothing."""
-    return None if most is None else nn.utils.clip_grad_norm_(list(parameters), most)
+    if most is None:
+        return None
+    norm = nn.utils.clip_grad_norm_(list(parameters), most)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
 
 
 def check_finite_losses(model: nn.Module, batch: Batch, losses: Tensor, step: int) -> None:

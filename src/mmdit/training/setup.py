@@ -132,7 +132,9 @@ def start(
     samples = encode_data(pipe, config) if samples is None else samples
     found = trained_of(pipe, config)
     processes = processes or Processes()
+    owners = _owners(found)
     model = processes.prepare(found.model)
+    found.parameters = {name: part.get_parameter(key) for name, (part, key) in owners.items()}
     run = Training(
         config,
         model,
@@ -169,6 +171,14 @@ def ahead_of(run: Training, transformer: MMDiT) -> ModulationAhead:
     made = ModulationAhead(transformer, config.batch_size, config.ahead, conditions, last)
     run.before_pass = made.enter
     return made
+
+
+def _owners(found: Trained) -> dict[str, tuple[nn.Module, str]]:
+    """The module and the key of each trained parameter: `fully_shard` puts other parameters in their place."""
+    places = {
+        id(one): (part, key) for part in found.model.modules() for key, one in part.named_parameters(recurse=False)
+    }
+    return {name: places[id(one)] for name, one in found.parameters.items()}
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -1,0 +1,150 @@
+"""Training over several processes by torch's own engines: DDP, and FSDP2 (`fully_shard`).
+
+    torchrun --nproc-per-node 2 ...
+        run, found = start(config, processes=processes_of("ddp", device))
+
+DDP: every process holds the whole model, and gradients are averaged while the backward pass runs. FSDP2: every process
+holds a share of each weight, of its gradient and of the optimizer's state; a block's weights are gathered when it runs.
+Both give the losses of one process with the batch of all of them, up to the order of sums.
+
+Float8 weights are frozen. Under DDP they stay as they are on every process; under FSDP2 their codes and scales are
+sharded as plain tensors, so that what is gathered is as small as what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from mmdit.runtime.mesh import check_equal
+from mmdit.runtime.mesh import start as start_group
+from mmdit.training.loop import Processes
+from quant.formats import DTYPES
+from quant.recipe import Recipe
+from quant.tensor import Float8Tensor
+
+__all__ = ["Strategy", "processes_of"]
+
+Strategy = Literal["ddp", "fsdp"]
+
+
+def processes_of(strategy: Strategy, device: torch.device) -> Processes:
+    """The place of this process in a run under torchrun, for `mmdit.training.setup.start`; all processes call this.
+
+    Args:
+        strategy: "ddp" or "fsdp".
+        device: of this process; see `mmdit.runtime.mesh.own_device`.
+
+    Raises:
+        ValueError: the process was not started by torchrun.
+    """
+    start_group(device)
+    place: dict[str, Any] = {"rank": dist.get_rank(), "world": dist.get_world_size(), "mean": _mean}
+    if strategy == "ddp":
+        return Processes(**place, prepare=lambda model: _data_parallel(model, device), no_sync=_no_sync)
+    return Processes(**place, prepare=_sharded, no_sync=_no_sync, whole=_whole, fill=_fill)
+
+
+def _data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around a model; frozen parameters and buffers are not sent, because every process has loaded the same."""
+    _check_same(model)
+    frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def _sharded(model: nn.Module) -> nn.Module:
+    """FSDP2 over the blocks of a model and over what is around them, in place."""
+    _check_same(model)
+    for part in list(model.modules()):
+        weight = part._parameters.get("weight")
+        if isinstance(weight, Float8Tensor):
+            parametrize.register_parametrization(part, "weight", _Parts(weight), unsafe=True)
+    model.register_forward_hook(lambda _, __, output: output.clone())  # FSDP warns of views, which lose its hooks
+    for block in _blocks(model):
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def _blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """The blocks of all models inside: members of lists named `joint_blocks` or `transformer_blocks`."""
+    for name, part in model.named_modules():
+        if name.rpartition(".")[2] in ("joint_blocks", "transformer_blocks"):
+            yield from part.children()
+
+
+class _Parts(nn.Module):
+    """A float8 weight made of its codes, as bytes, and its scales, [out, 1] or [1]: tensors that can be sharded."""
+
+    input_scale: Tensor | None
+
+    def __init__(self, weight: Float8Tensor) -> None:
+        super().__init__()
+        self.recipe: Recipe = weight.recipe
+        self.dtype = weight.dtype
+        self.input_scale = weight.input_scale  # an attribute, because one number cannot be sharded
+
+    def forward(self, codes: Tensor, scale: Tensor) -> Float8Tensor:
+        scale = scale if self.recipe.granularity == "row" else scale.reshape(())
+        native = codes.view(DTYPES[self.recipe.format])
+        return Float8Tensor(native, scale, self.input_scale, self.recipe, self.dtype)
+
+    def right_inverse(self, weight: Float8Tensor) -> tuple[Tensor, Tensor]:
+        scale = weight.scale if weight.recipe.granularity == "row" else weight.scale.reshape(1)
+        return weight.qdata.view(torch.uint8), scale
+
+
+def _check_same(model: nn.Module) -> None:
+    """Raise RanksDifferError unless what is trained starts alike on every process; sums tell it."""
+    trained = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+    sums = [torch.stack([one.float().sum(), one.float().norm()]) for one in trained.values()]
+    facts: dict[str, object] = {"names": sorted(trained)}
+    facts |= dict(zip(trained, torch.stack(sums).tolist(), strict=True)) if sums else {}
+    check_equal(facts, "what is trained")
+
+
+def _no_sync(model: nn.Module) -> AbstractContextManager[object]:
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    assert isinstance(model, FSDPModule), "made by one of the two strategies"
+    return _Unsynced(model)
+
+
+class _Unsynced(AbstractContextManager[None]):
+    """Gradients of passes inside are kept by each process until a later pass sends their sum."""
+
+    def __init__(self, model: FSDPModule) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.set_requires_gradient_sync(False)
+
+    def __exit__(self, *raised: object) -> None:
+        self.model.set_requires_gradient_sync(True)
+
+
+def _mean(value: Tensor) -> Tensor:
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _fill(into: Tensor, value: Tensor) -> object:
+    if not isinstance(into, DTensor):
+        return into.copy_(value)
+    return into.copy_(distribute_tensor(value.to(into.device), into.device_mesh, into.placements))

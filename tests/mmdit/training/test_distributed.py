@@ -1,0 +1,112 @@
+"""Two processes train as one with the batch of both: losses, gradients, weights, checkpoints; DDP and FSDP2."""
+
+import pytest
+import torch
+
+from tiny_training import samples, settings, tiny_model, tiny_pipe
+from mmdit.training.checkpointing import checkpoints, load, save
+from mmdit.training.distributed import processes_of
+from mmdit.training.loop import training_step
+from mmdit.training.setup import start
+from processes import in_processes, values
+
+CASES = {
+    "full": {"method": "full", "ema": 0.9},
+    "lora": {"method": "lora", "checkpoint_blocks": False},
+    "lora on fp8": {"method": "lora", "quant": "fp8", "dtype": "float64", "ema": 0.9},
+    "lora on one scale": {"method": "lora", "quant": "fp8-weight-only", "accumulation": 2},
+}
+STEPS = 3
+
+
+def run_of(pipe, output, case, world, processes=None):
+    pipe.transformer = tiny_model(torch.float64)
+    changes = {"dtype": "float64", "steps": STEPS} | CASES[case]
+    config = settings(output, batch_size=4 // world, **changes)
+    return start(config, pipe=pipe, samples=samples(), processes=processes)
+
+
+def facts(run, steps):
+    """Loss and norm of each step, and at the end all that is trained."""
+    found = []
+    for step in steps:
+        result = training_step(run, step)
+        found.append((float(run.processes.mean(result.loss)), float(result.norm)))
+    whole = {name: run.processes.whole(one.detach()).clone() for name, one in run.parameters.items()}
+    average = [] if run.ema is None else [run.processes.whole(one).clone() for one in run.ema.average]
+    return found, whole, average
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipe(torch.float64)
+
+
+@pytest.fixture(scope="module")
+def of_two(pipe, tmp_path_factory):
+    """What two processes find in every case, by strategy and case; one pair of processes for all."""
+    root = tmp_path_factory.mktemp("two")
+
+    def work(rank):
+        found = {}
+        for strategy in ("ddp", "fsdp"):
+            for case in CASES:
+                processes = processes_of(strategy, torch.device("cpu"))
+                output = root / f"{strategy} {case}"
+                run, _ = run_of(pipe, output, case, 2, processes)
+                found[strategy, case] = facts(run, range(STEPS))
+                found[strategy, case, "held"] = sum(
+                    one.to_local().numel() if hasattr(one, "to_local") else one.numel()
+                    for one in run.model.parameters()
+                )
+            run, _ = run_of(pipe, output / "whole", case, 2, processes)
+            training_step(run, 0)
+            save(run)
+            torch.distributed.barrier()
+            again, _ = run_of(pipe, output / "whole", case, 2, processes_of(strategy, torch.device("cpu")))
+            load(again, checkpoints(output / "whole")[-1])
+            found[strategy, "resumed"] = facts(again, range(again.step, STEPS))
+        return found
+
+    return values(in_processes(2, work, limit=120.0))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one_does(pipe, of_two, strategy, case, tmp_path):
+    steps, weights, average = facts(run_of(pipe, tmp_path, case, 1)[0], range(STEPS))
+    for of_rank in of_two:
+        theirs, their_weights, their_average = of_rank[strategy, case]
+        torch.testing.assert_close(torch.tensor(theirs), torch.tensor(steps), atol=1e-10, rtol=1e-10)
+        assert list(their_weights) == list(weights)
+        for name, one in weights.items():
+            torch.testing.assert_close(their_weights[name], one, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(their_average, average, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_of_two_goes_on_from_its_checkpoint(of_two, strategy):
+    case = list(CASES)[-1]
+    for of_rank in of_two:
+        steps, weights, _ = of_rank[strategy, case]
+        theirs, their_weights, _ = of_rank[strategy, "resumed"]
+        assert theirs == steps[1:]
+        assert all(torch.equal(their_weights[name], one) for name, one in weights.items())
+
+
+def test_fsdp_halves_what_each_process_holds(of_two):
+    for case in CASES:
+        held, whole = ([of_rank[way, case, "held"] for of_rank in of_two] for way in ("fsdp", "ddp"))
+        assert all(one < 0.55 * other for one, other in zip(held, whole, strict=True)), case
+        assert sum(held) <= 1.1 * whole[0]
+
+
+def test_processes_that_start_apart_are_told(pipe, tmp_path):
+    def work(rank):
+        pipe.transformer = tiny_model(torch.float64)
+        config = settings(tmp_path, seed=rank, dtype="float64")
+        start(config, pipe=pipe, samples=samples(), processes=processes_of("ddp", torch.device("cpu")))
+
+    for ended in in_processes(2, work):
+        assert "RanksDifferError" in ended.error
+        assert "rank 1" in ended.error
