@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,18 +52,19 @@ def step_of(
     config, dtype = MODELS[model_name], torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)  # the same weights on every process
     model, _ = ours(config, recipe=recipe, compiled=False, device=device, dtype=dtype)
-    settings = TrainingConfig(method=method, device=str(device), dtype=str(dtype).removeprefix("torch."))
+    given: dict[str, Any] = {"method": method, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    settings = TrainingConfig(**given)
     if method == "lora":
         attach(model, settings)
     else:
         model.requires_grad_(True)
-    recompute(model.joint_blocks, keep_attention=True)
+    recompute(model.get_submodule("joint_blocks").children(), keep_attention=True)
     processes = Processes() if strategy is None else processes_of(strategy, device)
     prepared = processes.prepare(model)
     parameters = [one for one in prepared.parameters() if one.requires_grad]
     optimizer = make_optimizer(parameters, settings)
-    given = Inputs.random(config, size, 333, 1, device, torch.float32)
-    batch = Batch(given.latent, torch.randn_like(given.latent), given.timestep / 1000, given.context, given.pooled)
+    x = Inputs.random(config, size, 333, 1, device, torch.float32)
+    batch = Batch(x.latent, torch.randn_like(x.latent), x.timestep / 1000, x.context, x.pooled)
 
     def step() -> None:
         flow_losses(prepared, batch).mean().backward()

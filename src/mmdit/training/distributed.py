@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -74,7 +74,8 @@ def _sharded(model: nn.Module) -> nn.Module:
     model.register_forward_hook(lambda _, __, output: output.clone())  # FSDP warns of views, which lose its hooks
     for block in _blocks(model):
         fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 def _blocks(model: nn.Module) -> Iterable[nn.Module]:
