@@ -38,6 +38,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             _controlnet,
             "measure a step with a ControlNet of full size, beside the floor of its operations",
         ),
+        (
+            "parallel",
+            _parallel,
+            "measure pictures on several GPUs, started by torchrun: times, memory, bytes exchanged",
+        ),
         ("maps", _maps, "measure time and memory of attention maps; exit code 1 where outputs differ"),
         ("training", _training, "measure a training step of a LoRA and of the whole model, beside diffusers and peft"),
     ):
@@ -208,6 +213,19 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     say("--workers", type=int, metavar="N", help="processes that score pictures (default: one per core)")
     _add_device(parser, ("bfloat16", "float32"), "bfloat16")
     say("-o", "--output", default="fp8_quality", metavar="FOLDER", help="folder of the results (default: %(default)s)")
+
+
+def _parallel(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    say = parser.add_argument
+    say("--quant", default="fp8", metavar="NAME", help="float8 recipe, or none (default: %(default)s)")
+    say("--steps", type=int, default=28, metavar="N", help="steps of a guided picture (default: %(default)s)")
+    say("--prompts", type=int, default=64, metavar="N", help="prompts of the data-parallel row (default: %(default)s)")
+    say("--repeats", type=int, default=2, metavar="N", help="timed pictures, whose median counts (default: 2)")
+    only = "measure only the rows whose names contain one of these texts (default: all)"
+    say("--only", nargs="+", default=[], metavar="TEXT", help=only)
+    seconds = "start no row after so many seconds, and stop after a quarter more (default: %(default)s)"
+    say("--seconds", type=float, default=90.0, metavar="X", help=seconds)
 
 
 def _maps(parser: argparse.ArgumentParser) -> None:

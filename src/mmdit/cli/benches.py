@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmdit.bench import controlnet, fp8_quality, lora, maps
+from mmdit.bench import controlnet, fp8_quality, lora, maps, parallel
 from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import picture as bench_picture
@@ -23,13 +23,14 @@ from mmdit.bench import ways as bench_ways
 from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, recipe_of
 from mmdit.bench.rows import Cells
 from mmdit.bench.samplers import MEASURES, Plan, measure
-from mmdit.cli.console import Note
+from mmdit.cli.console import Note, say
 from mmdit.cli.devices import device_of, dtype_of, load
 from mmdit.cli.long_runs import duration, seconds_of
 from mmdit.cli.usage import usage_errors
 from mmdit.demo.data import workers
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.runtime import mesh
 from mmdit.utils import markdown_table, whole
 from quant.recipe import RECIPES
 from samplers import pick
@@ -267,6 +268,30 @@ def _controlnet(options: Namespace, note: Note) -> Iterator[str]:
     yield "\n".join([head, "", *markdown_table(controlnet.TITLES, rows)])
 
 
+def _parallel(options: Namespace, note: Note) -> Iterator[str | int]:
+    with usage_errors():
+        check_names(() if options.quant == "none" else (options.quant,), RECIPES)
+    sizes = _sizes(options, "steps", "prompts", "repeats")
+    device = mesh.own_device(device_of(options.device))
+    dtype = dtype_of(options.dtype)
+    assert dtype is not None
+    recipe = None if options.quant == "none" else options.quant
+    setting = parallel.Setting(options.model, recipe, **sizes, device=device, dtype=dtype)
+    mesh.start(device)
+    first, rows = torch.distributed.get_rank() == 0, list[parallel.Row]()
+    timer = parallel.stop_after(1.25 * options.seconds, rows, say if first else lambda _: None)
+    link = parallel.link_of(device)
+    for row in parallel.bench(setting, link, seconds=options.seconds, only=options.only):
+        rows.append(row)
+        if first:
+            note(f"{row.name}: {row.failed or format(row.seconds['picture'], '.3f') + ' s'}")
+    timer.cancel()
+    if first:
+        yield f"Links, one direction: gather {link.gather / 1e9:.1f} GB/s, exchange {link.exchange / 1e9:.1f} GB/s.\n"
+        yield parallel.table(rows, link)
+    yield int(any(row.failed for row in rows))
+
+
 def _noted(rows: Iterable[Cells], note: Note) -> list[Cells]:
     """All rows, each noted when it is there."""
     found = []
@@ -303,4 +328,5 @@ BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "controlnet": _controlnet,
     "maps": _maps,
     "training": _training,
+    "parallel": _parallel,
 }

@@ -22,6 +22,7 @@ from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, is_file
 from mmdit.cli.inputs import Inputs, read_inputs
 from mmdit.cli.long_runs import note_long_run
 from mmdit.cli.outputs import Output, outputs
+from mmdit.cli.ranks import Ranks
 from mmdit.cli.usage import DTYPES, UsageError, exists, usage_errors
 from mmdit.pipeline.arguments import checked_quant, profile_of, shift_for
 from mmdit.pipeline.guidance import Guidance
@@ -83,23 +84,48 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
         UsageError: an option is wrong, or options do not go together.
         ValueError, OSError, MemoryError, mmdit.HubError: one sentence that says what is wrong and what to do.
     """
+    ranks = Ranks.of(options)
+    note = ranks.note(note)
     before = None if options.settings is None else _settings(options.settings)
     ask = _filled(options, before, note)
+    ask.quiet = ask.quiet or ranks.rank > 0
     profile = _checked(ask, before, note)
     inputs = read_inputs(ask, before, profile, note)
     check_controls(ask, before)
     pictures = list(product(ask.prompts, ask.seed))
     with usage_errors():
         output, sheet = outputs(ask.output, ask.grid, len(pictures))
-    pipe = _pipeline(ask, profile, _device(ask, before, note), note)
+    device = ranks.device(_device(ask, before, note))
+    with ranks.together(device):
+        yield from _draw(ask, before, profile, inputs, pictures, (output, sheet), device, ranks, note)
+
+
+def _draw(
+    ask: Namespace,
+    before: Settings | None,
+    profile: Profile,
+    inputs: Inputs,
+    pictures: Sequence[Picture],
+    targets: tuple[Output, Output | None],
+    device: torch.device,
+    ranks: Ranks,
+    note: Note,
+) -> Iterator[str]:
+    """Load the model, draw the pictures of this rank, and write them."""
+    (output, sheet), pipe = targets, _pipeline(ask, profile, device, note)
     inputs = replace(inputs, arguments=inputs.arguments | control_arguments(ask, pipe))
     if before is not None and before.model_digest not in ("", pipe.digest) and _is_alike(pipe, before):
         note(f"{ask.settings} was drawn with other weights than those of {ask.model}, so its picture will differ")
-    note_long_run(pipe, ask, len(pictures), note)
-    drawn, names = [], output.names()
-    for number, (image, settings) in enumerate(_drawn(pipe, ask, pictures, inputs), 1):
+    ranks.share(pipe, profile.reads_negative(_scale(ask, profile)))
+    own, names = ranks.own(pictures), ranks.names(output.names(), len(pictures))
+    note_long_run(pipe, ask, len(own), note)
+    drawn, numbers = [], ranks.own(range(1, len(pictures) + 1))
+    for number, (image, settings) in zip(numbers, _drawn(pipe, ask, own, inputs), strict=True):
+        ranks.check()
         if number == 1 and before is not None:
             note_other_control(ask.settings, before.control, settings.control, note)
+        if not ranks.writes:
+            continue
         path = output.write(names, image, settings.to_json(), _workflow(settings))
         place = f"; picture {number} of {len(pictures)}" if len(pictures) > 1 else ""
         yield f"wrote {path} ({image.width} x {image.height}, seed {settings.seed}{place})"
@@ -205,11 +231,16 @@ def _checked(ask: Namespace, before: Settings | None, note: Note) -> Profile:
             raise UsageError(str(error)) from error
         raise ValueError(f"{error}. What the command line does not say is taken from {ask.settings}") from error
     _check_model(ask, before)
-    scale = profile.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
+    scale = _scale(ask, profile)
     reads = profile.reads_negative(scale) or pick(SOLVERS, ask.sampler or profile.sampler, "sampler").guided
     if ask.negative_prompt and not reads:
         note(f"with profile {profile.name} the negative prompt is not read at guidance scale {scale:g}")
     return profile
+
+
+def _scale(ask: Namespace, profile: Profile) -> float:
+    """The guidance scale of the drawing."""
+    return profile.guidance_scale if ask.guidance_scale is None else ask.guidance_scale
 
 
 def _check_values(ask: Namespace) -> Profile:

@@ -55,6 +55,9 @@ EXAMPLES = """examples:
       --outpaint 64,0,64,0
   a second pass at one and a half times the size:
     mmdit generate "a cat" -m sd3.5-large/ --hires 1.5
+  one picture on two GPUs; --data-parallel draws many prompts on them instead:
+    torchrun --nproc-per-node 2 -m mmdit generate "a cat" -m sd3.5-large/ \\
+      --fast --quant fp8 --parallel cfg -o cat.png
   the same picture again, with its seed and settings but more steps:
     mmdit generate --settings cat.png --steps 50 -o finer.png
 
@@ -182,6 +185,11 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     say("--offload", choices=("stages",), help=offload)
     fast = "on a GPU: fused kernels, CUDA graphs and the fastest installed attention kernel (default: off)"
     say("--fast", action="store_true", help=fast)
+    parallel = "in processes of torchrun: split each picture, its guidance over two processes (cfg), its image tokens "
+    more = "over all (sequence), or as its guidance needs (auto) (default: off)"
+    say("--parallel", choices=("cfg", "sequence", "auto"), help=parallel + more)
+    data = "in processes of torchrun: each draws a share of the pictures (default: off)"
+    say("--data-parallel", action="store_true", help=data)
     tile = "for small GPUs: decode in tiles with sides of this many pixels, such as 256 (default: all at once)"
     say("--vae-tile", type=int, metavar="PIXELS", help=tile)
 
