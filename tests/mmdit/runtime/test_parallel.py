@@ -1,19 +1,29 @@
 """Several ranks compute what one computes, and a fault on one of them ends all. CPU processes over gloo, forked."""
 
+import os
+import signal
+import time
 from contextlib import contextmanager
 from copy import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from jaxtyping import config as jaxtyping_config
 
 import mmdit
 from encoders import Conditioning
+from mmdit.models.attention import Attend
 from mmdit.models.controlnet import ControlNet, ControlNetConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.control import Control
-from mmdit.runtime.mesh import Layout
+from mmdit.runtime import mesh
+from mmdit.runtime.lifeline import DIED, Lifeline
+from mmdit.runtime.mesh import Layout, Team, layout_of, shares
+from mmdit.runtime.sequence import SequenceParallel, exchanged_bytes
 from processes import in_processes, values
+from quant.quantize import quantize_
+from quant.recipe import RECIPES
 
 HEADS, WIDTH = 5, 16
 SIZES = {"depth": 3, "hidden_size": HEADS * WIDTH, "context_dim": 256, "pooled_dim": 192, "pos_embed_size": 16}
@@ -182,3 +192,271 @@ def test_every_rank_draws_what_one_process_draws(drawn, layout):
         errors = found[layout]
         assert len(errors) == (len(ON_FOUR[layout]) if layout in ON_FOUR else 28)
         assert {name: error for name, error in errors.items() if not error < 1e-10} == {}, f"rank {rank}"
+
+
+def test_branches_of_guidance_are_split_to_the_last_bit(pipes, texts):
+    """Each rank runs its branch alone, as one process does with a pass for each branch."""
+    pipe = copy(pipes["mmdit-x"])
+    pipe.transformer = copy_of(pipe.transformer).float()
+    options = {"guidance": mmdit.Guidance(sequential=True)}
+    wanted = draw(pipe, texts, options)
+
+    def work(rank):
+        with parallel([pipe], Layout(2, 1)):
+            return torch.equal(draw(pipe, texts), wanted)
+
+    assert values(in_processes(2, work)) == [True, True]
+
+
+def test_float32_and_float8(pipes, texts):
+    """Float32 to 1e-6; float8 codes are those of one process where each token has its own scale."""
+    plain = copy_of(pipes["large"].transformer).float()
+    eighth = copy_of(plain)
+    quantize_(eighth, RECIPES["fp8"])
+    latent = torch.randn(1, 16, 6, 10, generator=torch.Generator().manual_seed(6))
+    text = texts[0].to("cpu", torch.float32)
+    inputs = latent, torch.tensor([500.0]), text.context, text.pooled
+    wanted, wanted8 = plain(*inputs), eighth(*inputs)
+    tokens = torch.randn(1, 15, HEADS * WIDTH)
+    linear = eighth.joint_blocks[0].x_block.attn.qkv
+
+    def work(rank):
+        sequence = SequenceParallel(Team(dist.group.WORLD))
+        own = sequence.part(15).own(tokens)
+        whole = sequence.part(15).whole(linear(own))
+        errors = [
+            near(sequence.velocity(model, *inputs), found) for model, found in ((plain, wanted), (eighth, wanted8))
+        ]
+        return errors, torch.equal(whole, linear(tokens))
+
+    for (error, error8), equal in values(in_processes(2, work)):
+        assert error < 1e-6
+        assert error8 < 1e-2
+        assert equal
+
+
+def test_ten_ten_nine_and_nine_heads():
+    """The heads of SD3.5-Large on four ranks, with and without text, several samples, and tokens that do not divide."""
+    draw = torch.Generator().manual_seed(7)
+    q, k, v = (torch.randn(2, 5 + 23, 38, 4, generator=draw, dtype=torch.float64) for _ in range(3))
+
+    def attention(q, k, v):
+        return Attend()(*(one.transpose(1, 2) for one in (q, k, v))).transpose(1, 2)
+
+    def work(rank):
+        team = Team(dist.group.WORLD)
+        part, errors = SequenceParallel(team).part(23), []
+        rows = torch.cat([torch.arange(5), 5 + torch.arange(23)[part.start : part.start + part.size]])
+        for samples, first in ((1, 0), (2, 0), (2, 5)):
+            given = [one[:samples, first:] for one in (q, k, v)]
+            wanted = attention(*given)[:, rows[5:] - 5 if first else rows]
+            mine = rows[first:] - first if not first else rows[5:] - 5
+            errors.append(near(part.attend(*(one[:, mine] for one in given), attention), wanted))
+        before = team.sent
+        one = [torch.zeros(1, 5 + part.size, 38, 4)] * 3
+        part.attend(*one, attention)
+        return errors, team.sent - before, part.size
+
+    found = values(in_processes(4, work))
+    assert shares(38, 4) == [10, 10, 9, 9]
+    assert all(error < 1e-12 for errors, _, _ in found for error in errors)
+    sizes = {"tokens": 23, "text": 5, "heads": 38, "head_dim": 4}
+    assert found[0][1] == exchanged_bytes(**sizes, depth=1, second=0, ranks=4, itemsize=4)
+    assert [size for *_, size in found] == [6, 6, 6, 5]
+
+
+FAULTS = {
+    "killed": f"rank 1 failed: {DIED}",
+    "an error in a layer": "rank 1 failed: OverflowError: in a layer",
+    "an error between exchanges": "rank 1 failed: OverflowError: of the callback",
+    "other prompts": "prompt differs between the ranks",
+    "another seed": "seed differs between the ranks",
+    "other settings": "sigmas differs between the ranks",
+    "refused on one rank": "rank 1 refused its arguments: ValueError",
+    "a drawing less": "rank 1 has ended after",
+}
+
+
+@pytest.fixture(scope="module")
+def faults(pipes, texts):
+    """How both ranks end, by layout and fault."""
+    pipe = pipes["large"]
+
+    def stop(*_):
+        raise OverflowError("of the callback")
+
+    def work(rank, layout, fault):
+        mmdit.parallelize(pipe, *layout)
+        odd, options, given = rank == 1, {}, texts
+        if odd and fault in ("killed", "an error in a layer"):
+            pipe.transformer.joint_blocks[1].register_forward_pre_hook(killed if fault == "killed" else broken)
+        if odd and fault == "an error between exchanges":
+            options["callback_on_step_end"] = stop
+        if odd and fault == "other prompts":
+            given = texts[::-1]
+        if odd and fault == "another seed":
+            options["seed"] = 4
+        if odd and fault == "other settings":
+            options["num_inference_steps"] = 3
+        if odd and fault == "refused on one rank":
+            options["height"] = 81
+        draw(pipe, given, options)
+        if fault == "a drawing less" and odd:
+            pipe.parallel.close()
+        else:
+            draw(pipe, given, options)
+
+    def run(layout, fault):
+        return in_processes(2, lambda rank: work(rank, layout, fault), limit=30)
+
+    return {(layout, fault): run(layout, fault) for fault in FAULTS for layout in FAULT_LAYOUTS[fault]}
+
+
+FAULT_LAYOUTS = {
+    fault: [Layout(2, 1), Layout(1, 2)] if fault in ("killed", "an error in a layer") else [Layout(2, 1)]
+    for fault in FAULTS
+}
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def broken(*_):
+    raise OverflowError("in a layer")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_rank_ends_every_rank(faults, fault):
+    for layout in FAULT_LAYOUTS[fault]:
+        first, second = faults[layout, fault]
+        assert first.code == 1
+        assert FAULTS[fault] in first.error
+        assert second.code == (0 if fault == "a drawing less" else -9 if fault == "killed" else 1)
+        if second.code == 1:
+            assert second.error.startswith(("OverflowError", "RanksDifferError", "ValueError"))
+        assert first.seconds < 20
+
+
+def test_a_refused_call_leaves_the_ranks_able_to_draw(pipes, texts):
+    pipe = pipes["large"]
+    wanted = draw(pipe, texts)
+
+    def work(rank):
+        with parallel([pipe], Layout(2, 1)):
+            with (
+                pytest.raises(ValueError, match="81" if rank else "^$") if rank else pytest.raises(mmdit.ParallelError)
+            ):
+                draw(pipe, texts, {"height": 81 if rank else 80})
+            with pytest.raises(mmdit.RanksDifferError):
+                draw(pipe, texts, {"seed": rank})
+            return near(draw(pipe, texts), wanted)
+
+    assert max(values(in_processes(2, work))) < 1e-10
+
+
+def test_random_seeds_and_noise_are_those_of_the_first_rank(pipes, texts):
+    pipe = pipes["large"]
+
+    def work(rank):
+        torch.manual_seed(rank)
+        with parallel([pipe], Layout(2, 1)):
+            first = pipe([mmdit.Ranged(texts[0])], **(ANY | {"seed": None, "guidance_scale": 1.0}))
+            *_, last = pipe.sample(texts[0], None, pipe.noise(), num_inference_steps=2, guidance_scale=1.0)
+            return first.images, last.x
+
+    one, two = values(in_processes(2, work))
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize(
+    ("world", "arguments", "said"),
+    [
+        (2, (2, 2), "cfg 2 x sequence 2 is a mesh of 4 processes, and 2 are running"),
+        (4, (3, None), "cfg 3 x sequence 1 is a mesh of 3 processes, and 4 are running"),
+        (6, (1, 6), "sequence 6: the model has 5 attention heads"),
+        (2, (0, 1), "cfg must be a whole number of at least 1, got 0"),
+        (2, ("both", 1), "'both'"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(world, arguments, said, as_users_run_it):
+    with pytest.raises(ValueError, match=said):
+        layout_of(world, *arguments, guided=True, heads=5)
+
+
+def test_layouts_that_are_chosen():
+    choose = {"heads": 38}
+    assert layout_of(2, "auto", None, guided=True, **choose) == (2, 1)
+    assert layout_of(2, "auto", None, guided=False, **choose) == (1, 2)
+    assert layout_of(8, "auto", None, guided=True, **choose) == (2, 4)
+    assert layout_of(3, "auto", None, guided=True, **choose) == (1, 3)
+    assert layout_of(4, 1, None, guided=True, **choose) == (1, 4)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_on_every_rank(pipes):
+    def work(rank):
+        with pytest.raises(mmdit.RanksDifferError, match="sequence differs"):
+            mmdit.parallelize(pipes["large"], 1, 2 - rank)
+        with pytest.raises(mmdit.RanksDifferError, match="weights differs"):
+            mmdit.parallelize(pipes[("large", "sd3-medium")[0]] if not rank else changed(pipes["large"]), 2)
+        mmdit.parallelize(pipes["large"], 3)
+
+    for one in in_processes(2, work):
+        assert one.code == 1
+        assert "ValueError: cfg 3 x sequence 1 is a mesh of 3 processes, and 2 are running" in one.error
+
+
+def changed(pipe):
+    other = copy(pipe)
+    other.transformer = copy_of(pipe.transformer)
+    other.transformer.joint_blocks[0].x_block.attn.qkv.weight.data.zero_()
+    other._digest = None
+    return other
+
+
+def test_processes_that_torchrun_has_not_started(pipes, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        mmdit.parallelize(pipes["large"])
+
+
+def test_what_looks_inside_refuses_a_parallel_pipeline(pipes, texts):
+    pipe = pipes["large"]
+
+    def work(rank):
+        with parallel([pipe], Layout(2, 1)):
+            with pytest.raises(ValueError, match="parallel"), mmdit.capture(pipe, "joint_blocks.1.*"):
+                pass
+            with pytest.raises(ValueError, match="parallel already"):
+                mmdit.parallelize(pipe, 2)
+        with mmdit.capture(pipe, "joint_blocks.1.x_block.resid_mid") as seen:
+            draw(pipe, texts, {"num_inference_steps": 1})
+        return len(seen)
+
+    assert values(in_processes(2, work)) == [1, 1]
+
+
+def test_a_rank_that_is_stuck_is_ended(pipes):
+    """A process whose main thread cannot be freed ends by itself, after the grace."""
+
+    def work(rank):
+        life = Lifeline.connected(rank, 2, mesh.from_first, grace=0.2)
+        with life.guarded():
+            dist.barrier()
+            if rank:
+                raise OverflowError("in a layer")
+            time.sleep(30)
+
+    first, second = in_processes(2, work, limit=15)
+    assert first.code == 1
+    assert first.value is None
+    assert first.error == ""  # it had no chance to raise
+    assert second.error.startswith("OverflowError")
+
+
+def copy_of(model):
+    """A copy with tensors of its own."""
+    other = type(model)(model.config).to(model.pos_embed.dtype)
+    other.load_state_dict(model.state_dict())
+    return other.eval().requires_grad_(False)
