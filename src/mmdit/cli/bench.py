@@ -175,7 +175,9 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
 
 def _samplers(parser: argparse.ArgumentParser) -> None:
     say = parser.add_argument
-    measures = "orders, error (against model calls), accuracy (sampler by schedule), steps (sampler by steps), page"
+    measures = (
+        "orders, error (against model calls), accuracy (sampler by schedule), steps (sampler by steps), page, graphs"
+    )
     say("--measure", nargs="+", default=["error"], metavar="NAME", help=f"{measures} (default: error)")
     say("--samplers", nargs="+", metavar="NAME", help="samplers to measure (default: all)")
     say("--schedules", nargs="+", metavar="NAME", help="schedules of accuracy and page (default: normal karras beta)")
