@@ -86,7 +86,7 @@ class Quality:
     accuracy_ratio: tuple[float, float, float]  # to the model that is not quantized: value, low, high
     psnr: float  # median over pictures, dB
     ssim: float  # mean
-    block_snr: float  # mean over blocks and streams, dB
+    block_snr: float | None  # mean over blocks and streams, dB; None for the fast forward, which no hook sees into
     frechet_ratio: tuple[float, float, float]
     layers: dict[str, float]  # SNR of each Linear's output from its own inputs, dB
     seconds: float
@@ -191,7 +191,7 @@ def quality(
     drawn: Drawn,
     base: Drawn,
     rendered: Tensor,
-    inner: tuple[float, dict[str, float]],
+    inner: tuple[float | None, dict[str, float]],
     seconds: float,
     device: str,
 ) -> Quality:
@@ -206,7 +206,7 @@ def quality(
 
     def accuracy_ratio(indices: Tensor) -> float:
         ours, its = (float((right[indices].sum(0) / said[indices].sum(0)).nanmean()) for right, said in counts)
-        return ours / its
+        return ours / its if its else float("nan")
 
     def frechet_ratio(indices: Tensor) -> float:
         return frechet_distance(drawn.features[indices], rendered) / frechet_distance(base.features[indices], rendered)
@@ -242,7 +242,12 @@ def markdown(found: Sequence[Quality]) -> str:
     lines = markdown_table(titles, map(_row, found))
     static = next((one for one in found if one.name == "static, per tensor"), None)
     if static is not None:
-        lines += ["", *_worst_layers(static, [one for one in found if one.name.startswith(("static +", "dynamic"))])]
+        lines += [
+            "",
+            *_worst_layers(
+                static, [one for one in found if one.name.startswith(("static +", "dynamic")) and one.layers]
+            ),
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -250,7 +255,8 @@ def _row(one: Quality) -> tuple[str, ...]:
     accuracy, frechet = (
         f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (one.accuracy_ratio, one.frechet_ratio)
     )
-    close = (f"{one.psnr:.1f}", f"{one.ssim:.4f}", f"{one.block_snr:.1f}")
+    inside = "-" if one.block_snr is None else f"{one.block_snr:.1f}"
+    close = (f"{one.psnr:.1f}", f"{one.ssim:.4f}", inside)
     return (one.name, f"{100 * one.accuracy:.1f}", accuracy, *close, frechet)
 
 
@@ -272,6 +278,7 @@ def run(
     folder: Path,
     *,
     rows: Sequence[int] = tuple(range(len(ROWS))),
+    fast: bool = False,
     prompts: int = 512,
     seeds: int = 4,
     pictures: int = 4000,
@@ -288,6 +295,7 @@ def run(
     Args:
         folder: The folder of the table and the numbers; made where it is missing.
         rows: Numbers of the rows; the first is 0, the model that is not quantized, which the others are held against.
+        fast: Whether to draw with each row's accelerated pipeline too, as a row of its own.
         prompts: Number of held-out prompts whose pictures are scored.
         seeds: Pictures of each prompt.
         pictures: Number of pictures for the Fréchet distance; the scored ones are among them.
@@ -317,14 +325,18 @@ def run(
         for row in [*(ROWS[i] for i in rows), *more]:
             start = time.monotonic()
             before, pipe = built(row, device, dtype, calibrating, steps)
-            drawn = pictures_of(pipe, texts, prompts * seeds, batch, pool, setting)
-            base = base or drawn
             if rendered is None:
                 scenes = render(sample(len(texts), 11))
                 rendered = torch.cat([features(pipe.vae, part) for part in scenes.split(batch)])
-            inner = inner_snr(before, pipe.transformer, pipe, calibrating)
-            seconds = time.monotonic() - start
-            found.append(quality(row, drawn, base, rendered, inner, seconds, device))
-            write_text(folder / "fp8_quality.json", json.dumps([asdict(one) for one in found], indent=1) + "\n")
-            write_text(folder / "fp8_quality.md", markdown(found))
-            yield found[-1]
+            inner: tuple[float | None, dict[str, float]] = inner_snr(before, pipe.transformer, pipe, calibrating)
+            for name in (row.name, f"{row.name}, fast") if fast else (row.name,):
+                if name != row.name:
+                    start, inner = time.monotonic(), (None, {})
+                    pipe.accelerate()
+                drawn = pictures_of(pipe, texts, prompts * seeds, batch, pool, setting)
+                base = base or drawn
+                seconds = time.monotonic() - start
+                found.append(quality(replace(row, name=name), drawn, base, rendered, inner, seconds, device))
+                write_text(folder / "fp8_quality.json", json.dumps([asdict(one) for one in found], indent=1) + "\n")
+                write_text(folder / "fp8_quality.md", markdown(found))
+                yield found[-1]

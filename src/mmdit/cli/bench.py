@@ -206,6 +206,7 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     say("--pictures", type=int, default=4000, metavar="N", help=pictures)
     rows = "numbers of the table's rows; the first must be 0, the model that is not quantized (default: all)"
     say("--rows", type=int, nargs="+", metavar="N", help=rows)
+    say("--fast", action="store_true", help="also draw with each row's accelerated pipeline, as a row of its own")
     tuned = "also measure a fine-tuned model in float8, such as python -m mmdit.demo.train_float8 writes"
     say("--tuned", nargs="+", default=[], metavar="NAME=FOLDER", help=tuned)
     say("--steps", type=int, default=20, metavar="N", help=_STEPS)

@@ -214,7 +214,13 @@ def _quality(options: Namespace, note: Note) -> Iterator[str]:
         note(
             "this takes minutes on a GPU and hours on a CPU; --prompts, --seeds, --pictures and --rows make it smaller"
         )
-    more: dict[str, Any] = {"rows": tuple(rows), "device": str(device), "dtype": dtype, "processes": options.workers}
+    more: dict[str, Any] = {
+        "rows": tuple(rows),
+        "fast": options.fast,
+        "device": str(device),
+        "dtype": dtype,
+        "processes": options.workers,
+    }
     more["tuned"] = tuned
     for row in fp8_quality.run(folder, **numbers, **more):
         note(f"{row.name}: {row.seconds:.0f} s")
