@@ -15,12 +15,11 @@ from quant.emulation import HALF, HAS_TRITON
 from quant.formats import DTYPES, Format
 from quant.product import Product
 from quant.recipe import Recipe
-from quant.scaling import from_codes, scale_of, to_codes, to_values, values_of
+from quant.scaling import PIECE, from_codes, scale_of, to_codes, to_values, values_of
 
 LONG = 4096  # values in a row; longer rows are quantized by one operation that a compiler does not split
 # Values of a result; cuBLAS has no fast accumulation for smaller results of long sums under scales per row.
 _SMALL = 2**17
-PIECE = 2**22  # values of a weight that are dequantized at a time where there is no native matmul: 16 MB of float32
 Runs = Literal["native", "emulated", "dequantized", "refused"]
 
 

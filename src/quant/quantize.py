@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quant.matmul import arithmetic_of, backend_of
 from quant.recipe import Recipe, as_recipe, recipe_name
-from quant.scaling import checked_input_scale
+from quant.scaling import checked_input_scale, slices, values_of
 from quant.tensor import Float8Tensor, check_values
 
 # Layers that FP8 files keep in 16 bits: they run once per picture or step, or are small and sensitive to rounding.
@@ -79,10 +79,25 @@ def quantize_(
     scales = _input_scales(linears, chosen, recipe, {} if input_scales is None else input_scales)
     for name in chosen:
         linear = linears[name]
-        weight = Float8Tensor.quantize(linear.weight, recipe=recipe, input_scale=scales.get(name))
-        weight.snr = snr(linear.weight, weight.dequantize(torch.float32))
+        weight = quantize_weight(linear.weight, recipe, input_scale=scales.get(name))
         linear.weight = nn.Parameter(weight, requires_grad=False)
     return report(module)
+
+
+def quantize_weight(
+    values: Tensor, recipe: Recipe | str = "fp8", *, input_scale: Tensor | float | None = None
+) -> Float8Tensor:
+    """The weight of one Linear as `quantize_` makes it, with its signal-to-noise ratio; see `Float8Tensor.quantize`.
+
+    Beside the values and the result it takes about 100 MB.
+    """
+    weight = Float8Tensor.quantize(values, recipe=recipe, input_scale=input_scale)
+    rows = slices(len(values), values.numel())
+    scale = weight.scale if weight.scale.ndim else weight.scale.expand(len(values), 1)
+    weight.snr = _snr_of(
+        (values[part], values_of(weight.qdata[part], scale[part], weight.recipe.format, torch.float32)) for part in rows
+    )
+    return weight
 
 
 def dequantize_(module: nn.Module, select: str | Sequence[str] | None = None) -> None:
@@ -156,9 +171,23 @@ def linears_of(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 def snr(signal: Tensor, approximation: Tensor) -> float:
     """Signal-to-noise ratio in dB; infinite where they are equal."""
-    signal, approximation = signal.detach().double(), approximation.detach().double()
-    noise = (signal - approximation).square().sum()
-    return float(10 * torch.log10(signal.square().sum() / noise)) if noise else float("inf")
+    return _snr_of([(signal, approximation)])
+
+
+def _snr_of(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """`snr` of all of these signals and approximations together."""
+    sums = [_energies(*pair) for pair in pairs]
+    if not sums:
+        return float("inf")
+    energy, noise = torch.stack(sums).sum(0)
+    return float(10 * torch.log10(energy / noise)) if noise else float("inf")
+
+
+def _energies(signal: Tensor, approximation: Tensor) -> Tensor:
+    """Sums of squares of a signal and of what is missing from it, float64 [2]."""
+    pair = (one.detach() for one in (signal, approximation))
+    wide, other = ((one.cpu() if one.device.type == "mps" else one).double() for one in pair)  # MPS has no float64
+    return torch.stack([wide.square().sum(), (wide - other).square().sum()])
 
 
 def check_module(module: object) -> None:

@@ -6,6 +6,7 @@ qdata = round to nearest even of clamp(x / scale), by division. value = qdata * 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from quant.codec import decode, encode
 from quant.formats import DTYPES, FLOAT8_FORMATS, LARGEST, Format
 
+PIECE: Final = 2**22  # values that are widened at a time: 16 MB of float32
 SMALLEST_SCALE: Final = 2.0**-126  # the smallest normal float32: below it division and GPUs' flushing disagree
 
 
@@ -73,6 +75,12 @@ def values_of(codes: Tensor, scale: Tensor, format: Format, dtype: torch.dtype) 
     """codes * scale, multiplied in float32 (float64 for float64) and rounded once."""
     wide = torch.promote_types(dtype, torch.float32)
     return (from_codes(codes, format, wide) * scale.to(wide)).to(dtype)
+
+
+def slices(length: int, values: int) -> Iterator[slice]:
+    """Cut a dimension of this length into parts of about PIECE values, of a tensor that has so many in all."""
+    step = max(1, PIECE * length // max(values, 1))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def has_float8(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ unchanged. `quant.operations` holds the operations that it supports; any other o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from hashlib import blake2b
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from quant.dispatch import FUNCTIONS, OPERATIONS
 from quant.formats import DTYPES, Format
 from quant.recipe import Granularity, Recipe, as_recipe
-from quant.scaling import checked_input_scale, has_float8, positive, scale_of, to_codes, values_of
+from quant.scaling import PIECE, checked_input_scale, has_float8, positive, scale_of, slices, to_codes, values_of
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,7 +100,7 @@ class Float8Tensor(Tensor):
             scale = scale_of(_amax(tensor, recipe.granularity), recipe.format)
         else:
             scale = _given_scale(scale, tensor, recipe.granularity)
-        qdata = to_codes(tensor, scale, recipe.format, as_bytes=not has_float8(tensor.device))
+        qdata = _codes(tensor, scale, recipe.format, as_bytes=not has_float8(tensor.device))
         if input_scale is not None:
             input_scale = checked_input_scale(input_scale).to(tensor.device)
         return cls(qdata, scale, input_scale, recipe, tensor.dtype)
@@ -292,15 +292,42 @@ def check_values(tensor: Tensor) -> None:
         raise ValueError("a tensor to quantize needs at least one dimension, got a scalar")
     if tensor.is_meta:
         raise ValueError("a tensor on the meta device has no values to quantize")
-    if bad := int((~tensor.float().isfinite()).sum()):  # float64 too: its scale is float32
+    if bad := _not_finite(tensor):
         raise ValueError(f"{bad} of {tensor.numel()} values are not finite; float8 keeps finite weights only")
 
 
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are not finite in float32, which is the dtype of scales."""
+    narrow = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+    return int(sum((~part.to(narrow).isfinite()).sum() for part in _rows(tensor)))
+
+
 def _amax(tensor: Tensor, granularity: Granularity) -> Tensor:
+    rows = (*tensor.shape[:-1], 1)
     if not tensor.numel():
-        shape = () if granularity == "tensor" else (*tensor.shape[:-1], 1)
-        return tensor.new_zeros(shape)
-    return tensor.abs().amax() if granularity == "tensor" else tensor.abs().amax(dim=-1, keepdim=True)
+        return tensor.new_zeros(() if granularity == "tensor" else rows)
+    found = torch.cat([part.abs().amax(dim=-1, keepdim=True) for part in _rows(tensor)])
+    return found.amax() if granularity == "tensor" else found.view(rows)
+
+
+def _codes(tensor: Tensor, scale: Tensor, format: Format, *, as_bytes: bool) -> Tensor:
+    """`to_codes`, some rows at a time, so that beside the tensor and its codes there is little else."""
+    if tensor.numel() <= PIECE or not tensor.is_contiguous():
+        return to_codes(tensor, scale, format, as_bytes=as_bytes)
+    codes = torch.empty_like(tensor, dtype=torch.uint8 if as_bytes else DTYPES[format])
+    scales = _rows(scale.expand(*tensor.shape[:-1], 1).contiguous(), like=tensor)
+    for part, values, factor in zip(_rows(codes), _rows(tensor), scales, strict=True):
+        part.copy_(to_codes(values, factor, format, as_bytes=as_bytes))
+    return codes
+
+
+def _rows(tensor: Tensor, like: Tensor | None = None) -> Iterator[Tensor]:
+    """Rows of a tensor of at least one dimension as matrices of about PIECE values, or as `like` is cut; views."""
+    cut = tensor if like is None else like
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    rows = tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, 1)
+    return (rows[part] for part in slices(len(rows), cut.numel()))
 
 
 def _given_scale(scale: Tensor | float, tensor: Tensor, granularity: Granularity) -> Tensor:

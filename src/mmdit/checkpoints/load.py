@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from threading import Lock
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,15 @@ from mmdit.models.controlnet import CONTROL_KINDS, ControlKind, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.utils import is_out_of_memory
 from quant.formats import FLOAT8
-from quant.quantize import linears_of
+from quant.quantize import kept as is_kept
+from quant.quantize import linears_of, quantize_weight
+from quant.recipe import Recipe
 from quant.spellings import Scales, unread_quantization
 from samplers import pick
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
-READERS = 2  # tensors read at a time
+READERS = (2, 4)  # tensors read at a time, to a CPU and to a GPU
+_ONE_AT_A_TIME = Lock()  # held by a thread that has a weight in 16 bits, to quantize it
 
 
 @dataclass(frozen=True)
@@ -263,11 +267,24 @@ class _NoInitialValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build(stored: StoredModel, device: torch.device | str, dtype: torch.dtype | None, float8: Float8 = "keep") -> Any:
-    """Load a stored model tensor by tensor to `device`, in eval mode; see `load_mmdit` for the arguments.
+def build(
+    stored: StoredModel,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    float8: Float8 = "keep",
+    recipe: Recipe | None = None,
+) -> Any:
+    """Load a stored model tensor by tensor to `device`, in eval mode.
+
+    Args:
+        stored: The model, mapped and not read.
+        device, dtype, float8: see `load_mmdit`.
+        recipe: Quantize the Linears of a model that has no float8 weights, each when it is read, as `quant.quantize_`
+            would do it afterwards: one weight at a time is on the device in 16 bits. None quantizes nothing.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or mis-shaped, or their dtypes give no dtype to compute in.
+        CheckpointError: tensors are missing, unexpected or mis-shaped, or their dtypes give no dtype to compute in; or
+            a weight that is quantized is not finite.
     """
     if dtype is not None and dtype not in COMPUTED:
         raise ValueError(f"dtype must be one of {', '.join(map(str, COMPUTED))}, got {dtype}")
@@ -275,14 +292,15 @@ def build(stored: StoredModel, device: torch.device | str, dtype: torch.dtype | 
         raise ValueError(f"float8 must be one of {', '.join(map(repr, get_args(Float8)))}, got {float8!r}")
     model = empty(stored)
     check_tensors(stored, model)
-    dtype = _compute_dtype(stored, dtype, float8)
-    linears = {f"{name}.weight" for name, _ in linears_of(model)} if float8 == "keep" else set()
-    kept = {key for key in linears if stored.tensors[key].codes is not None}
-    device = torch.device(device)
+    dtype, device = _compute_dtype(stored, dtype, float8), torch.device(device)
     if device == torch.device("cuda"):  # the current device belongs to a thread, and other threads read
         device = torch.device("cuda", torch.cuda.current_device())
-    with ThreadPoolExecutor(READERS) as pool:  # one thread waits for the disk while another one casts or copies
-        read = pool.map(lambda key: _read(stored, key, device, dtype, kept), stored.tensors)
+    linears = {f"{name}.weight": name for name, _ in linears_of(model)}
+    codes = {key for key in linears if stored.tensors[key].codes is not None and float8 == "keep"}
+    rounded = () if recipe is None or codes else [key for key, name in linears.items() if not is_kept(name)]
+    how = _How(device, dtype, codes, recipe, frozenset(rounded))
+    with ThreadPoolExecutor(READERS[device.type == "cuda"]) as pool:  # one waits for the disk, others cast or copy
+        read = pool.map(lambda key: _read(stored, key, how), stored.tensors)
         state = dict(zip(stored.tensors, read, strict=True))
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
@@ -355,23 +373,44 @@ def _load(
     return build(stored, device, dtype, float8)
 
 
-def _read(stored: StoredModel, key: str, device: torch.device, dtype: torch.dtype, kept: Collection[str]) -> Tensor:
-    lazy = stored.tensors[key]
+class _How(NamedTuple):
+    """How the tensors of a model are read."""
+
+    device: torch.device
+    dtype: torch.dtype
+    codes: Collection[str]  # weights that stay float8
+    recipe: Recipe | None
+    rounded: Collection[str]  # weights that are quantized to the recipe
+
+
+def _read(stored: StoredModel, key: str, how: _How) -> Tensor:
+    lazy, device, dtype = stored.tensors[key], how.device, how.dtype
     try:
-        if lazy.codes is not None and key in kept:
+        if lazy.codes is not None and key in how.codes:
             return nn.Parameter(lazy.codes.read(dtype, device), requires_grad=False)
+        if how.recipe is not None and key in how.rounded:
+            with _ONE_AT_A_TIME:
+                return nn.Parameter(_quantized(stored, key, lazy.read(dtype, device), how.recipe), requires_grad=False)
         return lazy.read(dtype, device)
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         raise MemoryError(
             f"out of memory on {device} while loading the {stored.kind.title} of {stored.source}: it takes "
-            f"{_size(stored, dtype, kept)} in all. Use a smaller dtype (dtype=torch.bfloat16) or another device"
+            f"{_size(stored, how)} in all. Use a smaller dtype (dtype=torch.bfloat16), quant= or another device"
         ) from error
 
 
-def _size(stored: StoredModel, dtype: torch.dtype, kept: Collection[str]) -> str:
-    size = sum(prod(lazy.shape) * (1 if key in kept else dtype.itemsize) for key, lazy in stored.tensors.items())
+def _quantized(stored: StoredModel, key: str, values: Tensor, recipe: Recipe) -> Tensor:
+    try:
+        return quantize_weight(values, recipe)
+    except ValueError as error:
+        raise CheckpointError(f"{stored.source}: {_in_file(stored, key)}: {error}") from error
+
+
+def _size(stored: StoredModel, how: _How) -> str:
+    small = {*how.codes, *how.rounded}
+    size = sum(prod(lazy.shape) * (1 if key in small else how.dtype.itemsize) for key, lazy in stored.tensors.items())
     return f"{size} bytes ({size / 1e9:.2f} GB)"
 
 

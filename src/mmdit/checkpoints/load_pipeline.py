@@ -20,8 +20,10 @@ from mmdit.checkpoints.missing import how_to_get, missing
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
+from quant.recipe import Recipe
 from samplers import SamplingDefaults
 
+QUANTIZED: tuple[Component, ...] = ("transformer", "t5")  # the models to which `quant` applies
 DEMO = "demo"  # names the embedded model where a path is expected
 
 
@@ -107,8 +109,11 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     float8: Float8 = "keep",
+    quant: Recipe | None = None,
 ) -> Components:
     """Load the models and tokenizers of a pipeline from any source; see `mmdit.load_mmdit` for the arguments.
+
+    With `quant`, Linears of transformer and T5 are quantized when they are read, where the files hold no float8.
 
     The source may be a safetensors file, a shard index, a folder in the official, diffusers or ComfyUI layout, a folder
     of the hub's cache, "owner/name" of a repository on the Hugging Face Hub, or "demo" for the embedded model.
@@ -133,7 +138,10 @@ def load(
         warnings.warn(
             f"{found.path} has no T5 encoder; prompts are followed less well. {' '.join(lines)}", stacklevel=3
         )
-    built: dict[str, Any] = {name: build(model, device, dtype, float8) for name, model in models.items()}
+    built: dict[str, Any] = {
+        name: build(model, device, dtype, float8, quant if name in QUANTIZED else None)
+        for name, model in models.items()
+    }
     return Components(**({"t5": None} | built), tokenizers=tokenizers, shift=shift, sampling=sampling)
 
 

@@ -317,19 +317,62 @@ def _check_same(header: Header, file: int) -> None:
 
 
 def _fill_through_staging(path: Path, file: int, tensor: Tensor, stored: torch.dtype) -> None:
-    flat, staging = tensor.view(-1), _staging(pinned=tensor.device.type == "cuda").view(stored)
-    for begin in range(0, flat.numel(), len(staging)):
-        piece = staging[: min(len(staging), flat.numel() - begin)]
+    """Read, and copy to the device: a piece is read while the one before it is copied."""
+    flat, staging = tensor.view(-1), _Staging.of(tensor.device)
+    size = len(staging.buffers[0]) // stored.itemsize
+    for i, begin in enumerate(range(0, flat.numel(), size)):
+        target = flat[begin : begin + size]
+        piece = staging.free(i)[: len(target) * stored.itemsize].view(stored)
         _read_into(path, file, _bytes(piece))
-        flat[begin : begin + len(staging)].copy_(piece)
+        staging.copy(i, piece, target)
+    staging.wait()
 
 
-def _staging(*, pinned: bool) -> Tensor:
-    """This thread's buffer, which all tensors share, because short-lived buffers would fragment the heap."""
-    buffers: dict[bool, Tensor] = _LOCAL.__dict__.setdefault("staging", {})
-    if pinned not in buffers:
-        buffers[pinned] = torch.empty(STAGING, dtype=torch.uint8, pin_memory=pinned)
-    return buffers[pinned]
+class _Staging:
+    """A thread's two buffers, which all tensors share, because short-lived buffers would fragment the heap.
+
+    Buffers of a GPU are in page-locked memory, and copies from there are waited for when a buffer is used again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.buffers = [torch.empty(STAGING, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(1 + self.on_gpu)]
+        self._copies: list[torch.cuda.Event | None] = [None, None]
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Staging:
+        """That of the calling thread; GPUs each have their own."""
+        found: dict[torch.device | None, _Staging] = _LOCAL.__dict__.setdefault("staging", {})
+        key = device if device.type == "cuda" else None
+        if key not in found:
+            found[key] = cls(device)
+        return found[key]
+
+    def free(self, i: int) -> Tensor:
+        """The buffer of the i-th piece, once what it holds is copied."""
+        self._wait_for(i % 2)
+        return self.buffers[i % len(self.buffers)]
+
+    def copy(self, i: int, piece: Tensor, target: Tensor) -> None:
+        """Copy the i-th piece, and cast it on the device."""
+        if not self.on_gpu:
+            target.copy_(piece)
+            return
+        there = piece if piece.dtype == target.dtype else piece.to(target.device, non_blocking=True)
+        target.copy_(there, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(target.device))
+        self._copies[i % 2] = event
+
+    def wait(self) -> None:
+        """Until all copies are done."""
+        for place in range(2):
+            self._wait_for(place)
+
+    def _wait_for(self, place: int) -> None:
+        copied, self._copies[place] = self._copies[place], None
+        if copied is not None:
+            copied.synchronize()
 
 
 def _read_into(path: Path, file: int, rest: memoryview) -> None:

@@ -84,9 +84,11 @@ class PipelineFiles(PipelineModels):
         source = source if isinstance(source, Source) else Source(source)
         place = _place(device, dtype, offload)
         profile_of(profile, preset)  # an unknown name is said before anything is read
-        rest: dict[str, Any] = {"profile": profile, "preset": preset, "quant": checked_quant(quant)}
+        recipe = checked_quant(quant)
+        rest: dict[str, Any] = {"profile": profile, "preset": preset, "quant": recipe}
         rest |= {"offload": checked_offload(offload), "device": place.device}
-        pipe = cls(_widened(load(source, place.home, place.dtype), place), name=source.name, **rest)
+        parts = load(source, place.home, place.dtype, quant=recipe)
+        pipe = cls(_widened(parts, place), name=source.name, **rest)
         return pipe._faster() if fast else pipe
 
     @classmethod
