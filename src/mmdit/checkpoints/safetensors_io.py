@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,6 +158,23 @@ def write_tensors(
         FileExistsError: `new` is set, and the file exists.
         ValueError: a tensor has a dtype that cannot be written, or the header is larger than `MAX_HEADER`.
     """
+    with replacing(Path(path), new=new) as part, part.open("wb") as file:
+        stream_tensors(file, path, tensors, metadata)
+
+
+def stream_tensors(
+    file: BinaryIO, path: str | Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """`write_tensors` into an open file, which a reader may see half written.
+
+    Args:
+        file: where to write, from its start.
+        path: its name, for errors.
+        tensors, metadata: see `write_tensors`.
+
+    Raises:
+        ValueError: see `write_tensors`.
+    """
     if odd := [f"{key!r} is {lazy.dtype}" for key, lazy in tensors.items() if lazy.dtype not in NAMES]:
         raise ValueError(f"{path}: {odd[0]}, which is not written; known are {', '.join(map(str, NAMES))}")
     rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
@@ -172,10 +189,9 @@ def write_tensors(
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"{path}: the header would take {len(text)} bytes, {MAX_HEADER} are the most that is read")
-    with replacing(Path(path), new=new) as part, part.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(_bytes(tensors[key].read()))
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in order:
+        file.write(_bytes(tensors[key].read()))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             _errors,
             "measure the errors of accelerated models against float64, and hold them to the plain ones",
         ),
+        ("loading", _loading, "measure loading of full-size files to the device, and quantizing meanwhile"),
         ("picture", _picture, "draw a whole picture with all models: time of each stage, and memory"),
         ("samplers", _samplers, "measure error and accuracy of samplers on the embedded model, as tables and plots"),
         ("quality", _quality, "measure the quality that each float8 recipe loses on the embedded model"),
@@ -132,6 +133,18 @@ def _ways(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2, help=_BATCH)
     parser.add_argument("--text", type=int, default=333, help=_TEXT)
     _add_seconds(parser)
+
+
+def _loading(parser: argparse.ArgumentParser) -> None:
+    model = "size of the transformer whose file is written: large, medium, demo (default: large)"
+    parser.add_argument("--model", default="large", help=model)
+    _add_device(parser, DTYPES, "bfloat16")
+    add_option = parser.add_argument
+    add_option("--blocks", type=int, metavar="N", help="write so many blocks only (default: all)")
+    add_option("--cold", action="store_true", help="drop files from the page cache before they are read")
+    add_option("--folder", metavar="FOLDER", help="where to write (default: the system's temporary folder)")
+    said = "start no further row after so many seconds (default: %(default)s)"
+    add_option("--seconds", type=float, default=75.0, metavar="X", help=said)
 
 
 def _add_seconds(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ import torch
 from mmdit.bench import controlnet, fp8_quality, lora, maps, parallel
 from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
+from mmdit.bench import loading as bench_loading
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import speed as bench_speed
 from mmdit.bench import step as bench
@@ -105,6 +106,18 @@ def _ways(options: Namespace, note: Note) -> Iterator[str]:
     shapes = bench_layers.shapes_of(options.model, **sizes)
     rows = bench_ways.ways(shapes, seconds=options.seconds, **_where(options))
     yield bench_ways.table(list(rows))
+
+
+def _loading(options: Namespace, note: Note) -> Iterator[str]:
+    with usage_errors():
+        check_names((options.model,), MODELS)
+        blocks = None if options.blocks is None else whole("--blocks", options.blocks, 1)
+    folder, rows = None if options.folder is None else Path(options.folder), []
+    more: dict[str, Any] = {"cold": options.cold, "folder": folder, "seconds": options.seconds}
+    for row in bench_loading.loading(options.model, blocks=blocks, **more, **_where(options)):
+        rows.append(row)
+        note(f"{row[0]}: {row[1]} s")
+    yield "\n".join(markdown_table(bench_loading.COLUMNS, rows))
 
 
 def _picture(options: Namespace, note: Note) -> Iterator[str]:
@@ -327,6 +340,7 @@ BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "errors": _errors,
     "layers": _layers,
     "ways": _ways,
+    "loading": _loading,
     "picture": _picture,
     "samplers": _samplers,
     "quality": _quality,

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from full import in_full
 from half_units import pretend_half
-from mmdit import ControlNet, MMDiT
+from mmdit import ControlNet, MMDiT, load_mmdit
 from mmdit.bench import controlnet, step
 from mmdit.bench.floor import floor_of
 from mmdit.bench.layers import shapes_of
@@ -19,6 +20,7 @@ from mmdit.bench.step import Work, bench, table
 from mmdit.bench.ways import table as ways_table
 from mmdit.bench.ways import ways
 from mmdit.cli.app import main
+from mmdit.embedded import EMBEDDED
 from mmdit.models.config import MMDiTConfig
 from mmdit.utils import weight_bytes
 from quant import quantize_
@@ -228,3 +230,21 @@ def test_a_bench_names_recipes():
     assert recipe_of("fp8-weight-only") == RECIPES["fp8-weight-only"]
     with pytest.raises(ValueError, match="fp9"):
         recipe_of("fp9:emulated")
+
+
+def test_loading_is_measured_and_results_are_as_large_as_files(monkeypatch, tmp_path, capsys):
+    tiny = MMDiTConfig(2, 64, 48, 24, 8, head_dim=16, sample_size=4)
+    monkeypatch.setitem(MODELS, "demo", tiny)
+    monkeypatch.setattr("mmdit.bench.loading.load_mmdit", partial(warmed, load_mmdit))
+    assert main(["bench", "loading", "--model", "demo", "--device", "cpu", "--folder", str(tmp_path)]) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0].split(": ")[1].split()[0] for row in rows] == [
+        *("written", "read", "read", "loaded", "tensors"),
+        *("written", "read", "read", "loaded"),
+    ]
+    assert not [row for row in rows if "failed" in row[1]]
+    assert not list(tmp_path.iterdir())
+
+
+def warmed(load, path, **options):
+    return None if path == EMBEDDED else load(path, **options)
