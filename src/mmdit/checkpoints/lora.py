@@ -50,6 +50,7 @@ class Lora:
     rules: LoraRules
     producer: str  # the program that probably wrote the file
     notes: tuple[str, ...] = ()
+    path: str = ""  # of the file, as it was given; "" for given tensors
 
     @property
     def targets(self) -> dict[str, list[Patch]]:
@@ -171,7 +172,8 @@ def load_lora(
     patches.sort(key=lambda patch: patch.target.third is not None)  # whole weights before their parts, as ComfyUI does
     whole = {key: unused[key] for key in tensors if key in unused}
     notes = tuple(_notes(patches, found, rules))
-    return Lora(source, tuple(patches), whole, found, rules, _producer(tensors, found), notes)
+    path = "" if isinstance(file, Mapping) else str(file)
+    return Lora(source, tuple(patches), whole, found, rules, _producer(tensors, found), notes, path)
 
 
 def is_lora_file(path: str | Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # the help of the command line imports no torch
     from mmdit.pipeline.settings import Settings
 
 KINDS = ("blur", "canny", "depth", "tile", "pose")  # without masks; as `mmdit.models.controlnet.CONTROL_KINDS`
+_PARTS = re.compile(":net=|:hint=")  # between the parts of `Settings.control`
+_NAMES = ("scales or windows", "ControlNets", "hints")  # what they say
 FORM = "FILE:KIND[:SCALE[:START[:END]]]"
 
 
@@ -45,27 +48,57 @@ def control_option(text: str) -> Hint:
 
 
 def check_controls(ask: Namespace, before: Settings | None) -> None:
-    """Check that there is a hint for each net, and read the hints.
+    """Check that each net has a hint, and read the hints; a picture that is drawn again names its own files.
 
     Raises:
         UsageError: the numbers of nets and hints differ, or one kind is given without the other.
-        ValueError, OSError: a hint cannot be read; or a picture that is drawn again had nets, which are not given.
+        ValueError, OSError: a hint cannot be read; or a picture that is drawn again had nets or hints whose files are
+            missing or not recorded.
     """
     from mmdit.pictures.read import load_image
 
+    if before is not None and before.control and not ask.controlnet and not ask.control:
+        _fill_in(ask, before)
     nets, hints = ask.controlnet or [], ask.control or []
     if len(nets) != len(hints):
         raise UsageError(
             f"--controlnet names {len(nets)} nets and --control {len(hints)} hints; give one --control {FORM} for each "
             "--controlnet FILE, in the same order"
         )
-    if before is not None and before.control and not nets:
-        kinds = " and ".join(one.partition(":")[0] for one in before.control.split(";"))
-        raise ValueError(
-            f"{ask.settings} was drawn with a ControlNet for {kinds}; give --controlnet FILE --control {FORM}"
-        )
     for hint in hints:
         load_image(hint.path, "--control")
+
+
+def _fill_in(ask: Namespace, before: Settings) -> None:
+    """Take nets and hints from the picture that is drawn again, if their files are recorded and there."""
+    from mmdit.pipeline.used_files import nets_of
+
+    drawn, used = before.control.split(";"), nets_of(before.control_files, ask.settings)
+    kinds = " and ".join(one.partition(":")[0] for one in drawn)
+    said, give = f"{ask.settings} was drawn with a ControlNet for {kinds}", f"give --controlnet FILE --control {FORM}"
+    if len(used) != len(drawn) or any(one.partition(":")[0] not in KINDS for one in drawn):
+        raise ValueError(f"{said}; {give}")
+    if missing := [path for one in used for path in (one.net, one.hint) if not Path(path).exists()]:
+        raise ValueError(f"{said}, and {' and '.join(missing)} is not there; {give}")
+    ask.controlnet = [one.net for one in used]
+    ask.control = []
+    for text, one in zip(drawn, used, strict=True):
+        kind, *numbers = text.partition(":net=")[0].split(":")
+        try:
+            scale, start, end = map(float, numbers)
+        except ValueError:
+            raise ValueError(
+                f"{ask.settings}: control is {text[:100]!r}, expected KIND:SCALE:START:END:net=..."
+            ) from None
+        ask.control.append(Hint(one.hint, kind, scale, start, end))
+
+
+def control_settings(ask: Namespace) -> dict[str, str]:
+    """The files of nets and hints, for the settings of the pictures."""
+    from mmdit.pipeline.used_files import UsedNet, to_text
+
+    pairs = zip(ask.controlnet or (), ask.control or (), strict=True)
+    return {"control_files": to_text(UsedNet(net=net, hint=hint.path) for net, hint in pairs)}
 
 
 def note_other_control(path: str, before: str, now: str, note: Callable[[str], object]) -> None:
@@ -77,12 +110,16 @@ def note_other_control(path: str, before: str, now: str, note: Callable[[str], o
         now: `Settings.control` of the new picture.
         note: prints a note.
     """
-    if before and now != before:
-        numbers = " and ".join(one.partition(":net=")[0] for one in before.split(";"))
-        note(
-            f"{path} was drawn with other ControlNets, hints, scales or windows (KIND:SCALE:START:END was {numbers}), "
-            "so its picture will differ"
-        )
+    if not before or now == before:
+        return
+    had, has = ([_PARTS.split(one) for one in each.split(";")] for each in (before, now))
+    numbers = " and ".join(one[0] for one in had)
+    same = len(had) == len(has) and all(len(one) == len(_NAMES) for one in (*had, *has))
+    others = [name for i, name in enumerate(_NAMES) if same and [one[i] for one in had] != [one[i] for one in has]]
+    note(
+        f"{path} was drawn with other {' and '.join(others) or 'ControlNets'} (KIND:SCALE:START:END was {numbers}), "
+        "so its picture will differ"
+    )
 
 
 def control_arguments(ask: Namespace, pipe: Pipeline) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby, islice, product
 from pathlib import Path
@@ -17,10 +18,11 @@ from encoders.chunks import Rows, read
 from mmdit._version import __version__
 from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.console import Note
-from mmdit.cli.controls import check_controls, control_arguments, note_other_control
+from mmdit.cli.controls import check_controls, control_arguments, control_settings, note_other_control
 from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, is_file, load
 from mmdit.cli.inputs import Inputs, read_inputs
 from mmdit.cli.long_runs import note_long_run
+from mmdit.cli.loras import add_loras, check_loras, note_other_loras
 from mmdit.cli.outputs import Output, outputs
 from mmdit.cli.ranks import Ranks
 from mmdit.cli.usage import DTYPES, UsageError, exists, usage_errors
@@ -92,6 +94,7 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     profile = _checked(ask, before, note)
     inputs = read_inputs(ask, before, profile, note)
     check_controls(ask, before)
+    check_loras(ask, before)
     pictures = list(product(ask.prompts, ask.seed))
     with usage_errors():
         output, sheet = outputs(ask.output, ask.grid, len(pictures))
@@ -113,7 +116,11 @@ def _draw(
 ) -> Iterator[str]:
     """Load the model, draw the pictures of this rank, and write them."""
     (output, sheet), pipe = targets, _pipeline(ask, profile, device, note)
-    inputs = replace(inputs, arguments=inputs.arguments | control_arguments(ask, pipe))
+    add_loras(ask, before, pipe, note)
+    if ask.fast:
+        pipe.accelerate()
+    arguments = inputs.arguments | control_arguments(ask, pipe)
+    inputs = replace(inputs, arguments=arguments, settings=inputs.settings | control_settings(ask))
     if before is not None and before.model_digest not in ("", pipe.digest) and _is_alike(pipe, before):
         note(f"{ask.settings} was drawn with other weights than those of {ask.model}, so its picture will differ")
     ranks.share(pipe, profile.reads_negative(_scale(ask, profile)))
@@ -124,6 +131,8 @@ def _draw(
         ranks.check()
         if number == 1 and before is not None:
             note_other_control(ask.settings, before.control, settings.control, note)
+            if ask.lora:
+                note_other_loras(ask.settings, before.loras, settings.loras, note)
         if not ranks.writes:
             continue
         path = output.write(names, image, settings.to_json(), _workflow(settings))
@@ -292,7 +301,7 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         said = "no --model given: " if ask.model is None else ""
         note(f"{said}drawing with the embedded model, which knows a few shapes and colours")
     choose_threads(ask.threads, ask.model, device)
-    pipe = load(
+    return load(
         ask.model,
         device=device,
         dtype=dtype_of(ask.dtype, device),
@@ -303,11 +312,6 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         offload=ask.offload,
         quant=ask.quant,
     )
-    for one in ask.lora or ():
-        note(str(pipe.load_lora_weights(one.file, weight=one.weight, text_encoder_weight=one.text_weight)))
-    if ask.fast:
-        pipe.accelerate()
-    return pipe
 
 
 def _drawn(
@@ -316,28 +320,37 @@ def _drawn(
     """All pictures in their order, each with its settings."""
     for batch in _batches(pipe, ask, pictures):
         try:
-            drawn = pipe(
-                [prompt for prompt, _ in batch],
-                ask.negative_prompt,
-                height=ask.height,
-                width=ask.width,
-                num_inference_steps=ask.steps,
-                guidance_scale=ask.guidance_scale,
-                guidance=Guidance.from_text(ask.guidance) if ask.guidance else None,
-                sampler=ask.sampler,
-                schedule=ask.schedule,
-                shift=ask.shift,
-                seed=[seed for _, seed in batch],
-                max_sequence_length=ask.max_sequence_length,
-                vae_tile=ask.vae_tile,
-                progress=False if ask.quiet else None,
-                **inputs.arguments,
-            )
+            with _hint_noise(pipe, batch[0][1]):
+                drawn = pipe(
+                    [prompt for prompt, _ in batch],
+                    ask.negative_prompt,
+                    height=ask.height,
+                    width=ask.width,
+                    num_inference_steps=ask.steps,
+                    guidance_scale=ask.guidance_scale,
+                    guidance=Guidance.from_text(ask.guidance) if ask.guidance else None,
+                    sampler=ask.sampler,
+                    schedule=ask.schedule,
+                    shift=ask.shift,
+                    seed=[seed for _, seed in batch],
+                    max_sequence_length=ask.max_sequence_length,
+                    vae_tile=ask.vae_tile,
+                    progress=False if ask.quiet else None,
+                    **inputs.arguments,
+                )
         except MemoryError as error:
             options = "--offload stages, --vae-tile 256, a smaller --batch, --height and --width, --dtype bfloat16"
             raise MemoryError(f"{error}. On the command line: {options}") from error
         for image, settings in zip(drawn.images, drawn.settings, strict=True):
             yield image, replace(settings, **inputs.settings)
+
+
+@contextmanager
+def _hint_noise(pipe: Pipeline, seed: int) -> Iterator[None]:
+    """Seed torch's global generator, from which some profiles draw the noise of hints, as long as a batch is drawn."""
+    with torch.random.fork_rng([pipe.device] if pipe.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _batches(pipe: Pipeline, ask: Namespace, pictures: Sequence[Picture]) -> Iterator[list[Picture]]:

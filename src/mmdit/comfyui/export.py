@@ -131,9 +131,6 @@ def _check_known(settings: Settings) -> None:
         raise SettingsError(f"the picture's seed is {settings.seed}; ComfyUI draws from a seed of at least 0")
     if settings.max_sequence_length not in (None, PROFILES["comfyui"].text.t5_length):
         raise SettingsError(f"T5 reads {settings.max_sequence_length} tokens here; ComfyUI always reads 77 or more")
-    given = {"image": settings.image_digest, "hires": settings.hires}
-    if begun := [name for name, value in given.items() if value]:
-        raise SettingsError(f"the picture was drawn with {begun[0]}; graphs are made of drawings from text alone")
     own = Guidance.from_text(settings.guidance)
     plain = {name: getattr(Guidance(), name) for name in _SKIPPING}
     if replace(own, **plain) != Guidance():

@@ -33,6 +33,7 @@ from mmdit.pipeline.request import Request, make_request
 from mmdit.pipeline.seeds import Generators, SeedLike, own_seeds
 from mmdit.pipeline.settings import Settings, settings_of
 from mmdit.pipeline.steps import PipelineSteps
+from mmdit.pipeline.used_files import to_text, used_loras
 from mmdit.utils import bar, number
 from samplers import only_x0, pick
 
@@ -474,6 +475,8 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             assert request.plan.strength is not None
             own = request.images.settings(request.count, request.plan.strength)
         common["control"] = ";".join(one.words for one in request.controls)
+        acting = [self._loras.adapters[name] for name in self.get_active_adapters()]
+        common["loras"] = to_text(used_loras(acting))
         common["hires"] = "" if request.hires is None else request.hires.to_text()
         return settings_of((request.prompts, request.negatives), request.per_prompt, seeds, common, own)
 

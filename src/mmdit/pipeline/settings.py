@@ -34,7 +34,7 @@ from quant.tensor import Float8Tensor
 KEYWORD = "mmdit"
 WORKFLOW_KEYWORD = "prompt"  # ComfyUI's keyword for a graph in API form
 FORMAT_VERSION = (
-    4  # of the settings; a new field needs a new version, and `Settings.from_json` fills it in for old versions
+    5  # of the settings; a new field needs a new version, and `Settings.from_json` fills it in for old versions
 )
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
@@ -60,6 +60,7 @@ _ADDED = {
     "model_digest": 3,
     **dict.fromkeys(("image", "image_digest", "mask_image", "mask_digest", "strength", "padding_mask_crop"), 4),
     **dict.fromkeys(("keep_outside", "differential", "hires", "fit", "outpaint", "control"), 4),
+    **dict.fromkeys(("loras", "control_files"), 5),
 }
 # Exceptions of Pillow for broken files; truncated chunks raise IndexError, struct.error and others.
 _BROKEN = (
@@ -126,6 +127,9 @@ class Settings:
     hires: str = ""  # a second pass, as `mmdit.Hires.from_text` reads it
     # ControlNets, joined by ";": kind:scale:start:end:net=digest:hint=digest of each.
     control: str = ""
+    # Since version 5, see `mmdit.pipeline.used_files`: LoRAs with files and digests; files of ControlNets and hints.
+    loras: str = ""
+    control_files: str = ""  # "" where they were not given as files on the command line
     library_version: str = __version__
     format_version: int = FORMAT_VERSION
 
