@@ -1,5 +1,7 @@
 """`pipe.accelerate()`: the same pictures, refusals, and the way back. On a CPU without Triton's kernels and graphs."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from PIL import Image
 
 import mmdit
 from mmdit.cli import main
+from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
+from mmdit.runtime.fast_vae import FastVAE, plain_norm
 
 PROMPT = "a red circle"
 SIZE = {"height": 64, "width": 64}
@@ -141,3 +145,34 @@ def test_it_can_be_asked_for_when_loading(tmp_path, loaded):
         assert main(["generate", PROMPT, "--steps", "2", "--device", "cpu", "-o", str(out), *more]) in (0, None)
     plain, fast = (np.asarray(Image.open(out), dtype=int) for out in outs)
     assert abs(plain - fast).max() <= 2
+
+
+def test_a_folder_is_loaded_fast(loaded):
+    fast = mmdit.Pipeline.from_pretrained(EMBEDDED, fast=True)
+    assert loaded.accelerated is None
+    assert fast.accelerated is not None
+    options = {"height": 64, "width": 64, "max_sequence_length": 16, "num_inference_steps": 2}
+    assert near(latent_of(fast, **options), latent_of(loaded, **options))
+    assert any("fast VAE" in one for one in fast.accelerate().left_out)
+
+
+def test_a_vae_or_encoder_that_is_exchanged_is_used(loaded):
+    from mmdit.runtime.beside import Beside
+
+    beside = Beside(loaded.vae, loaded._text_encoders, None)
+    other = copy.deepcopy(loaded.vae)
+    beside._vae = FastVAE(loaded.vae, plain_norm)
+    assert beside.vae(other) is other
+    assert beside.vae(loaded.vae) is loaded.vae  # no Triton on a CPU
+    assert beside.encoders(loaded._text_encoders) == {}
+    assert len(beside.left_out) == 1
+
+
+def test_the_command_refuses_models_that_take_turns(tmp_path, capsys):
+    out = tmp_path / "a.png"
+    assert main(["generate", PROMPT, "--fast", "--offload", "stages", "--device", "cpu", "-o", str(out)]) not in (
+        0,
+        None,
+    )
+    assert "offload" in capsys.readouterr().err
+    assert not out.exists()
