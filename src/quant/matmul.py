@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -412,8 +413,28 @@ def _pieces(
         yield slice(start, start + size), piece if rounded is memory else piece.copy_(into)
 
 
+_GRADIENT = Recipe(granularity="tensor", activation="tensor", activation_format="e5m2", fast_accum=True)
+
+
+def _float8_gradient(grad: Tensor, qdata: Tensor, scale: Tensor, recipe: Recipe) -> Tensor:
+    """grad [..., out] times the weight, [..., in], with the gradient in E5M2 and one scale.
+
+    Scales per row of the weight run along this sum, so that they are multiplied into the gradient before it is rounded.
+    """
+    rows = grad.reshape(-1, len(qdata))
+    if scale.ndim:
+        wide = torch.float32 if rows.dtype == torch.float16 else rows.dtype
+        rows, scale = rows.to(wide) * scale.t().to(wide), scale.new_ones(())
+    recipe = replace(_GRADIENT, format=recipe.format, backend=recipe.backend)
+    codes, grad_scale = quantize_activation(rows, recipe, None, as_bytes=qdata.dtype == torch.uint8)
+    weight = qdata.t()
+    native = recipe.backend != "emulated" and not why_not_native(recipe, grad.device, grad.dtype, tuple(weight.shape))
+    multiply = _native if native and rows.numel() else _emulated
+    return multiply(codes, grad_scale, weight, scale, None, recipe, grad.dtype).reshape(*grad.shape[:-1], len(weight))
+
+
 class _Linear(torch.autograd.Function):
-    """Forward in float8, backward with the dequantized weight: gradients are not quantized."""
+    """Forward in float8, backward with the dequantized weight, or in float8 where the recipe says so."""
 
     @staticmethod
     def forward(
@@ -425,7 +446,7 @@ class _Linear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, qdata, scale, _, _, recipe = inputs
         ctx.save_for_backward(qdata, scale)
-        ctx.format = recipe.format
+        ctx.recipe = recipe
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -433,10 +454,12 @@ class _Linear(torch.autograd.Function):
         qdata, scale = ctx.saved_tensors
         of_x, *_, of_bias, _ = ctx.needs_input_grad
         grad_x = None
-        if of_x and _at_once(qdata):
-            grad_x = grad @ values_of(qdata, scale, ctx.format, grad.dtype)
+        if of_x and ctx.recipe.gradient == "e5m2":
+            grad_x = _float8_gradient(grad, qdata, scale, ctx.recipe)
+        elif of_x and _at_once(qdata):
+            grad_x = grad @ values_of(qdata, scale, ctx.recipe.format, grad.dtype)
         elif of_x:
-            columns = _pieces(qdata, scale, ctx.format, grad.dtype, along=1)
+            columns = _pieces(qdata, scale, ctx.recipe.format, grad.dtype, along=1)
             grad_x = torch.cat([grad @ weight for _, weight in columns], -1)
         grad_bias = grad.reshape(-1, len(qdata)).sum(0) if of_bias else None
         return grad_x, None, None, None, grad_bias, None

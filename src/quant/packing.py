@@ -109,13 +109,17 @@ def metadata_of(kinds: Mapping[str, Kind]) -> dict[str, str]:
         return {}
     layers = {layer_of(key): note_of(kind.recipe) for key, kind in kinds.items() if _is_weight(key)}
     own = {
-        key: {"dtype": str(kind.dtype).removeprefix("torch."), "recipe": asdict(kind.recipe)}
+        key: {"dtype": str(kind.dtype).removeprefix("torch."), "recipe": _of_files(kind.recipe)}
         for key, kind in kinds.items()
     }
     return {
         HEADER: json.dumps({"format_version": "1.0", "layers": layers}, sort_keys=True),
         OWN: json.dumps({"version": VERSION, "weights": own}, sort_keys=True),
     }
+
+
+def _of_files(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in asdict(recipe).items() if key != "gradient"}
 
 
 def note_of(recipe: Recipe) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from quant.formats import Format
 Granularity = Literal["tensor", "row"]
 Activation = Literal["none", "tensor", "token", "static"]
 Backend = Literal["auto", "native", "emulated"]
+Gradient = Literal["full", "e5m2"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Recipe:
     # "native" is the device's own float8 matmul, "emulated" multiplies the same qdata and scales in float32; "auto"
     # takes native where it runs.
     backend: Backend = "auto"
+    # The gradient of the input: "full" multiplies by the dequantized weight in the input's dtype, "e5m2" rounds the
+    # gradient to E5M2 with one scale and multiplies in float8. It is for training, and no part of files.
+    gradient: Gradient = "full"
     fast_accum: bool = False  # native sums of large products in fewer bits, a little faster and less exact
 
     def __post_init__(self) -> None:
@@ -40,6 +44,7 @@ class Recipe:
             "activation": get_args(Activation),
             "activation_format": get_args(Format),
             "backend": get_args(Backend),
+            "gradient": get_args(Gradient),
             "fast_accum": (False, True),
         }
         for name, known in choices.items():

@@ -3,6 +3,8 @@
 Graph and autograd stages only: inductor needs a C++ compiler, which a machine may lack.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from float8_recipes import RECIPES_OF_ALL, weight_of
+from mmdit.models.lora import beside
 from quant import matmul
 from quant.matmul import linear
 from quant.recipe import Recipe
+from quant.scaling import from_codes, scale_of, to_codes, values_of
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -156,3 +160,55 @@ def test_compiled_under_autocast(compiled):
         x = torch.randn(3, 32)
         assert torch.equal(compiled(net)(x), net(x))
         assert net(x).dtype == torch.bfloat16
+
+
+# Gradients in float8.
+
+
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_in_e5m2_are_those_of_the_rounded_gradient(name, dtype):
+    recipe = replace(RECIPES_OF_ALL[name], gradient="e5m2")
+    q = weight_of(recipe, 16, 32, dtype=dtype)
+    x, grad = torch.randn(2, 3, 32, dtype=dtype, requires_grad=True), torch.randn(2, 3, 16, dtype=dtype)
+    (found,) = torch.autograd.grad(F.linear(x, q), x, grad)
+    wide = torch.promote_types(dtype, torch.float32)
+    rows = grad.to(wide if dtype == torch.float16 else dtype)
+    rows = rows * q.scale.t().to(rows.dtype) if q.scale.ndim else rows
+    scale = scale_of(rows.abs().amax(), "e5m2")
+    rounded = values_of(to_codes(rows, scale, "e5m2"), scale, "e5m2", wide)
+    weight = from_codes(q.qdata, recipe.format, wide) * (1 if q.scale.ndim else q.scale.to(wide))
+    torch.testing.assert_close(found, (rounded @ weight).to(dtype))
+    plain = torch.autograd.grad(F.linear(x, q.dequantize()), x, grad)[0].double()
+    assert (found.double() - plain).norm() < 0.1 * plain.norm(), "two bits of mantissa leave 5 %"
+    (of_bias,) = torch.autograd.grad(F.linear(x, q, b := torch.zeros(16, dtype=dtype, requires_grad=True)), b, grad)
+    assert torch.equal(of_bias, grad.reshape(-1, 16).sum(0))
+
+
+@pytest.mark.parametrize("gradient", ["full", "e5m2"])
+def test_an_adapter_beside_a_float8_weight_trains_under_recomputation(gradient):
+    """Adapters on both sides of a product get the gradients of the dequantized weights, or in E5M2 nearly these."""
+    torch.manual_seed(0)
+    model, plain = (Net(replace(Recipe(), gradient=gradient), torch.float64) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    for net in (model, plain):
+        down = nn.Parameter(torch.ones(2, 32, dtype=torch.float64))
+        beside(net, "a", factors=(down, torch.full((64, 2), 0.1, dtype=torch.float64))).down = down
+    for name in ("a", "b"):
+        layer = plain.get_submodule(name)
+        layer.weight = nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+    x = torch.randn(5, 32, dtype=torch.float64)
+    activation = x.clone()  # keeps both forwards alike but for the roundings of activations
+    found = torch.autograd.grad(checkpoint(model, activation, use_reentrant=False).sum(), model.a.down)[0]
+    expected = torch.autograd.grad(plain(activation).sum(), plain.a.down)[0]
+    assert (found - expected).norm() < (0.05 if gradient == "full" else 0.15) * expected.norm()
+
+
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_gradcheck_of_the_product(name, monkeypatch):
+    """With activations that are not rounded, the product is linear, and its gradient the true one."""
+    q = weight_of(replace(RECIPES_OF_ALL[name], activation="none", backend="auto"), 4, 6, dtype=torch.float64)
+    x, bias = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6), (4,)))
+    assert torch.autograd.gradcheck(lambda x, bias: F.linear(x, q, bias), (x, bias))
+    monkeypatch.setattr(matmul, "PIECE", 8)
+    assert torch.autograd.gradcheck(lambda x, bias: F.linear(x, q, bias), (x, bias))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -43,9 +44,11 @@ def add_product(
 ) -> Float[Tensor, "... o"]:
     """Add `F.linear(x, weight)` to an output in place, so that the output is read and written only once more.
 
-    Under autocast, where the dtypes differ, the result is a new tensor.
+    Under autocast, where the dtypes differ, and where gradients are recorded, the result is a new tensor: autograd lets
+    nobody change the output of a float8 product in place.
     """
-    if not output.dtype == x.dtype == weight.dtype or not output.is_contiguous():
+    recorded = torch.is_grad_enabled() and (output.requires_grad or x.requires_grad or weight.requires_grad)
+    if recorded or not output.dtype == x.dtype == weight.dtype or not output.is_contiguous():
         return output + F.linear(x, weight)
     output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return output
