@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -413,7 +412,10 @@ def _pieces(
         yield slice(start, start + size), piece if rounded is memory else piece.copy_(into)
 
 
-_GRADIENT = Recipe(granularity="tensor", activation="tensor", activation_format="e5m2", fast_accum=True)
+# How a gradient is rounded, by the format of the weight.
+_GRADIENT: dict[Format, Recipe] = {
+    format: Recipe(format, "tensor", "tensor", "e5m2", fast_accum=True) for format in get_args(Format)
+}
 
 
 def _float8_gradient(grad: Tensor, qdata: Tensor, scale: Tensor, recipe: Recipe) -> Tensor:
@@ -425,12 +427,12 @@ def _float8_gradient(grad: Tensor, qdata: Tensor, scale: Tensor, recipe: Recipe)
     if scale.ndim:
         wide = torch.float32 if rows.dtype == torch.float16 else rows.dtype
         rows, scale = rows.to(wide) * scale.t().to(wide), scale.new_ones(())
-    recipe = replace(_GRADIENT, format=recipe.format, backend=recipe.backend)
-    codes, grad_scale = quantize_activation(rows, recipe, None, as_bytes=qdata.dtype == torch.uint8)
-    weight = qdata.t()
-    native = recipe.backend != "emulated" and not why_not_native(recipe, grad.device, grad.dtype, tuple(weight.shape))
+    how, weight = _GRADIENT[recipe.format], qdata.t()
+    codes, grad_scale = quantize_activation(rows, how, None, as_bytes=qdata.dtype == torch.uint8)
+    shape = (len(weight), len(qdata))
+    native = recipe.backend != "emulated" and not why_not_native(how, grad.device, grad.dtype, shape)
     multiply = _native if native and rows.numel() else _emulated
-    return multiply(codes, grad_scale, weight, scale, None, recipe, grad.dtype).reshape(*grad.shape[:-1], len(weight))
+    return multiply(codes, grad_scale, weight, scale, None, how, grad.dtype).reshape(*grad.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):

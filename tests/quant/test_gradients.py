@@ -114,9 +114,13 @@ def test_a_compiled_module_is_the_module(compiled, name, dtype):
                 fast(torch.randn(3, 32, dtype=dtype))
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8-weight-only", "fp8-static", "fp8-tensor"])
+COMPILED = {name: RECIPES_OF_ALL[name] for name in ("fp8", "fp8-weight-only", "fp8-static", "fp8-tensor")}
+COMPILED["e5m2 gradient"] = Recipe(gradient="e5m2")
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_module_trains_what_is_around_it(compiled, name):
-    net = Net(RECIPES_OF_ALL[name]).train()
+    net = Net(COMPILED[name]).train()
     fast, x = compiled(net), torch.randn(3, 32)
     grads = []
     for call in (fast, net):

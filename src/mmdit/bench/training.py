@@ -11,7 +11,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from mmdit.training.loop import Training, training_step
 from mmdit.training.setup import ahead_of, make_optimizer
 from mmdit.utils import markdown_table
 from quant.quantize import quantize_
+from quant.recipe import RECIPES, Recipe
 from samplers.training import noised
 
 Step = Callable[[int], Any]
@@ -109,16 +110,19 @@ def bench(
 def _rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Built]]:
     """The rows by name, those that matter most first."""
     lora = partial(_ours, sizes, device=device, dtype=dtype)
+    e5m2 = replace(RECIPES["fp8"], gradient="e5m2")
     return {
         "lora: diffusers + peft": partial(_peer, sizes, device=device, dtype=dtype),
         "lora: fp8 base, compiled, ahead": partial(lora, quant="fp8", compiled=True, ahead=sizes.ahead),
         "lora: fp8 base": partial(lora, quant="fp8"),
+        "lora: fp8 base, E5M2 gradients": partial(lora, quant=e5m2),
         "lora: bf16 base": lora,
         "lora: fp8 base, ahead": partial(lora, quant="fp8", ahead=sizes.ahead),
         "full: diffusers": partial(_peer, sizes, device=device, dtype=dtype, full=True),
         "full: ours": partial(lora, full=True),
         "full: ours, fused backward": partial(lora, full=True, fused=True),
         "lora: fp8 base, compiled": partial(lora, quant="fp8", compiled=True),
+        "lora: fp8 base, E5M2 gradients, compiled": partial(lora, quant=e5m2, compiled=True),
         "lora: bf16 base, compiled": partial(lora, compiled=True),
     }
 
@@ -128,7 +132,7 @@ def _ours(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    quant: str | None = None,
+    quant: str | Recipe | None = None,
     compiled: bool = False,
     ahead: int = 0,
     full: bool = False,
@@ -171,7 +175,7 @@ def _ours(
     return Built(partial(training_step, run), visit)
 
 
-def _random(config: MMDiTConfig, quant: str | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
+def _random(config: MMDiTConfig, quant: str | Recipe | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
     """Random weights, made and quantized block by block."""
     with torch.device("meta"):
         model = MMDiT(config).to(dtype).requires_grad_(False).eval()

@@ -108,6 +108,10 @@ class TrainingConfig:
     device: str | None = _setting(None, "cpu, cuda, cuda:1 ...; null takes a GPU where there is one")
     dtype: Precision = _setting("bfloat16", "dtype of the base model; adapters are float32 or wider")
     quant: str | None = _setting(None, "float8 recipe of the frozen base of an adapter, such as fp8; null is none")
+    quant_gradient: Literal["full", "e5m2"] = _setting(
+        "full",
+        "with quant: gradients through the base in its dtype (full), or rounded to float8 E5M2, in float8 products",
+    )
     checkpoint_blocks: bool = _setting(True, "compute each block's activations again in the backward pass")
     keep_attention: bool = _setting(True, "with checkpoint_blocks: keep the outputs of attention")
     compile: bool = _setting(False, "compile the blocks by torch.compile")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from mmdit.training.export import write_lora, write_model
 from mmdit.training.loop import Processes, Training
 from mmdit.training.modulation import ModulationAhead
 from quant.quantize import quantize_, refuse_quantized
+from quant.recipe import as_recipe
 
 
 @dataclass
@@ -82,7 +83,7 @@ def trained_of(pipe: Pipeline, config: TrainingConfig) -> Trained:
     """
     transformer, device = pipe.transformer, device_of(config)
     refuse_compiled(transformer, "the transformer")
-    place(transformer, device, config.quant)
+    place(transformer, device, config.quant, config.quant_gradient)
     if config.method == "lora":
         adapters = attach(transformer, config)
         named = [
@@ -103,13 +104,15 @@ def trained_of(pipe: Pipeline, config: TrainingConfig) -> Trained:
     return found
 
 
-def place(transformer: nn.Module, device: torch.device, quant: str | None) -> None:
+def place(
+    transformer: nn.Module, device: torch.device, quant: str | None, gradient: Literal["full", "e5m2"] = "full"
+) -> None:
     """Move a transformer to a device; with a float8 recipe, block by block, so that it is never there in 16 bits."""
     if quant is not None:
         refuse_quantized(transformer, "the transformer", f"leave out quant {quant!r}, or take a 16-bit file")
         for block in transformer.get_submodule("joint_blocks").children():
             block.to(device)
-            quantize_(block, quant)
+            quantize_(block, replace(as_recipe(quant), gradient=gradient))
     transformer.to(device)
 
 
