@@ -11,6 +11,8 @@ SKIPS = {
     "triton": "needs Triton, which is for Linux only",
     # tests/mmdit/runtime and tests/mmdit/pipeline: run them where there is one, `pytest -m gpu`.
     "gpu": "needs a GPU",
+    # tests/mmdit/runtime/test_parallel_gpu.py: NCCL.
+    "two gpus": "needs two GPUs of one host",
     "stand-in": "treats a CPU as a GPU, which there is here",
     "no gpu": "what a machine without a GPU is told",
     # tests/mmdit/cli/test_console.py and tests/mmdit/test_replacing.py: what only some systems have.

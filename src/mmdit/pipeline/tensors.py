@@ -30,6 +30,7 @@ from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.masks import repeated
 from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
 from mmdit.pipeline.settings import MAX_T5_TOKENS
+from mmdit.runtime.fast_vae import FastVAE
 from mmdit.utils import whole
 from samplers import gaussian
 
@@ -213,7 +214,8 @@ class PipelineTensors(PipelineModels):
             decoded = decode_tiled(self.vae, latent, tile=tile)
         elif self.parallel is not None:
             with self.parallel.guarded():
-                decoded = self.parallel.decoded(self.vae, latent)
+                fast = self._fast_vae
+                decoded = self.parallel.decoded(self.vae, latent, fast if isinstance(fast, FastVAE) else None)
         else:
             decoded = self._fast_vae.decode(latent)
         if finite:

@@ -5,6 +5,7 @@ Norms use the statistics of the whole picture, so the result is that of one proc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from typing import NamedTuple
 
@@ -15,27 +16,71 @@ from torch import Tensor, nn
 
 from encoders.tiling import Moments, normed
 from encoders.vae import VAE, ResnetBlock, Upsample
+from mmdit.runtime.fast_vae import WHOLE, FastVAE, conv, plain_norm
 from mmdit.runtime.mesh import Team, shares, starts
 
 
+class Layers(NamedTuple):
+    """How the layers of a band are computed."""
+
+    moments: Callable[[Tensor, int], Moments]  # of activations, for a number of groups
+    norm: Callable[[nn.GroupNorm, Tensor, Moments], Tensor]  # and SiLU; may overwrite its input
+    run: Callable[[nn.Module, Tensor], Tensor]  # a convolution, or an `Upsample`
+
+
+def _plain_norm(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
+    return F.silu(normed(norm, x, moments), inplace=True)
+
+
+def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer, Upsample):
+        return conv(layer.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert isinstance(layer, nn.Conv2d), "a layer of the decoder's levels"
+    return conv(layer, x)
+
+
+PLAIN = Layers(Moments.of, _plain_norm, lambda layer, x: layer(x))
+
+
+def layers_of(fast: FastVAE | None) -> Layers:
+    """Those of the VAE itself, or of its fast forward: channels last, with its kernels where it has them."""
+    if fast is None:
+        return PLAIN
+    if fast.norm is plain_norm:
+        return PLAIN._replace(run=_channels_last)
+    from mmdit.runtime import vae_kernels
+
+    return Layers(vae_kernels.group_moments, vae_kernels.norm_by, _channels_last)
+
+
 @torch.no_grad()
-def decode_in_bands(vae: VAE, latent: Float[Tensor, "b z h w"], team: Team) -> Float[Tensor, "b 3 h8 w8"]:
+def decode_in_bands(
+    vae: VAE, latent: Float[Tensor, "b z h w"], team: Team, fast: FastVAE | None = None
+) -> Float[Tensor, "b 3 h8 w8"]:
     """Compute `vae.decode(latent)` on all ranks of a team; each gets the whole picture.
 
     The middle of the decoder, whose attention sees all cells, runs on every rank; it is a small part of the work.
 
     Args:
         vae: the VAE, equal on all ranks.
-        latent: latents in model space, equal on all ranks. With fewer rows than ranks, every rank decodes alone.
+        latent: latents in model space, equal on all ranks. With fewer rows than ranks, and where a band has more than
+            `fast_vae.WHOLE` pixels, every rank decodes alone.
         team: the ranks.
+        fast: the VAE's fast forward; None runs its own.
     """
     rows = shares(latent.shape[2], team.size)
-    if team.size == 1 or min(rows) < 1:
-        return vae.decode(latent)
+    pixels = latent.shape[2] * latent.shape[3] * vae.config.downscale**2
+    if team.size == 1 or min(rows) < 1 or pixels > WHOLE * team.size:
+        return (vae if fast is None else fast).decode(latent)
+    parts = latent.split(max(WHOLE * team.size // pixels, 1))
+    return torch.cat([_decoded(vae, part, team, rows, fast) for part in parts])
+
+
+def _decoded(vae: VAE, latent: Tensor, team: Team, rows: list[int], fast: FastVAE | None) -> Tensor:
     decoder = vae.decoder
-    x = decoder.mid(decoder.conv_in(vae.from_model(latent)))
+    x = decoder.mid(decoder.conv_in(vae.from_model(latent))) if fast is None else fast.middle(latent)
     start = starts(rows)[team.rank]
-    band = Band(team, rows)
+    band = Band(team, rows, layers_of(fast))
     x = x[:, :, start : start + rows[team.rank]]
     for layer in (layer for level in reversed(decoder.up) for layer in level.modules()):
         if isinstance(layer, ResnetBlock):
@@ -50,6 +95,7 @@ class Band(NamedTuple):
 
     team: Team
     rows: list[int]
+    layers: Layers
 
     def larger(self) -> Band:
         """The bands after the sides were doubled."""
@@ -58,7 +104,7 @@ class Band(NamedTuple):
     def resnet(self, block: ResnetBlock, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h w"]:
         """Compute `block(x)`."""
         update = self.run(block.conv2, self.run(block.conv1, x, block.norm1), block.norm2)
-        return (block.nin_shortcut(x) if hasattr(block, "nin_shortcut") else x) + update
+        return (self.layers.run(block.nin_shortcut, x) if hasattr(block, "nin_shortcut") else x) + update
 
     def run(
         self, layer: nn.Module, x: Float[Tensor, "b c h w"], norm: nn.GroupNorm | None = None, *, up: int = 1
@@ -73,10 +119,12 @@ class Band(NamedTuple):
         """
         above, below = self._neighbours(x)
         rows = torch.cat([above, x, below], dim=2)
+        if self.layers is not PLAIN:
+            rows = rows.contiguous(memory_format=torch.channels_last)
         if norm is not None:
-            rows = F.silu(normed(norm, rows, self._moments(x, norm.num_groups)), inplace=True)
+            rows = self.layers.norm(norm, rows, self._moments(x, norm.num_groups))
         first = up * above.shape[2]
-        return layer(rows)[:, :, first : first + up * x.shape[2]]
+        return self.layers.run(layer, rows)[:, :, first : first + up * x.shape[2]]
 
     def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The row above and the row below, [b, c, 1, w]; empty at the border of the picture."""
@@ -87,7 +135,7 @@ class Band(NamedTuple):
 
     def _moments(self, x: Tensor, groups: int) -> Moments:
         """The moments of the whole activations."""
-        own = Moments.of(x, groups)
+        own = self.layers.moments(x, groups)
         found = self.team.gathered(torch.stack([own.mean, own.squares]))
         each = own.total // x.shape[2]
         parts = (Moments(each * rows, *one.unbind(0)) for rows, one in zip(self.rows, found, strict=True))

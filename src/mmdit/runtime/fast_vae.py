@@ -75,42 +75,53 @@ class FastVAE:
             return DiagonalGaussian(torch.cat([one.mean for one in found]), torch.cat([one.std for one in found]))
         return self.vae.posterior(torch.cat([self._encoded(part) for part in image.split(max(WHOLE // pixels, 1))]))
 
+    @torch.no_grad()
+    def middle(self, latent: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c h w"]:
+        """The decoder's activations before its levels, channels last.
+
+        Raises:
+            ValueError: see the class.
+        """
+        refuse_changed(self.vae, "the VAE")
+        decoder = self.vae.decoder
+        return self._through(_middle(decoder.mid), conv(decoder.conv_in, self.vae.from_model(latent)))
+
     def _decoded(self, latent: Tensor) -> Tensor:
         decoder = self.vae.decoder
         layers = [*_middle(decoder.mid)]
         for level in reversed(decoder.up):
             layers += _layers(level)
-        x = self._through(layers, _conv(decoder.conv_in, self.vae.from_model(latent)))
+        x = self._through(layers, conv(decoder.conv_in, self.vae.from_model(latent)))
         x = self.norm(x, decoder.norm_out, silu=True, in_place=True)
-        return _conv(decoder.conv_out, x).contiguous()
+        return conv(decoder.conv_out, x).contiguous()
 
     def _encoded(self, image: Tensor) -> Tensor:
         encoder = self.vae.encoder
         layers: list[nn.Module] = []
         for level in encoder.down:
             layers += _layers(level)
-        x = self._through([*layers, *_middle(encoder.mid)], _conv(encoder.conv_in, image))
+        x = self._through([*layers, *_middle(encoder.mid)], conv(encoder.conv_in, image))
         x = self.norm(x, encoder.norm_out, silu=True, in_place=True)
-        return _conv(encoder.conv_out, x).contiguous()
+        return conv(encoder.conv_out, x).contiguous()
 
     def _through(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
         """The layers one after the other; overwrites `x`. It is one frame, because a name bound anew frees memory."""
         for layer in layers:
             if isinstance(layer, ResnetBlock):
-                rest = _conv(layer.nin_shortcut, x) if hasattr(layer, "nin_shortcut") else x
+                rest = conv(layer.nin_shortcut, x) if hasattr(layer, "nin_shortcut") else x
                 x = self.norm(x, layer.norm1, silu=True, in_place=rest is not x)
-                x = _conv(layer.conv1, x)
+                x = conv(layer.conv1, x)
                 x = self.norm(x, layer.norm2, silu=True, in_place=True)
-                x = rest.add_(_conv(layer.conv2, x))
+                x = rest.add_(conv(layer.conv2, x))
                 del rest
             elif isinstance(layer, AttnBlock):
                 x = self._attention(layer, x)
             elif isinstance(layer, Upsample):
                 x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-                x = _conv(layer.conv, x)
+                x = conv(layer.conv, x)
             elif isinstance(layer, Downsample):
                 x = F.pad(x, (0, 1, 0, 1))
-                x = _conv(layer.conv, x)
+                x = conv(layer.conv, x)
         return x
 
     def _attention(self, layer: AttnBlock, x: Tensor) -> Tensor:
@@ -145,17 +156,17 @@ def _middle(mid: Mid) -> list[nn.Module]:
     return [mid.block_1, mid.attn_1, mid.block_2]
 
 
-def _conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """`conv(x)`, channels last; numbers of channels that tensor cores do not take are filled up with zeros."""
-    weight, bias, outs = conv.weight, conv.bias, conv.out_channels
-    more_in, more_out = -conv.in_channels % _ALIGNED, -outs % _ALIGNED
+def conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """`layer(x)`, channels last; numbers of channels that tensor cores do not take are filled up with zeros."""
+    weight, bias, outs = layer.weight, layer.bias, layer.out_channels
+    more_in, more_out = -layer.in_channels % _ALIGNED, -outs % _ALIGNED
     if more_in:
         x, weight = (F.pad(one, (0, 0, 0, 0, 0, more_in)) for one in (x, weight))
     if more_out:
         weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, more_out))
         bias = None if bias is None else F.pad(bias, (0, more_out))
     x = x.contiguous(memory_format=torch.channels_last)
-    found = F.conv2d(x, weight, bias, conv.stride, conv.padding)
+    found = F.conv2d(x, weight, bias, layer.stride, layer.padding)
     return found[:, :outs].contiguous(memory_format=torch.channels_last)
 
 

@@ -19,6 +19,7 @@ from encoders.vae import VAE
 from mmdit.runtime import mesh
 from mmdit.runtime.bands import decode_in_bands
 from mmdit.runtime.branches import split_branches
+from mmdit.runtime.fast_vae import FastVAE
 from mmdit.runtime.lifeline import Lifeline, ParallelError
 from mmdit.runtime.mesh import Layout, Mesh
 from mmdit.runtime.sequence import SequenceParallel
@@ -56,9 +57,9 @@ class Parallel:
         """See `split_branches`."""
         return run(branches) if self.layout.cfg == 1 else split_branches(branches, run, x, self.mesh.cfg)
 
-    def decoded(self, vae: VAE, latent: Tensor) -> Tensor:
+    def decoded(self, vae: VAE, latent: Tensor, fast: FastVAE | None = None) -> Tensor:
         """See `decode_in_bands`."""
-        return decode_in_bands(vae, latent, self.mesh.world)
+        return decode_in_bands(vae, latent, self.mesh.world, fast)
 
     def first(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0, on every rank."""

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from encoders.tiling import Moments
+
 _TILE = 8192  # values of a program's tile
 _PARTS = 512  # programs that share the statistics of a picture, at most
 
@@ -55,6 +57,49 @@ def norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, in_place: bool = False) -
     )
     _apply[(triton.cdiv(cells, rows), samples)](x, out, factor, offset, cells, width, silu, rows, wide, num_warps=8)
     return out
+
+
+def group_moments(x: Tensor, groups: int) -> Moments:
+    """`Moments.of` for activations with channels last, in one pass over them.
+
+    Args:
+        x: [b, c, h, w], channels last.
+        groups: of a GroupNorm.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    samples, width, height, columns = x.shape
+    cells, wide = height * columns, triton.next_power_of_2(width)
+    rows = max(min(_TILE // wide, triton.next_power_of_2(cells)), 1)
+    each = max(triton.cdiv(triton.cdiv(cells, _PARTS), rows), 1) * rows  # cells of a part
+    parts = triton.cdiv(cells, each)
+    means, squares = torch.empty((2, samples, parts, width), dtype=torch.float32, device=x.device).unbind(0)
+    _moments[(parts, samples)](x, means, squares, cells, width, each, rows, wide, num_warps=8)
+    count = torch.full((parts, 1, 1), each, dtype=torch.float32, device=x.device)
+    count[-1] = cells - (parts - 1) * each
+    means, squares = (one.unflatten(2, (groups, -1)) for one in (means, squares))  # b parts groups channels
+    mean = (means * count).sum((1, 3)) / (cells * width // groups)
+    apart = means - mean[:, None, :, None]
+    return Moments(cells * width // groups, mean, (squares + count * apart.square()).sum((1, 3)))
+
+
+def norm_by(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
+    """GroupNorm under given moments, then SiLU, written into `x`.
+
+    Args:
+        norm: the groups, weights and eps.
+        x: [b, c, h, w], channels last.
+        moments: those of the whole activations, of which `x` may be a part.
+    """
+    samples, width, height, columns = x.shape
+    cells, wide = height * columns, triton.next_power_of_2(width)
+    rows = max(min(_TILE // wide, triton.next_power_of_2(cells)), 1)
+    spread = (samples, norm.num_groups, width // norm.num_groups)
+    scale = (moments.squares / moments.total + norm.eps).rsqrt().unsqueeze(2).expand(spread).flatten(1)
+    mean = moments.mean.unsqueeze(2).expand(spread).flatten(1)
+    factor = scale * norm.weight
+    offset = norm.bias - mean * factor
+    _apply[(triton.cdiv(cells, rows), samples)](x, x, factor, offset, cells, width, True, rows, wide, num_warps=8)
+    return x
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -12,18 +12,27 @@ import torch.distributed as dist
 from jaxtyping import config as jaxtyping_config
 
 import mmdit
-from encoders import Conditioning
+from encoders import VAE, Conditioning
+from encoders.tiling import Moments
+from encoders.vae import VAEConfig
 from mmdit.models.attention import Attend
 from mmdit.models.controlnet import ControlNet, ControlNetConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.control import Control
-from mmdit.runtime import mesh
+from mmdit.runtime import bands, mesh
+from mmdit.runtime.bands import decode_in_bands
+from mmdit.runtime.fast_vae import FastVAE, plain_norm
 from mmdit.runtime.lifeline import DIED, Lifeline
 from mmdit.runtime.mesh import Layout, Team, layout_of, shares
 from mmdit.runtime.sequence import SequenceParallel, exchanged_bytes
 from processes import in_processes, values
 from quant.quantize import quantize_
 from quant.recipe import RECIPES
+from skips import SKIPS
+from triton_device import HAS_TRITON, quiet
+
+if HAS_TRITON:
+    from mmdit.runtime.vae_kernels import group_moments, norm_by
 
 HEADS, WIDTH = 5, 16
 SIZES = {"depth": 3, "hidden_size": HEADS * WIDTH, "context_dim": 256, "pooled_dim": 192, "pos_embed_size": 16}
@@ -192,6 +201,41 @@ def test_every_rank_draws_what_one_process_draws(drawn, layout):
         errors = found[layout]
         assert len(errors) == (len(ON_FOUR[layout]) if layout in ON_FOUR else 28)
         assert {name: error for name, error in errors.items() if not error < 1e-10} == {}, f"rank {rank}"
+
+
+def test_decoding_in_bands():
+    """Several pictures, uneven bands, fewer rows than ranks, and parts of a batch; also by the fast VAE's layers."""
+    vae = randomized(VAE(VAEConfig((32, 64), latent_channels=4, blocks_per_level=1, groups=8)))
+    draw = torch.Generator().manual_seed(8)
+    latents = [torch.randn(2, 4, rows, 3, generator=draw, dtype=torch.float64) for rows in (5, 2)]
+    wanted = [vae.decode(latent) for latent in latents]
+
+    def work(rank):
+        team, fast = Team(dist.group.WORLD), FastVAE(vae, plain_norm)
+        found = [[decode_in_bands(vae, latent, team, how) for latent in latents] for how in (None, fast)]
+        bands.WHOLE = 5 * 3 * 4 // 3  # pixels of a picture on a rank
+        found.append([decode_in_bands(vae, latent, team) for latent in latents])
+        return [near(one, other) for each in found for one, other in zip(each, wanted, strict=True)]
+
+    for errors in values(in_processes(3, work)):
+        assert max(errors) < 1e-12
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason=SKIPS["triton"])
+def test_kernels_of_bands():
+    """The Triton kernels give the moments of plain torch, and norm a part under the moments of the whole."""
+    norm = torch.nn.GroupNorm(4, 8, eps=1e-6)
+    randomized(norm)
+    norm.float()
+    x = (3 + torch.randn(2, 8, 6, 5)).contiguous(memory_format=torch.channels_last)
+    with quiet():
+        found, wanted = group_moments(x, 4), Moments.of(x, 4)
+        part = x[:, :, 2:5].contiguous(memory_format=torch.channels_last)
+        normed = norm_by(norm, part, found)
+    assert found.total == wanted.total
+    torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.squares, wanted.squares, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(normed, torch.nn.functional.silu(norm(x))[:, :, 2:5], rtol=1e-5, atol=1e-5)
 
 
 def test_branches_of_guidance_are_split_to_the_last_bit(pipes, texts):

@@ -1,0 +1,94 @@
+"""One rank of `test_parallel_gpu.py`: draws alone and with the other ranks, and prints how they differ, or fails.
+
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=29511 python tests/parallel_on_gpus.py equal
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import torch
+
+import mmdit
+from mmdit.models.mmdit import MMDiT
+
+RANK, CASE = int(os.environ["RANK"]), sys.argv[1]
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", RANK) if CUDA else torch.device("cpu")
+ANY = {"progress": False, "output_type": "latent", "num_inference_steps": 4, "guidance_scale": 3.0, "seed": 3}
+SIDE = 512 if CUDA else 64
+
+
+def pipeline(quant: str | None, dtype: torch.dtype) -> mmdit.Pipeline:
+    """The embedded model with a random transformer of five heads."""
+    pipe = mmdit.Pipeline.demo(device=DEVICE, dtype=dtype)
+    torch.manual_seed(0)
+    config = mmdit.MMDiTConfig(3, 320, 256, 192, 64, sample_size=64, dual_attention_blocks=(0,))
+    pipe.transformer = MMDiT(config)
+    for tensor in pipe.transformer.parameters():
+        tensor.data.normal_(std=0.5 * tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.1)
+    pipe.transformer.to(DEVICE, dtype).eval().requires_grad_(False)
+    if quant is not None:
+        mmdit.quant.quantize_(pipe.transformer, mmdit.quant.RECIPES[quant])
+    return pipe
+
+
+def draw(pipe: mmdit.Pipeline, **options: object) -> torch.Tensor:
+    return pipe("a red circle", height=SIDE, width=SIDE, **(ANY | options)).images.float()
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def differences() -> dict[str, float]:
+    """Relative, by case. `again` draws twice in one layout: from the recorded graphs."""
+    found = {}
+    half = torch.bfloat16 if CUDA else torch.float32
+    for name, quant, dtype, fast in (
+        ("float32", None, torch.float32, False),
+        ("16 bits fast", None, half, True),
+        ("fp8 fast", "fp8", half, True),
+    ):
+        pipe = pipeline(quant, dtype)
+        if fast:
+            pipe.accelerate()
+        wanted = draw(pipe)
+        picture = pipe.decode(wanted.to(dtype))
+        for layout in ((2, 1), (1, 2)):
+            parallel = mmdit.parallelize(pipe, *layout)
+            found[f"{name}, {parallel.layout}"] = near(draw(pipe), wanted)
+            found[f"{name}, {parallel.layout}, again"] = near(draw(pipe), wanted)
+            found[f"{name}, {parallel.layout}, decoded"] = near(pipe.decode(wanted.to(dtype)).float(), picture.float())
+            parallel.close()
+    return found
+
+
+def fault() -> None:
+    """Fail on rank 1 in the middle of a drawing; `sequence` waits for it inside of NCCL kernels."""
+    pipe = pipeline(None, torch.bfloat16 if CUDA else torch.float32)
+    what, layout = CASE.split("-")
+    pipe.accelerate(graph=False if layout == "kernels" or not CUDA else None)
+    mmdit.parallelize(pipe, 2 if layout == "cfg" else 1)
+    draw(pipe)
+    start = time.monotonic()
+
+    def at(pipe: object, step: int, timestep: object, tensors: dict[str, object]) -> dict[str, object]:
+        if RANK == 1 and step == 1:
+            if what == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OverflowError("of the callback")
+        return tensors
+
+    try:
+        draw(pipe, callback_on_step_end=at, num_inference_steps=20)
+    finally:
+        print(f"ended after {time.monotonic() - start:.1f} s", flush=True)
+
+
+if CASE == "equal":
+    print(json.dumps(differences()), flush=True)
+else:
+    fault()
