@@ -1,10 +1,16 @@
-"""A tiny transformer, its encoded data, and settings of short runs."""
+"""A tiny transformer with encoded data, and a folder of pictures of the embedded model's world."""
+
+from functools import cache
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmdit import MMDiT, MMDiTConfig
 from mmdit.checkpoints.load_pipeline import Components
+from mmdit.demo.captions import training_captions
+from mmdit.demo.scenes import render, sample
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.training.batches import InMemory, Sample
 from mmdit.training.config import TrainingConfig
@@ -25,20 +31,39 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> MMDiT:
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def samples(count: int = 5) -> InMemory:
+def samples(count: int = 5, *, hints: bool = False) -> InMemory:
     """Latents of two shapes."""
     shapes = [(16, 8, 8) if i % 3 else (16, 4, 12) for i in range(count)]
     texts = [(noise(50 + i, 6, 32), noise(80 + i, 16)) for i in range(count + 1)]
-    made = [Sample(noise(i, *shape), None, *texts[i]) for i, shape in enumerate(shapes)]
+    drawn = [noise(120 + i, *shape) if hints else None for i, shape in enumerate(shapes)]
+    made = [Sample(noise(i, *shape), None, *texts[i], drawn[i]) for i, shape in enumerate(shapes)]
     return InMemory(made, texts[count])
 
 
-def tiny_pipe(dtype: torch.dtype = torch.float32) -> Pipeline:
-    """A pipeline whose transformer is tiny; its other models are the embedded ones, and do not fit."""
-    demo = Pipeline.demo()
-    return Pipeline(Components(tiny_model(dtype), demo.vae, demo.clip_l, demo.clip_g, demo.t5, demo.tokenizers, 3.0))
+@cache
+def demo() -> Pipeline:
+    return Pipeline.demo()
+
+
+def tiny_pipe() -> Pipeline:
+    """A pipeline whose transformer is tiny; its other models are the embedded ones."""
+    others = demo()
+    return Pipeline(
+        Components(tiny_model(), others.vae, others.clip_l, others.clip_g, others.t5, others.tokenizers, 3.0)
+    )
 
 
 def settings(output: object, **changes: object) -> TrainingConfig:
     plain = {"output": str(output), "batch_size": 2, "steps": 6, "dtype": "float32", "rank": 2, "device": "cpu"}
-    return TrainingConfig.from_json(plain | {"learning_rate": 1e-2, "schedule": "cosine", "warmup": 2} | changes)
+    plain |= {"learning_rate": 1e-2, "schedule": "cosine", "warmup": 2, "log_every": 1}
+    return TrainingConfig.from_json(plain | changes)
+
+
+def write_pictures(root: Path, count: int = 3) -> Path:
+    """Pictures with captions, of two sizes."""
+    scenes = sample(count, 0)
+    for i, (picture, texts) in enumerate(zip(render(scenes), training_captions(scenes, 1, 0), strict=True)):
+        image = Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy())
+        (image if i else image.crop((0, 20, 128, 108))).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(texts[0])
+    return root

@@ -1,4 +1,4 @@
-"""The command line: `mmdit generate | run | workflow | inspect | verify | quantize | convert | merge | bench ...`."""
+"""The command line: `mmdit generate | run | workflow | inspect | verify | quantize | convert | merge | train ...`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from mmdit._version import __version__
-from mmdit.cli import bench, compare, completion, convert, generate, inspect, merge, quantize, run, verify, workflow
+from mmdit.cli import (
+    bench,
+    compare,
+    completion,
+    convert,
+    generate,
+    inspect,
+    merge,
+    quantize,
+    run,
+    train,
+    verify,
+    workflow,
+)
 from mmdit.cli.console import Stream, note_of, streams, warnings_shown_by
 from mmdit.cli.usage import UsageError
 
@@ -22,6 +35,7 @@ COMMANDS: dict[ModuleType, str] = {
     inspect: "describe a checkpoint, or show how a picture was drawn",
     convert: "write a checkpoint in another layout",
     merge: "write a checkpoint with LoRAs merged into its weights",
+    train: "train a LoRA, the transformer or a ControlNet",
     quantize: "write a checkpoint in float8 that loads here and in ComfyUI",
     verify: "compare this library with diffusers on your weights, stage by stage",
     compare: "find the first stage at which two pipelines differ, and why",

@@ -154,6 +154,8 @@ class TrainingConfig:
                 f"fused_backward needs accumulation 1 and clip null: it frees a gradient before the norm of all is "
                 f"known; got accumulation {self.accumulation} and clip {self.clip}"
             )
+        if self.fused_backward and self.block_norms:
+            raise ConfigError("block_norms needs the gradients of all blocks, and fused_backward frees them: drop one")
         if self.sample_every and not self.sample_prompts:
             raise ConfigError(f"sample_every is {self.sample_every}, but there are no sample_prompts")
 
@@ -168,8 +170,12 @@ class TrainingConfig:
         return Path(self.output) / "cache" if self.cache is None else Path(self.cache)
 
     @classmethod
-    def from_json(cls, source: str | Path | Mapping[str, Any]) -> Self:
+    def from_json(cls, source: str | Path | Mapping[str, Any], *, where: str | Path | None = None) -> Self:
         """Read a config from a file, or from an object that was read.
+
+        Args:
+            source: a file, or an object.
+            where: what an object is called in errors.
 
         Raises:
             encoders.json_files.JSONError: the file is no JSON object.
@@ -182,7 +188,8 @@ class TrainingConfig:
                 raise ConfigError(_unknown("key", unknown[0], _types(), "the config has no"))
             return cls(**{key: _checked(key, value, _types()[key]) for key, value in values.items()})
         except ConfigError as error:
-            raise ConfigError(f"{source}: {error}" if isinstance(source, str | Path) else str(error)) from None
+            name = source if isinstance(source, str | Path) else where
+            raise ConfigError(str(error) if name is None else f"{name}: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
         """Every setting, as `from_json` takes it."""

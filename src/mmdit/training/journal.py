@@ -11,18 +11,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmdit.utils import write_text
+
 
 class Journal:
-    """The log of a run: lines for people on the screen and in log.txt, rows for programs in progress.jsonl."""
+    """The log of a run: lines for people on the screen and in log.txt, rows for programs in progress.jsonl.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.start = folder, time.monotonic()
+    Args:
+        folder: of both files.
+        quiet: write no line on the screen.
+    """
+
+    def __init__(self, folder: Path, *, quiet: bool = False) -> None:
+        self.folder, self.start, self.quiet = folder, time.monotonic(), quiet
         folder.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str) -> None:
         """Write one line with the seconds since the start."""
         line = f"[{time.monotonic() - self.start:7.1f} s] {text}"
-        print(line, flush=True)  # noqa: T201
+        if not self.quiet:
+            print(line, flush=True)  # noqa: T201
         with (self.folder / "log.txt").open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -38,6 +46,18 @@ class Journal:
         self.say(f"{stage} " + " ".join(f"{name} {_short(value)}" for name, value in values.items()))
         if bad := [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]:
             raise FloatingPointError(f"{stage}: {', '.join(bad)} is not finite; resume from the last saved state")
+
+    def rewind(self, step: int) -> None:
+        """Remove the rows of this step and of later ones, which a run that goes on from there writes again.
+
+        A last row that a killed process wrote in part is removed too.
+        """
+        path = self.folder / "progress.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line).get("step", -1) < step))
 
 
 def mean_of(values: Iterable[Tensor]) -> float:

@@ -103,6 +103,7 @@ class StepResult(NamedTuple):
     rate: float
     times: Tensor  # [samples of the step]
     losses: Tensor  # one for each time
+    norms: dict[str, Tensor]  # of the gradients of each block, before clipping; empty unless `config.block_norms`
 
 
 def flow_losses(model: nn.Module, batch: Batch, weight: Weight | None = None) -> Tensor:
@@ -144,6 +145,7 @@ def training_step(run: Training, step: int) -> StepResult:
             (each.mean() / config.accumulation).backward()
         times.append(batch.t.detach())
         losses.append(each.detach())
+    norms = block_norms(run.parameters) if config.block_norms else {}
     norm = clipped(run.parameters.values(), config.clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -151,7 +153,18 @@ def training_step(run: Training, step: int) -> StepResult:
         run.ema.update()
     run.step = step + 1
     every = torch.cat(losses)
-    return StepResult(step, every.mean(), norm, rate, torch.cat(times), every)
+    return StepResult(step, every.mean(), norm, rate, torch.cat(times), every, norms)
+
+
+def block_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The norm of the gradients of each block, by its name "joint_blocks.3"; other parameters by their module."""
+    blocks: dict[str, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            words = name.split(".")
+            block = ".".join(words[: 2 if words[1:] and words[1].isdigit() else 1])
+            blocks.setdefault(block, []).append(parameter.grad.norm())
+    return {block: torch.stack(norms).norm() for block, norms in blocks.items()}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

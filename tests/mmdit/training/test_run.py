@@ -1,0 +1,211 @@
+"""Whole runs: they go on from a checkpoint bit for bit, also after kill -9, and write what others read."""
+
+import json
+import os
+import random
+import signal
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from full import FULL
+from mmdit import load_lora, load_mmdit, merge_lora
+from mmdit.checkpoints.safetensors_io import CheckpointError, read_header
+from mmdit.models.lora import all_beside
+from mmdit.training.batches import InMemory
+from mmdit.training.checkpointing import checkpoints, load, save
+from mmdit.training.journal import Journal
+from mmdit.training.loop import block_norms, flow_losses, training_step
+from mmdit.training.run import loss_by_time, train
+from mmdit.training.setup import start
+from tiny_training import noise, samples, settings, tiny_model, tiny_pipe
+
+WAYS = {
+    "lora": {},
+    "dora, accumulated, average": {"adapter": "dora", "accumulation": 2, "ema": 0.9},
+    "lokr": {"adapter": "lokr", "naming": "comfyui"},
+    "float8 base, ahead": {"quant": "fp8", "ahead": 4},
+    "full": {"method": "full", "learning_rate": 1e-3},
+    "full, fused": {"method": "full", "learning_rate": 1e-3, "fused_backward": True, "clip": None},
+    "some": {"method": "full", "trained": ["joint_blocks.1.*"]},
+    "controlnet": {"method": "controlnet", "control_blocks": 1},
+}
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "progress.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in ("ms", "seconds")} for line in lines]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_bit_for_bit(way: str, tmp_path: Path) -> None:
+    whole, cut = (settings(tmp_path / name, **WAYS[way]) for name in ("whole", "cut"))
+    data = samples(hints=way == "controlnet")
+    wanted = load_file(train(whole, quiet=True, pipe=tiny_pipe(), samples=data))
+    run, _ = start(cut, pipe=tiny_pipe(), samples=data)
+    journal = Journal(tmp_path / "cut", quiet=True)
+    for step in range(3):
+        training_step(run, step)
+    save(run)
+    journal.row("train", step=3, loss=9.0)  # a row of a step after the checkpoint
+    found = load_file(train(cut, resume=True, quiet=True, pipe=tiny_pipe(), samples=data))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")[3:]
+    losses = [row["loss"] for row in rows(tmp_path / "whole")]
+    assert len(set(losses)) == 6
+
+
+def test_checkpoint_ahead_and_compute_again_change_no_loss(tmp_path: Path) -> None:
+    found = []
+    for more in ({"checkpoint_blocks": False}, {"keep_attention": False}, {"ahead": 3}, {"ahead": 1}):
+        run, _ = start(settings(tmp_path, **more), pipe=tiny_pipe(), samples=samples())
+        found.append([float(training_step(run, step).loss) for step in range(4)])
+    assert found[1] == found[0]
+    assert found[2] == pytest.approx(found[0], rel=1e-5)
+    assert found[3] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_kill_9_at_random_moments(tmp_path: Path) -> None:
+    """Every checkpoint that is there is whole, and the end is that of a run that nobody killed."""
+    steps, kills = (80, 24) if FULL else (40, 12)
+    whole, cut = (settings(tmp_path / name, steps=steps, save_every=1, ema=0.9) for name in ("whole", "cut"))
+    wanted = load_file(train(whole, quiet=True, pipe=tiny_pipe(), samples=samples()))
+    rng, seen = random.Random(0), set()
+    for _ in range(kills):
+        child, told = forked(lambda data: train(cut, resume=True, quiet=True, pipe=tiny_pipe(), samples=data))
+        for _ in range(rng.randrange(2, 14)):  # samples that the process has read, two a step
+            told.read(1)
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        told.close()
+        for one in checkpoints(cut.output):
+            seen.add(one.step)
+            assert json.loads((one.folder / "state.json").read_text())["step"] == one.step
+            assert [read_header(file).entries for file in one.folder.glob("*.safetensors")]
+    found = load_file(train(cut, resume=True, quiet=True, pipe=tiny_pipe(), samples=samples()))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert len(seen) > 3
+
+
+@dataclass(frozen=True)
+class Telling(InMemory):
+    """Samples that write a byte whenever one is read."""
+
+    to: int = -1
+
+    def read(self, index: int):
+        os.write(self.to, b"r")
+        return super().read(index)
+
+
+def forked(run) -> tuple[int, BinaryIO]:
+    """A process that runs a function on samples, and the pipe that tells of each sample that it reads."""
+    mine, its = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
+        child = os.fork()
+    if not child:
+        try:
+            run(Telling(samples().samples, samples().empty, its))
+        finally:
+            os._exit(0)
+    os.close(its)
+    return child, os.fdopen(mine, "rb", buffering=0)
+
+
+def test_accumulated_gradients_are_the_mean_of_the_passes(tmp_path: Path) -> None:
+    run, _ = start(settings(tmp_path, accumulation=3, clip=1e9), pipe=tiny_pipe(), samples=samples())
+    parts = [flow_losses(run.model, run.batch(0, micro)).mean() for micro in range(3)]
+    parameters = list(run.parameters.values())
+    grads = torch.autograd.grad(torch.stack(parts).mean(), parameters)
+    wanted = sum(float(one.square().sum()) for one in grads) ** 0.5
+    result = training_step(run, 0)
+    assert float(result.norm) == pytest.approx(wanted, rel=1e-5)
+    assert float(result.loss) == pytest.approx(float(torch.stack(parts).mean().detach()), rel=1e-6)
+    assert len(result.times) == 6
+
+
+PAIRS = [(kind, naming) for kind in ("lora", "dora", "lokr") for naming in ("diffusers", "comfyui", "kohya")]
+
+
+@pytest.mark.parametrize(("kind", "naming"), [pair for pair in PAIRS if pair != ("lokr", "diffusers")])
+def test_written_adapters_mean_the_trained_weights(kind: str, naming: str, tmp_path: Path) -> None:
+    targets = ["joint_blocks.*.attn.qkv", "joint_blocks.0.x_block.mlp.fc1"]
+    config = settings(tmp_path, adapter=kind, naming=naming, alpha=3.0, targets=targets, steps=3)
+    pipe = tiny_pipe()
+    path = train(config, quiet=True, pipe=pipe, samples=samples())
+    lora, plain = load_lora(path), tiny_model()
+    assert not lora.unused
+    merged = merge_lora(tiny_model(), lora)
+    x = noise(1, 5, 64)
+    adapted = all_beside(pipe.transformer)
+    assert len(adapted) == 5
+    for name, linear in adapted.items():
+        wanted = linear(x)
+        weight = merged.get_parameter(f"{name}.weight")
+        bias = merged.get_parameter(f"{name}.bias")
+        moved = (weight - plain.get_parameter(f"{name}.weight")).norm()
+        assert moved > 1e-3
+        torch.testing.assert_close(torch.nn.functional.linear(x, weight, bias), wanted, rtol=1e-4, atol=1e-5)
+    metadata = read_header(path).metadata
+    assert ("lora_adapter_metadata" in metadata) == (naming == "diffusers")
+    assert (metadata.get("ss_network_dim") == "2") == (naming != "diffusers")
+
+
+def test_a_trained_transformer_loads(tmp_path: Path) -> None:
+    pipe = tiny_pipe()
+    path = train(settings(tmp_path, method="full", steps=2), quiet=True, pipe=pipe, samples=samples())
+    read = load_mmdit(path)
+    assert all(map(torch.equal, read.state_dict().values(), pipe.transformer.state_dict().values()))
+
+
+def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
+    config = settings(tmp_path, steps=2)
+    train(config, quiet=True, pipe=tiny_pipe(), samples=samples())
+    with pytest.raises(FileExistsError, match=r"step 2.*--resume"):
+        train(config, pipe=tiny_pipe(), samples=samples())
+    with pytest.raises(CheckpointError, match=r"rank 2 \(now 4\)"):
+        train(settings(tmp_path, steps=4, rank=4), resume=True, quiet=True, pipe=tiny_pipe(), samples=samples())
+    run, _ = start(config, pipe=tiny_pipe(), samples=samples())
+    (one,) = checkpoints(tmp_path)
+    (one.folder / "parameters.safetensors").write_bytes(b"12345678")
+    with pytest.raises(CheckpointError, match=r"parameters\.safetensors"):
+        load(run, one)
+
+
+def test_a_loss_that_is_not_finite_names_step_time_and_layer(tmp_path: Path) -> None:
+    pipe = tiny_pipe()
+    run, _ = start(settings(tmp_path, checkpoint_blocks=False), pipe=pipe, samples=samples())
+    training_step(run, 0)
+    before = [one.detach().clone() for one in run.parameters.values()]
+    pipe.transformer.joint_blocks[1].x_block.mlp.fc1.weight.data[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"step 1: .*timestep \d+.*joint_blocks\.1\.x_block\.mlp\.fc1"):
+        training_step(run, 1)
+    assert all(map(torch.equal, before, run.parameters.values()))
+    bad = samples()
+    bad.samples[0].mean[0, 0, 0] = float("nan")
+    run, _ = start(settings(tmp_path, batch_size=5), pipe=tiny_pipe(), samples=bad)
+    with pytest.raises(FloatingPointError, match="x0"):
+        [training_step(run, step) for step in range(2)]
+
+
+def test_the_log_tells_loss_by_time_and_norms_by_block(tmp_path: Path) -> None:
+    times, losses = torch.tensor([0.05, 0.55, 0.58, 1.0]), torch.tensor([1.0, 2.0, 4.0, 7.0])
+    assert loss_by_time(times, losses, 2) == {"t 0-0.5": 1.0, "t 0.5-1": pytest.approx(13 / 3)}
+    train(settings(tmp_path, steps=1, block_norms=True, clip=1e9), quiet=True, pipe=tiny_pipe(), samples=samples())
+    (row,) = rows(tmp_path)
+    parts = [row[f"norm joint_blocks.{i}"] for i in range(2)]
+    assert row["norm"] == pytest.approx(sum(part**2 for part in parts) ** 0.5)
+    run, _ = start(settings(tmp_path), pipe=tiny_pipe(), samples=samples())
+    flow_losses(run.model, run.batch(0)).mean().backward()
+    wanted = sum(float(one.grad.square().sum()) for name, one in run.parameters.items() if ".1." in name[:15]) ** 0.5
+    assert float(block_norms(run.parameters)["joint_blocks.1"]) == pytest.approx(wanted)
