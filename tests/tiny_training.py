@@ -45,11 +45,11 @@ def demo() -> Pipeline:
     return Pipeline.demo()
 
 
-def tiny_pipe() -> Pipeline:
+def tiny_pipe(dtype: torch.dtype = torch.float32) -> Pipeline:
     """A pipeline whose transformer is tiny; its other models are the embedded ones."""
     others = demo()
     return Pipeline(
-        Components(tiny_model(), others.vae, others.clip_l, others.clip_g, others.t5, others.tokenizers, 3.0)
+        Components(tiny_model(dtype), others.vae, others.clip_l, others.clip_g, others.t5, others.tokenizers, 3.0)
     )
 
 
