@@ -125,7 +125,7 @@ def _draw(
         note(f"{ask.settings} was drawn with other weights than those of {ask.model}, so its picture will differ")
     ranks.share(pipe, profile.reads_negative(_scale(ask, profile)))
     own, names = ranks.own(pictures), ranks.names(output.names(), len(pictures))
-    note_long_run(pipe, ask, len(own), note)
+    note_long_run(pipe, ask, inputs.arguments, len(own), note)
     drawn, numbers = [], ranks.own(range(1, len(pictures) + 1))
     for number, (image, settings) in zip(numbers, _drawn(pipe, ask, own, inputs), strict=True):
         ranks.check()

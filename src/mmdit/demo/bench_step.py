@@ -62,17 +62,17 @@ class Variant:
 
 # Ordered by expected benefit; graphs of torch.compile are shared between rows wherever they are the same.
 VARIANTS = (
-    Variant("short", (), 90, profiled=True),
-    Variant("short", ("graphs",), 6),
-    Variant("short", ("graphs", "lookup"), 6),
-    Variant("short", BEST, 50, profiled=True),
-    Variant("long", BEST, 30, profiled=True),
-    Variant("omitted", BEST, 25),
-    Variant("long", (*BEST, "plain"), 20),
-    Variant("short", (*BEST, "plain"), 15),
-    Variant("zeros", BEST, 4),
-    Variant("short", BEST, 55, compiled=("models",)),
-    Variant("short", BEST, 40, cudnn=True),
+    Variant("short", (), 90.0, profiled=True),
+    Variant("short", ("graphs",), 6.0),
+    Variant("short", ("graphs", "lookup"), 6.0),
+    Variant("short", BEST, 50.0, profiled=True),
+    Variant("long", BEST, 30.0, profiled=True),
+    Variant("omitted", BEST, 25.0),
+    Variant("long", (*BEST, "plain"), 20.0),
+    Variant("short", (*BEST, "plain"), 15.0),
+    Variant("zeros", BEST, 4.0),
+    Variant("short", BEST, 55.0, compiled=("models",)),
+    Variant("short", BEST, 40.0, cudnn=True),
 )
 
 

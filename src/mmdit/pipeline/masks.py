@@ -49,7 +49,13 @@ def _for_each(name: str, value: Tensor, count: int, wanted: list[int]) -> Tensor
 
 
 def repeated(batch: Tensor, count: int) -> Tensor:
-    """Repeat each entry of a batch equally often, to a batch of `count`; copies of one entry are adjacent."""
+    """Repeat each entry of a batch equally often, to a batch of `count`; copies of one entry are adjacent.
+
+    Raises:
+        ValueError: `count` is no multiple of the batch.
+    """
+    if not len(batch) or count % len(batch):
+        raise ValueError(f"a batch of {len(batch)} cannot be repeated to {count}; give one, or one for each")
     return batch.repeat_interleave(count // len(batch), 0)
 
 

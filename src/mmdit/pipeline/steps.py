@@ -119,7 +119,7 @@ class PipelineSteps(PipelineTensors):
             cond: the prompts, encoded, one for each picture; or several `mmdit.Ranged`, each for a part of the way.
             uncond: the negative prompts, likewise; None where the profile runs no unconditional branch.
             noise: the initial noise, [b, c, h, w], of unit variance; see `noise`. None with an image and
-                add_noise=False.
+                add_noise=False, where there is a latent of the image for each picture.
             num_inference_steps: steps of the schedule. For this and all further arguments, None is the default.
             guidance_scale: weight of classifier-free guidance; 1 is none.
             sampler: a name of `samplers.SOLVERS`; or a function `(denoise, x, sigmas) -> iterator of samplers.Step`,
@@ -230,10 +230,14 @@ class PipelineSteps(PipelineTensors):
                 raise ValueError(f"{missing} is missing: give {missing}, latents [b, c, h, w]")
             return noise, None
         check_tensor("image", image)
-        if noise is None or not add_noise:
+        if add_noise == (noise is None):
             if add_noise:
                 raise ValueError("noise is missing: give noise, latents [b, c, h, w], or add_noise=False")
-            noise = torch.zeros_like(image if noise is None else noise)
+            raise ValueError(
+                "noise is given, and a drawing from an image with add_noise=False reads none: leave it out, or give it "
+                "without image, as the latent at the first sigma"
+            )
+        noise = torch.zeros_like(image) if noise is None else noise
         source = Source(image.to(noise.device), None if mask is None else mask.to(noise.device), differential)
         return noise, checked_source(source, noise.shape)
 

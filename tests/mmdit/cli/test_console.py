@@ -6,15 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmdit import read_settings
+from mmdit import PROFILES, ControlNet, ControlNetConfig, Hires, Pipeline, read_settings
 from mmdit.cli import app, devices, drawing
 from mmdit.cli.app import main
 from mmdit.cli.console import Stream
+from mmdit.cli.long_runs import passes_of
 from mmdit.cli.usage import dtype_name, sampler_name, schedule_name
 from mmdit.embedded import EMBEDDED
 from skips import SKIPS
@@ -224,6 +226,24 @@ def test_long_runs_are_announced(here, capsys, monkeypatch):
         monkeypatch.setattr("mmdit.cli.long_runs._flops_per_second", lambda dtype, flops=flops: flops)
         assert main(["generate", "a red ring", *FEW]) == 0
         assert ("judged by the speed of one matrix product" in capsys.readouterr().err) == said
+
+
+def test_what_a_long_run_consists_of():
+    pipe = Pipeline.demo(profile="comfyui")
+    ask = Namespace(height=64, width=64, steps=10, guidance_scale=None, sampler="heun", schedule=None)
+    net = ControlNet(ControlNetConfig(2, 256, 192))
+    windows = {"control_guidance_start": [0.25], "control_guidance_end": [0.75]}
+    arguments = {"controlnet": [net], **windows, "hires": Hires(scale=2.0, strength=0.5, steps=6)}
+    assert [*passes_of(pipe, ask, {})] == [(10, 20, 64, 2, 1.0)]
+    assert [*passes_of(pipe, ask, arguments)] == [(10, 20, 64, 2, 1.25), (6, 12, 128, 2, 1.25)]
+    ask.guidance_scale = 1.0
+    assert next(passes_of(pipe, ask, {})).branches == 1
+    ask.sampler = "euler_cfg_pp"
+    assert next(passes_of(pipe, ask, {})).branches == 2
+    ask.sampler, pipe.profile = "euler", PROFILES["diffusers"]
+    assert next(passes_of(pipe, ask, {"image": "a.png", "strength": 0.3})).steps == 3
+    ask.guidance_scale = 0.5  # below 1, diffusers' pipeline runs no unconditional branch
+    assert next(passes_of(pipe, ask, {})).branches == 1
 
 
 def test_threads_are_chosen_for_the_embedded_model(monkeypatch):

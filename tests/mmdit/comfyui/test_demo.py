@@ -13,6 +13,7 @@ from mmdit import NodeError, Pipeline, SettingsError, WorkflowCache, from_workfl
 from mmdit.cli.app import main
 from mmdit.comfyui.declare import NODES, decimal, wire
 from mmdit.comfyui.run import overridden
+from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.settings import text_chunks
 
 ARTICLE = Path(__file__).parents[3] / "notebooks" / "workflows" / "article.json"
@@ -189,3 +190,13 @@ def test_generate_draws_a_picture_of_comfyui_again(output, tmp_path, capsys, mon
 
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(output.images["9"][0]))
     assert set(text_chunks(Path("a.png"))) == {"mmdit", "prompt"}
+
+
+@torch.no_grad()
+def test_pictures_are_encoded_in_tiles(monkeypatch):
+    vae, pixels = mmdit.load_vae(EMBEDDED, dtype=torch.float32), torch.rand(1, 64, 40, 3)
+    whole = NODES["VAEEncode"].run(pixels=pixels, vae=vae)
+    monkeypatch.setattr(type(vae), "encode", None)
+    tiles = {"tile_size": 64, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
+    tiled = NODES["VAEEncodeTiled"].run(pixels=pixels, vae=vae, **tiles)
+    torch.testing.assert_close(tiled["samples"], whole["samples"], rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from PIL import Image
 import tiny
 from mmdit import PROFILES, Hires, Pipeline, Settings, images
 from mmdit.pipeline.image_inputs import image_inputs
-from mmdit.pipeline.masks import Blend, Source
+from mmdit.pipeline.masks import Blend, Source, repeated
 from recorded_runs import embeddings, image, pipeline, runs, text
 from samplers import sigmas
 
@@ -265,6 +265,7 @@ def test_fewer_than_one_step(photo):
         ({"image": torch.zeros(1, 16, 4, 6), "mask": torch.ones(1, 1, 32, 48)}, "mask has shape"),
         ({"mask": torch.ones(1, 1, 4, 6)}, "image is missing"),
         ({"noise": None}, "noise is missing"),
+        ({"image": torch.zeros(1, 16, 4, 6), "add_noise": False}, "add_noise=False reads none"),
         ({"start": 2}, "leave none of 2 steps"),
         ({"start": 1, "stop": 1}, "leave none of 2 steps"),
         ({"strength": 0.5}, "without image"),
@@ -274,6 +275,14 @@ def test_what_sample_refuses(comfyui, how, said):
     given = {"noise": torch.randn(1, 16, 4, 6), "num_inference_steps": 2, "guidance_scale": 1.0} | how
     with pytest.raises(ValueError, match=said):
         comfyui.sample(COND, None, **given)
+
+
+def test_a_batch_that_cannot_be_repeated_evenly():
+    two = torch.arange(2.0).reshape(2, 1)
+    assert repeated(two, 4).flatten().tolist() == [0, 0, 1, 1]
+    for batch, count in ((two, 3), (two, 1), (two[:0], 2)):
+        with pytest.raises(ValueError, match=f"batch of {len(batch)} .* {count}"):
+            repeated(batch, count)
 
 
 @torch.no_grad()

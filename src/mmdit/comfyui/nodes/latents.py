@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from encoders import VAE, decode_tiled
+from encoders import VAE, decode_tiled, encode_tiled
 from mmdit.comfyui.context import Context
 from mmdit.comfyui.declare import MAX_SIDE, boolean, choice, decimal, integer, node, side, wire
 from mmdit.comfyui.limits import WorkflowLimits
@@ -90,16 +90,23 @@ def vae_encode(pixels: Tensor, vae: VAE | None) -> Latent:
 def vae_encode_tiled(
     pixels: Tensor, vae: VAE | None, tile_size: int, overlap: int, temporal_size: int, temporal_overlap: int
 ) -> Latent:
-    """Encode the whole picture at once, without the seams that ComfyUI's tiles leave."""
-    return {"samples": encoded(_checked(vae), pixels)}
+    """Encode in tiles, to use less memory. The tiles have no seams here, so the overlap changes nothing."""
+    return {"samples": encoded(_checked(vae), pixels, tile=tile_size)}
 
 
-def encoded(vae: VAE, pixels: Tensor) -> Tensor:
-    """Encode pictures [b, h, w, c] to latents [b, 16, h / 8, w / 8] in VAE scale, using the first three channels."""
+def encoded(vae: VAE, pixels: Tensor, *, tile: int | None = None) -> Tensor:
+    """Encode pictures [b, h, w, c] to latents [b, 16, h / 8, w / 8] in VAE scale, using the first three channels.
+
+    Args:
+        vae: the VAE.
+        pixels: the pictures.
+        tile: the side of a tile in cells of each layer; None encodes the whole picture at once.
+    """
     first = next(vae.parameters())
     picture = pictures.center_crop(pixels[..., :3]).movedim(-1, 1)
     # contiguous, because GroupNorm of a channels-last view is less exact on a CPU
-    latent = vae.encode((2 * picture - 1).contiguous().to(first.device, first.dtype)).mode()
+    given = (2 * picture - 1).contiguous().to(first.device, first.dtype)
+    latent = (vae.encode(given) if tile is None else encode_tiled(vae, given, tile=tile)).mode()
     return pictures.to_vae_scale(latent.float().cpu())
 
 
