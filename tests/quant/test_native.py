@@ -12,6 +12,7 @@ from quant.quantize import snr
 from quant.recipe import RECIPES
 from quant.scaling import scale_of, to_codes
 from quant.tensor import Float8Tensor
+from quant.training import fake_quantize_, quantize_trained_
 from skips import SKIPS
 
 pytestmark = [
@@ -52,6 +53,33 @@ def test_native_is_the_emulated_product(name, shape):
     wanted = F.linear(x, emulated, bias)
     assert snr(wanted, F.linear(x, exact, bias)) >= 55
     assert snr(wanted, F.linear(x, fast, bias)) >= 45
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_gradients_in_e5m2_are_the_emulated_ones(name, shape):
+    x, weight, _ = operands(shape)
+    grad = 1e-3 * torch.randn(shape[0], shape[1], device="cuda", dtype=torch.bfloat16)
+    found = []
+    for settings in ({"gradient": "e5m2"}, {"gradient": "e5m2", "backend": "emulated"}, {}):
+        leaf = x.clone().requires_grad_()
+        F.linear(leaf, quantized(weight, name, **settings)).backward(grad)
+        found.append(leaf.grad)
+    native, emulated, full = found
+    assert snr(emulated, native) >= 40
+    assert 20 <= snr(full, native) <= 35, "two bits of mantissa"
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_forward_of_a_training_is_the_native_product(name):
+    x, weight, bias = operands(SHAPES[0])
+    model = torch.nn.Sequential(torch.nn.Linear(*reversed(weight.shape))).to(x)
+    model[0].weight.data, model[0].bias.data = weight.clone(), bias.clone()
+    fake_quantize_(model, name, input_scales={"0": 0.05} if name == "fp8-static" else None)
+    trained = model(x).detach()
+    quantize_trained_(model)
+    assert backend_of(model[0].weight.recipe, x.device, x.dtype, weight.shape)[0] == "native"
+    assert snr(trained, model(x).detach()) >= 45
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
