@@ -338,9 +338,8 @@ def link_of(device: torch.device, repeats: int = 5) -> Link:
     assert dist.group.WORLD is not None
     team = Team(dist.group.WORLD)
     values = (_BUFFER if device.type == "cuda" else 2**20) // 4
-    part, sizes = torch.zeros(values, device=device), shares(values, team.size)
-    own = [sizes[team.rank]] * team.size
-    out = part.new_empty(sum(own))
+    part = torch.zeros(values, device=device)
+    parts, out = part.chunk(team.size), torch.empty_like(part).chunk(team.size)
 
     def rate(run: Callable[[], object], nbytes: int) -> float:
         times = []
@@ -353,10 +352,10 @@ def link_of(device: torch.device, repeats: int = 5) -> Link:
             times.append(time.perf_counter() - start)
         return nbytes / min(times)
 
-    sent = part.nbytes - 4 * sizes[team.rank]
+    sent = part.nbytes - parts[team.rank].nbytes
     return Link(
         rate(lambda: team.gathered(part), part.nbytes * (team.size - 1)),
-        rate(lambda: team.exchanged(out, part, own, sizes), sent),
+        rate(lambda: team.exchanged(out, parts), sent),
     )
 
 

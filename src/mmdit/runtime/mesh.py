@@ -118,11 +118,23 @@ class Team:
         found = self.gathered(padded)
         return torch.cat([one.narrow(dim, 0, size) for one, size in zip(found, sizes, strict=True)], dim)
 
-    def exchanged(self, out: Tensor, parts: Tensor, received: Sequence[int], sent: Sequence[int]) -> Tensor:
-        """Send each rank its part, and receive one from each: flat tensors and the numbers of values by rank."""
-        dist.all_to_all_single(out, parts, list(received), list(sent), group=self.group)
-        self.sent += (sum(sent) - sent[self.rank]) * parts.element_size()
-        return out
+    def exchanged(self, out: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+        """Send each rank its part, and receive what it sends into `out`: contiguous tensors by rank.
+
+        The entries of this rank itself are not exchanged.
+        """
+        nothing = parts[self.rank].new_empty(0)
+        given, found = ([nothing if i == self.rank else one for i, one in enumerate(each)] for each in (parts, out))
+        self.sent += sum(one.nbytes for one in given)
+        if nothing.is_cuda:
+            dist.all_to_all(found, given, group=self.group)
+            return
+        flat = torch.cat([one.flatten() for one in given])  # gloo exchanges equal sizes, or one flat tensor
+        sizes = [one.numel() for one in found]
+        arrived = flat.new_empty(sum(sizes))
+        dist.all_to_all_single(arrived, flat, sizes, [one.numel() for one in given], group=self.group)
+        for one, values in zip(found, arrived.split(sizes), strict=True):
+            one.copy_(values.view_as(one))
 
 
 @dataclass(frozen=True)

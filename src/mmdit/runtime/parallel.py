@@ -7,6 +7,7 @@ by `bands`; `mesh` holds the ranks, and `lifeline` tells each of them when anoth
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -103,6 +104,7 @@ class Parallel:
 
 def connected() -> Lifeline:
     """The lifeline of all running processes; all ranks call this."""
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world, host = dist.get_rank(), dist.get_world_size(), "127.0.0.1"
+    if len(set(mesh.of_all(socket.gethostname()))) > 1:
+        host = os.environ["MASTER_ADDR"]
     return Lifeline.connected(rank, world, mesh.from_first, host=host, on_failure=mesh.abort)

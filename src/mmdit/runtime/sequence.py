@@ -136,41 +136,50 @@ class Part:
 
     def _forth(self, q: Tensor, k: Tensor, v: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """All tokens of this rank's heads, each [b, n + l, own heads, head_dim]."""
-        (samples, tokens, _, width), mine = q.shape, heads[self.team.rank]
+        (samples, tokens, _, width), rank = q.shape, self.team.rank
         text, places = tokens - self.size, starts(heads)
-        unit = samples * 3 * width  # values of a token and a head
-        sent = [self.size * one * unit for one in heads]
-        received = [one * mine * unit for one in self.sizes]
-        parts = q.new_empty(sum(sent))
-        for place, count, chunk in zip(places, heads, parts.split(sent), strict=True):
-            own = [one[:, text:, place : place + count] for one in (q, k, v)]
-            torch.stack(own, dim=2, out=chunk.view(samples, self.size, 3, count, width))
-        joint = q.new_empty(samples, text + sum(self.sizes), 3, mine, width)
+        joint = q.new_empty(samples, text + sum(self.sizes), 3, heads[rank], width)
+        own = [one[:, :, places[rank] : places[rank] + heads[rank]] for one in (q, k, v)]
         if text:
-            first = places[self.team.rank]
-            joint[:, :text] = torch.stack([one[:, :text, first : first + mine] for one in (q, k, v)], dim=2)
-        if samples == 1:  # what arrives is in its place
-            self.team.exchanged(joint[0, text:].view(-1), parts, received, sent)
-        else:
-            arrived = self.team.exchanged(q.new_empty(sum(received)), parts, received, sent)
-            for start, count, chunk in zip(self.starts, self.sizes, arrived.split(received), strict=True):
-                joint[:, text + start : text + start + count] = chunk.view(samples, count, 3, mine, width)
+            _put(joint[:, :text], [one[:, :text] for one in own])
+        targets = [
+            joint[:, text + start : text + start + size] for start, size in zip(self.starts, self.sizes, strict=True)
+        ]
+        _put(targets[rank], [one[:, text:] for one in own])
+        parts = [
+            joint if i == rank else torch.stack([one[:, text:, place : place + count] for one in (q, k, v)], dim=2)
+            for i, (place, count) in enumerate(zip(places, heads, strict=True))
+        ]
+        arrived = targets if samples == 1 else [torch.empty_like(one) for one in targets]
+        self.team.exchanged(arrived, parts)
+        for i, (target, one) in enumerate(zip(targets, arrived, strict=True)):
+            if one is not target and i != rank:
+                target.copy_(one)
         found = joint.unbind(2)
         return found[0], found[1], found[2]
 
     def _back(self, z: Tensor, heads: list[int]) -> Tensor:
         """This rank's tokens of all heads, [b, n + m, heads, head_dim]; every rank gets all text tokens."""
-        samples, tokens, mine, width = z.shape
-        text, unit = tokens - sum(self.sizes), samples * width
-        sent = [(text + one) * mine * unit for one in self.sizes]
-        received = [(text + self.size) * one * unit for one in heads]
-        parts = z.new_empty(sum(sent))
-        for start, count, chunk in zip(self.starts, self.sizes, parts.split(sent), strict=True):
-            own = [z[:, :text], z[:, text + start : text + start + count]]
-            torch.cat(own, dim=1, out=chunk.view(samples, text + count, mine, width))
-        arrived = self.team.exchanged(z.new_empty(sum(received)), parts, received, sent)
-        chunks = zip(heads, arrived.split(received), strict=True)
-        return torch.cat([chunk.view(samples, text + self.size, count, width) for count, chunk in chunks], dim=2)
+        (samples, tokens, _, width), rank = z.shape, self.team.rank
+        text = tokens - sum(self.sizes)
+        parts = [
+            torch.cat([z[:, :text], z[:, text + start : text + start + size]], dim=1)
+            for start, size in zip(self.starts, self.sizes, strict=True)
+        ]
+        arrived = [
+            parts[i] if i == rank else z.new_empty(samples, text + self.size, count, width)
+            for i, count in enumerate(heads)
+        ]
+        self.team.exchanged(arrived, parts)
+        return torch.cat(arrived, dim=2)
+
+
+def _put(target: Tensor, parts: Sequence[Tensor]) -> None:
+    """Write queries, keys and values, each [b, t, heads, head_dim], side by side into [b, t, 3, heads, head_dim]."""
+    if len(target) == 1:
+        torch.stack([one[0] for one in parts], dim=1, out=target[0])
+    else:
+        target.copy_(torch.stack(list(parts), dim=2))
 
 
 class _Exchanged(Strategy):
