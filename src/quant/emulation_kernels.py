@@ -111,16 +111,15 @@ def half_of(code, e4m3: tl.constexpr):
     """The value of a code, uint8, as float16, which holds it exactly.
 
     E5M2 is the upper byte of a float16. The bits of E4M3, moved to those of a float16, are 2^-8 times its value, also
-    where it is subnormal, but for its NaN, which is all ones.
+    where it is subnormal, but for NaN, which looks like 480. Times 146 this overflows, which 448 does not, and infinity
+    times 0 is NaN: arithmetic that GPUs do on two values at once, as they do not with comparisons.
     """
-    wide = code.to(tl.uint16)
     if e4m3:
-        magnitude = wide & 0x7F
-        bits = ((wide & 0x80) << 8) | (magnitude << 7)
-        moved = bits.to(tl.float16, bitcast=True) * 256.0
-        value = tl.where(magnitude == 0x7F, float("nan"), moved).to(tl.float16)
+        wide = code.to(tl.int8, bitcast=True).to(tl.int16)  # the sign is copied to bit 8, and moves to bit 15
+        moved = ((wide << 7) & -16385).to(tl.float16, bitcast=True)  # all bits but 14, where the sign was
+        value = (moved * (146.0 * 256.0)) * 0.0 + moved * 256.0
     else:
-        value = (wide << 8).to(tl.float16, bitcast=True)
+        value = (code.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
     return value
 
 

@@ -25,6 +25,7 @@ from mmdit.bench.random_models import MODELS, check_names, check_peers, check_si
 from mmdit.bench.rows import Cells
 from mmdit.bench.samplers import MEASURES, Plan, measure
 from mmdit.cli.console import Note, say
+from mmdit.cli.console import note as say_note
 from mmdit.cli.devices import device_of, dtype_of, load
 from mmdit.cli.long_runs import duration, seconds_of
 from mmdit.cli.usage import usage_errors
@@ -172,7 +173,7 @@ def _note_long(options: Namespace, calls: int, batch: int, note: Note) -> None:
 
 
 def _where(options: Namespace) -> dict[str, Any]:
-    return {"device": device_of(options.device), "dtype": dtype_of(options.dtype)}
+    return {"device": device_of(options.device, say_note), "dtype": dtype_of(options.dtype)}
 
 
 def _samplers(options: Namespace, note: Note) -> Iterator[str]:
@@ -221,7 +222,7 @@ def _quality(options: Namespace, note: Note) -> Iterator[str]:
         numbers: dict[str, Any] = {name: whole(f"--{name}", getattr(options, name), 1) for name in names}
         tuned = dict(_name_and_folder(one) for one in options.tuned)
     folder, rows = Path(options.output), options.rows or range(len(fp8_quality.ROWS))
-    device, dtype = device_of(options.device), dtype_of(options.dtype)
+    device, dtype = device_of(options.device, note), dtype_of(options.dtype)
     assert dtype is not None
     if device.type == "cpu":
         note(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from mmdit.cli.console import say
+from mmdit.cli.console import note, say
 from mmdit.cli.usage import DEFAULT_DEVICE, DEFAULT_DTYPE, DTYPES, JSON, dtype_name, sampler_name
 
 
@@ -77,13 +77,11 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _side(options: argparse.Namespace, side: str) -> Any:
-    from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, load, path_of
+    from mmdit.cli.devices import DEMO, choose_threads, load, path_of, place_of
 
     model, profile, device = (getattr(options, f"{what}_{side}") for what in ("model", "profile", "device"))
     model = (options.model_a if model is None else model) or DEMO
-    device = device_of(device)
-    dtype = dtype_of(getattr(options, f"dtype_{side}"), device)
-    assert dtype is not None
+    device, dtype = place_of(device, getattr(options, f"dtype_{side}"), note)
     if side == "b" and options.diffusers:
         from mmdit.parity.reference import load_diffusers
 

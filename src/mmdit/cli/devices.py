@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdit.cli.console import Note
 from mmdit.cli.usage import UsageError, exists
 
 if TYPE_CHECKING:
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
 DEMO = "demo"  # the embedded model, wherever a model is named
 
 
-def device_of(name: str | None) -> torch.device:
-    """The device of that name, if it is here; None and "auto" take CUDA where there is one, else the CPU.
+def device_of(name: str | None, note: Note | None = None) -> torch.device:
+    """The device of that name, if it is here; None and "auto" take CUDA, else MPS, else the CPU.
+
+    Args:
+        name: What the user gave.
+        note: Tells the user which device was taken, where the name leaves it open.
 
     Raises:
         UsageError: torch knows no such name, or the machine has no such device.
@@ -30,21 +35,44 @@ def device_of(name: str | None) -> torch.device:
         raise UsageError(str(error)) from error
     if device.type == "meta":  # a device for loading alone, on which nothing is computed
         raise UsageError(f"--device {name}: there is none here; use cpu")
+    if note is not None and name in (None, "auto"):
+        note(computing_on(device))
     return device
 
 
 def dtype_of(name: str | None, device: torch.device | None = None) -> torch.dtype | None:
-    """The dtype of that name. Without a name it is the device's default: float32 on a CPU, bfloat16 elsewhere.
+    """The dtype of that name. Without a name it is the device's default, see `mmdit.runtime.devices.default_dtype`.
 
     Without a name and a device it is None, which keeps what is stored.
     """
     import torch
 
+    from mmdit.runtime.devices import default_dtype
+
     if name is not None:
         return getattr(torch, name)
-    if device is None:
-        return None
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return None if device is None else default_dtype(device)
+
+
+def place_of(device: str | None, dtype: str | None, note: Note) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype by name, or by themselves, which the note says.
+
+    Raises:
+        UsageError: see `device_of`.
+    """
+    found = device_of(device)
+    kind = dtype_of(dtype, found)
+    assert kind is not None
+    if device in (None, "auto") or dtype is None:
+        note(computing_on(found, kind))
+    return found, kind
+
+
+def computing_on(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """What is said of a device and dtype that were not both asked for."""
+    from mmdit.runtime.devices import described
+
+    return f"computing on {described(device)}" + ("" if dtype is None else f" in {str(dtype).removeprefix('torch.')}")
 
 
 def path_of(model: str) -> Path:

@@ -19,7 +19,7 @@ from mmdit._version import __version__
 from mmdit.checkpoints.hub import is_repo_id
 from mmdit.cli.console import Note
 from mmdit.cli.controls import check_controls, control_arguments, control_settings, note_other_control
-from mmdit.cli.devices import DEMO, choose_threads, device_of, dtype_of, is_file, load
+from mmdit.cli.devices import DEMO, choose_threads, computing_on, device_of, dtype_of, is_file, load
 from mmdit.cli.inputs import Inputs, read_inputs
 from mmdit.cli.long_runs import note_long_run
 from mmdit.cli.loras import add_loras, check_loras, note_other_loras
@@ -301,10 +301,11 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         said = "no --model given: " if ask.model is None else ""
         note(f"{said}drawing with the embedded model, which knows a few shapes and colours")
     choose_threads(ask.threads, ask.model, device)
-    return load(
+    dtype = dtype_of(ask.dtype, device)
+    pipe = load(
         ask.model,
         device=device,
-        dtype=dtype_of(ask.dtype, device),
+        dtype=dtype,
         beside={name: getattr(ask, name) for name in OTHERS},
         hub={name: getattr(ask, name) for name in OF_THE_HUB},
         profile=profile,
@@ -312,6 +313,9 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         offload=ask.offload,
         quant=ask.quant,
     )
+    if ask.device in (None, "auto") or ask.dtype is None:
+        note(computing_on(device, dtype))
+    return pipe
 
 
 def _drawn(

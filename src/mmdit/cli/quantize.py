@@ -86,14 +86,14 @@ def input_scales(options: argparse.Namespace, format: Any, note: Note) -> dict[s
     Raises:
         ValueError: The file of prompts is empty.
     """
-    from mmdit.cli.devices import device_of, dtype_of, load
+    from mmdit.cli.devices import load, place_of
     from mmdit.cli.drawing import read_prompts
     from mmdit.pipeline.calibration import calibrate
     from quant.scaling import scale_of
 
     prompts = read_prompts(options.prompts, note)
-    device = device_of(options.device)
-    pipe = load(options.source, device=device, dtype=dtype_of(options.dtype, device))
+    device, dtype = place_of(options.device, options.dtype, note)
+    pipe = load(options.source, device=device, dtype=dtype)
     note(f"drawing {len(prompts)} prompts on {pipe.device}")
     seen = calibrate(pipe, prompts, options.steps, guidance_scale=options.guidance_scale, batch=1)
     return {f"transformer.{name}": scale_of(amax, format) for name, amax in seen.amax(options.percentile).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mmdit.cli.console import say
+from mmdit.cli.console import note, say
 from mmdit.cli.usage import DTYPES, dtype_name, usage_errors
 
 LIMITS = "pixels, batch, steps, nodes, characters, tokens, prompts"
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         input=options.input,
         output=options.output,
         tokenizers=options.tokenizers,
-        device=device_of(options.device),
+        device=device_of(options.device, note),
         dtype=dtype_of(options.dtype),
         limits=limits,
     )

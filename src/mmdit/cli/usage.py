@@ -18,8 +18,8 @@ _DTYPE_ALIASES = {
     "fp64": "float64",
     "double": "float64",
 }
-DEFAULT_DEVICE = "(default: cuda where there is one, else cpu)"
-DEFAULT_DTYPE = "(default: float32 on the CPU, else bfloat16)"
+DEFAULT_DEVICE = "(default: auto, which is cuda where there is one, else mps, else cpu)"
+DEFAULT_DTYPE = "(default: bfloat16, float16 on older GPUs, float32 on the CPU)"
 QUIET = "show no progress bar and no notes"
 JSON = "print all results as JSON"
 # The names of samplers.SOLVERS and SCHEDULES, so that help needs no torch.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from mmdit.cli.console import say
+from mmdit.cli.console import note, say
 from mmdit.cli.usage import JSON, dtype_name
 
 
@@ -32,6 +32,6 @@ def run(options: argparse.Namespace) -> int:
     with usage_errors():
         whole("--steps", options.steps, 1)
     dtype: torch.dtype = getattr(torch, options.dtype)
-    found = verify(path_of(options.folder), device=device_of(options.device), dtype=dtype, steps=options.steps)
+    found = verify(path_of(options.folder), device=device_of(options.device, note), dtype=dtype, steps=options.steps)
     say(found.to_json() if options.json else found)
     return 0 if found.passed else 1

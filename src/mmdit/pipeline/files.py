@@ -18,7 +18,7 @@ from mmdit.pipeline.arguments import Offload, checked_offload, checked_quant, pr
 from mmdit.pipeline.base import PipelineModels
 from mmdit.pipeline.diffusers_names import LOAD, explains_names
 from mmdit.pipeline.profiles import Profile
-from mmdit.runtime.devices import resolve_device, warn_if_slow
+from mmdit.runtime.devices import resolve_device, suited_dtype, warn_if_slow
 from quant.recipe import Recipe
 from samplers import ResolutionShift, SamplingDefaults
 
@@ -88,7 +88,7 @@ class PipelineFiles(PipelineModels):
         rest: dict[str, Any] = {"profile": profile, "preset": preset, "quant": recipe}
         rest |= {"offload": checked_offload(offload), "device": place.device}
         parts = load(source, place.home, place.dtype, quant=recipe)
-        pipe = cls(_widened(parts, place), name=source.name, **rest)
+        pipe = cls(_suited(parts, place), name=source.name, **rest)
         return pipe._faster() if fast else pipe
 
     @classmethod
@@ -115,9 +115,9 @@ class PipelineFiles(PipelineModels):
         Args:
             folder: a folder, or "owner/name" of a repository, from which the files that are needed are downloaded.
             device: the device that the models are loaded to and compute on. "auto" is CUDA where there is one, else
-                the CPU.
+                MPS, else the CPU.
             dtype: the dtype of weights and arithmetic. None keeps the dtype of the files, but on a CPU float16 and
-                bfloat16 become float32, which is far faster there.
+                bfloat16 become float32, which is far faster there, and bfloat16 becomes float16 on GPUs without it.
             quant: quantize transformer and T5 to float8: a name of `quant.RECIPES`, such as "fp8", or a `quant.Recipe`.
             profile: the reference whose behaviour to follow, a name of `mmdit.PROFILES` or an `mmdit.Profile`.
             preset: default settings of a kind of model, such as "turbo": a name of `mmdit.PRESETS`. They take
@@ -229,10 +229,13 @@ def _place(device: torch.device | str, dtype: torch.dtype | None, offload: str |
     return _Place(torch.device("cpu") if offload else found, found, dtype)
 
 
-def _widened(parts: Components, place: _Place) -> Components:
-    """Upcast 16-bit models to float32 where they compute on a CPU and the caller gave no dtype."""
-    if place.dtype is None and place.device.type == "cpu":
+def _suited(parts: Components, place: _Place) -> Components:
+    """Models in the dtype that suits the device where the caller gave none: 16 bits become float32 on a CPU."""
+    if place.dtype is None:
         for model in (parts.transformer, parts.vae, parts.clip_l, parts.clip_g, parts.t5):
-            if model is not None and next(model.parameters()).dtype in (torch.float16, torch.bfloat16):
-                model.to(torch.float32)
+            if model is not None:
+                stored = next(model.parameters()).dtype
+                suited = suited_dtype(stored, place.device)
+                if suited != stored:
+                    model.to(suited)
     return parts

@@ -6,11 +6,11 @@ import warnings
 
 import torch
 
-_SLOW = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def resolve_device(device: torch.device | str | None, argument: str = "device") -> torch.device:
-    """Return the named device, if this machine has it. None and "auto" take CUDA where there is one, else the CPU.
+    """Return the named device, if this machine has it. None and "auto" take CUDA, else MPS, else the CPU.
 
     Args:
         device: "auto", or a name that torch knows: "cpu", "cuda", "cuda:1", "mps".
@@ -21,7 +21,7 @@ def resolve_device(device: torch.device | str | None, argument: str = "device") 
         TypeError: the device is neither a string nor a `torch.device`.
     """
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(_best())
     if not isinstance(device, str | torch.device):
         raise TypeError(f"{argument} is {type(device).__name__}, expected a string such as 'cuda' or a torch.device")
     try:
@@ -38,9 +38,49 @@ def resolve_device(device: torch.device | str | None, argument: str = "device") 
     return found
 
 
+def _best() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which a device computes quickly enough and exactly enough.
+
+    float32 on a CPU; bfloat16 on GPUs of NVIDIA from compute capability 8.0 (RTX 30, A100), on Apple's from macOS 14
+    and on others; float16 on older ones, which compute in bfloat16 slowly or not at all.
+    """
+    if device.type in ("cpu", "meta"):
+        return torch.float32
+    return torch.bfloat16 if _has_bfloat16(device) else torch.float16
+
+
+def suited_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which to compute with weights of a dtype where the caller asks for none.
+
+    The stored one, but 16 bits become float32 on a CPU, and bfloat16 becomes float16 on GPUs without it.
+    """
+    if stored not in HALF or device.type == "meta" or (device.type != "cpu" and _has_bfloat16(device)):
+        return stored
+    return default_dtype(device)
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def described(device: torch.device) -> str:
+    """The device, and the name of a GPU of NVIDIA."""
+    if device.type != "cuda":
+        return "the CPU" if device.type == "cpu" else str(device)
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
 def warn_if_slow(device: torch.device, dtype: torch.dtype | None) -> None:
     """Warn of 16-bit arithmetic on a CPU: decoding takes about 100 times as long as in float32."""
-    if device.type == "cpu" and dtype in _SLOW:
+    if device.type == "cpu" and dtype in HALF:
         name = str(dtype).removeprefix("torch.")
         warnings.warn(
             f"{name} is slow on a CPU, decoding most of all (about 100 times float32); leave dtype out for float32",
