@@ -290,3 +290,25 @@ def test_bash_completes(here, capsys):
         line = 'source ./complete.sh; COMP_WORDS=(mmdit "${@}"); COMP_CWORD=$#; _mmdit; echo "${COMPREPLY[@]}"'
         found = subprocess.check_output(["bash", "-c", line, "bash", *words], text=True).split()
         assert found == [wanted]
+
+
+# ---- device and dtype by themselves
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "on the CPU in float32"),
+        (["--device", "auto"], "on the CPU in float32"),
+        (["--dtype", "float64"], "on the CPU in float64"),
+        (["--device", "cpu", "--dtype", "float32"], None),
+        (["--quiet"], None),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason=SKIPS["no gpu"])
+def test_what_was_not_asked_for_is_said_in_one_line(here, capsys, given, said):
+    few = [one for one in FEW if one not in ("--device", "cpu")]
+    assert main(["generate", "a red circle", "--output", "a.png", *few, *given]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "computing" in line]
+    assert len(lines) == (said is not None)
+    assert said is None or lines[0].endswith(said)

@@ -14,7 +14,7 @@ import mmdit
 import samplers
 import tiny
 from mmdit import Guidance, Pipeline, read_settings, save_png
-from mmdit.runtime.devices import resolve_device
+from mmdit.runtime.devices import default_dtype, resolve_device, suited_dtype
 from samplers import SOLVERS, Step
 
 PROMPT = "a red circle above a blue square"
@@ -127,6 +127,32 @@ def test_diffusers_names_of_loading(tiny_folders):
 def test_devices_that_are_not_here(name):
     with pytest.raises(ValueError, match=name):
         Pipeline.demo(device=name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "mps", "macos", "device", "dtype", "of_bfloat16"),
+    [
+        ((9, 0), False, False, "cuda", torch.bfloat16, torch.bfloat16),
+        ((8, 0), True, True, "cuda", torch.bfloat16, torch.bfloat16),
+        ((7, 5), False, False, "cuda", torch.float16, torch.float16),
+        (None, True, True, "mps", torch.bfloat16, torch.bfloat16),
+        (None, True, False, "mps", torch.float16, torch.float16),
+        (None, False, False, "cpu", torch.float32, torch.float32),
+    ],
+)
+def test_devices_and_dtypes_by_themselves(monkeypatch, capability, mps, macos, device, dtype, of_bfloat16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(
+        torch.backends.mps, "is_macos_or_newer", lambda major, minor: macos and (major, minor) <= (14, 0)
+    )
+    found = resolve_device("auto")
+    assert found.type == resolve_device(None).type == device
+    assert default_dtype(found) == dtype
+    assert suited_dtype(torch.bfloat16, found) == of_bfloat16
+    assert suited_dtype(torch.float16, found) == (torch.float32 if device == "cpu" else torch.float16)
+    assert suited_dtype(torch.float32, found) == torch.float32
 
 
 def test_auto_is_a_device():
