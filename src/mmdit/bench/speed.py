@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from mmdit.bench.floor import floor_of
 from mmdit.bench.random_models import MODELS, Built, Inputs, check_names, check_peers, check_size, ours, theirs
 from mmdit.bench.step import PEERS, Timed, own_compiler_settings, timed, work_of
+from mmdit.runtime.compiled import ACCELERATED
 from mmdit.utils import is_out_of_memory, markdown_table, whole, write_text
 
 TEXT = 333  # tokens: CLIP's 77 and T5's 256
@@ -61,6 +63,7 @@ class Row:
     name: str
     timed: Timed | None
     failed: str = ""
+    attention: tuple[str, ...] = ()  # what the fast forward chose for this case, and how long the others took
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def table(rows: Sequence[Row]) -> str:
             for title, start in (("compiled", "diffusers compiled"), ("torchao", "diffusers + torchao"))
         }
         lines += [(str(case), row.name, *_cells(row, list(peers.values()))) for row in of_case]
-    return "\n".join(markdown_table(_TITLES, lines))
+    chosen = dict.fromkeys(f"attention of {choice}" for row in rows for choice in row.attention)
+    return "\n".join([*chosen, *([""] if chosen else []), *markdown_table(_TITLES, lines)])
 
 
 def save(path: Path, rows: Sequence[Row]) -> None:
@@ -171,6 +175,15 @@ def _groups(
             yield _Group("diffusers + torchao float8 compiled", "fp8", partial(build, float8=True, compiled=True), own)
 
 
+def _attention(model: nn.Module, case: Case) -> tuple[str, ...]:
+    """The choices of attention for the shapes of a case; none for a model that is not accelerated."""
+    config = MODELS[case.model]
+    tokens = (case.size // 8 // config.patch_size) ** 2
+    choices = {key: choice for one in ACCELERATED.get(model, ()) for key, choice in one.attention.choices.items()}
+    wanted = [torch.Size((case.batch, count, config.heads, config.head_dim)) for count in (TEXT + tokens, tokens)]
+    return tuple(f"{list(key[0])}: {choice}" for key, choice in choices.items() if key[0] in wanted)
+
+
 def _floor(case: Case, recipe: str | None, *, device: torch.device, dtype: torch.dtype) -> float:
     return floor_of(case.model, recipe, size=case.size, text=TEXT, batch=case.batch, device=device, dtype=dtype)
 
@@ -190,7 +203,8 @@ def _measured(
     try:
         with own_compiler_settings():
             found = timed(group.name, built, inputs, work, repeats, device)
-        return Row(case, group.name, replace(found, floor=floors(case, group.recipe)))
+        found = replace(found, floor=floors(case, group.recipe))
+        return Row(case, group.name, found, attention=_attention(built()[0], case))
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError) as error:
         what = "out of memory" if is_out_of_memory(error) else (str(error).splitlines() or [""])[0]
         return Row(case, group.name, None, f"failed: {type(error).__name__}: {what}"[:120])

@@ -63,9 +63,7 @@ class AccelerationReport:
             for (runs, reads), names in counted.items()
         ]
         for key, choice in self.attention.choices.items():
-            times = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(choice.milliseconds.items()))
-            refused = "".join(f"; {name} refused: {why}" for name, why in choice.refused.items())
-            lines.append(f"attention of {list(key[0])}: {choice.name} ({times}{refused})")  # type: ignore[call-overload]
+            lines.append(f"attention of {list(key[0])}: {choice}")  # type: ignore[call-overload]
         for (rows, outs, width, kind, *_), product in emulation.choices().items():
             times = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(product.milliseconds.items()))
             refused = "".join(f"; {name} refused: {why}" for name, why in product.refused.items())

@@ -19,6 +19,9 @@ from mmdit.runtime.rows import Attention
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 _LIBRARIES = {"flash-attn-4": "flash_attn.cute", "flash-attn-3": "flash_attn_interface"}
+# A kernel is taken for the one before it where it is quicker by more than this share and these milliseconds. Less is
+# noise, by which drawings would differ from run to run.
+_SHARE, _LEAST = 0.03, 0.005
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,12 +31,19 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Choice(NamedTuple):
-    """What was chosen for a shape, and how long the others took."""
+    """What was chosen for a shape, and how long the others took; printed as one line."""
 
     name: str
     kernel: Attention
     milliseconds: dict[str, float]  # of one attention, by kernel
     refused: dict[str, str]  # error message of each kernel that failed
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {time:.3f} ms" for name, time in sorted(self.milliseconds.items()))
+        refused = "".join(f"; {name} refused: {why}" for name, why in self.refused.items())
+        absent = [name for name in _LIBRARIES if name not in {**self.milliseconds, **self.refused}]
+        missing = f"; not installed: {', '.join(absent)}" if absent else ""
+        return f"{self.name} ({times}{refused}{missing})"
 
 
 class BestAttention:
@@ -66,6 +76,17 @@ class BestAttention:
         return self.choices[key].kernel(q, k, v)
 
 
+def _per_call(run: Callable[[], object]) -> float:
+    """Milliseconds of a call, of as many in a row as take about a millisecond."""
+    count = min(max(int(1 / max(milliseconds(run, 3), 1e-3)), 1), 50)
+
+    def several() -> None:
+        for _ in range(count):
+            run()
+
+    return milliseconds(several, 7) / count
+
+
 def _installed() -> dict[str, Attention]:
     """By name: torch's kernels, and those of libraries that are installed."""
     found: dict[str, Attention] = {name: partial(_by_torch, backend) for name, backend in _SDPA.items()}
@@ -92,13 +113,19 @@ def _measured(kernels: dict[str, Attention], q: Tensor, k: Tensor, v: Tensor) ->
         try:
             with warnings.catch_warnings():  # warnings of the libraries' compilers, which do not concern our users
                 warnings.simplefilter("ignore")
-                times[name] = milliseconds(partial(kernel, q, k, v))
+                times[name] = _per_call(partial(kernel, q, k, v))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError, ImportError) as error:
             refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
     if not times:
         raise RuntimeError(f"no attention kernel takes {list(q.shape)}, {q.dtype}: {refused}")
-    best = min(times, key=times.__getitem__)
+    best = chosen(times)
     return Choice(best, kernels[best], times, refused)
+
+
+def chosen(times: dict[str, float]) -> str:
+    """The first kernel that is as quick as the quickest one, up to noise."""
+    limit = min(times.values()) * (1 + _SHARE) + _LEAST
+    return next(name for name, time in times.items() if time <= limit)
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:

@@ -35,16 +35,15 @@ def norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, in_place: bool = False) -
     parts = triton.cdiv(cells, each)
     per_group = width // norm.num_groups
     means, squares = torch.empty((2, samples, parts, width), dtype=torch.float32, device=x.device).unbind(0)
-    factor, offset = torch.empty((2, samples, width), dtype=torch.float32, device=x.device).unbind(0)
+    centre, factor = torch.empty((2, samples, width), dtype=torch.float32, device=x.device).unbind(0)
     out = x if in_place else torch.empty_like(x)
     _moments[(parts, samples)](x, means, squares, cells, width, each, rows, wide, num_warps=8)
     _affine[(norm.num_groups, samples)](
         means,
         squares,
         norm.weight,
-        norm.bias,
+        centre,
         factor,
-        offset,
         cells,
         width,
         each,
@@ -55,7 +54,9 @@ def norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, in_place: bool = False) -
         triton.next_power_of_2(per_group),
         num_warps=8 if parts > 64 else 1,
     )
-    _apply[(triton.cdiv(cells, rows), samples)](x, out, factor, offset, cells, width, silu, rows, wide, num_warps=8)
+    _apply[(triton.cdiv(cells, rows), samples)](
+        x, out, centre, factor, norm.bias, cells, width, silu, rows, wide, num_warps=8
+    )
     return out
 
 
@@ -139,9 +140,8 @@ def _affine(
     means,
     squares,
     weight,
-    bias,
+    centre,
     factor,
-    offset,
     cells,
     width,
     each,
@@ -151,7 +151,7 @@ def _affine(
     part_block: tl.constexpr,
     channel_block: tl.constexpr,
 ):
-    """Factor and offset of each channel: parts are merged without cancellation (Chan, Golub and LeVeque 1979)."""
+    """Mean and factor of each channel: parts are merged without cancellation (Chan, Golub and LeVeque 1979)."""
     group, sample = tl.program_id(0), tl.program_id(1)
     part = tl.arange(0, part_block)
     lane = tl.arange(0, channel_block)
@@ -163,27 +163,30 @@ def _affine(
     square_of = tl.load(squares + place, mask=inside, other=0.0)
     count = tl.where(inside, tl.minimum(cells - part * each, each).to(tl.float32)[:, None], 0.0)
     total = cells.to(tl.float32) * per_group
-    mean = tl.sum(tl.sum(mean_of * count, 1), 0) / total
+    first = tl.load(means + sample * parts * width + group * per_group)  # near all others
+    mean = first + tl.sum(tl.sum((mean_of - first) * count, 1), 0) / total
     apart = mean_of - mean
     variance = tl.sum(tl.sum(square_of + count * apart * apart, 1), 0) / total
     scale = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32) / tl.sqrt_rn(variance + eps)
-    shift = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32) - mean * scale
+    tl.store(centre + sample * width + channel, tl.where(known, mean, 0.0), mask=known)
     tl.store(factor + sample * width + channel, scale, mask=known)
-    tl.store(offset + sample * width + channel, shift, mask=known)
 
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit(do_not_specialize=["cells"])
-def _apply(x, out, factor, offset, cells, width, silu: tl.constexpr, rows: tl.constexpr, wide: tl.constexpr):
+def _apply(x, out, centre, factor, bias, cells, width, silu: tl.constexpr, rows: tl.constexpr, wide: tl.constexpr):
+    """(x - mean) factor + bias, which is exact where all values of a group are equal."""
     sample = tl.program_id(1)
     cell = tl.program_id(0) * rows + tl.arange(0, rows)
     channel = tl.arange(0, wide)
     known = channel < width
     inside = (cell < cells)[:, None] & known[None, :]
+    mean = tl.load(centre + sample * width + channel, mask=known, other=0.0)
     scale = tl.load(factor + sample * width + channel, mask=known, other=0.0)
-    shift = tl.load(offset + sample * width + channel, mask=known, other=0.0)
+    shift = tl.load(bias + channel, mask=known, other=0.0).to(tl.float32)
     place = (sample.to(tl.int64) * cells + cell)[:, None] * width + channel[None, :]
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value = (value - mean[None, :]) * scale[None, :] + shift[None, :]
     if silu:
         value = value / (1.0 + tl.exp(-value))
     tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)

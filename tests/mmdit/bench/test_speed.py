@@ -8,6 +8,8 @@ import torch
 from mmdit.bench import picture, speed
 from mmdit.bench.first_picture import first_picture
 from mmdit.cli.app import main
+from mmdit.runtime.attention import Choice, torch_attention
+from mmdit.runtime.compiled import ACCELERATED
 
 
 def test_pictures_of_accelerated_pipelines_and_first_ones(monkeypatch):
@@ -71,3 +73,17 @@ def test_the_speed_of_all_cases(capsys, monkeypatch, tmp_path):
 def test_cases_that_cannot_be(case, capsys):
     assert main(["bench", "speed", "--cases", case, "--device", "cpu"]) == 2
     assert case.split(":")[0] in capsys.readouterr().err
+
+
+def test_choices_of_attention_stand_above_the_table():
+    case = speed.Case("demo", 64, 2)
+    built = speed.ours(speed.MODELS["demo"], recipe=None, compiled=False, fast=True, device="cpu", dtype=torch.float32)
+    (fast,) = ACCELERATED[built[0]]
+    for tokens in (speed.TEXT + 16, 16, 5):
+        choice = Choice("cudnn", torch_attention, {"cudnn": 0.5}, {})
+        fast.attention.choices[torch.Size((2, tokens, 4, 64)), torch.float32, torch.device("cpu")] = choice
+    found = speed._attention(built[0], case)
+    assert [one.split(":")[0] for one in found] == [f"[2, {count}, 4, 64]" for count in (speed.TEXT + 16, 16)]
+    lines = speed.table([speed.Row(case, "fast", None, "failed", found)]).splitlines()
+    assert len(lines) == 2 + 1 + 3
+    assert "cudnn 0.500 ms" in lines[0]

@@ -24,8 +24,8 @@ def drawing_pipe(**more):
 def pipes():
     """Plain, fast, and fast without graphs; all with the same weights."""
     found = {"plain": drawing_pipe(), "fast": drawing_pipe(), "no graph": drawing_pipe()}
-    found["fast"].accelerate()
-    found["no graph"].accelerate(graph=False)
+    found["fast"].accelerate(attention="cudnn")
+    found["no graph"].accelerate(graph=False, attention="cudnn")
     return found
 
 
@@ -46,7 +46,9 @@ def latent_of(pipe, **more):
 def no_waiting():
     """Whatever makes the host wait for the GPU, an event aside, is an error."""
     try:
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # this mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

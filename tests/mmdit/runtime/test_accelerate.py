@@ -9,7 +9,7 @@ from mmdit.models.config import MMDiTConfig
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.accelerate import Accelerated, version_of
-from mmdit.runtime.attention import BestAttention
+from mmdit.runtime.attention import BestAttention, Choice, chosen, torch_attention
 from quant.quantize import linears_of, quantize_
 from skips import SKIPS
 from triton_device import DEVICE
@@ -219,6 +219,15 @@ def test_a_graph_needs_a_gpu(model):
 def test_an_attention_kernel_that_is_not_here():
     with pytest.raises(ValueError, match=r"cudnn.*flash"):
         BestAttention("flash-attn-9")
+
+
+def test_attention_is_chosen_beyond_noise_only():
+    assert chosen({"cudnn": 1.0, "flash": 0.98, "flash-attn-4": 0.975}) == "cudnn"
+    assert chosen({"cudnn": 1.0, "flash": 1.3, "flash-attn-4": 0.8}) == "flash-attn-4"
+    assert chosen({"cudnn": 0.012, "flash": 0.008}) == "cudnn"
+    assert chosen({"flash": 0.5, "flash-attn-4": 0.49}) == "flash"
+    said = str(Choice("flash", torch_attention, {"flash": 0.25}, {"cudnn": "no plan"}))
+    assert all(word in said for word in ("flash 0.250 ms", "cudnn refused: no plan", "flash-attn-4"))
 
 
 @pytest.mark.gpu
