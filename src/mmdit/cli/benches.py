@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -37,6 +38,7 @@ from mmdit.utils import markdown_table, whole
 from quant.recipe import RECIPES
 from samplers import pick
 
+_ENDING = 20  # seconds in which communicators must end
 _LONG = 120.0  # seconds of which users are told beforehand
 
 
@@ -310,6 +312,9 @@ def _parallel(options: Namespace, note: Note) -> Iterator[str | int]:
         yield f"Links, one direction: gather {link.gather / 1e9:.1f} GB/s, exchange {link.exchange / 1e9:.1f} GB/s.\n"
         yield parallel.table(rows, link)
     yield int(any(row.failed for row in rows))
+    signal.alarm(_ENDING)
+    torch.distributed.destroy_process_group()
+    signal.alarm(0)
 
 
 def _noted(rows: Iterable[Cells], note: Note) -> list[Cells]:

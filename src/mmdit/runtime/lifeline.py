@@ -156,14 +156,10 @@ class Lifeline:
             self._depth += 1
 
     def _is_consequence(self, error: BaseException) -> bool:
-        """Whether the error follows from a failure of another rank: a broken collective, or the values that it left."""
-        if isinstance(error, ParallelError):
-            return self.failure is not None
-        if not isinstance(error, RuntimeError | FloatingPointError):
-            return False
+        """Whether another rank has failed before: then its collective broke here, or left values that are wrong."""
         if isinstance(error, RuntimeError) and _of_collective(error):
             self._news.wait(_NEWS)
-        return self.failure is not None
+        return self.failure is not None and isinstance(error, Exception)
 
     def _error(self) -> ParallelError:
         assert self.failure is not None, "there is a failure to report"

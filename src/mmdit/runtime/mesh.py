@@ -229,9 +229,19 @@ def same_random_state() -> None:
 
 
 def abort() -> None:
-    """Release every collective that waits, because a rank has failed; the process groups cannot be used afterwards."""
-    with suppress(RuntimeError, ValueError, AssertionError, NotImplementedError):
-        dist.distributed_c10d._abort_process_group()
+    """Release the NCCL kernels that wait for a rank that has failed; the process groups cannot be used afterwards."""
+    backends = []
+    for group in list(dist.distributed_c10d._world.pg_map):
+        with suppress(RuntimeError):
+            backends.append(group._get_backend(torch.device("cuda")))
+    if not backends:
+        return
+    first: Any = backends[0]
+    first._group_start()  # one after the other, communicators can wait for each other
+    for backend in backends:
+        with suppress(RuntimeError):
+            backend.abort()
+    first._group_end()
 
 
 def _digest(value: object) -> str:
