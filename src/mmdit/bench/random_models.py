@@ -118,7 +118,7 @@ def theirs(
     Args:
         config: The sizes of the model.
         float8: Quantize it by torchao, with dynamic scales per row.
-        compiled: Fuse the qkv projections and compile the blocks.
+        compiled: Compile the blocks, and fuse the qkv projections where diffusers can: not in SD3.5-Medium.
         device, dtype: The device and dtype of the weights.
         tuned: Let torchao set the compiler's options.
 
@@ -133,7 +133,7 @@ def theirs(
         settings = {key: value for key, value in to_diffusers("transformer", config).items() if not key.startswith("_")}
         model = SD3Transformer2DModel(**settings)
     fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
-    if compiled:
+    if compiled and not config.dual_attention_blocks:  # diffusers' fused processor has no second attention
         _fuse_qkv(model)
     if float8:
         _quantize_by_torchao(model, tuned)
