@@ -197,7 +197,7 @@ def test_linear_takes_the_way_of_the_rule(half, monkeypatch, name, way):
         }
 
     monkeypatch.setattr(emulation, "ways_for", spied)
-    monkeypatch.setattr(emulation, "rule", lambda product: way)
+    monkeypatch.setattr(emulation, "RULE", way)
     torch.testing.assert_close(F.linear(x, weight, bias), wanted, rtol=2**-7, atol=1e-3)
     assert taken == [way]
 
@@ -205,10 +205,29 @@ def test_linear_takes_the_way_of_the_rule(half, monkeypatch, name, way):
 def test_the_library_without_triton(half, monkeypatch):
     product, wanted = drawn(7, 24, 40, device="cpu")
     monkeypatch.setattr(emulation, "HAS_TRITON", False)
-    assert list(emulation.ways_for(product)) == ["library"] == [emulation.rule(product)]
+    assert list(emulation.ways_for(product)) == ["library"] == [emulation.RULE]
     out = torch.empty(7, 24)
     emulation.multiply(product, out)
     assert error(out, wanted) <= 3e-7
+
+
+@pytest.mark.parametrize(("dtype", "sums"), [(FP32, [1600, 1536]), (BF16, [3136]), (FP16, [3136])])
+def test_long_sums_are_cut_where_the_result_shows_it(dtype, sums):
+    """A stand-in multiplies exactly, and tells how long its sums are."""
+    product, wanted = drawn(3, 5, 3136, device="cpu")
+    lengths = []
+
+    def way(product, out):
+        lengths.append(product.x.shape[1])
+        assert product.codes.is_contiguous()
+        exact = product.x.double() @ from_codes(product.codes, "e4m3", torch.float64).t()
+        y = exact * product.scale.double().t() * product.x_scale
+        out.copy_(y if product.bias is None else y + product.bias)
+
+    out = torch.empty(4, 9, dtype=dtype)[1:, 2:7]
+    emulation.by_parts(way, product, out)
+    assert lengths == sums
+    assert error(out, wanted) <= (3e-7 if dtype == FP32 else 2e-3)
 
 
 def test_the_quickest_way_is_measured_once_and_others_say_why_not(monkeypatch):
@@ -261,7 +280,7 @@ def test_every_way_on_a_gpu(size, name):
     for way, run in ways.items():
         dtype = BF16 if name == "weight-only" else FP32
         out = torch.empty(size[:2], device="cuda", dtype=dtype)
-        run(product, out)
+        emulation.by_parts(run, product, out)
         assert error(out, wanted) <= (2e-3 if dtype == BF16 else 3e-7), way
 
 

@@ -73,10 +73,10 @@ def _ways_of(shape: Shape, kind: str, x: Tensor, weight: Float8Tensor, bias: Ten
     exact = _formula(product, weight)
     errors: tuple[type[Exception], ...] = (*_ERRORS, *emulation.errors_of_triton())
     for name, way in emulation.ways_for(product).items():
-        chosen = name == emulation.rule(product)
+        chosen = name == emulation.RULE
         try:
             wide = out[:_CHECKED].float() if kind == "emulated" else torch.empty_like(out[:_CHECKED])
-            way(_first(product, len(wide)), wide)
+            emulation.by_parts(way, _first(product, len(wide)), wide)
             error = float((wide.double() - exact).norm() / exact.norm())
             yield WayTime(shape, kind, name, timed(lambda: way(product, out), out.device), error, chosen)  # noqa: B023
         except errors as error:
