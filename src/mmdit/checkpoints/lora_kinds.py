@@ -327,7 +327,8 @@ class Magnitude:
     The shape of m distinguishes them: [out, 1] or [out] for rows, [1, in] for columns. Rules, with s the strength:
         trained: W + s (m M / norm(M) - W), M = W + sigma delta (LyCORIS, OneTrainer at s = 1)
         comfyui: the same, but rows are divided by the norms of W (`comfy/weight_adapter/base.py`)
-        peft: m M / rownorm(M), M = W + s sigma delta (peft `tuners/lora/dora.py`)
+        peft: m M / rownorm(V + s sigma delta), M = W + s sigma delta, where V is the weight without any other patch
+            (peft 0.21 `tuners/lora/dora.py`)
     """
 
     values: Tensor
@@ -337,14 +338,21 @@ class Magnitude:
         """Whether m has the norms of rows, for a weight with this number of rows."""
         return self.values.shape[0] == rows
 
-    def changed(self, weight: Tensor, change: Tensor, strength: float) -> Tensor:
-        """The weight after the change; `change` includes the strength for the rule "peft", else it is at strength 1."""
+    def changed(self, weight: Tensor, change: Tensor, strength: float, base: Tensor) -> Tensor:
+        """The weight after the change.
+
+        Args:
+            weight: the weight, after the patches before this one.
+            change: includes the strength for the rule "peft", else it is at strength 1.
+            strength: the strength of the patch.
+            base: the weight before all patches.
+        """
         moved, rows = weight + change, self.on_rows(weight.shape[0])
         values = _like(self.values, weight)
         ones = [1] * (weight.ndim - 2)
         values = values.reshape(-1, 1, *ones) if rows else values.reshape(1, -1, *ones)
         if self.rule == "peft":
-            return moved * (values / _norm(moved, rows=True))
+            return moved * (values / _norm(base + change, rows=True))
         measured = weight if rows and self.rule == "comfyui" else moved
         return weight + strength * (moved * (values / (_norm(measured, rows=rows) + EPSILON)) - weight)
 

@@ -182,13 +182,20 @@ def merged(
     return stored_as(tensor, changed(values.to(wide), patches), f"{COMFYUI_PREFIXES[part]}{key}", how)
 
 
-def changed(weight: Tensor, patches: Iterable[Weighted]) -> Tensor:
-    """Apply patches to a weight in float32 or float64."""
+def changed(weight: Tensor, patches: Iterable[Weighted], base: Tensor | None = None) -> Tensor:
+    """Apply patches to a weight in float32 or float64.
+
+    Args:
+        weight: the weight.
+        patches: the patches, in the order in which they are applied.
+        base: the weight before patches that `weight` holds already, whose norms peft's DoRA takes; None is `weight`.
+    """
+    base = weight if base is None else base
     for each in patches:
         target, padded = each.patch.target, _padding(each.patch)
-        weight = weight if padded is None else _padded(weight, padded)
+        weight, base = (one if padded is None else _padded(one, padded) for one in (weight, base))
         rows = target.rows(len(weight))
-        new = _changed_part(weight[rows], each)
+        new = _changed_part(weight[rows], each, base[rows])
         if target.third is None:
             weight = new
         else:
@@ -233,21 +240,21 @@ def _new_scale(values: Tensor, like: Float8Tensor, format: Format) -> Tensor:
     return scale_of(amax, format)
 
 
-def _changed_part(weight: Tensor, each: Weighted) -> Tensor:
+def _changed_part(weight: Tensor, each: Weighted, base: Tensor) -> Tensor:
     """Apply one patch to its rows; exchanged halves are first brought into the order of the file.
 
     ComfyUI instead computes with the rows in official order and exchanges only the change, not DoRA's norms.
     """
     if each.exchanged and each.rules.exchanges_magnitude:
-        return _halves_exchanged(_applied(_halves_exchanged(weight), each))
-    return _applied(weight, each, exchanges_change=each.exchanged)
+        return _halves_exchanged(_applied(_halves_exchanged(weight), each, _halves_exchanged(base)))
+    return _applied(weight, each, base, exchanges_change=each.exchanged)
 
 
-def _applied(weight: Tensor, each: Weighted, *, exchanges_change: bool = False) -> Tensor:
+def _applied(weight: Tensor, each: Weighted, base: Tensor, *, exchanges_change: bool = False) -> Tensor:
     norms, strength = each.patch.magnitude, each.strength
     change = each.patch.change.of(weight, strength if norms is None or norms.rule == "peft" else 1.0)
     change = _halves_exchanged(change) if exchanges_change else change
-    return weight + change if norms is None else norms.changed(weight, change, strength)
+    return weight + change if norms is None else norms.changed(weight, change, strength, base)
 
 
 def _halves_exchanged(tensor: Tensor) -> Tensor:

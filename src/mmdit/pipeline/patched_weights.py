@@ -69,7 +69,7 @@ class PatchedWeights:
                 linears = {f"{name}.weight" for name, _ in linears_of(model)} if form == "attached" else set()
                 for key, patches in plan.items():
                     if key in linears:
-                        _attach(model, key, patches)
+                        _attach(model, key, patches, self.before.get((part, key)))
                     else:
                         self._replace(part, model, key, patches, to_host)
 
@@ -91,14 +91,18 @@ class PatchedWeights:
         replace_tensor(model, key, merged(old, key, part, patches).detach())
 
 
-def _attach(model: nn.Module, key: str, patches: Sequence[Weighted]) -> None:
-    """Attach patches to a Linear: as two factors if all of them are low-rank products, else as one matrix."""
+def _attach(model: nn.Module, key: str, patches: Sequence[Weighted], original: Tensor | None) -> None:
+    """Attach patches to a Linear: as two factors if all of them are low-rank products, else as one matrix.
+
+    `original` is the weight before merged patches, if there are any.
+    """
     name, weight = key.removesuffix(".weight"), _get(model, key)
     if all(map(_is_low_rank, patches)):
         beside(model, name, factors=factors_of(weight, patches))
     else:
         values = _values(weight)
-        beside(model, name, delta=(changed(values, patches) - values).to(weight.dtype))
+        base = values if original is None else _values(original).to(values)
+        beside(model, name, delta=(changed(values, patches, base) - values).to(weight.dtype))
 
 
 def factors_of(weight: Tensor, patches: Sequence[Weighted]) -> tuple[Tensor, Tensor]:

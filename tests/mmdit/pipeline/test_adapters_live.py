@@ -57,7 +57,10 @@ def written(path: Path, seed: int, alpha: int, *, dora: bool = False) -> Path:
 def files(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("loras")
     a, b = written(root / "a.safetensors", 1, 8), written(root / "b.safetensors", 2, 2)
-    return {"a": a, "b": b, "dora": written(root / "dora.safetensors", 3, 4, dora=True)}
+    doras = {
+        name: written(root / f"{name}.safetensors", i, 4, dora=True) for i, name in enumerate(("dora", "other"), 3)
+    }
+    return {"a": a, "b": b, **doras}
 
 
 @pytest.fixture
@@ -116,3 +119,25 @@ def test_dora(both, files) -> None:
     drawn = both[0](PROMPT, seed=3, **DRAWING).images
     both[0].fuse_lora()
     assert tiny.error(both[0](PROMPT, seed=3, **DRAWING).images, drawn) < 2e-5
+
+
+def test_two_doras_and_a_lora(both, files) -> None:
+    """Each DoRA divides by the norms of the base with its own change alone, whatever was changed before it."""
+    ours, theirs = both
+    for name in ("dora", "a", "other"):
+        each(both, "load_lora_weights", files[name], adapter_name=name)
+    each(both, "set_adapters", ["dora", "a", "other"], [0.8, 0.5, 1.2])
+    drawn = agree(both)
+    name, layer = "joint_blocks.0.x_block.attn.proj", theirs.transformer.transformer_blocks[0].attn.to_out[0]
+    base = weight = layer.base_layer.weight.double()
+    for key, scale in (("dora", 0.8), ("a", 0.5 * 8 / 4), ("other", 1.2)):
+        weight = weight + scale * layer.lora_B[key].weight.double() @ layer.lora_A[key].weight.double()
+        if key != "a":
+            change = scale * layer.lora_B[key].weight.double() @ layer.lora_A[key].weight.double()
+            weight *= (layer.lora_magnitude_vector[key].weight.double() / (base + change).norm(dim=1))[:, None]
+    delta = ours.transformer.get_submodule(name).delta.double()
+    torch.testing.assert_close(base + delta, weight, rtol=1e-5, atol=1e-6)
+    ours.fuse_lora(["dora", "a"])  # the other one stays attached to merged weights
+    assert tiny.error(agree(both), drawn) < 2e-5
+    each(both, "fuse_lora", adapter_names=["dora", "a", "other"])
+    assert tiny.error(agree(both), drawn) < 2e-5

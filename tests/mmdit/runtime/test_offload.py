@@ -8,6 +8,7 @@ from mmdit import Pipeline
 from mmdit.pipeline.arguments import checked_offload
 from mmdit.runtime.offload import Turns
 
+TEXT = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
 SETTINGS = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", "seed": 1}
 
 
@@ -61,6 +62,33 @@ def test_pictures_are_the_same_and_nothing_stays(tiny_folders, copies):
     assert sum(copies) == weights  # each stage came once
     assert torch.equal(drawn, whole("a red circle", **SETTINGS).images)
     assert [tensor.data_ptr() for model in pipe.models.values() for tensor in model.parameters()] == homes
+
+
+def test_loras_of_models_that_take_turns(tiny_folders, copies):
+    """Attached and merged while the transformer is on the device; unloading brings the old bits back."""
+    whole, pipe = (Pipeline.from_pretrained(tiny_folders["sd3.5-large"], offload=one) for one in (None, "stages"))
+    tensors = {}
+    for i, (key, width) in enumerate((("transformer.transformer_blocks.1.attn.to_q", 128), (TEXT, 64))):
+        for factor, shape in (("A", (2, width)), ("B", (width, 2))):
+            tensors[f"{key}.lora_{factor}.weight"] = 0.3 * torch.randn(
+                shape, generator=torch.Generator().manual_seed(i)
+            )
+    plain = pipe("a red circle", **SETTINGS).images
+    before = {key: tensor.clone() for key, tensor in pipe.transformer.state_dict().items()}
+    for change in (
+        lambda one: one.load_lora_weights(tensors, "one", 0.7),
+        lambda one: one.fuse_lora(),
+        lambda one: one.set_adapters("one", -0.4),
+        lambda one: one.unfuse_lora(),
+    ):
+        for one in (whole, pipe):
+            change(one)
+        drawn = pipe("a red circle", **SETTINGS).images
+        assert torch.equal(drawn, whole("a red circle", **SETTINGS).images)
+        assert not torch.equal(drawn, plain)
+    pipe.unload_lora_weights()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in pipe.transformer.state_dict().items())
+    assert torch.equal(pipe("a red circle", **SETTINGS).images, plain)
 
 
 @pytest.mark.parametrize("offload", [None, "stages"])
