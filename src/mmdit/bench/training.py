@@ -30,7 +30,7 @@ from mmdit.training.loop import Training, training_step
 from mmdit.training.setup import ahead_of, make_optimizer
 from mmdit.utils import markdown_table
 from quant.quantize import quantize_
-from quant.recipe import RECIPES, Recipe
+from quant.recipe import RECIPES, Recipe, as_recipe
 from samplers.training import noised
 
 Step = Callable[[int], Any]
@@ -123,6 +123,9 @@ def _rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, C
         "full: ours, fused backward": partial(lora, full=True, fused=True),
         "lora: fp8 base, compiled": partial(lora, quant="fp8", compiled=True),
         "lora: fp8 base, E5M2 gradients, compiled": partial(lora, quant=e5m2, compiled=True),
+        "lora: fp8 base, e5m2 gradients, compiled, ahead": partial(
+            lora, quant="fp8", gradient="e5m2", compiled=True, ahead=sizes.ahead
+        ),
         "lora: bf16 base, compiled": partial(lora, compiled=True),
     }
 
@@ -138,7 +141,8 @@ def _ours(
     full: bool = False,
     fused: bool = False,
 ) -> Built:
-    model = _random(MODELS[sizes.full if full else sizes.model], quant, device, dtype)
+    recipe = None if quant is None else replace(as_recipe(quant), gradient=gradient)
+    model = _random(MODELS[sizes.full if full else sizes.model], recipe, device, dtype)
     config = TrainingConfig(
         method="full" if full else "lora",
         steps=10**6,
@@ -181,8 +185,8 @@ def _random(config: MMDiTConfig, quant: str | Recipe | None, device: torch.devic
         model = MMDiT(config).to(dtype).requires_grad_(False).eval()
     for block in model.joint_blocks:
         fill(block.to_empty(device=device))
-        if quant is not None:
-            quantize_(block, quant)
+        if recipe is not None:
+            quantize_(block, recipe)
     for name, part in model.named_children():
         if name != "joint_blocks":
             fill(part.to_empty(device=device))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
+
+from mmdit.runtime.hooks import repeating
 
 aten = torch.ops.aten
 # What computes attention: its output is as large as the residual stream, and costs more than a product to make again.
@@ -30,12 +32,14 @@ Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManage
 def recompute(blocks: Iterable[nn.Module], *, keep_attention: bool) -> None:
     """Let blocks keep their inputs alone for the backward pass, and compute the rest again there.
 
+    `mmdit.capture` sees the first computation. `mmdit.patch` does not act in the second one, which torch reports as an
+    error: patch a model in training before blocks compute again, or after `keep_all`.
+
     Args:
-        blocks: modules whose forward is replaced, on the instance; hooks on them and inside of them still run, those
-            inside a second time in the backward pass.
+        blocks: modules whose forward is replaced, on the instance.
         keep_attention: also keep the outputs of attention, which is then not computed again.
     """
-    contexts = partial(create_selective_checkpoint_contexts, _policy) if keep_attention else noop_context_fn
+    contexts: Contexts = partial(create_selective_checkpoint_contexts, _policy) if keep_attention else noop_context_fn
     for block in blocks:
         _replace_forward(block, partial(_checkpointed, block.forward, contexts))
 
@@ -55,7 +59,21 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
 def _checkpointed(forward: Callable[..., Any], contexts: Contexts, *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args)
+    if not torch.compiler.is_compiling():  # compiled blocks have no hooks
+        contexts = partial(_observed_once, contexts)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _observed_once(contexts: Contexts) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Captures see the first computation alone."""
+    forward, again = contexts()
+    return forward, _second(again)
+
+
+@contextmanager
+def _second(again: AbstractContextManager[Any]) -> Iterator[None]:
+    with again, repeating():
+        yield
 
 
 def _replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:

@@ -6,12 +6,13 @@ from peft import LoraConfig
 
 import tiny
 from float64 import references_in_float64
-from mmdit import Pipeline
+from mmdit import Pipeline, capture
 from mmdit.checkpoints.keymaps import mmdit_rules
 from mmdit.training.adapters import attach
 from mmdit.training.batches import Batch
 from mmdit.training.blocks import keep_all, recompute
 from mmdit.training.config import TrainingConfig
+from mmdit.training.export import write_lora
 from mmdit.training.loop import flow_losses
 from samplers.training import WEIGHTINGS, noised
 
@@ -125,3 +126,41 @@ def test_blocks_that_compute_again_give_the_same_gradients(keep_attention, folde
     with torch.autograd.graph.saved_tensors_hooks(lambda one: plain.append(one.nbytes) or one, lambda one: one):
         flow_losses(ours, batch())
     assert sum(kept) < 0.4 * sum(plain)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_diffusers_draws_with_a_trained_adapter(kind, folder, tmp_path):
+    """A file that training wrote, read by diffusers and peft: the same picture as the model that was trained."""
+    ours, theirs = Pipeline.from_pretrained(folder), tiny.load(folder)
+    settings = {"adapter": kind, "rank": RANK, "alpha": ALPHA, "targets": [*OURS, "joint_blocks.1.*.mlp.fc1"]}
+    config = TrainingConfig.from_json(settings | {"dtype": "float32"})
+    adapters = attach(ours.transformer, config)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.up.copy_(0.1 * torch.randn(adapter.up.shape, generator=torch.Generator().manual_seed(1)))
+    how = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent", "guidance_scale": 4.0}
+
+    def drawn(pipe) -> torch.Tensor:
+        return pipe("a red circle", generator=torch.Generator().manual_seed(3), **how).images
+
+    plain, wanted = drawn(theirs), drawn(ours)
+    theirs.load_lora_weights(write_lora(adapters, tmp_path / "lora.safetensors", config))
+    assert tiny.error(drawn(theirs), wanted) < 2e-5
+    assert tiny.error(plain, wanted) > 1e-2
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_capture_sees_the_forward_pass_of_a_step(again, folder):
+    """Not the blocks that compute again in the backward pass."""
+    pipe = Pipeline.from_pretrained(folder)
+    adapters = attach(pipe.transformer, TrainingConfig.from_json({"rank": RANK, "targets": OURS, "dtype": "float32"}))
+    one, up = Batch(*(part.float() for part in batch()[:5])), next(iter(adapters.values())).up
+    plain = torch.autograd.grad(flow_losses(pipe.transformer, one).mean(), up)[0]
+    if again:
+        recompute(pipe.transformer.joint_blocks, keep_attention=True)
+    points = ["joint_blocks.*.x_block.mlp.pre", "joint_blocks.1.x_block.resid_post"]
+    with capture(pipe.transformer, points) as seen:
+        found = torch.autograd.grad(flow_losses(pipe.transformer, one).mean(), up)[0]
+    assert {tuple(torch.as_tensor(seen[point]).shape[:2]) for point in seen} == {(1, 2)}
+    assert len(list(seen)) == tiny.DEPTH + 1
+    assert torch.equal(found, plain)
