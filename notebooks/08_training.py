@@ -7,6 +7,8 @@
 # %%
 import os
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import torch
@@ -15,8 +17,10 @@ import mmdit
 from mmdit import plots
 from mmdit.demo.captions import training_captions
 from mmdit.demo.outlines import hollowness, outlined, sample_outlined
+from mmdit.training.adapters import detach
 from mmdit.training.batches import InMemory, Sample
 from mmdit.training.config import TrainingConfig
+from mmdit.training.export import write_lora
 from mmdit.training.loop import block_norms, flow_losses, set_rate
 from mmdit.training.rates import rate_at
 from mmdit.training.run import loss_by_time
@@ -147,12 +151,6 @@ with mmdit.capture(pipe, every, branch="cond", steps=[0]) as on:
 # What the run wrote is a LoRA like any other: in the names of diffusers, ComfyUI or kohya. Here it is read from memory.
 
 # %%
-from tempfile import TemporaryDirectory  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from mmdit.training.adapters import detach  # noqa: E402
-from mmdit.training.export import write_lora  # noqa: E402
-
 with TemporaryDirectory() as folder:
     lora = mmdit.load_lora(write_lora(trained.adapters, Path(folder) / "outlines.safetensors", config))
 detach(pipe.transformer, list(trained.adapters))

@@ -122,10 +122,7 @@ def _rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, C
         "full: ours": partial(lora, full=True),
         "full: ours, fused backward": partial(lora, full=True, fused=True),
         "lora: fp8 base, compiled": partial(lora, quant="fp8", compiled=True),
-        "lora: fp8 base, E5M2 gradients, compiled": partial(lora, quant=e5m2, compiled=True),
-        "lora: fp8 base, e5m2 gradients, compiled, ahead": partial(
-            lora, quant="fp8", gradient="e5m2", compiled=True, ahead=sizes.ahead
-        ),
+        "lora: fp8 base, E5M2 gradients, compiled, ahead": partial(lora, quant=e5m2, compiled=True, ahead=sizes.ahead),
         "lora: bf16 base, compiled": partial(lora, compiled=True),
     }
 
@@ -141,7 +138,7 @@ def _ours(
     full: bool = False,
     fused: bool = False,
 ) -> Built:
-    recipe = None if quant is None else replace(as_recipe(quant), gradient=gradient)
+    recipe = None if quant is None else as_recipe(quant)
     model = _random(MODELS[sizes.full if full else sizes.model], recipe, device, dtype)
     config = TrainingConfig(
         method="full" if full else "lora",
