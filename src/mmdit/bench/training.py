@@ -176,7 +176,7 @@ def _ours(
     return Built(partial(training_step, run), visit)
 
 
-def _random(config: MMDiTConfig, quant: str | Recipe | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
+def _random(config: MMDiTConfig, recipe: Recipe | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
     """Random weights, made and quantized block by block."""
     with torch.device("meta"):
         model = MMDiT(config).to(dtype).requires_grad_(False).eval()
