@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from mmdit.cli.console import say
 from mmdit.cli.usage import UsageError, usage_errors
+
+if TYPE_CHECKING:
+    from mmdit.training.config import TrainingConfig
+    from mmdit.training.loop import Processes
 
 METHODS = {
     "lora": "train an adapter: LoRA, DoRA or LoKr",
@@ -24,6 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         one = more.add_parser(name, help=said, description=f"{said[0].upper()}{said[1:]}.")
         one.add_argument("config", metavar="CONFIG.json", help="settings of the run; mmdit train init writes them")
         one.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the output")
+        parallel = "under torchrun: every process holds the model (ddp), or a share of each weight (fsdp); default ddp"
+        one.add_argument("--parallel", choices=("ddp", "fsdp"), help=parallel)
         one.add_argument("-q", "--quiet", action="store_true", help="write the log to files alone")
     said = "write a config with every setting and its description, as keys that begin with //"
     one = more.add_parser("init", help=said, description=f"{said[0].upper()}{said[1:]}.")
@@ -51,8 +59,23 @@ def _train(options: argparse.Namespace) -> int:
         )
     with usage_errors():
         config = TrainingConfig.from_json(values, where=options.config)
-    say(f"wrote {train(config, resume=options.resume, quiet=options.quiet)}")
+    processes = _processes(options.parallel, config)
+    path = train(config, resume=options.resume, quiet=options.quiet, processes=processes)
+    if processes is None or not processes.rank:
+        say(f"wrote {path}")
     return 0
+
+
+def _processes(strategy: Literal["ddp", "fsdp"] | None, config: TrainingConfig) -> Processes | None:
+    """The place of this process under torchrun; None where there is only one."""
+    if strategy is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    from mmdit.runtime.mesh import own_device
+    from mmdit.training.distributed import processes_of
+    from mmdit.training.setup import device_of
+
+    with usage_errors():
+        return processes_of(strategy or "ddp", own_device(device_of(config)))
 
 
 def _init(options: argparse.Namespace) -> int:

@@ -13,8 +13,10 @@ sharded as plain tensors, so that what is gathered is as small as what is stored
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,9 +51,11 @@ def processes_of(strategy: Strategy, device: torch.device) -> Processes:
     """
     start_group(device)
     place: dict[str, Any] = {"rank": dist.get_rank(), "world": dist.get_world_size(), "mean": _mean}
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # data may take long to encode
+    place["in_turn"] = partial(_in_turn, patient)
     if strategy == "ddp":
         return Processes(**place, prepare=lambda model: _data_parallel(model, device), no_sync=_no_sync)
-    return Processes(**place, prepare=_sharded, no_sync=_no_sync, whole=_whole, fill=_fill)
+    return Processes(**place, sharded=True, prepare=_sharded, no_sync=_no_sync, whole=_whole, fill=_fill)
 
 
 def _data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -133,6 +137,15 @@ class _Unsynced(AbstractContextManager[None]):
 
     def __exit__(self, *raised: object) -> None:
         self.model.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def _in_turn(group: dist.ProcessGroup) -> Iterator[None]:
+    if dist.get_rank():
+        dist.barrier(group)
+    yield
+    if not dist.get_rank():
+        dist.barrier(group)
 
 
 def _mean(value: Tensor) -> Tensor:

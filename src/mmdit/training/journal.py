@@ -60,6 +60,22 @@ class Journal:
         write_text(path, "".join(line for line in whole if json.loads(line).get("step", -1) < step))
 
 
+class Unwritten(Journal):
+    """The log of a process that is not the first one, which writes nothing."""
+
+    def __init__(self) -> None:
+        """There is no folder."""
+
+    def say(self, text: str) -> None:
+        """Write nothing."""
+
+    def row(self, stage: str, **values: object) -> None:
+        """Write nothing."""
+
+    def rewind(self, step: int) -> None:
+        """Remove nothing."""
+
+
 def mean_of(values: Iterable[Tensor]) -> float:
     """The mean of scalar tensors, with one copy from their device."""
     return float(torch.stack(list(values)).mean())

@@ -37,20 +37,24 @@ class Processes:
 
     Attributes:
         rank, world: the number of this process, and of all.
+        sharded: whether each process holds a share of each weight.
         prepare: wraps the model that computes the loss (DDP), or shards it (fully_shard), before the optimizer is made.
         no_sync: the context of a backward pass whose gradients are not yet exchanged.
         mean: the mean over all processes of a tensor for the log.
         whole: a parameter, or a tensor of its optimizer's state, as a plain tensor, for checkpoints.
         fill: copies a plain tensor into a parameter, or a tensor of its optimizer's state.
+        in_turn: a context that the first process enters and leaves before the others enter it.
     """
 
     rank: int = 0
     world: int = 1
+    sharded: bool = False
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     no_sync: Callable[[nn.Module], AbstractContextManager[object]] = lambda model: nullcontext()
     mean: Callable[[Tensor], Tensor] = lambda value: value
     whole: Callable[[Tensor], Tensor] = lambda value: value
     fill: Callable[[Tensor, Tensor], object] = lambda into, value: into.copy_(value)
+    in_turn: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass
@@ -163,7 +167,7 @@ def block_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         if parameter.grad is not None:
             words = name.split(".")
             block = ".".join(words[: 2 if words[1:] and words[1].isdigit() else 1])
-            blocks.setdefault(block, []).append(parameter.grad.norm())
+            blocks.setdefault(block, []).append(_whole(parameter.grad.norm()))
     return {block: torch.stack(norms).norm() for block, norms in blocks.items()}
 
 
@@ -180,8 +184,12 @@ def clipped(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor | 
     """Scale all gradients so that their common norm is at most `most`; returns the norm before. None does nothing."""
     if most is None:
         return None
-    norm = nn.utils.clip_grad_norm_(list(parameters), most)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients
+    return _whole(nn.utils.clip_grad_norm_(list(parameters), most))
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """The norm as a plain tensor, also of gradients that are sharded."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def check_finite_losses(model: nn.Module, batch: Batch, losses: Tensor, step: int) -> None:

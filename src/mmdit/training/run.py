@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoders import Conditioning
 from mmdit.training.batches import Samples
 from mmdit.training.checkpointing import checkpoints, load, save
 from mmdit.training.config import TrainingConfig
 from mmdit.training.data import Cache, CachedSamples, on_device, read_text
-from mmdit.training.journal import Journal
+from mmdit.training.journal import Journal, Unwritten
 from mmdit.training.loop import Processes, StepResult, Training, training_step
 from mmdit.training.setup import Trained, device_of, load_base, start
 from mmdit.utils import replacing, write_text
@@ -58,24 +58,31 @@ def train(
             f"{found[-1].folder} is a checkpoint of step {found[-1].step}; go on from it with resume (--resume), or "
             "give another output"
         )
-    events = _events(config)
+    processes = processes or Processes()
+    first = not processes.rank
+    events = _events(config) if first else None
     pipe = load_base(config) if pipe is None else pipe
-    texts = _sample_texts(pipe, config)
+    with processes.in_turn():
+        texts = _sample_texts(pipe, config)
     run, trained = start(config, pipe=pipe, samples=samples, processes=processes)
-    log = Log(run, Journal(Path(config.output), quiet=quiet), events)
+    log = Log(run, Journal(Path(config.output), quiet=quiet) if first else Unwritten(), events)
     if found:
         load(run, found[-1])
         log.journal.rewind(run.step)
         log.journal.say(f"going on from {found[-1].folder}")
-    write_text(Path(config.output) / "config.json", config.commented())
+    if first:
+        write_text(Path(config.output) / "config.json", config.commented())
     for step in range(run.step, config.steps):
         log.take(training_step(run, step))
         if run.step % config.save_every == 0 or run.step == config.steps:
             save(run)
-        if config.sample_every and run.step % config.sample_every == 0 and not run.processes.rank:
+        if config.sample_every and run.step % config.sample_every == 0 and first:
             draw_samples(run, trained, texts)
     with _averaged(run):
-        return trained.write(config)
+        if processes.sharded:
+            _gather(run, trained)
+        with processes.in_turn():
+            return trained.write(config) if first else trained.file(config)
 
 
 @dataclass
@@ -156,6 +163,16 @@ def draw_samples(run: Training, trained: Trained, texts: list[Conditioning]) -> 
                 output.images[0].save(part, format="PNG")
             found.append(path)
     return found
+
+
+def _gather(run: Training, trained: Trained) -> None:
+    """Give the first process whole weights in place of its shares, to be written; the model computes no more."""
+    for part in trained.model.modules():
+        for key, one in part._parameters.items():
+            if one is not None:
+                whole = run.processes.whole(one.detach())
+                if not run.processes.rank:
+                    part._parameters[key] = nn.Parameter(whole.cpu(), requires_grad=False)
 
 
 def _averaged(run: Training) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from mmdit.runtime.devices import resolve_device
 from mmdit.training.adapters import Adapter, attach
 from mmdit.training.batches import Samples
 from mmdit.training.blocks import compile_blocks, recompute
-from mmdit.training.config import TrainingConfig
+from mmdit.training.config import ConfigError, TrainingConfig
 from mmdit.training.control import Controlled, new_net
 from mmdit.training.data import encoded, on_device
 from mmdit.training.ema import Ema
@@ -43,14 +43,19 @@ class Trained:
     net: ControlNet | None = None
     ahead: ModulationAhead | None = None
 
+    def file(self, config: TrainingConfig) -> Path:
+        """The file of the result in the output's folder."""
+        name = {"lora": "lora", "full": "transformer", "controlnet": "controlnet"}[config.method]
+        return Path(config.output) / f"{name}.safetensors"
+
     def write(self, config: TrainingConfig) -> Path:
         """Write the result into the output's folder, in the dtype of the base model; returns the file."""
-        folder, dtype = Path(config.output), getattr(torch, config.dtype)
+        path, dtype = self.file(config), getattr(torch, config.dtype)
         if config.method == "lora":
-            return write_lora(self.adapters, folder / "lora.safetensors", config)
+            return write_lora(self.adapters, path, config)
         if self.net is not None:
-            return write_model("controlnet", self.net, folder / "controlnet.safetensors", dtype)
-        return write_model("transformer", self.pipe.transformer, folder / "transformer.safetensors", dtype)
+            return write_model("controlnet", self.net, path, dtype)
+        return write_model("transformer", self.pipe.transformer, path, dtype)
 
 
 def load_base(config: TrainingConfig) -> Pipeline:
@@ -131,10 +136,13 @@ def start(
         samples: encoded data, instead of the config's folder.
         processes: the place of this process among others.
     """
-    pipe = load_base(config) if pipe is None else pipe
-    samples = encode_data(pipe, config) if samples is None else samples
-    found = trained_of(pipe, config)
     processes = processes or Processes()
+    check_processes(config, processes)
+    pipe = load_base(config) if pipe is None else pipe
+    if samples is None:
+        with processes.in_turn():
+            samples = encode_data(pipe, config)
+    found = trained_of(pipe, config)
     owners = _owners(found)
     model = processes.prepare(found.model)
     found.parameters = {name: part.get_parameter(key) for name, (part, key) in owners.items()}
@@ -174,6 +182,22 @@ def ahead_of(run: Training, transformer: MMDiT) -> ModulationAhead:
     made = ModulationAhead(transformer, config.batch_size, config.ahead, conditions, last)
     run.before_pass = made.enter
     return made
+
+
+def check_processes(config: TrainingConfig, processes: Processes) -> None:
+    """Raise ConfigError where a setting does not go together with several processes."""
+    if processes.world > 1 and config.fused_backward:
+        raise ConfigError(
+            f"fused_backward steps a parameter before the gradients of all {processes.world} processes are there: set "
+            "it to false"
+        )
+    if processes.sharded and config.ahead:
+        raise ConfigError(f"ahead {config.ahead} moves weights that fsdp has sharded: set it to 0, or take ddp")
+    if processes.sharded and config.sample_every:
+        raise ConfigError(
+            f"sample_every {config.sample_every} draws with whole weights, and fsdp has sharded them: set it to 0, or "
+            "take ddp"
+        )
 
 
 def _owners(found: Trained) -> dict[str, tuple[nn.Module, str]]:

@@ -1,12 +1,17 @@
 """Two processes train as one with the batch of both: losses, gradients, weights, checkpoints; DDP and FSDP2."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmdit.training.checkpointing import checkpoints, load, save
+from mmdit.training.config import ConfigError
 from mmdit.training.distributed import processes_of
-from mmdit.training.loop import training_step
-from mmdit.training.setup import start
+from mmdit.training.loop import Processes, training_step
+from mmdit.training.run import train
+from mmdit.training.setup import check_processes, start
 from processes import in_processes, values
 from tiny_training import samples, settings, tiny_model, tiny_pipe
 
@@ -16,6 +21,7 @@ CASES = {
     "lora on one scale": {"method": "lora", "quant": "fp8-weight-only", "accumulation": 2},
 }
 STEPS = 2
+WRITTEN = {"ddp": "lora", "fsdp": "full"}  # what whole runs train
 
 
 def run_of(pipe, output, case, world, processes=None):
@@ -63,6 +69,11 @@ def of_two(pipe, tmp_path_factory):
                     one.to_local().numel() if hasattr(one, "to_local") else one.numel()
                     for one in run.model.parameters()
                 )
+            pipe.transformer = tiny_model(torch.float64)
+            changes = {"dtype": "float64", "steps": STEPS, "method": WRITTEN[strategy], "block_norms": True}
+            config = settings(root / f"{strategy} run", batch_size=2, log_every=1, **changes)
+            processes = processes_of(strategy, torch.device("cpu"))
+            train(config, quiet=True, pipe=pipe, samples=samples(), processes=processes)
             run, _ = run_of(pipe, output / "whole", case, 2, processes)
             training_step(run, 0)
             save(run)
@@ -70,7 +81,7 @@ def of_two(pipe, tmp_path_factory):
             again, _ = run_of(pipe, output / "whole", case, 2, processes_of(strategy, torch.device("cpu")))
             load(again, checkpoints(output / "whole")[-1])
             found[strategy, "resumed"] = facts(again, range(again.step, STEPS))
-        return found
+        return found | {"root": root}
 
     return values(in_processes(2, work, limit=120.0))
 
@@ -96,6 +107,40 @@ def test_a_run_of_two_goes_on_from_its_checkpoint(of_two, strategy):
         theirs, their_weights, _ = of_rank[strategy, "resumed"]
         assert theirs == steps[1:]
         assert all(torch.equal(their_weights[name], one) for name, one in weights.items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_whole_run_of_two_writes_once_what_one_process_writes(pipe, of_two, strategy, tmp_path):
+    pipe.transformer = tiny_model(torch.float64)
+    changes = {"dtype": "float64", "steps": STEPS, "method": WRITTEN[strategy], "block_norms": True}
+    path = train(settings(tmp_path, batch_size=4, log_every=1, **changes), quiet=True, pipe=pipe, samples=samples())
+    theirs = of_two[0]["root"] / f"{strategy} run"
+    wanted, found = (load_file(file) for file in (path, theirs / path.name))
+    assert found.keys() == wanted.keys()
+    for key, one in wanted.items():
+        torch.testing.assert_close(found[key], one, atol=1e-7, rtol=1e-7)
+    rows, their_rows = (
+        [json.loads(line) for line in (folder / "progress.jsonl").read_text().splitlines()]
+        for folder in (tmp_path, theirs)
+    )
+    assert len(their_rows) == len(rows) == STEPS
+    for row, other in zip(rows, their_rows, strict=True):
+        same = [key for key in row if key in ("step", "loss", "norm") or key.startswith("norm ")]
+        assert len(same) > 4
+        assert {key: other[key] for key in same} == pytest.approx({key: row[key] for key in same}, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sharded", "word"),
+    [
+        ({"method": "full", "fused_backward": True, "clip": None}, False, "fused_backward"),
+        ({"ahead": 4}, True, "ahead"),
+        ({"sample_every": 2, "sample_prompts": ["a star"]}, True, "sample_every"),
+    ],
+)
+def test_settings_that_several_processes_exclude(tmp_path, changes, sharded, word):
+    with pytest.raises(ConfigError, match=word):
+        check_processes(settings(tmp_path, **changes), Processes(world=2, sharded=sharded))
 
 
 def test_fsdp_halves_what_each_process_holds(of_two):
