@@ -1,7 +1,7 @@
 """Text encoders, VAE and tokenizers of Stable Diffusion 3. A leaf: it imports no other package of this library."""
 
 from encoders.clip import CLIPConfig, CLIPOutput, CLIPText
-from encoders.conditioning import Conditioner, Conditioning, TokenSpan, checked_prompts
+from encoders.conditioning import Conditioner, Conditioning, TokenSpan, checked_prompts, run_encoder
 from encoders.rules import COMFYUI, DIFFUSERS, REFERENCE, TextRules
 from encoders.t5 import T5Config, T5Encoder
 from encoders.tiling import decode_tiled, encode_tiled
@@ -30,4 +30,5 @@ __all__ = [
     "checked_prompts",
     "decode_tiled",
     "encode_tiled",
+    "run_encoder",
 ]

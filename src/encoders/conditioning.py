@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from reprlib import repr as shorten
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ from encoders.weighting import weighted
 EncoderName = Literal["clip_l", "clip_g", "t5"]
 _TITLES: dict[EncoderName, str] = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 _FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+
+
+RunEncoder: TypeAlias = Callable[[CLIPText | T5Encoder, list[list[int]], torch.dtype | None], Any]
+"""(model, rows of token ids, dtype to compute in or None) -> the output of the model."""
 
 
 class TokenSpan(NamedTuple):
@@ -106,6 +110,7 @@ class Conditioner:
         pooled_dim: Channels of the pooled vector, 2048 in the official models. Used only where one CLIP tower is
             missing: the width of its zeros is `pooled_dim` less the pooled width of the other tower.
         faster: Functions `(ids, dtype)` that compute what the encoders of these names compute, and run instead.
+        run: Computes the output of an encoder for token ids, as `run_encoder` does.
 
     Raises:
         ValueError: an encoder is missing and the rules call that an error, or an encoder has no tokenizer.
@@ -122,10 +127,12 @@ class Conditioner:
         context_dim: int = 4096,
         pooled_dim: int = 2048,
         faster: Mapping[EncoderName, Callable[..., Any]] | None = None,
+        run: RunEncoder | None = None,
     ) -> None:
         self.faster = faster or {}
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
         self.rules, self.context_dim, self.pooled_dim = rules or TextRules(), context_dim, pooled_dim
+        self._run_encoder = run_encoder if run is None else run
         self._check()
 
     @property
@@ -238,10 +245,39 @@ class Conditioner:
         return _joined(self._run("t5", rows["t5"]), rows["t5"]) if "t5" in rows else None
 
     def _run(self, name: EncoderName, rows: Rows) -> Any:
-        model = self.models[name]
-        ids = torch.tensor(rows.ids(), device=next(model.parameters()).device)
-        run = self.faster.get(name, model)
-        return run(ids, torch.float32) if self.rules.encoder_dtype == "float32" else run(ids)
+        model, ids = self.models[name], rows.ids()
+        dtype = torch.float32 if self.rules.encoder_dtype == "float32" else None
+        if name in self.faster:
+            return run_encoder(model, ids, dtype, self.faster[name])
+        return self._run_encoder(model, ids, dtype)
+
+    def run_ahead(self, batches: Sequence[Sequence[str]]) -> None:
+        """Run each encoder on several batches before the next one, for a `run` that keeps the outputs."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is cut is said when the batches are encoded
+            rows = [self._rows(checked_prompts(batch)) for batch in batches]
+        for name in self.models:
+            for one in rows:
+                self._run(name, one[name])
+
+
+def run_encoder(
+    model: CLIPText | T5Encoder,
+    ids: list[list[int]],
+    dtype: torch.dtype | None,
+    forward: Callable[..., Any] | None = None,
+) -> Any:
+    """The output of an encoder for rows of token ids of one length; with a `dtype`, it computes in that.
+
+    Args:
+        model: the encoder.
+        ids: the rows.
+        dtype: float32, or None for the dtype of the weights.
+        forward: what computes the same and runs in place of the model.
+    """
+    tokens = torch.tensor(ids, device=next(model.parameters()).device)
+    run = model if forward is None else forward
+    return run(tokens) if dtype is None else run(tokens, dtype)
 
 
 def checked_prompts(prompts: Sequence[str], what: str = "prompt") -> list[str]:

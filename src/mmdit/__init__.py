@@ -85,6 +85,8 @@ if TYPE_CHECKING:
     from mmdit.pipeline.settings import save_png as save_png
     from mmdit.runtime.lifeline import ParallelError as ParallelError
     from mmdit.runtime.lifeline import RanksDifferError as RanksDifferError
+    from mmdit.runtime.plan import MemoryPlan as MemoryPlan
+    from mmdit.runtime.plan import TooLittleMemory as TooLittleMemory
 
 # Public names by the module that they are loaded from. A test compares the table with the imports above.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -136,6 +138,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.pipeline.prompts": ("Ranged",),
     "mmdit.pipeline.settings": ("Settings", "SettingsError", "read_settings", "save_png"),
     "mmdit.runtime.lifeline": ("ParallelError", "RanksDifferError"),
+    "mmdit.runtime.plan": ("MemoryPlan", "TooLittleMemory"),
 }
 _MODULES = {
     "encoders": "encoders",

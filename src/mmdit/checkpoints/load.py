@@ -292,7 +292,7 @@ def build(
         raise ValueError(f"float8 must be one of {', '.join(map(repr, get_args(Float8)))}, got {float8!r}")
     model = empty(stored)
     check_tensors(stored, model)
-    dtype, device = _compute_dtype(stored, dtype, float8), torch.device(device)
+    dtype, device = compute_dtype(stored, dtype, float8), torch.device(device)
     if device == torch.device("cuda"):  # the current device belongs to a thread, and other threads read
         device = torch.device("cuda", torch.cuda.current_device())
     linears = {f"{name}.weight": name for name, _ in linears_of(model)}
@@ -306,7 +306,7 @@ def build(
     return model.eval().requires_grad_(False)
 
 
-def _compute_dtype(stored: StoredModel, dtype: torch.dtype | None, float8: Float8) -> torch.dtype:
+def compute_dtype(stored: StoredModel, dtype: torch.dtype | None, float8: Float8) -> torch.dtype:
     """The dtype that was given, or else the stored dtype of the tensors that are not float8."""
     if dtype is not None:
         return dtype

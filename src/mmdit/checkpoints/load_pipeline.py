@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from quant.recipe import Recipe
 from samplers import SamplingDefaults
 
 QUANTIZED: tuple[Component, ...] = ("transformer", "t5")  # the models to which `quant` applies
+Check = Callable[[Mapping[Component, StoredModel]], None]
 DEMO = "demo"  # names the embedded model where a path is expected
 
 
@@ -110,6 +111,8 @@ def load(
     dtype: torch.dtype | None = None,
     float8: Float8 = "keep",
     quant: Recipe | None = None,
+    *,
+    check: Check | None = None,
 ) -> Components:
     """Load the models and tokenizers of a pipeline from any source; see `mmdit.load_mmdit` for the arguments.
 
@@ -117,6 +120,7 @@ def load(
 
     The source may be a safetensors file, a shard index, a folder in the official, diffusers or ComfyUI layout, a folder
     of the hub's cache, "owner/name" of a repository on the Hugging Face Hub, or "demo" for the embedded model.
+    `check` is called with the located models before any weight is read, and may raise.
 
     Raises:
         FileNotFoundError, ValueError, mmdit.HubError: see `Source.find`.
@@ -132,6 +136,8 @@ def load(
     shift, sampling = found.shift, found.sampling  # read before the weights, because it may be refused
     if sampling is not None and sampling.is_plain:
         sampling = None
+    if check is not None:
+        check(models)
     say_notes(models.values())
     if "t5" not in models:
         lines = (line.strip() for line in how_to_get(["t5"], found))

@@ -1,4 +1,4 @@
-"""`mmdit bench`: measure a step, its layers, LoRAs, ControlNets, a picture, samplers, quality, maps, training."""
+"""`mmdit bench`: measure a step, layers, LoRAs, ControlNets, a picture, memory, samplers, quality, maps, training."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ),
         ("loading", _loading, "measure loading of full-size files to the device, and quantizing meanwhile"),
         ("picture", _picture, "draw a whole picture with all models: time of each stage, and memory"),
+        ("memory", _memory, "draw a whole picture within memory budgets: time, measured memory, what was streamed"),
         ("samplers", _samplers, "measure error and accuracy of samplers on the embedded model, as tables and plots"),
         ("quality", _quality, "measure the quality that each float8 recipe loses on the embedded model"),
         ("lora", _lora, "measure a step with an attached LoRA, and how long merging one takes"),
@@ -184,6 +185,22 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=8, metavar="N", help=repeats)
     seconds = "start no row after so many seconds (default: %(default)s)"
     parser.add_argument("--seconds", type=float, default=90.0, metavar="X", help=seconds)
+
+
+def _memory(parser: argparse.ArgumentParser) -> None:
+    say = parser.add_argument
+    sizes = "sizes of models with random weights: large, medium, demo (default: large medium)"
+    say("--models", nargs="+", default=["large", "medium"], metavar="NAME", help=sizes)
+    names = "float8 recipes, and 16 for 16-bit weights (default: fp8 16)"
+    say("--quant", nargs="+", default=["fp8", "16"], metavar="NAME", help=names)
+    budgets = "budgets, and 'stages' for --offload stages (default: %(default)s)"
+    say("--budgets", nargs="+", default=["8GB", "6GB", "4GB", "12GB", "16GB", "24GB"], metavar="SIZE", help=budgets)
+    say("--steps", type=int, default=20, metavar="N", help=_STEPS)
+    say("--size", type=int, metavar="PIXELS", help=_SIZE)
+    say("--fast", action="store_true", help="draw with the accelerated forward")
+    seconds = "start no row after so many seconds (default: %(default)s)"
+    say("--seconds", type=float, default=240.0, metavar="X", help=seconds)
+    _add_device(parser, DTYPES, "bfloat16")
 
 
 def _samplers(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from mmdit.bench import controlnet, fp8_quality, lora, maps, parallel
 from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import loading as bench_loading
+from mmdit.bench import memory as bench_memory
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import speed as bench_speed
 from mmdit.bench import step as bench
@@ -34,6 +35,7 @@ from mmdit.demo.data import workers
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime import mesh
+from mmdit.runtime.plan import parse_bytes
 from mmdit.utils import markdown_table, whole
 from quant.recipe import RECIPES
 from samplers import pick
@@ -340,6 +342,30 @@ def _training(options: Namespace, note: Note) -> Iterator[str]:
     yield bench_training.table(rows)
 
 
+def _memory(options: Namespace, note: Note) -> Iterator[str | int]:
+    steps = whole("--steps", options.steps, 1)
+    rows = []
+    with usage_errors():
+        check_names(options.models, MODELS)
+        check_names([name for name in options.quant if name != "16"], RECIPES)
+        for size in options.budgets:
+            if size != bench_memory.STAGES:
+                parse_bytes(size, "--budgets")
+    for row in bench_memory.budgets(
+        options.models,
+        options.quant,
+        options.budgets,
+        steps=steps,
+        size=options.size,
+        fast=options.fast,
+        seconds=options.seconds,
+        **_where(options),
+    ):
+        rows.append(row)
+        note(f"{row.model} {row.recipe} {row.budget}: {row.failed or f'{row.seconds:.2f} s'}")
+    yield bench_memory.table(rows)
+
+
 BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "steps": _steps,
     "speed": _speed,
@@ -355,4 +381,5 @@ BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {
     "maps": _maps,
     "training": _training,
     "parallel": _parallel,
+    "memory": _memory,
 }

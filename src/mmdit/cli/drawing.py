@@ -119,6 +119,8 @@ def _draw(
     add_loras(ask, before, pipe, note)
     if ask.fast:
         pipe.accelerate()
+    if pipe.memory_plan is not None:
+        note(str(pipe.memory_plan))
     arguments = inputs.arguments | control_arguments(ask, pipe)
     inputs = replace(inputs, arguments=arguments, settings=inputs.settings | control_settings(ask))
     if before is not None and before.model_digest not in ("", pipe.digest) and _is_alike(pipe, before):
@@ -311,6 +313,7 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         profile=profile,
         preset=ask.preset,
         offload=ask.offload,
+        memory=ask.memory,
         quant=ask.quant,
     )
     if ask.device in (None, "auto") or ask.dtype is None:
@@ -343,7 +346,7 @@ def _drawn(
                     **inputs.arguments,
                 )
         except MemoryError as error:
-            options = "--offload stages, --vae-tile 256, a smaller --batch, --height and --width, --dtype bfloat16"
+            options = "--memory 8GB, --vae-tile 256, a smaller --batch, --height and --width, --dtype bfloat16"
             raise MemoryError(f"{error}. On the command line: {options}") from error
         for image, settings in zip(drawn.images, drawn.settings, strict=True):
             yield image, replace(settings, **inputs.settings)

@@ -17,6 +17,7 @@ from mmdit.cli.usage import (
     SCHEDULES,
     dtype_name,
     exists,
+    memory_size,
     sampler_name,
     schedule_name,
     seed_value,
@@ -46,7 +47,7 @@ EXAMPLES = """examples:
     mmdit generate "a cat" -m sd3.5_large_turbo.safetensors --preset turbo
   many prompts on a small GPU, written to pets/cat-0.png, pets/cat-1.png ...:
     mmdit generate --prompts cats.txt -m sd3.5-large/ -o pets/cat.png \\
-      --offload stages --vae-tile 256
+      --memory 8GB
   a picture of your own, drawn anew where a mask is white:
     mmdit generate "a red hat" -m sd3.5-large/ --image cat.jpg \\
       --mask head.png --strength 0.8
@@ -182,7 +183,10 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     batch = "pictures drawn at once; more are faster on a GPU and round a little differently (default: 1)"
     say("--batch", type=int, default=1, metavar="N", help=batch)
     offload = "for small GPUs: move text encoders, transformer and VAE to the GPU in turn (default: keep all there)"
-    say("--offload", choices=("stages",), help=offload)
+    either = group.add_mutually_exclusive_group()
+    either.add_argument("--offload", choices=("stages",), help=offload)
+    memory = "budget of GPU memory that is never exceeded, such as 8GB: what does not fit takes turns or is streamed"
+    either.add_argument("--memory", type=memory_size, metavar="SIZE", help=f"{memory} (default: none)")
     fast = "on a GPU: fused kernels, CUDA graphs and the fastest installed attention kernel (default: off)"
     say("--fast", action="store_true", help=fast)
     parallel = "in processes of torchrun: split each picture, its guidance over two processes (cfg), its image tokens "

@@ -112,6 +112,17 @@ def shift_value(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor the word resolution") from error
 
 
+def memory_size(text: str) -> str:
+    """A size such as 8GB, unchanged."""
+    from mmdit.runtime.plan import parse_bytes
+
+    try:
+        parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
 def seed_value(text: str) -> int:
     """A whole number."""
     try:

@@ -46,15 +46,27 @@ class StreamBlock(nn.Module):
             meet: the joint attention, in which the other stream takes part.
             meet2: the second attention, of this stream alone.
         """
-        m, normed = self.modulations(c), self.norm1(x)
-        update = self.attn(modulate(normed, m[0]), meet)
+        m = self.modulations(c)
+        attended = self._attended(x, m, meet, meet2)
+        if attended is None:
+            return None
+        x = self.resid_mid(attended)
+        del attended
+        return x + _gated(m[1], self.mlp(modulate(self.norm2(x), m[1])))
+
+    def _attended(
+        self, x: Float[Tensor, "b l d"], m: tuple[Modulation, ...], meet: Meet, meet2: Meet | None
+    ) -> Float[Tensor, "b l d"] | None:
+        """The stream after its attentions; what it reads and adds is freed before the MLP runs."""
+        normed = self.norm1(x)
+        reads = [modulate(normed, m[i]) for i in ((0, 2) if self.dual_attention else (0,))]
+        del normed
+        update = self.attn(reads.pop(0), meet)
         if update is None:
             return None
         x = x + _gated(m[0], update)
-        if self.dual_attention:
-            x = x + _gated(m[2], self.attn2(modulate(normed, m[2]), meet2))
-        x = self.resid_mid(x)
-        return x + _gated(m[1], self.mlp(modulate(self.norm2(x), m[1])))
+        del update
+        return x + _gated(m[2], self.attn2(reads.pop(), meet2)) if self.dual_attention else x
 
     def modulations(self, c: Float[Tensor, "b d"]) -> tuple[Modulation, ...]:
         """The modulation of attention, of the MLP and of the second attention, as far as the stream has them."""

@@ -240,11 +240,11 @@ class PipelineAdapters(PipelineModels):
 
     def _apply_loras(self) -> None:
         """Restore the weights, then merge and attach the active LoRAs."""
-        if self._turns is not None:
-            self._turns.leave()  # else the offloader would overwrite the new weights when it moves the models back
+        self._leave()  # else the new weights would be overwritten when the models move back
         acting = [self._loras.adapters[name] for name in self.get_active_adapters()]
         parts = {part: self.models[part] for part in PARTS if part in self.models}
         self._loras.weights.apply(parts, acting)
+        self._replan()
 
 
 @dataclass(frozen=True, repr=False)

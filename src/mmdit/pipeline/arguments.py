@@ -12,6 +12,7 @@ from torch import Tensor
 from mmdit.models.config import MMDiTConfig
 from mmdit.pipeline.images import OUTPUT_TYPES
 from mmdit.pipeline.profiles import PRESETS, PROFILES, Profile
+from mmdit.runtime.plan import parse_bytes
 from mmdit.utils import is_boolean, number, shortened
 from quant.recipe import Recipe, as_recipe
 from samplers import pick, resolution_shift
@@ -35,6 +36,19 @@ def profile_of(profile: str | Profile, preset: str | None = None) -> Profile:
 def checked_offload(offload: str | None) -> str | None:
     """Return the argument `offload`, or raise ValueError unless it is None or "stages"."""
     return offload if offload is None else pick({"stages": offload}, offload, "offload")
+
+
+def checked_memory(memory: str | int | None, offload: str | None) -> int | None:
+    """Return the argument `memory` in bytes.
+
+    Raises:
+        ValueError: it is no size; or `offload` is given too.
+    """
+    if memory is None:
+        return None
+    if offload is not None:
+        raise ValueError(f"memory={memory!r} and offload={offload!r} are both given; a budget decides what takes turns")
+    return parse_bytes(memory)
 
 
 def checked_quant(quant: str | Recipe | None) -> Recipe | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -16,9 +15,9 @@ from encoders.conditioning import EncoderName
 from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.models.controlnet import ControlNet
-from mmdit.pipeline.arguments import Offload, cells, checked_offload, checked_quant, profile_of
+from mmdit.pipeline.arguments import Offload, cells, checked_memory, checked_offload, checked_quant, profile_of
 from mmdit.pipeline.callbacks import CallState
-from mmdit.pipeline.failures import explained_memory_errors
+from mmdit.pipeline.memory import PipelineMemory
 from mmdit.pipeline.passes import Planner, Watcher
 from mmdit.pipeline.plan import default_shift
 from mmdit.pipeline.profiles import PRESETS, Profile, with_sampling
@@ -27,7 +26,6 @@ from mmdit.runtime.accelerate import Accelerated, AccelerationReport
 from mmdit.runtime.beside import Beside
 from mmdit.runtime.devices import resolve_device, warn_if_slow
 from mmdit.runtime.fast_vae import FastVAE
-from mmdit.runtime.offload import Turns
 from mmdit.runtime.parallel import Parallel
 from mmdit.utils import weight_bytes
 from quant.quantize import is_quantized, quantize_, refuse_quantized
@@ -35,7 +33,7 @@ from quant.recipe import Recipe, recipe_name
 from quant.tensor import Float8Tensor
 
 
-class PipelineModels:
+class PipelineModels(PipelineMemory):
     """The models of a pipeline and its profile, on their device and in their dtype; `mmdit.Pipeline` draws with them.
 
     Args:
@@ -45,7 +43,8 @@ class PipelineModels:
             over the scheduler config of the model.
         offload: "stages" keeps the models where they are, and moves text encoders, transformer and VAE to `device` in
             turn.
-        device: the device that models compute on with `offload`.
+        memory: a budget of the device's memory, such as "8GB", see `PipelineFiles.from_pretrained`.
+        device: the device that models compute on with `offload` or `memory`.
         quant: a name of `quant.RECIPES` or a `quant.Recipe`. Linears of the transformer and of T5 are quantized to
             float8, except those of `quant.quantize.KEPT`. A model that was float8 in its file stays as it is; if the
             transformer's recipe in the file is another one, that is an error.
@@ -59,6 +58,7 @@ class PipelineModels:
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
+        memory: str | int | None = None,
         device: torch.device | str = "cuda",
         quant: str | Recipe | None = None,
         name: str = "",
@@ -95,7 +95,9 @@ class PipelineModels:
         self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
         self._beside: Beside | None = None  # what runs faster beside the transformer
         self.parallel: Parallel | None = None  # see `mmdit.parallelize`
-        self._turns = None if checked_offload(offload) is None else Turns(resolve_device(device))
+        moves = offload is not None or memory is not None
+        place = resolve_device(device) if moves else self.transformer.pos_embed.device
+        self._start_memory(place, checked_offload(offload), checked_memory(memory, offload))
 
     @property
     def watchers(self) -> list[Watcher]:
@@ -137,7 +139,7 @@ class PipelineModels:
     @property
     def device(self) -> torch.device:
         """The device that the transformer computes on."""
-        return self.transformer.pos_embed.device if self._turns is None else self._turns.device
+        return self._place
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,8 +165,9 @@ class PipelineModels:
         device = None if device is None else resolve_device(device)
         warn_if_slow(self.device if device is None else device, dtype)
         if self._turns is not None:
-            self._turns.leave()
-            self._turns = Turns(self._turns.device if device is None else device)
+            place = self._turns.device if device is None else device
+            self._leave()
+            self._start_memory(place, None if self._budget else "stages", self._budget)
             device = None
         for model in self.models.values():
             model.to(device=device, dtype=dtype)
@@ -186,8 +189,10 @@ class PipelineModels:
         of all steps at once, and runs each step as a CUDA graph. Text encoders run as CUDA graphs too. The VAE runs
         with channels last and fused norms, in half of the memory, and in tiles above 2048 x 2048 pixels. Without Triton
         or a GPU, the report lists what is left out. Results are rounded a little differently, with no larger error.
-        Changes of weights take effect at the next drawing. `mmdit.capture`, `patch` and `attention_maps` refuse an
-        accelerated pipeline: call `plain` first.
+        Changes of weights take effect at the next drawing. With `memory` or `offload`, steps are launched kernel by
+        kernel where blocks of the transformer move, because a graph needs them in place, and text encoders and VAE run
+        their own forward. `mmdit.capture`, `patch` and `attention_maps` refuse an accelerated pipeline: call `plain`
+        first.
 
         Args:
             graph: whether to record steps as CUDA graphs; None does so on a GPU. A graph takes up to a gigabyte of
@@ -199,17 +204,20 @@ class PipelineModels:
             The choices. Attention and graphs are filled in while pictures are drawn: print it after the first one.
 
         Raises:
-            ValueError: the pipeline has `offload`; the transformer is compiled, hooked or changed; or there is no such
-                kernel.
+            ValueError: the transformer is compiled, hooked or changed; or there is no such kernel.
         """
-        if self._turns is not None:
-            raise ValueError(
-                "accelerate: graphs and tables need weights that stay in place, and offload='stages' moves them: load "
-                "the pipeline without offload"
-            )
         self.plain()
         sequence = None if self.parallel is None else self.parallel.sequence
-        accelerated = Accelerated(self.transformer, graph=graph, attention=attention, sequence=sequence)
+        how: dict[str, Any] = {"graph": graph, "attention": attention, "sequence": sequence}
+        if self._turns is not None:
+            with self._turns.lock, self._computing("the fast forward"):
+                self._enter("transformer")
+                self.accelerated = Accelerated(self.transformer, weights=self._turns, **how)
+                report = self.accelerated.report()
+            self._replan()
+            report.left_out.append("text encoders and VAE, which take turns on the device")
+            return report
+        accelerated = Accelerated(self.transformer, **how)
         try:
             self._beside = Beside(self.vae, self._text_encoders, graph)
         except ValueError:
@@ -226,6 +234,7 @@ class PipelineModels:
         if self.accelerated is not None:
             self.accelerated.close()
             self.accelerated = None
+            self._replan()
         if self._beside is not None:
             self._beside.close()
             self._beside = None
@@ -243,11 +252,6 @@ class PipelineModels:
         """Within the context, the weights are those that `save_pretrained` writes."""
         return nullcontext()
 
-    def _enter(self, *names: Component, also: Sequence[nn.Module] = ()) -> None:
-        """With `offload`, move these models of the pipeline, and further modules, to the device."""
-        if self._turns is not None:
-            self._turns.enter([*(model for name, model in self.models.items() if name in names), *also])
-
     def _cells(self, pixels: int | None, name: str) -> int:
         """The number of latent cells along a side of this many pixels."""
         config = self.transformer.config
@@ -259,24 +263,6 @@ class PipelineModels:
     def _unit(self) -> int:
         """The number of cells that the sides of a latent are multiples of."""
         return 1 if self.profile.odd_latents == "wrap" else self.transformer.config.patch_size
-
-    @contextmanager
-    def _drawing(self, what: str) -> Iterator[None]:
-        """Explain running out of memory; with `offload`, leave no model on the device, also after an error.
-
-        Other ranks that draw the same are told of an error.
-        """
-        guard = nullcontext() if self.parallel is None else self.parallel.guarded()
-        if self._turns is None:
-            with guard, explained_memory_errors(self.models, what):
-                yield
-            return
-        with self._turns.lock:  # the models share the device in turn, so one thread draws at a time
-            try:
-                with guard, explained_memory_errors(self.models, what):
-                    yield
-            finally:
-                self._turns.leave()
 
 
 class _PerThread(threading.local):

@@ -1,8 +1,8 @@
-"""Explanations of failed drawings: no memory was left, or a step gave values that are not finite."""
+"""Explanations of drawings whose values are not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
@@ -10,29 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmdit.checkpoints.components import Component, title
 from mmdit.pipeline.passes import Branch
 from mmdit.runtime.hooks import After, Hook, hooks, repeating
-from mmdit.utils import is_out_of_memory, weight_bytes
 from samplers import Step
-
-
-@contextmanager
-def explained_memory_errors(models: Mapping[Component, nn.Module], what: str) -> Iterator[None]:
-    """Turn a failed allocation into a MemoryError that tells what is in memory, what was requested and what helps."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
-        if not is_out_of_memory(error):
-            raise
-        what_failed = (str(error) or type(error).__name__).splitlines()[0]
-        weights = ", ".join(f"{title(name)} {weight_bytes(model) / 1e9:.2f} GB" for name, model in models.items())
-        raise MemoryError(
-            f"out of memory while drawing {what}. Weights: {weights}. What failed: {what_failed}. "
-            "What helps: a smaller height and width, fewer pictures at once (num_images_per_prompt), "
-            "weights in 16 bits (dtype=torch.bfloat16), models that take turns on the device (offload='stages'), "
-            "or decoding in tiles (vae_tile=512)"
-        ) from error
 
 
 class Call(NamedTuple):

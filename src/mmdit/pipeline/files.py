@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypedDict
 
@@ -14,9 +15,10 @@ from mmdit.checkpoints.hub import Variant
 from mmdit.checkpoints.load import model_in_memory
 from mmdit.checkpoints.load_pipeline import DEMO, Components, Source, load
 from mmdit.checkpoints.write import write_checkpoint
-from mmdit.pipeline.arguments import Offload, checked_offload, checked_quant, profile_of
+from mmdit.pipeline.arguments import Offload, checked_memory, checked_offload, checked_quant, profile_of
 from mmdit.pipeline.base import PipelineModels
 from mmdit.pipeline.diffusers_names import LOAD, explains_names
+from mmdit.pipeline.memory import check_budget
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.devices import resolve_device, suited_dtype, warn_if_slow
 from quant.recipe import Recipe
@@ -46,6 +48,7 @@ class PipelineFiles(PipelineModels):
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
+        memory: str | int | None = None,
         fast: bool = False,
     ) -> Self:
         """Load the embedded model, which draws 128 x 128 pictures of 1 to 4 shapes.
@@ -54,10 +57,10 @@ class PipelineFiles(PipelineModels):
         shapes, 8 colours, 2 sizes, 6 backgrounds, counts and relations. `mmdit.demo.captions` makes prompts.
 
         Args:
-            device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`; the files hold float16.
+            device, dtype, quant, profile, preset, offload, memory, fast: see `from_pretrained`; the files hold float16.
         """
         how = LoadArguments(device=device, dtype=dtype, quant=quant, profile=profile, preset=preset)
-        return cls.load(Source(DEMO), offload=offload, fast=fast, **how)
+        return cls.load(Source(DEMO), offload=offload, memory=memory, fast=fast, **how)
 
     @classmethod
     def load(
@@ -70,24 +73,30 @@ class PipelineFiles(PipelineModels):
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
+        memory: str | int | None = None,
         fast: bool = False,
     ) -> Self:
         """Load from any source: a file, a folder of any layout, a repository, or "demo".
 
         Args:
             source: a path or name, or a `mmdit.checkpoints.load_pipeline.Source`, which is a path with options.
-            device, dtype, quant, profile, preset, offload, fast: see `from_pretrained`.
+            device, dtype, quant, profile, preset, offload, memory, fast: see `from_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError, mmdit.CheckpointError, mmdit.HubError: see `mmdit.checkpoints.load_pipeline`.
         """
         source = source if isinstance(source, Source) else Source(source)
-        place = _place(device, dtype, offload)
+        budget = checked_memory(memory, offload)
+        place = _place(device, dtype, "stages" if budget is not None else offload)
         profile_of(profile, preset)  # an unknown name is said before anything is read
         recipe = checked_quant(quant)
         rest: dict[str, Any] = {"profile": profile, "preset": preset, "quant": recipe}
-        rest |= {"offload": checked_offload(offload), "device": place.device}
-        parts = load(source, place.home, place.dtype, quant=recipe)
+        rest |= {"offload": checked_offload(offload), "memory": memory, "device": place.device}
+        check = None
+        if budget is not None:
+            how = (place.device, place.dtype, recipe, profile_of(profile, preset), fast)
+            check = partial(check_budget, budget, *how)
+        parts = load(source, place.home, place.dtype, quant=recipe, check=check)
         pipe = cls(_suited(parts, place), name=source.name, **rest)
         return pipe._faster() if fast else pipe
 
@@ -103,6 +112,7 @@ class PipelineFiles(PipelineModels):
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
+        memory: str | int | None = None,
         fast: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -124,6 +134,11 @@ class PipelineFiles(PipelineModels):
                 precedence over the scheduler config of the folder.
             offload: "stages" keeps the models on the CPU, and moves text encoders, transformer and VAE to the device in
                 turn.
+            memory: a budget of the device's memory, such as "8GB", for tensors, workspaces and the CUDA context of
+                this process. What is needed of these means is used, in this order: text encoders, VAE and ControlNets
+                by turns; T5 block by block; adaLN weights once per drawing; blocks of the transformer streamed from
+                pinned host memory; the VAE in tiles. `pipe.memory_plan` says what. Every drawing is planned for its
+                size before it runs. On a CPU, the budget is for what is computed with, beside the weights themselves.
             fast: whether to `accelerate` the pipeline.
             revision: branch, tag or commit of the repository.
             token: an access token of the hub, for repositories that need one.
@@ -136,12 +151,14 @@ class PipelineFiles(PipelineModels):
             mmdit.CheckpointError: a file is broken, or files are missing; the message tells which, and where to get
                 them.
             mmdit.HubError: the repository cannot be downloaded; the message tells why, and what to do.
+            mmdit.TooLittleMemory: no plan for a picture of the model's own size keeps the budget; the message has the
+                sum and the smallest budget that works. Nothing has been loaded then.
         """
         path = Path(folder) if folder == DEMO else folder  # a folder with that name, not the embedded model
         source = Source(path, revision=revision, token=token, variant=variant, cache_dir=cache_dir)
         dtype = _one_dtype(dtype, torch_dtype)
         how = LoadArguments(device=device, dtype=dtype, quant=quant, profile=profile, preset=preset)
-        return cls.load(source, offload=offload, fast=fast, **how)
+        return cls.load(source, offload=offload, memory=memory, fast=fast, **how)
 
     @classmethod
     @explains_names(LOAD)
@@ -160,6 +177,7 @@ class PipelineFiles(PipelineModels):
         profile: str | Profile = "diffusers",
         preset: str | None = None,
         offload: Offload | None = None,
+        memory: str | int | None = None,
         fast: bool = False,
         torch_dtype: torch.dtype | None = None,
     ) -> Self:
@@ -169,7 +187,7 @@ class PipelineFiles(PipelineModels):
             path: a safetensors file that holds the transformer.
             clip_l, clip_g, t5, vae: files or folders that hold these models.
             tokenizers: the folder that holds tokenizer, tokenizer_2 and tokenizer_3; None looks for it beside the file.
-            device, dtype, quant, profile, preset, offload, fast, torch_dtype: see `from_pretrained`.
+            device, dtype, quant, profile, preset, offload, memory, fast, torch_dtype: see `from_pretrained`.
 
         Raises:
             FileNotFoundError, mmdit.CheckpointError: see `from_pretrained`.
@@ -178,7 +196,7 @@ class PipelineFiles(PipelineModels):
         source = Source(Path(path), others, tokenizers)
         dtype = _one_dtype(dtype, torch_dtype)
         how = LoadArguments(device=device, dtype=dtype, quant=quant, profile=profile, preset=preset)
-        return cls.load(source, offload=offload, fast=fast, **how)
+        return cls.load(source, offload=offload, memory=memory, fast=fast, **how)
 
     def save_pretrained(self, folder: str | Path, layout: str = "official") -> Path:
         """Write all models and tokenizers into a new folder, and return its path. LoRAs are merged into the weights.

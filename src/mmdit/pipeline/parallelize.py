@@ -58,6 +58,8 @@ def parallelize(
     """
     if pipe.parallel is not None:
         raise ValueError("the pipeline is parallel already; call pipe.parallel.close() on every rank first")
+    if pipe.memory_plan is not None:
+        raise ValueError("memory= plans for the branches and tokens of one device; load without memory to parallelize")
     mesh.start(pipe.device, timedelta(seconds=timeout))
     _check_alike(pipe, cfg, sequence)
     guided = pipe.profile.reads_negative(pipe.profile.guidance_scale)

@@ -25,6 +25,7 @@ from mmdit.pipeline.image_inputs import ImageInputs, PictureSize, image_inputs
 from mmdit.pipeline.images import OutputType, convert_output, to_pil
 from mmdit.pipeline.invert import INVERTERS, Inversion, Inverter, rising
 from mmdit.pipeline.masks import Source, repeated
+from mmdit.pipeline.memory import Sizes
 from mmdit.pipeline.output import PipelineOutput
 from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike
 from mmdit.pipeline.profiles import is_known
@@ -235,6 +236,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
                 ),
             )
         self._agree(request)
+        self._fit_request(request)
         with self._drawing(f"{request.count} pictures at once"):
             return self._draw(request)
 
@@ -316,6 +318,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         source = self._source(request)  # before the noise, because it may draw from the same generators
         noise = self._start(request)
         length, times = request.max_sequence_length, request.per_prompt
+        self._encode_ahead(length, request.prompts, request.negatives)
         cond = self._encoded(request.prompts, length, times)
         uncond = None if request.negatives is None else self._encoded(request.negatives, length, times)
         latent = self._latent(request, self._controlled(request, request.plan, cond, uncond), noise, source)
@@ -324,6 +327,31 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         pictures = latent if request.output_type == "latent" else self._decoded(request, latent)
         images = convert_output(pictures, request.output_type, self.profile.to_uint8)
         return PipelineOutput(images, self._settings(request) if request.has_settings else ())
+
+    def _fit_request(self, request: Request) -> None:
+        """Plan the memory of a drawing; TooLittleMemory, before anything runs, where no plan keeps the budget."""
+        plans = [request.plan, *([] if request.second is None else [request.second])]
+        batches = 1 if request.negatives is None else 2
+        tokens = self._rules(request.max_sequence_length)
+        sizes = Sizes(
+            pictures=request.count,
+            samples=batches * request.count,
+            height=max(one.shape[2] for one in plans),
+            width=max(one.shape[3] for one in plans),
+            tokens=tokens.clip_length + tokens.t5_length,
+            rows=max(1, len(request.prompts)),
+            length=tokens.t5_length,
+            steps=max(len(one.sigmas) - 1 for one in plans),
+            encodes=request.images is not None or request.hires is not None or bool(request.controls),
+            tile=request.vae_tile or 0,
+        )
+        self._fit(sizes, nets=[one.net for one in request.controls], anew=True)
+
+    def _encode_ahead(self, length: int | None, *prompts: Prompts | None) -> None:
+        """Where encoders take turns, run each one on all prompts before the next one, whose outputs are kept."""
+        texts = [one.texts for one in prompts if one is not None and one.texts is not None]
+        if len(texts) > 1 and self._keeps_texts:
+            self._conditioner(length).run_ahead(texts)
 
     @property
     def guidance_scale(self) -> float:

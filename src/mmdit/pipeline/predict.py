@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ from mmdit.pipeline.control import residuals
 from mmdit.pipeline.passes import Branch, perturbed
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.modulation import ModulationTable
 from mmdit.runtime.sequence import SequenceParallel
 from mmdit.utils import whole
 
@@ -32,6 +34,7 @@ def predict_branches(
     announce: Announce,
     accelerated: Accelerated | None = None,
     sequence: SequenceParallel | None = None,
+    table: ModulationTable | None = None,
 ) -> list[Tensor]:
     """The predicted picture (x0 = x - sigma * velocity, a latent) of each branch.
 
@@ -47,6 +50,7 @@ def predict_branches(
         announce: called before each batch.
         accelerated: the transformer's fast forward; None runs the model's own forward.
         sequence: forwards over several ranks; None computes on this one. `accelerated` has its own.
+        table: what gives the modulation to the model's own forward; None computes it in place.
     """
     batches: dict[tuple[object, ...], list[int]] = {}
     for place, branch in enumerate(branches):
@@ -55,7 +59,7 @@ def predict_branches(
     for places in batches.values():
         batch = tuple(branches[place] for place in places)
         announce(batch)
-        predicted = _predict_batch(transformer, profile, x, sigma, batch, accelerated, sequence)
+        predicted = _predict_batch(transformer, profile, x, sigma, batch, accelerated, sequence, table)
         found |= zip(places, predicted, strict=True)
     return [found[place] for place in range(len(branches))]
 
@@ -86,6 +90,7 @@ def _predict_batch(
     branches: tuple[Branch, ...],
     accelerated: Accelerated | None,
     sequence: SequenceParallel | None,
+    table: ModulationTable | None,
 ) -> list[Tensor]:
     """The predicted pictures of branches that share a batch.
 
@@ -99,7 +104,9 @@ def _predict_batch(
     level = control_timestep_of(profile, sigma)
     control = residuals(first.control, transformer, profile, latents, sigma, level, texts, sequence)
     if accelerated is None or first.perturbed_layers:
-        velocity = _velocity(transformer, latents, timestep, branches, control, sequence)
+        pooled = [branch.conditioning.pooled for branch in branches]
+        with nullcontext() if table is None else table.reading(timestep, pooled):
+            velocity = _velocity(transformer, latents, timestep, branches, control, sequence)
     else:
         velocity = _fast(accelerated, latents, timestep, branches, control)
     velocity = velocity[..., :rows, :columns]

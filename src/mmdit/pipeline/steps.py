@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from encoders import Conditioning
+from mmdit.models.controlnet import ControlNet
 from mmdit.pipeline.arguments import Shift, check_tensor
 from mmdit.pipeline.failures import FiniteCheck
 from mmdit.pipeline.guidance import GuidanceLike
@@ -32,6 +33,7 @@ from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
 from mmdit.pipeline.seeds import Generators
 from mmdit.pipeline.tensors import PipelineTensors
+from mmdit.runtime.modulation import ModulationTable
 from mmdit.utils import number
 from samplers import Step
 
@@ -297,9 +299,11 @@ class PipelineSteps(PipelineTensors):
 
     def _guarded(self, run: Run, steps: Iterator[Step], levels: Tensor) -> Iterator[Step]:
         """The steps along these levels, on the fast path where there is one, and checked."""
+        timesteps = [timestep_of(run.plan.profile, one) for one in levels.tolist()]
         if self.accelerated is not None:
-            timesteps = [timestep_of(run.plan.profile, one) for one in levels.tolist()]
             steps = self.accelerated.drawing(steps, timesteps)
+        elif self._table is not None:
+            steps = self._table.drawing(steps, timesteps)
         return self._checked(run, steps)
 
     def _checked(self, run: Run, steps: Iterator[Step]) -> Iterator[Step]:
@@ -338,14 +342,17 @@ class PipelineSteps(PipelineTensors):
         prediction = self._here.predictions
 
         def announce(batch: tuple[Branch, ...]) -> None:
-            self._enter("transformer", also=[one.net for one in batch[0].control])
+            nets = [one.net for one in batch[0].control]
+            self._fit_step(x, batch, nets)
+            self._enter("transformer", also=nets)
             for watcher in self.watchers:
                 watcher(Pass(step, sigma, batch, len(x), prediction))
 
         def run(branches: Sequence[Branch]) -> list[Tensor]:
-            return predict_branches(
-                self.transformer, profile, x, sigma, branches, announce, None if plain else self.accelerated, sequence
-            )
+            fast = None if plain else self.accelerated
+            with self._computing(f"a step of latents {list(x.shape)}"):
+                how = (announce, fast, sequence, self._reads_table)
+                return predict_branches(self.transformer, profile, x, sigma, branches, *how)
 
         if plain or self.parallel is None:
             sequence = None
@@ -353,6 +360,19 @@ class PipelineSteps(PipelineTensors):
         sequence = self.parallel.sequence
         with self.parallel.guarded():
             return self.parallel.predictions(branches, run, x)
+
+    def _fit_step(self, x: Tensor, batch: tuple[Branch, ...], nets: Sequence[ControlNet]) -> None:
+        """Plan for a batch that is larger than the drawing's plan says."""
+        samples, height, width = len(batch) * len(x), *x.shape[2:]
+        tokens = batch[0].conditioning.context.shape[1]
+        sizes = self._sizes_now(samples=samples, height=height, width=width, tokens=tokens)
+        new = [net for net in nets if net not in self._nets]
+        self._fit(sizes, nets=[*self._nets, *new] if new else None)
+
+    @property
+    def _reads_table(self) -> ModulationTable | None:
+        """The modulation table, where adaLN weights are not on the device."""
+        return self._table if self.memory_plan is not None and self.memory_plan.visited else None
 
     def _check_prediction(self, x: Tensor, branches: Sequence[Branch]) -> None:
         """Raise ValueError or TypeError where latents and conditionings do not fit the transformer or each other."""

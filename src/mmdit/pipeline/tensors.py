@@ -48,22 +48,24 @@ class PipelineTensors(PipelineModels):
         Raises:
             ValueError, TypeError: no prompt, or one that is not a string.
         """
-        rules = self._rules(max_sequence_length)
-        conditioner = Conditioner(
+        prompts = checked_prompts(prompts)
+        if self.parallel is not None:
+            self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
+        with self._explained(f"{len(prompts)} prompts"):
+            return self._conditioner(max_sequence_length)(prompts).to(self.device, self.dtype)
+
+    def _conditioner(self, max_sequence_length: int | None) -> Conditioner:
+        return Conditioner(
             self.clip_l,
             self.clip_g,
             self.t5,
             self.tokenizers,
-            rules,
+            self._rules(max_sequence_length),
             context_dim=self.transformer.config.context_dim,
             pooled_dim=self.transformer.config.pooled_dim,
             faster=None if self._beside is None else self._beside.encoders(self._text_encoders),
+            run=self._run_encoder,
         )
-        prompts = checked_prompts(prompts)
-        if self.parallel is not None:
-            self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
-        self._enter("clip_l", "clip_g", "t5")
-        return conditioner(prompts).to(self.device, self.dtype)
 
     def noise(
         self,
@@ -204,23 +206,36 @@ class PipelineTensors(PipelineModels):
         channels = self.vae.config.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(f"latent has shape {list(latent.shape)}, expected [b, {channels}, h, w] in model space")
-        self._enter("vae")
-        first = next(self.vae.parameters())
-        latent = latent.to(first.device, first.dtype)
-        if finite:
-            check_all_finite(latent, "the latent to decode")
         tile = None if tile is None else whole("tile", tile, LEAST_TILE)
+        tile = self._fit_vae(latent, tile)
+        with self._computing(f"the pictures of latents {list(latent.shape)}"):
+            self._enter("vae")
+            first = next(self.vae.parameters())
+            latent = latent.to(first.device, first.dtype)
+            if finite:
+                check_all_finite(latent, "the latent to decode")
+            decoded = self._decoded_latent(latent, tile)
+            if finite:
+                word = str(first.dtype).removeprefix("torch.")
+                check_all_finite(decoded, f"the picture that the VAE decoded in {word}")
+            return to_unit(decoded)
+
+    def _decoded_latent(self, latent: Tensor, tile: int | None) -> Tensor:
+        """The VAE's pictures, about in [-1, 1]: in tiles, on several ranks, or by the fast forward."""
         if tile is not None:
-            decoded = decode_tiled(self.vae, latent, tile=tile)
-        elif self.parallel is not None:
-            with self.parallel.guarded():
-                fast = self._fast_vae
-                decoded = self.parallel.decoded(self.vae, latent, fast if isinstance(fast, FastVAE) else None)
-        else:
-            decoded = self._fast_vae.decode(latent)
-        if finite:
-            check_all_finite(decoded, f"the picture that the VAE decoded in {str(first.dtype).removeprefix('torch.')}")
-        return to_unit(decoded)
+            return decode_tiled(self.vae, latent, tile=tile)
+        if self.parallel is None:
+            return self._fast_vae.decode(latent)
+        with self.parallel.guarded():
+            fast = self._fast_vae
+            return self.parallel.decoded(self.vae, latent, fast if isinstance(fast, FastVAE) else None)
+
+    def _fit_vae(self, latent: Tensor, tile: int | None, *, encodes: bool = False) -> int | None:
+        """The side of the VAE's tiles for latents of this shape: what the caller asks for, or what a budget takes."""
+        pictures, _, height, width = latent.shape
+        sizes = self._sizes_now(pictures=pictures, height=height, width=width, tile=tile or 0)
+        self._fit(replace(sizes, encodes=encodes or sizes.encodes))
+        return self.memory_plan.tile if tile is None and self.memory_plan is not None else tile
 
     def _controls(
         self, inputs: Sequence[ControlInput], size: PictureSize, count: int, *, guided: bool
@@ -230,6 +245,8 @@ class PipelineTensors(PipelineModels):
             return ()
         check_counts(inputs, count)
         self._check_nets([one.net for one in inputs])
+        for net in {one.net for one in inputs}:
+            self._fit(self._sizes, nets=[*(one for one in self._nets if one is not net), net])
         self._enter("vae")
         first = takes_shift(inputs[0].net, self.profile) if self.profile.control_shift_of == "first" else None
         return tuple(
@@ -287,11 +304,15 @@ class PipelineTensors(PipelineModels):
         mean: bool = False,
     ) -> Float[Tensor, "b2 c h8 w8"]:
         """Encode pictures in [0, 1] to the latents of `count` drawings, in tiles of `tile` pixels per side."""
-        self._enter("vae")
-        first = next(self.vae.parameters())
-        given = (2 * pixels - 1).to(first.device, first.dtype)
-        found = self._fast_vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
-        latents, std = found.mean, found.std
+        cell = self.vae.config.downscale
+        cells = pixels.new_empty((len(pixels), 1, pixels.shape[2] // cell, pixels.shape[3] // cell), device="meta")
+        tile = self._fit_vae(cells, tile, encodes=True)
+        with self._computing(f"the latents of {len(pixels)} pictures"):
+            self._enter("vae")
+            first = next(self.vae.parameters())
+            given = (2 * pixels - 1).to(first.device, first.dtype)
+            found = self._fast_vae.encode(given) if tile is None else encode_tiled(self.vae, given, tile=tile)
+            latents, std = found.mean, found.std
         if isinstance(drawn_by, Sequence):
             latents, std = repeated(latents, count), repeated(std, count)
         if self.profile.image_latent != "mean" and not mean:

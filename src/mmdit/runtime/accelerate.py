@@ -5,7 +5,8 @@ The model is left unchanged: `Accelerated.velocity` computes the same function f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from threading import Lock
@@ -20,14 +21,15 @@ from torch import Tensor, nn
 from mmdit.models.attention import Attend
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import plain_kernels
+from mmdit.runtime.activations import TABLE_BYTES
 from mmdit.runtime.attention import BestAttention
 from mmdit.runtime.compiled import ACCELERATED, refuse_changed
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.sequence import SequenceParallel
+from mmdit.runtime.streaming import Residency
 from quant import emulation
 
-_TABLE_BYTES = 2**28  # of modulation that is computed ahead
 _TEXTS = 8  # texts whose tables are kept
 T = TypeVar("T")
 
@@ -84,6 +86,8 @@ class Accelerated:
         attention: the name of the one attention kernel to use; None measures those that are there.
         graphs: how many graphs are kept, one per shape.
         sequence: the ranks that share the image tokens; their exchanges are recorded in the graphs.
+        weights: brings the model's weights; whoever calls has let it enter the model before. Steps are graphs only
+            where it moves no block.
 
     Raises:
         ValueError: the model has parts that the fast forward would not run; graphs are asked for without a GPU.
@@ -97,15 +101,17 @@ class Accelerated:
         attention: str | None = None,
         graphs: int = 4,
         sequence: SequenceParallel | None = None,
+        weights: Residency | None = None,
     ) -> None:
-        self.model, self._asked, self.sequence = model, graph, sequence
+        self.model, self._asked, self.sequence, self._weights = model, graph, sequence, weights
         self.attention = BestAttention(attention)
         self.graphs = Graphs(graphs)
         self._version: object = None
+        self._moved: int | None = None  # of the weights, when they were looked at
         self._planned: tuple[float, ...] = ()  # timesteps of the current drawing, descending
         self._texts: dict[tuple[int, ...], _Text] = {}
         self._lock = Lock()  # guards the buffers that the graphs read and write
-        self.begin()
+        self._refresh()
         ACCELERATED.setdefault(model, WeakSet()).add(self)
 
     def drawing(self, steps: Iterable[T], timesteps: Sequence[float]) -> Iterator[T]:
@@ -128,11 +134,15 @@ class Accelerated:
         """
         self._planned = tuple(timesteps)
         self._texts.clear()
-        self._refresh()
+        if self._weights is None:
+            self._refresh()
+        else:  # they are not there yet
+            self._moved = None
+            _check_whole(self.model)
 
     def without_graphs(self) -> Accelerated:
         """The same forward with the same attention kernels, launched kernel by kernel."""
-        other = Accelerated(self.model, graph=False, sequence=self.sequence)
+        other = Accelerated(self.model, graph=False, sequence=self.sequence, weights=self._weights)
         other.attention.kernels, other.attention.choices = self.attention.kernels, self.attention.choices
         return other
 
@@ -150,12 +160,14 @@ class Accelerated:
     def _refresh(self) -> None:
         """Detect changes of the model since the fast forward was built."""
         _check_whole(self.model)
-        version = version_of(self.model)
+        if self._weights is not None:
+            self._moved = self._weights.moved
+        version = (version_of(self.model), self._may_record)
         if version != self._version:
             device = self.model.pos_embed.device
             if self._asked and device.type != "cuda":
                 raise ValueError(f"graph=True needs a model on a GPU, this one is on {device}; leave it out")
-            self.graph = device.type == "cuda" if self._asked is None else self._asked
+            self.graph = self._may_record and (device.type == "cuda" if self._asked is None else self._asked)
             self.graphs.clear()
             self._texts.clear()
             self.fast = FastMMDiT(
@@ -180,7 +192,8 @@ class Accelerated:
         if not by_triton:
             left_out.append(f"Triton kernels: {why_no_triton(self.model.pos_embed)}")
         if not self.graph:
-            left_out.append("CUDA graphs: " + ("not asked for" if self.model.pos_embed.is_cuda else "no GPU"))
+            why = "no GPU" if not self.model.pos_embed.is_cuda else "not asked for"
+            left_out.append(f"CUDA graphs: {why if self._may_record else 'blocks move, and graphs need them in place'}")
         name = "Triton" if by_triton else "plain torch"
         return AccelerationReport(name, self.graph, layers, left_out, self.attention, self.graphs)
 
@@ -210,11 +223,11 @@ class Accelerated:
         Raises:
             ValueError: see the class; or a size does not fit the model.
         """
-        if timestep not in self._planned:
+        if timestep not in self._planned or (self._weights is not None and self._weights.moved != self._moved):
             self._refresh()
         self.model.check(latent, contexts[0], pooled[0], control, skip_layers)
         text = self._text(contexts, pooled)
-        vectors = text.vectors(self.fast, timestep, [one for one in self._planned if one < timestep])
+        vectors = text.vectors(self.fast, timestep, [one for one in self._planned if one < timestep], self._visiting)
         latent = latent.to(self.model.pos_embed.dtype)
         places, residuals = _distinct(control, self.model.pos_embed.dtype)
         inputs = (latent, text.tokens, vectors, *residuals)
@@ -227,6 +240,14 @@ class Accelerated:
             return step(*inputs)
         with self._lock:
             return self.graphs((latent.shape, text.tokens.shape, skip_layers, places), step, inputs)
+
+    @property
+    def _may_record(self) -> bool:
+        """Whether weights stay where they are, as a graph needs it."""
+        return self._weights is None or self._weights.still
+
+    def _visiting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._weights is None else self._weights.visiting(self.model)
 
     def _text(self, contexts: Sequence[Tensor], pooled: Sequence[Tensor]) -> _Text:
         key = tuple(map(id, (*contexts, *pooled)))
@@ -245,14 +266,21 @@ class _Text:
         self.tokens, self.pooled = fast.tokens(torch.cat(list(contexts))), torch.cat(list(pooled))
         self._rows: dict[float, Tensor] = {}
 
-    def vectors(self, fast: FastMMDiT, timestep: float, ahead: Sequence[float]) -> Tensor:
+    def vectors(
+        self,
+        fast: FastMMDiT,
+        timestep: float,
+        ahead: Sequence[float],
+        visiting: Callable[[], AbstractContextManager[None]],
+    ) -> Tensor:
         """The modulation at a timestep; computed together with those that are expected next."""
         if timestep not in self._rows:
             per_step = fast.vectors * fast.model.config.hidden_size * self.pooled.nbytes // self.pooled.shape[1]
-            most = max(_TABLE_BYTES // max(per_step, 1), 1)
+            most = max(TABLE_BYTES // max(per_step, 1), 1)
             wanted = list(dict.fromkeys([timestep, *ahead]))[:most]
             timesteps = torch.tensor(wanted, dtype=torch.float32, pin_memory=self.pooled.is_cuda)
-            table = fast.table(timesteps.to(self.pooled.device, non_blocking=True), self.pooled)
+            with visiting():
+                table = fast.table(timesteps.to(self.pooled.device, non_blocking=True), self.pooled)
             self._rows = dict(zip(wanted, table.unbind(0), strict=True))
         return self._rows[timestep]
 

@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
+from mmdit.runtime.streaming import arriving
+
 PARALLEL: WeakSet[nn.Module] = WeakSet()  # models that compute on several ranks
 ACCELERATED: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()  # by model, its `Accelerated`s
 
@@ -41,7 +43,7 @@ def refuse_changed(model: nn.Module, name: str) -> None:
     refuse_compiled_parts(model, name)
     for path, module in model.named_modules():
         part = path or name
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or any(hook is not arriving for hook in module._forward_pre_hooks.values()):
             raise ValueError(f"{part} has hooks, which the fast forward does not run: remove them first")
         if "forward" in vars(module):
             raise ValueError(f"{part} is replaced, and the fast forward would not run it: restore it first")

@@ -20,6 +20,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.products import Pair, Product, common_kind
 from mmdit.runtime.rows import Activation, Attention, Columns, Output, Rounding, Rows, Update
 from mmdit.runtime.sequence import SequenceParallel
+from mmdit.runtime.streaming import arrive
 
 
 class FastMMDiT:
@@ -62,6 +63,7 @@ class FastMMDiT:
         place = 0
         for block in self.blocks:
             for stream in block.streams:
+                arrive(stream.adaLN_modulation)
                 table[:, :, place : place + stream.chunks] = stream.adaLN_modulation(c).unflatten(
                     -1, (stream.chunks, -1)
                 )
@@ -101,6 +103,7 @@ class FastMMDiT:
         updates: list[Update] = []
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
+                arrive(block.block)
                 rows, x, updates = block(x, rows, vectors, updates, self.kernels, attention)
             if control is not None and (residual := control[i]) is not None:
                 x[rows.split :].add_(residual.flatten(0, 1))
@@ -121,6 +124,7 @@ class FastBlock:
     """
 
     def __init__(self, block: JointBlock, place: int) -> None:
+        self.block = block
         text, image = self.streams = block.context_block, block.x_block
         self.ends_context, self.head_dim = block.ends_context, image.attn.head_dim
         self.text_place, self.image_place = place, place + text.chunks

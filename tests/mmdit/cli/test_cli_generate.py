@@ -348,6 +348,7 @@ def test_options_reach_the_loading(here, loaded, capsys):
     cpu = ["--device", "cpu"]
     plain: dict = {
         "offload": None,
+        "memory": None,
         "quant": None,
         "device": torch.device("cpu"),
         "dtype": torch.float32,
@@ -466,6 +467,8 @@ def test_a_folder_that_nothing_can_be_written_to(here, loaded, capsys, monkeypat
         (["--settings", "x.png", "--preset", "turbo"], "--settings and --preset are both given"),
         (["a cat", "--dtype", "int8"], "invalid choice"),
         (["a cat", "--offload", "stage"], "invalid choice"),
+        (["a cat", "--memory", "8 apples"], "memory must be a size"),
+        (["a cat", "--memory", "8GB", "--offload", "stages"], "not allowed with"),
     ],
 )
 def test_wrong_usage_exits_with_two_and_loads_no_torch(words, says):
@@ -493,7 +496,7 @@ def test_errors_of_the_hub_are_for_users_and_our_bugs_are_not(here, capsys, monk
 def test_stopped_and_out_of_memory(here, capsys, monkeypatch):
     for error, code, says in (
         (KeyboardInterrupt(), 130, "mmdit: stopped\n"),
-        (MemoryError("too much"), 1, "mmdit: too much. On the command line: --offload stages"),
+        (MemoryError("too much"), 1, "mmdit: too much. On the command line: --memory 8GB"),
     ):
 
         def fail(*args: object, error: BaseException = error, **options: object) -> None:

@@ -244,7 +244,7 @@ HELPS = ("a smaller height and width", "num_images_per_prompt", "dtype=torch.bfl
 
 @pytest.mark.parametrize("count", [10**12, 10**18], ids=["too much", "beyond 64 bits"])
 def test_noise_for_an_absurd_number_of_pictures(pipe, count):
-    said = ("out of memory while drawing", f"{count} pictures at once", "Weights: transformer (MMDiT) 0.0", *HELPS)
+    said = ("out of memory while computing", f"{count} pictures at once", "Weights: transformer (MMDiT) 0.0", *HELPS)
     message = refuses(lambda: pipe("a", **SMALL, seed=0, num_images_per_prompt=count), *said, error=MemoryError)
     if count == 10**12:
         assert f"{count * 16 * 4 * 4 * 4} bytes" in message  # what was needed
@@ -255,7 +255,7 @@ def test_python_runs_out_of_memory_too(pipe, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(pipe.transformer, "forward", full)
-    said = ("out of memory while drawing 1 pictures at once", "What failed: MemoryError", *HELPS)
+    said = ("out of memory while computing a step of latents [1, 16, 4, 4]", "What failed: MemoryError", *HELPS)
     refuses(lambda: pipe("a", **SMALL, seed=0), *said, error=MemoryError)
 
 
@@ -264,7 +264,7 @@ def test_out_of_memory_in_a_model(pipe, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
 
     monkeypatch.setattr(pipe.transformer, "forward", forward)
-    said = ("out of memory while drawing 1 pictures at once", "Tried to allocate 2.00 GiB", *HELPS)
+    said = ("out of memory while computing a step of latents [1, 16, 4, 4]", "Tried to allocate 2.00 GiB", *HELPS)
     assert "More lines" not in refuses(lambda: pipe("a", **SMALL, seed=0), *said, error=MemoryError)
 
 

@@ -1,0 +1,201 @@
+"""Weights that visit a device: nothing is lost, nothing stays, and streamed blocks are where they should be."""
+
+import pytest
+import torch
+from torch import nn
+
+import quant
+from device_double import LiveBytes
+from inspected import inputs, model
+from mmdit import Pipeline
+from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.arguments import checked_offload
+from mmdit.runtime.host_memory import Layout, host_memory
+from mmdit.runtime.streaming import WHOLE, Presence, Residency, model_bytes, tensors_of
+
+
+def addresses(*models):
+    return [tensor.data_ptr() for one in models for tensor in (*one.parameters(), *one.buffers())]
+
+
+def test_one_group_at_a_time():
+    one, two, turns = nn.Linear(2, 2), nn.BatchNorm1d(3), Residency("cpu", moves=True)
+    turns.enter({one: WHOLE})
+    homes = addresses(one, two)
+    turns.enter({one: WHOLE})
+    assert addresses(one, two) == homes, "it was there already"
+    turns.enter({two: WHOLE})
+    assert all(a != b for a, b in zip(addresses(two), homes[2:], strict=True))
+    turns.leave()
+    at_home = addresses(one, two)
+    assert set(at_home).isdisjoint(homes[:2])
+    turns.enter({one: WHOLE, two: WHOLE})
+    turns.leave()
+    assert addresses(one, two) == at_home
+
+
+def test_what_was_changed_on_the_device_is_brought_home():
+    linear, turns = nn.Linear(2, 2), Residency("cpu", moves=True)
+    turns.enter({linear: WHOLE})
+    with torch.no_grad():
+        linear.weight.fill_(3.0)
+    turns.leave()
+    assert torch.equal(linear.weight, torch.full((2, 2), 3.0))
+
+
+def test_replaced_and_changed_tensors_travel(small):
+    """A LoRA's new tensors, or another dtype, between two visits."""
+    turns, given = Residency("cpu", moves=True), inputs()
+    turns.enter({small: WHOLE})
+    turns.leave()
+    with torch.no_grad():
+        small.joint_blocks[0].x_block.mlp.fc1.weight *= 2
+        small.joint_blocks[1].x_block.mlp.fc1.weight = nn.Parameter(small.joint_blocks[1].x_block.mlp.fc1.weight * 2)
+        wanted = small(*given)
+        turns.enter({small: Presence(streamed=(0, 1, 2))})
+        assert torch.equal(small(*given), wanted)
+
+
+@pytest.fixture
+def small():
+    return model().requires_grad_(False)
+
+
+@pytest.mark.parametrize("recipe", [None, "fp8", "fp8-tensor"])
+@pytest.mark.parametrize("streamed", [(0, 1, 2), (0, 2), (1,)])
+@torch.no_grad()
+def test_streamed_blocks_compute_the_same(small, recipe, streamed):
+    if recipe:
+        quant.quantize_(small, recipe)
+    given = inputs()
+    wanted, skipping = small(*given), small(*given, skip_layers=(1,))
+    before = {key: value.clone() for key, value in small.state_dict().items()}
+    turns = Residency("cpu", moves=True)
+    turns.enter({small: Presence(streamed=streamed)})
+    for _ in range(2):
+        assert torch.equal(small(*given), wanted)
+        assert torch.equal(small(*given, skip_layers=(1,)), skipping)
+    turns.rest()
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items()), "read between two steps"
+    turns.enter({small: Presence(streamed=streamed)})
+    assert torch.equal(small(*given), wanted)
+    turns.leave()
+    assert all(torch.equal(value, before[key]) for key, value in small.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in small.modules())
+
+
+@torch.no_grad()
+def test_a_block_that_is_changed_between_steps_is_streamed_anew(small):
+    given, turns, presence = inputs(), Residency("cpu", moves=True), Presence(streamed=(0, 1, 2))
+    turns.enter({small: presence})
+    plain = small(*given)
+    turns.rest()
+    for i in range(3):
+        small.joint_blocks[i].x_block.mlp.fc2.weight.mul_(1.5)
+    turns.enter({small: presence})
+    changed = small(*given)
+    turns.leave()
+    assert torch.equal(changed, small(*given))
+    assert not torch.equal(changed, plain)
+
+
+@torch.no_grad()
+def test_only_two_slots_are_on_the_device(small):
+    """Counted: the resident part, two blocks, and what the step computes."""
+    given, sizes = inputs(), model_bytes(small)
+    turns, whole = Residency("cpu", moves=True), Residency("cpu", moves=True)
+    turns.enter({small: WHOLE})
+    turns.leave()
+    with LiveBytes() as live:
+        small(*given)
+    activations = live.peak
+    with LiveBytes() as live:
+        turns.enter({small: Presence(streamed=(0, 1, 2))})
+        held = live.live
+        small(*given)
+        small(*given)
+        assert live.peak <= held + activations
+        turns.leave()
+        assert live.live == 0
+    rest = sizes.rest + sum(sizes.modulation) + 2 * max(sizes.blocks)
+    assert rest <= held <= rest + 256 * len(list(small.parameters()))
+    assert whole.moved == 0
+
+
+def test_parts_of_a_model(small):
+    parts = tensors_of(small)
+    assert sorted(key for key in parts if key[0] == "block") == [("block", i) for i in range(3)]
+    names = [name for name, _ in parts["block", 1]]
+    assert "joint_blocks.1.x_block.mlp.fc1.weight" in names
+    assert not any(name.endswith((".bias", "ln_q.weight")) or "adaLN" in name for name in names)
+    every = [name for named in parts.values() for name, _ in named]
+    assert sorted(every) == sorted(name for name, _ in (*small.named_parameters(), *small.named_buffers()))
+    assert model_bytes(small).total == sum(t.nbytes for t in (*small.parameters(), *small.buffers()))
+
+
+def test_memory_keeps_shapes_strides_and_parts():
+    weight = quant.Float8Tensor.quantize(torch.randn(6, 8), recipe="fp8")
+    weight.snr = 30.0
+    tensors = [torch.randn(3, 5).t(), torch.tensor(2.0), torch.zeros(0, 4), torch.randn(4).expand(3, 4), weight]
+    layout = Layout(tensors)
+    memory = host_memory(layout.size, pinned=False)
+    placed = layout.placed(tensors, memory)
+    for one, other in zip(placed, tensors, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+    assert placed[0].stride() == tensors[0].stride()
+    assert placed[4].snr == 30.0
+    assert placed[4].recipe == weight.recipe
+    assert layout.size < 256 * 8
+
+
+def test_an_interrupt_at_any_line_leaves_nothing(small):
+    """An error out of the n-th operation while weights move, for every n."""
+    given = inputs()
+    with torch.no_grad():
+        wanted = small(*given)
+    turns = Residency("cpu", moves=True)
+    turns.enter({small: WHOLE})
+    turns.leave()
+    homes, presence = addresses(small), {small: Presence(streamed=(0, 1, 2), adaln=False)}
+    with LiveBytes() as live:
+        turns.enter(presence)
+    turns.leave()
+    for n in range(1, live.operations + 1, 7):
+        with pytest.raises(torch.OutOfMemoryError), LiveBytes(fails=lambda i, n=n: i == n):
+            turns.enter(presence)
+        turns.leave()
+        assert addresses(small) == homes
+        assert not any(module._forward_pre_hooks for module in small.modules())
+    with torch.no_grad():
+        assert torch.equal(small(*given), wanted)
+
+
+SETTINGS = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", "seed": 1}
+
+
+@pytest.mark.parametrize("offload", [None, "stages"])
+def test_a_stopped_drawing_leaves_a_pipeline_that_draws_the_same(tiny_folders, offload):
+    pipe = Pipeline.from_pretrained(tiny_folders["sd3.5-large"], offload=offload)
+    if offload:
+        pipe._turns.moves = True
+    wanted = pipe("a red circle", **SETTINGS).images
+    homes = addresses(*pipe.models.values())
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe("a red circle", callback_on_step_end=stop, **SETTINGS)
+    assert addresses(*pipe.models.values()) == homes
+    assert torch.equal(pipe("a red circle", **SETTINGS).images, wanted)
+
+
+def test_unknown_offload():
+    with pytest.raises(ValueError, match="unknown offload 'stage'; did you mean 'stages'"):
+        checked_offload("stage")
+
+
+def test_models_without_blocks_travel_whole():
+    assert isinstance(model(), MMDiT)
+    assert set(tensors_of(nn.Linear(2, 2))) == {"rest"}
