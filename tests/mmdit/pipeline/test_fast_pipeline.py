@@ -171,11 +171,8 @@ def test_a_vae_or_encoder_that_is_exchanged_is_used(loaded):
     assert len(beside.left_out) == 1
 
 
-def test_the_command_refuses_models_that_take_turns(tmp_path, capsys):
+def test_the_command_draws_with_models_that_take_turns(tmp_path):
     out = tmp_path / "a.png"
-    assert main(["generate", PROMPT, "--fast", "--offload", "stages", "--device", "cpu", "-o", str(out)]) not in (
-        0,
-        None,
-    )
-    assert "offload" in capsys.readouterr().err
-    assert not out.exists()
+    how = ["--fast", "--offload", "stages", "--device", "cpu", "--steps", "1", "-o", str(out)]
+    assert main(["generate", PROMPT, *how]) in (0, None)
+    assert out.exists()
