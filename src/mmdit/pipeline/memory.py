@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from encoders import CLIPText, T5Encoder, run_encoder
+from encoders import VAE, CLIPText, T5Encoder, run_encoder
 from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.checkpoints.components import Component, title
 from mmdit.checkpoints.load import StoredModel, compute_dtype, empty
 from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime import activations as count
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.devices import suited_dtype
 from mmdit.runtime.modulation import ModulationTable
 from mmdit.runtime.parallel import Parallel
 from mmdit.runtime.plan import Activations, MemoryPlan, ModelBytes, TooLittleMemory, plan, size_word, smallest
@@ -201,8 +203,7 @@ def check_budget(
 
 def _dtype_of(model: StoredModel, dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     found = compute_dtype(model, dtype, "keep")
-    is_narrow = found in (torch.float16, torch.bfloat16)
-    return torch.float32 if dtype is None and device.type == "cpu" and is_narrow else found
+    return suited_dtype(found, device) if dtype is None else found
 
 
 def _bytes_to_come(stored: StoredModel, dtype: torch.dtype, recipe: Recipe | None) -> ModelBytes:
@@ -222,8 +223,8 @@ def _bytes_to_come(stored: StoredModel, dtype: torch.dtype, recipe: Recipe | Non
 class PipelineMemory:
     """The part of a pipeline that decides what is on the device; see `mmdit.runtime.plan` for the means."""
 
-    transformer: Any
-    vae: Any
+    transformer: MMDiT
+    vae: VAE
     profile: Profile
     accelerated: Accelerated | None
     parallel: Parallel | None
