@@ -138,6 +138,7 @@ def test_loras_are_part_of_the_plan(pipes):
 
 def test_encoders_run_once_for_the_same_words(pipes, monkeypatch):
     pipe, calls = pipes["streamed"], []
+    pipe._leave()
     forward = type(pipe.t5).forward
     monkeypatch.setattr(type(pipe.t5), "forward", lambda self, *given: calls.append(1) or forward(self, *given))
     pipe("three blue squares", **SETTINGS)

@@ -171,7 +171,35 @@ def test_an_interrupt_at_any_line_leaves_nothing(small):
         assert torch.equal(small(*given), wanted)
 
 
+TEXT = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
 SETTINGS = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", "seed": 1}
+
+
+def test_loras_of_models_that_take_turns(tiny_folders):
+    """Attached and merged while the transformer is on the device; unloading brings the old bits back."""
+    whole, pipe = (Pipeline.from_pretrained(tiny_folders["sd3.5-large"], offload=one) for one in (None, "stages"))
+    pipe._turns.moves = True
+    tensors = {}
+    for i, (key, width) in enumerate((("transformer.transformer_blocks.1.attn.to_q", 128), (TEXT, 64))):
+        for factor, shape in (("A", (2, width)), ("B", (width, 2))):
+            generator = torch.Generator().manual_seed(i)
+            tensors[f"{key}.lora_{factor}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    plain = pipe("a red circle", **SETTINGS).images
+    before = {key: tensor.clone() for key, tensor in pipe.transformer.state_dict().items()}
+    for change in (
+        lambda one: one.load_lora_weights(tensors, "one", 0.7),
+        lambda one: one.fuse_lora(),
+        lambda one: one.set_adapters("one", -0.4),
+        lambda one: one.unfuse_lora(),
+    ):
+        for one in (whole, pipe):
+            change(one)
+        drawn = pipe("a red circle", **SETTINGS).images
+        assert torch.equal(drawn, whole("a red circle", **SETTINGS).images)
+        assert not torch.equal(drawn, plain)
+    pipe.unload_lora_weights()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in pipe.transformer.state_dict().items())
+    assert torch.equal(pipe("a red circle", **SETTINGS).images, plain)
 
 
 @pytest.mark.parametrize("offload", [None, "stages"])
