@@ -1,16 +1,19 @@
-"""Time and memory of loading a full-size file: `python tests/measure_loading.py FOLDER` (makes a 16 GB file there).
+"""Time and memory of loading a full-size file: `python tests/measure_loading.py FOLDER [BLOCKS]`.
 
-Prints, for SD3.5-Large at fp16: reading the file into one buffer, and into memory that is kept; loading at the stored
-dtype; a plain read-and-cast loop over the same tensors; and loading with that cast. Each runs in a process of its own,
-with the page cache dropped before it where the system allows that (else it says "as it is"), and reports its peak
-RssAnon.
+Makes a 16 GB file in the folder, or a smaller one with the first so many blocks. Prints, for SD3.5-Large at fp16:
+reading the file into one buffer, and into memory that is kept; loading at the stored dtype; a plain read-and-cast loop
+over the same tensors; loading with that cast; and reading all tensors by safetensors, at the stored dtype and cast, by
+one thread and by two as we do. Each runs in a process of its own, with the page cache dropped before it where the
+system allows that (else it says "as it is"), and reports its peak RssAnon.
 """
 
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -20,15 +23,21 @@ import golden
 MANIFEST = "sd3.5_large.safetensors"
 
 
-def make(path: Path) -> Path:
-    """A file with the official keys and shapes and random fp16 numbers."""
+def make(path: Path, blocks: int) -> Path:
+    """A file with the official keys and shapes and random fp16 numbers, of the first so many blocks."""
     from mmdit.checkpoints.lazy import LazyTensor
     from mmdit.checkpoints.safetensors_io import write_tensors
 
     if not path.exists():
-        shapes = {key: entry["shape"] for key, entry in golden.manifest(MANIFEST)["tensors"].items()}
+        entries = golden.manifest(MANIFEST)["tensors"].items()
+        shapes = {key: entry["shape"] for key, entry in entries if _block(key) < blocks}
         write_tensors(path, {key: _random(tuple(shape), LazyTensor) for key, shape in shapes.items()}, {"format": "pt"})
     return path
+
+
+def _block(key: str) -> int:
+    found = re.search(r"joint_blocks\.(\d+)\.", key)
+    return -1 if found is None else int(found.group(1))
 
 
 def _random(shape, lazy):
@@ -78,12 +87,46 @@ def load(path: Path, dtype: torch.dtype | None) -> int:
     return sum(tensor.nbytes for model in models for tensor in model.state_dict().values())
 
 
+def by_library(path: Path, dtype: torch.dtype | None, threads: int) -> int:
+    """All tensors by safetensors, in memory that does not depend on the file."""
+    from safetensors import safe_open
+
+    from mmdit.checkpoints.safetensors_io import read_header
+
+    keys = list(read_header(path).entries)  # our checks of the header
+
+    def read(part: list[str]) -> list[torch.Tensor]:
+        with safe_open(path, framework="pt") as file:
+            tensors = (file.get_tensor(key) for key in part)
+            return [one.clone() if dtype in (None, one.dtype) else one.to(dtype) for one in tensors]
+
+    with ThreadPoolExecutor(threads) as pool:
+        kept = list(pool.map(read, [keys[i::threads] for i in range(threads)]))
+    return sum(one.nbytes for part in kept for one in part)
+
+
+def by_ours(path: Path, dtype: torch.dtype | None) -> int:
+    """The same by our reader."""
+    from mmdit.checkpoints.load import READERS
+    from mmdit.checkpoints.safetensors_io import open_tensors
+
+    with ThreadPoolExecutor(READERS[0]) as pool:
+        kept = list(pool.map(lambda lazy: lazy.read(dtype), open_tensors(path)[0].values()))
+    return sum(one.nbytes for one in kept)
+
+
 ACTIONS = {
     "read, one buffer": plain_read,
     "read, kept": plain_read_kept,
     "load fp16": lambda path: load(path, None),
     "read and cast loop": read_and_cast,
     "load bf16": lambda path: load(path, torch.bfloat16),
+    "ours fp16": lambda path: by_ours(path, None),
+    "library fp16, 1": lambda path: by_library(path, None, 1),
+    "library fp16, 2": lambda path: by_library(path, None, 2),
+    "ours bf16": lambda path: by_ours(path, torch.bfloat16),
+    "library bf16, 1": lambda path: by_library(path, torch.bfloat16, 1),
+    "library bf16, 2": lambda path: by_library(path, torch.bfloat16, 2),
 }
 
 
@@ -122,7 +165,8 @@ def main() -> None:
     if sys.argv[2:] and sys.argv[2] in ACTIONS:
         print(json.dumps(measure(sys.argv[2], Path(sys.argv[1]))))
         return
-    path = make(Path(sys.argv[1]) / MANIFEST)
+    blocks = int(sys.argv[2]) if sys.argv[2:] else 38
+    path = make(Path(sys.argv[1]) / f"{blocks}_{MANIFEST}", blocks)
     for turn in range(2):
         for name in ACTIONS:
             subprocess.run(["sync"], check=True)
