@@ -34,6 +34,7 @@ from triton_device import HAS_TRITON, quiet
 if HAS_TRITON:
     from mmdit.runtime.vae_kernels import group_moments, norm_by
 
+CAPTURE = mmdit.capture  # imported here once, not in every process
 HEADS, WIDTH = 5, 16
 SIZES = {"depth": 3, "hidden_size": HEADS * WIDTH, "context_dim": 256, "pooled_dim": 192, "pos_embed_size": 16}
 VARIANTS = {
@@ -470,11 +471,11 @@ def test_what_looks_inside_refuses_a_parallel_pipeline(pipes, texts):
 
     def work(rank):
         with parallel([pipe], Layout(2, 1)):
-            with pytest.raises(ValueError, match="parallel"), mmdit.capture(pipe, "joint_blocks.1.*"):
+            with pytest.raises(ValueError, match="parallel"), CAPTURE(pipe, "joint_blocks.1.*"):
                 pass
             with pytest.raises(ValueError, match="parallel already"):
                 mmdit.parallelize(pipe, 2)
-        with mmdit.capture(pipe, "joint_blocks.1.x_block.resid_mid") as seen:
+        with CAPTURE(pipe, "joint_blocks.1.x_block.resid_mid") as seen:
             draw(pipe, texts, {"num_inference_steps": 1})
         return len(seen)
 
