@@ -125,6 +125,7 @@ class Team:
         """
         nothing = parts[self.rank].new_empty(0)
         given, found = ([nothing if i == self.rank else one for i, one in enumerate(each)] for each in (parts, out))
+        assert all(one.is_contiguous() for one in (*given, *found)), "NCCL takes contiguous tensors"
         self.sent += sum(one.nbytes for one in given)
         if nothing.is_cuda:
             dist.all_to_all(found, given, group=self.group)
