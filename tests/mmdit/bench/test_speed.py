@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from mmdit.bench import first_picture as first_picture_module
 from mmdit.bench import picture, speed
-from mmdit.bench.first_picture import first_picture
+from mmdit.bench.first_picture import _CODE
 from mmdit.cli.app import main
 from mmdit.runtime.attention import Choice, torch_attention
 from mmdit.runtime.compiled import ACCELERATED
@@ -22,7 +23,8 @@ def test_pictures_of_accelerated_pipelines_and_first_ones(monkeypatch):
         return 1.5
 
     monkeypatch.setattr(picture, "first_picture", first)
-    few = {"steps": 1, "size": 64, "device": "cpu", "dtype": torch.float32}
+    monkeypatch.setattr(picture, "_FEW_STEPS", 1)
+    few = {"steps": 1, "size": 32, "device": "cpu", "dtype": torch.float32}
     found = list(picture.pictures("demo", [], fast=True, first=True, compiled=False, **few))
     drawn = {row.name: row.seconds for row in found if "picture" in row.seconds}
     assert list(drawn) == ["mmdit float32 fast", "mmdit float32 eager"]
@@ -35,24 +37,32 @@ def test_pictures_of_accelerated_pipelines_and_first_ones(monkeypatch):
     ] * 2
 
 
-def test_a_process_that_fails_says_why():
+def test_the_first_picture_of_a_process(monkeypatch):
     few = {"steps": 1, "size": 64, "device": torch.device("cpu"), "dtype": torch.float32, "fast": True}
+    words = '["demo", "", "1", "64", "cpu", "float32", "True"]'
+    said = "import os, sys, time\nprint('noise'); time.sleep(0.2)\nprint('drawn at', time.time())\n"
+    said += f"assert sys.argv[1:] == {words}\nassert os.listdir(os.environ['TRITON_CACHE_DIR']) == []"
+    monkeypatch.setattr(first_picture_module, "_CODE", said)
+    assert 0.2 < first_picture_module.first_picture("demo", None, fresh=True, **few) < 30
+    monkeypatch.setattr(first_picture_module, "_CODE", "raise KeyError('huge')")
     with pytest.raises(RuntimeError, match="KeyError: 'huge'"):
-        first_picture("huge", None, **few)
+        first_picture_module.first_picture("huge", None, **few)
+    compile(_CODE, "first picture", "exec")
 
 
 def test_the_speed_of_all_cases(capsys, monkeypatch, tmp_path):
     out = tmp_path / "speed.json"
     monkeypatch.setattr(speed, "_RECIPES", {"demo": (None,)})
+    monkeypatch.setattr(speed, "TEXT", 8)
     monkeypatch.setattr(speed, "floor_of", lambda model, recipe, *, size, **_: size / 10)
     few = ["--repeats", "1", "--device", "cpu", "--dtype", "float32", "--against", "diffusers", "-o", str(out)]
-    built, theirs = [], speed.theirs
+    built = []
 
     def once(config, **options):
         built.append(options["compiled"])
         if options["compiled"]:
             raise RuntimeError("no compiler here")
-        return theirs(config, **options)
+        return speed.ours(config, recipe=None, compiled=False, device=options["device"], dtype=options["dtype"])
 
     monkeypatch.setattr(speed, "theirs", once)
     assert main(["bench", "speed", "--cases", "demo:64:2", "demo:32:1", *few]) == 0

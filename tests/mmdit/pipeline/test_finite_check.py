@@ -6,7 +6,8 @@ import mmdit
 from mmdit.pipeline import failures, steps
 from mmdit.pipeline.plan import Run
 
-SETTINGS = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64, "progress": False, "seed": 1}
+SETTINGS = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32, "progress": False, "seed": 1}
+SETTINGS |= {"max_sequence_length": 8}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_its_own_step_and_level_are_named(pipe, late, bad):
     failing, log = late
     failing.add(bad)
     levels = pipe.sigmas(4).tolist()
-    said = rf"step {bad} from sigma {levels[bad]:g} to {levels[bad + 1]:g} gave 3 of 1024 "
+    said = rf"step {bad} from sigma {levels[bad]:g} to {levels[bad + 1]:g} gave 3 of 256 "
     with pytest.raises(FloatingPointError, match=said):
         draw(pipe)
     assert log[-2:] == ([f"launch {bad + 1}", f"read {bad}"] if bad < 3 else ["read 2", "read 3"])
@@ -63,8 +64,8 @@ def test_its_own_step_and_level_are_named(pipe, late, bad):
 
 def test_the_last_step_is_read_before_it_is_given_out(pipe, late):
     late[0].add(3)
-    cond = pipe.encode("a red circle")
-    drawing = pipe.sample(cond, None, pipe.noise(1, height=64, width=64), num_inference_steps=4, guidance_scale=1.0)
+    cond = pipe.encode("a red circle", max_sequence_length=8)
+    drawing = pipe.sample(cond, None, pipe.noise(1, height=32, width=32), num_inference_steps=4, guidance_scale=1.0)
     assert [next(drawing).i for _ in range(3)] == [0, 1, 2]
     with pytest.raises(FloatingPointError, match="step 3"):
         next(drawing)
