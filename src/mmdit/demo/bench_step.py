@@ -36,6 +36,7 @@ from mmdit.demo.trainee import T5Form, initial_parts, save_compiled, trainee_of
 from mmdit.embedded import EMBEDDED
 from mmdit.training.ema import Ema
 from mmdit.training.journal import Journal
+from mmdit.training.rates import set_rate
 
 __all__ = ["main"]
 
@@ -129,8 +130,7 @@ class Bench:
     def _stepper(self, engine: Engine, form: T5Form) -> Callable[[], None]:
         recipe = self.run.recipe
         optimizer, ema = make_optimizer(engine.trainee), Ema(engine.trainee, recipe.ema)
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-6
+        set_rate(optimizer, 1e-6)
 
         def step() -> None:
             engine.gradients(self.batches.draw(recipe.batch), form)

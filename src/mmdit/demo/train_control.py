@@ -32,14 +32,15 @@ from mmdit.demo.grammar import NUMBERS
 from mmdit.demo.progress import save_whole
 from mmdit.demo.scenes import SIZES, Scene, Scenes, render, sample
 from mmdit.embedded import EMBEDDED
-from mmdit.models.controlnet import ControlKind, ControlNet, ControlNetConfig
+from mmdit.models.controlnet import ControlKind, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pictures.edges import canny
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.precision import full_float32
+from mmdit.training import control
 from mmdit.training.ema import Ema
 from mmdit.training.journal import Journal, mean_of
-from mmdit.training.rates import Every, learning_rate
+from mmdit.training.rates import Every, learning_rate, set_rate
 from samplers.training import logit_normal, noised, shifted
 
 __all__ = ["GPU", "ControlRecipe", "depth_map", "main", "net_file", "train", "vague_caption"]
@@ -269,19 +270,7 @@ class Trainer:
 
 def new_net(kind: ControlKind, transformer: MMDiT) -> ControlNet:
     """A net of one block for the embedded model, whose residual is 0."""
-    config = transformer.config
-    net = ControlNet(ControlNetConfig(1, config.hidden_size, config.pooled_dim, kind=kind))
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        if "adaLN" in name and isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.002)
-            module.bias.data.view(6, -1)[[2, 5]] = 1.0  # gates: the block acts from the first step
-    for project in net.controlnet_blocks:
-        assert isinstance(project, nn.Linear)
-        nn.init.zeros_(project.weight)
-    return net
+    return control.new_net(transformer, 1, kind)
 
 
 def train(
@@ -380,9 +369,8 @@ def _stage(
     device = next(net.parameters()).device
     g, rng = torch.Generator(device).manual_seed(recipe.seed + len(stage)), random.Random(recipe.seed)
     for step, fraction in rounds:
-        for group in optimizer.param_groups:
-            rate = learning_rate(fraction, step, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
-            group["lr"] = rate
+        rate = learning_rate(fraction, step, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
+        set_rate(optimizer, rate)
         batch = data.draw(kind, recipe.alone_batch if alone else recipe.batch, recipe, g)
         last = rng.random() >= recipe.without_last
         loss = trainer.alone(batch) if alone else trainer.together(batch, last)

@@ -9,70 +9,61 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.safetensors_io import write_tensors
 from mmdit.demo.captions import training_captions
 from mmdit.demo.outlines import outlined, sample_outlined
-from mmdit.models.lora import beside
 from mmdit.pipeline.pipeline import Pipeline
-from quant.quantize import linears_of
+from mmdit.training.adapters import Adapter, attach
+from mmdit.training.config import TrainingConfig
+from mmdit.training.export import write_lora
+from mmdit.training.loop import clipped
+from mmdit.training.rates import set_rate
 from samplers.training import logit_normal, noised, shifted, velocity_loss
 
 __all__ = ["train", "write"]
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # down [r, in] and up [out, r] by the name of the Linear
-RANK, BATCH, RATE, SCENES = 4, 8, 2e-3, 512
-METADATA = {"ss_network_module": "networks.lora_sd3", "ss_network_dim": str(RANK), "ss_network_alpha": str(RANK)}
+BATCH, RATE, SCENES = 8, 2e-3, 512
+CONFIG = TrainingConfig(
+    rank=4,
+    targets=("joint_blocks.*.x_block.attn*", "joint_blocks.*.x_block.mlp.*"),
+    split_qkv=False,
+    naming="kohya",
+    dtype="float32",
+)
 
 
-def train(seconds: float, *, seed: int = 0, scenes: int = SCENES) -> Factors:
-    """The factors after so many seconds of CPU time; up starts at zero, so that training starts at the base model."""
+def train(seconds: float, *, seed: int = 0, scenes: int = SCENES) -> dict[str, Adapter]:
+    """The adapters after so many seconds of CPU time; they start without a change of the base model."""
     pipe = Pipeline.demo()
     torch.manual_seed(seed)
-    factors = _attached(pipe.transformer)
+    adapters = attach(pipe.transformer, replace(CONFIG, seed=seed))
     latents, conditions = _data(pipe, seed, scenes)
-    parameters = [part for pair in factors.values() for part in pair]
+    parameters = [part for one in adapters.values() for part in one.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.0)
     started, step, losses = time.process_time(), 0, []
     while (done := (time.process_time() - started) / seconds) < 1:
-        optimizer.param_groups[0]["lr"] = RATE * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done))
+        set_rate(optimizer, RATE * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done)))
         loss = _loss(pipe.transformer, latents, conditions)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        clipped(parameters, CONFIG.clip)
         optimizer.step()
         step += 1
         losses.append(float(loss.detach()))
         if step % 50 == 0:
             sys.stderr.write(f"step {step}, {done:.0%}, loss {sum(losses[-50:]) / 50:.4f}\n")
-    return factors
+    return adapters
 
 
-def write(factors: Factors, path: Path) -> None:
-    """The factors in kohya's names, in float16, with an alpha that makes the scale 1."""
-    tensors = {}
-    for name, (down, up) in factors.items():
-        module = f"lora_unet_{name.replace('.', '_')}"
-        tensors[f"{module}.lora_down.weight"] = down.detach().half()
-        tensors[f"{module}.lora_up.weight"] = up.detach().half()
-        tensors[f"{module}.alpha"] = torch.tensor(float(RANK)).half()
-    write_tensors(path, {key: LazyTensor.of(tensor) for key, tensor in tensors.items()}, METADATA)
-
-
-def _attached(model: nn.Module) -> Factors:
-    factors: Factors = {}
-    for name, linear in list(linears_of(model)):
-        if ".x_block." in name and "adaLN" not in name:
-            down = torch.randn(RANK, linear.in_features) / linear.in_features**0.5
-            up = torch.zeros(linear.out_features, RANK)
-            factors[name] = down.requires_grad_(), up.requires_grad_()
-            beside(model, name, factors=factors[name])
-    return factors
+def write(adapters: Mapping[str, Adapter], path: Path) -> None:
+    """The adapters in kohya's names, in float16, with an alpha that makes the scale 1."""
+    write_lora(adapters, path, CONFIG, dtype=torch.float16)
 
 
 def _data(pipe: Pipeline, seed: int, count: int) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -20,7 +20,7 @@ from mmdit.demo.run import Run
 from mmdit.demo.trainee import T5Form, Trainee, compile_regions, graph_breaks, hurried, trainee_of
 from mmdit.training.ema import Ema
 from mmdit.training.journal import mean_of
-from mmdit.training.rates import Budget, Every, learning_rate
+from mmdit.training.rates import Budget, Every, learning_rate, set_rate
 from samplers.training import logit_normal, noised, shifted, velocity_loss
 
 __all__ = [
@@ -292,8 +292,7 @@ def train_mmdit(
 def _step(
     run: Run, engine: Engine, optimizer: torch.optim.Optimizer, batch: Batch, form: T5Form, rate: float
 ) -> Tensor:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    set_rate(optimizer, rate)
     loss = engine.gradients(batch, form)
     torch.nn.utils.clip_grad_norm_(engine.masters, run.recipe.clip)
     optimizer.step()

@@ -20,7 +20,7 @@ from mmdit.demo.score import check, parse_batch, statements, symbolic
 from mmdit.demo.trainee import compile_regions, initial_parts
 from mmdit.training.ema import Ema
 from mmdit.training.journal import mean_of
-from mmdit.training.rates import Budget, Every, learning_rate
+from mmdit.training.rates import Budget, Every, learning_rate, set_rate
 
 __all__ = ["fold_scale", "latents_of", "round_trip", "train_vae", "vae_loss"]
 
@@ -150,7 +150,7 @@ def _train(run: Run, vae: VAE, ema: Ema, optimizer: torch.optim.Optimizer, scene
     since = time.monotonic()
     for step, fraction in budget.rounds():
         rate = learning_rate(fraction, step, peak=recipe.vae_rate, warmup=recipe.vae_warmup, decay=recipe.decay)
-        optimizer.param_groups[0]["lr"] = rate
+        set_rate(optimizer, rate)
         x = next(pictures)
         noise = torch.randn(
             (len(x), vae.config.latent_channels, *(side // vae.config.downscale for side in x.shape[2:])),

@@ -25,7 +25,7 @@ from mmdit.runtime.hooks import repeating
 from mmdit.training.batches import Batch, Samples, batch_at
 from mmdit.training.config import TrainingConfig
 from mmdit.training.ema import Ema
-from mmdit.training.rates import rate_at
+from mmdit.training.rates import rate_at, set_rate
 from samplers.training import WEIGHTINGS, noised, sample_losses
 
 Weight = Callable[[Tensor], Tensor]  # times [b] -> a factor of the loss of each sample [b]
@@ -169,15 +169,6 @@ def block_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
             block = ".".join(words[: 2 if words[1:] and words[1].isdigit() else 1])
             blocks.setdefault(block, []).append(_whole(parameter.grad.norm()))
     return {block: torch.stack(norms).norm() for block, norms in blocks.items()}
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all groups."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):  # an optimizer in a graph, or of torchao
-            group["lr"].fill_(rate)
-        else:
-            group["lr"] = rate
 
 
 def clipped(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor | None:

@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 Schedule = Literal["constant", "linear", "cosine"]
 
 
@@ -24,6 +27,15 @@ def rate_at(step: int, steps: int, *, peak: float, warmup: int, schedule: Schedu
 def learning_rate(fraction: float, step: int, *, peak: float, warmup: int, decay: float) -> float:
     """The rate after `fraction` of the time: linear from 0 over `warmup` steps, linear to 0 over the last `decay`."""
     return peak * min(1.0, (step + 1) / max(warmup, 1)) * min(1.0, (1 - fraction) / decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # an optimizer in a graph, or of torchao
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 class Budget:

@@ -51,12 +51,12 @@ def test_both_namings_are_the_same_lora(pipe: Pipeline) -> None:
 
 
 def test_training_writes_a_lora_that_loads(tmp_path) -> None:
-    factors = train(0.5, scenes=4)
-    write(factors, tmp_path / "new.safetensors")
+    adapters = train(0.5, scenes=4)
+    write(adapters, tmp_path / "new.safetensors")
     lora = load_lora(tmp_path / "new.safetensors")
     assert set(lora.scales.values()) == {1.0}
-    assert len(lora.patches) == len(factors) == 16
-    assert any(bool(up.any()) for _, up in factors.values())
+    assert len(lora.patches) == len(adapters) == 16
+    assert all(bool(one.up.any()) for one in adapters.values())
 
 
 def test_the_command_line_draws_with_it(tmp_path, capsys) -> None:
