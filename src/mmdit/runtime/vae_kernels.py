@@ -96,10 +96,10 @@ def norm_by(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
     rows = max(min(_TILE // wide, triton.next_power_of_2(cells)), 1)
     spread = (samples, norm.num_groups, width // norm.num_groups)
     scale = (moments.squares / moments.total + norm.eps).rsqrt().unsqueeze(2).expand(spread).flatten(1)
-    mean = moments.mean.unsqueeze(2).expand(spread).flatten(1)
-    factor = scale * norm.weight
-    offset = norm.bias - mean * factor
-    _apply[(triton.cdiv(cells, rows), samples)](x, x, factor, offset, cells, width, True, rows, wide, num_warps=8)
+    centre, factor = moments.mean.unsqueeze(2).expand(spread).flatten(1), scale * norm.weight
+    _apply[(triton.cdiv(cells, rows), samples)](
+        x, x, centre, factor, norm.bias, cells, width, True, rows, wide, num_warps=8
+    )
     return x
 
 
