@@ -49,6 +49,8 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
             warnings.warn(
                 f"the system did not pin {size} bytes ({code}), so that copies to the GPU are slower", stacklevel=2
             )
+            with suppress(RuntimeError):  # CUDA would report the refusal once more at its next launch
+                torch.zeros(1, device="cuda")
     return memory
 
 

@@ -446,7 +446,8 @@ def capped(device: torch.device, size: int | None) -> Iterator[None]:
         return
     total = torch.cuda.get_device_properties(device).total_memory
     before = torch.cuda.get_per_process_memory_fraction(device)
-    torch.cuda.empty_cache()
+    if torch.cuda.memory_reserved(device) > size:
+        torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(before, size / total), device)
     try:
         yield
