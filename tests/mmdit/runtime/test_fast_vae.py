@@ -169,7 +169,7 @@ def test_its_error_is_that_of_the_vae(dtype):
     vae.load_state_dict(exact.state_dict())
     vae.requires_grad_(False)
     exact.load_state_dict(vae.state_dict())  # the weights are rounded, the arithmetic is not
-    side = 64 if GPU else 2
+    side = 64 if GPU else 4  # smaller, the two errors are draws of too few roundings
     latent = drawn(1, config.latent_channels, side, side, dtype=dtype)
     image = drawn(1, 3, *(side * config.downscale,) * 2, dtype=dtype).clamp(-1, 1)
     fast = FastVAE(vae, vae_kernels.norm)
