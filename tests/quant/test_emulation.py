@@ -177,7 +177,7 @@ def half(monkeypatch):
     [
         ("registers 128x128", "fp8"),
         ("registers 256x128", "fp8-weight-only"),
-        ("widened 128x128", "fp8-static"),
+        ("widened", "fp8-static"),
         ("library", "fp8-tensor"),
         ("library", "fp8-weight-only"),
     ],
@@ -197,7 +197,7 @@ def test_linear_takes_the_way_of_the_rule(half, monkeypatch, name, way):
         }
 
     monkeypatch.setattr(emulation, "ways_for", spied)
-    monkeypatch.setattr(emulation, "RULE", way)
+    monkeypatch.setattr(emulation, "rule", lambda product: way)
     torch.testing.assert_close(F.linear(x, weight, bias), wanted, rtol=2**-7, atol=1e-3)
     assert taken == [way]
 
@@ -205,7 +205,7 @@ def test_linear_takes_the_way_of_the_rule(half, monkeypatch, name, way):
 def test_the_library_without_triton(half, monkeypatch):
     product, wanted = drawn(7, 24, 40, device="cpu")
     monkeypatch.setattr(emulation, "HAS_TRITON", False)
-    assert list(emulation.ways_for(product)) == ["library"] == [emulation.RULE]
+    assert list(emulation.ways_for(product)) == ["library"] == [emulation.rule(product)]
     out = torch.empty(7, 24)
     emulation.multiply(product, out)
     assert error(out, wanted) <= 3e-7
@@ -228,6 +228,14 @@ def test_long_sums_are_cut_where_the_result_shows_it(dtype, sums):
     emulation.by_parts(way, product, out)
     assert lengths == sums
     assert error(out, wanted) <= (3e-7 if dtype == FP32 else 2e-3)
+
+
+def test_the_plain_path_goes_by_the_number_of_rows():
+    few, _ = drawn(2047, 5, 16, device="cpu")
+    many, _ = drawn(2048, 5, 16, device="cpu")
+    weight_only, _ = drawn(2048, 5, 16, recipe=RECIPES["fp8-weight-only"], dtype=BF16, device="cpu")
+    assert [emulation.rule(one) for one in (few, many, weight_only)] == ["library", "widened", "library"]
+    assert all(emulation.rule(one) in emulation.ways_for(one) for one in (few, many, weight_only))
 
 
 def test_the_quickest_way_is_measured_once_and_others_say_why_not(monkeypatch):

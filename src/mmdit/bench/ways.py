@@ -73,7 +73,7 @@ def _ways_of(shape: Shape, kind: str, x: Tensor, weight: Float8Tensor, bias: Ten
     exact = _formula(product, weight)
     errors: tuple[type[Exception], ...] = (*_ERRORS, *emulation.errors_of_triton())
     for name, way in emulation.ways_for(product).items():
-        chosen = name == emulation.RULE
+        chosen = name == emulation.rule(product)
         try:
             wide = out[:_CHECKED].float() if kind == "emulated" else torch.empty_like(out[:_CHECKED])
             emulation.by_parts(way, _first(product, len(wide)), wide)
