@@ -118,9 +118,9 @@ class Band(NamedTuple):
             up: the factor by which the layer enlarges the sides.
         """
         above, below = self._neighbours(x)
-        rows = torch.cat([above, x, below], dim=2)
-        if self.layers is not PLAIN:
-            rows = rows.contiguous(memory_format=torch.channels_last)
+        order = torch.contiguous_format if self.layers is PLAIN else torch.channels_last
+        parts = [one.contiguous(memory_format=order) for one in (above, x, below) if one.shape[2]]
+        rows = torch.cat(parts, dim=2).contiguous(memory_format=order)
         if norm is not None:
             rows = self.layers.norm(norm, rows, self._moments(x, norm.num_groups))
         first = up * above.shape[2]
