@@ -31,10 +31,11 @@ def drawn(name, velocity, planned=lambda steps: steps):
     generator = torch.Generator().manual_seed(1)
     noise, text = torch.randn(1, 4, 4, 6, generator=generator), torch.randn(2, 5, 24, generator=generator)
     pooled, asked = torch.randn(2, 16, generator=generator), []
+    branches = list(zip(text.split(1), pooled.split(1), strict=True))  # the same tensors at all steps: tables are kept
 
     def denoise(x, sigma):
         asked.append(1000 * sigma)
-        cond, uncond = (x - sigma * velocity(x, 1000 * sigma, text[i : i + 1], pooled[i : i + 1]) for i in (0, 1))
+        cond, uncond = (x - sigma * velocity(x, 1000 * sigma, *branch) for branch in branches)
         found = uncond + 1.5 * (cond - uncond)
         return Guided(found, uncond) if SOLVERS[name].guided else found
 
