@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Row:
     seconds: float = 0.0
     peak_gb: float = 0.0  # of torch's allocator
     outside_gb: float = 0.0  # context and libraries
+    host_gb: float = 0.0  # anonymous memory of the process, which holds the weights
     planned_gb: float = 0.0
     streamed: str = ""
     equal: str = ""  # whether the latent is that of the resident model, bit for bit
@@ -109,13 +111,25 @@ def table(found: Sequence[Row]) -> str:
     for one in found:
         ratio = one.seconds / base.get((one.model, one.recipe), 0.0) if base.get((one.model, one.recipe)) else 0.0
         numbers = (f"{one.planned_gb:.2f}", f"{one.peak_gb + one.outside_gb:.2f}", f"{one.seconds:.2f}", f"{ratio:.3f}")
+        numbers = (*numbers, f"{one.host_gb:.1f}")
         if one.failed:
-            numbers = ("failed", "-", "-", "-")
+            numbers = ("failed", "-", "-", "-", "-")
         rows.append((one.model, one.recipe, one.budget, *numbers, one.failed or one.streamed, one.equal or "-"))
     return "\n".join(markdown_table(_TITLES, rows))
 
 
-_TITLES = ("model", "weights", "budget", "planned GB", "peak GB", "seconds", "to resident", "streamed", "bit-equal")
+_TITLES = (
+    "model",
+    "weights",
+    "budget",
+    "planned GB",
+    "peak GB",
+    "seconds",
+    "to resident",
+    "host GB",
+    "streamed",
+    "bit-equal",
+)
 
 
 @torch.no_grad()
@@ -143,6 +157,7 @@ def _row(
             torch.cuda.synchronize(device)
         row.seconds = time.perf_counter() - start
         row.peak_gb, row.outside_gb = _memory(device)
+        row.host_gb = _host_bytes() / 1e9
         plan = pipe.memory_plan
         row.planned_gb = 0.0 if plan is None else plan.sum / 1e9
         row.streamed = "models by turns" if plan is None else plan.streams()
@@ -168,6 +183,13 @@ def _memory(device: torch.device) -> tuple[float, float]:
     free, total = torch.cuda.mem_get_info(device)
     outside = total - free - torch.cuda.memory_reserved(device)
     return torch.cuda.max_memory_reserved(device) / 1e9, outside / 1e9
+
+
+def _host_bytes() -> int:
+    """Anonymous memory of this process (RssAnon); 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
 def _encoders(model: str, recipe: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

@@ -402,6 +402,11 @@ class Residency:
         if presence.rest:
             units["rest"].wait(self.queue)
         if presence.streamed:
+            if compiled := [i for i in presence.streamed if blocks[i]._compiled_call_impl is not None]:
+                raise ValueError(
+                    f"block {compiled[0]} of {type(model).__name__} is compiled (torch.compile), and a block that is "
+                    "streamed must not be: load the model again, or give a larger memory="
+                )
             streamed = [units["block", i] for i in presence.streamed]
             ring = Ring(streamed, self.queue, again=hasattr(model, "joint_blocks"))
             self._rings.append(ring)
@@ -417,6 +422,12 @@ class Residency:
         return [partial(units[kind, place].wait, self.queue) for kind in kinds if (kind, place) in units]
 
     def _on_arrival(self, module: nn.Module, calls: Sequence[Callable[[], None]], *, hook: bool = True) -> None:
+        """Let these be called before the module computes; a compiled one runs no hooks, so that all are called now."""
+        if module._compiled_call_impl is not None:
+            for call in calls:
+                call()
+            return
+
         def wait() -> None:
             for call in calls:
                 call()

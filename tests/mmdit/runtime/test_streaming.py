@@ -171,6 +171,21 @@ def test_an_interrupt_at_any_line_leaves_nothing(small):
         assert torch.equal(small(*given), wanted)
 
 
+@torch.no_grad()
+def test_compiled_blocks_are_not_streamed(small):
+    """A compiled module runs no hooks: where it stays, it is waited for at once."""
+    given, turns = inputs(), Residency("cpu", moves=True)
+    wanted = small(*given)
+    small.joint_blocks[1]._compiled_call_impl = small.joint_blocks[1]._call_impl
+    turns.enter({small: WHOLE})
+    assert torch.equal(small(*given), wanted)
+    assert not small.joint_blocks[1]._forward_pre_hooks
+    with pytest.raises(ValueError, match="block 1 of MMDiT is compiled"):
+        turns.enter({small: Presence(streamed=(0, 1, 2))})
+    turns.leave()
+    assert torch.equal(small(*given), wanted)
+
+
 TEXT = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
 SETTINGS = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", "seed": 1}
 
