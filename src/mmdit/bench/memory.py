@@ -110,8 +110,9 @@ def table(found: Sequence[Row]) -> str:
     rows = []
     for one in found:
         ratio = one.seconds / base.get((one.model, one.recipe), 0.0) if base.get((one.model, one.recipe)) else 0.0
-        numbers = (f"{one.planned_gb:.2f}", f"{one.peak_gb + one.outside_gb:.2f}", f"{one.seconds:.2f}", f"{ratio:.3f}")
-        numbers = (*numbers, f"{one.host_gb:.1f}")
+        peak = one.peak_gb + one.outside_gb
+        numbers: tuple[str, ...] = (f"{one.planned_gb:.2f}", f"{peak:.2f}", f"{one.seconds:.2f}", f"{ratio:.3f}")
+        numbers += (f"{one.host_gb:.1f}",)
         if one.failed:
             numbers = ("failed", "-", "-", "-", "-")
         rows.append((one.model, one.recipe, one.budget, *numbers, one.failed or one.streamed, one.equal or "-"))
