@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import config as jaxtyping_config
 
 
 @dataclass
@@ -73,6 +74,7 @@ def _fork(rank: int, world: int, work: Callable[[int], Any], folder: Path) -> in
 
 def _work(rank: int, world: int, work: Callable[[int], Any], folder: Path) -> int:
     torch.set_num_threads(1)
+    jaxtyping_config.update("jaxtyping_disable", True)  # the parent has checked signatures
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)

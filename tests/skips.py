@@ -13,6 +13,8 @@ SKIPS = {
     "gpu": "needs a GPU",
     # tests/mmdit/runtime/test_parallel_gpu.py: NCCL.
     "two gpus": "needs two GPUs of one host",
+    # tests/mmdit/runtime/test_parallel.py: eight processes take ten seconds.
+    "full": "runs in `make test-all` (MMDIT_FULL=1)",
     "stand-in": "treats a CPU as a GPU, which there is here",
     "no gpu": "what a machine without a GPU is told",
     # tests/mmdit/cli/test_console.py and tests/mmdit/test_replacing.py: what only some systems have.
