@@ -153,7 +153,9 @@ class PipelineSteps(PipelineTensors):
         Raises:
             ValueError: a name is unknown, a number is out of its range, or the guidance is not possible.
             ImportError: the sampler's noise needs torchsde, which is not installed.
-            FloatingPointError: a step gave values that are not finite; its sigma and the first such layer are named.
+            FloatingPointError: a step gave values that are not finite; its sigma and the first such layer are named. On
+                a GPU, where the host does not wait for a step, this is raised when the step after it is asked for; the
+                last step is checked before it is given out. If you leave the loop earlier, `decode` checks its latent.
         """
         noise, source = self._begun(noise, image, mask, differential, add_noise)
         if source is not None and strength is None and start is not None:
