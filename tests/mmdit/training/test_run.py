@@ -43,30 +43,33 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("ms", "seconds")} for line in lines]
 
 
-@pytest.mark.parametrize("way", WAYS)
+OFTEN = ["dora, accumulated, average", "float8 base, ahead", "full, fused", "controlnet"]
+
+
+@pytest.mark.parametrize("way", WAYS if FULL else OFTEN)
 def test_a_run_goes_on_bit_for_bit(way: str, tmp_path: Path) -> None:
-    whole, cut = (settings(tmp_path / name, **WAYS[way]) for name in ("whole", "cut"))
+    whole, cut = (settings(tmp_path / name, steps=4, **WAYS[way]) for name in ("whole", "cut"))
     data = samples(hints=way == "controlnet")
     wanted = load_file(train(whole, quiet=True, pipe=tiny_pipe(), samples=data))
     run, _ = start(cut, pipe=tiny_pipe(), samples=data)
     journal = Journal(tmp_path / "cut", quiet=True)
-    for step in range(3):
+    for step in range(2):
         training_step(run, step)
     save(run)
-    journal.row("train", step=3, loss=9.0)  # a row of a step after the checkpoint
+    journal.row("train", step=2, loss=9.0)  # a row of a step after the checkpoint
     found = load_file(train(cut, resume=True, quiet=True, pipe=tiny_pipe(), samples=data))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")[3:]
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")[2:]
     losses = [row["loss"] for row in rows(tmp_path / "whole")]
-    assert len(set(losses)) == 6
+    assert len(set(losses)) == 4
 
 
 def test_checkpoint_ahead_and_compute_again_change_no_loss(tmp_path: Path) -> None:
     found = []
-    for more in ({"checkpoint_blocks": False}, {"keep_attention": False}, {"ahead": 3}, {"ahead": 1}):
+    for more in ({"checkpoint_blocks": False}, {"keep_attention": False}, {"ahead": 2}, {"ahead": 1}):
         run, _ = start(settings(tmp_path, **more), pipe=tiny_pipe(), samples=samples())
-        found.append([float(training_step(run, step).loss) for step in range(4)])
+        found.append([float(training_step(run, step).loss) for step in range(3)])
     assert found[1] == found[0]
     assert found[2] == pytest.approx(found[0], rel=1e-5)
     assert found[3] == pytest.approx(found[0], rel=1e-5)
@@ -74,13 +77,13 @@ def test_checkpoint_ahead_and_compute_again_change_no_loss(tmp_path: Path) -> No
 
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     """Every checkpoint that is there is whole, and the end is that of a run that nobody killed."""
-    steps, kills = (80, 24) if FULL else (40, 12)
+    steps, kills = (80, 24) if FULL else (20, 12)
     whole, cut = (settings(tmp_path / name, steps=steps, save_every=1, ema=0.9) for name in ("whole", "cut"))
     wanted = load_file(train(whole, quiet=True, pipe=tiny_pipe(), samples=samples()))
     rng, seen = random.Random(0), set()
     for _ in range(kills):
         child, told = forked(lambda data: train(cut, resume=True, quiet=True, pipe=tiny_pipe(), samples=data))
-        for _ in range(rng.randrange(2, 14)):  # samples that the process has read, two a step
+        for _ in range(rng.randrange(1, 14 if FULL else 6)):  # samples that the process has read, two a step
             told.read(1)
         time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
@@ -135,12 +138,13 @@ def test_accumulated_gradients_are_the_mean_of_the_passes(tmp_path: Path) -> Non
 
 
 PAIRS = [(kind, naming) for kind in ("lora", "dora", "lokr") for naming in ("diffusers", "comfyui", "kohya")]
+PAIRS.remove(("lokr", "diffusers"))  # the config refuses it
 
 
-@pytest.mark.parametrize(("kind", "naming"), [pair for pair in PAIRS if pair != ("lokr", "diffusers")])
+@pytest.mark.parametrize(("kind", "naming"), PAIRS if FULL else PAIRS[::2])
 def test_written_adapters_mean_the_trained_weights(kind: str, naming: str, tmp_path: Path) -> None:
     targets = ["joint_blocks.*.attn.qkv", "joint_blocks.0.x_block.mlp.fc1"]
-    config = settings(tmp_path, adapter=kind, naming=naming, alpha=3.0, targets=targets, steps=3)
+    config = settings(tmp_path, adapter=kind, naming=naming, alpha=3.0, targets=targets, steps=2)
     pipe = tiny_pipe()
     path = train(config, quiet=True, pipe=pipe, samples=samples())
     lora, plain = load_lora(path), tiny_model()
