@@ -45,7 +45,7 @@ def add_product(
     """Add `F.linear(x, weight)` to an output in place, so that the output is read and written only once more.
 
     Under autocast, where the dtypes differ, and where gradients are recorded, the result is a new tensor: autograd lets
-    nobody change the output of a float8 product in place.
+    nobody change the output of a custom function in place.
     """
     recorded = torch.is_grad_enabled() and (output.requires_grad or x.requires_grad or weight.requires_grad)
     if recorded or not output.dtype == x.dtype == weight.dtype or not output.is_contiguous():

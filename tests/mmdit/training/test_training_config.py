@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 
 from mmdit.cli import main
+from mmdit.training import run as run_module
 from mmdit.training.batches import Batch
 from mmdit.training.config import ConfigError, TrainingConfig, settings
 from mmdit.training.loop import flow_losses
 from mmdit.training.presets import config_for
 from mmdit.training.rates import rate_at
+from mmdit.training.run import train
 from samplers.training import WEIGHTINGS
-from tiny_training import write_pictures
+from tiny_training import samples, tiny_pipe, write_pictures
+from tiny_training import settings as tiny_settings
 
 
 def test_json_in_and_out() -> None:
@@ -102,6 +106,16 @@ def test_weightings_in_closed_form(name, weight) -> None:
     losses.mean().backward()
     slope = sum(weight(float(one)) for one in t) / 2 * 2 * (0.3 - 2.0 + 0.5)
     assert float(model.value.grad) == pytest.approx(slope, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("setting", "package"), [({"optimizer": "adamw8bit"}, "torchao"), ({"tensorboard": True}, "tensorboard")]
+)
+def test_a_missing_package_is_named(setting: dict, package: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=f"pip install.*{package}"):
+        train(tiny_settings(tmp_path, **setting), quiet=True, pipe=tiny_pipe(), samples=samples())
 
 
 def test_a_preset_knows_the_model(tmp_path: Path) -> None:
