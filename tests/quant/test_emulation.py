@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
 
 from float8_law import decoded
 from half_units import pretend_half
@@ -200,6 +201,27 @@ def test_linear_takes_the_way_of_the_rule(half, monkeypatch, name, way):
     monkeypatch.setattr(emulation, "rule", lambda product: way)
     torch.testing.assert_close(F.linear(x, weight, bias), wanted, rtol=2**-7, atol=1e-3)
     assert taken == [way]
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-weight-only"])
+def test_a_compiler_sees_one_operation(half, monkeypatch, name):
+    monkeypatch.setattr(emulation, "HAS_TRITON", False)
+    weight = Float8Tensor.quantize(0.02 * torch.randn(24, 40).bfloat16(), recipe=RECIPES[name])
+    x, bias = torch.randn(3, 40).bfloat16(), torch.randn(24).bfloat16()
+    seen = []
+
+    def spied(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compile = torch.compile(
+        lambda x: F.linear(x, weight, bias), fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=spied)
+    )
+    with torch.no_grad():
+        assert torch.equal(compile(x), F.linear(x, weight, bias))
+    torch._dynamo.reset()
+    assert len([name for name in seen if "multiply_by_half" in name]) == 1
+    assert not [name for name in seen if "float8" in name or ".mm" in name]
 
 
 def test_the_library_without_triton(half, monkeypatch):
