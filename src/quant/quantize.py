@@ -92,7 +92,7 @@ def quantize_weight(
     Beside the values and the result it takes about 100 MB.
     """
     weight = Float8Tensor.quantize(values, recipe=recipe, input_scale=input_scale)
-    rows = slices(len(values), values.numel())
+    rows = slices(len(values), values.numel(), values.device)
     scale = weight.scale if weight.scale.ndim else weight.scale.expand(len(values), 1)
     weight.snr = _snr_of(
         (values[part], values_of(weight.qdata[part], scale[part], weight.recipe.format, torch.float32)) for part in rows

@@ -312,7 +312,7 @@ def _amax(tensor: Tensor, granularity: Granularity) -> Tensor:
 
 def _codes(tensor: Tensor, scale: Tensor, format: Format, *, as_bytes: bool) -> Tensor:
     """`to_codes`, some rows at a time, so that beside the tensor and its codes there is little else."""
-    if tensor.numel() <= PIECE or not tensor.is_contiguous():
+    if tensor.numel() <= PIECE // 16 or not tensor.is_contiguous():
         return to_codes(tensor, scale, format, as_bytes=as_bytes)
     codes = torch.empty_like(tensor, dtype=torch.uint8 if as_bytes else DTYPES[format])
     scales = _rows(scale.expand(*tensor.shape[:-1], 1).contiguous(), like=tensor)
@@ -327,7 +327,7 @@ def _rows(tensor: Tensor, like: Tensor | None = None) -> Iterator[Tensor]:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     rows = tensor.view(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, 1)
-    return (rows[part] for part in slices(len(rows), cut.numel()))
+    return (rows[part] for part in slices(len(rows), cut.numel(), rows.device))
 
 
 def _given_scale(scale: Tensor | float, tensor: Tensor, granularity: Granularity) -> Tensor:
