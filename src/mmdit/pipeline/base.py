@@ -156,13 +156,15 @@ class PipelineModels(PipelineMemory):
             dtype: the dtype of weights and arithmetic; None keeps it.
 
         Raises:
-            ValueError: this machine has no such device, or two dtypes are given.
+            ValueError: this machine has no such device, two dtypes are given, or the pipeline is parallel.
         """
         if isinstance(device, torch.dtype):
             if dtype is not None:
                 raise ValueError(f"two dtypes are given, {device} and {dtype}; give a device and a dtype")
             device, dtype = None, device
         device = None if device is None else resolve_device(device)
+        if self.parallel is not None:
+            raise ValueError("the pipeline is parallel; call pipe.parallel.close() on every rank before it is moved")
         warn_if_slow(self.device if device is None else device, dtype)
         if self._turns is not None:
             place = self._turns.device if device is None else device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,8 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from mmdit.runtime.lifeline import RanksDifferError
 from mmdit.utils import shortened, whole
 
-# The name from torch 2.13 on, where the other one warns.
-_GATHER: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 TIMEOUT = timedelta(minutes=10)  # of a collective, where no failure is reported
 
 
@@ -100,7 +98,9 @@ class Team:
         if self.size == 1:
             return part.unsqueeze(0)
         found = part.new_empty((self.size, *part.shape))
-        _GATHER(found.flatten(0, 1) if part.ndim else found, part.contiguous(), group=self.group)
+        # The first name is that of torch 2.13 on, where the other one warns.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(found.flatten(0, 1) if part.ndim else found, part.contiguous(), group=self.group)
         self.sent += part.nbytes * (self.size - 1)
         return found
 

@@ -17,6 +17,7 @@ from encoders.vae import VAEConfig
 from full import FULL
 from mmdit.models.attention import Attend
 from mmdit.models.controlnet import ControlNet, ControlNetConfig
+from mmdit.models.lora import beside
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.control import Control
 from mmdit.runtime import bands, mesh
@@ -104,6 +105,11 @@ def pipes():
         pipe = copy(demo)
         pipe.transformer = randomized(MMDiT(config))
         found[name] = pipe
+    found["lora"] = copy(demo)
+    found["lora"].transformer = randomized(MMDiT(VARIANTS["mmdit-x"]))
+    low = torch.randn(2, HEADS * WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    for name in ("joint_blocks.1.x_block.attn.proj", "joint_blocks.1.context_block.attn.proj"):
+        beside(found["lora"].transformer, name, factors=(low, low.t()))
     return found
 
 
@@ -163,6 +169,8 @@ def drawings(pipes, texts):
             add(name, variant, CASES[name])
     for (name, net), variant in zip(nets().items(), ("large", "mmdit-x"), strict=True):
         add(name, variant, {}, (Control(net, hint, hint),))
+    add("plain", "lora", {})
+    add("fast", "lora", {}, fast=True)
     for variant in ("mmdit-x", "sd3-medium"):
         for name in ("several pictures", "an odd size", "the first layer skipped"):
             add(f"fast, {name}", variant, CASES[name], fast=True)
@@ -195,6 +203,7 @@ def drawn(pipes, texts):
     wanted = {name: one() for name, one in every.items()}
     for name in ("large, single-stream ControlNet", "mmdit-x, joint ControlNet"):
         assert near(wanted[name], wanted[f"{name.split(',')[0]}, guided"]) > 1e-3, "the net changes nothing"
+    assert near(wanted["lora, plain"], wanted["mmdit-x, guided"]) > 1e-3, "the LoRA changes nothing"
 
     def work(world):
         found = {}
@@ -211,7 +220,7 @@ def drawn(pipes, texts):
 def test_every_rank_draws_what_one_process_draws(drawn, layout):
     for rank, found in enumerate(drawn[layout.cfg * layout.sequence]):
         errors = found[layout]
-        assert len(errors) == {(2, 1): 28, (1, 2): 23}.get(layout, len(ON_FOUR.get(layout, ())))
+        assert len(errors) == {(2, 1): 30, (1, 2): 25}.get(layout, len(ON_FOUR.get(layout, ())))
         assert {name: error for name, error in errors.items() if not error < 1e-10} == {}, f"rank {rank}"
 
 
@@ -483,6 +492,8 @@ def test_what_looks_inside_refuses_a_parallel_pipeline(pipes):
                 pass
             with pytest.raises(ValueError, match="parallel already"):
                 mmdit.parallelize(pipe, 2)
+            with pytest.raises(ValueError, match="is parallel"):
+                pipe.to(torch.float32)
         refuse_compiled(pipe.transformer, "the transformer")
         return pipe.parallel is None
 
