@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
-
-from mmdit.runtime.hooks import repeating
 
 aten = torch.ops.aten
 # What computes attention: its output is as large as the residual stream, and costs more than a product to make again.
@@ -59,21 +57,7 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
 def _checkpointed(forward: Callable[..., Any], contexts: Contexts, *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args)
-    if not torch.compiler.is_compiling():  # compiled blocks have no hooks
-        contexts = partial(_observed_once, contexts)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-def _observed_once(contexts: Contexts) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Captures see the first computation alone."""
-    forward, again = contexts()
-    return forward, _second(again)
-
-
-@contextmanager
-def _second(again: AbstractContextManager[Any]) -> Iterator[None]:
-    with again, repeating():
-        yield
 
 
 def _replace_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
