@@ -17,6 +17,8 @@ from mmdit.models.mmdit import MMDiT
 RANK, CASE = int(os.environ["RANK"]), sys.argv[1]
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", RANK) if CUDA else torch.device("cpu")
+if CUDA:
+    torch.cuda.set_device(DEVICE)  # Triton launches on the current device
 ANY = {"progress": False, "output_type": "latent", "num_inference_steps": 4, "guidance_scale": 3.0, "seed": 3}
 SIDE = 512 if CUDA else 64
 
