@@ -10,11 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmdit
-from mmdit.checkpoints import load
+from mmdit.checkpoints import load, safetensors_io
 from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.load import StoredModel, build, model_in_memory
+from mmdit.checkpoints.load import StoredModel, build, model_in_memory, open_model
 from mmdit.checkpoints.load_pipeline import load as load_parts
+from mmdit.checkpoints.locate import locate
 from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.embedded import EMBEDDED
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from quant import scaling, tensor
@@ -22,6 +24,7 @@ from quant.quantize import quantize_, quantize_weight, report, snr
 from quant.recipe import RECIPES, Recipe
 from quant.spellings import Scales
 from quant.tensor import Float8Tensor
+from skips import SKIPS
 
 CONFIG = MMDiTConfig(2, 64, 48, 24, 8, head_dim=16)
 BF16 = torch.bfloat16
@@ -176,3 +179,18 @@ def test_pieces_change_nothing(monkeypatch):
                     Float8Tensor.quantize(x, recipe=recipe)
                 x.view(-1)[-1] = 0.5
                 whole = None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])
+@pytest.mark.parametrize("recipe", [None, "fp8"])
+@pytest.mark.parametrize("dtype", [None, BF16, torch.float32])
+def test_a_gpu_gets_what_a_cpu_gets(monkeypatch, dtype, recipe):
+    """Through staging buffers so small that every tensor takes many pieces, by four threads, twice."""
+    monkeypatch.setattr(safetensors_io, "STAGING", 8192)
+    stored = open_model(locate(EMBEDDED), "transformer")
+    how = None if recipe is None else RECIPES[recipe]
+    wanted = build(stored, "cpu", dtype, recipe=how).state_dict()
+    for _ in range(2):
+        found = build(stored, "cuda", dtype, recipe=how).state_dict()
+        assert same({key: one.cpu() for key, one in found.items()}, wanted)
