@@ -8,6 +8,7 @@ import torch
 
 import golden
 import samplers
+from full import in_full
 
 RECORDED = golden.recorded("schedules")
 
@@ -72,7 +73,7 @@ def test_a_shifted_sigma_is_noticed():
 @pytest.mark.parametrize("name", samplers.SCHEDULES)
 def test_ends_and_order(name):
     """Every schedule, for many numbers of steps; only two may have another number of steps than asked for."""
-    for steps in (*range(1, 40), 100, 250):
+    for steps in in_full((*range(1, 40), 100, 250), (*range(1, 8), 13, 20, 28, 39, 100, 250)):
         levels = samplers.sigmas(name, steps)
         assert levels.dtype == torch.float64
         assert len(levels) == steps + 1 or name in ("ddim_uniform", "beta")
