@@ -1,7 +1,6 @@
 """Metrics of pictures against closed forms and slow definitions."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -76,12 +75,8 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
     assert bootstrap(lambda i: float(same[i].mean() / same[i].mean()), 50, times=20) == (1.0, 1.0)
 
 
-def test_the_table_of_recipes(tmp_path, capsys, monkeypatch):
-    """Small numbers, every kind of column: what is not quantized is equal to itself, float8 is near and not equal.
-
-    Pictures are scored in a thread: a process would import torch once more, as in tests/mmdit/demo/test_train.py.
-    """
-    monkeypatch.setattr("mmdit.bench.fp8_quality.workers", ThreadPoolExecutor)
+def test_the_table_of_recipes(tmp_path, capsys):
+    """Small numbers, every kind of column: what is not quantized is equal to itself, float8 is near and not equal."""
     few = ["--prompts", "2", "--seeds", "1", "--pictures", "2", "--batch", "2", "--calibration", "1", "--workers", "1"]
     rows = ["--rows", "0", "4", "6", "--dtype", "float32", "--device", "cpu", "--steps", "1"]
     assert main(["bench", "quality", *few, *rows, "--output", str(tmp_path)]) == 0
