@@ -16,8 +16,8 @@ import samplers
 
 torch.set_grad_enabled(False)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
-COUNTS = (2, 3) if QUICK else (4, 6, 8, 12, 20, 32)
-FINE = 4 if QUICK else 100
+COUNTS = (2, 4) if QUICK else (4, 6, 8, 12, 20, 32)
+FINE = 6 if QUICK else 100
 NAMES = ("euler", "heun", "dpmpp_2m", "flow_dpmpp_2m", "deis")
 PROMPT = "a large red circle above a blue star, on a white background"
 
