@@ -78,7 +78,7 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
 def test_the_table_of_recipes(tmp_path, capsys):
     """Small numbers, every kind of column: what is not quantized is equal to itself, float8 is near and not equal."""
     few = ["--prompts", "2", "--seeds", "1", "--pictures", "2", "--batch", "2", "--calibration", "1", "--workers", "1"]
-    rows = ["--rows", "0", "4", "6", "--dtype", "float32", "--device", "cpu", "--steps", "1"]
+    rows = ["--rows", "0", "4", "6", "--dtype", "float32", "--device", "cpu", "--steps", "3"]
     assert main(["bench", "quality", *few, *rows, "--output", str(tmp_path)]) == 0
     table = (tmp_path / "fp8_quality.md").read_text().splitlines()
     assert "| not quantized " in table[2]
