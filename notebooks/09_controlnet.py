@@ -27,7 +27,7 @@ pipe = mmdit.Pipeline.demo(profile="comfyui")
 
 def show(pictures, titles):
     """Pictures of a call, or hints [h, w], in one row."""
-    figure, axes = plt.subplots(1, len(pictures), figsize=(2.4 * len(pictures), 2.7))
+    _, axes = plt.subplots(1, len(pictures), figsize=(2.4 * len(pictures), 2.7))
     for axis, picture, title in zip(axes, pictures, titles, strict=True):
         axis.imshow(picture, cmap="gray")
         axis.set_title(title, fontsize=9)
@@ -51,7 +51,7 @@ show([drawn, edges[0, ..., 0]], ["a picture", "its edges, the hint"])
 # %%
 config = pipe.transformer.config
 net = mmdit.ControlNet(mmdit.ControlNetConfig(2, config.hidden_size, config.pooled_dim, kind="canny")).eval()
-for name, weight in net.named_parameters():
+for weight in net.parameters():
     torch.nn.init.normal_(weight, std=0.3 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.05)
 # A trained one: net = mmdit.load_controlnet("canny.safetensors", dtype=torch.float32)
 print(f"{sum(weight.numel() for weight in net.parameters()) / 1e6:.1f} M parameters, kind {net.config.kind}")
