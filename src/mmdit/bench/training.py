@@ -119,6 +119,8 @@ def _rows(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, C
         "lora: bf16 base": lora,
         "lora: fp8 base, ahead": partial(lora, quant="fp8", ahead=sizes.ahead),
         "full: diffusers": partial(_peer, sizes, device=device, dtype=dtype, full=True),
+        "full: ours, compiled, fused backward": partial(lora, full=True, compiled=True, fused=True),
+        "full: ours, compiled": partial(lora, full=True, compiled=True),
         "full: ours": partial(lora, full=True),
         "full: ours, fused backward": partial(lora, full=True, fused=True),
         "lora: fp8 base, compiled": partial(lora, quant="fp8", compiled=True),

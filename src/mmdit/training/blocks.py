@@ -30,12 +30,15 @@ Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManage
 def recompute(blocks: Iterable[nn.Module], *, keep_attention: bool) -> None:
     """Let blocks keep their inputs alone for the backward pass, and compute the rest again there.
 
+    Outputs of attention are kept in compiled blocks alone: elsewhere torch would call Python for each operation of a
+    block, which takes longer on a GPU than attention does.
+
     `mmdit.capture` sees the first computation. `mmdit.patch` does not act in the second one, which torch reports as an
     error: patch a model in training before blocks compute again, or after `keep_all`.
 
     Args:
         blocks: modules whose forward is replaced, on the instance.
-        keep_attention: also keep the outputs of attention, which is then not computed again.
+        keep_attention: in compiled blocks, also keep the outputs of attention, which is then not computed again.
     """
     contexts: Contexts = partial(create_selective_checkpoint_contexts, _policy) if keep_attention else noop_context_fn
     for block in blocks:
@@ -57,6 +60,8 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
 def _checkpointed(forward: Callable[..., Any], contexts: Contexts, *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args)
+    if not torch.compiler.is_compiling():
+        contexts = noop_context_fn
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 

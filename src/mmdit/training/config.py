@@ -113,7 +113,7 @@ class TrainingConfig:
         "with quant: gradients through the base in its dtype (full), or rounded to float8 E5M2, in float8 products",
     )
     checkpoint_blocks: bool = _setting(True, "compute each block's activations again in the backward pass")
-    keep_attention: bool = _setting(True, "with checkpoint_blocks: keep the outputs of attention")
+    keep_attention: bool = _setting(True, "with checkpoint_blocks and compile: keep the outputs of attention")
     compile: bool = _setting(False, "compile the blocks by torch.compile")
     ahead: int = _setting(
         0, "adapters: steps whose modulation is computed at once, so that adaLN's weights can leave the GPU; 0: none", 0

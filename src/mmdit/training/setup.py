@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -252,8 +254,9 @@ class FusedBackward(torch.optim.Optimizer):
         super().__init__(parameters, dict(settings))
         self.param_groups = [group for one in self.each.values() for group in one.param_groups]
         self.state = _States(self.each)  # type: ignore[assignment]
+        mine = ref(self)  # what a hook holds is never freed together with its parameter
         for one in parameters:
-            one.register_post_accumulate_grad_hook(self._stepped)
+            one.register_post_accumulate_grad_hook(partial(_step, mine))
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Step the parameters that still have a gradient: one that was set by hand."""
@@ -262,10 +265,16 @@ class FusedBackward(torch.optim.Optimizer):
                 optimizer.step()
                 parameter.grad = None
 
-    def _stepped(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter), "the hook is on parameters"
+    def step_one(self, parameter: nn.Parameter) -> None:
+        """Step one parameter, and free its gradient."""
         self.each[parameter].step()
         parameter.grad = None
+
+
+def _step(optimizer: ref[FusedBackward], parameter: Tensor) -> None:
+    found = optimizer()
+    if found is not None and isinstance(parameter, nn.Parameter):
+        found.step_one(parameter)
 
 
 class _States(dict[Any, Any]):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from peft import LoraConfig
 
 import tiny
 from float64 import references_in_float64
@@ -61,6 +60,8 @@ def theirs_of(model, name: str, key: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_adapters(dora, folder):
+    from peft import LoraConfig  # not at the top: where torchao is installed, its import warns
+
     ours, theirs = pair(folder)
     settings = {"adapter": "dora" if dora else "lora", "rank": RANK, "alpha": ALPHA, "targets": OURS}
     adapters = attach(ours, TrainingConfig.from_json(settings | {"dtype": "float64"}))
