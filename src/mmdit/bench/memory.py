@@ -164,7 +164,7 @@ def _row(
         row.streamed = "models by turns" if plan is None else plan.streams()
         return row, output.images.cpu()
     except Exception as error:  # a failed row is printed as such, and the others go on
-        row.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        row.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:600]}"
         return row, None
     finally:
         _emptied(device)

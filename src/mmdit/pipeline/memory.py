@@ -114,6 +114,8 @@ class Setting:
             dequantized=runs == "dequantized",
             fast=self.fast,
         )
+        if self.device.type == "cuda":
+            step = int(count.FRAGMENTS * step)
         cells = sizes.height * sizes.width
         latents = count.latent_bytes(samples=sizes.samples, channels=config.in_channels, cells=cells)
         texts = 2 * sizes.samples * sizes.tokens * config.context_dim * size

@@ -90,6 +90,7 @@ def test_an_interrupt_while_blocks_are_streamed():
     wanted = pipe(PROMPT, **SETTINGS).images
     least = smallest(pipe.memory_plan.models, pipe.memory_plan.activations).sum
     pipe._set_budget(least + 150_000_000)
+    idle = torch.cuda.memory_allocated()  # workspaces of cuBLAS, which torch keeps
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -98,6 +99,6 @@ def test_an_interrupt_while_blocks_are_streamed():
     with pytest.raises(KeyboardInterrupt):
         pipe(PROMPT, **SETTINGS)
     handle.remove()
-    assert torch.cuda.memory_allocated() < 100_000_000
+    assert torch.cuda.memory_allocated() <= idle + 2**20
     assert all(not tensor.is_cuda for tensor in pipe.transformer.parameters())
     assert torch.equal(pipe(PROMPT, **SETTINGS).images, wanted)

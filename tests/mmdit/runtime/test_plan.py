@@ -75,6 +75,8 @@ def test_means_are_used_in_their_order_and_as_little_as_possible(raw, budget):
     assert found.visited == (found.rung >= VISITED)
     if found.rung:  # the means before it, in full, are not enough: no plan of the rung before fits
         assert _least_of_rung(work, found.rung - 1) > budget
+    if found.visited:
+        assert found.stage("steps").bytes == _steps_with(work, found, len(found.streamed)), "counted once more"
     shorter = len(found.streamed) - 1
     if shorter > 2:  # one streamed block fewer does not fit
         assert _steps_with(work, found, shorter) > budget
@@ -89,13 +91,15 @@ def _least_of_rung(work, rung):
 def _steps_with(work, found, count):
     """The bytes of a step with so many streamed blocks, counted here once more."""
     models, act = work
-    moving, blocks = spread(count, len(models["transformer"].blocks)), models["transformer"].blocks
-    slots = 2 * max(blocks[i] for i in moving)
+    blocks = models["transformer"].blocks
+    moving = spread(count, len(blocks)) if count else ()
+    slots = 2 * max((blocks[i] for i in moving), default=0)
     weights = models["transformer"].rest + sum(b for i, b in enumerate(blocks) if i not in moving) + slots
     net = models["controlnet"].total if "controlnet" in models else 0
     visit = 2 * max(models["transformer"].modulation) if len(blocks) > 1 else models["transformer"].modulation[0]
     working = max(act.step + act.table, visit + 2 * act.table)
-    return weights + net + working + act.kept + act.reserve
+    graph = act.graph if found.rung < STREAMED else 0
+    return weights + net + working + act.kept + act.reserve + graph
 
 
 def test_budgets_of_the_official_model():
