@@ -81,7 +81,7 @@ def drawn(pipe: Pipeline, texts: Sequence[str], each: Callable[[slice], dict[str
         part = slice(first, first + _BATCH)
         seeds = list(range(first, first + len(texts[part])))
         pictures = pipe(list(texts[part]), seed=seeds, output_type="pt", progress=False, **how, **each(part)).images
-        found.append((pictures * 255).round() / 255)
+        found.append((pictures.float().cpu() * 255).round() / 255)
     return torch.cat(found)
 
 
@@ -117,7 +117,7 @@ def strength(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
     pictures, texts = render(batch), [caption(scene, rng) for scene in batch.words()]
     others = texts[1:] + texts[:1]
     with torch.no_grad():
-        coded = pipe.decode(pipe.encode_image(list(pictures)))
+        coded = pipe.decode(pipe.encode_image(list(pictures))).float().cpu()
     kept, new = (_share_of(score_batch(coded, said)) for said in (texts, others))
     yield ["0: the VAE alone", len(texts), f"{kept:.1%}", f"{new:.1%}"]
     for value in STRENGTHS:
@@ -151,7 +151,7 @@ def inversion(pipe: Pipeline, scenes: int, **how: Any) -> Iterator[list[Any]]:
         again: dict[str, Any] = {"sigmas": found.falling, "sampler": sampler, "guidance_scale": 1.0, "add_noise": False}
         with torch.no_grad():
             *_, last = pipe.sample(cond, None, found.latents, **again)
-            wanted, got = pipe.decode(found.image), pipe.decode(last.x)
+            wanted, got = (pipe.decode(one).float() for one in (found.image, last.x))
         error = float((last.x - found.image).norm() / found.image.norm())
         yield [
             sampler,
