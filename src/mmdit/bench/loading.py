@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -88,6 +89,11 @@ class _Bench:
             f"{name}: read by one thread": lambda: self.read(1),
             f"{name}: read by {threads} threads": lambda: self.read(threads),
         }
+        if self.device.type == "cuda" and self.recipe is not None:
+            locked = "page-locked memory"
+            found[f"{name}: read into {locked} by {threads} threads"] = lambda: self.read(threads, locked=True)
+            found[f"{name}: as many bytes from {locked} to the device"] = self.link
+            found[f"{name}: as many bytes allocated on the device"] = self.allocate
         if self.recipe is None:
             return {**found, f"{name}: loaded with quant={_RECIPE!r}": lambda: self.load(self.load_quantized)}
         return {
@@ -107,25 +113,51 @@ class _Bench:
                 os.fsync(file.fileno())
         return self.cells(time.perf_counter() - start)
 
-    def read(self, threads: int) -> Cells:
+    def read(self, threads: int, *, locked: bool = False) -> Cells:
         """The whole file, a part by each thread, into a buffer of each that is used again."""
         self.drop()
         size = self.path.stat().st_size
         parts = [(size * i // threads, size * (i + 1) // threads) for i in range(threads)]
         start = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(self.read_part, parts))
+            list(pool.map(partial(self.read_part, locked=locked), parts))
         took = time.perf_counter() - start
-        self.rate = max(self.rate, size / took)
+        if not locked:
+            self.rate = max(self.rate, size / took)
         return self.cells(took)
 
-    def read_part(self, part: tuple[int, int]) -> None:
+    def read_part(self, part: tuple[int, int], *, locked: bool) -> None:
         begin, end = part
         buffer = memoryview(bytearray(STAGING))
+        if locked:
+            into: Any = torch.empty(STAGING, dtype=torch.uint8, pin_memory=True).numpy()
+            buffer = memoryview(into)
         with self.path.open("rb", buffering=0) as file:
             file.seek(begin)
             while begin < end:
                 begin += file.readinto(buffer[: end - begin]) or end
+
+    def link(self) -> Cells:
+        """Copies of one buffer to the device."""
+        source = torch.empty(STAGING, dtype=torch.uint8, pin_memory=True)
+        target = torch.empty_like(source, device=self.device)
+        target.copy_(source)
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(self.path.stat().st_size // STAGING):
+            target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize(self.device)
+        return self.cells(time.perf_counter() - start)
+
+    def allocate(self) -> Cells:
+        """Tensors as many and as large as those of the model, one byte a value, not filled."""
+        sizes = [one.numel() for one in self.shapes.state_dict().values()]
+        start = time.perf_counter()
+        filled = [torch.empty(size, dtype=torch.uint8, device=self.device) for size in sizes]
+        torch.cuda.synchronize(self.device)
+        took = time.perf_counter() - start
+        del filled
+        return self.cells(took)
 
     def load(self, load: Callable[[], Any]) -> Cells:
         """Seconds of loading, the peak of the device above what it held, and by how much RssAnon grew."""

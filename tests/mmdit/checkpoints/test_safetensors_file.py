@@ -7,6 +7,7 @@ import safetensors.torch
 import torch
 
 from mmdit import CheckpointError
+from mmdit.checkpoints import safetensors_io
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.safetensors_io import DTYPES, open_tensors, read_header, write_tensors
 
@@ -120,3 +121,33 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=r"f\.safetensors was replaced or written to"):
         tensors["a"].read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_page_locked_buffers_are_waited_for_before_they_are_used_again(monkeypatch, tmp_path, dtype):
+    """On a CPU that is treated as a GPU: an event per copy, and at most two copies that nobody has waited for."""
+    said, under_way = [], set()
+
+    class Event:
+        def record(self, stream):
+            under_way.add(self)
+            said.append(len(under_way))
+
+        def synchronize(self):
+            under_way.discard(self)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(safetensors_io, "STAGING", 64)
+    staging = safetensors_io._Staging(torch.device("cuda"))
+    monkeypatch.setattr(safetensors_io._Staging, "of", classmethod(lambda cls, device: staging))
+    values = torch.randn(205).half()
+    (tmp_path / "raw").write_bytes(values.numpy().tobytes())
+    target = torch.zeros(205, dtype=dtype)
+    with (tmp_path / "raw").open("rb") as file:
+        safetensors_io._fill_through_staging(tmp_path / "raw", file.fileno(), target, torch.float16)
+    assert torch.equal(target, values.to(dtype))
+    assert said == [1, *[2] * 6]
+    assert not under_way
