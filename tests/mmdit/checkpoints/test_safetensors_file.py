@@ -137,7 +137,11 @@ def test_page_locked_buffers_are_waited_for_before_they_are_used_again(monkeypat
             under_way.discard(self)
 
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **more: empty(*args, **more))
+
+    def pageable(*size, pin_memory=False, **more):
+        return empty(*size, **more)
+
+    monkeypatch.setattr(torch, "empty", pageable)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(safetensors_io, "STAGING", 64)
