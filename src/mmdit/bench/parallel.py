@@ -31,7 +31,7 @@ from mmdit.utils import markdown_table
 
 _SCALE = 4.5  # guidance
 _TURBO_STEPS = 4
-_LATENCY = 25e-6  # seconds of a small exchange on NVLink, assumed by the prediction
+_LATENCY = 60e-6  # seconds of an exchange beside its bytes, fitted to cfg 2 x sequence 2 on four H200
 _ATTENTION = 0.4  # share of attention in a step of SD3.5-Large at 1024 x 1024, assumed by the prediction
 _BUFFER = 2**26  # bytes that each rank sends when the links are measured
 
@@ -158,9 +158,8 @@ def predicted_step(one: float, layout: Layout, *, tokens: int, text: int, heads:
                    exchanges: int) -> float:  # fmt: skip
     """Predict the seconds of a step from those of one branch on one GPU.
 
-    Linears and norms go with the tokens of a rank (its image tokens and all text tokens), attention with its heads, and
-    the exchanges with their bytes at the link's speed and a latency each. Kernels of half the size are assumed to be as
-    efficient, and nothing overlaps.
+    Linears and norms go with the tokens of a rank, attention with its heads, and the exchanges with their bytes at the
+    link's speed and a latency each. Kernels of half the size are assumed to be as efficient, and nothing overlaps.
 
     Args:
         one: seconds of a step of one branch on one GPU.
@@ -172,7 +171,7 @@ def predicted_step(one: float, layout: Layout, *, tokens: int, text: int, heads:
         exchanges: number of exchanges in a step.
     """
     ranks = layout.sequence
-    rows = (text + shares(tokens, ranks)[0]) / (text + tokens)
+    rows = (shares(text, ranks)[-1] + shares(tokens, ranks)[0]) / (text + tokens)
     share = shares(heads, ranks)[0] / heads
     wire = exchanged / link.exchange + exchanges * _LATENCY if ranks > 1 else 0.0
     return one * ((1 - _ATTENTION) * rows + _ATTENTION * share) + wire + (_LATENCY if layout.cfg > 1 else 0.0)

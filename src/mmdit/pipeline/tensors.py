@@ -49,10 +49,11 @@ class PipelineTensors(PipelineModels):
             ValueError, TypeError: no prompt, or one that is not a string.
         """
         prompts = checked_prompts(prompts)
-        if self.parallel is not None:
-            self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
         with self._explained(f"{len(prompts)} prompts"):
-            return self._conditioner(max_sequence_length)(prompts).to(self.device, self.dtype)
+            found = self._conditioner(max_sequence_length)(prompts).to(self.device, self.dtype)
+        if self.parallel is not None:  # while a GPU still encodes
+            self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
+        return found
 
     def _conditioner(self, max_sequence_length: int | None) -> Conditioner:
         return Conditioner(

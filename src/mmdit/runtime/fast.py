@@ -97,7 +97,8 @@ class FastMMDiT:
         part, attention = None, self.attention
         if self.sequence is not None:
             part = self.sequence.part(image.shape[1])
-            image, attention = part.own(image), part.attention(attention)
+            image, tokens = part.own(image), part.own_text(tokens)
+            attention = part.attention(attention)
         rows = Rows(len(latent), tokens.shape[1], image.shape[1])
         x = torch.cat([tokens.flatten(0, 1), image.flatten(0, 1)])
         updates: list[Update] = []

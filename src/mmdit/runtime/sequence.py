@@ -1,8 +1,9 @@
 """One forward over several ranks: each holds a part of the image tokens, and in attention a part of the heads.
 
-Ulysses sequence parallelism (Jacobs et al. 2023, arXiv 2309.14509) for joint attention. Every rank computes the text
-stream, which is short, and its part of the image stream. Before attention, one all-to-all exchanges queries, keys and
-values, so that a rank has all tokens of some heads; after it, another one brings the outputs back.
+Ulysses sequence parallelism (Jacobs et al. 2023, arXiv 2309.14509) for joint attention. Every rank computes its part of
+the text stream and of the image stream. Before attention, one all-to-all exchanges queries, keys and values, so that a
+rank has all tokens of some heads; after it, another one brings the outputs back. Between the two, tokens are in the
+order of the ranks, each with its text first, which softmax attention without a mask does not see.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class SequenceParallel:
         c = model.t_embedder(timestep) + model.y_embedder(pooled)
         tokens = model.x_embedder(latent) + model.cropped_pos_embed(*latent.shape[2:])
         part = self.part(tokens.shape[1])
-        x, context = part.own(tokens), model.context_embedder(context)
+        x, context = part.own(tokens), model.context_embedder(part.own_text(context))
         with part.attending(model):
             for i, block in enumerate(model.joint_blocks):
                 if i not in skip_layers:
@@ -70,9 +71,11 @@ class SequenceParallel:
         net.check(latent, context, pooled, hint, tokens)
         c = net.time_text_embed(timestep, pooled)
         if net.config.is_joint:
-            context, tokens = net.context_embedder(context), net.pos_embed(latent)
+            tokens = net.pos_embed(latent)
         assert tokens is not None, "checked above"
         part = self.part(tokens.shape[1])
+        if net.config.is_joint:
+            context = net.context_embedder(part.own_text(context))
         x, found = part.own(tokens + net.pos_embed_input(hint)), []
         with part.attending(net):
             for block, project in zip(net.transformer_blocks, net.controlnet_blocks, strict=True):
@@ -95,23 +98,37 @@ class SequenceParallel:
 
 
 class Part:
-    """One rank's part of the image tokens.
+    """One rank's part of the tokens.
 
     Args:
         team: the ranks.
-        sizes: the number of tokens of each.
+        sizes: the number of image tokens of each.
     """
 
     def __init__(self, team: Team, sizes: list[int]) -> None:
-        self.team, self.sizes, self.starts = team, sizes, starts(sizes)
-        self.size, self.start = sizes[team.rank], self.starts[team.rank]
+        self.team, self.sizes, self.start = team, sizes, starts(sizes)[team.rank]
+        self.size, self.text = sizes[team.rank], [0] * team.size
 
     def own(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b m d"]:
-        """This rank's tokens of all."""
+        """This rank's image tokens of all."""
         return tokens[:, self.start : self.start + self.size]
 
+    def own_text(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
+        """This rank's text tokens of all; attention counts on that many from now on.
+
+        Raises:
+            ValueError: there are fewer text tokens than ranks.
+        """
+        if tokens.shape[1] < self.team.size:
+            raise ValueError(
+                f"the text has {tokens.shape[1]} tokens for {self.team.size} ranks of a sequence, and each needs one"
+            )
+        self.text = shares(tokens.shape[1], self.team.size)[::-1]  # ranks with more image tokens have less text
+        start = starts(self.text)[self.team.rank]
+        return tokens[:, start : start + self.text[self.team.rank]]
+
     def whole(self, tokens: Float[Tensor, "b m d"]) -> Float[Tensor, "b l d"]:
-        """All tokens, of which each rank gives its own."""
+        """All image tokens, of which each rank gives its own."""
         return self.team.joined(tokens, self.sizes, 1)
 
     @contextmanager
@@ -128,47 +145,44 @@ class Part:
         """Exchange tokens for heads, attend, and exchange back.
 
         Args:
-            q, k, v: [b, n + m, heads, head_dim]: the text tokens, if there are any, and this rank's m image tokens.
-            inner: attention of all tokens with this rank's heads, in the same layout.
+            q, k, v: [b, t, heads, head_dim]: this rank's text tokens, if the attention reads any, and image tokens.
+            inner: attention of all tokens with this rank's heads, in the same layout; see `counts` for their order.
         """
-        heads = shares(q.shape[2], self.team.size)
-        return self._back(inner(*self._forth(q, k, v, heads)), heads)
+        heads, counts = shares(q.shape[2], self.team.size), self.counts(q.shape[1])
+        return self._back(inner(*self._forth(q, k, v, heads, counts)), heads, counts)
 
-    def _forth(self, q: Tensor, k: Tensor, v: Tensor, heads: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """All tokens of this rank's heads, each [b, n + l, own heads, head_dim]."""
-        (samples, tokens, _, width), rank = q.shape, self.team.rank
-        text, places = tokens - self.size, starts(heads)
-        joint = q.new_empty(samples, text + sum(self.sizes), 3, heads[rank], width)
-        own = [one[:, :, places[rank] : places[rank] + heads[rank]] for one in (q, k, v)]
-        if text:
-            _put(joint[:, :text], [one[:, :text] for one in own])
-        targets = [
-            joint[:, text + start : text + start + size] for start, size in zip(self.starts, self.sizes, strict=True)
-        ]
-        _put(targets[rank], [one[:, text:] for one in own])
-        parts = [
-            joint if i == rank else torch.stack([one[:, text:, place : place + count] for one in (q, k, v)], dim=2)
-            for i, (place, count) in enumerate(zip(places, heads, strict=True))
-        ]
+    def counts(self, tokens: int) -> list[int]:
+        """The tokens of each rank in an attention for which this rank has so many: of both streams, or of the image."""
+        return self.sizes if tokens == self.size else [sum(pair) for pair in zip(self.text, self.sizes, strict=True)]
+
+    def _forth(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: list[int], counts: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens of this rank's heads, each [b, tokens of all ranks, own heads, head_dim]."""
+        (samples, _, _, width), rank = q.shape, self.team.rank
+        joint = q.new_empty(samples, sum(counts), 3, heads[rank], width)
+        targets = [joint[:, start : start + size] for start, size in zip(starts(counts), counts, strict=True)]
+        parts = [targets[i] if i == rank else None for i in range(self.team.size)]
+        for i, (place, count) in enumerate(zip(starts(heads), heads, strict=True)):
+            given = [one[:, :, place : place + count] for one in (q, k, v)]
+            if i == rank:
+                _put(targets[i], given)
+            else:
+                parts[i] = torch.stack(given, dim=2)
         arrived = targets if samples == 1 else [torch.empty_like(one) for one in targets]
-        self.team.exchanged(arrived, parts)
+        self.team.exchanged(arrived, [one for one in parts if one is not None])
         for i, (target, one) in enumerate(zip(targets, arrived, strict=True)):
             if one is not target and i != rank:
                 target.copy_(one)
         found = joint.unbind(2)
         return found[0], found[1], found[2]
 
-    def _back(self, z: Tensor, heads: list[int]) -> Tensor:
-        """This rank's tokens of all heads, [b, n + m, heads, head_dim]; every rank gets all text tokens."""
-        (samples, tokens, _, width), rank = z.shape, self.team.rank
-        text = tokens - sum(self.sizes)
-        parts = [
-            torch.cat([z[:, :text], z[:, text + start : text + start + size]], dim=1)
-            for start, size in zip(self.starts, self.sizes, strict=True)
-        ]
+    def _back(self, z: Tensor, heads: list[int], counts: list[int]) -> Tensor:
+        """This rank's tokens of all heads, [b, t, heads, head_dim]."""
+        (samples, _, _, width), rank = z.shape, self.team.rank
+        parts = [one.contiguous() for one in z.split(counts, dim=1)]  # nothing is copied for one sample
         arrived = [
-            parts[i] if i == rank else z.new_empty(samples, text + self.size, count, width)
-            for i, count in enumerate(heads)
+            parts[i] if i == rank else z.new_empty(samples, counts[rank], count, width) for i, count in enumerate(heads)
         ]
         self.team.exchanged(arrived, parts)
         return torch.cat(arrived, dim=2)
@@ -192,13 +206,21 @@ class _Exchanged(Strategy):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, below: Below) -> Attended:
         inner: list[Attended] = []
+        order = self.order(self.part.counts(q.shape[2])).to(q.device)
 
         def attend(*parts: Tensor) -> Tensor:
-            inner.append(below(*map(_turned, parts)))
-            return _turned(inner[0].output)
+            inner.append(below(*(_turned(one[:, order]) for one in parts)))
+            return _turned(inner[0].output)[:, order.argsort()]
 
         output = self.part.attend(_turned(q), _turned(k), _turned(v), attend)
         return Attended(inner[0].how, q, k, v, _turned(output))
+
+    def order(self, counts: list[int]) -> Tensor:
+        """Where the tokens are among those of the ranks: text first, as strategies expect it."""
+        text = self.part.text if counts is not self.part.sizes else [0] * len(counts)
+        first = [range(start, start + size) for start, size in zip(starts(counts), text, strict=True)]
+        rest = [range(start + own, start + size) for start, own, size in zip(starts(counts), text, counts, strict=True)]
+        return torch.tensor([place for part in (*first, *rest) for place in part])
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -218,8 +240,8 @@ def exchanged_bytes(
         ranks: the ranks that share the tokens.
         itemsize: bytes of a value.
     """
-    own, mine = shares(tokens, ranks)[0], shares(heads, ranks)[0]
-    forth = 3 * own * (heads - mine)
-    back = (tokens - own) * mine
-    of_text = (ranks - 1) * text * mine
-    return ((depth + second) * (forth + back) + depth * of_text) * head_dim * itemsize
+    mine, image = shares(heads, ranks)[0], shares(tokens, ranks)[0]
+    both, all_tokens = image + shares(text, ranks)[-1], tokens + text
+    joint = 3 * both * (heads - mine) + (all_tokens - both) * mine
+    alone = 3 * image * (heads - mine) + (tokens - image) * mine
+    return (depth * joint + second * alone) * head_dim * itemsize

@@ -233,6 +233,7 @@ def test_decoding_in_bands():
 
     def work(rank):
         team, fast = Team(dist.group.WORLD), FastVAE(vae, plain_norm)
+        bands.WORTH = 0
         found = [[decode_in_bands(vae, latent, team, how) for latent in latents] for how in (None, fast)]
         bands.WHOLE = 5 * 3 * 4 // 3  # pixels of a picture on a rank
         found.append([decode_in_bands(vae, latent, team) for latent in latents])
@@ -311,23 +312,21 @@ def test_ten_ten_nine_and_nine_heads():
     def work(rank):
         team = Team(dist.group.WORLD)
         part, errors = SequenceParallel(team).part(23), []
-        rows = torch.cat([torch.arange(5), 5 + torch.arange(23)[part.start : part.start + part.size]])
-        for samples, first in ((1, 0), (2, 0), (2, 5)):
-            given = [one[:samples, first:] for one in (q, k, v)]
-            wanted = attention(*given)[:, rows[5:] - 5 if first else rows]
-            mine = rows[first:] - first if not first else rows[5:] - 5
-            errors.append(near(part.attend(*(one[:, mine] for one in given), attention), wanted))
+        text = part.own_text(torch.arange(5)[None, :, None])[0, :, 0]
+        image = 5 + part.own(torch.arange(23)[None, :, None])[0, :, 0]
+        for samples, rows, first in ((1, torch.cat([text, image]), 0), (2, torch.cat([text, image]), 0), (2, image, 5)):
+            wanted = attention(*(one[:samples, first:] for one in (q, k, v)))[:, rows - first]
+            errors.append(near(part.attend(*(one[:samples, rows] for one in (q, k, v)), attention), wanted))
         before = team.sent
-        one = [torch.zeros(1, 5 + part.size, 38, 4)] * 3
-        part.attend(*one, attention)
-        return errors, team.sent - before, part.size
+        part.attend(*[torch.zeros(1, len(text) + part.size, 38, 4)] * 3, attention)
+        return errors, team.sent - before, part.size, len(text)
 
     found = values(in_processes(4, work))
     assert shares(38, 4) == [10, 10, 9, 9]
-    assert all(error < 1e-12 for errors, _, _ in found for error in errors)
+    assert all(error < 1e-12 for errors, *_ in found for error in errors)
     sizes = {"tokens": 23, "text": 5, "heads": 38, "head_dim": 4}
     assert found[0][1] == exchanged_bytes(**sizes, depth=1, second=0, ranks=4, itemsize=4)
-    assert [size for *_, size in found] == [6, 6, 6, 5]
+    assert [sizes for _, _, *sizes in found] == [[6, 1], [6, 1], [6, 1], [5, 2]]
 
 
 FAULTS = {
