@@ -59,8 +59,10 @@ class StreamBlock(nn.Module):
     ) -> Float[Tensor, "b l d"] | None:
         """The stream after its attentions; what it reads and adds is freed before the MLP runs."""
         normed = self.norm1(x)
-        reads = [modulate(normed, m[i]) for i in ((0, 2) if self.dual_attention else (0,))]
-        del normed
+        reads = [modulate(normed, m[0])]
+        if self.dual_attention:
+            reads.append(modulate(normed, m[2]))
+        del normed  # read in no comprehension, after which Python 3.11 deletes it in a way that torch.compile lacks
         update = self.attn(reads.pop(0), meet)
         if update is None:
             return None
