@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Final, Literal, Self, get_args, get_origin, get_type_hints
@@ -208,6 +209,7 @@ def settings() -> dict[str, str]:
     return {one.name: one.metadata["said"] for one in dataclasses.fields(TrainingConfig)}
 
 
+@cache
 def _types() -> dict[str, Any]:
     hints = get_type_hints(TrainingConfig)
     return {one.name: hints[one.name] for one in dataclasses.fields(TrainingConfig)}

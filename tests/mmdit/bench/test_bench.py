@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from full import in_full
 from half_units import pretend_half
 from mmdit import ControlNet, MMDiT, load_mmdit
-from mmdit.bench import controlnet, step
+from mmdit.bench import controlnet, picture, step
 from mmdit.bench.floor import floor_of
 from mmdit.bench.layers import shapes_of
 from mmdit.bench.random_models import MODELS, Inputs, recipe_of
@@ -136,7 +136,8 @@ def test_unknown_names_on_the_command_line(arguments, capsys):
     assert f"'{arguments[-1]}' is unknown; known are " in capsys.readouterr().err
 
 
-def test_layers_and_pictures(capsys):
+def test_layers_and_pictures(capsys, monkeypatch):
+    monkeypatch.setattr(picture, "_FEW_STEPS", 1)
     few = ["--model", "demo", "--size", "64", "--device", "cpu", "--dtype", "float32"]
     assert main(["bench", "layers", "--text", "20", "--quant", "fp8", *few]) == 0
     rows = capsys.readouterr().out.splitlines()

@@ -7,10 +7,10 @@ import torch
 
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.pipeline import Pipeline
 from mmdit.training.distil import States, distil, distil_blocks, guided, guided_loss, states_of
 from quant import is_quantized
 from quant.training import fake_quantize_, quantize_trained_
+from tiny_training import demo
 
 GUIDANCE = 4.5
 
@@ -44,7 +44,7 @@ def error(student, teacher, states):
 
 
 def test_states_are_the_latents_before_each_step_and_each_step_leads_to_the_next():
-    pipe = Pipeline.demo()
+    pipe = demo()
     found = states_of(pipe, ["a red circle", "a blue star"], num_inference_steps=2, guidance_scale=3.0, seed=5)
     assert found.x.shape == (2, 2, 16, 16, 16)
     assert torch.equal(found.x[:, 0], torch.cat([pipe.noise(seed=seed) for seed in (5, 6)]))
@@ -97,4 +97,4 @@ def test_refusals(teacher, states):
     with pytest.raises(ValueError, match="requires gradients"):
         next(distil(teacher, teacher, states, steps=1))
     with pytest.raises(ValueError, match="needs prompts"):
-        states_of(Pipeline.demo(), [])
+        states_of(demo(), [])

@@ -80,7 +80,7 @@ def test_checkpoint_ahead_and_compute_again_change_no_loss(tmp_path: Path) -> No
 
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     """Every checkpoint that is there is whole, and the end is that of a run that nobody killed."""
-    steps, kills = (80, 24) if FULL else (20, 12)
+    steps, kills = (80, 24) if FULL else (12, 8)
     whole, cut = (settings(tmp_path / name, steps=steps, save_every=1, ema=0.9) for name in ("whole", "cut"))
     wanted = load_file(train(whole, quiet=True, pipe=tiny_pipe(), samples=samples()))
     rng, seen = random.Random(0), set()
