@@ -225,7 +225,7 @@ def test_out_of_memory_at_every_stage(pipes, wanted, gpu, name):
     with LiveBytes() as live:
         assert torch.equal(pipe(PROMPT, **SETTINGS).images, wanted)
     total = live.operations
-    for place in (0.03, 0.1, 0.3, 0.6, 0.9, 0.97):
+    for place in (0.1, 0.6, 0.95):
         pipe._leave()
         gc.collect()
         device = LiveBytes(fails=lambda i, n=int(place * total): i == n)

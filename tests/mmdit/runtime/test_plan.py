@@ -1,7 +1,7 @@
 """The memory planner on random models, sizes and budgets: it keeps the budget, and uses its means in their order."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmdit.runtime.plan import (
@@ -44,6 +44,7 @@ def built(work):
     return {name: ModelBytes(*parts) for name, parts in models.items()}, Activations(**activations)
 
 
+@settings(max_examples=60)
 @given(works(), st.integers(1, 12000))
 def test_the_sum_never_exceeds_the_budget_and_it_refuses_only_what_cannot_be(raw, budget):
     work = built(raw)
@@ -58,6 +59,7 @@ def test_the_sum_never_exceeds_the_budget_and_it_refuses_only_what_cannot_be(raw
     assert plan(least, *work).sum == least if least else True
 
 
+@settings(max_examples=60)
 @given(works(), st.integers(1, 12000))
 def test_means_are_used_in_their_order_and_as_little_as_possible(raw, budget):
     work = built(raw)
