@@ -4,8 +4,9 @@ What the safetensors library would do, and why it is done here instead:
 
 - Headers: the library accepts duplicate keys and does not explain a broken download.
 - Reading: the library maps the file, and a mapped file that is cut short while it is read kills the process; here that
-  is an error. Tensors are read directly into their final memory by several threads, which was quicker in every row of
-  the table in README.md and took no more memory; to a GPU they go through page-locked buffers.
+  is an error. Tensors are read directly into their final memory by several threads, which was quicker into
+  the host's memory in every row of the table in README.md and took no more of it; to a GPU they go through page-locked
+  buffers, which was slower than the library there.
 - Writing: the library wants all tensors at once; here one tensor at a time is in memory.
 
 Format: https://github.com/huggingface/safetensors#format
