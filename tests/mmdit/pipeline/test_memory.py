@@ -7,6 +7,7 @@ import torch
 
 import mmdit
 from device_double import LiveBytes
+from full import in_full
 from mmdit.pipeline import memory
 from mmdit.pipeline.memory import DeviceMemory, ExplainedMemoryError
 from mmdit.runtime.plan import STREAMED, VISITED, TooLittleMemory
@@ -225,7 +226,7 @@ def test_out_of_memory_at_every_stage(pipes, wanted, gpu, name):
     with LiveBytes() as live:
         assert torch.equal(pipe(PROMPT, **SETTINGS).images, wanted)
     total = live.operations
-    for place in (0.1, 0.6, 0.95):
+    for place in in_full((0.03, 0.1, 0.3, 0.6, 0.9, 0.95), (0.1, 0.6, 0.95)):
         pipe._leave()
         gc.collect()
         device = LiveBytes(fails=lambda i, n=int(place * total): i == n)
@@ -257,10 +258,9 @@ def test_out_of_memory_in_calls_on_their_own(pipes, gpu, name):
         (lambda: pipe.encode_image(picture, mean=True), "the latents of 1 pictures"),
     )
     for call, says in calls:
-        wanted = call()
         pipe._leave()
         with LiveBytes() as live:
-            call()
+            wanted = call()
         pipe._leave()
         device = LiveBytes(fails=lambda i, n=live.operations * 2 // 3: i == n)
         with device, pytest.raises(MemoryError, match=says.replace("[", r"\[").replace("]", r"\]")):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from full import in_full
 from mmdit.bench.samplers import graphs_markdown
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
@@ -45,7 +46,12 @@ def drawn(name, velocity, planned=lambda steps: steps):
     return last.x, asked
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+# One of each way to call the model: once a step, several times, at levels of its own, from both branches, with noise.
+KINDS = ["euler", "heun", "lms", "dpm_2_ancestral", "dpmpp_3m_sde", "dpm_fast", "dpm_adaptive", "seeds_3"]
+KINDS += ["sa_solver_pece", "uni_pc", "res_multistep_ancestral_cfg_pp", "flow_heun", "flow_ddpm"]
+
+
+@pytest.mark.parametrize("name", in_full([*SOLVERS], KINDS))
 def test_a_loop_of_fast_steps_is_the_plain_loop(model, fast, name):
     timesteps = [1000 * level for level in sigmas("normal", 4, shift=3.0).tolist()]
     wanted, asked = drawn(name, lambda x, t, text, pooled: model(x, torch.full((1,), t), text, pooled))
