@@ -14,7 +14,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.fast_vae import FastVAE, plain_norm
 
 PROMPT = "a red circle"
-SIZE = {"height": 64, "width": 64}
+SIZE = {"height": 64, "width": 64, "max_sequence_length": 77}
 SETTINGS = {"num_inference_steps": 3, "seed": 1, "output_type": "latent", "progress": False, **SIZE}
 PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
 MASK = Image.new("L", (64, 64))
@@ -173,6 +173,6 @@ def test_a_vae_or_encoder_that_is_exchanged_is_used(loaded):
 
 def test_the_command_draws_with_models_that_take_turns(tmp_path):
     out = tmp_path / "a.png"
-    how = ["--fast", "--offload", "stages", "--device", "cpu", "--steps", "1", "-o", str(out)]
-    assert main(["generate", PROMPT, *how]) in (0, None)
+    how = ["--fast", "--offload", "stages", "--device", "cpu", "--steps", "1", "--height", "64", "--width", "64"]
+    assert main(["generate", PROMPT, *how, "-o", str(out)]) in (0, None)
     assert out.exists()
