@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from encoders.vae import VAEConfig
 from full import in_full
 from half_units import pretend_half
 from mmdit import ControlNet, MMDiT, load_mmdit
@@ -138,6 +139,7 @@ def test_unknown_names_on_the_command_line(arguments, capsys):
 
 def test_layers_and_pictures(capsys, monkeypatch):
     monkeypatch.setattr(picture, "_FEW_STEPS", 1)
+    monkeypatch.setattr(picture, "VAEConfig", lambda: VAEConfig((32,) * 4, blocks_per_level=1))  # of diffusers' row
     few = ["--model", "demo", "--size", "64", "--device", "cpu", "--dtype", "float32"]
     assert main(["bench", "layers", "--text", "20", "--quant", "fp8", *few]) == 0
     rows = capsys.readouterr().out.splitlines()
@@ -149,6 +151,7 @@ def test_layers_and_pictures(capsys, monkeypatch):
     rows = capsys.readouterr().out.splitlines()
     names = [row.split("|")[1].strip() for row in rows[2:]]
     assert names == ["mmdit float32 eager", "mmdit fp8 eager", "diffusers float32 eager, no text encoders"]
+    assert not [row for row in rows if "failed" in row]
 
 
 FEW = ["--model", "demo", "--size", "32", "--text", "5", "--repeats", "1", "--device", "cpu", "--dtype", "float32"]
