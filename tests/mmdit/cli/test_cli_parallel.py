@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import mmdit
+from full import in_full
 from mmdit.cli import drawing, main
 from mmdit.pipeline import parallelize
 from mmdit.pipeline.pipeline import Pipeline
@@ -93,8 +94,10 @@ def test_names_that_nobody_has_taken(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"picture-{number}.png" for number in range(4)]
 
 
-@pytest.mark.parametrize("mode", [["--parallel", "cfg"], ["--data-parallel"]], ids=" ".join)
-@pytest.mark.parametrize("fault", ["killed", "raised"])
+FAULTS = [(fault, mode) for fault in ("killed", "raised") for mode in ("--parallel cfg", "--data-parallel")]
+
+
+@pytest.mark.parametrize(("fault", "mode"), in_full(FAULTS, FAULTS[1:3]))
 def test_a_fault_on_one_rank(tmp_path, mode, fault, monkeypatch):
     def break_one(rank):
         decode = Pipeline.decode
@@ -108,7 +111,7 @@ def test_a_fault_on_one_rank(tmp_path, mode, fault, monkeypatch):
 
         Pipeline.decode = fails  # in this process alone
 
-    first, second = run([*PROMPTS * 20, *mode, "-o", str(tmp_path / "p.png")], before=break_one)
+    first, second = run([*PROMPTS * 20, *mode.split(), "-o", str(tmp_path / "p.png")], before=break_one)
     if fault == "killed":
         assert second.code == -9
     else:
