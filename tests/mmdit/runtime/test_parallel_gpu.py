@@ -2,50 +2,79 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+import mmdit
 from skips import SKIPS
 
 SCRIPT = Path(__file__).parents[2] / "parallel_on_gpus.py"
+SOURCES = Path(mmdit.__file__).parents[1]
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason=SKIPS["two gpus"]),
 ]
 
 
-def run(case, limit=100):
-    """Exit code and output of each rank; started without torchrun, which would end one rank because of the other."""
+class Ended(NamedTuple):
+    """How a rank ended: its exit code, which is negative for a signal, None where it did not end, and its output."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+def run(case, folder, limit=100):
+    """Both ranks, started without torchrun, which would end one rank because of the other.
+
+    They write into files: a full pipe would stop them, and what a rank said is known where it does not end in time.
+    """
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, case],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    paths = os.pathsep.join([str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": paths}
+    ranks = []
     try:
-        said = [rank.communicate(timeout=limit) for rank in ranks]
+        for rank in range(2):
+            with (folder / f"out{rank}").open("wb") as out, (folder / f"err{rank}").open("wb") as err:
+                of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(
+                    subprocess.Popen([sys.executable, SCRIPT, case], env=common | of_rank, stdout=out, stderr=err)
+                )
+        end = time.monotonic() + limit
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
+            time.sleep(0.1)
+        codes = [rank.returncode for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    return [(rank.returncode, *texts) for rank, texts in zip(ranks, said, strict=True)]
+            rank.wait()
+    return [
+        Ended(code, *((folder / f"{name}{i}").read_text() for name in ("out", "err"))) for i, code in enumerate(codes)
+    ]
 
 
-def test_two_gpus_draw_what_one_draws():
-    for code, out, err in run("equal"):
-        assert code == 0, err
-        found = json.loads(out.splitlines()[-1])
+def said(ranks):
+    """What the ranks said last, for a test that fails."""
+    return "\n".join(
+        f"--- rank {i} ended with {rank.code}, and wrote:\n{rank.out[-1000:]}\n{rank.err[-4000:]}"
+        for i, rank in enumerate(ranks)
+    )
+
+
+def test_two_gpus_draw_what_one_draws(tmp_path):
+    ranks = run("equal", tmp_path)
+    assert [rank.code for rank in ranks] == [0, 0], said(ranks)
+    for rank in ranks:
+        found = json.loads(rank.out.splitlines()[-1])
         limits = {"float32": 1e-4, "16 bits fast": 0.05, "fp8 fast": 0.2}
         over = {name: error for name, error in found.items() if not error < limits[name.split(",")[0]]}
         assert over == {}, found
@@ -54,11 +83,12 @@ def test_two_gpus_draw_what_one_draws():
 
 @pytest.mark.parametrize("layout", ["cfg", "sequence", "kernels"])
 @pytest.mark.parametrize("fault", ["killed", "raised"])
-def test_a_fault_on_one_gpu_ends_both(fault, layout):
-    (first, out, err), (second, *_) = run(f"{fault}-{layout}")
-    assert second == (-9 if fault == "killed" else 1)
-    assert first == 1
+def test_a_fault_on_one_gpu_ends_both(fault, layout, tmp_path):
+    ranks = run(f"{fault}-{layout}", tmp_path)
+    assert [rank.code for rank in ranks] == [1, -9 if fault == "killed" else 1], said(ranks)
     reason = "rank 1 failed: its process ended" if fault == "killed" else "rank 1 failed: OverflowError"
-    assert reason in err, err
-    seconds = float(out.split()[-2]) if out else 10.0  # ended by the lifeline itself, after its grace
-    assert seconds < 15
+    first = ranks[0]
+    assert reason in first.err, said(ranks)
+    times = re.findall(r"^ended after ([0-9.]+) s$", first.out, re.MULTILINE)
+    seconds = float(times[-1]) if times else 10.0  # ended by the lifeline itself, after its grace
+    assert seconds < 15, said(ranks)
