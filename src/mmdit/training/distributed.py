@@ -30,7 +30,6 @@ from torch.nn.utils import parametrize
 from mmdit.runtime.mesh import check_equal
 from mmdit.runtime.mesh import start as start_group
 from mmdit.training.loop import Processes
-from quant.formats import DTYPES
 from quant.recipe import Recipe
 from quant.tensor import Float8Tensor
 
@@ -90,7 +89,11 @@ def _blocks(model: nn.Module) -> Iterable[nn.Module]:
 
 
 class _Parts(nn.Module):
-    """A float8 weight made of its codes, as bytes, and its scales, [out, 1] or [1]: tensors that can be sharded."""
+    """A float8 weight [out, in] made of its codes [out, in] and its scales, [out, 1] or [1], which can be sharded.
+
+    The codes keep their float8 dtype: `fully_shard` of torch 2.11 makes every shard a parameter with a gradient at
+    first, which integers such as bytes cannot be.
+    """
 
     input_scale: Tensor | None
 
@@ -102,12 +105,11 @@ class _Parts(nn.Module):
 
     def forward(self, codes: Tensor, scale: Tensor) -> Float8Tensor:
         scale = scale if self.recipe.granularity == "row" else scale.reshape(())
-        native = codes.view(DTYPES[self.recipe.format])
-        return Float8Tensor(native, scale, self.input_scale, self.recipe, self.dtype)
+        return Float8Tensor(codes, scale, self.input_scale, self.recipe, self.dtype)
 
     def right_inverse(self, weight: Float8Tensor) -> tuple[Tensor, Tensor]:
         scale = weight.scale if weight.recipe.granularity == "row" else weight.scale.reshape(1)
-        return weight.qdata.view(torch.uint8), scale
+        return weight.qdata, scale
 
 
 def _check_same(model: nn.Module) -> None:

@@ -72,6 +72,7 @@ def of_two(pipe, tmp_path_factory):
                     one.to_local().numel() if hasattr(one, "to_local") else one.numel()
                     for one in run.model.parameters()
                 )
+                found[strategy, case, "dtypes"] = {one.dtype for one in run.model.parameters()}
             pipe.transformer = tiny_model(torch.float64)
             changes = {"dtype": "float64", "steps": STEPS, "method": WRITTEN[strategy], "block_norms": True}
             config = settings(root / f"{strategy} run", batch_size=2, log_every=1, **changes)
@@ -147,6 +148,15 @@ def test_fsdp_halves_what_each_process_holds(of_two):
         held, whole = ([of_rank[way, case, "held"] for of_rank in of_two] for way in ("fsdp", "ddp"))
         assert all(one < 0.55 * other for one, other in zip(held, whole, strict=True)), case
         assert sum(held) <= 1.1 * whole[0]
+
+
+def test_all_shards_are_of_floating_point(of_two):
+    """FSDP2 of torch 2.11 asks each shard for a gradient before it freezes it, and integers refuse."""
+    for of_rank in of_two:
+        for case in CASES:
+            dtypes = of_rank["fsdp", case, "dtypes"]
+            assert all(one.is_floating_point for one in dtypes), case
+            assert (torch.float8_e4m3fn in dtypes) == ("quant" in CASES[case])
 
 
 def test_processes_that_start_apart_are_told(pipe, tmp_path):
