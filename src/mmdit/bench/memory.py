@@ -17,6 +17,7 @@ from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.bench.random_models import MODELS, check_names, check_size, fill, quantized
+from mmdit.bench.rows import said_of
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
@@ -164,7 +165,7 @@ def _row(
         row.streamed = "models by turns" if plan is None else plan.streams()
         return row, output.images.cpu()
     except Exception as error:  # a failed row is printed as such, and the others go on
-        row.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:600]}"
+        row.failed = said_of(error, 600)
         return row, None
     finally:
         _emptied(device)

@@ -97,7 +97,7 @@ def ours(
     """Our transformer with random weights; `compiled` compiles its blocks, `fast` runs its second forward."""
     with torch.device("meta"):
         model = MMDiT(config)
-    fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())
+    fill(model.to(dtype).to_empty(device=device).requires_grad_(False).eval())
     if recipe is not None:
         quantized(model, recipe)
     if compiled:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mmdit.bench.random_models import MODELS, Inputs, check_size, ours
+from mmdit.bench.rows import said_of
 from mmdit.runtime.devices import resolve_device
 from mmdit.runtime.mesh import from_first, own_device, start
 from mmdit.training.adapters import attach
@@ -78,10 +79,14 @@ def step_of(
 def measured(
     row: tuple[str, str, str | None, Strategy | None], model: str, size: int, device: torch.device, repeats: int
 ) -> tuple[float, float]:
-    """Median milliseconds of a step and peak memory in units of 1e9 bytes, each of the process with the most."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """Median milliseconds of a step and its peak memory in units of 1e9 bytes, each of the process with the most.
+
+    The peak is that of the steps: making the model, whole on every process, takes more than a sharded step.
+    """
     step, _ = step_of(model, size, *row[1:], device)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats(device)
     times = []
     for _ in range(2 + repeats):
         dist.barrier()
@@ -110,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default="large")
     parser.add_argument("--size", type=int, help="side of the picture in pixels (default: the model's)")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps (default: %(default)s)")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))), help="numbers of rows")
+    every = range(len(ROWS))
+    parser.add_argument("--rows", type=int, nargs="+", choices=every, default=list(every), help="numbers of rows")
     parser.add_argument("--seconds", type=float, default=50.0, help="no row starts later (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
@@ -128,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 alone[row[1:3]] = found[0]
             lines.append(cells_of(row[0], found, alone.get(row[1:3]), dist.get_world_size()))
         except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
-            lines.append([row[0], f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}", *"---"])
+            lines.append([row[0], f"failed: {said_of(error, 200)}", *"---"])
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

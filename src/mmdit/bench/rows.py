@@ -30,11 +30,15 @@ def attempted(tasks: Mapping[str, Callable[[], Cells]], columns: int, seconds: f
         try:
             yield [name, *measure()]
         except (RuntimeError, ValueError, TypeError, AssertionError, ImportError, OSError) as error:
-            said = (str(error).splitlines() or [""])[0]
-            yield [name, f"failed: {type(error).__name__}: {said[:200]}", *["-"] * (columns - 2)]
+            yield [name, f"failed: {said_of(error, 200)}", *["-"] * (columns - 2)]
         if torch.cuda.is_available():
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def said_of(error: Exception, most: int) -> str:
+    """The class of an error, and the first line of its message, where it has one, cut after so many characters."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:most]}"
 
 
 def step_time(run: Callable[[], object], device: torch.device, repeats: int) -> float:

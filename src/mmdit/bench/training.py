@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmdit.bench.random_models import MODELS, check_names, check_size, fill, theirs
+from mmdit.bench.rows import said_of
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.training.adapters import attach
@@ -102,7 +103,7 @@ def bench(
         try:
             yield _measured(name, build, sizes.repeats, device)
         except Exception as error:  # a table with a hole is worth more than none
-            yield Measured(name, note=f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            yield Measured(name, note=said_of(error, 100))
         finally:
             _free(device)
 

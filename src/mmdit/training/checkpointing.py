@@ -66,6 +66,7 @@ def save(run: Training) -> Path:
     state = {
         "format": FORMAT,
         "step": run.step,
+        "processes": run.processes.world,
         "config": run.config.to_json(),
         "optimizer": numbers,
         "average_updates": None if run.ema is None else run.ema.updates,
@@ -89,12 +90,20 @@ def load(run: Training, place: Place) -> None:
     """Continue from a checkpoint: parameters, optimizer, average, step, and torch's random state.
 
     Raises:
-        CheckpointError: the checkpoint is broken, of another format, or of a run with other settings or parameters.
+        CheckpointError: the checkpoint is broken, of another format, or of a run with other settings, parameters, or
+            another number of processes, which decides the batches.
     """
     state = read_json(place.folder / "state.json", kind=dict)
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{place.folder} has format {state.get('format')!r}, this version reads {FORMAT}")
+    if missing := sorted({"step", "config", "optimizer", "average_updates"} - state.keys()):
+        raise CheckpointError(f"{place.folder / 'state.json'} has no {missing[0]!r}: remove {place.folder}")
     check_config(run.config, state["config"], place.folder)
+    if (before := state.get("processes", run.processes.world)) != run.processes.world:
+        raise CheckpointError(
+            f"{place.folder} was trained by {before} processes, which share each batch, and now there are "
+            f"{run.processes.world}: start as many as before, or give another output"
+        )
     prime(run.optimizer)
     with torch.no_grad():
         _fill(run, dict(run.parameters), place.folder / "parameters.safetensors")

@@ -103,7 +103,7 @@ def encoded(
             picture = opened(record.picture)
             size = bucket_of(Size(*picture.shape[2:]), sizes)
             latent = cache.latent(record.picture, picture, size)
-            hint = None if record.hint is None else cache.latent(record.hint, opened(record.hint), size, zeroed=True)
+            hint = None if record.hint is None else cache.latent(record.hint, opened(record.hint), size, hint=True)
             shape = read_header(latent).entries["mean"].shape
             samples.append(Cached(record, latent, cache.text(record.caption), hint, shape))
     return CachedSamples(samples, empty)
@@ -130,16 +130,16 @@ class Cache:
         parts = (self.pipe.clip_l, self.pipe.clip_g, self.pipe.t5)
         return " ".join("none" if one is None else digest_of(one) for one in parts)
 
-    def latent(self, path: Path, picture: Tensor, size: Size, *, zeroed: bool = False) -> Path:
+    def latent(self, path: Path, picture: Tensor, size: Size, *, hint: bool = False) -> Path:
         """The file of a picture's latent distribution: mean and std, float32 [c, h, w] in model space.
 
         Args:
             path: the file of the picture, whose bytes are part of the key.
             picture: [1, 3, h, w] in [0, 1].
             size: to which it is resized, so that it covers it, and cropped at the centre.
-            zeroed: a hint, whose mode alone is used.
+            hint: whether it is a hint, which has files of its own; only its mean is read.
         """
-        key = _digest(path.read_bytes(), f"{size} {self._vae} {self.pipe.dtype} {zeroed}".encode())
+        key = _digest(path.read_bytes(), f"{size} {self._vae} {self.pipe.dtype} {hint}".encode())
         return self._file("latents", key, lambda: _moments(self.pipe.vae, fitted(picture, size)))
 
     def text(self, caption: str) -> Path:

@@ -178,7 +178,8 @@ def distil(
         What each step tells, after it.
 
     Raises:
-        ValueError: neither steps nor seconds are given, or nothing of the student requires gradients.
+        ValueError: neither steps nor seconds are given, one is not above 0, or nothing of the student requires
+            gradients.
     """
 
     def loss(states_drawn: StateBatch) -> Tensor:
@@ -249,6 +250,9 @@ def _fitted(
 ) -> Iterator[Distilled]:
     if steps is None and seconds is None:
         raise ValueError("distillation needs an end: give steps=, seconds=, or both")
+    for name, end in (("steps", steps), ("seconds", seconds)):
+        if end is not None and not end > 0:
+            raise ValueError(f"distillation needs {name} above 0, got {end}")
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if not trained:
         raise ValueError("nothing of the student requires gradients: call quant.training.fake_quantize_ on it first")

@@ -145,7 +145,7 @@ def training_step(run: Training, step: int) -> StepResult:
         last = micro == config.accumulation - 1
         with nullcontext() if last else run.processes.no_sync(run.model):
             each = flow_losses(run.model, batch, weight)
-            check_finite_losses(run.model, batch, each, step)
+            check_finite_losses(run.model, batch, each, step, sharded=run.processes.sharded)
             (each.mean() / config.accumulation).backward()
         times.append(batch.t.detach())
         losses.append(each.detach())
@@ -183,19 +183,31 @@ def _whole(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def check_finite_losses(model: nn.Module, batch: Batch, losses: Tensor, step: int) -> None:
-    """Raise FloatingPointError where a loss is not finite, with the step, the times, and the first layer to blame."""
+def check_finite_losses(model: nn.Module, batch: Batch, losses: Tensor, step: int, *, sharded: bool = False) -> None:
+    """Raise FloatingPointError where a loss is not finite, with the step, the times, and the first layer to blame.
+
+    Args:
+        model, batch: what gave the losses.
+        losses: [b].
+        step: the number of the step.
+        sharded: other processes hold shares of the weights. The layer is then not searched for, because that takes a
+            forward pass of all processes, and the losses of the others may be finite.
+    """
     bad = ~torch.isfinite(losses.detach())
     if not bool(bad.any()):
         return
     times = ", ".join(f"{1000 * t:.1f}" for t in batch.t[bad].tolist())
-    with nonfinite_layers(model) as names, repeating(), torch.no_grad():
-        flow_losses(model, batch)
+    where = "the layer is not known under fsdp: one process or ddp finds it" if sharded else _first_layer(model, batch)
     inputs = [name for name, part in batch._asdict().items() if part is not None and not torch.isfinite(part).all()]
-    where = f"the first layer with such an output is {names[0]}" if names else "all layers are finite"
     if inputs:
         where = f"the batch's {', '.join(inputs)} is not finite: delete the cache, and look at the pictures"
     raise FloatingPointError(
         f"step {step}: the loss of timestep {times} is not finite; {where}. No weight has changed: go on from the last "
         "checkpoint with a lower learning_rate, a smaller clip, or dtype float32"
     )
+
+
+def _first_layer(model: nn.Module, batch: Batch) -> str:
+    with nonfinite_layers(model) as names, repeating(), torch.no_grad():
+        flow_losses(model, batch)
+    return f"the first layer with such an output is {names[0]}" if names else "all layers are finite"

@@ -166,10 +166,13 @@ def draw_samples(run: Training, trained: Trained, texts: list[Conditioning]) -> 
 
 
 def _gather(run: Training, trained: Trained) -> None:
-    """Give the first process whole weights in place of its shares, to be written; the model computes no more."""
+    """Give the first process whole weights in place of its shares, to be written; the model computes no more.
+
+    Beside adapters all other weights stay sharded: they are not written, and gloo gathers no float8.
+    """
     for part in trained.model.modules():
         for key, one in part._parameters.items():
-            if one is not None:
+            if one is not None and (one.requires_grad or not trained.adapters):
                 whole = run.processes.whole(one.detach())
                 if not run.processes.rank:
                     part._parameters[key] = nn.Parameter(whole.cpu(), requires_grad=False)

@@ -291,6 +291,8 @@ class _States(dict[Any, Any]):
 def _chosen(model: nn.Module, globs: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that globs name; all others are frozen."""
     known, globs = dict(model.named_parameters()), list(globs)
+    if not globs:
+        raise ValueError("trained names no parameter; give globs such as '*' or 'joint_blocks.*.attn.*'")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in known):
             raise ValueError(f"trained: {glob!r} matches none of {len(known)} parameters, such as {next(iter(known))}")

@@ -12,11 +12,11 @@ from encoders.vae import VAEConfig
 from full import in_full
 from half_units import pretend_half
 from mmdit import ControlNet, MMDiT, load_mmdit
-from mmdit.bench import controlnet, picture, step
+from mmdit.bench import controlnet, picture, step, training
 from mmdit.bench.floor import floor_of
 from mmdit.bench.layers import shapes_of
 from mmdit.bench.random_models import MODELS, Inputs, recipe_of
-from mmdit.bench.rows import attempted
+from mmdit.bench.rows import attempted, said_of
 from mmdit.bench.step import Work, bench, table
 from mmdit.bench.ways import table as ways_table
 from mmdit.bench.ways import ways
@@ -152,6 +152,16 @@ def test_layers_and_pictures(capsys, monkeypatch):
     names = [row.split("|")[1].strip() for row in rows[2:]]
     assert names == ["mmdit float32 eager", "mmdit fp8 eager", "diffusers float32 eager, no text encoders"]
     assert not [row for row in rows if "failed" in row]
+
+
+def test_errors_without_a_message_are_rows_too(monkeypatch):
+    def fails():
+        raise AssertionError
+
+    monkeypatch.setattr(training, "_rows", lambda *_: {"a": fails})
+    (row,) = training.bench(device="cpu")
+    assert row.note.startswith("AssertionError")
+    assert said_of(ValueError("first\nsecond"), 3) == "ValueError: fir"
 
 
 FEW = ["--model", "demo", "--size", "32", "--text", "5", "--repeats", "1", "--device", "cpu", "--dtype", "float32"]

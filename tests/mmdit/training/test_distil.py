@@ -94,6 +94,9 @@ def test_a_run_goes_on_from_its_share(teacher, states):
 def test_refusals(teacher, states):
     with pytest.raises(ValueError, match="steps=, seconds="):
         next(distil(teacher, teacher, states))
+    for ends in ({"steps": 0}, {"seconds": 0.0}, {"steps": 3, "seconds": -1.0}):
+        with pytest.raises(ValueError, match=f"{[*ends][-1]} above 0"):
+            next(distil(teacher, teacher, states, **ends))
     with pytest.raises(ValueError, match="requires gradients"):
         next(distil(teacher, teacher, states, steps=1))
     with pytest.raises(ValueError, match="needs prompts"):

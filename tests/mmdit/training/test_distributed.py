@@ -22,7 +22,11 @@ CASES = {
 }
 STEPS = 2
 RESUMED = "lora on one scale"
-WRITTEN = {"ddp": "lora", "fsdp": "full"}  # what whole runs train
+WRITTEN = {  # what whole runs train, by a name that begins with the strategy
+    "ddp": {"method": "lora"},
+    "fsdp": {"method": "full"},
+    "fsdp on fp8": {"method": "lora", "quant": "fp8"},
+}
 
 
 def run_of(pipe, output, case, world, processes=None):
@@ -73,11 +77,12 @@ def of_two(pipe, tmp_path_factory):
                     for one in run.model.parameters()
                 )
                 found[strategy, case, "dtypes"] = {one.dtype for one in run.model.parameters()}
-            pipe.transformer = tiny_model(torch.float64)
-            changes = {"dtype": "float64", "steps": STEPS, "method": WRITTEN[strategy], "block_norms": True}
-            config = settings(root / f"{strategy} run", batch_size=2, log_every=1, **changes)
-            processes = processes_of(strategy, torch.device("cpu"))
-            train(config, quiet=True, pipe=pipe, samples=samples(), processes=processes)
+            for name in (one for one in WRITTEN if one.startswith(strategy)):
+                pipe.transformer = tiny_model(torch.float64)
+                changes = {"dtype": "float64", "steps": STEPS, "block_norms": True} | WRITTEN[name]
+                config = settings(root / f"{name} run", batch_size=2, log_every=1, **changes)
+                processes = processes_of(strategy, torch.device("cpu"))
+                train(config, quiet=True, pipe=pipe, samples=samples(), processes=processes)
             output = root / f"{strategy} {RESUMED}"
             again, _ = run_of(pipe, output, RESUMED, 2, processes_of(strategy, torch.device("cpu")))
             load(again, checkpoints(output)[-1])
@@ -109,12 +114,12 @@ def test_a_run_of_two_goes_on_from_its_checkpoint(of_two, strategy):
         assert all(torch.equal(their_weights[name], one) for name, one in weights.items())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_whole_run_of_two_writes_once_what_one_process_writes(pipe, of_two, strategy, tmp_path):
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_whole_run_of_two_writes_once_what_one_process_writes(pipe, of_two, name, tmp_path):
     pipe.transformer = tiny_model(torch.float64)
-    changes = {"dtype": "float64", "steps": STEPS, "method": WRITTEN[strategy], "block_norms": True}
+    changes = {"dtype": "float64", "steps": STEPS, "block_norms": True} | WRITTEN[name]
     path = train(settings(tmp_path, batch_size=4, log_every=1, **changes), quiet=True, pipe=pipe, samples=samples())
-    theirs = of_two[0]["root"] / f"{strategy} run"
+    theirs = of_two[0]["root"] / f"{name} run"
     wanted, found = (load_file(file) for file in (path, theirs / path.name))
     assert found.keys() == wanted.keys()
     for key, one in wanted.items():
@@ -153,10 +158,10 @@ def test_fsdp_halves_what_each_process_holds(of_two):
 def test_all_shards_are_of_floating_point(of_two):
     """FSDP2 of torch 2.11 asks each shard for a gradient before it freezes it, and integers refuse."""
     for of_rank in of_two:
-        for case in CASES:
+        for case, changes in CASES.items():
             dtypes = of_rank["fsdp", case, "dtypes"]
             assert all(one.is_floating_point for one in dtypes), case
-            assert (torch.float8_e4m3fn in dtypes) == ("quant" in CASES[case])
+            assert (torch.float8_e4m3fn in dtypes) == ("quant" in changes)
 
 
 def test_processes_that_start_apart_are_told(pipe, tmp_path):

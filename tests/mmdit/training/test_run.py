@@ -24,7 +24,7 @@ from mmdit.training.batches import InMemory
 from mmdit.training.checkpointing import checkpoints, load, save
 from mmdit.training.config import TrainingConfig
 from mmdit.training.journal import Journal
-from mmdit.training.loop import block_norms, flow_losses, training_step
+from mmdit.training.loop import Processes, block_norms, flow_losses, training_step
 from mmdit.training.run import loss_by_time, train
 from mmdit.training.setup import make_optimizer, start
 from tiny_training import noise, samples, settings, tiny_model, tiny_pipe
@@ -184,6 +184,15 @@ def test_what_cannot_go_on_is_refused(tmp_path: Path) -> None:
         train(settings(tmp_path, steps=4, rank=4), resume=True, quiet=True, pipe=tiny_pipe(), samples=samples())
     run, _ = start(config, pipe=tiny_pipe(), samples=samples())
     (one,) = checkpoints(tmp_path)
+    run.processes = Processes(world=3)
+    with pytest.raises(CheckpointError, match=r"1 processes.* 3"):
+        load(run, one)
+    run.processes, path = Processes(), one.folder / "state.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({key: part for key, part in json.loads(whole).items() if key != "optimizer"}))
+    with pytest.raises(CheckpointError, match=r"state\.json has no 'optimizer'"):
+        load(run, one)
+    path.write_text(whole)
     (one.folder / "parameters.safetensors").write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match=r"parameters\.safetensors"):
         load(run, one)
@@ -203,6 +212,22 @@ def test_a_loss_that_is_not_finite_names_step_time_and_layer(tmp_path: Path) -> 
     run, _ = start(settings(tmp_path, batch_size=5), pipe=tiny_pipe(), samples=bad)
     with pytest.raises(FloatingPointError, match="x0"):
         [training_step(run, step) for step in range(2)]
+
+
+def test_a_loss_under_fsdp_that_is_not_finite_runs_no_pass_that_the_others_lack(tmp_path: Path) -> None:
+    pipe = tiny_pipe()
+    run, _ = start(settings(tmp_path, checkpoint_blocks=False), pipe=pipe, samples=samples())
+    pipe.transformer.joint_blocks[1].x_block.mlp.fc1.weight.data[0, 0] = float("inf")
+    run.processes, passes = Processes(sharded=True), []
+    run.model.register_forward_hook(lambda *_: passes.append(1))
+    with pytest.raises(FloatingPointError, match=r"step 0: .*timestep \d+.*fsdp"):
+        training_step(run, 0)
+    assert len(passes) == 1
+
+
+def test_trained_without_globs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="trained"):
+        start(settings(tmp_path, method="full", trained=[]), pipe=tiny_pipe(), samples=samples())
 
 
 def test_the_log_tells_loss_by_time_and_norms_by_block(tmp_path: Path) -> None:
