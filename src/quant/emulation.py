@@ -100,28 +100,25 @@ def ways_for(product: Product) -> dict[str, Way]:
     library: dict[str, Way] = {"library": _dequantize_and_multiply if product.dequantizes else _multiply_and_finish}
     if not HAS_TRITON:
         return library
-    return {**_by_kernels(dequantizes=product.dequantizes, hopper=_is_hopper(product.x.device)), **library}
+    return {**_by_kernels(dequantizes=product.dequantizes, large=_has_large_tiles(product.x.device)), **library}
 
 
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _has_large_tiles(device: torch.device) -> bool:
+    """Whether a program has 227 KB of shared memory: Hopper and Blackwell of servers, not RTX 50 (12.0) with 99 KB."""
+    return device.type == "cuda" and (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
 
 
-def _by_kernels(*, dequantizes: bool, hopper: bool) -> dict[str, Way]:
-    """Our kernels in tiles that fit the shared memory of a card: 227 KB on Hopper, 163 on A100, 99 on RTX 30."""
-    small, wide = (
-        (Tile(128, 128, 64, 4, 8), Tile(256, 128, 64, 4, 8))
-        if hopper
-        else (
-            Tile(128, 128, 32, 4, 4),
-            Tile(256, 128, 32, 3, 8),
-        )
-    )
+def _by_kernels(*, dequantizes: bool, large: bool) -> dict[str, Way]:
+    """Our kernels in tiles that fit the shared memory of a card: 227 KB on Hopper, 163 on A100, 99 on RTX 30 to 50."""
+    if large:
+        small, wide = Tile(128, 128, 64, 4, 8), Tile(256, 128, 64, 4, 8)
+    else:
+        small, wide = Tile(128, 128, 32, 4, 4), Tile(256, 128, 32, 3, 8)
     found: dict[str, Way] = {
         f"registers {tile.rows}x{tile.outs}": partial(_in_registers, tile=tile) for tile in (small, wide)
     }
     if not dequantizes:
-        tile = Tile(128, 256, 64, 4, 8) if hopper else Tile(128, 128, 32, 4, 4)
+        tile = Tile(128, 256, 64, 4, 8) if large else Tile(128, 128, 32, 4, 4)
         found["widened"] = partial(_widened_first, tile=tile)
     return found
 
@@ -196,7 +193,7 @@ def _key(product: Product, out: Tensor) -> tuple[object, ...]:
 def _measure(product: Product, out: Tensor, ways: dict[str, Way]) -> Measured:
     times: dict[str, float] = {}
     refused: dict[str, str] = {}
-    errors: tuple[type[Exception], ...] = (*_ERRORS, *errors_of_triton())
+    errors = errors_of_ways()
     for name, way in ways.items():
         try:
             times[name] = _milliseconds(partial(by_parts, way, product, out))
@@ -207,14 +204,13 @@ def _measure(product: Product, out: Tensor, ways: dict[str, Way]) -> Measured:
     return Measured(min(times, key=times.__getitem__), times, refused)
 
 
-def errors_of_triton() -> tuple[type[Exception], ...]:
-    """The error classes of a kernel that a card cannot run."""
+def errors_of_ways() -> tuple[type[Exception], ...]:
+    """The error classes of a way that a card cannot run."""
     if not HAS_TRITON:
-        return ()
+        return _ERRORS
     from triton.runtime import errors
 
-    found: type[Exception] = errors.TritonError
-    return (found,)
+    return (*_ERRORS, errors.TritonError)
 
 
 def _milliseconds(run: Callable[[], object], repeats: int = 5) -> float:

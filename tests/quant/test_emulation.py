@@ -334,3 +334,14 @@ def test_largest_tells_the_formats_apart():
     """The kernels know a format by its largest number."""
     assert LARGEST == {"e4m3": 448.0, "e5m2": 57344.0}
     assert set(DTYPES) == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("capability", "most"), [((8, 0), 99), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)]
+)
+def test_tiles_fit_the_shared_memory_of_a_card(capability, most, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    large = emulation._has_large_tiles(torch.device("cuda"))
+    for way in emulation._by_kernels(dequantizes=False, large=large).values():
+        tile = way.keywords["tile"]
+        assert 2 * (tile.rows + tile.outs) * tile.summands * tile.stages <= 1024 * most

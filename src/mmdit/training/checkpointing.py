@@ -90,8 +90,8 @@ def load(run: Training, place: Place) -> None:
     """Continue from a checkpoint: parameters, optimizer, average, step, and torch's random state.
 
     Raises:
-        CheckpointError: the checkpoint is broken, of another format, or of a run with other settings, parameters, or
-            another number of processes, which decides the batches.
+        CheckpointError: the checkpoint is broken, of another format, beyond the config's last step, or of a run with
+            other settings, parameters, or another number of processes, which decides the batches.
     """
     state = read_json(place.folder / "state.json", kind=dict)
     if state.get("format") != FORMAT:
@@ -103,6 +103,11 @@ def load(run: Training, place: Place) -> None:
         raise CheckpointError(
             f"{place.folder} was trained by {before} processes, which share each batch, and now there are "
             f"{run.processes.world}: start as many as before, or give another output"
+        )
+    if state["step"] > run.config.steps:
+        raise CheckpointError(
+            f"{place.folder} has done {state['step']} steps, and steps is {run.config.steps}: set it to at least as "
+            "many, or give another output"
         )
     prime(run.optimizer)
     with torch.no_grad():

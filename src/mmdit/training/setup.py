@@ -230,7 +230,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
 
 def _optimizer(parameters: list[nn.Parameter], kind: str, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     if kind == "adamw":
-        return torch.optim.AdamW(parameters, **settings, fused=all(one.is_floating_point() for one in parameters))
+        return torch.optim.AdamW(parameters, **settings, fused=True)
     try:
         from torchao.optim import AdamW8bit  # noqa: PLC0415 # optional
     except ImportError as error:

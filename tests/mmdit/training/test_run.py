@@ -225,6 +225,16 @@ def test_a_loss_under_fsdp_that_is_not_finite_runs_no_pass_that_the_others_lack(
     assert len(passes) == 1
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path) -> None:
+    run, _ = start(settings(tmp_path, schedule="constant", steps=2), pipe=tiny_pipe(), samples=samples())
+    run.step = 2
+    save(run)
+    run, _ = start(settings(tmp_path, schedule="constant", steps=1), pipe=tiny_pipe(), samples=samples())
+    with pytest.raises(CheckpointError, match=r"done 2 steps.* 1:"):
+        load(run, checkpoints(tmp_path)[-1])
+    assert run.step == 0
+
+
 def test_trained_without_globs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trained"):
         start(settings(tmp_path, method="full", trained=[]), pipe=tiny_pipe(), samples=samples())
