@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mmdit.bench.picture import PROMPT, random_pipeline
 from mmdit.bench.random_models import check_size, quantized
+from mmdit.bench.rows import FAILURES, said_of
 from mmdit.pipeline.parallelize import parallelize
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime import mesh
@@ -104,8 +105,8 @@ def bench(setting: Setting, link: Link, *, seconds: float = 90.0, only: Sequence
         else:
             try:
                 run(row, latents)
-            except (RuntimeError, ValueError, OSError, FloatingPointError, AssertionError) as error:
-                row.failed = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            except FAILURES as error:
+                row.failed = said_of(error, 200)
                 broken = pipe.parallel is not None
             finally:
                 _released(pipe)

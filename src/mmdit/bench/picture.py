@@ -17,6 +17,7 @@ from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.bench.first_picture import FIRSTS, first_picture
 from mmdit.bench.random_models import MODELS, check_names, check_peers, check_size, fill, quantized, recipe_of
+from mmdit.bench.rows import FAILURES, said_of
 from mmdit.checkpoints.components import to_diffusers
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
@@ -105,8 +106,8 @@ def pictures(
             continue
         try:
             yield measure(name)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            yield Drawn(name, failed=f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160])
+        except FAILURES as error:
+            yield Drawn(name, failed=f"failed: {said_of(error, 140)}"[:160])
 
 
 def _first(name: str, measure: Callable[[], float], device: torch.device) -> Drawn:

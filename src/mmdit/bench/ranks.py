@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mmdit.bench.random_models import MODELS, Inputs, check_size, ours
-from mmdit.bench.rows import said_of
+from mmdit.bench.rows import FAILURES, said_of
 from mmdit.runtime.devices import resolve_device
 from mmdit.runtime.mesh import from_first, own_device, start
 from mmdit.training.adapters import attach
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if row[3] is None:
                 alone[row[1:3]] = found[0]
             lines.append(cells_of(row[0], found, alone.get(row[1:3]), dist.get_world_size()))
-        except (RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
+        except FAILURES as error:
             lines.append([row[0], f"failed: {said_of(error, 200)}", *"---"])
         gc.collect()
         if device.type == "cuda":

@@ -12,6 +12,12 @@ import torch
 from mmdit.runtime.attention import milliseconds
 
 Cells = Sequence[object]
+# Errors by which a row fails while the others go on. Where a pipeline or the loader runs out of memory, MemoryError is
+# raised; FloatingPointError is an ArithmeticError.
+FAILURES = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, AssertionError, ImportError, OSError, MemoryError),
+    ArithmeticError,
+)
 
 
 def attempted(tasks: Mapping[str, Callable[[], Cells]], columns: int, seconds: float = float("inf")) -> Iterator[Cells]:
@@ -29,7 +35,7 @@ def attempted(tasks: Mapping[str, Callable[[], Cells]], columns: int, seconds: f
             continue
         try:
             yield [name, *measure()]
-        except (RuntimeError, ValueError, TypeError, AssertionError, ImportError, OSError) as error:
+        except FAILURES as error:
             yield [name, f"failed: {said_of(error, 200)}", *["-"] * (columns - 2)]
         if torch.cuda.is_available():
             gc.collect()

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmdit.bench.floor import floor_of
 from mmdit.bench.random_models import MODELS, Built, Inputs, check_names, check_peers, check_size, ours, theirs
+from mmdit.bench.rows import FAILURES
 from mmdit.bench.step import PEERS, Timed, own_compiler_settings, timed, work_of
 from mmdit.runtime.compiled import ACCELERATED
 from mmdit.utils import is_out_of_memory, markdown_table, whole, write_text
@@ -205,6 +206,6 @@ def _measured(
             found = timed(group.name, built, inputs, work, repeats, device)
         found = replace(found, floor=floors(case, group.recipe))
         return Row(case, group.name, found, attention=_attention(built()[0], case))
-    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError, AssertionError) as error:
+    except FAILURES as error:
         what = "out of memory" if is_out_of_memory(error) else (str(error).splitlines() or [""])[0]
         return Row(case, group.name, None, f"failed: {type(error).__name__}: {what}"[:120])

@@ -34,6 +34,7 @@ from mmdit.bench.random_models import (
     recipe_of,
     theirs,
 )
+from mmdit.bench.rows import FAILURES, said_of
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.utils import markdown_table, weight_bytes, write_text
@@ -264,9 +265,8 @@ def _timed_or_failed(name: str, build: Build, inputs: Inputs, work: Work, repeat
     """A row; errors of what is measured are part of the table, so that the other rows are measured too."""
     try:
         return timed(name, build, inputs, work, repeats, device)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
-        said = (str(error).splitlines() or [""])[0]
-        return Timed(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, {}, [], failed=f"{type(error).__name__} {said}"[:200])
+    except FAILURES as error:
+        return Timed(name, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, {}, [], failed=said_of(error, 160))
 
 
 @torch.no_grad()

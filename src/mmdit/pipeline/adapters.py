@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from torch import Tensor
 
@@ -33,6 +33,26 @@ class _State:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     enabled: bool = True
     weights: PatchedWeights = field(default_factory=PatchedWeights)
+    applied: _Applied = field(default_factory=lambda: _Applied({}, True))
+
+    def keep(self) -> None:
+        """Note that the weights are now those of these LoRAs."""
+        values = {name: (adapter, dict(vars(adapter))) for name, adapter in self.adapters.items()}
+        self.applied = _Applied(values, self.enabled)
+
+    def revert(self) -> None:
+        """Have the LoRAs of the last `keep` again, with the weights and forms that they had."""
+        self.adapters, self.enabled = {}, self.applied.enabled
+        for name, (adapter, values) in self.applied.adapters.items():
+            vars(adapter).update(values)
+            self.adapters[name] = adapter
+
+
+class _Applied(NamedTuple):
+    """The LoRAs that the weights have in them: by name the adapter and the values of its fields."""
+
+    adapters: dict[str, tuple[Adapter, dict[str, object]]]
+    enabled: bool
 
 
 class PipelineAdapters(PipelineModels):
@@ -64,7 +84,8 @@ class PipelineAdapters(PipelineModels):
 
         Raises:
             mmdit.CheckpointError: see `mmdit.load_lora` and `mmdit.merge_lora`; the pipeline is then unchanged.
-            ValueError: the name is taken, a weight is not finite, or a glob matches nothing.
+            ValueError: the name is taken, a weight is not finite, a glob matches nothing, or merging gives float8
+                weights that are not finite; the pipeline is then unchanged.
         """
         lora = file if isinstance(file, Lora) else load_lora(file, self.profile)
         name = self._free_name() if adapter_name is None else adapter_name
@@ -239,12 +260,21 @@ class PipelineAdapters(PipelineModels):
             planned(part, shapes_of(self.models[part]), [lora], [1.0])
 
     def _apply_loras(self) -> None:
-        """Restore the weights, then merge and attach the active LoRAs."""
+        """Restore the weights, then merge and attach the active LoRAs; after an error, those of before act again."""
         self._leave()  # else the new weights would be overwritten when the models move back
+        try:
+            self._patch()
+        except BaseException:
+            self._loras.revert()
+            self._patch()
+            raise
+        self._loras.keep()
+        self._replan()
+
+    def _patch(self) -> None:
         acting = [self._loras.adapters[name] for name in self.get_active_adapters()]
         parts = {part: self.models[part] for part in PARTS if part in self.models}
         self._loras.weights.apply(parts, acting)
-        self._replan()
 
 
 @dataclass(frozen=True, repr=False)

@@ -88,7 +88,14 @@ class PatchedWeights:
         """Replace a tensor with the patched one, and keep the original; originals from a GPU are kept on the CPU."""
         old = _get(model, key)
         self.before.setdefault((part, key), to_host(old) if old.is_cuda else old)
-        replace_tensor(model, key, merged(old, key, part, patches).detach())
+        try:
+            new = merged(old, key, part, patches).detach()
+        except ValueError as error:
+            strengths = ", ".join(f"{each.strength:g}" for each in patches)
+            raise type(error)(
+                f"{key} of {part}: merging LoRAs of strength {strengths} failed: {error}; give smaller weights"
+            ) from error
+        replace_tensor(model, key, new)
 
 
 def _attach(model: nn.Module, key: str, patches: Sequence[Weighted], original: Tensor | None) -> None:

@@ -29,13 +29,14 @@ def parse_bytes(value: str | int | float, argument: str = "memory") -> int:
     """Bytes of a budget such as "8GB", "7.5 GiB" or a number of bytes; GB is 1e9 bytes, GiB is 2**30.
 
     Raises:
-        ValueError: it is no size above 0.
+        ValueError: it is not a size, or the size is not finite or below one byte.
     """
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(value), re.IGNORECASE)
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmgt]?i?)b?\s*", str(value), re.IGNORECASE)
     unit = found and _UNITS.get(found[2].lower())
-    if isinstance(value, bool) or not found or unit is None or float(found[1]) * unit < 1:
+    size = float(found[1]) * unit if found and unit is not None else 0.0
+    if isinstance(value, bool) or not 1 <= size < float("inf"):
         raise ValueError(f"{argument} must be a size such as '8GB' or '7.5GiB', got {value!r}")
-    return int(float(found[1]) * unit)
+    return int(size)
 
 
 @dataclass(frozen=True)

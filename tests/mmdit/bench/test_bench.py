@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from encoders.vae import VAEConfig
 from full import in_full
 from half_units import pretend_half
-from mmdit import ControlNet, MMDiT, load_mmdit
-from mmdit.bench import controlnet, picture, step, training
+from mmdit import ControlNet, MMDiT, Pipeline, load_mmdit
+from mmdit.bench import controlnet, memory, picture, step, training
 from mmdit.bench.floor import floor_of
 from mmdit.bench.layers import shapes_of
 from mmdit.bench.random_models import MODELS, Inputs, recipe_of
@@ -207,6 +207,27 @@ def test_rows_go_on_after_one_that_fails():
     (late,) = attempted({"late": fails}, 3, seconds=-1.0)
     assert late[0] == "late"
     assert "not started" in late[1]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Pipeline.demo()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), FloatingPointError("nan"), AttributeError("gone"), OSError()])
+def test_every_bench_goes_on_after_any_failure(demo, error, monkeypatch):
+    """Where a pipeline runs out of memory, it raises MemoryError; errors may have no message."""
+
+    def fails(*_, **__):
+        raise error
+
+    (row,) = attempted({"one": fails}, 2)
+    monkeypatch.setattr(picture, "_drawn", fails)
+    drawn = list(picture.pictures("demo", (), compiled=False, device="cpu", dtype=torch.float32))
+    monkeypatch.setattr(memory, "_bytes_of", fails)
+    budget, _ = memory._row(demo, "demo", "16", "8GB", 1, 64, False)
+    for said in (row[1], drawn[0].failed, budget.failed):
+        assert type(error).__name__ in said
 
 
 def test_ways_to_multiply_and_why_one_cannot(monkeypatch):

@@ -364,3 +364,20 @@ def test_random_sequences_end_with_the_right_weights(pipe: Pipeline) -> None:
 
 def value(tensor: Tensor) -> Tensor:
     return tensor.dequantize() if isinstance(tensor, Float8Tensor) else tensor
+
+
+def test_a_lora_that_cannot_be_merged_leaves_the_pipeline_as_it_was():
+    pipe = Pipeline.demo(quant="fp8")
+    pipe.load_lora_weights(low_rank(1), "first", 0.5, form="merged")
+    before = effective(pipe.transformer.get_submodule(LINEARS[0]))
+    for change in (
+        lambda: pipe.load_lora_weights(low_rank(2), "second", 1e300, form="merged", text_encoder_weight=0.0),
+        lambda: pipe.fuse_lora("first", lora_scale=1e300),
+        lambda: pipe.set_adapters("first", 1e300, text_encoder_weights=0.0),
+    ):
+        with pytest.raises(ValueError, match=rf"{BLOCK}.*e\+(300|299)"):
+            change()
+        assert pipe.get_active_adapters() == ["first"]
+        (adapter,) = pipe.lora_report().adapters.values()
+        assert (adapter.weight, adapter.form, adapter.scale, adapter.text_encoder_weight) == (0.5, "merged", 1.0, None)
+        assert torch.equal(effective(pipe.transformer.get_submodule(LINEARS[0])), before)

@@ -130,13 +130,20 @@ def test_budgets_of_the_official_model():
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [("8GB", 8 * 10**9), ("7.5 GiB", int(7.5 * 2**30)), (1000, 1000), ("900mb", 9 * 10**8), ("1e9", 10**9)],
+    [
+        ("8GB", 8 * 10**9),
+        ("7.5 GiB", int(7.5 * 2**30)),
+        (1000, 1000),
+        ("900mb", 9 * 10**8),
+        ("1e9", 10**9),
+        (1e16, 10**16),
+    ],
 )
 def test_sizes_are_read(given, found):
     assert parse_bytes(given) == found
 
 
-@pytest.mark.parametrize("given", ["8 apples", "", "-1GB", "0", "GB", True, "8GBB"])
+@pytest.mark.parametrize("given", ["8 apples", "", "-1GB", "0", "GB", True, "8GBB", "1e999GB", "1e308TB"])
 def test_other_sizes_are_refused(given):
     with pytest.raises(ValueError, match="memory must be a size"):
         parse_bytes(given)
