@@ -255,8 +255,8 @@ def failing():
 def test_a_row_that_fails_is_said_to(monkeypatch):
     monkeypatch.setattr("mmdit.bench.step.timed", lambda *args: failing())
     (row,) = bench("demo", size=64, text=20, recipes=["fp8:emulated"], only=["*emulated eager"], device="cpu")
-    assert (row.name, row.failed, row.milliseconds) == ("mmdit fp8:emulated eager", "RuntimeError no units", 0.0)
-    assert "failed: RuntimeError no units" in table(Work(1e12, 0.0, 1e9, 36), [row])
+    assert (row.name, row.failed, row.milliseconds) == ("mmdit fp8:emulated eager", "RuntimeError: no units", 0.0)
+    assert "failed: RuntimeError: no units" in table(Work(1e12, 0.0, 1e9, 36), [row])
 
 
 def test_a_bench_names_recipes():
