@@ -186,7 +186,8 @@ def test_an_error_in_the_middle_leaves_nothing_behind(right, reference, side, wh
         check(pipe, pipe)
     handle.remove()
     assert hooks(*parts(pipe)) == count and set(vars(pipe)) == attributes
-    assert vars(scheduler).keys() == levels.keys() and all(vars(scheduler)[name] is levels[name] for name in levels)
+    changed = [name for name, value in vars(scheduler).items() if name not in levels or value is not levels[name]]
+    assert set(changed) <= {"_sizes"}  # of the last drawing, for errors that speak of memory
     assert torch.get_float32_matmul_precision() == "highest"
 
 

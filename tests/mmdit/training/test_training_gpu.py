@@ -11,8 +11,9 @@ from mmdit.training.blocks import compile_blocks, recompute
 from mmdit.training.config import TrainingConfig
 from mmdit.training.loop import Training, training_step
 from mmdit.training.setup import ahead_of, make_optimizer, place
+from skips import SKIPS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])]
 CONFIG = MMDiTConfig(depth=3, hidden_size=256, context_dim=128, pooled_dim=64, pos_embed_size=16)
 
 
