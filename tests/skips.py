@@ -11,6 +11,8 @@ SKIPS = {
     "triton": "needs Triton, which is for Linux only",
     # tests/mmdit/runtime and tests/mmdit/pipeline: run them where there is one, `pytest -m gpu`.
     "gpu": "needs a GPU",
+    # tests/mmdit/pipeline/test_memory_gpu.py: a budget is for the whole process; run the file alone.
+    "gpu alone": "other tests of this process hold memory of the GPU",
     # tests/mmdit/runtime/test_parallel_gpu.py: NCCL.
     "two gpus": "needs two GPUs of one host",
     # tests/mmdit/runtime/test_parallel.py: eight processes take ten seconds.

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from statistics import median
 from threading import Lock
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from quant.formats import Format
 from quant.product import Product, Tile
 from quant.scaling import values_of
+from quant.timing import milliseconds
 
 HAS_TRITON = find_spec("triton") is not None
 _MANY = 2048  # rows of x from which "widened" is as quick as "library" (on an H200)
@@ -196,7 +196,7 @@ def _measure(product: Product, out: Tensor, ways: dict[str, Way]) -> Measured:
     errors = errors_of_ways()
     for name, way in ways.items():
         try:
-            times[name] = _milliseconds(partial(by_parts, way, product, out))
+            times[name] = milliseconds(partial(by_parts, way, product, out))
         except errors as error:
             refused[name] = (str(error).splitlines() or [type(error).__name__])[0]
     if not times:
@@ -211,18 +211,3 @@ def errors_of_ways() -> tuple[type[Exception], ...]:
     from triton.runtime import errors
 
     return (*_ERRORS, errors.TritonError)
-
-
-def _milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of the GPU's work, each run between two events."""
-    run()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return median(times)

@@ -17,7 +17,7 @@ from encoders.clip import CLIPConfig
 from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.bench.random_models import MODELS, check_names, check_size, fill, quantized
-from mmdit.bench.rows import said_of
+from mmdit.bench.rows import FAILURES, said_of
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
@@ -164,7 +164,7 @@ def _row(
         row.planned_gb = 0.0 if plan is None else plan.sum / 1e9
         row.streamed = "models by turns" if plan is None else plan.streams()
         return row, output.images.cpu()
-    except Exception as error:  # a failed row is printed as such, and the others go on
+    except FAILURES as error:
         row.failed = said_of(error, 600)
         return row, None
     finally:

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from mmdit.runtime.attention import milliseconds
+from quant.timing import milliseconds
 
 Cells = Sequence[object]
 # Errors by which a row fails while the others go on. Where a pipeline or the loader runs out of memory, MemoryError is

@@ -25,7 +25,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -342,26 +341,24 @@ def _check_same(header: Header, file: int) -> None:
 def _fill_through_staging(path: Path, file: int, tensor: Tensor, stored: torch.dtype) -> None:
     """Read, and copy to the device: a piece is read while the one before it is copied."""
     flat, staging = tensor.view(-1), _Staging.of(tensor.device)
-    size = len(staging.buffer) // stored.itemsize
+    size = len(staging.buffers[0]) // stored.itemsize
     for i, begin in enumerate(range(0, flat.numel(), size)):
         target = flat[begin : begin + size]
-        piece = staging.buffer[: len(target) * stored.itemsize].view(stored)
+        piece = staging.free(i)[: len(target) * stored.itemsize].view(stored)
         _read_into(path, file, _bytes(piece))
         staging.copy(i, piece, target)
     staging.wait()
 
 
 class _Staging:
-    """A thread's buffers, which all tensors share, because short-lived buffers would fragment the heap.
+    """A thread's two buffers, which all tensors share, because short-lived buffers would fragment the heap.
 
-    For a GPU there are two more in page-locked memory, and a copy from there is waited for when its buffer is used
-    again. Reading the file straight into these did not take longer (README.md has both times, of two H200).
+    Buffers of a GPU are in page-locked memory, and copies from there are waited for when a buffer is used again.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        self.buffer = torch.empty(STAGING, dtype=torch.uint8)
-        self._locked = [torch.empty(STAGING, dtype=torch.uint8, pin_memory=True) for _ in range(2 * self.on_gpu)]
+        self.buffers = [torch.empty(STAGING, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(1 + self.on_gpu)]
         self._copies: list[torch.cuda.Event | None] = [None, None]
 
     @classmethod
@@ -373,17 +370,17 @@ class _Staging:
             found[key] = cls(device)
         return found[key]
 
+    def free(self, i: int) -> Tensor:
+        """The buffer of the i-th piece, once what it holds is copied."""
+        self._wait_for(i % 2)
+        return self.buffers[i % len(self.buffers)]
+
     def copy(self, i: int, piece: Tensor, target: Tensor) -> None:
-        """Copy the i-th piece out of the buffer, and cast it on the device."""
+        """Copy the i-th piece, and cast it on the device."""
         if not self.on_gpu:
             target.copy_(piece)
             return
-        self._wait_for(i % 2)
-        locked = self._locked[i % 2][: piece.nbytes]
-        np.copyto(locked.numpy(), piece.view(torch.uint8).numpy())  # by this thread alone, without Python's lock
-        there = locked.view(piece.dtype)
-        if piece.dtype != target.dtype:
-            there = there.to(target.device, non_blocking=True)
+        there = piece if piece.dtype == target.dtype else piece.to(target.device, non_blocking=True)
         target.copy_(there, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(target.device))

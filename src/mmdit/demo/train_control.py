@@ -47,6 +47,7 @@ __all__ = ["GPU", "ControlRecipe", "depth_map", "main", "net_file", "train", "va
 
 KINDS: tuple[ControlKind, ...] = ("canny", "depth")
 _STATE, _DATA = "control.pt", "data.pt"
+STAGES = ("alone", "canny", "depth")  # each draws from a seed of its own
 _NEAREST = SIZES["large"][1]
 
 
@@ -297,7 +298,9 @@ def train(
     started = ticks()
     torch.manual_seed(recipe.seed)
     pipe = Pipeline.from_pretrained(model, device=device, dtype=torch.float32)
-    state: dict[str, Any] = torch.load(folder / _STATE) if (folder / _STATE).exists() else {"done": 0.0}
+    state: dict[str, Any] = (
+        torch.load(folder / _STATE, map_location="cpu") if (folder / _STATE).exists() else {"done": 0.0}
+    )
     earlier: float = state["done"]  # seconds of runs before this one
 
     def clock() -> float:
@@ -307,7 +310,7 @@ def train(
         save_whole(vars(make_data(pipe, recipe, journal)), folder / _DATA)
         state |= {"begun": clock(), "done": clock()}
         save_whole(state, folder / _STATE)
-    data, begun = Data(**torch.load(folder / _DATA)).to(pipe.device), float(state.get("begun", 0.0))
+    data, begun = Data(**torch.load(folder / _DATA, map_location="cpu")).to(pipe.device), float(state.get("begun", 0.0))
     left = max(seconds - begun, 1e-3)  # for the three stages
     transformer = pipe.transformer.bfloat16().requires_grad_(False)
     ends = {"alone": 0.0 if start_from else recipe.alone_share, "canny": recipe.alone_share + recipe.canny_share}
@@ -367,7 +370,7 @@ def _stage(
     ema, losses = Ema(net, recipe.ema), list[Tensor]()
     log, save = Every(recipe.log_seconds), Every(recipe.save_seconds)
     device = next(net.parameters()).device
-    g, rng = torch.Generator(device).manual_seed(recipe.seed + len(stage)), random.Random(recipe.seed)
+    g, rng = torch.Generator(device).manual_seed(recipe.seed + 1 + STAGES.index(stage)), random.Random(recipe.seed)
     for step, fraction in rounds:
         rate = learning_rate(fraction, step, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
         set_rate(optimizer, rate)

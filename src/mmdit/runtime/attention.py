@@ -7,15 +7,14 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from statistics import median
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit.runtime.rows import Attention
+from quant.timing import milliseconds
 
 _SDPA = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 _LIBRARIES = {"flash-attn-4": "flash_attn.cute", "flash-attn-3": "flash_attn_interface"}
@@ -126,18 +125,3 @@ def chosen(times: dict[str, float]) -> str:
     """The first kernel that is as quick as the quickest one, up to noise."""
     limit = min(times.values()) * (1 + _SHARE) + _LEAST
     return next(name for name, time in times.items() if time <= limit)
-
-
-def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of the GPU's work, each run between two events."""
-    run()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return median(times)

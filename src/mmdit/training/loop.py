@@ -131,8 +131,8 @@ def training_step(run: Training, step: int) -> StepResult:
     """One step of the optimizer: passes forward and backward, clipping, the step itself, the average.
 
     Raises:
-        FloatingPointError: a loss is not finite; the step, the times and the first layer are named, and no weight has
-            changed.
+        FloatingPointError: a loss is not finite (the step, the times and the first layer are named), or the norm of the
+            gradients where they are clipped; no weight has changed in this step.
     """
     config, weight = run.config, WEIGHTINGS[run.config.weighting]
     rate = rate_at(step, config.steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule)
@@ -151,6 +151,11 @@ def training_step(run: Training, step: int) -> StepResult:
         losses.append(each.detach())
     norms = block_norms(run.parameters) if config.block_norms else {}
     norm = clipped(run.parameters.values(), config.clip)
+    if norm is not None and not torch.isfinite(norm):
+        raise FloatingPointError(
+            f"step {step}: the norm of the gradients is {norm.item()}, with finite losses. No weight has changed in"
+            " this step: go on from the last checkpoint with a lower learning_rate, or dtype float32"
+        )
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema is not None:

@@ -31,9 +31,8 @@ def _nothing_of_other_tests():
     """A budget is for the whole process, so that what other tests still hold would count."""
     gc.collect()
     torch.cuda.empty_cache()
-    held = torch.cuda.memory_allocated()
-    if held > 100_000_000:
-        pytest.skip(f"other tests hold {held} bytes of this GPU: run this file alone")
+    if torch.cuda.memory_allocated() > 100_000_000:
+        pytest.skip(SKIPS["gpu alone"])
 
 
 def pipeline(budget, recipe=None):

@@ -214,6 +214,15 @@ def test_a_loss_that_is_not_finite_names_step_time_and_layer(tmp_path: Path) -> 
         [training_step(run, step) for step in range(2)]
 
 
+def test_gradients_that_are_not_finite_change_no_weight(tmp_path: Path) -> None:
+    run, _ = start(settings(tmp_path, clip=1.0), pipe=tiny_pipe(), samples=samples())
+    before = [one.detach().clone() for one in run.parameters.values()]
+    next(iter(run.parameters.values())).register_hook(lambda grad: torch.full_like(grad, float("inf")))
+    with pytest.raises(FloatingPointError, match=r"step 0: .*gradients is inf"):
+        training_step(run, 0)
+    assert all(map(torch.equal, before, run.parameters.values()))
+
+
 def test_a_loss_under_fsdp_that_is_not_finite_runs_no_pass_that_the_others_lack(tmp_path: Path) -> None:
     pipe = tiny_pipe()
     run, _ = start(settings(tmp_path, checkpoint_blocks=False), pipe=pipe, samples=samples())
