@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,17 +26,23 @@ from mmdit.bench.random_models import MODELS, check_names
 from mmdit.bench.rows import Cells, attempted
 from mmdit.checkpoints.float8 import metadata_in, spelled
 from mmdit.checkpoints.lazy import Codes, LazyTensor
-from mmdit.checkpoints.load import READERS, build, load_mmdit, open_model
+from mmdit.checkpoints.load import build, check_loads, load_mmdit, open_model
 from mmdit.checkpoints.locate import locate
-from mmdit.checkpoints.safetensors_io import STAGING, stream_tensors
+from mmdit.checkpoints.safetensors_io import read_header, stream_tensors
+from mmdit.checkpoints.staging import PIECE, READERS, filled
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
 from mmdit.utils import weight_bytes
 from quant.quantize import kept, linears_of
 from quant.recipe import RECIPES, Recipe
 
-COLUMNS = ("", "seconds", "GB/s", "to reading", "peak of the device, GB", "result, GB", "peak - result", "RssAnon, GB")
+COLUMNS = (
+    *("", "in the page cache before", "seconds", "GB/s", "to reading"),
+    *("peak of the device, GB", "result, GB", "peak - result", "RssAnon, GB"),
+)
 _RECIPE = "fp8"
+_LARGE = 4 * PIECE  # bytes of a buffer, in the row that tells whether larger ones are quicker
+_SWITCH = 2e-4  # seconds after which a thread may run Python, in the row that tells whether threads wait for each other
 
 
 def loading(
@@ -44,18 +51,23 @@ def loading(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     blocks: int | None = None,
-    cold: bool = False,
+    readers: Sequence[int] = (1, 2, 4, 8),
     folder: Path | None = None,
-    seconds: float = 75.0,
+    seconds: float = 80.0,
 ) -> Iterator[Cells]:
     """Rows of `COLUMNS` for a float8 file, and for a 16-bit file that is quantized while it is read.
+
+    Each file is read and loaded from the page cache, and the float8 file also from the disk: its pages are written back and
+    dropped, and the second column says which share of them is in the cache all the same. Where that is not 0 %, as in
+    a folder that has no disk, the row is no reading of a disk. "To reading" compares with the quickest reading from the
+    same place, by one or four threads, that does nothing with what it reads.
 
     Args:
         model: one of `MODELS`, whose transformer is written.
         device: where to load.
         dtype: of the 16-bit weights.
         blocks: write so many blocks only; None writes all.
-        cold: drop each file from the page cache before it is read, which takes the disk's time.
+        readers: numbers of threads that fill the tensors, a row for each.
         folder: where to make the temporary folder; None is the system's choice.
         seconds: time limit, after which no further row is started.
     """
@@ -67,7 +79,7 @@ def loading(
         with TemporaryDirectory(dir=folder) as place:
             with torch.device("meta"):
                 shapes = MMDiT(config)
-            bench = _Bench(Path(place) / "model.safetensors", shapes, recipe, torch.device(device), dtype, cold)
+            bench = _Bench(Path(place) / "model.safetensors", shapes, recipe, torch.device(device), dtype, readers)
             yield from attempted(bench.tasks(), len(COLUMNS), seconds - (time.monotonic() - start))
 
 
@@ -75,31 +87,65 @@ class _Bench:
     """The rows of one file."""
 
     def __init__(
-        self, path: Path, shapes: MMDiT, recipe: Recipe | None, device: torch.device, dtype: torch.dtype, cold: bool
+        self,
+        path: Path,
+        shapes: MMDiT,
+        recipe: Recipe | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        readers: Sequence[int],
     ) -> None:
         self.path, self.shapes, self.recipe = path, shapes, recipe
-        self.device, self.dtype, self.cold = device, dtype, cold
-        self.rate = 0.0  # bytes a second of the quickest reading
+        self.device, self.dtype, self.readers = device, dtype, readers
+        self.rates = {False: 0.0, True: 0.0}  # bytes a second of the quickest reading: from the page cache, from the disk
 
     def tasks(self) -> dict[str, Callable[[], Cells]]:
         """By name: writing comes first, and reading before loading, which is compared with it."""
-        name, threads = "float8 file" if self.recipe else "16-bit file", READERS[self.device.type == "cuda"]
-        found = {
-            f"{name}: written": self.write,
-            f"{name}: read by one thread": lambda: self.read(1),
-            f"{name}: read by {threads} threads": lambda: self.read(threads),
+        name = "float8 file" if self.recipe else "16-bit file"
+        found: dict[str, Callable[[], Cells]] = {
+            "written": self.write,
+            "read by one thread": lambda: self.read(1),
+            "read by 4 threads": lambda: self.read(4),
         }
-        if self.device.type == "cuda" and self.recipe is not None:
-            locked = "page-locked memory"
-            found[f"{name}: read into {locked} by {threads} threads"] = lambda: self.read(threads, locked=True)
-            found[f"{name}: as many bytes from {locked} to the device"] = self.link
-            found[f"{name}: as many bytes allocated on the device"] = self.allocate
         if self.recipe is None:
-            return {**found, f"{name}: loaded with quant={_RECIPE!r}": lambda: self.load(self.load_quantized)}
+            found[f"loaded with quant={_RECIPE!r}"] = lambda: self.load(self.load_quantized)
+        else:
+            found |= self.parts() | self.loads()
+        return {f"{name}: {key}": task for key, task in found.items()}
+
+    def parts(self) -> dict[str, Callable[[], Cells]]:
+        """What loading is made of, part by part."""
+        found: dict[str, Callable[[], Cells]] = {}
+        if self.device.type == "cuda":
+            found |= {
+                "read into page-locked memory by 4 threads": lambda: self.read(4, locked=True),
+                "as many bytes from page-locked memory to the device": self.link,
+                "as many bytes allocated on the device": self.allocate,
+            }
+        found |= {
+            "header, names and scales read": lambda: self.timed(self.open),
+            "the module made": lambda: self.timed(lambda: check_loads(self.opened)),
+        }
+        for count in self.readers:
+            found[f"tensors filled by {_threads(count)}"] = lambda count=count: self.load(lambda: self.fill(count))
+        large = f"tensors filled by {_threads(READERS)}, {_LARGE / 2**20:g} MiB at a time"
+        return found | {large: lambda: self.load(lambda: self.fill(READERS, _LARGE))}
+
+    def loads(self) -> dict[str, Callable[[], Cells]]:
+        """The file loaded, and read by safetensors; from the disk too."""
+
+        def ours() -> MMDiT:
+            return load_mmdit(self.path, device=self.device)
+
         return {
-            **found,
-            f"{name}: loaded": lambda: self.load(lambda: load_mmdit(self.path, device=self.device)),
-            f"{name}: tensors read by safetensors": lambda: self.load(self.by_library),
+            "loaded": lambda: self.load(ours),
+            "loaded, threads take turns after 0.2 ms": lambda: self.load(partial(_with_short_turns, ours)),
+            "tensors read by safetensors": lambda: self.load(self.by_library),
+            "flushed to the disk": lambda: self.timed(self.flush),
+            "from the disk: read by 4 threads": lambda: self.read(4, cold=True),
+            "from the disk: loaded": lambda: self.load(ours, cold=True),
+            "from the disk: read by one thread": lambda: self.read(1, cold=True),
+            "from the disk: tensors read by safetensors": lambda: self.load(self.by_library, cold=True),
         }
 
     def write(self) -> Cells:
@@ -108,14 +154,24 @@ class _Bench:
         metadata = None if self.recipe is None else metadata_in(tensors, "comfyui")
         with self.path.open("wb") as file:
             stream_tensors(file, self.path, tensors if self.recipe is None else spelled(tensors, "comfyui"), metadata)
-            if self.cold:
-                file.flush()
-                os.fsync(file.fileno())
         return self.cells(time.perf_counter() - start)
 
-    def read(self, threads: int, *, locked: bool = False) -> Cells:
+    def flush(self) -> None:
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+    def timed(self, run: Callable[[], object]) -> Cells:
+        """A part that does not read the file's weights."""
+        start = time.perf_counter()
+        run()
+        return ["-", f"{time.perf_counter() - start:.2f}", *["-"] * (len(COLUMNS) - 3)]
+
+    def open(self) -> None:
+        self.opened = open_model(locate(self.path), "transformer")
+
+    def read(self, threads: int, *, locked: bool = False, cold: bool = False) -> Cells:
         """The whole file, a part by each thread, into a buffer of each that is used again."""
-        self.drop()
+        cached = self.drop(cold)
         size = self.path.stat().st_size
         parts = [(size * i // threads, size * (i + 1) // threads) for i in range(threads)]
         start = time.perf_counter()
@@ -123,14 +179,14 @@ class _Bench:
             list(pool.map(partial(self.read_part, locked=locked), parts))
         took = time.perf_counter() - start
         if not locked:
-            self.rate = max(self.rate, size / took)
-        return self.cells(took)
+            self.rates[cold] = max(self.rates[cold], size / took)
+        return self.cells(took, cached)
 
     def read_part(self, part: tuple[int, int], *, locked: bool) -> None:
         begin, end = part
-        buffer = memoryview(bytearray(STAGING))
+        buffer = memoryview(bytearray(PIECE))
         if locked:
-            into: Any = torch.empty(STAGING, dtype=torch.uint8, pin_memory=True).numpy()
+            into: Any = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True).numpy()
             buffer = memoryview(into)
         with self.path.open("rb", buffering=0) as file:
             file.seek(begin)
@@ -139,12 +195,12 @@ class _Bench:
 
     def link(self) -> Cells:
         """Copies of one buffer to the device."""
-        source = torch.empty(STAGING, dtype=torch.uint8, pin_memory=True)
+        source = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
         target = torch.empty_like(source, device=self.device)
         target.copy_(source)
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        for _ in range(self.path.stat().st_size // STAGING):
+        for _ in range(self.path.stat().st_size // PIECE):
             target.copy_(source, non_blocking=True)
         torch.cuda.synchronize(self.device)
         return self.cells(time.perf_counter() - start)
@@ -159,9 +215,16 @@ class _Bench:
         del filled
         return self.cells(took)
 
-    def load(self, load: Callable[[], Any]) -> Cells:
+    def fill(self, readers: int, size: int = PIECE) -> dict[str, Tensor]:
+        """All tensors of the file, as loading to a GPU reads them."""
+        wanted = read_header(self.path).stored()
+        with filled(wanted, self.device, readers=readers, size=size) as found:
+            pass
+        return found
+
+    def load(self, load: Callable[[], Any], *, cold: bool = False) -> Cells:
         """Seconds of loading, the peak of the device above what it held, and by how much RssAnon grew."""
-        self.drop()
+        cached = self.drop(cold)
         gc.collect()
         cuda = self.device.type == "cuda"
         if cuda:
@@ -177,7 +240,7 @@ class _Bench:
             took = time.perf_counter() - start
         result = weight_bytes(loaded) if isinstance(loaded, MMDiT) else sum(one.nbytes for one in loaded.values())
         peak = torch.cuda.max_memory_allocated(self.device) - before if cuda else 0
-        return self.cells(took, peak, result, grown[0])
+        return self.cells(took, cached, peak, result, grown[0], self.rates[cold])
 
     def load_quantized(self) -> MMDiT:
         """As a pipeline loads it with `quant=`."""
@@ -192,18 +255,59 @@ class _Bench:
             found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         return found if self.device.type == "cuda" else {key: one.clone() for key, one in found.items()}
 
-    def drop(self) -> None:
-        """Drop the file from the page cache, where that is asked for."""
-        if self.cold:
-            with self.path.open("rb") as file:
+    def drop(self, cold: bool) -> float | None:
+        """Drop the file from the page cache where it is to be read from the disk; returns what is in the cache then."""
+        with self.path.open("rb") as file:
+            if cold:
+                os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return in_page_cache(file.fileno())
 
-    def cells(self, took: float, peak: int = 0, result: int = 0, grown: int | None = None) -> Cells:
+    def cells(
+        self,
+        took: float,
+        cached: float | None = None,
+        peak: int = 0,
+        result: int = 0,
+        grown: int | None = None,
+        rate: float = 0.0,
+    ) -> Cells:
         size = self.path.stat().st_size
-        ratio = f"{size / took / self.rate:.2f}" if self.rate and result else "-"
+        share = "-" if cached is None else f"{100 * cached:.0f} %"
+        ratio = f"{size / took / rate:.2f}" if rate else "-"
         memory = [f"{peak / 1e9:.2f}" if peak else "-", f"{result / 1e9:.2f}" if result else "-"]
         above = f"{(peak - result) / 1e9:.2f}" if peak else "-"
-        return [f"{took:.2f}", f"{size / took / 1e9:.2f}", ratio, *memory, above, _gigabytes(grown)]
+        return [share, f"{took:.2f}", f"{size / took / 1e9:.2f}", ratio, *memory, above, _gigabytes(grown)]
+
+
+def in_page_cache(file: int, samples: int = 500) -> float | None:
+    """The share of an open file that can be read without a disk, by samples; None where the system does not say."""
+    size = os.fstat(file).st_size
+    if not hasattr(os, "RWF_NOWAIT") or not size:
+        return None
+    found = 0
+    for i in range(samples):
+        try:
+            found += bool(os.preadv(file, [bytearray(1)], size * i // samples, os.RWF_NOWAIT))
+        except BlockingIOError:
+            pass
+        except OSError:
+            return None
+    return found / samples
+
+
+def _with_short_turns(load: Callable[[], MMDiT]) -> MMDiT:
+    """Load while threads that run Python take turns more often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH)
+    try:
+        return load()
+    finally:
+        sys.setswitchinterval(before)
+
+
+def _threads(count: int) -> str:
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 def _gigabytes(size: int | None) -> str:
@@ -253,7 +357,7 @@ def anonymous_memory() -> Iterator[list[int | None]]:
     most = [before]
 
     def watch() -> None:
-        while not stop.wait(0.01):
+        while not stop.wait(0.03):
             most[0] = max(most[0], _rss_anon() or 0)
 
     watcher = threading.Thread(target=watch)

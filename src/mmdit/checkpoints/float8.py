@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from encoders.json_files import parse_json
-from mmdit.checkpoints.lazy import Codes, LazyTensor, agree
+from mmdit.checkpoints.lazy import AsStored, Codes, LazyTensor, agree
 from mmdit.checkpoints.recognise import UNUSED
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from quant.formats import FLOAT8
@@ -165,7 +165,7 @@ def _scaled(name: str, lazy: LazyTensor, said: Stored, kind: Kind | None) -> Laz
     def load(dtype: torch.dtype, device: torch.device) -> Tensor:
         return dequantize(lazy.read(device=device), said.scale.to(device), name, dtype)
 
-    codes = Codes(lazy.shape, partial(_stored, lazy), said.scale, said.input_scale, said.recipe)
+    codes = Codes(lazy.shape, AsStored(lazy), said.scale, said.input_scale, said.recipe)
     codes = codes if kind is None else replace(codes, logical=kind.dtype)
     return LazyTensor(lazy.shape, lazy.dtype, load, codes)
 
@@ -175,8 +175,4 @@ def _plain(name: str, lazy: LazyTensor) -> LazyTensor:
         return lazy
     one = torch.ones(())
     recipe = recipe_of(lazy.dtype, one, name, static=False)
-    return replace(lazy, codes=Codes(lazy.shape, partial(_stored, lazy), one, None, recipe, plain=True))
-
-
-def _stored(lazy: LazyTensor, device: torch.device) -> Tensor:
-    return lazy.read(device=device)
+    return replace(lazy, codes=Codes(lazy.shape, AsStored(lazy), one, None, recipe, plain=True))

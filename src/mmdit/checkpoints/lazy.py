@@ -80,6 +80,17 @@ def _common(dtypes: set[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, wide) if wide else min(dtypes, key=str)
 
 
+@dataclass(frozen=True)
+class AsStored:
+    """Reads a stored tensor without a cast, as float8 codes are read."""
+
+    lazy: LazyTensor
+
+    def __call__(self, device: torch.device) -> Tensor:
+        """The values on a device."""
+        return self.lazy.read(device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class Codes:
     """The parts of a float8 tensor of at least two dimensions, [..., out, in]."""
@@ -102,8 +113,12 @@ class Codes:
         codes = self.load(device if has_float8(device) else torch.device("cpu"))
         if not has_float8(device):
             codes = codes.view(torch.uint8).to(device)
-        input_scale = None if self.input_scale is None else self.input_scale.to(device)
-        return Float8Tensor(codes, self.scale.to(device), input_scale, self.recipe, dtype)
+        return self.around(codes, dtype)
+
+    def around(self, codes: Tensor, dtype: torch.dtype) -> Float8Tensor:
+        """The weight of these codes, which have been read, with `dtype` as its logical dtype."""
+        input_scale = None if self.input_scale is None else self.input_scale.to(codes.device)
+        return Float8Tensor(codes, self.scale.to(codes.device), input_scale, self.recipe, dtype)
 
     @classmethod
     def of(cls, tensor: Float8Tensor) -> Self:

@@ -24,11 +24,12 @@ from mmdit.checkpoints.files import is_file
 from mmdit.checkpoints.float8 import Float8, absorb_scales, disagreeing
 from mmdit.checkpoints.hub import fetch_control, is_repo_id
 from mmdit.checkpoints.keymaps import some
-from mmdit.checkpoints.lazy import LazyTensor
+from mmdit.checkpoints.lazy import AsStored, LazyTensor
 from mmdit.checkpoints.locate import Found, ambiguous, locate, open_weights
 from mmdit.checkpoints.missing import absent
 from mmdit.checkpoints.recognise import looks_like, split, unwrapped
-from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.checkpoints.safetensors_io import CheckpointError, FileTensor
+from mmdit.checkpoints.staging import filled
 from mmdit.models.controlnet import CONTROL_KINDS, ControlKind, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.utils import is_out_of_memory
@@ -41,6 +42,7 @@ from samplers import pick
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
 READERS = (2, 4)  # tensors read at a time, to a CPU and to a GPU
+_IN_PIECES = ("cuda",)  # devices to which files are read in large pieces
 _ONE_AT_A_TIME = Lock()  # held by a thread that has a weight in 16 bits, to quantize it
 
 
@@ -299,10 +301,12 @@ def build(
     codes = {key for key in linears if stored.tensors[key].codes is not None and float8 == "keep"}
     rounded = () if recipe is None or codes else [key for key, name in linears.items() if not is_kept(name)]
     how = _How(device, dtype, codes, recipe, frozenset(rounded))
-    with ThreadPoolExecutor(READERS[device.type == "cuda"]) as pool:  # one waits for the disk, others cast or copy
-        read = pool.map(lambda key: _read(stored, key, how), stored.tensors)
-        state = dict(zip(stored.tensors, read, strict=True))
-    model.load_state_dict(state, strict=True, assign=True)
+    with _said(stored, how), filled(_as_they_are(stored, how), device) as there:
+        state = {key: _around(stored.tensors[key], values, how, key) for key, values in there.items()}
+        others = [key for key in stored.tensors if key not in there]
+        with ThreadPoolExecutor(READERS[device.type == "cuda"]) as pool:  # one waits for the disk, others cast or copy
+            state |= zip(others, pool.map(lambda key: _read(stored, key, how), others), strict=True)
+        model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -383,22 +387,51 @@ class _How(NamedTuple):
     rounded: Collection[str]  # weights that are quantized to the recipe
 
 
-def _read(stored: StoredModel, key: str, how: _How) -> Tensor:
-    lazy, device, dtype = stored.tensors[key], how.device, how.dtype
+def _as_they_are(stored: StoredModel, how: _How) -> dict[str, FileTensor]:
+    """The tensors that are on a GPU what they are in the file."""
+    found = {}
+    for key, lazy in stored.tensors.items() if how.device.type in _IN_PIECES else ():
+        load, dtype = lazy.load, how.dtype
+        if key in how.codes and lazy.codes is not None:
+            if not isinstance(lazy.codes.load, AsStored):
+                continue
+            load, dtype = lazy.codes.load.lazy.load, lazy.codes.dtype
+        if not isinstance(load, FileTensor) or key in how.rounded:
+            continue
+        if (load.entry.dtype, load.entry.shape) == (dtype, lazy.shape):
+            found[key] = load
+    return found
+
+
+def _around(lazy: LazyTensor, values: Tensor, how: _How, key: str) -> Tensor:
+    """The weight of these values, which may come later."""
+    if key not in how.codes or lazy.codes is None:
+        return values
+    return nn.Parameter(lazy.codes.around(values, how.dtype), requires_grad=False)
+
+
+@contextmanager
+def _said(stored: StoredModel, how: _How) -> Iterator[None]:
+    """Say what a model takes where the device has too little memory for it."""
     try:
-        if lazy.codes is not None and key in how.codes:
-            return nn.Parameter(lazy.codes.read(dtype, device), requires_grad=False)
-        if how.recipe is not None and key in how.rounded:
-            with _ONE_AT_A_TIME:
-                return nn.Parameter(_quantized(stored, key, lazy.read(dtype, device), how.recipe), requires_grad=False)
-        return lazy.read(dtype, device)
+        yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
         raise MemoryError(
-            f"out of memory on {device} while loading the {stored.kind.title} of {stored.source}: it takes "
+            f"out of memory on {how.device} while loading the {stored.kind.title} of {stored.source}: it takes "
             f"{_size(stored, how)} in all. Use a smaller dtype (dtype=torch.bfloat16), quant= or another device"
         ) from error
+
+
+def _read(stored: StoredModel, key: str, how: _How) -> Tensor:
+    lazy, device, dtype = stored.tensors[key], how.device, how.dtype
+    if lazy.codes is not None and key in how.codes:
+        return nn.Parameter(lazy.codes.read(dtype, device), requires_grad=False)
+    if how.recipe is not None and key in how.rounded:
+        with _ONE_AT_A_TIME:
+            return nn.Parameter(_quantized(stored, key, lazy.read(dtype, device), how.recipe), requires_grad=False)
+    return lazy.read(dtype, device)
 
 
 def _quantized(stored: StoredModel, key: str, values: Tensor, recipe: Recipe) -> Tensor:

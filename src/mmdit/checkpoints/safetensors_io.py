@@ -5,8 +5,7 @@ What the safetensors library would do, and why it is done here instead:
 - Headers: the library accepts duplicate keys and does not explain a broken download.
 - Reading: the library maps the file, and a mapped file that is cut short while it is read kills the process; here that
   is an error. Tensors are read directly into their final memory by several threads, which was quicker into
-  the host's memory in every row of the table in README.md and took no more of it; to a GPU they go through page-locked
-  buffers, which was slower than the library there.
+  the host's memory in every row of the table in README.md and took no more of it; for a GPU see staging.py.
 - Writing: the library wants all tensors at once; here one tensor at a time is in memory.
 
 Format: https://github.com/huggingface/safetensors#format
@@ -112,7 +111,11 @@ class Header:
 
     def tensors(self) -> dict[str, LazyTensor]:
         """The tensors of the file, which are read on demand."""
-        return {key: _lazy(self, entry) for key, entry in self.entries.items()}
+        return {key: LazyTensor(one.entry.shape, one.entry.dtype, one) for key, one in self.stored().items()}
+
+    def stored(self) -> dict[str, FileTensor]:
+        """The tensors of the file, each a function that reads it."""
+        return {key: FileTensor(self, entry) for key, entry in self.entries.items()}
 
 
 def read_header(path: str | Path) -> Header:
@@ -123,7 +126,7 @@ def read_header(path: str | Path) -> Header:
         CheckpointError: it is not a safetensors file, is truncated, or its header contradicts itself.
     """
     path = Path(path)
-    with _opened(path) as file:
+    with opened(path) as file:
         identity = Identity.of(file)
         text = _header_text(path, file, identity.size)
     header, metadata = _parsed(path, text)
@@ -201,7 +204,7 @@ def stream_tensors(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int]:
+def opened(path: Path) -> Iterator[int]:
     """Open a regular file for reading, as a descriptor; pipes and folders are refused."""
     # O_NONBLOCK keeps a pipe from waiting for its writer; it has no effect on regular files.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -239,7 +242,7 @@ def _header_text(path: Path, file: int, size: int) -> bytes:
         )
     text = bytearray(length)
     os.lseek(file, 8, os.SEEK_SET)
-    _read_into(path, file, memoryview(text))
+    read_into(path, file, memoryview(text))
     return bytes(text)
 
 
@@ -314,23 +317,33 @@ def _check_offsets(path: Path, entries: Mapping[str, Entry], start: int, size: i
         raise CheckpointError(f"{path}: {size - end} bytes follow the last tensor; the file was written wrongly")
 
 
-def _lazy(header: Header, entry: Entry) -> LazyTensor:
-    def load(dtype: torch.dtype, device: torch.device) -> Tensor:
-        with _opened(header.path) as file:
-            _check_same(header, file)
+@dataclass(frozen=True)
+class FileTensor:
+    """Reads one tensor of a file, as it is or cast."""
+
+    header: Header
+    entry: Entry
+
+    def __call__(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The values in a dtype on a device.
+
+        Raises:
+            CheckpointError: the file has been replaced or changed since its header was read, or it ends too early.
+        """
+        header, entry = self.header, self.entry
+        with opened(header.path) as file:
+            check_same(header, file)
             os.lseek(file, entry.start, os.SEEK_SET)
             tensor = torch.empty(entry.shape, dtype=dtype, device=device)
             if dtype == entry.dtype and device.type == "cpu":
-                _read_into(header.path, file, _bytes(tensor))
+                read_into(header.path, file, _bytes(tensor))
             else:
                 _fill_through_staging(header.path, file, tensor, entry.dtype)
-            _check_same(header, file)
+            check_same(header, file)
         return tensor
 
-    return LazyTensor(entry.shape, entry.dtype, load)
 
-
-def _check_same(header: Header, file: int) -> None:
+def check_same(header: Header, file: int) -> None:
     """Raise CheckpointError where the file has been replaced or changed since its header was read."""
     if Identity.of(file) != header.identity:
         raise CheckpointError(
@@ -345,7 +358,7 @@ def _fill_through_staging(path: Path, file: int, tensor: Tensor, stored: torch.d
     for i, begin in enumerate(range(0, flat.numel(), size)):
         target = flat[begin : begin + size]
         piece = staging.free(i)[: len(target) * stored.itemsize].view(stored)
-        _read_into(path, file, _bytes(piece))
+        read_into(path, file, _bytes(piece))
         staging.copy(i, piece, target)
     staging.wait()
 
@@ -397,7 +410,7 @@ class _Staging:
             copied.synchronize()
 
 
-def _read_into(path: Path, file: int, rest: memoryview) -> None:
+def read_into(path: Path, file: int, rest: memoryview) -> None:
     """Fill a buffer with the next bytes of a file."""
     while len(rest):
         done = os.readv(file, [rest]) if hasattr(os, "readv") else _read_once(file, rest)

@@ -142,10 +142,11 @@ def _loading(parser: argparse.ArgumentParser) -> None:
     _add_device(parser, DTYPES, "bfloat16")
     add_option = parser.add_argument
     add_option("--blocks", type=int, metavar="N", help="write so many blocks only (default: all)")
-    add_option("--cold", action="store_true", help="drop files from the page cache before they are read")
+    readers = "numbers of threads that fill the tensors, a row for each (default: 1 2 4 8)"
+    add_option("--readers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help=readers)
     add_option("--folder", metavar="FOLDER", help="where to write (default: the system's temporary folder)")
     said = "start no further row after so many seconds (default: %(default)s)"
-    add_option("--seconds", type=float, default=75.0, metavar="X", help=said)
+    add_option("--seconds", type=float, default=80.0, metavar="X", help=said)
 
 
 def _add_seconds(parser: argparse.ArgumentParser) -> None:

@@ -117,11 +117,12 @@ def _loading(options: Namespace, note: Note) -> Iterator[str]:
     with usage_errors():
         check_names((options.model,), MODELS)
         blocks = None if options.blocks is None else whole("--blocks", options.blocks, 1)
+        readers = [whole("--readers", count, 1) for count in options.readers]
     folder, rows = None if options.folder is None else Path(options.folder), []
-    more: dict[str, Any] = {"cold": options.cold, "folder": folder, "seconds": options.seconds}
+    more: dict[str, Any] = {"readers": readers, "folder": folder, "seconds": options.seconds}
     for row in bench_loading.loading(options.model, blocks=blocks, **more, **_where(options)):
         rows.append(row)
-        note(f"{row[0]}: {row[1]} s")
+        note(f"{row[0]}: {row[2]} s")
     yield "\n".join(markdown_table(bench_loading.COLUMNS, rows))
 
 

@@ -271,10 +271,12 @@ def test_loading_is_measured_and_results_are_as_large_as_files(monkeypatch, tmp_
     tiny = MMDiTConfig(2, 64, 48, 24, 8, head_dim=16, sample_size=4)
     monkeypatch.setitem(MODELS, "demo", tiny)
     monkeypatch.setattr("mmdit.bench.loading.load_mmdit", partial(warmed, load_mmdit))
-    assert main(["bench", "loading", "--model", "demo", "--device", "cpu", "--folder", str(tmp_path)]) == 0
+    options = ["--readers", "1", "3", "--device", "cpu", "--folder", str(tmp_path)]
+    assert main(["bench", "loading", "--model", "demo", *options]) == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0].split(": ")[1].split()[0] for row in rows] == [
-        *("written", "read", "read", "loaded", "tensors"),
+        *("written", "read", "read", "header,", "the", "tensors", "tensors", "tensors", "loaded", "loaded,", "tensors"),
+        *("flushed", "from", "from", "from", "from"),
         *("written", "read", "read", "loaded"),
     ]
     assert not [row for row in rows if "failed" in row[1]]

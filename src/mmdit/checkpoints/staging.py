@@ -1,0 +1,203 @@
+"""Tensors of files read to a GPU in large pieces, each of which is read once and copied to all tensors that it holds.
+
+A file is read by several threads. Each has two buffers in page-locked memory and a stream of its own: while one buffer is
+copied to the GPU, the other one is filled. What a piece costs beside reading is a few calls, whatever it holds, because
+only one thread at a time runs Python.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Event
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmdit.checkpoints.safetensors_io import FileTensor, Header, check_same, opened, read_into
+
+READERS = 4  # threads
+PIECE = 8 * 2**20  # bytes of a buffer
+
+
+class Part(NamedTuple):
+    """Bytes of a tensor that a piece holds: `size` of them, from `begin` in the tensor and from `offset` in the piece."""
+
+    key: str
+    begin: int
+    offset: int
+    size: int
+
+
+@dataclass
+class Piece:
+    """Bytes of a file, from `start` up to `stop`, and the parts of tensors that they are."""
+
+    header: Header
+    start: int
+    stop: int
+    parts: list[Part] = field(default_factory=list)
+
+
+def pieces(wanted: Mapping[str, FileTensor], size: int = PIECE) -> list[Piece]:
+    """Pieces of at most `size` bytes that hold these tensors and nothing else, in the order of the files."""
+    found: list[Piece] = []
+    for key, tensor in sorted(wanted.items(), key=lambda item: (item[1].header.path, item[1].entry.start)):
+        header, (_, _, at, stop) = tensor.header, tensor.entry
+        while at < stop:
+            piece = found[-1] if found else None
+            if piece is None or piece.header is not header or piece.stop != at or piece.stop - piece.start >= size:
+                piece = Piece(header, at, at)
+                found.append(piece)
+            offset = at - piece.start
+            taken = min(stop - at, size - offset)
+            piece.parts.append(Part(key, at - tensor.entry.start, offset, taken))
+            at = piece.stop = at + taken
+    return found
+
+
+@contextmanager
+def filled(
+    wanted: Mapping[str, FileTensor],
+    device: torch.device,
+    *,
+    readers: int = READERS,
+    size: int = PIECE,
+) -> Iterator[dict[str, Tensor]]:
+    """Tensors of files on a device in their stored dtypes. Inside they are being filled; afterwards they are filled.
+
+    Args:
+        wanted: the tensors to read, by any names.
+        device: where they are to be; a CPU is for tests.
+        readers: threads.
+        size: bytes of a buffer; each thread has two.
+
+    Raises:
+        CheckpointError: a file has been replaced or changed since its header was read, or it ends too early.
+        RuntimeError: the device has too little memory.
+    """
+    with torch.inference_mode(False):  # other threads write to them
+        found = {key: torch.empty(one.entry.shape, dtype=one.entry.dtype, device=device) for key, one in wanted.items()}
+        targets = {key: tensor.detach().view(-1).view(torch.uint8) for key, tensor in found.items() if tensor.numel()}
+    work: SimpleQueue[Piece] = SimpleQueue()
+    for piece in pieces(wanted, size):
+        work.put(piece)
+    if work.empty():
+        yield found
+        return
+    ready = None
+    if device.type == "cuda":
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(device))  # what used the tensors' memory before is done then
+    stop = Event()
+    with ThreadPoolExecutor(readers) as pool:
+        try:
+            running = [pool.submit(_read, work, targets, device, size, ready, stop) for _ in range(readers)]
+            yield found
+            for one in running:
+                one.result()
+        finally:
+            stop.set()  # where anything has failed, the other threads end
+
+
+def _read(
+    work: SimpleQueue[Piece],
+    targets: Mapping[str, Tensor],
+    device: torch.device,
+    size: int,
+    ready: torch.cuda.Event | None,
+    stop: Event,
+) -> None:
+    """Read pieces and copy them to their tensors, until there are none left or somebody says to stop."""
+    buffers = _Buffers(device, size, ready)
+    try:
+        with ExitStack() as stack, buffers.copying():
+            files = _Files(stack)
+            for i in count():
+                piece = None if stop.is_set() else _next(work)
+                if piece is None:
+                    break
+                memory = buffers.free(i)
+                files.read(piece, memory)
+                buffers.copy(i, piece.parts, targets)
+            files.check()
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        buffers.wait()
+
+
+def _next(work: SimpleQueue[Piece]) -> Piece | None:
+    try:
+        return work.get_nowait()
+    except Empty:
+        return None
+
+
+@dataclass
+class _Files:
+    """The files that a thread has open."""
+
+    stack: ExitStack
+    open: dict[Path, tuple[Header, int]] = field(default_factory=dict)
+
+    def read(self, piece: Piece, memory: memoryview) -> None:
+        path = piece.header.path
+        if path not in self.open:
+            file = self.stack.enter_context(opened(path))
+            check_same(piece.header, file)
+            self.open[path] = piece.header, file
+        _, file = self.open[path]
+        os.lseek(file, piece.start, os.SEEK_SET)
+        read_into(path, file, memory[: piece.stop - piece.start])
+
+    def check(self) -> None:
+        """Raise CheckpointError where a file was changed meanwhile."""
+        for header, file in self.open.values():
+            check_same(header, file)
+
+
+class _Buffers:
+    """A thread's two buffers, whose copies to the device are waited for before a buffer is used again."""
+
+    def __init__(self, device: torch.device, size: int, ready: torch.cuda.Event | None) -> None:
+        on_gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self.memory = [memoryview(buffer.numpy()) for buffer in self.buffers]
+        self.copied: list[torch.cuda.Event | None] = [None, None]
+        if self.stream is not None and ready is not None:
+            self.stream.wait_event(ready)
+
+    def copying(self) -> torch.cuda.StreamContext | nullcontext[None]:
+        """Inside, this thread's copies are on its stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def free(self, i: int) -> memoryview:
+        """The buffer of the i-th piece, once what it held is copied."""
+        event = self.copied[i % 2]
+        if event is not None:
+            event.synchronize()
+        return self.memory[i % 2]
+
+    def copy(self, i: int, parts: Sequence[Part], targets: Mapping[str, Tensor]) -> None:
+        """Copy the i-th piece to its tensors."""
+        buffer = self.buffers[i % 2]
+        for key, begin, offset, size in parts:
+            targets[key][begin : begin + size].copy_(buffer[offset : offset + size], non_blocking=True)
+        if self.stream is not None:
+            event = self.copied[i % 2] = self.copied[i % 2] or torch.cuda.Event()
+            event.record(self.stream)
+
+    def wait(self) -> None:
+        """Until all copies are done."""
+        if self.stream is not None:
+            self.stream.synchronize()
