@@ -1,8 +1,8 @@
 """Tensors of files read to a GPU in large pieces, each of which is read once and copied to all tensors that it holds.
 
-A file is read by several threads. Each has two buffers in page-locked memory and a stream of its own: while one buffer is
-copied to the GPU, the other one is filled. What a piece costs beside reading is a few calls, whatever it holds, because
-only one thread at a time runs Python.
+A file is read by several threads. Each has two buffers in page-locked memory and a stream of its own: while one buffer
+is copied to the GPU, the other one is filled. Only one thread at a time runs Python, so that a piece costs few calls
+beside reading, and no thread waits for what another one copies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ PIECE = 8 * 2**20  # bytes of a buffer
 
 
 class Part(NamedTuple):
-    """Bytes of a tensor that a piece holds: `size` of them, from `begin` in the tensor and from `offset` in the piece."""
+    """Bytes of a tensor in a piece: `size` of them, from `begin` in the tensor and from `offset` in the piece."""
 
     key: str
     begin: int
@@ -172,7 +172,8 @@ class _Buffers:
         on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
-        self.memory = [memoryview(buffer.numpy()) for buffer in self.buffers]
+        arrays: list[Any] = [buffer.numpy() for buffer in self.buffers]
+        self.memory = [memoryview(array) for array in arrays]
         self.copied: list[torch.cuda.Event | None] = [None, None]
         if self.stream is not None and ready is not None:
             self.stream.wait_event(ready)

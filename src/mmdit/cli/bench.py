@@ -198,7 +198,10 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     say("--budgets", nargs="+", default=["8GB", "6GB", "4GB", "12GB", "16GB", "24GB"], metavar="SIZE", help=budgets)
     say("--steps", type=int, default=20, metavar="N", help=_STEPS)
     say("--size", type=int, metavar="PIXELS", help=_SIZE)
-    say("--fast", action="store_true", help="draw with the accelerated forward")
+    run = "run only so many steps of each picture, and count the others as long as these (default: all)"
+    say("--run-steps", type=int, metavar="N", help=run)
+    fast = "draw with the accelerated forward; 'too' draws with the plain one first, and accelerated with float8 only"
+    say("--fast", nargs="?", const="only", choices=("only", "too"), help=fast)
     seconds = "start no row after so many seconds (default: %(default)s)"
     say("--seconds", type=float, default=240.0, metavar="X", help=seconds)
     _add_device(parser, DTYPES, "bfloat16")

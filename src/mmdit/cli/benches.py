@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -345,25 +346,29 @@ def _training(options: Namespace, note: Note) -> Iterator[str]:
 
 def _memory(options: Namespace, note: Note) -> Iterator[str | int]:
     steps = whole("--steps", options.steps, 1)
-    rows = []
+    run = steps if options.run_steps is None else min(steps, whole("--run-steps", options.run_steps, 2))
+    fast = {None: (False,), "only": (True,), "too": (False, True)}[options.fast]
+    rows, start = [], time.monotonic()
     with usage_errors():
         check_names(options.models, MODELS)
         check_names([name for name in options.quant if name != "16"], RECIPES)
         for size in options.budgets:
             if size != bench_memory.STAGES:
                 parse_bytes(size, "--budgets")
+    if run < steps:
+        note(f"{run} of {steps} steps are run; seconds count the others as long as those after the first one")
     for row in bench_memory.budgets(
         options.models,
         options.quant,
         options.budgets,
-        steps=steps,
-        size=options.size,
-        fast=options.fast,
+        bench_memory.Picture(steps, run, options.size),
+        fast=fast,
         seconds=options.seconds,
         **_where(options),
     ):
         rows.append(row)
-        note(f"{row.model} {row.recipe} {row.budget}: {row.failed or f'{row.seconds:.2f} s'}")
+        said = row.failed or f"{row.seconds:.2f} s, peak {row.peak_gb + row.outside_gb:.2f} GB"
+        note(f"{time.monotonic() - start:.0f} s: {row.name} {row.recipe} {row.budget}: {said}")
     yield bench_memory.table(rows)
 
 

@@ -40,6 +40,8 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
         pages = _Pages(-1, max(size, 1))
     else:
         pages = _Pages(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(AttributeError, OSError):  # large pages are made and pinned sooner, where the system has them
+        pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8, count=max(size, 1))[:size]
     if pinned and size:
         code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from encoders.vae import VAEConfig
 from full import in_full
 from half_units import pretend_half
-from mmdit import ControlNet, MMDiT, Pipeline, load_mmdit
+from mmdit import ControlNet, MMDiT, Pipeline
 from mmdit.bench import controlnet, memory, picture, step, training
 from mmdit.bench.floor import floor_of
 from mmdit.bench.layers import shapes_of
@@ -21,7 +20,6 @@ from mmdit.bench.step import Work, bench, table
 from mmdit.bench.ways import table as ways_table
 from mmdit.bench.ways import ways
 from mmdit.cli.app import main
-from mmdit.embedded import EMBEDDED
 from mmdit.models.config import MMDiTConfig
 from mmdit.utils import weight_bytes
 from quant import quantize_
@@ -225,7 +223,7 @@ def test_every_bench_goes_on_after_any_failure(demo, error, monkeypatch):
     monkeypatch.setattr(picture, "_drawn", fails)
     drawn = list(picture.pictures("demo", (), compiled=False, device="cpu", dtype=torch.float32))
     monkeypatch.setattr(memory, "_bytes_of", fails)
-    budget, _ = memory._row(demo, "demo", "16", "8GB", 1, 64, False)
+    budget, _ = memory._row(demo, "demo", "16", "8GB", memory.Picture(1, 1, 64), False)
     for said in (row[1], drawn[0].failed, budget.failed):
         assert type(error).__name__ in said
 
@@ -270,10 +268,10 @@ def test_a_bench_names_recipes():
 def test_loading_is_measured_and_results_are_as_large_as_files(monkeypatch, tmp_path, capsys):
     tiny = MMDiTConfig(2, 64, 48, 24, 8, head_dim=16, sample_size=4)
     monkeypatch.setitem(MODELS, "demo", tiny)
-    monkeypatch.setattr("mmdit.bench.loading.load_mmdit", partial(warmed, load_mmdit))
+    monkeypatch.setattr("mmdit.bench.loading._warmed", lambda device, dtype: 0.0)
     options = ["--readers", "1", "3", "--device", "cpu", "--folder", str(tmp_path)]
     assert main(["bench", "loading", "--model", "demo", *options]) == 0
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[2:]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()[3:]]
     assert [row[0].split(": ")[1].split()[0] for row in rows] == [
         *("written", "read", "read", "header,", "the", "tensors", "tensors", "tensors", "loaded", "loaded,", "tensors"),
         *("flushed", "from", "from", "from", "from"),
@@ -281,7 +279,3 @@ def test_loading_is_measured_and_results_are_as_large_as_files(monkeypatch, tmp_
     ]
     assert not [row for row in rows if "failed" in row[1]]
     assert not list(tmp_path.iterdir())
-
-
-def warmed(load, path, **options):
-    return None if path == EMBEDDED else load(path, **options)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mmdit.checkpoints.load import StoredModel, build, model_in_memory, open_mod
 from mmdit.checkpoints.load_pipeline import load as load_parts
 from mmdit.checkpoints.locate import locate
 from mmdit.checkpoints.safetensors_io import CheckpointError
+from mmdit.checkpoints.staging import filled
 from mmdit.embedded import EMBEDDED
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
@@ -188,6 +190,7 @@ def test_pieces_change_nothing(monkeypatch):
 def test_a_gpu_gets_what_a_cpu_gets(monkeypatch, dtype, recipe):
     """Through staging buffers so small that every tensor takes many pieces, by four threads, twice."""
     monkeypatch.setattr(safetensors_io, "STAGING", 8192)
+    monkeypatch.setattr(load, "filled", partial(filled, size=8192))
     stored = open_model(locate(EMBEDDED), "transformer")
     how = None if recipe is None else RECIPES[recipe]
     wanted = build(stored, "cpu", dtype, recipe=how).state_dict()

@@ -116,9 +116,41 @@ def test_a_model_read_in_pieces_is_the_model(tmp_path, monkeypatch, how):
     wanted = build(stored, "cpu", dtype, recipe=recipe).state_dict()
     taken = []
     monkeypatch.setattr(load, "_IN_PIECES", ("cpu",))
-    monkeypatch.setattr(load, "filled", lambda tensors, device: (taken.append(set(tensors)), filled(tensors, device))[1])
+    monkeypatch.setattr(load, "filled", lambda tensors, device: taken.append(set(tensors)) or filled(tensors, device))
     found = build(stored, "cpu", dtype, recipe=recipe).state_dict()
     assert list(found) == list(wanted)
     assert all(type(one) is type(wanted[key]) and torch.equal(one, wanted[key]) for key, one in found.items())
     linears = {key for key, one in wanted.items() if hasattr(one, "qdata")}
-    assert taken == [{"codes": set(wanted), "quantized": wanted.keys() - linears, "as it is": set(wanted)}.get(how, set())]
+    assert taken == [{"cast": set(), "quantized": wanted.keys() - linears}.get(how, set(wanted))]
+
+
+def test_a_buffer_is_used_again_once_it_is_copied(monkeypatch):
+    """On a CPU that is treated as a GPU: an event for each buffer, which is waited for."""
+    said = []
+
+    class Stream:
+        def __init__(self, device):
+            pass
+
+        def synchronize(self):
+            said.append("all")
+
+    class Event:
+        def record(self, stream):
+            said.append("recorded")
+
+        def synchronize(self):
+            said.append("waited for")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more))
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    buffers = staging._Buffers(torch.device("cuda"), 4, None)
+    target = torch.zeros(12, dtype=torch.uint8)
+    for i in range(3):
+        buffers.free(i)[:] = bytes([i] * 4)
+        buffers.copy(i, [staging.Part("a", 4 * i, 0, 4)], {"a": target})
+    buffers.wait()
+    assert target.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert said == ["recorded", "recorded", "waited for", "recorded", "all"]
