@@ -143,7 +143,7 @@ def test_a_buffer_is_used_again_once_it_is_copied(monkeypatch):
             said.append("waited for")
 
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more))
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     buffers = staging._Buffers(torch.device("cuda"), 4, None)
