@@ -15,7 +15,9 @@ from mmdit.runtime.compiled import PARALLEL
 from mmdit.runtime.lifeline import RanksDifferError
 from mmdit.runtime.mesh import Layout, layout_of
 from mmdit.runtime.parallel import Parallel
+from mmdit.runtime.peers import EXCHANGES, Exchange
 from quant.tensor import Float8Tensor
+from samplers.names import pick
 
 
 def parallelize(
@@ -23,6 +25,7 @@ def parallelize(
     cfg: int | Literal["auto"] = "auto",
     sequence: int | None = None,
     *,
+    exchange: Exchange = "auto",
     timeout: float = 600.0,
 ) -> Parallel:
     """Draw on several GPUs from now on: every process of a `torchrun` calls this, and then draws the same pictures.
@@ -46,7 +49,10 @@ def parallelize(
             processes is even, else 1.
         sequence: the number of ranks that share the tokens of a branch, at most the number of attention heads; None is
             what `cfg` leaves of the processes.
-        timeout: seconds after which an exchange that never ends is an error.
+        exchange: how the ranks of a sequence exchange tokens for heads in fast forwards. "peers" stores into the memory
+            of the other GPUs of the host; "nccl" uses a collective; "auto" takes peers where they work, and its choice
+            is in the result's `exchange`.
+        timeout: seconds after which a collective that never ends is an error.
 
     Returns:
         The mesh and this rank's place in it. `close` leaves it at the end; the end of the program does so too.
@@ -54,18 +60,20 @@ def parallelize(
     Raises:
         ValueError: the mesh does not fit the processes, the model or the GPUs; the processes were not started by
             torchrun; or the pipeline is parallel already.
+        RuntimeError: exchange="peers" is not possible here.
         mmdit.RanksDifferError: the ranks have different models, devices or layouts.
     """
     if pipe.parallel is not None:
         raise ValueError("the pipeline is parallel already; call pipe.parallel.close() on every rank first")
     if pipe.memory_plan is not None:
         raise ValueError("memory= plans for the branches and tokens of one device; load without memory to parallelize")
+    pick({name: name for name in EXCHANGES}, exchange, "exchange")
     mesh.start(pipe.device, timedelta(seconds=timeout))
-    _check_alike(pipe, cfg, sequence)
+    _check_alike(pipe, cfg, sequence, exchange)
     guided = pipe.profile.reads_negative(pipe.profile.guidance_scale)
     world = torch.distributed.get_world_size()
     layout = layout_of(world, cfg, sequence, guided=guided, heads=pipe.transformer.config.heads)
-    pipe.parallel = PipelineParallel(pipe, layout)
+    pipe.parallel = PipelineParallel(pipe, layout, exchange)
     if pipe.accelerated is not None:
         pipe.accelerated.share(pipe.parallel.sequence)
     return pipe.parallel
@@ -74,8 +82,8 @@ def parallelize(
 class PipelineParallel(Parallel):
     """The parallel run of a pipeline, which draws alone again after `close`."""
 
-    def __init__(self, pipe: PipelineModels, layout: Layout) -> None:
-        super().__init__(layout, pipe.device)
+    def __init__(self, pipe: PipelineModels, layout: Layout, exchange: Exchange) -> None:
+        super().__init__(layout, pipe.device, exchange)
         self.pipe = pipe
         PARALLEL.add(pipe.transformer)
 
@@ -89,12 +97,13 @@ class PipelineParallel(Parallel):
                 self.pipe.accelerated.share(None)
 
 
-def _check_alike(pipe: PipelineModels, cfg: object, sequence: object) -> None:
+def _check_alike(pipe: PipelineModels, cfg: object, sequence: object, exchange: object) -> None:
     """Raise RanksDifferError where the ranks could not draw one picture together."""
     recipes = sorted({repr(one.recipe) for one in pipe.transformer.parameters() if isinstance(one, Float8Tensor)})
     facts: dict[str, object] = {
         "cfg": cfg,
         "sequence": sequence,
+        "exchange": exchange,
         "the transformer's config": repr(pipe.transformer.config),
         "dtype": str(pipe.dtype),
         "float8 recipes": recipes,

@@ -94,18 +94,18 @@ class FastMMDiT:
         """
         model, sides = self.model, latent.shape[2:]
         image = model.x_embedder(latent) + model.cropped_pos_embed(*sides)
-        part, attention = None, self.attention
+        part, kernels, attention = None, self.kernels, self.attention
         if self.sequence is not None:
             part = self.sequence.part(image.shape[1])
             image, tokens = part.own(image), part.own_text(tokens)
-            attention = part.attention(attention)
+            kernels, attention = part.exchanging(kernels, attention, image, model.config.heads)
         rows = Rows(len(latent), tokens.shape[1], image.shape[1])
         x = torch.cat([tokens.flatten(0, 1), image.flatten(0, 1)])
         updates: list[Update] = []
         for i, block in enumerate(self.blocks):
             if i not in skip_layers:
                 arrive(block.block)
-                rows, x, updates = block(x, rows, vectors, updates, self.kernels, attention)
+                rows, x, updates = block(x, rows, vectors, updates, kernels, attention)
             if control is not None and (residual := control[i]) is not None:
                 x[rows.split :].add_(residual.flatten(0, 1))
         x, updates, rows = _image_of(x, updates, rows)

@@ -403,10 +403,17 @@ def _pack(
     inside = there[:, None] & (lane < head_dim)
     value = tl.load(qkv + unit.to(tl.int64)[:, None] * head_dim + lane, mask=inside, other=0.0)
     if normed:
-        wider = value.to(tl.float32)
-        factor = 1 / tl.sqrt_rn(tl.sum(wider * wider, 1) / head_dim + eps)
-        which = tl.where(is_text, 0, 2) + tl.minimum(part, 1)
-        weight = tl.load(norms + which[:, None] * head_dim + lane, mask=inside, other=0.0).to(tl.float32)
-        scaled = (wider * factor[:, None] * weight).to(value.dtype)
-        value = tl.where(part[:, None] < 2, scaled, value)
+        value = normed_heads(value, norms, is_text, part, lane, inside, head_dim, eps)
     tl.store(joint + place[:, None] + lane, value, mask=inside)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def normed_heads(value, norms, is_text, part, lane, inside, head_dim, eps):
+    """Heads of queries (part 0) and keys (1) by the RMS norm of their stream; values (2) as they are."""
+    wider = value.to(tl.float32)
+    factor = 1 / tl.sqrt_rn(tl.sum(wider * wider, 1) / head_dim + eps)
+    which = tl.where(is_text, 0, 2) + tl.minimum(part, 1)
+    weight = tl.load(norms + which[:, None] * head_dim + lane, mask=inside, other=0.0).to(tl.float32)
+    scaled = (wider * factor[:, None] * weight).to(value.dtype)
+    return tl.where(part[:, None] < 2, scaled, value)

@@ -119,6 +119,11 @@ class Lifeline:
             with self._lock:
                 self._depth -= 1
 
+    @property
+    def waits(self) -> bool:
+        """Whether the main thread is within `guarded`."""
+        return self._depth > 0
+
     def check(self) -> None:
         """Raise ParallelError if another rank has failed."""
         if self.failure is not None:
@@ -199,8 +204,8 @@ class Lifeline:
 
     def _release(self) -> None:
         """Free the main thread from a collective that will never end; end the process if that does not help."""
-        if self._depth:
-            self._on_failure()
+        if self._depth:  # in a thread of its own, because what frees the main thread can itself wait for ever
+            threading.Thread(target=self._on_failure, name="on failure", daemon=True).start()
         end = time.monotonic() + self.grace
         while self._depth and time.monotonic() < end:
             time.sleep(0.05)

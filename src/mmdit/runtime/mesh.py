@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -230,19 +231,19 @@ def same_random_state() -> None:
 
 
 def abort() -> None:
-    """Release the NCCL kernels that wait for a rank that has failed; the process groups cannot be used afterwards."""
-    backends = []
-    for group in list(dist.distributed_c10d._world.pg_map):
+    """Release the NCCL kernels that wait for a rank that has failed; the process groups cannot be used afterwards.
+
+    All communicators at once: freeing the memory of one waits for the running kernels of the others.
+    """
+    for group in reversed(list(dist.distributed_c10d._world.pg_map)):
         with suppress(RuntimeError):
-            backends.append(group._get_backend(torch.device("cuda")))
-    if not backends:
-        return
-    first: Any = backends[0]
-    first._group_start()  # one after the other, communicators can wait for each other
-    for backend in backends:
-        with suppress(RuntimeError):
-            backend.abort()
-    first._group_end()
+            backend = group._get_backend(torch.device("cuda"))
+            threading.Thread(target=_abort, args=(backend,), name="abort", daemon=True).start()
+
+
+def _abort(backend: Any) -> None:
+    with suppress(RuntimeError):
+        backend.abort()
 
 
 def _digest(value: object) -> str:

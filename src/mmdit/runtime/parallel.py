@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from encoders.vae import VAE
-from mmdit.runtime import mesh
+from mmdit.runtime import mesh, peers
 from mmdit.runtime.bands import decode_in_bands
 from mmdit.runtime.branches import split_branches
 from mmdit.runtime.fast_vae import FastVAE
 from mmdit.runtime.lifeline import Lifeline, ParallelError
 from mmdit.runtime.mesh import Layout, Mesh
+from mmdit.runtime.peers import Exchange
 from mmdit.runtime.sequence import SequenceParallel
 
 T = TypeVar("T")
@@ -34,21 +35,37 @@ class Parallel:
     Args:
         layout: the layout of the mesh.
         device: the device of this rank.
+        exchange: how a fast forward exchanges tokens for heads; see `mmdit.parallelize`.
 
     Attributes:
         sequence: forwards over the ranks that share the tokens; None where each rank computes whole forwards.
+        exchange: what was chosen, and why; empty where no tokens are split.
+
+    Raises:
+        RuntimeError: the exchange that is asked for is not possible, on every rank.
     """
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
+    def __init__(self, layout: Layout, device: torch.device, exchange: Exchange = "auto") -> None:
         self.layout, self.device = layout, device
         self.mesh = Mesh.of(layout, device)
         self.rank, self.world = self.mesh.world.rank, self.mesh.world.size
-        self.lifeline = connected()
-        self.sequence = SequenceParallel(self.mesh.sequence) if layout.sequence > 1 else None
+        self.sequence, self.exchange = None, ""
+        if layout.sequence > 1:
+            exchanges, self.exchange = peers.connected(self.mesh.sequence, device, exchange)
+            self.sequence = SequenceParallel(self.mesh.sequence, exchanges)
+        self.lifeline = connected(self._free)
 
     def __str__(self) -> str:
         cfg, sequence = self.mesh.cfg.rank, self.mesh.sequence.rank
-        return f"{self.layout} on {self.world} ranks; this is rank {self.rank} (cfg {cfg}, sequence {sequence})"
+        place = f"this is rank {self.rank} (cfg {cfg}, sequence {sequence})"
+        how = f"; tokens are exchanged by {self.exchange}" if self.exchange else ""
+        return f"{self.layout} on {self.world} ranks; {place}{how}"
+
+    def _free(self) -> None:
+        """Release what waits on the GPU for a rank that has failed."""
+        mesh.abort()
+        if self.sequence is not None and self.sequence.peers is not None:
+            self.sequence.peers.free(lambda: self.lifeline.waits)
 
     def guarded(self) -> AbstractContextManager[None]:
         """See `Lifeline.guarded`."""
@@ -102,9 +119,9 @@ class Parallel:
         self.lifeline.close()
 
 
-def connected() -> Lifeline:
-    """The lifeline of all running processes; all ranks call this."""
+def connected(on_failure: Callable[[], None] = mesh.abort) -> Lifeline:
+    """The lifeline of all running processes; all ranks call this. See `Lifeline` for `on_failure`."""
     rank, world, host = dist.get_rank(), dist.get_world_size(), "127.0.0.1"
     if len(set(mesh.of_all(socket.gethostname()))) > 1:
         host = os.environ["MASTER_ADDR"]
-    return Lifeline.connected(rank, world, mesh.from_first, host=host, on_failure=mesh.abort)
+    return Lifeline.connected(rank, world, mesh.from_first, host=host, on_failure=on_failure)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from mmdit.models.attention import Attend, Attended, Below, Rank, Strategy, attending
 from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
+from mmdit.runtime import plain_kernels
 from mmdit.runtime.mesh import Team, shares, starts
-from mmdit.runtime.rows import Attention
+from mmdit.runtime.peers import Exchanging, Peers
+from mmdit.runtime.rows import Attention, AttentionInputs
 
 
 class SequenceParallel:
@@ -27,10 +30,11 @@ class SequenceParallel:
 
     Args:
         team: the ranks that share the tokens.
+        peers: exchanges the heads and tokens of fast forwards; None does so by the collectives of `team`.
     """
 
-    def __init__(self, team: Team) -> None:
-        self.team = team
+    def __init__(self, team: Team, peers: Peers | None = None) -> None:
+        self.team, self.peers = team, peers
 
     def velocity(
         self,
@@ -94,7 +98,7 @@ class SequenceParallel:
                 f"the picture has {tokens} tokens for the {self.team.size} ranks of a sequence, and each needs one: "
                 "draw a larger picture, or on fewer ranks"
             )
-        return Part(self.team, shares(tokens, self.team.size))
+        return Part(self.team, shares(tokens, self.team.size), self.peers)
 
 
 class Part:
@@ -103,10 +107,11 @@ class Part:
     Args:
         team: the ranks.
         sizes: the number of image tokens of each.
+        peers: see `SequenceParallel`.
     """
 
-    def __init__(self, team: Team, sizes: list[int]) -> None:
-        self.team, self.sizes, self.start = team, sizes, starts(sizes)[team.rank]
+    def __init__(self, team: Team, sizes: list[int], peers: Peers | None = None) -> None:
+        self.team, self.peers, self.sizes, self.start = team, peers, sizes, starts(sizes)[team.rank]
         self.size, self.text = sizes[team.rank], [0] * team.size
 
     def own(self, tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b m d"]:
@@ -137,9 +142,22 @@ class Part:
         with attending([(slot, _Exchanged(self)) for slot in model.modules() if isinstance(slot, Attend)]):
             yield
 
-    def attention(self, inner: Attention) -> Attention:
-        """Attention over the ranks; [b, tokens, heads, head_dim] in and out, this rank's tokens of all heads."""
-        return lambda q, k, v: self.attend(q, k, v, inner)
+    def exchanging(
+        self, kernels: ModuleType, inner: Attention, like: Float[Tensor, "b m d"], heads: int
+    ) -> tuple[ModuleType, Attention]:
+        """The kernels and the attention of a fast forward over the ranks, which sees this rank's tokens of all heads.
+
+        Args:
+            kernels: those of one rank.
+            inner: attention of all tokens with this rank's heads, [b, tokens, heads, head_dim] in and out.
+            like: tokens, in the dtype and on the device of the model.
+            heads: attention heads of the model.
+        """
+        direct = self.peers if kernels is not plain_kernels else None
+        if direct is None or not direct.takes(like, like.shape[-1] // heads):
+            return kernels, lambda q, k, v: self.attend(q, k, v, inner)
+        over = Exchanging(direct, inner, heads, self.text, self.sizes)
+        return _Kernels(kernels, over.pack), over.attention
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inner: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Exchange tokens for heads, attend, and exchange back.
@@ -221,6 +239,15 @@ class _Exchanged(Strategy):
         first = [range(start, start + size) for start, size in zip(starts(counts), text, strict=True)]
         rest = [range(start + own, start + size) for start, own, size in zip(starts(counts), text, counts, strict=True)]
         return torch.tensor([place for part in (*first, *rest) for place in part])
+
+
+class _Kernels(ModuleType):
+    """The kernels of a fast forward, with another `pack`."""
+
+    def __init__(self, kernels: ModuleType, pack: Callable[..., AttentionInputs]) -> None:
+        super().__init__(kernels.__name__)
+        self.__dict__.update(vars(kernels))
+        self.pack = pack
 
 
 def _turned(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Two GPUs: NCCL and CUDA graphs give what one GPU gives, and a rank that fails or dies ends the other."""
+"""Two GPUs: NCCL, stores into the other GPU's memory, and CUDA graphs give what one GPU gives, and a rank that fails or dies ends the other."""
 
 import json
 import os
@@ -32,7 +32,7 @@ class Ended(NamedTuple):
     err: str
 
 
-def run(case, folder, limit=100):
+def run(case, folder, limit=45):
     """Both ranks, started without torchrun, which would end one rank because of the other.
 
     They write into files: a full pipe would stop them, and what a rank said is known where it does not end in time.
@@ -65,20 +65,19 @@ def run(case, folder, limit=100):
 def said(ranks):
     """What the ranks said last, for a test that fails."""
     return "\n".join(
-        f"--- rank {i} ended with {rank.code}, and wrote:\n{rank.out[-1000:]}\n{rank.err[-4000:]}"
+        f"--- rank {i} ended with {rank.code}, and wrote:\n{rank.out[-3000:]}\n{rank.err[-4000:]}"
         for i, rank in enumerate(ranks)
     )
 
 
 def test_two_gpus_draw_what_one_draws(tmp_path):
-    ranks = run("equal", tmp_path)
+    ranks = run("equal", tmp_path, limit=90)
     assert [rank.code for rank in ranks] == [0, 0], said(ranks)
     for rank in ranks:
         found = json.loads(rank.out.splitlines()[-1])
-        limits = {"float32": 1e-4, "16 bits fast": 0.05, "fp8 fast": 0.2}
-        over = {name: error for name, error in found.items() if not error < limits[name.split(",")[0]]}
-        assert over == {}, found
+        over = {name: pair for name, pair in found.items() if not pair[0] <= pair[1]}
         print(json.dumps(found, indent=1))
+        assert over == {}, said(ranks)
 
 
 @pytest.mark.parametrize("layout", ["cfg", "sequence", "kernels"])

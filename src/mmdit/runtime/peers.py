@@ -1,0 +1,345 @@
+"""Exchanges of a sequence by stores into the memory of other GPUs, in place of NCCL's all-to-all.
+
+The kernel that norms queries and keys writes each head straight to the GPU that attends with it, and another one writes
+the results back. Nothing is copied before or after, and all tokens lie in the order that they have on one GPU. The
+memory is torch's symmetric memory; its multicast is not used.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from mmdit.runtime.mesh import Team, of_all, shares, starts
+from mmdit.runtime.rows import Attention, AttentionInputs, Rows
+
+Exchange = Literal["auto", "peers", "nccl"]
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
+
+_LAST = 2**31 - 1  # a flag that lets every meeting pass
+_ROUND = 2**21  # bytes; memory is mapped in pages of this size
+_PATIENCE = 30.0  # seconds for the first exchange, for which all ranks compile
+_FREEING = 10.0  # seconds in which waiting kernels are released again and again
+_FAILURES = (RuntimeError, ValueError, ImportError, AttributeError, TypeError)  # of symmetric memory, a young interface
+
+
+class Arena(NamedTuple):
+    """Memory of this rank that the others write."""
+
+    own: Tensor  # uint8 [bytes]
+    distances: tuple[int, ...]  # bytes from here to the same memory of each rank
+
+
+Allocate = Callable[[int], Arena]  # of so many bytes on every rank; all ranks call it together
+
+
+class Places(NamedTuple):
+    """Where the heads and tokens of one attention go; see `peer_kernels`."""
+
+    joint: Tensor
+    back: Tensor
+    heads: Tensor
+    tokens: Tensor
+    starts: tuple[int, int]
+    first: int
+
+
+class Peers:
+    """The memory that the GPUs of a team share, and exchanges through it.
+
+    Args:
+        team: the ranks.
+        device: the GPU of this rank.
+        allocate: makes shared memory.
+    """
+
+    def __init__(self, team: Team, device: torch.device, allocate: Allocate) -> None:
+        self.team, self.device, self._allocate = team, device, allocate
+        self._flags = self._allocate(4 * team.size)
+        self.flags = self._flags.own[: 4 * team.size].view(torch.int32)
+        self.distances = torch.tensor([one // 4 for one in self._flags.distances], device=device)
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._release()  # so that its kernel is loaded when it is needed
+        self.flags.zero_()
+        self._arenas: list[Arena] = []  # older ones are kept, because graphs write into them
+        self._places: dict[tuple[object, ...], Places] = {}
+
+    def takes(self, like: Tensor, head_dim: int) -> bool:
+        """Whether heads of this dtype and size can be exchanged: memories must be whole numbers of heads apart."""
+        return like.device == self.device and _ROUND % (head_dim * like.element_size()) == 0
+
+    def send(
+        self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, text: Sequence[int], image: Sequence[int]
+    ) -> AttentionInputs:
+        """Queries, keys and values of all tokens with this rank's heads, [samples, tokens, own heads, head_dim].
+
+        Tokens are in the order of one GPU: all text, then all of the image. What is returned lasts until the next call.
+
+        Args:
+            qkv, norms, rows, head_dim: see `kernels.pack`; of this rank's tokens.
+            text, image: the number of text and image tokens of each rank.
+        """
+        from mmdit.runtime import peer_kernels
+
+        places = self.places(rows.samples, qkv.shape[1] // (3 * head_dim), head_dim, qkv.dtype, text, image)
+        peer_kernels.send_heads(qkv, norms, rows, places.joint, places.heads, places.starts)
+        self.team.sent += qkv.nbytes // qkv.shape[1] * 3 * head_dim * (len(places.heads) - places.joint.shape[3])
+        self.meet()
+        q, k, v = places.joint.unbind(0)
+        return q, k, v
+
+    def send_back(self, z: Tensor, heads: int, text: Sequence[int], image: Sequence[int]) -> Tensor:
+        """This rank's tokens of all heads, [samples, own tokens, heads, head_dim], until the next call.
+
+        Args:
+            z: results of all tokens with this rank's heads, as `send` ordered them.
+            heads: the number of all heads.
+            text, image: as in `send`.
+        """
+        from mmdit.runtime import peer_kernels
+
+        places = self.places(len(z), heads, z.shape[3], z.dtype, text, image)
+        peer_kernels.send_tokens(z.contiguous(), places.back, places.tokens, places.first)
+        self.team.sent += z.nbytes // z.shape[1] * (z.shape[1] - places.back.shape[1])
+        self.meet()
+        return places.back
+
+    def meet(self) -> None:
+        """Wait on the GPU until all ranks are here."""
+        from mmdit.runtime import peer_kernels
+
+        peer_kernels.meet(self.flags, self.distances, self.counter, self.team.rank)
+
+    def places(
+        self, samples: int, heads: int, head_dim: int, dtype: torch.dtype, text: Sequence[int], image: Sequence[int]
+    ) -> Places:
+        """Where everything goes in an attention of these sizes."""
+        key = (samples, heads, head_dim, dtype, *text, *image)
+        if key not in self._places:
+            self._places[key] = self._planned(samples, heads, head_dim, dtype, text, image)
+        return self._places[key]
+
+    def _planned(
+        self, samples: int, heads: int, head_dim: int, dtype: torch.dtype, text: Sequence[int], image: Sequence[int]
+    ) -> Places:
+        rank, unit = self.team.rank, head_dim * dtype.itemsize
+        by_rank, both = shares(heads, self.team.size), [sum(pair) for pair in zip(text, image, strict=True)]
+        joint = (3, samples, sum(both), by_rank[rank], head_dim)
+        back = (samples, both[rank], heads, head_dim)
+        forth_bytes = _rounded(3 * samples * sum(both) * max(by_rank) * unit)
+        arena = self._arena(forth_bytes + _rounded(samples * max(both) * heads * unit))
+        distances = [one // unit for one in arena.distances]
+
+        def of(shape: tuple[int, ...], start: int) -> Tensor:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            return arena.own[start : start + size].view(dtype).view(shape)
+
+        return Places(
+            of(joint, 0),
+            of(back, forth_bytes),
+            torch.tensor(head_places(distances, by_rank), device=self.device),
+            torch.tensor(token_places(distances, text, image), device=self.device),
+            (starts(text)[rank], sum(text) + starts(image)[rank]),
+            starts(by_rank)[rank],
+        )
+
+    def _arena(self, nbytes: int) -> Arena:
+        if not self._arenas or self._arenas[-1].own.numel() < nbytes:
+            self._arenas.append(self._allocate(nbytes))
+        return self._arenas[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of shared memory on this rank."""
+        return sum(one.own.numel() for one in (self._flags, *self._arenas))
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
+
+    def _release(self) -> None:
+        if self.device.type != "cuda":
+            self.flags.fill_(_LAST)
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._beside):
+            self.flags.fill_(_LAST)
+        self._beside.synchronize()
+
+    def free(self, waiting: Callable[[], bool]) -> None:
+        """Let kernels pass that wait for a rank which has failed; what they exchange is wrong from now on.
+
+        Again and again while the main thread is `waiting`, because ranks that go on write their flags.
+        """
+        end = time.monotonic() + _FREEING
+        while waiting() and time.monotonic() < end:
+            self._release()
+            time.sleep(0.02)
+
+    def check(self) -> None:
+        """Exchange known numbers.
+
+        Raises:
+            RuntimeError: they did not arrive, or not in time.
+        """
+        heads, size, team = self.team.size + 1, 16, self.team
+        counts = [1] * team.size
+        rows = Rows(1, 1, 1)
+        qkv = torch.arange(2.0 * 3 * heads * size, device=self.device).view(2, -1) + 1000 * team.rank
+
+        def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return q + 2 * k + 4 * v
+
+        own = qkv.view(2, 3, heads, size)
+        found = self.send_back(attended(*self.send(qkv, None, rows, size, counts, counts)), heads, counts, counts)
+        self._arrived()
+        if not torch.equal(found[0], attended(*own.unbind(1))):
+            raise RuntimeError("numbers stored into the memory of other GPUs came back wrong")
+
+    def _arrived(self) -> None:
+        """Wait for the GPU; RuntimeError where that takes too long."""
+        if self.device.type != "cuda":
+            return
+        done = torch.cuda.Event()
+        done.record()
+        end = time.monotonic() + _PATIENCE
+        while not done.query():
+            if time.monotonic() > end:
+                self._release()
+                raise RuntimeError(f"stores into the memory of other GPUs were not seen there in {_PATIENCE:.0f} s")
+            time.sleep(0.001)
+
+
+class Exchanging(NamedTuple):
+    """Attention of a fast forward over the ranks: `pack` in place of the kernels' one, and `attention` of its result.
+
+    Attributes:
+        peers: the exchanges.
+        inner: attention of all tokens with this rank's heads.
+        heads: the number of all heads.
+        text, image: the number of text and image tokens of each rank.
+    """
+
+    peers: Peers
+    inner: Attention
+    heads: int
+    text: Sequence[int]
+    image: Sequence[int]
+
+    def pack(self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> AttentionInputs:
+        """See `Peers.send`."""
+        return self.peers.send(qkv, norms, rows, head_dim, self._text(bool(rows.text)), self.image)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of what `pack` gave; this rank's tokens of all heads."""
+        z = self.inner(q, k, v)
+        return self.peers.send_back(z, self.heads, self._text(z.shape[1] > sum(self.image)), self.image)
+
+    def _text(self, there: bool) -> Sequence[int]:
+        return self.text if there else [0] * len(self.text)
+
+
+def head_places(distances: Sequence[int], heads: Sequence[int]) -> list[list[int]]:
+    """By head: the distance to its rank, and there the number of heads and the place among them.
+
+    Args:
+        distances: to the memory of each rank, in heads.
+        heads: the number of heads of each rank.
+    """
+    return [[there, count, place] for there, count in zip(distances, heads, strict=True) for place in range(count)]
+
+
+def token_places(distances: Sequence[int], text: Sequence[int], image: Sequence[int]) -> list[list[int]]:
+    """By token, all text first: the distance to its rank, and there the number of tokens and the place among them.
+
+    Args:
+        distances: to the memory of each rank, in heads.
+        text, image: the number of text and image tokens of each rank.
+    """
+    ranks = list(zip(distances, text, image, strict=True))
+    found = [[there, own + more, place] for there, own, more in ranks for place in range(own)]
+    return found + [[there, own + more, own + place] for there, own, more in ranks for place in range(more)]
+
+
+def connected(team: Team, device: torch.device, exchange: Exchange = "auto") -> tuple[Peers | None, str]:
+    """The exchanges of a team by stores into each other's memory, and how it exchanges; all ranks of the run call this.
+
+    Args:
+        team: the ranks of a sequence.
+        device: the device of this rank.
+        exchange: "auto" takes NCCL where stores are not possible, and says why; "nccl" takes it anyway.
+
+    Returns:
+        The exchanges, None where a collective of torch does them; and a sentence for reports.
+
+    Raises:
+        RuntimeError: "peers" is asked for, and stores are not possible, on every rank.
+    """
+    backend = "NCCL" if device.type == "cuda" else "gloo"
+    if exchange == "nccl":
+        return None, f"{backend}, as asked for"
+    peers, why = None, _agreed(_why_not(team, device))
+    if not why:
+        peers, why = _tried(team, device)
+    if why and exchange == "peers":
+        raise RuntimeError(f'exchange="peers": {why}; leave it out')
+    return peers, f"{backend}: {why}" if why else "stores into the memory of the other GPUs"
+
+
+def _tried(team: Team, device: torch.device) -> tuple[Peers | None, str]:
+    """Make the exchanges and check them, on all ranks or on none."""
+    made, why = None, ""
+    try:
+        made = Peers(team, device, lambda nbytes: _symmetric(nbytes, team, device))
+        torch.cuda.synchronize(device)
+    except _FAILURES as error:
+        why = _first_line(error)
+    if why := _agreed(why):
+        return None, why
+    assert made is not None, "it was made without an error"
+    try:
+        made.check()
+    except _FAILURES as error:
+        why = _first_line(error)
+    why = _agreed(why)
+    return (None, why) if why else (made, "")
+
+
+def _symmetric(nbytes: int, team: Team, device: torch.device) -> Arena:
+    """Symmetric memory of torch; all ranks of the team call this."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    own = symmetric.empty(_rounded(nbytes), dtype=torch.uint8, device=device)
+    handle = symmetric.rendezvous(own, team.group)
+    each = [handle.get_buffer(rank, own.shape, torch.uint8).data_ptr() for rank in range(team.size)]
+    return Arena(own, tuple(one - each[team.rank] for one in each))
+
+
+def _why_not(team: Team, device: torch.device) -> str:
+    """Why stores into the memory of the team's other ranks are not possible, as far as this rank can see."""
+    if device.type != "cuda":
+        return f"stores into the memory of others need GPUs, this rank is on {device}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    hosts: list[object] = [None] * team.size
+    torch.distributed.all_gather_object(hosts, socket.gethostname(), group=team.group)
+    return f"the ranks are on several hosts: {', '.join(map(str, hosts))}" if len(set(hosts)) > 1 else ""
+
+
+def _agreed(why: str) -> str:
+    """The first reason of any rank, on every rank; all ranks call this."""
+    return next((f"{one} (rank {rank})" for rank, one in enumerate(of_all(why)) if one), "")
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _ROUND) * _ROUND
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
