@@ -1,4 +1,4 @@
-"""Two GPUs: NCCL, stores into the other GPU's memory, and CUDA graphs give what one GPU gives, and a rank that fails or dies ends the other."""
+"""Two GPUs draw what one GPU draws, over NCCL, stores into the other GPU and graphs; a rank that fails ends the other."""
 
 import json
 import os
