@@ -1,4 +1,4 @@
-"""Two GPUs draw what one GPU draws, over NCCL, stores into the other GPU and graphs; a rank that fails ends the other."""
+"""Two GPUs draw what one GPU draws, over NCCL, stores into the other GPU and graphs; a failure on one ends both."""
 
 import json
 import os
