@@ -55,7 +55,7 @@ class TrainingRecipe:
     architecture: Architecture = field(default_factory=Architecture)
     seed: int = 0
 
-    scenes: int = 400_000
+    scenes: int = 400_000  # of all processes together
     captions_per_scene: int = 4
     style: CaptionStyle = field(default_factory=CaptionStyle)
     object_odds: tuple[float, ...] | None = None  # of scenes of 1, 2, 3 and 4 objects; None are those of all scenes
@@ -71,7 +71,7 @@ class TrainingRecipe:
     min_psnr: float = 32.0
     min_verdicts: float = 0.99
 
-    batch: int = 1024
+    batch: int = 1024  # of each process
     rate: float = 1e-3
     warmup: int = 500
     decay: float = 0.3  # the last share of the time, in which the rate falls to 0
@@ -105,7 +105,7 @@ FULL = TrainingRecipe()
 FURTHER = replace(
     FULL,
     seed=1,
-    scenes=200_000,
+    scenes=300_000,
     captions_per_scene=6,
     style=CaptionStyle(relation=0.92, second=0.55, inventory=0.15),
     object_odds=(0.07, 0.25, 0.29, 0.39),
@@ -115,7 +115,7 @@ FURTHER = replace(
     mistaken=0.25,
     late_mix=T5Mix(short=0.5, long=0.35, zeros=0.05, omitted=0.10),
     check_at=1.0,
-    finish_seconds=120.0,
+    finish_seconds=100.0,
 )
 
 

@@ -3,6 +3,9 @@
 Data, VAE, latents, transformer with text encoders, export, evaluation; each stage ends by its share of the minutes.
 Results are in FOLDER: `embedded/` (the model), `pieces/` (the same to carry), `evaluation.md`, `contact_sheet.png`,
 `log.txt`, `progress.jsonl`. The same command on the same folder goes on where a killed run stopped.
+
+On several GPUs of one host: `torchrun --nproc-per-node 3 -m mmdit.demo.train --further --start-from MODEL --batch 512`.
+Every process has its own part of the scenes and its own batches; gradients are averaged.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from mmdit.checkpoints.load import load_vae
 from mmdit.checkpoints.load_pipeline import Components, load
@@ -33,7 +37,9 @@ from mmdit.demo.train_vae import latents_of, train_vae
 from mmdit.demo.trainee import QUICK, REGIONS, initial_parts, load_compiled, save_compiled
 from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.training.journal import Journal
+from mmdit.runtime.mesh import own_device
+from mmdit.runtime.mesh import start as start_group
+from mmdit.training.journal import Journal, Unwritten
 
 __all__ = ["main", "train"]
 
@@ -49,9 +55,12 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
         start_from: a model folder to take VAE and starting weights from.
         vae: a trained VAE, safetensors in official names; its stage is then skipped.
         cache: folder of `save_compiled`, of an earlier run on the same kind of GPU.
+
+    Raises:
+        ValueError: one of several processes would have to train a VAE.
     """
     recipe = run.recipe
-    numbers = (recipe.scenes, recipe.captions_per_scene, recipe.seed)
+    numbers = (recipe.scenes // run.world, recipe.captions_per_scene, recipe.seed + 100 * run.rank)
     gather = make_dataset(*numbers, run.pool, recipe.style, recipe.object_odds)
     parts, averaged = (initial_parts(run.recipe.architecture, run.recipe.seed) for _ in range(2))
     if start_from is not None:
@@ -61,6 +70,10 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
     elif vae is not None:
         save_whole(load_vae(vae, dtype=torch.float32).state_dict(), run.folder / "vae.pt")
         run.journal.say(f"VAE of {vae} instead of a new one")
+    if run.world > 1 and not (run.folder / "vae.pt").exists():
+        raise ValueError(
+            f"one of {run.world} processes trains no VAE: give the one of a model by --start-from or --vae"
+        )
     for each in (parts, averaged):
         _move(each, run.device)
     if cache is not None:
@@ -68,6 +81,7 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
     engine = Engine(run, parts)
     if run.compiled or run.device.type == "cuda":
         rehearse(run, engine)
+    if run.rank == 0 and run.compiled:
         run.journal.say(f"{save_compiled(run.folder / 'compiled')} bytes of compiled code kept for other machines")
     data = _gathered(run, gather)
     averaged.vae = train_vae(run, data.scenes)
@@ -93,31 +107,39 @@ def train(run: Run, start_from: Path | None = None, vae: Path | None = None, cac
         batches,
         engine,
         averaged,
-        max(run.left - recipe.finish_seconds, 1.0),
+        run.agreed(max(run.left - recipe.finish_seconds, 1.0)),
         checked=lambda model: _check(run, model),
         saved=lambda model: _export(run, model),
     )
     del latents, batches, tokens
-    return _finish(run, averaged)
+    return _finish(run, averaged) if run.rank == 0 else _pipeline(run, averaged)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     args = _parser().parse_args(arguments)
-    device = torch.device(args.device)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1  # set by torchrun
+    device = own_device(torch.device(args.device)) if several else torch.device(args.device)
+    if several:
+        start_group(device)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True  # shapes are static
     # Flash attention where there is no bias; the memory-efficient one for T5's bias, which needs a gradient.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    journal = Journal(args.out)
+    journal = Unwritten() if rank else Journal(args.out)
     journal.say(f"{' '.join(sys.argv)}: torch {torch.__version__}, {_hardware(device)}")
-    with _marked(args.out / "pid"), workers(args.workers) as pool:
+    cores = args.workers or max((os.cpu_count() or 1) // world, 1)
+    with nullcontext() if rank else _marked(args.out / "pid"), workers(cores) as pool:
         recipe = FURTHER if args.further else FULL
         recipe = smoke(recipe) if args.smoke else recipe
+        recipe = recipe if args.batch is None else replace(recipe, batch=args.batch)
         compiled = () if args.no_compile else args.compile or (() if args.smoke else DEFAULT_REGIONS)
         quick = (FASTEST if device.type == "cuda" else ()) if args.quick is None else tuple(args.quick)
-        run = Run(recipe, device, args.out, journal, pool, 60 * args.minutes, compiled, quick)
+        run = Run(recipe, device, args.out, journal, pool, 60 * args.minutes, compiled, quick, rank, world)
         train(run, args.start_from, None if args.train_vae else args.vae, args.cache)
+    if several:
+        dist.destroy_process_group()
     return 0
 
 
@@ -140,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         "--smoke", action="store_true", help="every stage with tiny numbers; compiles nothing unless told"
     )
     parser.add_argument("--further", action="store_true", help="the recipe for going on from a trained model")
+    parser.add_argument("--batch", type=int, default=None, help="captions of a step of each process")
     parser.add_argument("--compile", nargs="+", default=None, choices=sorted(REGIONS), help="only these; default all")
     parser.add_argument("--no-compile", action="store_true", help="compile nothing")
     parser.add_argument("--start-from", type=Path, help="a model folder to take VAE and starting weights from")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mmdit.checkpoints.load_pipeline import Components
@@ -18,6 +19,7 @@ from mmdit.demo.data import TokenTable, tokenize
 from mmdit.demo.progress import save_whole
 from mmdit.demo.run import Run
 from mmdit.demo.trainee import T5Form, Trainee, compile_regions, graph_breaks, hurried, trainee_of
+from mmdit.runtime.mesh import check_equal
 from mmdit.training.ema import Ema
 from mmdit.training.journal import mean_of
 from mmdit.training.rates import Budget, Every, learning_rate, set_rate
@@ -30,6 +32,7 @@ __all__ = [
     "draw_form",
     "flow_loss",
     "make_optimizer",
+    "mean_gradients",
     "mending_noise",
     "rehearse",
     "train_mmdit",
@@ -222,6 +225,19 @@ def make_optimizer(trainee: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
+def mean_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace the gradients by their mean over all processes, in one collective.
+
+    A parameter without a gradient has none on any process.
+    """
+    used = [p for p in parameters if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in used if p.grad is not None])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for p, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
+        p.grad = part.view_as(p)
+
+
 def rehearse(run: Run, engine: Engine) -> None:
     """Compile the regions of the run and log the time of a step of every form, on noise and without an update.
 
@@ -255,14 +271,17 @@ def train_mmdit(
 ) -> None:
     """Train the engine's models, resumed from the state folder where it has a state.
 
-    `averaged` holds their average whenever `checked` (once) or `saved` (every two minutes) is called.
+    `averaged` holds their average whenever `checked` (once) or `saved` (every two minutes) is called. Of several
+    processes, each draws its own batches, gradients are averaged, and the first one logs, checks and saves.
     """
     recipe, trainee, into = run.recipe, engine.trainee, trainee_of(averaged)
     ema, optimizer = Ema(trainee, recipe.ema), make_optimizer(trainee)
     first, done = _resume(run, trainee, ema, optimizer)
+    if run.world > 1:
+        check_equal({"step": first, "weights": [float(p.detach().norm()) for p in engine.masters]}, "training")
     engine.refresh()
     rng, losses, ahead = random.Random(recipe.seed + first), [], done < recipe.check_at
-    budget, log = Budget(seconds, recipe.steps, done), Every(recipe.log_seconds)
+    budget, log = Budget(seconds, recipe.steps, done, run.clock), Every(recipe.log_seconds)
     save, export = Every(recipe.save_seconds), Every(recipe.export_seconds)
     since = time.monotonic()
     for step, fraction in budget.rounds(first):
@@ -270,7 +289,7 @@ def train_mmdit(
         rate = learning_rate(fraction, step - first, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
         losses.append(_step(run, engine, optimizer, batches.draw(recipe.batch), form, rate))
         ema.update()
-        if step < first + 2 or log.due():
+        if run.rank == 0 and (step < first + 2 or log.due()):
             run.synchronize()
             ms = 1000 * (time.monotonic() - since) / len(losses)
             run.journal.row("mmdit", step=step, done=fraction, ms=ms, loss=mean_of(losses), rate=rate, form=form)
@@ -286,7 +305,8 @@ def train_mmdit(
                 saved(averaged)
             since = time.monotonic()  # checks and saves are not part of a step's time
     ema.write_to(into)
-    _save(run, trainee, ema, optimizer, step + 1, 1.0)
+    if run.rank == 0:
+        _save(run, trainee, ema, optimizer, step + 1, 1.0)
 
 
 def _step(
@@ -294,6 +314,8 @@ def _step(
 ) -> Tensor:
     set_rate(optimizer, rate)
     loss = engine.gradients(batch, form)
+    if run.world > 1:
+        mean_gradients(engine.masters)
     torch.nn.utils.clip_grad_norm_(engine.masters, run.recipe.clip)
     optimizer.step()
     engine.refresh()

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from encoders import Conditioner, TextRules
 from encoders.clip import CLIPConfig, CLIPText
@@ -24,7 +24,16 @@ from mmdit.demo.export import PIECE, write_pieces
 from mmdit.demo.progress import save_whole
 from mmdit.demo.recipe import FULL, Architecture, T5Mix
 from mmdit.demo.run import Run
-from mmdit.demo.train_mmdit import Batches, Engine, draw_form, flow_loss, make_optimizer
+from mmdit.demo.train_mmdit import (
+    Batch,
+    Batches,
+    Engine,
+    draw_form,
+    flow_loss,
+    make_optimizer,
+    mean_gradients,
+    train_mmdit,
+)
 from mmdit.demo.train_vae import fold_scale, vae_loss
 from mmdit.demo.vocab import SIZE
 from mmdit.embedded import EMBEDDED
@@ -32,8 +41,9 @@ from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.training.ema import Ema
-from mmdit.training.journal import Journal
+from mmdit.training.journal import Journal, Unwritten
 from mmdit.training.rates import Budget, learning_rate
+from processes import in_processes, values
 from samplers.training import noised
 
 TINY = Architecture(
@@ -367,6 +377,53 @@ def test_a_dry_run_of_everything_leaves_a_model_that_draws(tmp_path: Path, monke
     assert {"embedded", "pieces", "log.txt", "progress.jsonl", "evaluation.json", "contact_sheet.png"} <= names
     again = train.train(run_of(small, tmp_path))  # the VAE is taken over, the transformer goes on
     assert torch.equal(again.vae.encoder.conv_out.weight, pipe.vae.encoder.conv_out.weight)
+
+
+def test_processes_share_a_batch_and_hold_one_model(tmp_path: Path) -> None:
+    """Mean gradients are those of the joined batch; after two steps with batches of their own, weights are equal."""
+    joined, parts = batches(dropped=0.0).draw(4), trainee.initial_parts(TINY, 2)
+    randomized(trainee.trainee_of(parts))
+    alone = Engine(run_of(FULL, tmp_path), deepcopy(parts))
+    alone.gradients(joined, "omitted")
+    mix = T5Mix(0.0, 0.0, 0.0, 1.0)
+    small = replace(recipe.SMOKE, architecture=TINY, batch=1, steps=2, mix=mix, late_mix=mix)
+
+    def work(rank: int) -> tuple[list[Tensor | None], list[Tensor], float]:
+        journal = Unwritten() if rank else Journal(tmp_path)
+        run = replace(run_of(small, tmp_path), rank=rank, world=2, journal=journal)
+        engine, mine, averaged = Engine(run, parts), slice(2 * rank, 2 * rank + 2), deepcopy(parts)
+        engine.gradients(Batch(joined.x0[mine], joined.noise[mine], joined.t[mine], joined.tokens[mine]), "omitted")
+        mean_gradients(engine.masters)
+        grads = [p.grad for p in engine.masters]
+        own = batches(0.0, seed=rank)
+        train_mmdit(run, own, engine, averaged, 60.0, checked=lambda _: None, saved=lambda _: None)
+        assert all(torch.isfinite(p).all() for p in engine.masters)
+        weights = [p.detach() for p in trainee.trainee_of(averaged).parameters()]
+        return grads, weights, float(torch.randn(1, generator=run.generator(3)))
+
+    (grads, one, noise), (other_grads, other, other_noise) = values(in_processes(2, work))
+    for master, grad, same in zip(alone.masters, grads, other_grads, strict=True):
+        assert (master.grad is None) == (grad is None) == (same is None)
+        if master.grad is not None and grad is not None and same is not None:
+            assert torch.equal(grad, same)
+            torch.testing.assert_close(grad, master.grad, atol=1e-6, rtol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(next(parts.transformer.parameters()), one[0])
+    assert noise != other_noise, "each process draws its own batches"
+    assert (tmp_path / "mmdit.pt").exists()
+
+
+def test_one_of_several_processes_trains_no_vae(tmp_path: Path) -> None:
+    small = replace(recipe.SMOKE, architecture=TINY, scenes=4)
+    with pytest.raises(ValueError, match="2 processes"):
+        train.train(replace(run_of(small, tmp_path), world=2))
+
+
+def test_processes_agree_on_the_clock_of_the_first(tmp_path: Path) -> None:
+    run = replace(run_of(FULL, tmp_path), world=2)
+    first, other = values(in_processes(2, lambda rank: (run.agreed(rank + 0.125), run.clock())))
+    assert first == other
+    assert first[0] == 0.125
 
 
 def test_a_given_vae_is_taken_and_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
