@@ -208,6 +208,8 @@ class SingleBlock(nn.Module):
     `dit_embedder.py`.
     """
 
+    chunks = 6  # of adaLN: shift, scale and gate of attention, then those of the MLP
+
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -216,13 +218,13 @@ class SingleBlock(nn.Module):
         self.resid_mid = nn.Identity()
         self.norm2 = layer_norm(width)
         self.mlp = Mlp(width, config.mlp_dim or 4 * width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
         self.attend = Attend()
 
     def forward(
         self, context: Tensor, x: Float[Tensor, "b l d"], c: Float[Tensor, "b d"]
     ) -> tuple[Tensor, Float[Tensor, "b l d"]]:
-        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=-1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(self.chunks, dim=-1)
         update = self.attn(modulate(self.norm1(x), Modulation(shift, scale)), lambda qkv: self.attend(*qkv))
         x = self.resid_mid(x + gate.unsqueeze(1) * update)
         return context, x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), Modulation(shift_mlp, scale_mlp)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from math import ceil
 
 import torch
@@ -15,6 +15,8 @@ from encoders import Conditioning
 from mmdit.models.controlnet import ControlNet, made_pos_embed
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.profiles import Profile
+from mmdit.runtime.fast_control import summed
+from mmdit.runtime.fast_nets import ActingNet
 from mmdit.runtime.sequence import SequenceParallel
 from samplers import Window, percents
 from samplers.windows import ALWAYS, NEVER
@@ -50,7 +52,11 @@ class Control:
 
     def hints(self, names: Sequence[str | None]) -> Tensor:
         """The hints of branches with these names, concatenated along the batch."""
-        return torch.cat([self.hint_uncond if name == "uncond" else self.hint for name in names])
+        return torch.cat([self.hint_of(name) for name in names])
+
+    def hint_of(self, name: str | None) -> Tensor:
+        """The hint of the branch with this name."""
+        return self.hint_uncond if name == "uncond" else self.hint
 
 
 def residuals(
@@ -84,19 +90,44 @@ def residuals(
         hints = control.hints(names)
         found = _run(control, transformer, profile, latents, timestep, context, pooled, hints, sequence)
         given.append([(one * control.scale).to(latents.dtype) for one in found])
-    depth = transformer.config.depth
-    spreads = zip(*(spread(profile, control.net, depth) for control in acting), strict=True)
-    return _summed(given, list(spreads))
+    return summed(given, [spread(profile, control.net, transformer.config.depth) for control in acting])
 
 
-def _summed(given: Sequence[Sequence[Tensor]], spreads: Sequence[tuple[int | None, ...]]) -> list[Tensor | None]:
-    """The sum of the nets' residuals after each block; blocks that get the same residuals share one tensor."""
-    sums: dict[tuple[int | None, ...], Tensor | None] = {}
-    for places in spreads:
-        if places not in sums:
-            parts = [each[place] for each, place in zip(given, places, strict=True) if place is not None]
-            sums[places] = reduce(torch.add, parts) if parts else None
-    return [sums[places] for places in spreads]
+def acting_nets(
+    controls: Sequence[Control],
+    profile: Profile,
+    sigma: float,
+    timestep: float,
+    names: Sequence[str | None],
+    depth: int,
+) -> list[ActingNet]:
+    """The nets that act at a noise level, for `mmdit.runtime.accelerate.Accelerated.velocity`.
+
+    Args:
+        controls, profile, sigma, timestep: see `residuals`.
+        names: the names of the branches.
+        depth: number of blocks of the transformer.
+    """
+    return [
+        ActingNet(
+            control.net,
+            tuple(control.hint_of(name) for name in names),
+            timestep,
+            control.scale,
+            tuple(spread(profile, control.net, depth)),
+            makes_positions=profile.control_positions != "table",
+            zeroes_pooled=_zeroes_pooled(profile, control.net),
+            rounds_timestep=profile.control_timestep == "net",
+        )
+        for control in controls
+        if control.acts(sigma)
+    ]
+
+
+def _zeroes_pooled(profile: Profile, net: ControlNet) -> bool:
+    """Whether a net reads zeros in place of the pooled text vectors."""
+    config = net.config
+    return config.is_joint and (config.zero_pooled or config.inpaints or profile.control_joint == "zeros")
 
 
 def _run(
@@ -115,7 +146,7 @@ def _run(
     weight = net.pos_embed_input.proj.weight
     dtype, (rows, columns) = weight.dtype, latents.shape[2:]
     tokens = None if config.is_joint else _tokens(transformer, profile, latents).to(dtype)
-    if config.is_joint and (config.zero_pooled or config.inpaints or profile.control_joint == "zeros"):
+    if _zeroes_pooled(profile, net):
         pooled = torch.zeros_like(pooled)
     hint = F.pad(hint, (0, columns - hint.shape[3], 0, rows - hint.shape[2]), mode="circular")
     levels = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)

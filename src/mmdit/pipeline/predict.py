@@ -12,10 +12,11 @@ from torch import Tensor
 
 from encoders import Conditioning
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.control import residuals
+from mmdit.pipeline.control import acting_nets, residuals
 from mmdit.pipeline.passes import Branch, perturbed
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.fast_nets import ActingNet
 from mmdit.runtime.modulation import ModulationTable
 from mmdit.runtime.sequence import SequenceParallel
 from mmdit.utils import whole
@@ -102,13 +103,15 @@ def _predict_batch(
     timestep, first = timestep_of(profile, sigma), branches[0]
     texts = [(branch.name, branch.conditioning) for branch in branches]
     level = control_timestep_of(profile, sigma)
-    control = residuals(first.control, transformer, profile, latents, sigma, level, texts, sequence)
     if accelerated is None or first.perturbed_layers:
+        control = residuals(first.control, transformer, profile, latents, sigma, level, texts, sequence)
         pooled = [branch.conditioning.pooled for branch in branches]
         with nullcontext() if table is None else table.reading(timestep, pooled):
             velocity = _velocity(transformer, latents, timestep, branches, control, sequence)
     else:
-        velocity = _fast(accelerated, latents, timestep, branches, control)
+        names = [branch.name for branch in branches]
+        nets = acting_nets(first.control, profile, sigma, level, names, transformer.config.depth)
+        velocity = _fast(accelerated, latents, timestep, branches, nets)
     velocity = velocity[..., :rows, :columns]
     known = sigma if profile.sigma_dtype == "float32" else float(_seen(profile, sigma))
     return [x - known * part for part in velocity.to(x.dtype).chunk(len(branches))]
@@ -141,9 +144,9 @@ def _fast(
     latents: Tensor,
     timestep: float,
     branches: tuple[Branch, ...],
-    control: Sequence[Tensor | None] | None,
+    nets: Sequence[ActingNet],
 ) -> Tensor:
-    """The velocity by the transformer's fast forward."""
+    """The velocity by the fast forwards of transformer and ControlNets."""
     texts = [branch.conditioning for branch in branches]
     return accelerated.velocity(
         latents,
@@ -151,7 +154,7 @@ def _fast(
         [text.context for text in texts],
         [text.pooled for text in texts],
         skip_layers=branches[0].skip_layers,
-        control=control,
+        nets=nets,
     )
 
 

@@ -28,7 +28,7 @@ from mmdit.pipeline.plan import (
     resolve_sampler,
     resolve_sigmas,
 )
-from mmdit.pipeline.predict import Predictor, predict_branches, timestep_of
+from mmdit.pipeline.predict import Predictor, control_timestep_of, predict_branches, timestep_of
 from mmdit.pipeline.profiles import Profile
 from mmdit.pipeline.prompts import ConditioningLike, Ranged
 from mmdit.pipeline.seeds import Generators
@@ -303,7 +303,8 @@ class PipelineSteps(PipelineTensors):
         """The steps along these levels, on the fast path where there is one, and checked."""
         timesteps = [timestep_of(run.plan.profile, one) for one in levels.tolist()]
         if self.accelerated is not None:
-            steps = self.accelerated.drawing(steps, timesteps)
+            of_nets = [control_timestep_of(run.plan.profile, one) for one in levels.tolist()]
+            steps = self.accelerated.drawing(steps, timesteps, of_nets)
         elif self._table is not None:
             steps = self._table.drawing(steps, timesteps)
         return self._checked(run, steps)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from encoders import VAE, CLIPText, T5Encoder
 from encoders.conditioning import EncoderName
-from mmdit.runtime.accelerate import why_no_triton
 from mmdit.runtime.fast_vae import WHOLE, FastVAE
 from mmdit.runtime.graphed_text import GraphedEncoder
+from mmdit.runtime.versions import why_no_triton
 
 _TITLES: dict[EncoderName, str] = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 

@@ -42,6 +42,7 @@ class FastMMDiT:
         sequence: SequenceParallel | None = None,
     ) -> None:
         self.model, self.kernels, self.attention, self.sequence = model, kernels, attention, sequence
+        self.width = model.config.hidden_size
         self.blocks: list[FastBlock] = []
         width = 0
         for block in model.joint_blocks:
@@ -133,10 +134,10 @@ class FastBlock:
         first = Product(text.attn.qkv), Product(image.attn.qkv)
         kind = common_kind([*first, *([] if second is None else [second])])
         self.qkv = Pair(*first, kind=kind)
-        self.norms = _norms(text.attn, image.attn)
+        self.norms = norms_of(text.attn, image.attn)
         self.qkv2 = None if second is None else Pair(None, second, kind=kind)
         if second is not None:
-            self.norms2 = _norms(image.attn2, image.attn2)
+            self.norms2 = norms_of(image.attn2, image.attn2)
             self.proj2 = Pair(None, Product(image.attn2.proj))
         ends = block.ends_context
         self.proj = Pair(None if ends else Product(text.attn.proj), Product(image.attn.proj))
@@ -144,12 +145,17 @@ class FastBlock:
         self.fc2 = Pair(None if ends else Product(text.mlp.fc2), Product(image.mlp.fc2))
 
     @property
-    def pairs(self) -> dict[str, Pair]:
-        """Its products, by the official name of the layer."""
-        found = {"attn.qkv": self.qkv, "attn.proj": self.proj, "mlp.fc1": self.fc1, "mlp.fc2": self.fc2}
+    def products(self) -> list[tuple[str, Rounding, Product]]:
+        """Its Linears by their official names, with what each reads."""
+        pairs = {"attn.qkv": self.qkv, "attn.proj": self.proj, "mlp.fc1": self.fc1, "mlp.fc2": self.fc2}
         if self.qkv2 is not None:
-            found |= {"attn2.qkv": self.qkv2, "attn2.proj": self.proj2}
-        return found
+            pairs |= {"attn2.qkv": self.qkv2, "attn2.proj": self.proj2}
+        return [
+            (f"{stream}.{name}", pair.rounding, product)
+            for name, pair in pairs.items()
+            for stream, product in (("context_block", pair.text), ("x_block", pair.image))
+            if product is not None
+        ]
 
     def __call__(
         self,
@@ -218,7 +224,7 @@ def _image_of(x: Tensor, updates: Sequence[Update], rows: Rows) -> tuple[Tensor,
     return x[split:], [Update(update.value[split:], update.gate) for update in updates], rows.only_image()
 
 
-def _norms(text: SelfAttention, image: SelfAttention) -> Tensor | None:
+def norms_of(text: SelfAttention, image: SelfAttention) -> Tensor | None:
     """Weights of the norms, [2 (text, image), 2 (queries, keys), head_dim]; None where there are none."""
     norms = [norm for stream in (text, image) for norm in (stream.ln_q, stream.ln_k)]
     if not all(isinstance(norm, nn.RMSNorm) for norm in norms):

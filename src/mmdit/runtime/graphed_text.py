@@ -11,9 +11,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from encoders import CLIPText, T5Encoder
-from mmdit.runtime.accelerate import version_of
 from mmdit.runtime.compiled import ACCELERATED, refuse_changed
 from mmdit.runtime.graphs import Graphs
+from mmdit.runtime.versions import version_of
 
 _GRAPHS = 4  # kept of each encoder, one per shape of its token ids
 

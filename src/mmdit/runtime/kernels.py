@@ -74,6 +74,13 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
     return _row_by_row(x, rows, rounding, joint=False, gelu=True)
 
 
+def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
+    """`plain_kernels.rounded`, in one pass; nothing is copied where nothing is rounded."""
+    if rounding.kind == "none":
+        return Blank(x, None, 0).activation(rows, rounding)
+    return _row_by_row(x, rows, rounding, joint=False, gelu=False)
+
+
 def unpack(z: Tensor, rows: Rows, rounding: Rounding, *, text: bool = True) -> Activation:
     """`plain_kernels.unpack` and rounding, in one pass; nothing is copied where the rows are in place already."""
     wanted = rows if text else rows.only_image()

@@ -41,6 +41,11 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
     return _rounded(F.gelu(x, approximate="tanh"), rows, rounding)
 
 
+def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
+    """The rows themselves, [rows, k], rounded."""
+    return _rounded(x, rows, rounding)
+
+
 def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> AttentionInputs:
     """Queries, keys and values of both streams in the layout of joint attention, text first.
 

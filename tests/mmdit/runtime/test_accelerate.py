@@ -8,8 +8,9 @@ from mmdit.models.attention import SelfOnly, attending
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
-from mmdit.runtime.accelerate import Accelerated, version_of
+from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.attention import BestAttention, Choice, chosen, torch_attention
+from mmdit.runtime.versions import version_of
 from quant.quantize import linears_of, quantize_
 from skips import SKIPS
 from triton_device import DEVICE

@@ -1,0 +1,82 @@
+"""What a fast forward keeps of the texts of a drawing: their tokens, and the modulation of the planned steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from mmdit.runtime.activations import TABLE_BYTES
+
+T = TypeVar("T")
+Visiting = Callable[[], AbstractContextManager[None]]
+
+
+class Kept(Generic[T]):
+    """What was made from some tensors, which are kept alive with it; the oldest one is forgotten first.
+
+    Args:
+        limit: how many are kept.
+    """
+
+    def __init__(self, limit: int = 8) -> None:
+        self.limit = limit
+        self._found: dict[Hashable, tuple[Sequence[Tensor], T]] = {}
+
+    def of(self, sources: Sequence[Tensor], make: Callable[[], T], *more: Hashable) -> T:
+        """What was made of these very tensors, or what `make` makes of them now; `more` tells further kinds apart."""
+        key = (*more, *map(id, sources))
+        if key not in self._found:
+            while len(self._found) >= self.limit:
+                self._found.pop(next(iter(self._found)))
+            self._found[key] = sources, make()
+        return self._found[key][1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._found.clear()
+
+
+@runtime_checkable
+class Modulated(Protocol):
+    """A fast forward of which texts are kept: `mmdit.runtime.fast.FastMMDiT`, for one."""
+
+    vectors: int  # of the modulation of a step
+    width: int  # of each of them
+
+    def tokens(self, context: Tensor) -> Tensor:
+        """The text tokens as the first block reads them."""
+
+    def table(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
+        """The modulation vectors at each timestep, [s, b, vectors, width]."""
+
+
+class Text:
+    """The text tokens of a batch, and its modulation by timestep.
+
+    Args:
+        fast: the forward that reads them.
+        context: text tokens, [b, n, k].
+        pooled: pooled text vectors, [b, p].
+    """
+
+    def __init__(self, fast: Modulated, context: Tensor, pooled: Tensor) -> None:
+        self.tokens, self.pooled = fast.tokens(context), pooled
+        self._rows: dict[float, Tensor] = {}
+
+    def vectors(
+        self, fast: Modulated, timestep: float, planned: Sequence[float], visiting: Visiting = nullcontext
+    ) -> Tensor:
+        """The modulation at a timestep, [b, vectors, width]; computed together with the planned ones below it."""
+        if timestep not in self._rows:
+            per_step = fast.vectors * fast.width * self.pooled.nbytes // self.pooled.shape[1]
+            most = max(TABLE_BYTES // max(per_step, 1), 1)
+            wanted = list(dict.fromkeys([timestep, *(one for one in planned if one < timestep)]))[:most]
+            timesteps = torch.tensor(wanted, dtype=torch.float32, pin_memory=self.pooled.is_cuda)
+            with visiting():
+                table = fast.table(timesteps.to(self.pooled.device, non_blocking=True), self.pooled)
+            self._rows = dict(zip(wanted, table.unbind(0), strict=True))
+        return self._rows[timestep]
