@@ -71,7 +71,7 @@ def here(tmp_path, monkeypatch) -> Path:
         *("mmdit.bench.step.bench", "mmdit.bench.layers.layers", "mmdit.bench.picture.pictures"),
         *("mmdit.bench.step.work_of", "mmdit.bench.layers.shapes_of", "mmdit.cli.benches._note_long"),
         *("mmdit.bench.maps.cost", "mmdit.bench.fp8_quality.run", "mmdit.cli.benches.measure"),
-        *("mmdit.bench.lora.steps", "mmdit.bench.lora.merges", "mmdit.bench.controlnet.bench"),
+        *("mmdit.bench.lora.steps", "mmdit.bench.lora.merges", "mmdit.bench.controlnet.steps"),
     ):
         monkeypatch.setattr(name, stop)
     return tmp_path

@@ -2,12 +2,14 @@
 
 The net is Stability's 8B kind: single-stream blocks of the transformer's width, half as many as the transformer has.
 Weights, inputs and the hint are random. A step predicts both branches of the guidance in one batch, as a pipeline does.
+In a fast step the net runs by the fast kernels, and the net alone is a graph of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -21,17 +23,20 @@ from mmdit.bench.rows import Cells, attempted, peak_of, step_time
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.controlnet import ControlNet, ControlNetConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.control import Control, residuals
+from mmdit.pipeline.control import Control, acting_nets, residuals
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.predict import control_timestep_of, predict_branches, timestep_of
 from mmdit.pipeline.profiles import PROFILES
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.attention import BestAttention
+from mmdit.runtime.fast_nets import FastNets, residuals_of
+from mmdit.runtime.graphs import Graphs
 from mmdit.utils import weight_bytes
 from quant.recipe import RECIPES
 
-TITLES = [
+STEPS = [
     *("step", "ms without", "ms with the net", "more", "the net alone", "its floor", "net GB"),
-    *("peak GB without", "peak GB with", "equal"),
+    *("peak GB without", "peak GB with", "CUDA graph", "from eager"),
 ]
 SIGMA = 0.5
 _PROFILE = PROFILES["diffusers"]
@@ -76,23 +81,24 @@ def floor_of_net(
     return products + config.depth * attention_floor((batch, image, config.heads, config.head_dim), device, dtype)
 
 
-def bench(
+def steps(
     model: str = "large",
     *,
     recipes: Sequence[str] = ("fp8",),
     size: int | None = None,
     text: int = 333,
+    batch: int = 2,
     repeats: int = 8,
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     seconds: float = float("inf"),
 ) -> Iterator[Cells]:
-    """Rows of `TITLES`: the accelerated and the model's own forward, with both models in 16 bits and by each recipe.
+    """Rows of `STEPS`: the accelerated and the model's own forward, with both models in 16 bits and by each recipe.
 
     Args:
         model: one of `MODELS`.
         recipes: names of `quant.RECIPES`; transformer and net are quantized.
-        size, text: see `mmdit.bench.step.bench`.
+        size, text, batch: see `mmdit.bench.step.bench`.
         repeats: steps of which the median is taken.
         device, dtype: the device and dtype of the models.
         seconds: time limit, after which no further row is started.
@@ -103,14 +109,14 @@ def bench(
     check_names((model,), MODELS)
     check_names(recipes, RECIPES)
     device, size = torch.device(device), check_size(model, size)
-    inputs = Inputs.random(MODELS[model], size, text, 2, device, dtype)
+    inputs = Inputs.random(MODELS[model], size, text, batch, device, dtype)
     tasks: dict[str, Callable[[], Cells]] = {}
     for recipe in (None, *recipes):
-        floor = partial(floor_of_net, net_config(MODELS[model]), recipe, size, 2, device, dtype)
+        floor = partial(floor_of_net, net_config(MODELS[model]), recipe, size, batch, device, dtype)
         for fast in (True, False):
             name = f"{recipe or str(dtype).removeprefix('torch.')} {'fast' if fast else 'eager'}"
             tasks[name] = partial(_row, model, recipe, inputs, floor, repeats, fast=fast)
-    return attempted(tasks, len(TITLES), seconds)
+    return attempted(tasks, len(STEPS), seconds)
 
 
 class _Models(NamedTuple):
@@ -122,9 +128,9 @@ class _Models(NamedTuple):
     inputs: Inputs
 
     def branches(self, *, controlled: bool) -> list[Branch]:
-        """Both branches of the guidance."""
-        control = (self.control,) if controlled else ()
-        texts = zip(self.inputs.context.split(1), self.inputs.pooled.split(1), ("uncond", "cond"), strict=True)
+        """The branches of the guidance, one for each sample of the batch."""
+        control, names = (self.control,) if controlled else (), cycle(("uncond", "cond"))
+        texts = zip(self.inputs.context.split(1), self.inputs.pooled.split(1), names, strict=False)
         return [Branch(Conditioning(context, pooled), name, control=control) for context, pooled, name in texts]
 
     def step(self, branches: Sequence[Branch], fast: Accelerated | None) -> list[Tensor]:
@@ -132,11 +138,23 @@ class _Models(NamedTuple):
         x = self.inputs.latent[:1].float()
         return predict_branches(self.transformer, _PROFILE, x, SIGMA, branches, lambda _: None, fast)
 
-    def alone(self, branches: Sequence[Branch]) -> object:
-        """The net's residuals."""
+    def alone(self, branches: Sequence[Branch], *, fast: bool) -> Callable[[], object]:
+        """What computes the net's residuals: its own forward, or its fast one as a graph where there is a GPU."""
         texts = [(branch.name, branch.conditioning) for branch in branches]
         level = control_timestep_of(_PROFILE, SIGMA)
-        return residuals((self.control,), self.transformer, _PROFILE, self.inputs.latent, SIGMA, level, texts)
+        latent, model = self.inputs.latent, self.transformer
+        if not fast:
+            return partial(residuals, (self.control,), model, _PROFILE, latent, SIGMA, level, texts)
+        graphs, names, depth = Graphs(), [branch.name for branch in branches], model.config.depth
+        (acting,) = acting_nets((self.control,), _PROFILE, SIGMA, level, names, depth)
+        contexts, pooled = ([getattr(text, part) for _, text in texts] for part in ("context", "pooled"))
+        prepared = FastNets(model, BestAttention(), graphs).prepare(acting, latent, contexts, pooled)
+
+        def run(latent: Tensor, *inputs: Tensor) -> Tensor:
+            return residuals_of(prepared, model, latent, inputs)[-1]  # a graph's results are copied
+
+        inputs = (latent, *prepared.inputs)
+        return partial(graphs, "the net", run, inputs) if latent.is_cuda else partial(run, *inputs)
 
 
 def _built(model: str, recipe: str | None, inputs: Inputs) -> _Models:
@@ -165,7 +183,7 @@ def _row(
         run = partial(models.step, branches, accelerated)
         times.append(step_time(run, device, repeats))
         peaks.append(peak_of(run, device))
-    alone = step_time(partial(models.alone, controlled), device, repeats)
+    alone = step_time(models.alone(controlled, fast=fast), device, repeats)
     return [
         *(f"{one:.2f}" for one in times),
         f"{times[1] - times[0]:.2f}",
@@ -174,6 +192,7 @@ def _row(
         f"{weight_bytes(models.net) / 1e9:.2f}",
         *(f"{one:.2f}" if one else "-" for one in peaks),
         _said(models, controlled, accelerated),
+        _difference(models, controlled) if fast else "-",
     ]
 
 
@@ -184,3 +203,12 @@ def _said(models: _Models, branches: Sequence[Branch], accelerated: Accelerated 
     found = models.step(branches, accelerated)
     wanted = models.step(branches, accelerated.without_graphs())
     return "bit-equal" if all(map(torch.equal, found, wanted)) else "DIFFERS"
+
+
+def _difference(models: _Models, branches: Sequence[Branch]) -> str:
+    """The relative distance of the last residual of the fast forward from that of the net's own forward."""
+    found, every = (models.alone(branches, fast=fast)() for fast in (True, False))
+    assert isinstance(found, Tensor), "the fast forward gives one residual"
+    assert isinstance(every, list), "the net's own forward gives all"
+    wanted = [one for one in every if one is not None][-1].double()
+    return f"{float((found.double() - wanted).norm() / wanted.norm()):.1e}"

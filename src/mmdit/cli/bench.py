@@ -168,17 +168,21 @@ def _picture(parser: argparse.ArgumentParser) -> None:
 
 def _lora(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser, "fp8")
+    _add_batch(parser)
     _add_pace(parser)
-    parser.add_argument("--batch", type=int, default=2, help=_BATCH)
-    parser.add_argument("--text", type=int, default=333, help=_TEXT)
     ranks = "rank of the LoRA that is attached, and of the one that is merged (default: 16 32)"
     parser.add_argument("--ranks", type=int, nargs=2, default=(16, 32), metavar="N", help=ranks)
 
 
 def _controlnet(parser: argparse.ArgumentParser) -> None:
     _add_sizes(parser, "fp8")
+    _add_batch(parser)
     _add_pace(parser)
-    parser.add_argument("--text", type=int, default=333, help=_TEXT)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help=_BATCH)
+    parser.add_argument("--text", type=int, default=333, metavar="N", help=_TEXT)
 
 
 def _add_pace(parser: argparse.ArgumentParser) -> None:

@@ -285,13 +285,13 @@ def _lora(options: Namespace, note: Note) -> Iterator[str]:
 def _controlnet(options: Namespace, note: Note) -> Iterator[str]:
     with usage_errors():
         check_names(options.quant, RECIPES)
-    sizes = _sizes(options, "text", "repeats")
+    sizes = _sizes(options, "batch", "text", "repeats")
     common: dict[str, Any] = {"recipes": options.quant, "seconds": options.seconds, **_where(options)}
-    rows = _noted(controlnet.bench(options.model, **sizes, **common), note)
+    rows = _noted(controlnet.steps(options.model, **sizes, **common), note)
     net = controlnet.net_config(MODELS[options.model])
-    flops = controlnet.flops_of_net(net, sizes["size"], 2) / 1e12
+    flops = controlnet.flops_of_net(net, sizes["size"], sizes["batch"]) / 1e12
     head = f"The net has {net.depth} blocks of width {net.hidden_size}; its operations are {flops:.2f} TFLOP a step."
-    yield "\n".join([head, "", *markdown_table(controlnet.TITLES, rows)])
+    yield "\n".join([head, "", *markdown_table(controlnet.STEPS, rows)])
 
 
 def _parallel(options: Namespace, note: Note) -> Iterator[str | int]:

@@ -55,9 +55,9 @@ class FastControlNet:
     @property
     def products(self) -> list[tuple[str, Rounding, Product]]:
         """Every Linear of the blocks and the one after each, by its official name, with what it reads."""
-        found = []
+        found: list[tuple[str, Rounding, Product]] = []
         for i, (block, after) in enumerate(zip(self.blocks, self.projections, strict=True)):
-            found += [(f"transformer_blocks.{i}.{name}", *rest) for name, *rest in block.products]
+            found += [(f"transformer_blocks.{i}.{name}", reads, product) for name, reads, product in block.products]
             found.append((f"controlnet_blocks.{i}", after.rounding, after.image))
         return found
 
