@@ -188,13 +188,13 @@ class PipelineModels(PipelineMemory):
         """Draw faster from now on, with a second forward of the transformer over the same parameters.
 
         It uses few, fused kernels (Triton) and the fastest exact attention that is installed, computes the modulation
-        of all steps at once, and runs each step as a CUDA graph, ControlNets included. Text encoders run as CUDA graphs too. The VAE runs
-        with channels last and fused norms, in half of the memory, and in tiles above 2048 x 2048 pixels. Without Triton
-        or a GPU, the report lists what is left out. Results are rounded a little differently, with no larger error.
-        Changes of weights take effect at the next drawing. With `memory` or `offload`, steps are launched kernel by
-        kernel where blocks of the transformer move, because a graph needs them in place, and text encoders and VAE run
-        their own forward. `mmdit.capture`, `patch` and `attention_maps` refuse an accelerated pipeline: call `plain`
-        first.
+        of all steps at once, and runs each step as a CUDA graph, its ControlNets included. Text encoders run as CUDA
+        graphs too. The VAE runs with channels last and fused norms, in half of the memory, and in tiles above 2048 x
+        2048 pixels. Without Triton or a GPU, the report lists what is left out. Results are rounded a little
+        differently, with no larger error. Changes of weights take effect at the next drawing. With `memory` or
+        `offload`, steps are launched kernel by kernel where blocks of the transformer move or a ControlNet acts,
+        because a graph needs weights in place, and text encoders and VAE run their own forward. `mmdit.capture`,
+        `patch` and `attention_maps` refuse an accelerated pipeline: call `plain` first.
 
         Args:
             graph: whether to record steps as CUDA graphs; None does so on a GPU. A graph takes up to a gigabyte of
