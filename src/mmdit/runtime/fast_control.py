@@ -102,20 +102,20 @@ class FastControlNet:
         if self.embed_latent is not None:
             tokens = self.embed_latent(latent.to(self.dtype))
         assert tokens is not None, "nets without an embedder are given tokens"
-        image, attention = tokens.to(self.dtype) + hint, self.attention
+        image, kernels, attention = tokens.to(self.dtype) + hint, self.kernels, self.attention
         if self.sequence is not None:
             part = self.sequence.part(image.shape[1])
             image, text = part.own(image), part.own_text(text) if text.shape[1] else text
-            attention = part.attention(attention)
+            kernels, attention = part.exchanging(kernels, attention, image, self.config.heads)
         rows = Rows(len(image), text.shape[1], image.shape[1])
         x = torch.cat([text.flatten(0, 1), image.flatten(0, 1)])
         found = []
         for block, projection in zip(self.blocks, self.projections, strict=True):
-            rows, x, updates = block(x, rows, vectors, (), self.kernels, attention)
+            rows, x, updates = block(x, rows, vectors, (), kernels, attention)
             for update in updates:
                 _add(x, update, rows, vectors)
             alone = rows.only_image()
-            residual = projection(self.kernels.rounded(x[rows.split :], alone, projection.rounding), alone)
+            residual = projection(kernels.rounded(x[rows.split :], alone, projection.rounding), alone)
             found.append(residual.unflatten(0, (rows.samples, -1)))
         return found if scale == 1 else [one.mul_(scale) for one in found]
 
