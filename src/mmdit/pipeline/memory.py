@@ -200,7 +200,7 @@ def check_budget(
         fast and device.type == "cuda",
     )
     sizes = {name: _bytes_to_come(model, dtypes[name], quantized[name]) for name, model in models.items()}
-    plan(budget, sizes, setting.activations(default_sizes(models["transformer"].config, profile)))
+    plan(budget, _on(device, sizes), setting.activations(default_sizes(models["transformer"].config, profile)))
 
 
 def _dtype_of(model: StoredModel, dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -220,6 +220,13 @@ def _bytes_to_come(stored: StoredModel, dtype: torch.dtype, recipe: Recipe | Non
         return tensor.numel() * dtype.itemsize
 
     return model_bytes(model, size)
+
+
+def _on(device: torch.device, models: dict[Component, ModelBytes]) -> dict[Component, ModelBytes]:
+    """Bytes that the models take of a device."""
+    if device.type != "cuda":
+        return models
+    return {name: one.in_steps_of(count.SEGMENT) for name, one in models.items()}
 
 
 class PipelineMemory:
@@ -278,7 +285,7 @@ class PipelineMemory:
             parts = {name: model_bytes(model) for name, model in self.models.items() if name != "controlnet"}
             if self._nets:
                 parts["controlnet"] = ModelBytes(sum(weight_bytes(net) for net in self._nets))
-            self._weight_bytes = parts
+            self._weight_bytes = _on(self._place, parts)
         return self._weight_bytes
 
     def _fit(self, sizes: Sizes, nets: Sequence[nn.Module] | None = None, *, anew: bool = False) -> None:
@@ -446,6 +453,7 @@ class PipelineMemory:
         what_failed = (str(error) or type(error).__name__).splitlines()[0]
         weights = ", ".join(f"{title(name)} {weight_bytes(model) / 1e9:.2f} GB" for name, model in self.models.items())
         models = {name: model_bytes(model) for name, model in self.models.items() if name != "controlnet"}
+        models = _on(self._place, models)
         activations = self._setting().activations(self._sizes)
         needed, least = plan(None, models, activations).sum, smallest(models, activations).sum
         there = memory_of(self._place)

@@ -15,6 +15,7 @@ DECODE, ENCODE = 9.5, 7.0
 # The CUDA context and the code of libraries, which torch does not count: 0.74 to 0.83 GB, measured on an H200.
 CONTEXT = 860_000_000
 WORKSPACE = 300_000_000  # of cuBLAS, and what torch's allocator rounds blocks up to
+SEGMENT = 2**21  # bytes; torch's allocator takes a GPU's memory in multiples of it, for each part of a model alone
 # What torch's allocator reserves for the activations of a step, against what is alive of them at the peak: their sizes
 # differ, and leave gaps. On an H200 at 1024 x 1024, plans whose step left 0.25 GB beside what was counted ran out of
 # memory, and plans that left 0.40 GB did not; this factor and `WORKSPACE` leave 0.56 GB.

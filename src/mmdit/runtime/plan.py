@@ -58,6 +58,14 @@ class ModelBytes:
         """Bytes of all weights."""
         return self.rest + sum(self.blocks) + sum(self.modulation)
 
+    def in_steps_of(self, step: int) -> ModelBytes:
+        """The same where each part takes a multiple of so many bytes."""
+
+        def rounded(size: int) -> int:
+            return -(-size // step) * step
+
+        return ModelBytes(rounded(self.rest), tuple(map(rounded, self.blocks)), tuple(map(rounded, self.modulation)))
+
 
 @dataclass(frozen=True)
 class Activations:

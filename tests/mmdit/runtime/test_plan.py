@@ -44,6 +44,10 @@ def built(work):
     return {name: ModelBytes(*parts) for name, parts in models.items()}, Activations(**activations)
 
 
+def test_parts_take_multiples_of_what_an_allocator_takes_at_a_time():
+    assert ModelBytes(1, (10, 11), (0, 29)).in_steps_of(10) == ModelBytes(10, (10, 20), (0, 30))
+
+
 @settings(max_examples=60)
 @given(works(), st.integers(1, 12000))
 def test_the_sum_never_exceeds_the_budget_and_it_refuses_only_what_cannot_be(raw, budget):
