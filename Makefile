@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all fuzz notebooks docs check lint format clean
+.PHONY: demo test test-all test-gpu fuzz notebooks docs check lint format clean
 
 demo: $(VENV)/.installed
 	mkdir -p out
@@ -16,6 +16,11 @@ test: $(VENV)/.test
 # The same with whole notebooks and sweeps, an hour more on two cores; see tests/full.py.
 test-all: $(VENV)/.test
 	MMDIT_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --quiet
+
+# What needs a GPU, some minutes on one; with two GPUs of one host also what several ranks draw. Only files that have such
+# tests are read, so that no other test's packages are needed.
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu --quiet $$(grep -rlE --include='test_*.py' 'mark\.gpu' tests)
 
 # An hour of generated input; what failed once is a regression case beside its generator.
 fuzz: $(VENV)/.test

@@ -18,6 +18,7 @@ check_signatures(["mmdit", "encoders", "quant", "samplers"])
 import pytest
 import torch
 
+from processes import ALONE, alone
 from skips import SKIPS
 
 if not torch.cuda.is_available():
@@ -34,6 +35,16 @@ LONGEST = ("test_notebooks.py", "test_readmes.py", "test_embedded.py", "test_met
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Tests marked `alone` run in a process of their own, with the others of their file."""
+    if pyfuncitem.get_closest_marker("alone") is None or os.environ.get(ALONE):
+        return None
+    if said := alone(pyfuncitem.path).get(pyfuncitem.name, "the test did not run in its own process"):
+        pytest.fail(said, pytrace=False)
+    return True
 
 
 @pytest.fixture(autouse=True)

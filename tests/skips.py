@@ -9,10 +9,8 @@ SKIPS = {
     "float8 gpu": "needs a GPU with a float8 matmul (compute capability 8.9 or later)",
     # tests/mmdit/runtime: Triton has wheels for Linux only; there its interpreter runs the kernels on the CPU.
     "triton": "needs Triton, which is for Linux only",
-    # tests/mmdit/runtime and tests/mmdit/pipeline: run them where there is one, `pytest -m gpu`.
+    # tests/mmdit/runtime and tests/mmdit/pipeline: run them where there is one, `make test-gpu`.
     "gpu": "needs a GPU",
-    # tests/mmdit/pipeline/test_memory_gpu.py: a budget is for the whole process; run the file alone.
-    "gpu alone": "other tests of this process hold memory of the GPU",
     # tests/mmdit/runtime/test_parallel_gpu.py: NCCL.
     "two gpus": "needs two GPUs of one host",
     # tests/mmdit/runtime/test_parallel.py: eight processes take ten seconds.

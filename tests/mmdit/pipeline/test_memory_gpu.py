@@ -14,7 +14,11 @@ from mmdit.runtime.plan import STREAMED, VISITED, smallest
 from quant.quantize import quantize_
 from skips import SKIPS
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.alone,  # a budget is for the whole process, so that what other tests hold would count
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"]),
+]
 PROMPT = "a large red circle above a blue star"
 SETTINGS = {
     "num_inference_steps": 3,
@@ -27,12 +31,9 @@ SETTINGS = {
 
 
 @pytest.fixture(autouse=True)
-def _nothing_of_other_tests():
-    """A budget is for the whole process, so that what other tests still hold would count."""
+def _nothing_of_the_test_before():
     gc.collect()
     torch.cuda.empty_cache()
-    if torch.cuda.memory_allocated() > 100_000_000:
-        pytest.skip(SKIPS["gpu alone"])
 
 
 def pipeline(budget, recipe=None):
