@@ -20,21 +20,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmdit.bench.links import Link
 from mmdit.bench.picture import PROMPT, random_pipeline
 from mmdit.bench.random_models import check_size, quantized
 from mmdit.bench.rows import FAILURES, said_of
 from mmdit.pipeline.parallelize import parallelize
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime import mesh
-from mmdit.runtime.mesh import Layout, Team, shares
+from mmdit.runtime.mesh import Layout, shares
+from mmdit.runtime.peers import Exchange
 from mmdit.runtime.sequence import exchanged_bytes
 from mmdit.utils import markdown_table
 
 _SCALE = 4.5  # guidance
 _TURBO_STEPS = 4
-_LATENCY = 60e-6  # seconds of an exchange beside its bytes, fitted to cfg 2 x sequence 2 on four H200
+_GATHER = 60e-6  # seconds of the gather of predictions in a step, assumed by the prediction
 _ATTENTION = 0.4  # share of attention in a step of SD3.5-Large at 1024 x 1024, assumed by the prediction
-_BUFFER = 2**26  # bytes that each rank sends when the links are measured
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,16 @@ class Setting:
 
 @dataclass
 class Row:
-    """One way to draw; times are medians of rank 0, memory is that of the rank which takes most."""
+    """One way to draw; times are medians of rank 0, memory is that of the rank which takes most.
+
+    Attributes:
+        seconds: of stages that are waited for one by one (text, steps, decode), and of a picture in one call, in which
+            the host is ahead of the GPU.
+    """
 
     name: str
     base: str = ""  # the name of the row that it is compared with
-    seconds: dict[str, float] = field(default_factory=dict)  # text, steps, decode, picture
+    seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     peak_gb: float = 0.0  # allocated by torch
     used_gb: float = 0.0  # of the device, with graphs, communicators and the driver
@@ -70,14 +76,7 @@ class Row:
     predicted_ms: float | None = None  # of a step
     difference: float | None = None  # relative, of the latents to those of the base row
     failed: str = ""
-
-
-@dataclass(frozen=True)
-class Link:
-    """Measured speed of a rank's link in one direction, in bytes a second."""
-
-    gather: float
-    exchange: float
+    choices: str = ""  # how tokens were exchanged, and pictures decoded
 
 
 def bench(setting: Setting, link: Link, *, seconds: float = 90.0, only: Sequence[str] = ()) -> Iterator[Row]:
@@ -124,21 +123,22 @@ def table(rows: Sequence[Row], link: Link | None = None) -> str:
     found = []
     for row in rows:
         if row.failed:
-            found.append((row.name, *["-"] * 5, row.failed, *["-"] * 5))
+            found.append((row.name, *["-"] * 5, row.failed, *["-"] * 6))
             continue
         base = known.get(row.base)
         picture = row.seconds["picture"]
         faster = f"{base.seconds['picture'] / picture:.3f}" if base is not None and not base.failed else "-"
+        step_faster = f"{_step_ms(base) / _step_ms(row):.3f}" if faster != "-" and base and row.steps else "-"
         stages = [f"{row.seconds[stage]:.3f}" if stage in row.seconds else "-" for stage in ("text", "steps", "decode")]
-        step = 1000 * row.seconds["steps"] / row.steps if row.steps else None
         wire = "-" if link is None or not row.exchanged else f"{1000 * row.exchanged / link.exchange:.2f}"
         found.append(
             (
                 row.name,
                 *stages,
                 f"{picture:.3f}",
-                "-" if step is None else f"{step:.2f}",
+                f"{_step_ms(row):.2f}" if row.steps else "-",
                 faster,
+                step_faster,
                 "-" if row.predicted_ms is None else f"{row.predicted_ms:.2f}",
                 f"{row.peak_gb:.2f} / {row.used_gb:.2f}",
                 f"{row.exchanged / 1e6:.2f}" if row.exchanged else "-",
@@ -149,9 +149,13 @@ def table(rows: Sequence[Row], link: Link | None = None) -> str:
     return "\n".join(markdown_table(_TITLES, found))
 
 
+def _step_ms(row: Row) -> float:
+    return 1000 * row.seconds["steps"] / row.steps
+
+
 _TITLES = (
-    *("", "text s", "steps s", "decode s", "picture s", "step ms", "times faster", "predicted step ms"),
-    *("allocated / used GB", "MB sent a step", "ms at link speed", "difference"),
+    *("", "text s", "steps s", "decode s", "picture s", "step ms", "times faster", "step times faster"),
+    *("predicted step ms", "allocated / used GB", "MB sent a step", "ms at link speed", "difference"),
 )
 
 
@@ -174,8 +178,8 @@ def predicted_step(one: float, layout: Layout, *, tokens: int, text: int, heads:
     ranks = layout.sequence
     rows = (shares(text, ranks)[-1] + shares(tokens, ranks)[0]) / (text + tokens)
     share = shares(heads, ranks)[0] / heads
-    wire = exchanged / link.exchange + exchanges * _LATENCY if ranks > 1 else 0.0
-    return one * ((1 - _ATTENTION) * rows + _ATTENTION * share) + wire + (_LATENCY if layout.cfg > 1 else 0.0)
+    wire = exchanged / link.exchange + exchanges * link.latency if ranks > 1 else 0.0
+    return one * ((1 - _ATTENTION) * rows + _ATTENTION * share) + wire + (_GATHER if layout.cfg > 1 else 0.0)
 
 
 def stop_after(seconds: float, rows: Sequence[Row], say: Callable[[str], None]) -> threading.Timer:
@@ -197,27 +201,29 @@ Run = Callable[[Row, dict[str, Tensor]], None]
 
 
 def _plans(pipe: Pipeline, setting: Setting, world: int, link: Link) -> Iterator[tuple[str, str, Run]]:
-    """The rows: name, name of the row to compare with, and what runs them; the riskiest comes last."""
+    """The rows: name, name of the row to compare with, and what runs them; in order of value."""
     times: dict[str, float] = {}
 
-    def drawing(layout: Layout | None, guided: bool, graph: bool | None = None) -> Run:
-        return partial(_draw_row, pipe, setting, layout, guided, graph, link, times)
+    def drawing(layout: Layout | None, guided: bool, exchange: Exchange = "auto") -> Run:
+        return partial(_draw_row, pipe, setting, layout, guided, exchange, link, times)
 
     guided, turbo = f"guided, {setting.steps} steps, one GPU", f"Turbo, {_TURBO_STEPS} steps, one GPU"
     yield guided, "", drawing(None, True)
     yield turbo, "", drawing(None, False)
+    together = Layout(2, world // 2)
     if world % 2 == 0:
-        layout = Layout(2, 1) if world == 2 else Layout(2, world // 2)
-        yield f"guided, {layout}", guided, drawing(layout, True)
+        yield f"guided, {together}", guided, drawing(together, True)
+    alone = Layout(1, world)
+    yield f"Turbo, {alone}", turbo, drawing(alone, False)
+    if setting.device.type == "cuda":
+        yield f"Turbo, {alone}, NCCL", turbo, drawing(alone, False, "nccl")
+        if world % 2 == 0 and together.sequence > 1:
+            yield f"guided, {together}, NCCL", guided, drawing(together, True, "nccl")
+    if world > 2:
+        yield f"guided, {alone}", guided, drawing(alone, True)
     one = f"{setting.prompts} prompts, one GPU"
     yield one, "", partial(_many_row, pipe, setting, False)
     yield f"{setting.prompts} prompts, {world} GPUs, data parallel", one, partial(_many_row, pipe, setting, True)
-    alone = Layout(1, world)
-    if setting.device.type == "cuda":
-        yield f"Turbo, {alone}, kernel by kernel", turbo, drawing(alone, False, graph=False)
-    yield f"Turbo, {alone}", turbo, drawing(alone, False)
-    if world > 2:
-        yield f"guided, {alone}", guided, drawing(alone, True)
 
 
 def _build(setting: Setting) -> Pipeline:
@@ -235,23 +241,26 @@ def _draw_row(
     setting: Setting,
     layout: Layout | None,
     guided: bool,
-    graph: bool | None,
+    exchange: Exchange,
     link: Link,
     times: dict[str, float],
     row: Row,
     latents: dict[str, Tensor],
 ) -> None:
     """Measure pictures in a layout; None draws on every rank alone."""
-    pipe.accelerate(graph=graph)
-    if layout is not None:
-        parallelize(pipe, *layout)
+    pipe.accelerate()
+    together = None if layout is None else parallelize(pipe, *layout, exchange=exchange)
     row.steps = setting.steps if guided else _TURBO_STEPS
     options: dict[str, Any] = {"guidance_scale": _SCALE if guided else 1.0}
-    _drawn(pipe, setting, options | {"num_inference_steps": 2})  # compiles, measures attention, records graphs
+    for draw in (_drawn, _in_one_call):
+        draw(pipe, setting, options | {"num_inference_steps": 2})  # compiles, measures attention, records graphs
     _reset_peak(setting.device)
-    found = [_drawn(pipe, setting, options | {"num_inference_steps": row.steps}) for _ in range(setting.repeats)]
+    options["num_inference_steps"] = row.steps
+    found = [_drawn(pipe, setting, options) for _ in range(setting.repeats)]
     row.seconds = {stage: median(one[0][stage] for one in found) for stage in found[0][0]}
-    row.seconds["picture"] = sum(row.seconds[stage] for stage in ("text", "steps", "decode"))
+    row.seconds["picture"] = median(_in_one_call(pipe, setting, options) for _ in range(setting.repeats + 1))
+    if together is not None:
+        row.choices = together.choices
     latents[row.name] = found[-1][1].float().cpu()
     row.peak_gb, row.used_gb = (max(each) for each in zip(*mesh.of_all(_memory(setting.device)), strict=True))
     step = row.seconds["steps"] / row.steps
@@ -299,6 +308,15 @@ def _drawn(pipe: Pipeline, setting: Setting, options: dict[str, Any]) -> tuple[d
     return watch.seconds, latent
 
 
+def _in_one_call(pipe: Pipeline, setting: Setting, options: dict[str, Any]) -> float:
+    """Seconds of a picture, from the call to its last pixel; all ranks begin together."""
+    dist.barrier()
+    watch = _Watch(setting.device)
+    sizes: dict[str, Any] = {"height": setting.pixels, "width": setting.pixels, "seed": 0, "progress": False}
+    watch("picture", partial(pipe, PROMPT, output_type="pt", **sizes, **options))
+    return watch.seconds["picture"]
+
+
 @torch.no_grad()
 def _many_row(pipe: Pipeline, setting: Setting, together: bool, row: Row, latents: dict[str, Tensor]) -> None:
     """Draw prompts one after the other: all ranks their share at the same time, or rank 0 a share alone, scaled up."""
@@ -331,32 +349,6 @@ class _Watch:
             torch.cuda.synchronize(self.device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
         return found
-
-
-def link_of(device: torch.device, repeats: int = 5) -> Link:
-    """Measure the links between all ranks; every rank calls this."""
-    assert dist.group.WORLD is not None
-    team = Team(dist.group.WORLD)
-    values = (_BUFFER if device.type == "cuda" else 2**20) // 4
-    part = torch.zeros(values, device=device)
-    parts, out = part.chunk(team.size), torch.empty_like(part).chunk(team.size)
-
-    def rate(run: Callable[[], object], nbytes: int) -> float:
-        times = []
-        for _ in range(repeats):
-            dist.barrier()
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - start)
-        return nbytes / min(times)
-
-    sent = part.nbytes - parts[team.rank].nbytes
-    return Link(
-        rate(lambda: team.gathered(part), part.nbytes * (team.size - 1)),
-        rate(lambda: team.exchanged(out, parts), sent),
-    )
 
 
 def _memory(device: torch.device) -> tuple[float, float]:

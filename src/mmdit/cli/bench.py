@@ -265,6 +265,8 @@ def _parallel(parser: argparse.ArgumentParser) -> None:
     say("--repeats", type=int, default=2, metavar="N", help="timed pictures, whose median counts (default: 2)")
     only = "measure only the rows whose names contain one of these texts (default: all)"
     say("--only", nargs="+", default=[], metavar="TEXT", help=only)
+    only_links = "measure only the links between the GPUs, by way and size, in less than half a minute"
+    say("--links", action="store_true", help=only_links)
     seconds = "start no row after so many seconds, and stop after a quarter more (default: %(default)s)"
     say("--seconds", type=float, default=90.0, metavar="X", help=seconds)
 

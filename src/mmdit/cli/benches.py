@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mmdit.bench import controlnet, fp8_quality, lora, maps, parallel
+from mmdit.bench import controlnet, fp8_quality, links, lora, maps, parallel
 from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import loading as bench_loading
@@ -306,15 +306,23 @@ def _parallel(options: Namespace, note: Note) -> Iterator[str | int]:
     mesh.start(device)
     first, rows = torch.distributed.get_rank() == 0, list[parallel.Row]()
     timer = parallel.stop_after(1.25 * options.seconds, rows, say if first else lambda _: None)
-    link = parallel.link_of(device)
+    if options.links:
+        found = _noted(links.links(device), note if first else lambda _: None)
+        timer.cancel()
+        if first:
+            yield links.table(found)
+        return
+    link = links.link_of(device)
     for row in parallel.bench(setting, link, seconds=options.seconds, only=options.only):
         rows.append(row)
         if first:
             note(f"{row.name}: {row.failed or format(row.seconds['picture'], '.3f') + ' s'}")
     timer.cancel()
     if first:
-        yield f"Links, one direction: gather {link.gather / 1e9:.1f} GB/s, exchange {link.exchange / 1e9:.1f} GB/s.\n"
-        yield parallel.table(rows, link)
+        speeds = f"gather {link.gather / 1e9:.1f} GB/s, exchange {link.exchange / 1e9:.1f} GB/s"
+        yield f"Links, one direction: {speeds} and {1e6 * link.latency:.0f} us each, by {link.way}."
+        yield from (f"{row.name}: {row.choices}." for row in rows if row.choices)
+        yield f"\n{parallel.table(rows, link)}"
     yield int(any(row.failed for row in rows))
     signal.alarm(_ENDING)
     torch.distributed.destroy_process_group()

@@ -228,8 +228,8 @@ class PipelineTensors(PipelineModels):
         if self.parallel is None:
             return self._fast_vae.decode(latent)
         with self.parallel.guarded():
-            fast = self._fast_vae
-            return self.parallel.decoded(self.vae, latent, fast if isinstance(fast, FastVAE) else None)
+            fast, graph = self._fast_vae, self.accelerated is not None and self.accelerated.graph
+            return self.parallel.decoded(self.vae, latent, fast if isinstance(fast, FastVAE) else None, graph=graph)
 
     def _fit_vae(self, latent: Tensor, tile: int | None, *, encodes: bool = False) -> int | None:
         """The side of the VAE's tiles for latents of this shape: what the caller asks for, or what a budget takes."""

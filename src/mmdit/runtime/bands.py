@@ -16,12 +16,17 @@ from torch import Tensor, nn
 
 from encoders.tiling import Moments, normed
 from encoders.vae import VAE, ResnetBlock, Upsample
+from mmdit.runtime.accelerate import version_of
+from mmdit.runtime.compiled import refuse_changed
 from mmdit.runtime.fast_vae import WHOLE, FastVAE, conv, plain_norm
+from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.mesh import Team, shares, starts
 
 # Pixels from which bands are quicker than the fast VAE alone. One H200: 33 ms at 1024 x 1024 and 79 ms at 1536 x 1536;
-# in bands of two to four ranks 34 to 59 ms and 42 to 65 ms, because each layer waits for its exchange.
+# in bands of two to four ranks 34 to 59 ms and 42 to 65 ms, because the host launches each layer's exchange. A graph of
+# the bands has no such wait; from where it is worth it is an estimate.
 WORTH = 1280 * 1280
+WORTH_GRAPH = 768 * 768
 
 
 class Layers(NamedTuple):
@@ -57,9 +62,64 @@ def layers_of(fast: FastVAE | None) -> Layers:
     return Layers(vae_kernels.group_moments, vae_kernels.norm_by, _channels_last)
 
 
+class BandDecoder:
+    """Decoding in bands that is a CUDA graph from the second time on, bit-equal to the first.
+
+    Args:
+        team: the ranks.
+
+    Attributes:
+        why_not: why there is no graph, where recording it has failed; empty elsewhere.
+    """
+
+    def __init__(self, team: Team) -> None:
+        self.team, self.graphs, self.why_not = team, Graphs(2), ""
+        self._version: object = None
+        self._seen: set[torch.Size] = set()
+
+    def __call__(
+        self, vae: VAE, latent: Float[Tensor, "b z h w"], fast: FastVAE | None, *, graph: bool
+    ) -> Float[Tensor, "b 3 h8 w8"]:
+        """See `decode_in_bands`; `graph` allows a graph of the fast forward."""
+        graph = graph and fast is not None and not self.why_not
+        worth = WORTH_GRAPH if graph else WORTH
+        if not graph or not _splits(vae, latent, self.team, fast, worth):
+            return decode_in_bands(vae, latent, self.team, fast, worth)
+        refuse_changed(vae, "the VAE")
+        version = (id(fast), version_of(vae))
+        if version != self._version:
+            self.close()
+            self._version = version
+        if latent.shape not in self._seen:
+            self._seen.add(latent.shape)
+            return decode_in_bands(vae, latent, self.team, fast, worth)
+        try:
+            return self.graphs(
+                latent.shape, lambda latent: decode_in_bands(vae, latent, self.team, fast, worth), [latent]
+            )
+        except RuntimeError as error:  # alike on all ranks, which launch the same work
+            if latent.shape in self.graphs:
+                raise
+            self.why_not = (str(error).splitlines() or [type(error).__name__])[0]
+            return decode_in_bands(vae, latent, self.team, fast, worth)
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self.graphs.clear()
+        self._seen.clear()
+        self._version = None
+
+
+def _splits(vae: VAE, latent: Tensor, team: Team, fast: FastVAE | None, worth: int) -> bool:
+    """Whether pictures are split into bands: each rank has a row, and a picture is neither too small nor too large."""
+    pixels = latent.shape[2] * latent.shape[3] * vae.config.downscale**2
+    small = fast is not None and pixels < worth
+    return team.size > 1 and latent.shape[2] >= team.size and not small and pixels <= WHOLE * team.size
+
+
 @torch.no_grad()
 def decode_in_bands(
-    vae: VAE, latent: Float[Tensor, "b z h w"], team: Team, fast: FastVAE | None = None
+    vae: VAE, latent: Float[Tensor, "b z h w"], team: Team, fast: FastVAE | None = None, worth: int | None = None
 ) -> Float[Tensor, "b 3 h8 w8"]:
     """Compute `vae.decode(latent)` on all ranks of a team; each gets the whole picture.
 
@@ -68,15 +128,15 @@ def decode_in_bands(
     Args:
         vae: the VAE, equal on all ranks.
         latent: latents in model space, equal on all ranks. With fewer rows than ranks, where a band has more than
-            `fast_vae.WHOLE` pixels, and by the fast forward below `WORTH` pixels, every rank decodes alone.
+            `fast_vae.WHOLE` pixels, and by the fast forward below `worth` pixels, every rank decodes alone.
         team: the ranks.
         fast: the VAE's fast forward; None runs its own.
+        worth: pixels; None is `WORTH`.
     """
+    if not _splits(vae, latent, team, fast, WORTH if worth is None else worth):
+        return (vae if fast is None else fast).decode(latent)
     rows = shares(latent.shape[2], team.size)
     pixels = latent.shape[2] * latent.shape[3] * vae.config.downscale**2
-    small = fast is not None and pixels < WORTH
-    if team.size == 1 or min(rows) < 1 or small or pixels > WHOLE * team.size:
-        return (vae if fast is None else fast).decode(latent)
     parts = latent.split(max(WHOLE * team.size // pixels, 1))
     return torch.cat([_decoded(vae, part, team, rows, fast) for part in parts])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encoders.vae import VAE
 from mmdit.runtime import mesh, peers
-from mmdit.runtime.bands import decode_in_bands
+from mmdit.runtime.bands import BandDecoder
 from mmdit.runtime.branches import split_branches
 from mmdit.runtime.fast_vae import FastVAE
 from mmdit.runtime.lifeline import Lifeline, ParallelError
@@ -53,13 +53,24 @@ class Parallel:
         if layout.sequence > 1:
             exchanges, self.exchange = peers.connected(self.mesh.sequence, device, exchange)
             self.sequence = SequenceParallel(self.mesh.sequence, exchanges)
+        self.decoder = BandDecoder(self.mesh.world)
         self.lifeline = connected(self._free)
 
     def __str__(self) -> str:
         cfg, sequence = self.mesh.cfg.rank, self.mesh.sequence.rank
         place = f"this is rank {self.rank} (cfg {cfg}, sequence {sequence})"
-        how = f"; tokens are exchanged by {self.exchange}" if self.exchange else ""
-        return f"{self.layout} on {self.world} ranks; {place}{how}"
+        return "; ".join(filter(None, (f"{self.layout} on {self.world} ranks; {place}", self.choices)))
+
+    @property
+    def choices(self) -> str:
+        """What was chosen, in words; that of decoding is known once two pictures of a size are decoded."""
+        why_not = self.decoder.why_not
+        said = (
+            f"tokens are exchanged by {self.exchange}" if self.exchange else "",
+            f"bands are a CUDA graph for {len(self.decoder.graphs)} sizes" if len(self.decoder.graphs) else "",
+            f"bands are launched kernel by kernel, because recording them failed: {why_not}" if why_not else "",
+        )
+        return "; ".join(filter(None, said))
 
     def _free(self) -> None:
         """Release what waits on the GPU for a rank that has failed."""
@@ -75,9 +86,9 @@ class Parallel:
         """See `split_branches`."""
         return run(branches) if self.layout.cfg == 1 else split_branches(branches, run, x, self.mesh.cfg)
 
-    def decoded(self, vae: VAE, latent: Tensor, fast: FastVAE | None = None) -> Tensor:
-        """See `decode_in_bands`."""
-        return decode_in_bands(vae, latent, self.mesh.world, fast)
+    def decoded(self, vae: VAE, latent: Tensor, fast: FastVAE | None = None, *, graph: bool = False) -> Tensor:
+        """See `BandDecoder`."""
+        return self.decoder(vae, latent, fast, graph=graph)
 
     def first(self, tensor: Tensor) -> Tensor:
         """The tensor of rank 0, on every rank."""
@@ -116,6 +127,7 @@ class Parallel:
 
     def close(self) -> None:
         """Leave the run."""
+        self.decoder.close()
         self.lifeline.close()
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import mmdit
-from mmdit.bench import parallel
-from mmdit.bench.parallel import Link, Row, predicted_step, table
+from mmdit.bench import links, parallel
+from mmdit.bench.links import Link
+from mmdit.bench.parallel import Row, predicted_step, table
 from mmdit.cli import benches, main
 from mmdit.runtime.mesh import Layout
 from processes import in_processes, values
 
-LINK = Link(300e9, 300e9)
+LINK = Link(300e9, 300e9, 1e-5)
 LARGE = {"tokens": 4096, "text": 333, "heads": 38, "link": LINK, "exchanges": 76}
 
 
@@ -44,7 +45,24 @@ def test_it_prints_a_table_on_the_first_rank_alone():
     assert [row[1].strip() for row in rows] == ["Turbo, 1 steps, one GPU", "Turbo, cfg 1 x sequence 2"]
     assert all(float(cell) > 0 for row in rows for cell in row[2:6])
     assert float(rows[1][-2]) < 1e-4  # difference of the latents
-    assert float(rows[1][10]) > 0  # MB sent a step
+    assert float(rows[1][11]) > 0  # MB sent a step
+
+
+def test_the_links():
+    """Three ranks: a row for each way that works there, and why stores do not; late sizes are not measured."""
+
+    def work(rank):
+        found = [list(links.links(torch.device("cpu"), seconds)) for seconds in (25, -1)]
+        return found, links.link_of(torch.device("cpu"))
+
+    for (rows, late), link in values(in_processes(3, work)):
+        assert [row[0] for row in rows] == ["stores", "all_to_all of tensors", "all_to_all_single", "gather"]
+        assert "cpu" in rows[0][1]
+        assert all(int(row[2].split()[2]) > 0 for row in rows[1:])  # microseconds
+        assert all(row[2] == "not measured" for row in late[1:])
+        assert all(len(row) == 2 + len(links.SIZES) for row in rows)
+        assert link.gather > 0
+        assert link.way.startswith("gloo")
 
 
 def test_rows_that_failed_and_their_comparison():

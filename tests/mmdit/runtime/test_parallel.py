@@ -21,9 +21,10 @@ from mmdit.models.lora import beside
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.control import Control
 from mmdit.runtime import bands, mesh
-from mmdit.runtime.bands import decode_in_bands
+from mmdit.runtime.bands import BandDecoder, decode_in_bands
 from mmdit.runtime.compiled import refuse_compiled
 from mmdit.runtime.fast_vae import FastVAE, plain_norm
+from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.lifeline import DIED, Lifeline
 from mmdit.runtime.mesh import Layout, Team, layout_of, shares
 from mmdit.runtime.sequence import SequenceParallel, exchanged_bytes
@@ -247,6 +248,45 @@ def test_decoding_in_bands():
 
     for errors in values(in_processes(3, work)):
         assert max(errors) < 1e-12
+
+
+class Recorder(Graphs):
+    """Graphs that launch every time; `fails` stands for what a recording may run into."""
+
+    fails = False
+
+    def __call__(self, key, step, inputs):
+        if self.fails:
+            raise RuntimeError("not permitted\nwhile recording")
+        self._captured[key] = self._captured.get(key, 0) + 1
+        return step(*inputs)
+
+
+def test_bands_are_recorded_the_second_time_and_anew_after_a_change(monkeypatch):
+    vae = randomized(VAE(VAEConfig((8, 16), latent_channels=4, blocks_per_level=1, groups=4)))
+    latent = torch.randn(1, 4, 5, 3, dtype=torch.float64)
+    monkeypatch.setattr(bands, "WORTH_GRAPH", 0)
+    monkeypatch.setattr(bands, "Graphs", Recorder)
+
+    def work(rank):
+        decoder, fast, found = BandDecoder(Team(dist.group.WORLD)), FastVAE(vae, plain_norm), []
+
+        def decoded(graph=True):
+            found.append(near(decoder(vae, latent, fast, graph=graph), fast.decode(latent)))
+            return list(decoder.graphs._captured.values())
+
+        counts = [decoded(), decoded(), decoded(), decoded(graph=False)]
+        vae.decoder.conv_out.weight.data = vae.decoder.conv_out.weight * 2
+        counts += [decoded(), decoded()]
+        decoder.close()
+        decoder.graphs.fails = True
+        counts += [decoded(), decoded(), decoded()]
+        return max(found), counts, decoder.why_not
+
+    for error, counts, why in values(in_processes(2, work)):
+        assert error < 1e-12
+        assert counts == [[], [1], [2], [2], [], [1], [], [], []]
+        assert why == "not permitted"
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason=SKIPS["triton"])
