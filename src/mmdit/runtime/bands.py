@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from encoders.tiling import Moments, normed
 from encoders.vae import VAE, ResnetBlock, Upsample
-from mmdit.runtime.accelerate import version_of
 from mmdit.runtime.compiled import refuse_changed
 from mmdit.runtime.fast_vae import WHOLE, FastVAE, conv, plain_norm
 from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.mesh import Team, shares, starts
+from mmdit.runtime.versions import version_of
 
 # Pixels from which bands are quicker than the fast VAE alone. One H200: 33 ms at 1024 x 1024 and 79 ms at 1536 x 1536;
 # in bands of two to four ranks 34 to 59 ms and 42 to 65 ms, because the host launches each layer's exchange. A graph of
