@@ -13,7 +13,7 @@ from mmdit.demo.shapes import COLOURS, SHAPES
 __all__ = ["mistaken"]
 
 # Mistakes that every caption contradicts, because it names shape and colour of all objects.
-_ODDS = {"colour": 0.4, "shape": 0.2, "swapped": 0.15, "missing": 0.15, "extra": 0.1}
+_ODDS = {"colour": 0.35, "shape": 0.15, "swapped": 0.15, "missing": 0.15, "extra": 0.2}
 _KINDS = list(_ODDS)
 _OF_OBJECTS = ("shape", "colour", "large", "across", "angle", "x", "y", "tint")
 _TRIES = 16  # random places for an extra object
