@@ -18,7 +18,7 @@ check_signatures(["mmdit", "encoders", "quant", "samplers"])
 import pytest
 import torch
 
-from processes import ALONE, alone
+from own_process import ALONE, alone
 from skips import SKIPS
 
 if not torch.cuda.is_available():
