@@ -50,7 +50,7 @@ def floor_of(
     attention = config.depth * joint + len(config.dual_attention_blocks) * alone
     per_value = 34 + 7 * (2 if recipe is None else 1)  # bytes
     moved = batch * (text + image) * config.hidden_size * config.depth * per_value
-    return products + attention + 1000 * moved / _copy_rate(device)
+    return products + attention + 1000 * moved / copy_rate(device)
 
 
 def product_floor(shape: Shape, recipe: str | None, device: torch.device, dtype: torch.dtype) -> float:
@@ -80,7 +80,7 @@ def attention_floor(shape: tuple[int, int, int, int], device: torch.device, dtyp
     return timed(lambda: best(q, k, v), device)
 
 
-def _copy_rate(device: torch.device) -> float:
+def copy_rate(device: torch.device) -> float:
     """Bytes read and written a second by a kernel that does nothing else."""
     source = torch.randn(_COPIED // 4, device=device)
     target = torch.empty_like(source)

@@ -63,7 +63,7 @@ def steps(
     tasks: dict[str, Callable[[], Cells]] = {}
     for recipe in (None, *recipes):
         name = recipe or str(dtype).removeprefix("torch.")
-        make = partial(_model, model, recipe, device, dtype)
+        make = partial(model_of, model, recipe, device, dtype)
         tasks[f"{name} fast"] = partial(_fast, make, rank, inputs, repeats, device)
         tasks[f"{name} eager"] = partial(_eager, make, rank, inputs, repeats, device)
     return attempted(tasks, len(STEPS), seconds)
@@ -90,14 +90,15 @@ def merges(
     check_names(recipes, RECIPES)
     tasks: dict[str, Callable[[], Cells]] = {
         f"rank {rank} into {recipe or str(dtype).removeprefix('torch.')}": partial(
-            _merge, partial(_model, model, recipe, torch.device(device), dtype), rank, torch.device(device)
+            _merge, partial(model_of, model, recipe, torch.device(device), dtype), rank, torch.device(device)
         )
         for recipe in (*recipes, None)
     }
     return attempted(tasks, len(MERGES), seconds)
 
 
-def _model(name: str, recipe: str | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
+def model_of(name: str, recipe: str | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
+    """A model of `MODELS` with random weights, quantized by the recipe of a name, or not by None."""
     with torch.device("meta"):
         model = MMDiT(MODELS[name])
     fill(model.to_empty(device=device).to(dtype).requires_grad_(False).eval())

@@ -24,7 +24,26 @@ class LoraLinear(nn.Linear):
     plain: tuple[nn.Linear]  # the Linear that this module replaces; a tuple keeps it from being a submodule
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        if x.is_cuda and self._is_plain(x):
+            return self.in_one_product(x)
         return self.add_to(super().forward(x), x)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether only factors are attached, to a weight that is no tensor subclass, and no gradient is recorded."""
+        operands = (x, self.weight, self.bias, self.down, self.up)
+        if self.delta is not None or not all(type(one) in (Tensor, nn.Parameter) for one in operands):
+            return False
+        recorded = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
+        same = all(one is not None and one.dtype == x.dtype for one in operands)
+        return same and not recorded and not torch.is_autocast_enabled(x.device.type)
+
+    def in_one_product(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        """The output, with the small products first: the large one adds itself to them while it is written."""
+        assert self.down is not None, "factors are attached"
+        assert self.up is not None, "factors are attached"
+        rows = x.reshape(-1, x.shape[-1])
+        output = torch.addmm(self.bias, rows @ self.down.t(), self.up.t())
+        return output.addmm_(rows, self.weight.t()).view(*x.shape[:-1], -1)
 
     @property
     def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None:

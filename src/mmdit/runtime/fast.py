@@ -18,7 +18,7 @@ from mmdit.models.blocks import JointBlock
 from mmdit.models.layers import SelfAttention
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.products import Pair, Product, common_kind
-from mmdit.runtime.rows import Activation, Attention, Columns, Output, Rounding, Rows, Update
+from mmdit.runtime.rows import Activation, Attention, Columns, Output, Result, Rounding, Rows, Update
 from mmdit.runtime.sequence import SequenceParallel
 from mmdit.runtime.streaming import arrive
 
@@ -168,22 +168,25 @@ class FastBlock:
     ) -> tuple[Rows, Tensor, list[Update]]:
         """The rows that are left, the residual stream (changed in place), and what is still to be added to it."""
         read, read2 = self._first_norm(x, rows, vectors, updates, kernels)
-        z = attention(*kernels.pack(self.qkv(read, rows), self.norms, rows, self.head_dim))
+        qkv = self.qkv(read, rows, kernels)
+        z = attention(*kernels.pack(qkv.value, self.norms, rows, self.head_dim, qkv.added))
         of_attention = kernels.unpack(z, rows, self.proj.rounding, text=not self.ends_context)
         if self.ends_context:
             x, _, rows = _image_of(x, (), rows)
-        updates = [Update(self.proj(of_attention, rows), self._columns(2))]
+        updates = [self._update(2, self.proj(of_attention, rows, kernels))]
         if self.qkv2 is None:
             (mlp_reads,) = kernels.norm_modulate(x, vectors, rows, [self._output(3, self.fc1.rounding)], updates)
         else:
             assert read2 is not None
             alone = rows.only_image()
-            qkv = kernels.pack(self.qkv2(read2, alone), self.norms2, alone, self.head_dim)
-            of_second = kernels.unpack(attention(*qkv), alone, self.proj2.rounding)
-            second = Update(self.proj2(of_second, alone), self._columns(8))
+            qkv = self.qkv2(read2, alone, kernels)
+            z = attention(*kernels.pack(qkv.value, self.norms2, alone, self.head_dim, qkv.added))
+            of_second = kernels.unpack(z, alone, self.proj2.rounding)
+            second = self._update(8, self.proj2(of_second, alone, kernels))
             mlp_reads = self._second_norm(x, rows, vectors, updates[0], second, kernels)
-        inner = kernels.gelu(self.fc1(mlp_reads, rows), rows, self.fc2.rounding)
-        return rows, x, [Update(self.fc2(inner, rows), self._columns(5))]
+        inner = self.fc1(mlp_reads, rows, kernels)
+        activation = kernels.gelu(inner.value, rows, self.fc2.rounding, inner.added)
+        return rows, x, [self._update(5, self.fc2(activation, rows, kernels))]
 
     def _first_norm(
         self, x: Tensor, rows: Rows, vectors: Tensor, updates: Sequence[Update], kernels: ModuleType
@@ -193,7 +196,7 @@ class FastBlock:
         if self.qkv2 is None:
             return kernels.norm_modulate(x, vectors, rows, [one], updates)[0], None
         two, split = self._output(6, self.qkv2.rounding), rows.split
-        text_updates = [Update(update.value[:split], update.gate) for update in updates]
+        text_updates = [update.text(split) for update in updates]
         (text,) = kernels.norm_modulate(x[:split], vectors, rows.only_text(), [one], text_updates)
         x, image_updates, alone = _image_of(x, updates, rows)
         image, second = kernels.norm_modulate(x, vectors, alone, [one, two], image_updates)
@@ -205,11 +208,14 @@ class FastBlock:
         """Inputs of the MLPs, for blocks in which the image has two updates."""
         output, text = [self._output(3, self.fc1.rounding)], None
         if not self.ends_context:
-            of_text = [Update(update.value[: rows.split], update.gate)]
+            of_text = [update.text(rows.split)]
             text = kernels.norm_modulate(x[: rows.split], vectors, rows.only_text(), output, of_text)[0].text
         x, (of_image,), alone = _image_of(x, [update], rows)
         (image,) = kernels.norm_modulate(x, vectors, alone, output, [of_image, second])
         return Activation(text, image.image)
+
+    def _update(self, chunk: int, result: Result) -> Update:
+        return Update(result.value, self._columns(chunk), result.added)
 
     def _columns(self, chunk: int) -> Columns:
         return Columns(self.text_place + chunk, self.image_place + chunk)
@@ -221,7 +227,7 @@ class FastBlock:
 def _image_of(x: Tensor, updates: Sequence[Update], rows: Rows) -> tuple[Tensor, list[Update], Rows]:
     """The image's rows of the residual stream and of its updates."""
     split = rows.split
-    return x[split:], [Update(update.value[split:], update.gate) for update in updates], rows.only_image()
+    return x[split:], [update.image(split) for update in updates], rows.only_image()
 
 
 def norms_of(text: SelfAttention, image: SelfAttention) -> Tensor | None:

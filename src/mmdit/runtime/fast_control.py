@@ -14,8 +14,9 @@ from mmdit.models.blocks import JointBlock
 from mmdit.models.controlnet import ControlNet, SingleBlock
 from mmdit.models.layers import timestep_sinusoid
 from mmdit.runtime.fast import FastBlock, norms_of
+from mmdit.runtime.plain_kernels import with_added
 from mmdit.runtime.products import Pair, Product
-from mmdit.runtime.rows import Attention, Columns, Output, Rounding, Rows, Update
+from mmdit.runtime.rows import Attention, Columns, Output, Result, Rounding, Rows, Update
 from mmdit.runtime.sequence import SequenceParallel
 
 
@@ -115,8 +116,8 @@ class FastControlNet:
             for update in updates:
                 _add(x, update, rows, vectors)
             alone = rows.only_image()
-            residual = projection(kernels.rounded(x[rows.split :], alone, projection.rounding), alone)
-            found.append(residual.unflatten(0, (rows.samples, -1)))
+            result = projection(kernels.rounded(x[rows.split :], alone, projection.rounding), alone, kernels)
+            found.append(with_added(*result, alone).unflatten(0, (rows.samples, -1)))
         return found if scale == 1 else [one.mul_(scale) for one in found]
 
 
@@ -151,11 +152,16 @@ class FastSingleBlock:
     ) -> tuple[Rows, Tensor, list[Update]]:
         """The rows, the residual stream (changed in place), and what is still to be added to it."""
         (read,) = kernels.norm_modulate(x, vectors, rows, [self._output(0, self.qkv.rounding)], updates)
-        z = attention(*kernels.pack(self.qkv(read, rows), self.norms, rows, self.head_dim))
-        update = Update(self.proj(kernels.unpack(z, rows, self.proj.rounding), rows), self._columns(2))
+        qkv = self.qkv(read, rows, kernels)
+        z = attention(*kernels.pack(qkv.value, self.norms, rows, self.head_dim, qkv.added))
+        update = self._update(2, self.proj(kernels.unpack(z, rows, self.proj.rounding), rows, kernels))
         (read,) = kernels.norm_modulate(x, vectors, rows, [self._output(3, self.fc1.rounding)], [update])
-        inner = kernels.gelu(self.fc1(read, rows), rows, self.fc2.rounding)
-        return rows, x, [Update(self.fc2(inner, rows), self._columns(5))]
+        inner = self.fc1(read, rows, kernels)
+        activation = kernels.gelu(inner.value, rows, self.fc2.rounding, inner.added)
+        return rows, x, [self._update(5, self.fc2(activation, rows, kernels))]
+
+    def _update(self, chunk: int, result: Result) -> Update:
+        return Update(result.value, self._columns(chunk), result.added)
 
     def _columns(self, chunk: int) -> Columns:
         return Columns(self.place + chunk, self.place + chunk)
@@ -166,9 +172,10 @@ class FastSingleBlock:
 
 def _add(x: Tensor, update: Update, rows: Rows, vectors: Tensor) -> None:
     """Add a gated update to the residual stream, in place, because the residual reads it before the next norm."""
+    added = with_added(update.value, update.added, rows)
     for start, end, column in ((0, rows.split, update.gate.text), (rows.split, rows.total, update.gate.image)):
         if start < end:
-            target, value = (one[start:end].unflatten(0, (rows.samples, -1)) for one in (x, update.value))
+            target, value = (one[start:end].unflatten(0, (rows.samples, -1)) for one in (x, added))
             target.addcmul_(vectors[:, column].unsqueeze(1), value)
 
 

@@ -15,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmdit.runtime.rows import EPS, Activation, AttentionInputs, Blank, Columns, Output, Rounding, Rows, Update
+from mmdit.runtime import lora_kernels
+from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
+from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Columns, Output, Rounding, Rows, Update
 from quant.formats import LARGEST
 from quant.kernels import code_of, largest_of, row_scale
 from quant.scaling import SMALLEST_SCALE
 
-_KINDS = {"none": 0, "token": 1, "static": 2}
+low = lora_kernels.low
 _PER_THREAD = 16  # values of a row that a thread holds
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
@@ -28,7 +30,14 @@ _UNITS = 32  # heads of tokens that a program of `_pack` moves
 def norm_modulate(
     x: Tensor, table: Tensor, rows: Rows, outputs: Sequence[Output], updates: Sequence[Update] = ()
 ) -> list[Activation]:
-    """`plain_kernels.norm_modulate`: gated updates, LayerNorm, one or two modulations and roundings, in one pass."""
+    """`plain_kernels.norm_modulate`: gated updates, LayerNorm, one or two modulations and roundings, in one pass.
+
+    Updates to which LoRAs add are added before, in a pass of their own.
+    """
+    for one in updates:
+        if one.added is not None:
+            lora_kernels.update(x, table, rows, one)
+    updates = [one for one in updates if one.added is None]
     width = x.shape[1]
     blanks = [Blank.of(rows, width, one.rounding, x, x.dtype) for one in outputs]
     columns = [column for one in outputs for column in (one.shift, one.scale)] + [one.gate for one in updates]
@@ -46,8 +55,8 @@ def norm_modulate(
         updates[0].value if updates else x,
         updates[-1].value if updates else x,
         table,
-        *_targets(first, outputs[0].rounding, x),
-        *_targets(last, outputs[-1].rounding, x),
+        *targets(first, outputs[0].rounding, x),
+        *targets(last, outputs[-1].rounding, x),
         *(x if one.wide is None else one.wide for one in (outputs[0], outputs[-1])),
         *(number for pair in shifts for number in pair),
         *(number for pair in gates for number in pair),
@@ -61,7 +70,7 @@ def norm_modulate(
         len(updates),
         len(outputs),
         any(keeps),
-        _KINDS[kind],
+        KINDS[kind],
         LARGEST["e4m3"],
         SMALLEST_SCALE,
         **_pieces(width),
@@ -69,8 +78,10 @@ def norm_modulate(
     return [blank.activation(rows, one.rounding) for blank, one in zip(blanks, outputs, strict=True)]
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
     """`plain_kernels.gelu` and rounding, in one pass."""
+    if added is not None:
+        return lora_kernels.gelu(x, rows, rounding, added)
     return _row_by_row(x, rows, rounding, joint=False, gelu=True)
 
 
@@ -90,8 +101,10 @@ def unpack(z: Tensor, rows: Rows, rounding: Rounding, *, text: bool = True) -> A
     return _row_by_row(z, rows, rounding, joint=True, gelu=False, skip=0 if text else rows.split)
 
 
-def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> AttentionInputs:
+def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Added | None = None) -> AttentionInputs:
     """`plain_kernels.pack`: RMS norms of queries and keys and the joint layout, in one pass."""
+    if added is not None:
+        return lora_kernels.pack(qkv, norms, rows, head_dim, added)
     heads = qkv.shape[1] // (3 * head_dim)
     shape = (3, rows.samples, rows.text + rows.image, heads, head_dim)
     joint = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
@@ -125,7 +138,7 @@ def _row_by_row(x: Tensor, rows: Rows, rounding: Rounding, *, joint: bool, gelu:
     blank = Blank.of(wanted, width, rounding, x, x.dtype)
     _row[(wanted.total,)](
         x,
-        *_targets(blank, rounding, x),
+        *targets(blank, rounding, x),
         skip,
         rows.split,
         max(rows.text, 1),
@@ -136,22 +149,12 @@ def _row_by_row(x: Tensor, rows: Rows, rounding: Rounding, *, joint: bool, gelu:
         blank.gap,
         joint,
         gelu,
-        _KINDS[rounding.kind],
+        KINDS[rounding.kind],
         LARGEST["e4m3"],
         SMALLEST_SCALE,
         **_pieces(width),
     )
     return blank.activation(wanted, rounding)
-
-
-def _targets(blank: Blank, rounding: Rounding, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where values and scales go, and the static scales of text and image."""
-    scales = unused if blank.scales is None else blank.scales
-    if rounding.kind != "static":
-        return blank.data, scales, unused, unused
-    either = rounding.image if rounding.image is not None else rounding.text
-    assert either is not None, "static rounding has the scale of its stream"
-    return blank.data, scales, rounding.text if rounding.text is not None else either, either
 
 
 def _pieces(width: int) -> dict[str, Any]:
@@ -359,21 +362,12 @@ def _row(
     value = tl.load(x + source.to(tl.int64) * width + a).to(tl.float32)
     value2 = tl.load(x + source.to(tl.int64) * width + b, mask=inside, other=0.0).to(tl.float32)
     if gelu:
-        value = _gelu(value)
-        value2 = _gelu(value2)
+        value = gelu_of(value)
+        value2 = gelu_of(value2)
     static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32) if kind == 2 else 1.0
     scale_place = index + tl.where(is_text, 0, gap)
     place = index.to(tl.int64) * width
     _put(out + place, scales + scale_place, value, value2, a, b, inside, static, kind, largest, smallest)
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit
-def _gelu(x):
-    """x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as x (1 + tanh(u)) / 2."""
-    # The constants are -2 sqrt(2 / pi) / ln 2, and that times 0.044715.
-    power = x * (-2.302208198144325 - 0.1029432395800235 * x * x)
-    return x / (1.0 + tl.exp2(power))
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mmdit.runtime.mesh import Team, of_all, shares, starts
-from mmdit.runtime.rows import Attention, AttentionInputs, Rows
+from mmdit.runtime.plain_kernels import with_added
+from mmdit.runtime.rows import Added, Attention, AttentionInputs, Rows
 
 Exchange = Literal["auto", "peers", "nccl"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
@@ -232,8 +233,11 @@ class Exchanging(NamedTuple):
     text: Sequence[int]
     image: Sequence[int]
 
-    def pack(self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> AttentionInputs:
-        """See `Peers.send`."""
+    def pack(
+        self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Added | None = None
+    ) -> AttentionInputs:
+        """See `Peers.send`; what LoRAs add to qkv is added before."""
+        qkv = with_added(qkv, added, rows)
         return self.peers.send(qkv, norms, rows, head_dim, self._text(bool(rows.text)), self.image)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -8,8 +8,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmdit.runtime.rows import EPS, Activation, AttentionInputs, Columns, Output, Part, Rounding, Rows, Update
+from mmdit.runtime.rows import (
+    EPS,
+    Activation,
+    Added,
+    AttentionInputs,
+    Columns,
+    Down,
+    Output,
+    Part,
+    Rounding,
+    Rows,
+    Update,
+)
 from quant.scaling import scale_of, to_codes, to_values
+
+
+def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
+    """The products of the rows of both streams and the down projections of their LoRAs, [rows, r].
+
+    Args:
+        x: values, or codes and their scale.
+        down: the projections.
+        dtype: of the result, and of the sums.
+    """
+    found = []
+    for part, weight in ((x.text, down.exact[0]), (x.image, down.exact[-1])):
+        if part is not None:
+            values = part.data.to(dtype)
+            found.append(F.linear(values if part.scale is None else values * part.scale.to(dtype), weight))
+    return torch.cat(found)
 
 
 def norm_modulate(
@@ -25,7 +53,7 @@ def norm_modulate(
         updates: at most two.
     """
     for update in updates:
-        x.add_(spread(table, update.gate, rows) * update.value)
+        x.add_(spread(table, update.gate, rows) * with_added(update.value, update.added, rows))
     normed = F.layer_norm(x, x.shape[1:], eps=EPS)
     found = []
     for one in outputs:
@@ -36,9 +64,9 @@ def norm_modulate(
     return found
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
-    """GELU in its tanh approximation, [rows, k]."""
-    return _rounded(F.gelu(x, approximate="tanh"), rows, rounding)
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
+    """GELU in its tanh approximation, [rows, k], of x and what LoRAs add to it."""
+    return _rounded(F.gelu(with_added(x, added, rows), approximate="tanh"), rows, rounding)
 
 
 def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
@@ -46,7 +74,7 @@ def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
     return _rounded(x, rows, rounding)
 
 
-def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> AttentionInputs:
+def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Added | None = None) -> AttentionInputs:
     """Queries, keys and values of both streams in the layout of joint attention, text first.
 
     Args:
@@ -54,7 +82,9 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int) -> Attent
         norms: weights of the RMS norms, [2 (text, image), 2 (queries, keys), head_dim]; None leaves the norms out.
         rows: the stream and sample of each row.
         head_dim: channels per head.
+        added: what LoRAs add to qkv.
     """
+    qkv = with_added(qkv, added, rows)
     parts: list[list[Tensor]] = [[], [], []]
     for stream, (start, end) in enumerate(((0, rows.split), (rows.split, rows.total))):
         if start == end:
@@ -80,6 +110,15 @@ def unpack(z: Tensor, rows: Rows, rounding: Rounding, *, text: bool = True) -> A
     if not text:
         return _rounded(parts[1].flatten(0, 1), rows.only_image(), rounding)
     return _rounded(torch.cat([part.flatten(0, 1) for part in parts]), rows, rounding)
+
+
+def with_added(value: Tensor, added: Added | None, rows: Rows) -> Tensor:
+    """The sum of products [rows, out] and what LoRAs add to them."""
+    if added is None:
+        return value
+    split = rows.split
+    streams = (added.low[:split], added.up[0]), (added.low[split:], added.up[-1])
+    return value + torch.cat([F.linear(low, up) for low, up in streams])
 
 
 def spread(table: Tensor, columns: Columns, rows: Rows) -> Tensor:

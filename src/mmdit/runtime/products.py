@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,17 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.models.lora import LoraLinear
-from mmdit.runtime.rows import Activation, Part, Rounding, Rows
+from mmdit.runtime.rows import Activation, Added, Down, Part, Result, Rounding, Rows
 from quant.matmul import arithmetic_of, backend_of, multiplies_by_half, multiply_into
 from quant.recipe import Recipe
 from quant.scaling import has_float8
 from quant.tensor import Float8Tensor
 
 Kind = Literal["none", "token", "static"]
+MOST_RANK = 64  # of the LoRAs that the kernels after a product add; the ranks of several adapters add up
 
 
 class Product:
     """A Linear that reads 16 bits, or codes (see `Rounding`) where its weight is in float8.
+
+    A LoRA beside it that `factors` has is left to the kernel that reads the product, see `Added`; any other one is
+    added here.
 
     Args:
         linear: its weight is read where it lies, so that the product is that of the Linear.
@@ -29,6 +34,12 @@ class Product:
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
+        self.factors: tuple[Tensor, Tensor] | None = None
+        if isinstance(linear, LoraLinear) and linear.delta is None and linear.factors is not None:
+            down, up = linear.factors
+            if len(down) <= MOST_RANK and down.dtype == up.dtype == linear.weight.dtype:
+                self.factors = down, up
+        self.own_lora = isinstance(linear, LoraLinear) and self.factors is None
         self._factors: Float8Factors | None = None
         weight = linear.weight
         self.kind: Kind = "none"
@@ -42,7 +53,7 @@ class Product:
             if multiplies_by_half(runs, weight.device, weight.dtype):
                 self.codes = torch.float16
             reads_codes = runs in ("native", "emulated") and has_float8(weight.device)
-            if reads_codes and isinstance(linear, LoraLinear):
+            if reads_codes and self.own_lora and isinstance(linear, LoraLinear):
                 self._factors = Float8Factors.of(linear)
                 # What cannot read codes beside a Linear reads 16 bits, so that the Linear does too.
                 reads_codes = self._factors is not None and self._factors.runs == runs
@@ -65,7 +76,7 @@ class Product:
         linear, weight, bias = self.linear, self.linear.weight, self.linear.bias
         if not isinstance(weight, Float8Tensor) and bias is not None:
             factors = linear.factors if isinstance(linear, LoraLinear) and linear.delta is None else None
-            if factors is not None:
+            if factors is not None and self.own_lora:
                 # The small product comes first: the large one adds itself to it, which hides most of the reading.
                 down, up = factors
                 torch.addmm(bias, F.linear(x.data, down), up.t(), out=out).addmm_(x.data, weight.t())
@@ -75,7 +86,7 @@ class Product:
             multiply_into(x.data, None, weight.qdata, weight.scale, bias, weight.recipe, out=out)
         else:
             out.copy_(F.linear(x.data, weight, bias))
-        if isinstance(linear, LoraLinear):
+        if self.own_lora and isinstance(linear, LoraLinear):
             linear.add_to(out, x.data)
 
     def _by_codes(self, codes: Tensor, x_scale: Tensor, out: Tensor) -> None:
@@ -151,22 +162,43 @@ class Pair:
         self.rounding = Rounding()
         if kind != "none":
             self.rounding = Rounding(kind, None if text is None else text.static, image.static, image.codes)
+        self.factors = _stacked([one.factors for one in self.products], codes=kind != "none")
 
     @property
     def products(self) -> list[Product]:
         """The Linears that exist."""
         return [one for one in (self.text, self.image) if one is not None]
 
-    def __call__(self, x: Activation, rows: Rows) -> Tensor:
-        """The products of both streams as rows of one matrix."""
-        like = self.image.linear
-        out = torch.empty((rows.total, like.out_features), dtype=like.weight.dtype, device=like.weight.device)
+    def __call__(self, x: Activation, rows: Rows, kernels: ModuleType) -> Result:
+        """The products of both streams as rows of one matrix, and what the kernel that reads them adds to them."""
+        like, added = self.image.linear, None
+        dtype = like.weight.dtype
+        if self.factors is not None:  # before the products, while the activations are in the cache
+            down, up = self.factors
+            added = Added(kernels.low(x, down, dtype), up)
+        out = torch.empty((rows.total, like.out_features), dtype=dtype, device=like.weight.device)
         if x.text is not None:
             assert self.text is not None, "the text stream has ended here"
             self.text(x.text, out[: rows.split])
         if x.image is not None:
             self.image(x.image, out[rows.split :])
-        return out
+        return Result(out, added)
+
+
+def _stacked(factors: list[tuple[Tensor, Tensor] | None], *, codes: bool) -> tuple[Down, Tensor] | None:
+    """The factors of each stream, with zeros up to a rank of 16, 32 or 64; None where no stream has any."""
+    found = [one for one in factors if one is not None]
+    if not found:
+        return None
+    down, up = found[0]
+    rank = next(size for size in (16, 32, MOST_RANK) if size >= max(len(down) for down, _ in found))
+    downs, ups = down.new_zeros(len(factors), rank, down.shape[1]), up.new_zeros(len(factors), len(up), rank)
+    for index, one in enumerate(factors):
+        if one is not None:
+            down, up = one
+            downs[index, : len(down)] = down
+            ups[index, :, : len(down)] = up
+    return Down.of(downs, codes), ups
 
 
 def common_kind(products: Iterable[Product]) -> Kind:

@@ -71,11 +71,42 @@ class Activation(NamedTuple):
     image: Part | None
 
 
+class Added(NamedTuple):
+    """What LoRAs add to the rows of a product: low times the transposed `up` of the row's stream."""
+
+    low: Tensor  # [rows, r]: the products of activations and down projections
+    up: Tensor  # [streams, out, r]: of text and image, or of the only stream that has rows
+
+    def text(self, split: int) -> Added:
+        """What is added to the text's rows, the first `split`."""
+        return Added(self.low[:split], self.up[:1])
+
+    def image(self, split: int) -> Added:
+        """What is added to the image's rows, those after the first `split`."""
+        return Added(self.low[split:], self.up[-1:])
+
+
+class Result(NamedTuple):
+    """The products of both streams, and what the kernel that reads them adds to them."""
+
+    value: Tensor  # [rows, out]
+    added: Added | None = None
+
+
 class Update(NamedTuple):
-    """What a sublayer adds to the residual stream: gate x value."""
+    """What a sublayer adds to the residual stream: gate x (value + added)."""
 
     value: Tensor  # [rows, d]
     gate: Columns
+    added: Added | None = None
+
+    def text(self, split: int) -> Update:
+        """The update of the text's rows, the first `split`."""
+        return Update(self.value[:split], self.gate, self.added and self.added.text(split))
+
+    def image(self, split: int) -> Update:
+        """The update of the image's rows, those after the first `split`."""
+        return Update(self.value[split:], self.gate, self.added and self.added.image(split))
 
 
 class Output(NamedTuple):
@@ -85,6 +116,23 @@ class Output(NamedTuple):
     scale: Columns
     rounding: Rounding
     wide: Tensor | None = None  # [rows, d] float32: gets the values before they are rounded, to check the rounding
+
+
+class Down(NamedTuple):
+    """The down projections of the LoRAs of text and image, or of the only stream that has rows."""
+
+    exact: Tensor  # [streams, r, in], in the model's dtype
+    halves: Tensor | None = None  # for codes: each row times a power of two that brings it below 1, in float16
+    factor: Tensor | None = None  # float32 [streams, r], by which products with `halves` are multiplied
+
+    @classmethod
+    def of(cls, exact: Tensor, codes: bool) -> Down:
+        """For activations that are values, or codes."""
+        if not codes:
+            return cls(exact)
+        largest = exact.float().abs().amax(-1, keepdim=True)
+        factor = torch.exp2(torch.frexp(largest).exponent.float())
+        return cls(exact, (exact.float() / factor).half(), factor.squeeze(-1))
 
 
 class Blank(NamedTuple):

@@ -43,9 +43,9 @@ def model_of(name, dtype=torch.float64):
     return model.to(DEVICE, dtype).eval().requires_grad_(False)
 
 
-def inputs_of(model, samples=2, dtype=torch.float64):
+def inputs_of(model, samples=2, dtype=torch.float64, cells=(6, 8)):
     config = model.config
-    latent = torch.randn(samples, config.in_channels, 6, 8)
+    latent = torch.randn(samples, config.in_channels, *cells)
     found = (latent, torch.rand(samples) * 1000, torch.randn(samples, 5, 48), torch.randn(samples, 24))
     return [one.to(DEVICE, torch.float32 if i == 1 else dtype) for i, one in enumerate(found)]
 
@@ -216,17 +216,25 @@ def test_a_table_of_many_timesteps_is_one_of_each():
 EMULATED = [replace(RECIPES["fp8"], backend="emulated"), RECIPES["fp8-weight-only"]] if DEVICE == "cuda" else []
 
 
-@pytest.mark.parametrize("recipe", [None, "fp8", "fp8-static", *EMULATED], ids=str)
+TRITON = [(one, False) for one in (None, "fp8", "fp8-static", *EMULATED)]
+TRITON += [(one, True) for one in ((None, "fp8", "fp8-static", *EMULATED) if DEVICE == "cuda" else ("fp8",))]
+
+
+@pytest.mark.parametrize(("recipe", "lora"), TRITON, ids=str)
 @pytest.mark.parametrize("name", CONFIGS if DEVICE == "cuda" else ["sd3.5-medium"])
 @pytest.mark.skipif(not HAS_TRITON, reason=SKIPS["triton"])
-def test_by_triton_it_is_as_exact_as_the_model(name, recipe):
+def test_by_triton_it_is_as_exact_as_the_model(name, recipe, lora):
     from mmdit.runtime import kernels
 
     exact = model_of(name)
     model = MMDiT(CONFIGS[name]).to(DEVICE, torch.float64)
     model.load_state_dict(exact.state_dict())
+    if lora:
+        with_lora(exact)
+        for key, one in all_beside(exact).items():
+            beside(model, key, factors=one.factors)
     model = model.to(torch.bfloat16).requires_grad_(False)
-    inputs = inputs_of(exact, 1)
+    inputs = inputs_of(exact, 1, cells=(6, 8) if DEVICE == "cuda" else (4, 6))
     wanted = exact(*inputs)
     if recipe is not None:
         quantized(model, recipe)

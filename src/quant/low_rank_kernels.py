@@ -1,0 +1,160 @@
+"""Triton kernels for low-rank factors beside a weight: activations, also as float8 codes, times the down projection.
+
+The sums are in float32. Loaded only where Triton is.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Rows of a program, values of a row that it multiplies at once, and how many of these it loads ahead. Codes are brought
+# to 16 bits between memory and product, which Triton does without waiting for 32 rows or less.
+_OF_CODES, _OF_VALUES = (32, 128, 4), (64, 128, 4)
+_ADDED_ROWS, _ADDED_COLUMNS = 64, 128
+
+
+def low(
+    first: tuple[Tensor, Tensor | None] | None,
+    second: tuple[Tensor, Tensor | None] | None,
+    down: Tensor,
+    factor: Tensor | None,
+    dtype: torch.dtype,
+    blocks: tuple[int, int, int] | None = None,
+) -> Tensor:
+    """The products of the rows of two streams and the down projection of each, [rows of both, r], in one launch.
+
+    Args:
+        first, second: activations [rows, in] with contiguous rows, in 16 or 32 bits or as codes, and their scale,
+            float32 [rows, 1] or (); None where a stream has no rows. Both have the same dtype.
+        down: [streams, r, in], of which the first is for `first` and the last for `second`; r is 16, 32 or 64. float16
+            for codes, else of the activations' dtype.
+        factor: float32 [streams, r], by which each product is multiplied; None is one.
+        dtype: of the result.
+        blocks: rows of a program, values of a row that it multiplies at once, and how many of these it loads ahead;
+            None is what is quick on an H200.
+    """
+    some = first if first is not None else second
+    assert some is not None, "a stream has rows"
+    (text, text_scale), (image, image_scale) = first or some, second or some
+    split, rest = 0 if first is None else len(text), 0 if second is None else len(image)
+    rank, width = down.shape[1:]
+    out = torch.empty((split + rest, rank), dtype=dtype, device=down.device)
+    rows, depth, stages = blocks or (_OF_VALUES if factor is None else _OF_CODES)
+    depth = min(depth, max(triton.next_power_of_2(width), 16))
+    _low[(triton.cdiv(split, rows) + triton.cdiv(rest, rows),)](
+        text,
+        image,
+        text if text_scale is None else text_scale,
+        image if image_scale is None else image_scale,
+        down,
+        down if factor is None else factor,
+        out,
+        split,
+        rest,
+        width,
+        text.stride(0),
+        image.stride(0),
+        (len(down) - 1) * rank * width,
+        (len(down) - 1) * rank,
+        0 if text_scale is None else 1 + int(text_scale.numel() > 1 or text_scale.ndim > 1),
+        factor is not None,
+        rank,
+        rows,
+        depth,
+        stages,
+        width % depth == 0,
+        num_warps=max(rows // 16, 1),
+    )
+    return out
+
+
+def add_up(out: Tensor, low: Tensor, up: Tensor, blocks: tuple[int, int] = (_ADDED_ROWS, _ADDED_COLUMNS)) -> None:
+    """Add low [rows, r] times up [out, r] to a matrix [rows, out] with contiguous rows, in place.
+
+    The last rows come first: after the product that has written the matrix, they are still in the cache.
+    """
+    rows, columns = out.shape
+    grid = triton.cdiv(columns, blocks[1]), triton.cdiv(rows, blocks[0])
+    _add_up[grid](
+        out, low, up, rows, columns, out.stride(0), low.stride(0), up.stride(0), low.shape[1], *blocks, num_warps=4
+    )
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["split", "rest"])
+def _low(
+    text,
+    image,
+    text_scale,
+    image_scale,
+    down,
+    factor,
+    out,
+    split,
+    rest,
+    width,
+    text_stride,
+    image_stride,
+    image_down,
+    image_factor,
+    scaled: tl.constexpr,
+    has_factor: tl.constexpr,
+    rank: tl.constexpr,
+    block: tl.constexpr,
+    depth: tl.constexpr,
+    stages: tl.constexpr,
+    even: tl.constexpr,
+):
+    """`scaled` is 0 without scales, 1 with a single one and 2 with one per row; `even` if depth divides width."""
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(split, block)
+    if tile < tiles:
+        x, scale, stride, rows, start = text, text_scale, text_stride, split, tile * block
+    else:
+        x, scale, stride, rows, start = image, image_scale, image_stride, rest, (tile - tiles) * block
+        down += image_down
+        factor += image_factor
+        out += split * rank
+    local, r, place = tl.arange(0, block), tl.arange(0, rank), tl.arange(0, depth)
+    row = tl.minimum(start + local, rows - 1)  # beyond the last row it is read again, and not written
+    x += row.to(tl.int64)[:, None] * stride + place[None, :]
+    down += r[None, :] * width + place[:, None]
+    sums = tl.zeros([block, rank], tl.float32)
+    for k in tl.range(0, width, depth, num_stages=stages):
+        if even:
+            value, by = tl.load(x + k), tl.load(down + k)
+        else:
+            inside = k + place < width
+            value = tl.load(x + k, mask=inside[None, :], other=0.0)
+            by = tl.load(down + k, mask=inside[:, None], other=0.0)
+        sums = tl.dot(value.to(by.dtype), by, sums, input_precision="ieee")
+    if scaled == 1:
+        sums *= tl.load(scale)
+    if scaled == 2:
+        sums *= tl.load(scale + row)[:, None]
+    if has_factor:
+        sums *= tl.load(factor + r)[None, :]
+    there = start + local < rows
+    tl.store(out + row[:, None] * rank + r[None, :], sums.to(out.dtype.element_ty), mask=there[:, None])
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["rows"])
+def _add_up(
+    out, low, up, rows, columns, stride, low_stride, up_stride, rank: tl.constexpr, block: tl.constexpr,
+    wide: tl.constexpr,
+):  # fmt: skip
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * block
+    local, column, r = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide), tl.arange(0, rank)
+    there, inside = start + local < rows, column < columns
+    a = tl.load(low + (start + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
+    b = tl.load(up + column[None, :] * up_stride + r[:, None], mask=inside[None, :], other=0.0)
+    place = out + start.to(tl.int64) * stride + local[:, None] * stride + column[None, :]
+    value = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    value += tl.dot(a, b, input_precision="ieee")
+    tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])

@@ -1,0 +1,143 @@
+"""What LoRAs add within the kernels of the fast path, held against plain torch; interpreted where there is no GPU."""
+
+import pytest
+import torch
+
+from mmdit.runtime import plain_kernels
+from mmdit.runtime.rows import Activation, Added, Columns, Down, Part, Rounding, Rows, Update
+from quant.scaling import scale_of, to_codes
+from skips import SKIPS
+from triton_device import DEVICE, HAS_TRITON, quiet
+
+if not HAS_TRITON:
+    pytest.skip(SKIPS["triton"], allow_module_level=True)
+
+from mmdit.runtime import kernels, lora_kernels
+from quant.low_rank_kernels import add_up
+
+GPU = DEVICE == "cuda"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.bfloat16]
+WIDTHS = [300, 2432, 9728] if GPU else [76]
+ROWS = [Rows(2, 333, 70), Rows(3, 0, 65), Rows(1, 65, 0)] if GPU else [Rows(2, 2, 3), Rows(1, 0, 66)]
+ROUNDINGS = [
+    Rounding(),
+    Rounding("token"),
+    Rounding("static", torch.tensor(0.05, device=DEVICE), torch.tensor(0.02, device=DEVICE)),
+]
+EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with quiet():
+        yield
+
+
+def drawn(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def drawn_added(rows, width, dtype, rank=16):
+    return Added(drawn(rows.total, rank, dtype=dtype), 0.3 * drawn(2, width, rank, dtype=dtype))
+
+
+def in_float64(added):
+    return Added(added.low.double(), added.up.double())
+
+
+def near(found, wanted, dtype, scale=2.0):
+    """Rounded once: within a unit of the last place, and float32's sums."""
+    torch.testing.assert_close(found.double(), wanted, rtol=scale * EPSILON[dtype], atol=scale * EPSILON[dtype] / 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", ["none", "token", "static"])
+def test_down_projections_of_both_streams(kind, width, rows, dtype):
+    exact = drawn(2, 16, width, dtype=dtype) / width**0.5
+    exact[0] *= 1e-4  # of any size, though they are multiplied in float16
+    x = drawn(rows.total, width, dtype=dtype)
+    parts = []
+    for index, part in enumerate((x[: rows.split], x[rows.split :])):
+        scale = None if kind == "none" else ROUNDINGS[2][1 + index]
+        if kind == "token" and len(part):
+            scale = scale_of(part.abs().amax(1, keepdim=True), "e4m3")
+        parts.append(Part(part if scale is None else to_codes(part, scale, "e4m3"), scale) if len(part) else None)
+    activation, down = Activation(*parts), Down.of(exact, codes=kind != "none")
+    wide = Down(exact.double())
+    wanted = plain_kernels.low(activation, wide, torch.float64)
+    size = wanted.abs().amax()
+    near(kernels.low(activation, down, dtype) / size, wanted / size, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_updates_of_the_residual_stream(rows, dtype):
+    width = WIDTHS[0]
+    added, table = drawn_added(rows, width, dtype), drawn(rows.samples, 4, width, dtype=dtype)
+    update, x = (
+        Update(drawn(rows.total, width, dtype=dtype), Columns(3, 1), added),
+        drawn(rows.total, width, dtype=dtype),
+    )
+    wide, found = x.double(), x.clone()
+    plain_kernels.norm_modulate(
+        wide, table.double(), rows, [], [Update(update.value.double(), update.gate, in_float64(added))]
+    )
+    lora_kernels.update(found, table, rows, update)
+    near(found, wide, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 48] if GPU else [8])
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_joint_layout(rows, head_dim, normed, dtype):
+    width = 3 * 2 * head_dim
+    qkv, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype)
+    norms = drawn(2, 2, head_dim, dtype=dtype) if normed else None
+    wide = None if norms is None else norms.double()
+    wanted = plain_kernels.pack(qkv.double(), wide, rows, head_dim, in_float64(added))
+    for one, other in zip(kernels.pack(qkv, norms, rows, head_dim, added), wanted, strict=True):
+        near(one, other, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("waits", [False, True] if GPU else [False])
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: one.kind)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_gelu(rows, rounding, waits, dtype):
+    width = WIDTHS[-1] if GPU else 280
+    x, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype)
+    wanted = plain_kernels.gelu(x.double(), rows, Rounding(), in_float64(added))
+    found = lora_kernels.gelu(x, rows, rounding, added, waits=waits)
+    for part, exact, static in zip(found, wanted, (rounding.text, rounding.image), strict=True):
+        if part is None:
+            assert exact is None
+        elif rounding.kind == "none":
+            near(part.data, exact.data, dtype)
+        else:
+            scale = scale_of(exact.data.abs().amax(1, keepdim=True), "e4m3") if static is None else static
+            torch.testing.assert_close(part.scale.float(), scale.float(), rtol=1e-5, atol=0)
+            codes = to_codes(exact.data, part.scale, "e4m3")
+            other = part.data.view(torch.uint8) != codes.view(torch.uint8)
+            assert float(other.float().mean()) < 1e-3  # a sum in float32 may fall on the other side of a tie
+            torch.testing.assert_close(part.data.float(), codes.float(), rtol=0.13, atol=2**-9)
+
+
+def test_not_a_number_reaches_all_codes_of_its_row():
+    rows, width = Rows(1, 0, 3), 300
+    x, added = drawn(3, width, dtype=torch.bfloat16), drawn_added(Rows(1, 0, 3), width, torch.bfloat16)
+    x[1, 7] = float("nan")
+    found = kernels.gelu(x, rows, Rounding("token"), added).image
+    assert found.scale.isnan().flatten().tolist() == [False, True, False]
+    assert found.data.float().isnan().all(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 300), (64, 128)], ids=str)
+def test_added_in_place(shape, dtype):
+    out, low, up = drawn(*shape, dtype=dtype), drawn(shape[0], 16, dtype=dtype), drawn(shape[1], 16, dtype=dtype)
+    wanted = out.double() + low.double() @ up.double().t()
+    add_up(out, low, up)
+    near(out, wanted, dtype)
