@@ -29,12 +29,14 @@ from mmdit.runtime.parallel import Parallel
 from mmdit.runtime.plan import Activations, MemoryPlan, ModelBytes, TooLittleMemory, plan, size_word, smallest
 from mmdit.runtime.streaming import WHOLE, Presence, Residency, arriving, capped, model_bytes
 from mmdit.utils import is_out_of_memory, weight_bytes
-from quant.matmul import backend_of
+from quant.emulation import HAS_TRITON
+from quant.matmul import Runs, backend_of, multiplies_by_half
 from quant.quantize import kept, linears_of
 from quant.recipe import Recipe
 from quant.tensor import Float8Tensor
 
 _TILES = (256, 128, 64)  # pixels
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}  # by bytes; float16 takes what bfloat16 does
 _TEXTS = 32  # outputs of text encoders that are kept
 ENCODERS: tuple[Component, ...] = ("clip_l", "clip_g", "t5")
 
@@ -112,6 +114,8 @@ class Setting:
             itemsize=size,
             emulated=runs == "emulated",
             dequantized=runs == "dequantized",
+            half=multiplies_by_half(runs, self.device, _DTYPES[size]),
+            summed=runs == "emulated" and (self.fast or not HAS_TRITON),
             fast=self.fast,
         )
         if self.device.type == "cuda":
@@ -130,11 +134,12 @@ class Setting:
             reserve=count.CONTEXT + count.WORKSPACE if self.device.type == "cuda" else 0,
         )
 
-    def _runs(self, config: MMDiTConfig, size: int) -> str:
+    def _runs(self, config: MMDiTConfig, size: int) -> Runs:
+        """How products with float8 weights run; "native" without any."""
         if self.recipe is None:
-            return ""
-        dtype = {2: torch.bfloat16, 4: torch.float32}.get(size, torch.float64)
-        return backend_of(self.recipe, self.device, dtype, (config.hidden_size, config.hidden_size))[0]
+            return "native"
+        shape = config.hidden_size, config.hidden_size
+        return backend_of(self.recipe, self.device, _DTYPES[size], shape)[0]
 
     def _text(self, name: Component, sizes: Sizes) -> int:
         config: T5Config | CLIPConfig = self.configs[name]

@@ -31,6 +31,8 @@ def step_bytes(
     itemsize: int,
     emulated: bool = False,
     dequantized: bool = False,
+    half: bool = False,
+    summed: bool = False,
     fast: bool = False,
 ) -> int:
     """Bytes of the activations at the peak of a step of the transformer.
@@ -49,6 +51,9 @@ def step_bytes(
         itemsize: bytes of a value.
         emulated: whether products of float8 codes are computed on widened copies.
         dequantized: whether a float8 weight is dequantized for its product.
+        half: whether these copies are of 16 bits, see `quant.emulation`; else they are float32.
+        summed: whether a product of so many tokens may be written in float32 first, which the fast forward does to
+            find out which way is quickest.
         fast: the fast forward, which keeps both streams in one matrix.
     """
     width, hidden = config.hidden_size, config.mlp_dim or 4 * config.hidden_size
@@ -62,9 +67,16 @@ def step_bytes(
     if fast:
         peaks = [joint * (2 * ratio + 4), joint * 10]
     largest = hidden * width
-    if emulated:  # codes, their widened copy, and the sums before and after scaling, in float32
+    weight = 0
+    if half and (emulated or dequantized):  # of the MLP's first and second product: values of codes, output, and sums
+        value, sums = 2 / itemsize if emulated else 0, wide if summed else 0
+        peaks.append(of_image * (3 + value + ratio * (1 + sums)) + joint * (2 if fast else 1))
+        peaks.append(of_image * (4 + ratio * (1 + value) + sums) + joint * (2 if fast else 1))
+        weight = largest * 2
+    elif emulated:  # codes, their widened copy, and the sums before and after scaling, in float32
         peaks.append(of_image * (3 + ratio * (1 + 1 / itemsize + wide) + 3 * wide) + joint)
-    weight = largest * (4 + itemsize) if emulated or dequantized else 0
+    if (emulated or dequantized) and not half:
+        weight = largest * (4 + itemsize)
     vectors = samples * 24 * width * itemsize
     return int(max(peaks) + 7 * of_text + vectors + weight)
 

@@ -1,12 +1,20 @@
 """The formulas of activations against counted runs: models on the meta device, where every new tensor counts."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 
 from device_double import LiveBytes
+from half_units import pretend_half
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.activations import step_bytes, table_bytes, text_bytes
+from quant import emulation, matmul
+from quant.quantize import kept, linears_of
+from quant.recipe import RECIPES
+from quant.tensor import Float8Tensor
 
 CONFIGS = {
     "large": MMDiTConfig(2, 2432, 4096, 2048, 96),
@@ -15,10 +23,11 @@ CONFIGS = {
 }
 
 
-def counted_step(config, side, dtype, batch=2, text=333):
+def counted_step(config, side, dtype, batch=2, text=333, change=lambda model: None):
     """Bytes at the peak of a step; attention is fused, so that it takes its output only."""
     with torch.device("meta"), torch.no_grad():
         model = MMDiT(config).to(dtype).requires_grad_(False)
+        change(model)
         for block in model.joint_blocks:
             for slot in (block.attend, *([block.attend2] if block.dual_attention else [])):
                 slot.kernel = lambda q, k, v: torch.empty_like(q)
@@ -37,6 +46,43 @@ def test_a_step(name, side, dtype):
     found = counted_step(config, side, dtype)
     wanted = step_bytes(config, samples=2, image=(side // 2) ** 2, text=333, itemsize=dtype.itemsize)
     assert found <= wanted <= 1.25 * found
+
+
+@pytest.mark.parametrize(("triton", "name"), [(False, "emulated"), (True, "emulated"), (True, "dequantized")])
+def test_float8_on_units_of_16_bits(monkeypatch, triton, name):
+    """Kernels are stood in for by what they allocate."""
+    recipe = RECIPES["fp8" if name == "emulated" else "fp8-weight-only"]
+    pretend_half(monkeypatch, triton=triton)
+    monkeypatch.setattr(matmul, "round_activation", lambda x, *_: (x.half(), x.new_empty((len(x), 1)).float()))
+    monkeypatch.setattr(emulation, "_widened", lambda product, scaled: product.codes.to(product.x.dtype))
+    monkeypatch.setattr(
+        emulation,
+        "_by_kernels",
+        lambda **_: {"widened": lambda product, out: emulation._widened(product, scaled=False)},
+    )
+    monkeypatch.setattr(
+        torch,
+        "mm",
+        lambda a, b, *, out=None, out_dtype=None: (
+            a.new_empty((len(a), b.shape[1]), dtype=out_dtype) if out is None else out
+        ),
+    )
+    monkeypatch.setattr(torch, "addmm", lambda bias, a, b, *, out: out)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **more: nullcontext())
+    monkeypatch.setattr("quant.emulation_kernels.finish", lambda sums, product, out: None)
+    config, shapes = CONFIGS["large"], {"samples": 2, "image": 4096, "text": 333, "itemsize": 2}
+    found = counted_step(config, 128, torch.bfloat16, change=partial(quantized, recipe=recipe))
+    wanted = step_bytes(config, **shapes, **{name: True}, half=True, summed=not triton)
+    assert found <= wanted <= 1.25 * found
+
+
+def quantized(model, recipe):
+    for linear, layer in linears_of(model):
+        if kept(linear) is None:
+            outs, size = layer.weight.shape
+            codes = torch.empty((outs, size), dtype=torch.float8_e4m3fn)
+            weight = Float8Tensor(codes, torch.empty(outs, 1), None, recipe, torch.bfloat16)
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 def test_a_step_at_1536_takes_no_more_than_that_of_diffusers():
