@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.quantize import _selected, check_module, linears_of
+from quant.rounding import Moments
 
 # Bins of the histogram of |x| are ranges of float32 patterns: 64 to an octave, so that a percentile is right to 1.6 %.
 _BIN: Final = 2**17  # bit patterns in one bin
@@ -19,13 +20,20 @@ _BINS: Final = 0x7F800000 // _BIN + 1  # to infinity; the first holds zero and n
 
 
 class Observed:
-    """Statistics of the inputs of one Linear, [rows, in] over all calls; sums are in float64."""
+    """Statistics of the inputs of one Linear, [rows, in] over all calls; sums are in float64.
 
-    def __init__(self, channels: int, device: torch.device) -> None:
+    Args:
+        channels: Of the input.
+        device: Where the statistics are kept.
+        second: Whether to sum the products of all pairs of channels, which takes 8 bytes * in^2.
+    """
+
+    def __init__(self, channels: int, device: torch.device, *, second: bool = False) -> None:
         self.rows = 0
         self.channel_amax = torch.zeros(channels, dtype=torch.float32, device=device)
         self._sum, self._squares = (torch.zeros(channels, dtype=torch.float64, device=device) for _ in range(2))
         self._counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
+        self._products = torch.zeros(channels, channels, dtype=torch.float64, device=device) if second else None
 
     def add(self, x: Tensor) -> None:
         """Count the rows of one input.
@@ -47,6 +55,8 @@ class Observed:
         wide = rows.double()
         self._sum += wide.sum(0)
         self._squares += wide.square().sum(0)
+        if self._products is not None:
+            self._products += wide.T @ wide if rows.device.type == "cpu" else (rows.float().T @ rows.float()).double()
         pattern = size.flatten().view(torch.int32)
         self._counts += torch.bincount((pattern + (_BIN - 1)) // _BIN, minlength=_BINS)
 
@@ -64,6 +74,20 @@ class Observed:
     def rms(self) -> Tensor:
         """Root of the mean square of each channel, float32 [in]."""
         return (self._squares / max(self.rows, 1)).sqrt().float()
+
+    @property
+    def moments(self) -> Moments:
+        """Mean and second moments over all rows, float64 [in] and [in, in].
+
+        Raises:
+            ValueError: They were not observed.
+        """
+        if self._products is None:
+            raise ValueError(
+                "second moments were not observed: give observe(..., second=True) or calibrate(second=True)"
+            )
+        rows = max(self.rows, 1)
+        return Moments(self._sum / rows, self._products / rows)
 
     def percentile(self, share: float) -> Tensor:
         """The absolute value that `share` percent of all values do not exceed, float32 (); 0 before any were counted.
@@ -93,12 +117,15 @@ def check_percentile(share: float) -> None:
 
 
 @contextmanager
-def observe(module: nn.Module, select: str | Sequence[str] | None = None) -> Iterator[dict[str, Observed]]:
+def observe(
+    module: nn.Module, select: str | Sequence[str] | None = None, *, second: bool = False
+) -> Iterator[dict[str, Observed]]:
     """Count the inputs of the selected Linears within the context; its hooks are removed on exit, also after an error.
 
     Args:
         module: Any model. Its outputs are bit-equal to those without observation.
         select: Globs over module names; None takes the Linears that `quantize_` would.
+        second: Whether to observe second moments too, for `quant.rounding`; they take 8 bytes * in^2 for each Linear.
 
     Yields:
         The statistics by module name, which fill up while the module runs.
@@ -112,7 +139,9 @@ def observe(module: nn.Module, select: str | Sequence[str] | None = None) -> Ite
     _refuse_compiled(module)
     every = dict(linears_of(module))
     linears = {name: every[name] for name in _selected(every, select)}
-    found = {name: Observed(linear.in_features, linear.weight.device) for name, linear in linears.items()}
+    found = {
+        name: Observed(linear.in_features, linear.weight.device, second=second) for name, linear in linears.items()
+    }
     handles = [
         linear.register_forward_pre_hook(partial(_add, name, found[name]), with_kwargs=True)
         for name, linear in linears.items()

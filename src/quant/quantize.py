@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quant.matmul import arithmetic_of, backend_of
 from quant.recipe import Recipe, as_recipe, recipe_name
+from quant.rounding import Moments, rounded_linear
 from quant.scaling import checked_input_scale, slices, values_of
 from quant.tensor import Float8Tensor, check_values
 
@@ -52,6 +53,7 @@ def quantize_(
     select: str | Sequence[str] | None = None,
     *,
     input_scales: Mapping[str, Tensor | float] | None = None,
+    moments: Mapping[str, Moments] | None = None,
 ) -> Report:
     """Replace the weights of Linears by `Float8Tensor`s, in place.
 
@@ -60,14 +62,18 @@ def quantize_(
         recipe: A recipe, or the name of one in `RECIPES`.
         select: Globs over module names; each must match a Linear. None takes all Linears but those in `KEPT`.
         input_scales: The static scale of the activations by module name, for recipes with static activations.
+        moments: Of the inputs of every chosen Linear by module name (`quant.observe(second=True)`). Codes are then
+            chosen for the outputs, and biases take up the mean of what is left; see `quant.rounding`. None rounds each
+            value to the nearest code, and changes no bias.
 
     Returns:
         A report on every Linear of the module.
 
     Raises:
         ValueError: A glob matches nothing; a weight is quantized already, not finite, not floating point, computed
-            (`parametrizations`) or shared with another layer; a layer has no input scale though the recipe is static;
-            or there are input scales for no layer or for another recipe. The module is then unchanged.
+            (`parametrizations`) or shared with another layer; a layer has no input scale though the recipe is static,
+            or no moments though others have; or there are input scales for no layer or for another recipe. The module
+            is then unchanged.
         TypeError: The module is no nn.Module, or the recipe neither a recipe nor a name.
     """
     recipe = as_recipe(recipe)
@@ -77,11 +83,26 @@ def quantize_(
         _check_weight(name, linears[name])
     _check_ties(module, {name: linears[name] for name in chosen})
     scales = _input_scales(linears, chosen, recipe, {} if input_scales is None else input_scales)
+    if moments is not None and (without := [name for name in chosen if name not in moments]):
+        raise ValueError(f"moments have {len(without)} of {len(chosen)} Linears missing, first {without[0]!r}")
     for name in chosen:
         linear = linears[name]
-        weight = quantize_weight(linear.weight, recipe, input_scale=scales.get(name))
+        if moments is None:
+            weight = quantize_weight(linear.weight, recipe, input_scale=scales.get(name))
+        else:
+            weight = _rounded_(linear, moments[name], recipe, scales.get(name))
         linear.weight = nn.Parameter(weight, requires_grad=False)
     return report(module)
+
+
+@torch.no_grad()
+def _rounded_(linear: nn.Linear, moments: Moments, recipe: Recipe, input_scale: Tensor | None) -> Float8Tensor:
+    """The weight rounded for the outputs; the bias is changed in place."""
+    weight, bias = rounded_linear(linear.weight, linear.bias, moments, recipe, input_scale=input_scale)
+    weight.snr = snr(linear.weight, weight.dequantize(torch.float32))
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return weight
 
 
 def quantize_weight(

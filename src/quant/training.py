@@ -123,7 +123,8 @@ def fake_quantize_(
 
     Args:
         module: A model that contains the Linears.
-        recipe, select, input_scales: As for `quantize_`.
+        recipe, select, input_scales: As for `quantize_`. Linears that are float8 under this recipe already, as all or
+            none of the chosen are, train on from their codes and scales, and take no input scales.
         train: What of these Linears requires gradients; nothing else of the module is changed.
 
     Returns:
@@ -142,8 +143,13 @@ def fake_quantize_(
     chosen = _selected(linears, select)
     if done := [name for name in chosen if isinstance(linears[name], FakeQuantizedLinear)]:
         raise ValueError(f"{done[0]!r} is fake-quantized already; call quantize_trained_ first")
-    for name in chosen:
+    rounded = [name for name in chosen if _is_rounded(linears[name], recipe)]
+    for name in chosen if len(rounded) < len(chosen) else ():
         _check_weight(name, linears[name])
+    if len(rounded) == len(chosen):
+        if input_scales:
+            raise ValueError(f"{rounded[0]!r} is in float8 with its scales already; give no input_scales")
+        return {name: _replaced(module, name, recipe, None, train) for name in chosen}
     scales = _input_scales(linears, chosen, recipe, {} if input_scales is None else input_scales)
     return {name: _replaced(module, name, recipe, scales.get(name), train) for name in chosen}
 
@@ -198,6 +204,10 @@ def _trained_weight(name: str, linear: FakeQuantizedLinear) -> Float8Tensor:
     return made
 
 
+def _is_rounded(linear: nn.Linear, recipe: Recipe) -> bool:
+    return isinstance(linear.weight, Float8Tensor) and linear.weight.recipe == recipe
+
+
 def _replaced(
     module: nn.Module, name: str, recipe: Recipe, input_scale: Tensor | None, train: Trained
 ) -> FakeQuantizedLinear:
@@ -205,10 +215,15 @@ def _replaced(
     new = FakeQuantizedLinear.__new__(FakeQuantizedLinear)
     new.__dict__.update(linear.__dict__)
     weight = linear.weight
-    assert isinstance(weight, nn.Parameter), "checked before"
-    scale = scale_of(_amax(weight.detach(), recipe.granularity), recipe.format)
-    input_scale = None if input_scale is None else input_scale.to(weight.device)
+    assert isinstance(weight, nn.Parameter | Float8Tensor), "checked before"
     new.__dict__["_parameters"], new.__dict__["_buffers"] = dict(linear._parameters), dict(linear._buffers)
+    if isinstance(weight, Float8Tensor):
+        scale, input_scale = weight.scale, weight.input_scale
+        weight = nn.Parameter(weight.dequantize())  # divided by the scale and rounded, it gives the codes again
+        new.__dict__["_parameters"]["weight"] = weight
+    else:
+        scale = scale_of(_amax(weight.detach(), recipe.granularity), recipe.format)
+        input_scale = None if input_scale is None else input_scale.to(weight.device)
     new.recipe = recipe
     for key, first in (("weight", scale), ("input", input_scale)):
         new.register_buffer(f"first_{key}_scale", first)

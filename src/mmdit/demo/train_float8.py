@@ -1,9 +1,10 @@
 """Fine-tunes the embedded model for float8: `python -m mmdit.demo.train_float8 --out FOLDER --seconds 700`.
 
-For each recipe, a copy of the transformer that computes in float8 learns the velocities of the one in 16 bits, on the
-latents that this one meets when it draws prompts; no pictures are used. `FOLDER/RECIPE` is the quantized model in the
-library's layout, which `mmdit bench quality --tuned RECIPE=FOLDER/RECIPE` measures. The state is saved every minute,
-and an interrupted run resumes from it.
+For each recipe, a copy of the transformer is calibrated: means are folded, weights rounded by the second moments of
+their inputs (`quant.rounding`). Then it learns the velocities of the one in 16 bits, on the latents that this one meets
+when it draws prompts; no pictures are used. `FOLDER/RECIPE` is the quantized model in the library's layout, and
+`FOLDER/RECIPE-calibrated` the one before the training; `mmdit bench quality --tuned NAME=FOLDER` measures them.
+The state is saved every minute, and an interrupted run resumes from it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mmdit.demo.export import export
 from mmdit.demo.progress import save_whole
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.calibration import calibrate
+from mmdit.pipeline.calibration import Calibration, calibrate, fold
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
 from mmdit.training.distil import States, distil, states_of
@@ -48,18 +49,19 @@ class Float8Recipe:
     """Every number of a run."""
 
     prompts: int = 2048  # whose drawings give the latents
-    calibration: int = 32  # prompts for static scales
+    calibration: int = 128  # prompts for static scales and second moments
     checked: int = 256  # held-out prompts whose drawings are compared at the end
-    batch: int = 64  # latents in a step, each with and without its prompt
+    batch: int = 80  # latents in a step, each with and without its prompt
+    along: int = 10  # of them of each drawing
     drawn: int = 256  # drawings at a time
-    rate: float = 6e-5
+    rate: float = 1.5e-5  # small: weights start at codes that were chosen together, and noise should not move them
     steps: int = MAIN.steps  # of a drawing
     seed: int = 0
     log_seconds: float = 20.0
     save_seconds: float = 60.0
 
 
-CPU = Float8Recipe(prompts=96, calibration=16, checked=16, batch=6, drawn=16)
+CPU = Float8Recipe(prompts=96, calibration=16, checked=16, batch=8, along=4, drawn=16)
 
 
 def train(
@@ -74,7 +76,7 @@ def train(
     """Fine-tune the model of a folder for each recipe, in so many seconds in all; returns the folders of the models.
 
     Args:
-        folder: of states, log, table and models.
+        folder: of states, log, table and models; RECIPE-calibrated is a model before its training.
         seconds: of the clock, without the table at the end.
         recipes: names of `quant.RECIPES`.
         recipe: None is the device's.
@@ -85,32 +87,53 @@ def train(
     journal, start = Journal(folder), time.monotonic()
     pipe = Pipeline.from_pretrained(model, device=device, dtype=torch.float32)
     teacher = pipe.transformer.requires_grad_(False)
-    scales = input_scales(pipe, recipe) if any(RECIPES[name].activation == "static" for name in recipes) else {}
+    plain_seen, (folded, seen) = calibrated(pipe, recipe)
+    journal.say(f"calibrated with {recipe.calibration} prompts")
     given: dict[str, Any] = {"num_inference_steps": recipe.steps, "guidance_scale": MAIN.guidance}
     texts = prompts(recipe.prompts, _TRAINED, held_out=False)
     states = states_of(pipe, texts, **given, seed=10_000, batch=recipe.drawn)
+    states = states.with_velocities(teacher, recipe.drawn)
     journal.say(f"{recipe.prompts} prompts drawn; first {texts[0]!r}")
     left = max(1.0, seconds - (time.monotonic() - start)) / len(recipes)
     found, rows, base = {}, [], drawn(pipe, teacher, recipe)
     for name in recipes:
-        static = scales if RECIPES[name].activation == "static" else None
-        student = copy.deepcopy(teacher)
-        quantize_(student, name, input_scales=static)
-        plain = closeness(base, drawn(pipe, student, recipe))
-        student = _tuned(name, teacher, states, static, left, folder, journal, recipe)
-        rows.append((name, f"{plain:.2f}", f"{closeness(base, drawn(pipe, student, recipe)):.2f}"))
-        found[name] = _written(pipe, student, folder / name)
-    table = "\n".join(markdown_table(("recipe", "SNR of latents in dB, plain", "fine-tuned"), rows)) + "\n"
+        plain, start_from = copy.deepcopy(teacher), copy.deepcopy(folded)
+        quantize_(plain, name, input_scales=_static(name, input_scales(plain_seen)))
+        quantize_(start_from, name, input_scales=_static(name, input_scales(seen)), moments=seen.moments())
+        _written(pipe, start_from, folder / f"{name}-calibrated")
+        students = (plain, start_from, _tuned(name, start_from, teacher, states, left, folder, journal, recipe))
+        close = [closeness(base, drawn(pipe, student, recipe)) for student in students]
+        journal.say(f"{name}: SNR of latents in dB, plain, calibrated, fine-tuned: {close}")
+        rows.append((name, *(f"{value:.2f}" for value in close)))
+        found[name] = _written(pipe, students[-1], folder / name)
+    titles = ("recipe", "SNR of latents in dB, plain", "calibrated", "fine-tuned")
+    table = "\n".join(markdown_table(titles, rows)) + "\n"
     write_text(folder / "float8.md", table)
     journal.say("finished\n" + table)
     return found
 
 
-def input_scales(pipe: Pipeline, recipe: Float8Recipe) -> dict[str, Tensor]:
-    """Static scales of the activations, from drawings of prompts that are not held out."""
+def calibrated(pipe: Pipeline, recipe: Float8Recipe) -> tuple[Calibration, tuple[MMDiT, Calibration]]:
+    """Statistics of the transformer over prompts that are not held out; a copy with folded means, and its own."""
     texts = prompts(recipe.calibration, _CALIBRATED, held_out=False)
-    seen = calibrate(pipe, texts, recipe.steps, guidance_scale=MAIN.guidance, batch=min(32, recipe.drawn))
+    given: dict[str, Any] = {"guidance_scale": MAIN.guidance, "batch": min(32, recipe.drawn), "second": True}
+    before = pipe.transformer
+    seen, folded = calibrate(pipe, texts, recipe.steps, **given), copy.deepcopy(before)
+    fold(folded, seen, mean=True)
+    pipe.transformer = folded
+    try:
+        return seen, (folded, calibrate(pipe, texts, recipe.steps, **given))
+    finally:
+        pipe.transformer = before
+
+
+def input_scales(seen: Calibration) -> dict[str, Tensor]:
+    """Static scales of the activations."""
     return {name: scale_of(amax, "e4m3") for name, amax in seen.amax().items()}
+
+
+def _static(name: str, scales: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    return scales if RECIPES[name].activation == "static" else None
 
 
 @torch.no_grad()
@@ -137,19 +160,28 @@ def closeness(base: Tensor, other: Tensor) -> float:
     return float(torch.tensor([snr(a, b) for a, b in zip(base, other, strict=True)]).median())
 
 
+def student_of(quantized: MMDiT, name: str) -> MMDiT:
+    """A copy of a quantized model whose parameters all train, but not its scales."""
+    student = copy.deepcopy(quantized)
+    fakes = fake_quantize_(student, name).values()
+    student.requires_grad_(True)
+    for scale in (scale for fake in fakes for scale in (fake.weight_growth, fake.input_growth) if scale is not None):
+        scale.requires_grad_(False)
+    return student
+
+
 def _tuned(
     name: str,
+    start_from: MMDiT,
     teacher: MMDiT,
     states: States,
-    scales: dict[str, Tensor] | None,
     seconds: float,
     folder: Path,
     journal: Journal,
     recipe: Float8Recipe,
 ) -> MMDiT:
     """The student after its training, in float8; a state in the folder is where it goes on."""
-    student, path = copy.deepcopy(teacher).requires_grad_(True), folder / f"{name}.pt"
-    fake_quantize_(student, name, input_scales=scales)
+    student, path = student_of(start_from, name), folder / f"{name}.pt"
     done = 0.0
     if path.exists():
         state: dict[str, Any] = torch.load(path, map_location=states.x.device)
@@ -157,7 +189,13 @@ def _tuned(
         done = state["done"]
         journal.say(f"{name}: going on, {done:.0%} done")
     log, save, losses = Every(recipe.log_seconds), Every(recipe.save_seconds), list[Tensor]()
-    given: dict[str, Any] = {"rate": recipe.rate, "batch": recipe.batch, "seed": recipe.seed, "done": done}
+    given: dict[str, Any] = {
+        "rate": recipe.rate,
+        "batch": recipe.batch,
+        "along": recipe.along,
+        "seed": recipe.seed,
+        "done": done,
+    }
     if done < 1:
         for found in distil(student, teacher, states, seconds=max(1.0, (1 - done) * seconds), **given):
             losses.append(found.loss)

@@ -18,6 +18,7 @@ from quant.folds import Fold, Rows, corrected_bias, fold_mean, fold_scale, smoot
 from quant.observers import Observed, check_percentile, observe
 from quant.quantize import Report, quantize_, refuse_quantized
 from quant.recipe import Recipe, as_static_recipe
+from quant.rounding import Moments
 from quant.scaling import scale_of
 from quant.tensor import Float8Tensor
 
@@ -41,6 +42,15 @@ class Calibration:
         _check_all_ran(self)
         return {name: seen.percentile(percentile) for name, seen in self.observed.items()}
 
+    def moments(self) -> dict[str, Moments]:
+        """Mean and second moments of the inputs of each Linear, for `quant.quantize_(moments=)`.
+
+        Raises:
+            ValueError: a Linear had no input, or the calibration was without `second=True`.
+        """
+        _check_all_ran(self)
+        return {name: seen.moments for name, seen in self.observed.items()}
+
 
 def calibrate(
     pipe: Pipeline,
@@ -52,6 +62,7 @@ def calibrate(
     batch: int = 4,
     height: int | None = None,
     width: int | None = None,
+    second: bool = False,
 ) -> Calibration:
     """Draw the prompts, and collect statistics of the inputs of the transformer's Linears over all guidance branches.
 
@@ -61,6 +72,7 @@ def calibrate(
         num_inference_steps, guidance_scale, height, width: the values that will be drawn with; None is the profile's.
         seed: the seed of the first picture; the other pictures have the seeds that follow it.
         batch: the number of pictures that are drawn at once.
+        second: whether to collect second moments, for rounding; see `quant.observe`.
 
     Raises:
         ValueError: the transformer is quantized already or compiled, or the input of a Linear is not finite.
@@ -68,7 +80,7 @@ def calibrate(
     prompts = checked_prompts(prompts)
     refuse_quantized(pipe.transformer, "the transformer", _BEFORE)
     refuse_compiled(pipe.transformer, "the transformer")
-    with observe(pipe.transformer) as observed:
+    with observe(pipe.transformer, second=second) as observed:
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
             seeds = [seed + first + k for k in range(len(some))]

@@ -7,15 +7,17 @@
         print(found)                                    # the loss, step by step
     quant.training.quantize_trained_(student)           # ends in float8
 
-`distil` compares the guided velocities, which is what a drawing follows. `distil_blocks` trains one block after the
-other on the outputs of the teacher's block, so that only one block has gradients and states of an optimizer.
+`distil` compares the guided velocities, which is what a drawing follows. With `along=K` it takes K states of each
+drawing and squares the mean of their errors: a drawing adds the errors of its steps up, so that those which persist
+from step to step count most. `distil_blocks` trains one block after the other on the outputs of the teacher's block, so
+that only one block has gradients and states of an optimizer.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -24,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.failures import nonfinite_layers
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
-from mmdit.runtime.hooks import Hook, hooks
+from mmdit.runtime.hooks import Hook, hooks, repeating
 
-__all__ = ["Distilled", "States", "distil", "distil_blocks", "guided", "guided_loss", "states_of"]
+__all__ = ["Distilled", "States", "distil", "distil_blocks", "guided", "guided_loss", "states_of", "wanted_of"]
 
 
 class States(NamedTuple):
@@ -41,6 +44,7 @@ class States(NamedTuple):
         context, pooled: of the prompts, [prompts, n, k] and [prompts, p].
         no_context, no_pooled: of the negative prompt, [1, n, k] and [1, p].
         guidance: the scale of the guidance that they were drawn with.
+        velocities: of the teacher with the prompt and without it, [2, prompts, steps, c, h, w]; see `with_velocities`.
     """
 
     x: Tensor
@@ -51,24 +55,52 @@ class States(NamedTuple):
     no_context: Tensor
     no_pooled: Tensor
     guidance: float
+    velocities: Tensor | None = None
 
-    def draw(self, size: int, generator: torch.Generator) -> StateBatch:
-        """Random prompts, each at a random step; the generator is on the device of the latents."""
-        prompts, steps = self.x.shape[:2]
-        which = torch.randint(prompts, (size,), generator=generator, device=self.x.device)
-        step = torch.randint(steps, (size,), generator=generator, device=self.x.device)
+    def draw(self, size: int, generator: torch.Generator, along: int = 1) -> StateBatch:
+        """Random prompts, each at `along` random steps, none of them twice; the generator is on the latents' device.
+
+        Raises:
+            ValueError: `along` does not divide `size`, or is above the number of steps.
+        """
+        (prompts, steps), device = self.x.shape[:2], self.x.device
+        if not 1 <= along <= steps or size % along:
+            raise ValueError(
+                f"along={along}: expected a divisor of the batch, {size}, up to the {steps} steps of a drawing"
+            )
+        which = torch.randint(prompts, (size // along,), generator=generator, device=device).repeat_interleave(along)
+        if along == 1:
+            step = torch.randint(steps, (size,), generator=generator, device=device)
+        else:
+            step = torch.rand(size // along, steps, generator=generator, device=device).argsort(1)[:, :along].flatten()
+        return self._batch(which, step)
+
+    def _batch(self, which: Tensor, step: Tensor) -> StateBatch:
         text = self.context[which], self.pooled[which]
-        nothing = self.no_context.expand(size, -1, -1), self.no_pooled.expand(size, -1)
-        return StateBatch(self.x[which, step].float(), 1000 * self.sigma[step], self.weight[step], *text, *nothing)
+        nothing = self.no_context.expand(len(which), -1, -1), self.no_pooled.expand(len(which), -1)
+        wanted = None if self.velocities is None else self.velocities[:, which, step].float()
+        x = self.x[which, step].float()
+        return StateBatch(x, 1000 * self.sigma[step], self.weight[step], *text, *nothing, wanted)
+
+    @torch.no_grad()
+    def with_velocities(self, teacher: nn.Module, batch: int = 256) -> Self:
+        """The same states with the teacher's velocities, so that training does not compute them again in each step."""
+        prompts, steps = self.x.shape[:2]
+        places = torch.cartesian_prod(*(torch.arange(n, device=self.x.device) for n in (prompts, steps)))
+        parts = [torch.stack(guided(teacher, self._batch(*part.T), self.guidance)[:2]) for part in places.split(batch)]
+        return self._replace(velocities=torch.cat(parts, dim=1).unflatten(1, (prompts, steps)))
 
     def to(self, device: torch.device | str) -> Self:
         """The same states on a device."""
-        parts: dict[str, Any] = {key: part.to(device) for key, part in self._asdict().items() if key != "guidance"}
+        parts: dict[str, Any] = {key: part.to(device) for key, part in self._asdict().items() if hasattr(part, "to")}
         return self._replace(**parts)
 
 
 class StateBatch(NamedTuple):
-    """Latents [b, c, h, w] with a timestep, a weight, a prompt and a negative prompt each."""
+    """Latents [b, c, h, w] with a timestep, a weight, a prompt and a negative prompt each.
+
+    `velocities` are the teacher's with the prompt and without it, [2, b, c, h, w], or None.
+    """
 
     x: Tensor
     timestep: Tensor
@@ -77,6 +109,7 @@ class StateBatch(NamedTuple):
     pooled: Tensor
     no_context: Tensor
     no_pooled: Tensor
+    velocities: Tensor | None = None
 
 
 class Distilled(NamedTuple):
@@ -139,15 +172,45 @@ def guided(model: nn.Module, batch: StateBatch, guidance: float) -> tuple[Tensor
     x, context, pooled = (torch.cat(pair).to(dtype) for pair in pairs)
     both = model(x, batch.timestep.repeat(2), context, pooled).float()
     with_prompt, without = both.chunk(2)
+    return _three(with_prompt, without, guidance)
+
+
+def _three(with_prompt: Tensor, without: Tensor, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
     return with_prompt, without, without + guidance * (with_prompt - without)
 
 
+@torch.no_grad()
+def wanted_of(teacher: nn.Module, batch: StateBatch, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `guided` gives for the teacher, from the batch where it has the velocities."""
+    if batch.velocities is None:
+        return guided(teacher, batch, guidance)
+    return _three(batch.velocities[0], batch.velocities[1], guidance)
+
+
 def guided_loss(
-    student: nn.Module, wanted: tuple[Tensor, Tensor, Tensor], batch: StateBatch, guidance: float
+    student: nn.Module,
+    wanted: tuple[Tensor, Tensor, Tensor],
+    batch: StateBatch,
+    guidance: float,
+    along: int = 1,
 ) -> Tensor:
-    """The weighted mean square of the error of the guided velocity, plus those of the two that it is made of."""
-    errors = [(one - other).square() for one, other in zip(guided(student, batch, guidance), wanted, strict=True)]
-    return (batch.weight * torch.stack(errors).sum(0).mean((1, 2, 3))).mean()
+    """The weighted mean square of the error of the guided velocity, plus those of the two that it is made of.
+
+    Args:
+        student: gives the velocities.
+        wanted: the teacher's, see `guided`.
+        batch: each `along` states of it are of one drawing.
+        guidance: the scale of the guidance.
+        along: above 1, the guided error enters as `along` times the square of its weighted mean over the states of a
+            drawing, which is the plain mean square where errors of different steps are independent.
+    """
+    *single, both = (one - other for one, other in zip(guided(student, batch, guidance), wanted, strict=True))
+    each = torch.stack([error.square() for error in single]).sum(0)
+    if along == 1:
+        return (batch.weight * (each + both.square()).mean((1, 2, 3))).mean()
+    steps = (both * batch.weight.view(-1, 1, 1, 1)).unflatten(0, (-1, along))
+    of_each: Tensor = (batch.weight * each.mean((1, 2, 3))).mean()
+    return of_each + along * steps.mean(1).square().mean()
 
 
 def distil(
@@ -159,6 +222,7 @@ def distil(
     seconds: float | None = None,
     rate: float = 4e-5,
     batch: int = 16,
+    along: int = 1,
     seed: int = 0,
     done: float = 0.0,
 ) -> Iterator[Distilled]:
@@ -171,6 +235,7 @@ def distil(
         steps, seconds: where the training ends; at least one is given.
         rate: of Adam. Codes are 6 to 12 % of a weight apart, and Adam moves each weight by about the rate in a step.
         batch: states in a step, each with and without its prompt.
+        along: the number of states of each drawing in a step, see `guided_loss`.
         seed: of the order.
         done: the share that an earlier run has done; the rate goes on from there.
 
@@ -178,18 +243,17 @@ def distil(
         What each step tells, after it.
 
     Raises:
-        ValueError: neither steps nor seconds are given, one is not above 0, or nothing of the student requires
-            gradients.
+        ValueError: neither steps nor seconds are given, one is not above 0, nothing of the student requires gradients,
+            or `along` does not divide the batch.
+        FloatingPointError: a loss or a gradient is not finite; the step and the first layer are named. No weight has
+            changed in that step.
     """
 
-    def loss(states_drawn: StateBatch) -> Tensor:
-        with torch.no_grad():
-            wanted = guided(teacher, states_drawn, states.guidance)
-        return guided_loss(student, wanted, states_drawn, states.guidance)
+    def loss(generator: torch.Generator) -> Tensor:
+        drawn = states.draw(batch, generator, along)
+        return guided_loss(student, wanted_of(teacher, drawn, states.guidance), drawn, states.guidance, along)
 
-    yield from _fitted(
-        student.parameters(), lambda g: loss(states.draw(batch, g)), steps, seconds, rate, seed, done=done
-    )
+    yield from _fitted(student, loss, steps, seconds, rate, seed, done=done)
 
 
 def distil_blocks(
@@ -208,7 +272,7 @@ def distil_blocks(
     """
     for i, block in enumerate(student.joint_blocks):
         loss = partial(_block_loss, student, teacher, states, i, batch)
-        yield from _fitted(block.parameters(), loss, steps, None, rate, seed + i, block=i)
+        yield from _fitted(block, loss, steps, None, rate, seed + i, block=i)
 
 
 def _block_loss(
@@ -238,7 +302,7 @@ def _of_block(model: MMDiT, i: int, batch: StateBatch) -> tuple[tuple[Tensor, ..
 
 
 def _fitted(
-    parameters: Iterable[nn.Parameter],
+    module: nn.Module,
     loss_of: Callable[[torch.Generator], Tensor],
     steps: int | None,
     seconds: float | None,
@@ -253,7 +317,7 @@ def _fitted(
     for name, end in (("steps", steps), ("seconds", seconds)):
         if end is not None and not end > 0:
             raise ValueError(f"distillation needs {name} above 0, got {end}")
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("nothing of the student requires gradients: call quant.training.fake_quantize_ on it first")
     generator = torch.Generator(trained[0].device).manual_seed(seed)
@@ -261,12 +325,30 @@ def _fitted(
     start, step, share = time.monotonic(), 0, done
     while share < 1:
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * share)) / 2
+        drawn_by = generator.get_state()
         loss = loss_of(generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        norm = nn.utils.clip_grad_norm_(trained, 1.0)
+        if not bool(torch.isfinite(loss.detach() + norm)):
+            again = partial(loss_of, generator.set_state(drawn_by))
+            raise FloatingPointError(_not_finite(module, loss, norm, step, block, again))
         optimizer.step()
         step += 1
         by_time = (time.monotonic() - start) / seconds if seconds else 0.0
         share = done + (1 - done) * min(1.0, max(by_time, step / steps if steps else 0.0))
         yield Distilled(step, share, loss.detach(), block)
+
+
+def _not_finite(
+    module: nn.Module, loss: Tensor, norm: Tensor, step: int, block: int | None, again: Callable[[], object]
+) -> str:
+    """Why a step has no finite loss or gradient; the pass is run once more to find the first layer."""
+    with nonfinite_layers(module) as names, repeating(), torch.no_grad():
+        again()
+    layer = f"the first layer with an output that is not finite is {names[0]}" if names else "all layers are finite"
+    of = "" if block is None else f" of block {block}"
+    return (
+        f"step {step}{of}: the loss is {loss.item()} and the norm of the gradients {norm.item()}; {layer}. No weight "
+        "has changed in this step: go on from the last saved state with a lower rate"
+    )
