@@ -69,6 +69,7 @@ def step_of(
 
     def step() -> None:
         flow_losses(prepared, batch).mean().backward()
+        processes.average(parameters)
         clipped(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

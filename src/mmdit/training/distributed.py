@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 ...
         run, found = start(config, processes=processes_of("ddp", device))
 
-DDP: every process holds the whole model, and gradients are averaged while the backward pass runs. FSDP2: every process
-holds a share of each weight, of its gradient and of the optimizer's state; a block's weights are gathered when it runs.
-Both give the losses of one process with the batch of all of them, up to the order of sums.
+DDP: every process holds the whole model, and gradients are averaged while the backward pass runs; where little is
+trained (a LoRA), in one message after it, without a hook on each parameter. FSDP2: every process holds a share of each
+weight, of its gradient and of the optimizer's state; a block's weights are gathered when it runs. Both give the losses
+of one process with the batch of all of them, up to the order of sums.
 
 Float8 weights are frozen. Under DDP they stay as they are on every process; under FSDP2 their codes and scales are
 sharded as plain tensors, so that what is gathered is as small as what is stored.
@@ -14,7 +15,7 @@ sharded as plain tensors, so that what is gathered is as small as what is stored
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from quant.tensor import Float8Tensor
 __all__ = ["Strategy", "processes_of"]
 
 Strategy = Literal["ddp", "fsdp"]
+FEW_BYTES = 2**28  # of trained parameters whose gradients are sent in one message; 1 ms between two GPUs by NVLink
 
 
 def processes_of(strategy: Strategy, device: torch.device) -> Processes:
@@ -53,18 +55,42 @@ def processes_of(strategy: Strategy, device: torch.device) -> Processes:
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # data may take long to encode
     place["in_turn"] = partial(_in_turn, patient)
     if strategy == "ddp":
-        return Processes(**place, prepare=lambda model: _data_parallel(model, device), no_sync=_no_sync)
+        found = _DataParallel(device)
+        return Processes(**place, prepare=found.prepare, no_sync=_no_sync, average=found.average)
     return Processes(**place, sharded=True, prepare=_sharded, no_sync=_no_sync, whole=_whole, fill=_fill)
 
 
-def _data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around a model; frozen parameters and buffers are not sent, because every process has loaded the same."""
-    _check_same(model)
-    frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
-    frozen += [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+class _DataParallel:
+    """DDP around a model of which much is trained; little is averaged after the backward pass, in one message.
+
+    Args:
+        device: of this process.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.after = device, False
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model to train; frozen parameters and buffers are not sent, because every process has loaded the same."""
+        _check_same(model)
+        self.after = sum(one.nbytes for one in model.parameters() if one.requires_grad) <= FEW_BYTES
+        if self.after:
+            return model
+        frozen = [name for name, one in model.named_parameters() if not one.requires_grad]
+        frozen += [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average what the backward pass has not averaged: one all-reduce for each dtype."""
+        found = [one.grad for one in parameters if one.grad is not None] if self.after else []
+        for dtype in dict.fromkeys(one.dtype for one in found):
+            parts = [one for one in found if one.dtype == dtype]
+            flat = torch.cat([one.flatten() for one in parts]).div_(dist.get_world_size())
+            dist.all_reduce(flat)
+            means = flat.split([one.numel() for one in parts])
+            torch._foreach_copy_(parts, [mean.view_as(one) for mean, one in zip(means, parts, strict=True)])
 
 
 def _sharded(model: nn.Module) -> nn.Module:
@@ -124,8 +150,7 @@ def _check_same(model: nn.Module) -> None:
 def _no_sync(model: nn.Module) -> AbstractContextManager[object]:
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
-    assert isinstance(model, FSDPModule), "made by one of the two strategies"
-    return _Unsynced(model)
+    return _Unsynced(model) if isinstance(model, FSDPModule) else nullcontext()
 
 
 class _Unsynced(AbstractContextManager[None]):

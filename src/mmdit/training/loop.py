@@ -40,6 +40,8 @@ class Processes:
         sharded: whether each process holds a share of each weight.
         prepare: wraps the model that computes the loss (DDP), or shards it (fully_shard), before the optimizer is made.
         no_sync: the context of a backward pass whose gradients are not yet exchanged.
+        average: replaces the gradients of these parameters by their means over all processes, where the backward pass
+            has not done so; called after the last pass of a step.
         mean: the mean over all processes of a tensor for the log.
         whole: a parameter, or a tensor of its optimizer's state, as a plain tensor, for checkpoints.
         fill: copies a plain tensor into a parameter, or a tensor of its optimizer's state.
@@ -51,6 +53,7 @@ class Processes:
     sharded: bool = False
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model
     no_sync: Callable[[nn.Module], AbstractContextManager[object]] = lambda model: nullcontext()
+    average: Callable[[Iterable[nn.Parameter]], object] = lambda parameters: None
     mean: Callable[[Tensor], Tensor] = lambda value: value
     whole: Callable[[Tensor], Tensor] = lambda value: value
     fill: Callable[[Tensor, Tensor], object] = lambda into, value: into.copy_(value)
@@ -149,6 +152,7 @@ def training_step(run: Training, step: int) -> StepResult:
             (each.mean() / config.accumulation).backward()
         times.append(batch.t.detach())
         losses.append(each.detach())
+    run.processes.average(run.parameters.values())
     norms = block_norms(run.parameters) if config.block_norms else {}
     norm = clipped(run.parameters.values(), config.clip)
     if norm is not None and not torch.isfinite(norm):

@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 
+from mmdit.training import distributed
 from mmdit.training.checkpointing import checkpoints, load, save
 from mmdit.training.config import ConfigError
 from mmdit.training.distributed import processes_of
@@ -66,12 +68,15 @@ def of_two(pipe, tmp_path_factory):
 
     def work(rank):
         found = {}
+        few = distributed.FEW_BYTES
         for strategy in ("ddp", "fsdp"):
             for case in CASES:
+                distributed.FEW_BYTES = 0 if case == "full" else few
                 processes = processes_of(strategy, torch.device("cpu"))
                 output = root / f"{strategy} {case}"
                 run, _ = run_of(pipe, output, case, 2, processes)
                 found[strategy, case] = facts(run, range(STEPS), saved=case == RESUMED)
+                found[strategy, case, "wrapped"] = isinstance(run.model, DistributedDataParallel)
                 found[strategy, case, "held"] = sum(
                     one.to_local().numel() if hasattr(one, "to_local") else one.numel()
                     for one in run.model.parameters()
@@ -103,6 +108,11 @@ def test_two_processes_train_as_one_does(of_one, of_two, strategy, case):
         for name, one in weights.items():
             torch.testing.assert_close(their_weights[name], one, atol=1e-8, rtol=1e-8)
         torch.testing.assert_close(their_average, average, atol=1e-8, rtol=1e-8)
+
+
+def test_little_is_averaged_after_the_pass(of_two):
+    for of_rank in of_two:
+        assert [case for case in CASES if of_rank["ddp", case, "wrapped"]] == ["full"]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
