@@ -56,7 +56,7 @@ class Observed:
         self._sum += wide.sum(0)
         self._squares += wide.square().sum(0)
         if self._products is not None:
-            self._products += wide.T @ wide if rows.device.type == "cpu" else (rows.float().T @ rows.float()).double()
+            self._products += wide.T @ wide  # in float64: TF32 would leave covariances that are not positive
         pattern = size.flatten().view(torch.int32)
         self._counts += torch.bincount((pattern + (_BIN - 1)) // _BIN, minlength=_BINS)
 
