@@ -7,12 +7,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mmdit import MMDiT, MMDiTConfig
+from encoders import Conditioning
+from mmdit import ControlNet, MMDiT, MMDiTConfig
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.demo.captions import training_captions
 from mmdit.demo.scenes import render, sample
+from mmdit.pipeline.control import Control
+from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.training.batches import InMemory, Sample
+from mmdit.pipeline.predict import predict_branches
+from mmdit.pipeline.profiles import Profile
+from mmdit.training.batches import Batch, InMemory, Sample
 from mmdit.training.config import TrainingConfig
 
 CONFIG = MMDiTConfig(depth=2, hidden_size=64, context_dim=32, pooled_dim=16, pos_embed_size=8, sample_size=8)
@@ -51,6 +56,15 @@ def tiny_pipe(dtype: torch.dtype = torch.float32) -> Pipeline:
     return Pipeline(
         Components(tiny_model(dtype), others.vae, others.clip_l, others.clip_g, others.t5, others.tokenizers, 3.0)
     )
+
+
+def drawn_velocity(transformer: MMDiT, net: ControlNet, profile: Profile, batch: Batch, x: Tensor) -> Tensor:
+    """The velocity that a drawing computes for the inputs of a training step, whose times are equal."""
+    sigma, hint = float(batch.t[0]), batch.hint
+    dtype = transformer.pos_embed.dtype
+    branch = Branch(Conditioning(batch.context.to(dtype), batch.pooled.to(dtype)), control=(Control(net, hint, hint),))
+    (predicted,) = predict_branches(transformer, profile, x, sigma, [branch], lambda _: None)
+    return (x - predicted) / sigma
 
 
 def settings(output: object, **changes: object) -> TrainingConfig:

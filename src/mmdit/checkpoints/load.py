@@ -150,12 +150,17 @@ def load_controlnet(
         ValueError: the kind is unknown.
         CheckpointError: as `load_mmdit`; or the file says another kind.
     """
+    stored = open_controlnet(path, kind)
+    say_notes([stored])
+    return build(stored, device, dtype, float8)
+
+
+def open_controlnet(path: str | Path, kind: str | None = None) -> StoredModel:
+    """A ControlNet with its config inferred, but no weight read; see `load_controlnet` for arguments and errors."""
     known: dict[str, ControlKind] = {one: one for one in CONTROL_KINDS}
     asked = None if kind is None else pick(known, kind, "kind")
     place = fetch_control(str(path), asked) if isinstance(path, str) and is_repo_id(path) else path
-    stored = _of_kind(locate(place), asked)
-    say_notes([stored])
-    return build(stored, device, dtype, float8)
+    return _of_kind(locate(place), asked)
 
 
 def _of_kind(found: Found, kind: ControlKind | None) -> StoredModel:

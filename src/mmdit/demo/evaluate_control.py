@@ -1,4 +1,4 @@
-"""What a ControlNet of the embedded model is worth: `python -m mmdit.demo.evaluate_control NET.safetensors`.
+"""What ControlNets of the embedded model are worth: `python -m mmdit.demo.evaluate_control NET.safetensors ...`.
 
 Scenes that no training saw are drawn from their hint alone: the caption says colours, number and background, and leaves
 shapes and positions out. The pictures are read by `mmdit.demo.score`. Reported is the share of the scenes' statements
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import random
+import time
 from collections.abc import Iterator, Sequence
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mmdit.demo.train_control import hints, vague_caption
 from mmdit.embedded import EMBEDDED
 from mmdit.models.controlnet import ControlNet
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.pipeline.profiles import PROFILES
 
 __all__ = ["evaluate_control", "main", "statements_of"]
 
@@ -80,24 +82,37 @@ def evaluate_control(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """The command line: prints a Markdown table, a row for each net and profile."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "net", type=Path, nargs="?", help="a ControlNet of the embedded model; without it, none is used"
-    )
+    parser.add_argument("nets", type=Path, nargs="*", help="ControlNets of the embedded model")
+    parser.add_argument("--without", action="store_true", help="a row of drawings from the captions alone, too")
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--profile", default="diffusers")
+    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=["diffusers"])
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="of which model (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
+    nets: list[Path | None] = [None] if options.without else []
+    nets += options.nets
+    print("| net | profile | shape | relation | statements | seconds |\n|---|---|---|---|---|---|")  # noqa: T201
+    for profile, path in product(options.profiles, nets):
+        print(_row(options, profile, path), flush=True)  # noqa: T201
+
+
+def _row(options: argparse.Namespace, profile: str, path: Path | None) -> str:
+    """A row of the table."""
     torch.manual_seed(0)
-    given: dict[str, Any] = {"device": options.device, "dtype": torch.float32, "profile": options.profile}
+    started = time.monotonic()
+    given: dict[str, Any] = {"device": options.device, "dtype": torch.float32, "profile": profile}
     pipe = Pipeline.from_pretrained(options.model, **given)
     pipe.transformer.bfloat16()  # far faster on processors with bfloat16 matrix units; the VAE stays in float32
-    net = None if options.net is None else load_controlnet(options.net, device=options.device, dtype=torch.bfloat16)
-    for kind, (share, number) in evaluate_control(pipe, net, options.count, steps=options.steps).items():
-        print(f"{kind}: {share:.4f} of {number}")  # noqa: T201
+    net = None if path is None else load_controlnet(path, device=options.device, dtype=torch.bfloat16)
+    found = evaluate_control(pipe, net, options.count, steps=options.steps, guidance=options.guidance)
+    shares = " | ".join(f"{100 * found[kind][0]:.1f} %" for kind in ("shape", "relation"))
+    counts = " + ".join(str(found[kind][1]) for kind in ("shape", "relation"))
+    name = "none" if path is None else path.stem
+    return f"| {name} | {profile} | {shares} | {counts} | {time.monotonic() - started:.0f} |"
 
 
 if __name__ == "__main__":

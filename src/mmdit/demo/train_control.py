@@ -1,11 +1,13 @@
 """Trains two ControlNets for the embedded model: `python -m mmdit.demo.train_control FOLDER --seconds 900`.
 
 Scenes of `mmdit.demo.scenes` are drawn, their hints made (Canny edges, or a map that is the brighter the larger an
-object is), and both encoded. A net first learns to predict the picture from the hint alone, with a linear read-out in
-place of the transformer; then its residuals are trained through the frozen transformer, on captions that leave shapes
-and positions out. The net for depth starts from the one for edges. The state is saved every minute, and an
-interrupted run resumes from it. On one core, seconds are those of the processor; on a GPU (`--device cuda`), which
-has a recipe of its own, they are those of the clock. Both compute in bfloat16.
+object is), and both encoded: pictures as the mode of the VAE's distribution, hints as drawings encode them. Each step
+takes the rules of one profile of the pipeline (value range, sample or mean, positions, the last residual), so that a
+net works in all of them. A net first learns to predict the picture from the hint alone, with a linear read-out in
+place of the transformer; then its residuals are trained through the frozen transformer, on captions most of which leave
+shapes and positions out. The state is saved every minute, and an interrupted run resumes from it. On one core, seconds
+are those of the processor; on a GPU (`--device cuda`), which has a recipe of its own, they are those of the clock. Both
+compute in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders import VAE
+from encoders.vae import DiagonalGaussian
 from mmdit.checkpoints.load import load_controlnet, model_in_memory
 from mmdit.checkpoints.safetensors_io import write_tensors
 from mmdit.checkpoints.write import METADATA, official
@@ -35,7 +37,10 @@ from mmdit.embedded import EMBEDDED
 from mmdit.models.controlnet import ControlKind, ControlNet
 from mmdit.models.mmdit import MMDiT
 from mmdit.pictures.edges import canny
+from mmdit.pipeline.control import residuals_of, spread
+from mmdit.pipeline.control_inputs import HintRules, hint_rules
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.pipeline.profiles import PROFILES, Profile
 from mmdit.runtime.precision import full_float32
 from mmdit.training import control
 from mmdit.training.ema import Ema
@@ -46,22 +51,20 @@ from samplers.training import logit_normal, noised, shifted
 __all__ = ["GPU", "ControlRecipe", "depth_map", "main", "net_file", "train", "vague_caption"]
 
 KINDS: tuple[ControlKind, ...] = ("canny", "depth")
-_STATE, _DATA = "control.pt", "data.pt"
-STAGES = ("alone", "canny", "depth")  # each draws from a seed of its own
+STAGES = ("alone", "together")  # each draws from a seed of its own
 _NEAREST = SIZES["large"][1]
 
 
 @dataclass(frozen=True)
 class ControlRecipe:
-    """Every number of a run. Shares are of the processor's time that is left after the pictures are encoded."""
+    """Every number of a run. Shares are of a net's time that is left after its pictures are encoded."""
 
     scenes: int = 1024
     captions_per_scene: int = 2
     full_captions: float = 0.3  # share of captions that say shapes and positions too
     dropped: float = 0.1  # captions replaced by the empty one
     seed: int = 0
-    alone_share: float = 0.18  # share of the first stage, which trains without the transformer
-    canny_share: float = 0.52
+    alone_share: float = 0.25  # share of the first stage, which trains without the transformer
     alone_batch: int = 64
     batch: int = 32
     rate: float = 1.5e-3
@@ -70,16 +73,15 @@ class ControlRecipe:
     ema: float = 0.99
     shift: float = 3.0
     moves: int = 4  # cells by which pictures and hints are shifted at most, with wraparound, which augments few scenes
-    without_last: float = 0.5  # share of steps without a residual after the last block, which diffusers leaves out
+    profiles: tuple[str, ...] = ("diffusers", "diffusers", "comfyui", "reference")  # each step takes one at random
     save_seconds: float = 60.0
     log_seconds: float = 20.0
 
 
 GPU = ControlRecipe(
-    scenes=24_576,
+    scenes=32_768,
     captions_per_scene=1,
-    alone_share=0.08,
-    canny_share=0.52,
+    alone_share=0.1,
     alone_batch=512,
     batch=512,
     warmup=200,
@@ -129,12 +131,14 @@ def vague_caption(scene: Scene, rng: random.Random) -> str:
 def hints(kind: ControlKind, scenes: Scenes, pictures: Tensor) -> Tensor:
     """The hints [b, 3, h, w] in [0, 1] of scenes and their pictures.
 
-    The thresholds of edges are low, because some colours are nearly as bright as their background.
+    Edges are those of any colour channel, with low thresholds, because some objects are as bright as their background.
     """
     if kind == "depth":
         return depth_map(scenes)
+    channels = pictures.flatten(0, 1)[..., None].expand(-1, -1, -1, 3)
     with full_float32():  # the shorter mantissa of TF32 moves edges
-        return canny(pictures.permute(0, 2, 3, 1), 0.05, 0.1).permute(0, 3, 1, 2)
+        edges = canny(channels, 0.05, 0.1)[..., 0]
+    return edges.unflatten(0, pictures.shape[:2]).amax(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
 @dataclass
@@ -142,12 +146,12 @@ class Data:
     """Latents in model space, and the texts of captions."""
 
     pictures: Tensor  # [scenes, 16, h, w]
-    hints: dict[ControlKind, Tensor]
+    hints: dict[str, tuple[Tensor, Tensor]]  # mean and std of the hints' distribution, by `HintRules.values`
     context: Tensor  # [captions, tokens, width]
     pooled: Tensor
     empty: tuple[Tensor, Tensor]
 
-    def draw(self, kind: ControlKind, size: int, recipe: ControlRecipe, g: torch.Generator) -> Batch:
+    def draw(self, rules: HintRules, size: int, recipe: ControlRecipe, g: torch.Generator) -> Batch:
         """A batch, drawn where the data lie; picture and hint are shifted by whole cells."""
         device = g.device
         scene = torch.randint(len(self.pictures), (size,), generator=g, device=device)
@@ -156,7 +160,8 @@ class Data:
         drop = torch.rand(size, generator=g, device=device) < recipe.dropped
         context = torch.where(drop[:, None, None], self.empty[0], self.context[text])
         pooled = torch.where(drop[:, None], self.empty[1], self.pooled[text])
-        x0, hint = self.pictures[scene].float(), self.hints[kind][scene].float()
+        found = DiagonalGaussian(*(part[scene].float() for part in self.hints[rules.values]))
+        x0, hint = self.pictures[scene].float(), found.sample(g) if rules.sampled else found.mode()
         if recipe.moves:
             reach = recipe.moves
             move = torch.randint(-reach, reach + 1, (2,), generator=g, device=device).tolist()
@@ -167,7 +172,7 @@ class Data:
 
     def to(self, device: torch.device) -> Data:
         """The same data on a device."""
-        hints = {kind: hint.to(device) for kind, hint in self.hints.items()}
+        hints = {values: (mean.to(device), std.to(device)) for values, (mean, std) in self.hints.items()}
         empty = self.empty[0].to(device), self.empty[1].to(device)
         return Data(self.pictures.to(device), hints, self.context.to(device), self.pooled.to(device), empty)
 
@@ -185,7 +190,7 @@ class Batch:
 
 
 @torch.no_grad()
-def make_data(pipe: Pipeline, recipe: ControlRecipe, journal: Journal) -> Data:
+def make_data(pipe: Pipeline, kind: ControlKind, recipe: ControlRecipe, journal: Journal) -> Data:
     """Draw, describe and encode the scenes of a run."""
     scenes = sample(recipe.scenes, recipe.seed)
     rng = random.Random(recipe.seed)
@@ -197,76 +202,91 @@ def make_data(pipe: Pipeline, recipe: ControlRecipe, journal: Journal) -> Data:
     pieces = [pipe.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
     empty = pipe.encode("")
     short = slice(0, 77)  # the tokens of CLIP; the embedded model also knows captions without T5
-    vae = pipe.vae.to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    latents: dict[str, list[Tensor]] = {"picture": [], **{kind: [] for kind in KINDS}}
+    config = control.new_config(pipe.transformer, 1, kind)
+    ways = {way.values: way for way in (hint_rules(config, PROFILES[name]) for name in recipe.profiles)}
+    vae = copy.deepcopy(pipe.vae).to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latents: list[Tensor] = []
+    found: dict[str, list[DiagonalGaussian]] = {values: [] for values in ways}
     batch = 32 if pipe.device.type == "cpu" else 512
     for i in range(0, recipe.scenes, batch):
         some = scenes[i : i + batch].to(pipe.device)
-        drawn = render(some)
-        for name, pictures in (("picture", drawn), *((kind, hints(kind, some, drawn)) for kind in KINDS)):
-            latents[name].append(_encoded(vae, pictures))
-    journal.say(f"{recipe.scenes} scenes and {len(captions)} captions, first {captions[0]!r}")
-    joined = {name: torch.cat(parts) for name, parts in latents.items()}
-    context = torch.cat([piece.context[:, short] for piece in pieces]).bfloat16()
+        pictures = render(some)
+        drawn = hints(kind, some, pictures)
+        latents.append(vae.encode(_shaped(2 * pictures - 1)).mode().contiguous().half())
+        for values, way in ways.items():
+            found[values].append(way.distribution(vae, _shaped(drawn)))
+    journal.say(f"{kind}: {recipe.scenes} scenes and {len(captions)} captions, first {captions[0]!r}")
     return Data(
-        joined.pop("picture"),
-        {kind: joined[kind] for kind in KINDS},
-        context,
+        torch.cat(latents),
+        {
+            values: (_joined([one.mean for one in all_]), _joined([one.std for one in all_]))
+            for values, all_ in found.items()
+        },
+        torch.cat([piece.context[:, short] for piece in pieces]).bfloat16(),
         torch.cat([piece.pooled for piece in pieces]),
         (empty.context[:, short].bfloat16(), empty.pooled),
     )
 
 
-def _encoded(vae: VAE, pictures: Tensor) -> Tensor:
-    shaped = (2 * pictures - 1).bfloat16().contiguous(memory_format=torch.channels_last)
-    return vae.encode(shaped).mode().contiguous().half()
+def _shaped(pictures: Tensor) -> Tensor:
+    return pictures.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.contiguous().half() for part in parts])
 
 
 class Trainer:
     """A net in training, beside the frozen transformer."""
 
-    def __init__(self, net: ControlNet, transformer: MMDiT, recipe: ControlRecipe) -> None:
-        self.net, self.recipe = net, recipe
+    def __init__(self, net: ControlNet, transformer: MMDiT) -> None:
+        self.net = net
         self.transformer = transformer
         width, patch = net.config.hidden_size, net.config.patch_size
         self.reader = nn.Linear(width, 16 * patch**2).to(transformer.pos_embed.device)
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The noised latents, the timesteps, and the tokens that the net gets."""
-        x = noised(batch.x0, batch.noise, batch.t)
-        tokens = self.transformer.x_embedder(x.bfloat16()) + self.transformer.cropped_pos_embed(*x.shape[2:])
-        return x, 1000 * batch.t, tokens
-
-    def residuals(self, batch: Batch, x: Tensor, timestep: Tensor, tokens: Tensor) -> list[Tensor]:
-        """Return the residuals that the net adds."""
+    def residuals(self, batch: Batch, x: Tensor, profile: Profile) -> list[Tensor]:
+        """The residuals of noised latents, as drawings in a profile compute them."""
         with torch.autocast(x.device.type, torch.bfloat16):
-            return self.net(x, timestep, batch.context, batch.pooled, batch.hint, tokens.float())
+            return residuals_of(
+                self.net,
+                self.transformer,
+                profile,
+                x.bfloat16(),
+                1000 * batch.t,
+                batch.context,
+                batch.pooled,
+                batch.hint,
+            )
 
-    def alone(self, batch: Batch) -> Tensor:
+    def alone(self, batch: Batch, profile: Profile) -> Tensor:
         """The loss of the first stage: the picture's latent, read from what the last block gives."""
         seen: list[Tensor] = []
         block = self.net.transformer_blocks[-1]
         hook = block.register_forward_hook(lambda _, args, out: seen.append(out[1]))
         try:
-            self.residuals(batch, *self.inputs(batch))
+            self.residuals(batch, noised(batch.x0, batch.noise, batch.t), profile)
         finally:
             hook.remove()
         said = self.transformer.unpatchify(self.reader(seen[0].float()), *batch.x0.shape[2:])
         return F.mse_loss(said, batch.x0)
 
-    def together(self, batch: Batch, last: bool) -> Tensor:
-        """The velocity loss with the net's residuals; no gradient goes through the text, which saves a third."""
-        model = self.transformer
-        x, timestep, tokens = self.inputs(batch)
-        (residual,) = self.residuals(batch, x, timestep, tokens)
-        c = model.t_embedder(timestep) + model.y_embedder(batch.pooled.bfloat16())
-        image, context = tokens, model.context_embedder(batch.context)
-        for i, block in enumerate(model.joint_blocks):
+    def together(self, batch: Batch, profile: Profile) -> Tensor:
+        """The velocity loss with the net's residuals."""
+        return F.mse_loss(self.velocity(batch, profile), batch.noise - batch.x0)
+
+    def velocity(self, batch: Batch, profile: Profile) -> Tensor:
+        """The velocity, float32 [b, c, h, w]; no gradient goes through the text, which saves a third."""
+        model, x = self.transformer, noised(batch.x0, batch.noise, batch.t)
+        residuals = self.residuals(batch, x, profile)
+        places = spread(profile, self.net, model.config.depth)
+        c = model.t_embedder(1000 * batch.t) + model.y_embedder(batch.pooled.bfloat16())
+        image = model.x_embedder(x.bfloat16()) + model.cropped_pos_embed(*x.shape[2:])
+        context = model.context_embedder(batch.context)
+        for block, place in zip(model.joint_blocks, places, strict=True):
             context, image = block(context.detach(), image, c)
-            if last or i < len(model.joint_blocks) - 1:
-                image = image + residual.bfloat16()
-        velocity = model.unpatchify(model.final_layer(image, c), *x.shape[2:]).float()
-        return F.mse_loss(velocity, batch.noise - batch.x0)
+            image = image if place is None else image + residuals[place].bfloat16()
+        return model.unpatchify(model.final_layer(image, c), *x.shape[2:]).float()
 
 
 def new_net(kind: ControlKind, transformer: MMDiT) -> ControlNet:
@@ -282,57 +302,75 @@ def train(
     device: str = "cpu",
     model: Path = EMBEDDED,
     start_from: Path | None = None,
+    kinds: Sequence[ControlKind] = KINDS,
 ) -> dict[ControlKind, Path]:
-    """Train both nets; returns their files, in official names.
+    """Train the nets one after the other; returns their files, in official names.
 
     Args:
         folder: of states, log and nets.
-        seconds: of the processor on a CPU, of the clock on a GPU.
+        seconds: for all nets together, of the processor on a CPU, of the clock on a GPU.
         recipe: None is the device's.
         device: of the training.
         model: the folder of the model that the nets are for.
         start_from: a folder of nets of an earlier run, which are trained further without the first stage.
+        kinds: of the hints; one net each.
     """
     recipe = recipe or (ControlRecipe() if device == "cpu" else GPU)
-    journal, ticks = Journal(folder), time.process_time if device == "cpu" else time.monotonic
-    started = ticks()
-    torch.manual_seed(recipe.seed)
+    run = _Run(folder, recipe, Journal(folder), time.process_time if device == "cpu" else time.monotonic)
     pipe = Pipeline.from_pretrained(model, device=device, dtype=torch.float32)
-    state: dict[str, Any] = (
-        torch.load(folder / _STATE, map_location="cpu") if (folder / _STATE).exists() else {"done": 0.0}
-    )
-    earlier: float = state["done"]  # seconds of runs before this one
+    return {kind: run.train(pipe, kind, seconds / len(kinds), start_from) for kind in kinds}
 
-    def clock() -> float:
-        return earlier + ticks() - started
 
-    if not (folder / _DATA).exists():
-        save_whole(vars(make_data(pipe, recipe, journal)), folder / _DATA)
-        state |= {"begun": clock(), "done": clock()}
-        save_whole(state, folder / _STATE)
-    data, begun = Data(**torch.load(folder / _DATA, map_location="cpu")).to(pipe.device), float(state.get("begun", 0.0))
-    left = max(seconds - begun, 1e-3)  # for the three stages
-    transformer = pipe.transformer.bfloat16().requires_grad_(False)
-    ends = {"alone": 0.0 if start_from else recipe.alone_share, "canny": recipe.alone_share + recipe.canny_share}
-    start, found, before = 0.0, dict[ControlKind, Path](), (clock() - begun) / left
-    for stage, end in (*ends.items(), ("depth", 1.0)):
-        kind: ControlKind = "depth" if stage == "depth" else "canny"
-        if before >= end and (stage == "alone" or net_file(folder, kind).exists()):  # an earlier run ended this stage
-            found |= {kind: net_file(folder, kind)} if stage != "alone" else {}
-            start = end
-            continue
-        trainer = Trainer(new_net(kind, transformer).to(pipe.device), transformer, recipe)
-        if "net" in state and (start_from is None or state["stage"] == stage):
+@dataclass
+class _Run:
+    """What the nets of a run share."""
+
+    folder: Path
+    recipe: ControlRecipe
+    journal: Journal
+    ticks: Callable[[], float]
+
+    def train(self, pipe: Pipeline, kind: ControlKind, seconds: float, start_from: Path | None) -> Path:
+        """Train one net, or go on with it; returns its file."""
+        torch.manual_seed(self.recipe.seed)
+        state, clock = self.state(kind)
+        data = self.data(pipe, kind, state, clock).to(pipe.device)
+        left = max(seconds - state["begun"], 1e-3)  # for the stages
+        transformer = copy.deepcopy(pipe.transformer).bfloat16().requires_grad_(False)
+        trainer = Trainer(new_net(kind, transformer).to(pipe.device), transformer)
+        if "net" in state:
             trainer.net.load_state_dict(state["net"])
         elif start_from is not None:
             given = load_controlnet(net_file(start_from, kind), dtype=torch.float32)
             trainer.net.load_state_dict(given.state_dict())
-        rounds = _rounds(lambda: (clock() - begun) / left, start, end)
-        _stage(trainer, stage, kind, data, rounds, _Keeper(state, folder / _STATE, clock, journal, recipe))
-        if stage != "alone":
-            found[kind] = write_net(trainer.net, kind, folder)
-        start = end
-    return found
+        start, before, file = 0.0, (clock() - state["begun"]) / left, net_file(self.folder, kind)
+        for stage, end in (("alone", 0.0 if start_from else self.recipe.alone_share), ("together", 1.0)):
+            if before < end or (stage == "together" and not file.exists()):
+                rounds = _rounds(lambda: (clock() - state["begun"]) / left, start, end)
+                _stage(trainer, stage, kind, data, rounds, _Keeper(state, self.file(kind, "state"), clock, self))
+            start = end
+        return write_net(trainer.net, kind, self.folder)
+
+    def file(self, kind: ControlKind, what: str) -> Path:
+        """The file of a net's state or data."""
+        return self.folder / f"{kind}_{what}.pt"
+
+    def state(self, kind: ControlKind) -> tuple[dict[str, Any], Callable[[], float]]:
+        """The state of a net, and the clock of its seconds over all runs."""
+        path, started = self.file(kind, "state"), self.ticks()
+        state: dict[str, Any] = torch.load(path, map_location="cpu") if path.exists() else {"done": 0.0}
+        earlier: float = state["done"]
+        return state, lambda: earlier + self.ticks() - started
+
+    def data(self, pipe: Pipeline, kind: ControlKind, state: dict[str, Any], clock: Callable[[], float]) -> Data:
+        """The data of a net, made once; `begun` in the state is when that ended."""
+        path = self.file(kind, "data")
+        if not path.exists():
+            save_whole(vars(make_data(pipe, kind, self.recipe, self.journal)), path)
+            state |= {"begun": clock(), "done": clock()}
+            save_whole(state, self.file(kind, "state"))
+        state.setdefault("begun", 0.0)
+        return Data(**torch.load(path, map_location="cpu"))
 
 
 def _rounds(share: Callable[[], float], start: float, end: float) -> Iterator[tuple[int, float]]:
@@ -349,8 +387,7 @@ class _Keeper:
     state: dict[str, Any]
     path: Path
     clock: Callable[[], float]
-    journal: Journal
-    recipe: ControlRecipe
+    run: _Run
 
     def keep(self, net: nn.Module, stage: str) -> None:
         """Write everything that is needed to resume the run."""
@@ -363,7 +400,7 @@ def _stage(
     trainer: Trainer, stage: str, kind: ControlKind, data: Data, rounds: Iterator[tuple[int, float]], keeper: _Keeper
 ) -> None:
     """Train one stage; at its end the net holds its average."""
-    recipe, net = keeper.recipe, trainer.net
+    recipe, net = keeper.run.recipe, trainer.net
     alone = stage == "alone"
     weights = [*net.parameters(), *(trainer.reader.parameters() if alone else ())]
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.01)
@@ -374,9 +411,10 @@ def _stage(
     for step, fraction in rounds:
         rate = learning_rate(fraction, step, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
         set_rate(optimizer, rate)
-        batch = data.draw(kind, recipe.alone_batch if alone else recipe.batch, recipe, g)
-        last = rng.random() >= recipe.without_last
-        loss = trainer.alone(batch) if alone else trainer.together(batch, last)
+        profile = PROFILES[rng.choice(recipe.profiles)]
+        size = recipe.alone_batch if alone else recipe.batch
+        batch = data.draw(hint_rules(net.config, profile), size, recipe, g)
+        loss = trainer.alone(batch, profile) if alone else trainer.together(batch, profile)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -384,7 +422,7 @@ def _stage(
         ema.update()
         losses.append(loss.detach())
         if log.due():
-            keeper.journal.row(stage, step=step, done=fraction, loss=mean_of(losses), rate=rate)
+            keeper.run.journal.row(f"{kind} {stage}", step=step, done=fraction, loss=mean_of(losses), rate=rate)
             losses = []
         if save.due():
             keeper.keep(net, stage)
@@ -414,9 +452,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="of which model (default: %(default)s)")
     parser.add_argument("--start-from", type=Path, help="a folder of nets of an earlier run, to train them further")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of the hints (default: all)")
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")
-    given = {"device": options.device, "model": options.model, "start_from": options.start_from}
+    given = {name: getattr(options, name) for name in ("device", "model", "start_from", "kinds")}
     train(options.folder, options.seconds, **given)
 
 

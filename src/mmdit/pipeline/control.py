@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -142,18 +142,46 @@ def _run(
     sequence: SequenceParallel | None,
 ) -> list[Tensor]:
     """Compute the residuals of one net."""
-    net, config = control.net, control.net.config
-    weight = net.pos_embed_input.proj.weight
-    dtype, (rows, columns) = weight.dtype, latents.shape[2:]
+    rows, columns = latents.shape[2:]
+    hint = F.pad(hint, (0, columns - hint.shape[3], 0, rows - hint.shape[2]), mode="circular")
+    levels = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
+    forward = None if sequence is None else partial(sequence.residuals, control.net)
+    return residuals_of(
+        control.net, transformer, profile, latents, levels, context, pooled, hint.to(latents.device), forward
+    )
+
+
+def residuals_of(
+    net: ControlNet,
+    transformer: MMDiT,
+    profile: Profile,
+    latents: Tensor,
+    timesteps: Tensor,
+    context: Tensor,
+    pooled: Tensor,
+    hint: Tensor,
+    forward: Callable[..., list[Tensor]] | None = None,
+) -> list[Tensor]:
+    """The residuals [b, l, d] of one net, one for each of its blocks; drawings and training compute them alike.
+
+    Args:
+        net: the net; all inputs are cast to the dtype of its weights.
+        transformer: embeds the latents for nets without their own embedder.
+        profile: its rules for positions, the pooled text and the timestep.
+        latents: the input of the transformer, [b, c, h, w].
+        timesteps: 1000 x sigma, [b].
+        context: text tokens [b, n, k].
+        pooled: pooled text vectors [b, p].
+        hint: latents of the hints, encoded by `hint_rules`, with the height and width of `latents`.
+        forward: computes the net instead of `net` itself, with the same arguments.
+    """
+    config, dtype = net.config, net.pos_embed_input.proj.weight.dtype
     tokens = None if config.is_joint else _tokens(transformer, profile, latents).to(dtype)
     if _zeroes_pooled(profile, net):
         pooled = torch.zeros_like(pooled)
-    hint = F.pad(hint, (0, columns - hint.shape[3], 0, rows - hint.shape[2]), mode="circular")
-    levels = torch.full((len(latents),), timestep, dtype=torch.float32, device=latents.device)
-    levels = levels.to(dtype).float() if profile.control_timestep == "net" else levels
-    forward = net if sequence is None else partial(sequence.residuals, net)
-    found: list[Tensor] = forward(
-        latents.to(dtype), levels, context.to(dtype), pooled.to(dtype), hint.to(latents.device, dtype), tokens
+    levels = timesteps.to(dtype).float() if profile.control_timestep == "net" else timesteps
+    found: list[Tensor] = (forward or net)(
+        latents.to(dtype), levels, context.to(dtype), pooled.to(dtype), hint.to(dtype), tokens
     )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 from encoders import VAE
 from encoders.vae import DiagonalGaussian
 from mmdit.models.config import MMDiTConfig
-from mmdit.models.controlnet import ControlNet
+from mmdit.models.controlnet import ControlNet, ControlNetConfig
 from mmdit.pictures.read import PictureLike
 from mmdit.pictures.resize import resize
 from mmdit.pipeline.control import Control
@@ -143,7 +143,7 @@ def make_control(
     encoded = vae.encode(hint.to(weight.device, weight.dtype))
     each = profile.control_latent == "sampled_each" and twice and masks is None
     latents = _drawn(encoded, count, 2 if each else 1, profile)
-    if not (takes_shift(one.net, profile) if shifted is None else shifted):
+    if not (takes_shift(one.net.config, profile) if shifted is None else shifted):
         latents = latents + vae.config.shift * vae.config.scale
     if masks is not None:
         latents = torch.cat([latents, repeated(masks, len(latents)).to(latents)], dim=1)
@@ -152,13 +152,51 @@ def make_control(
     return Control(one.net, given, without, one.scale, one.start, one.stop)
 
 
-def takes_shift(net: ControlNet, profile: Profile) -> bool:
+def takes_shift(config: ControlNetConfig, profile: Profile) -> bool:
     """Whether the VAE's shift is subtracted from the latents of a net's hint before they are scaled."""
-    if not net.config.is_joint:
+    if not config.is_joint:
         return True
     if profile.control_joint == "zeros":
         return False
-    return net.config.inpaints or not net.config.zero_pooled
+    return config.inpaints or not config.zero_pooled
+
+
+@dataclass(frozen=True)
+class HintRules:
+    """How a profile encodes the hints of a net. Training encodes them by the same rules, see `hint_rules`."""
+
+    values: Literal["signed", "inverted", "bytes", "signed_bytes"]  # the VAE's input, see `in_range`
+    shifted: bool  # whether the VAE's shift is subtracted from the latents
+    sampled: bool  # whether latents are samples of the VAE's distribution; otherwise they are its mean
+
+    def in_range(self, x: Tensor) -> Tensor:
+        """Pixels in [0, 1] as the VAE's input: 2x - 1, 1 - 2x, 127.5x + 0.5, or 255x."""
+        if self.values == "inverted":
+            return 1 - 2 * x
+        if self.values == "signed":
+            return 2 * x - 1
+        levels = 127.5 * x + 0.5
+        return levels if self.values == "bytes" else 2 * levels - 1
+
+    def distribution(self, vae: VAE, x: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
+        """The distribution of the latents of hints with pixels in [0, 1], in the space that the net takes."""
+        weight = next(vae.parameters())
+        found = vae.encode(self.in_range(x).to(weight.device, weight.dtype))
+        return found if self.shifted else DiagonalGaussian(found.mean + vae.config.shift * vae.config.scale, found.std)
+
+
+def hint_rules(config: ControlNetConfig, profile: Profile) -> HintRules:
+    """The rules by which a profile encodes the hints of a net that is not for inpainting.
+
+    Only Stability's nets have value ranges other than [-1, 1].
+    """
+    kind = None if config.is_joint else config.kind
+    values: Literal["signed", "inverted", "bytes", "signed_bytes"] = "signed"
+    if kind == "canny" and profile.control_canny != "unit":
+        values = "bytes" if profile.control_canny == "bytes" else "signed_bytes"
+    elif kind == "depth" and profile.control_depth == "inverted":
+        values = "inverted"
+    return HintRules(values, takes_shift(config, profile), profile.control_latent != "mean")
 
 
 def check_net(name: str, net: object, config: MMDiTConfig) -> None:
@@ -222,15 +260,9 @@ def _cut(pixels: Tensor, height: int, width: int, how: Any) -> Tensor:
 
 
 def _hint(one: ControlInput, profile: Profile, size: PictureSize) -> Float[Tensor, "b 3 h w"]:
-    """The hint in the value range of its kind; only Stability's nets have ranges other than [-1, 1]."""
+    """The hint in the value range of its kind, see `HintRules`."""
     x = torch.cat([_sized(picture, size, profile) for picture in one.pictures])
-    kind = None if one.net.config.is_joint else one.net.config.kind
-    if kind == "canny" and profile.control_canny != "unit":
-        levels = 127.5 * x + 0.5
-        return levels if profile.control_canny == "bytes" else 2 * levels - 1
-    if kind == "depth" and profile.control_depth == "inverted":
-        return 1 - 2 * x
-    return 2 * x - 1
+    return hint_rules(one.net.config, profile).in_range(x)
 
 
 def _inpaint_hint(

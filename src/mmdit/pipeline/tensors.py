@@ -249,7 +249,7 @@ class PipelineTensors(PipelineModels):
         for net in {one.net for one in inputs}:
             self._fit(self._sizes, nets=[*(one for one in self._nets if one is not net), net])
         self._enter("vae")
-        first = takes_shift(inputs[0].net, self.profile) if self.profile.control_shift_of == "first" else None
+        first = takes_shift(inputs[0].net.config, self.profile) if self.profile.control_shift_of == "first" else None
         return tuple(
             make_control(one, self.vae, self.profile, size, count, twice=guided, shifted=first) for one in inputs
         )

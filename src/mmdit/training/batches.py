@@ -25,7 +25,8 @@ class Sample(NamedTuple):
     std: Tensor | None  # None: the latent is the mean
     context: Tensor  # [n, context_dim]
     pooled: Tensor  # [pooled_dim]
-    hint: Tensor | None = None  # latents of the hint, [c, h, w]
+    hint: Tensor | None = None  # latents of the hint, or the mean of their distribution, [c, h, w]
+    hint_std: Tensor | None = None  # None: the hint is the mean
 
 
 @runtime_checkable
@@ -79,6 +80,7 @@ class Draws(NamedTuple):
     noise: Tensor  # [b, c, h, w]
     latent: Tensor  # noise of the latents' own distribution, [b, c, h, w]
     dropped: Tensor  # captions that are replaced by the empty one, bool [b]
+    hint: Tensor  # noise of the hints' own distribution, [b, c, h, w]
 
 
 def order(shapes: Sequence[tuple[int, ...]], size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -114,7 +116,7 @@ def draw(config: TrainingConfig, shift: float, shape: Sequence[int], place: int)
     noise = torch.randn(tuple(shape), generator=generator)
     latent = torch.randn(tuple(shape), generator=generator)
     dropped = torch.rand(shape[0], generator=generator) < config.caption_dropout
-    return Draws(t, noise, latent, dropped)
+    return Draws(t, noise, latent, dropped, torch.randn(tuple(shape), generator=generator))
 
 
 def batch_at(
@@ -134,10 +136,10 @@ def batch_at(
     draws = draw(config, shift, (size, *samples.shapes[members[0]]), place)
     share = slice(rank * config.batch_size, (rank + 1) * config.batch_size)
     read = [samples.read(i) for i in members[share]]
-    t, noise, latent, dropped = (part[share] for part in draws)
+    t, noise, latent, dropped, drawn = (part[share] for part in draws)
     x0 = [_latent(one, latent[i], config) for i, one in enumerate(read)]
     texts = [samples.empty if dropped[i] else (one.context, one.pooled) for i, one in enumerate(read)]
-    hints = [one.hint for one in read if one.hint is not None]
+    hints = [_sampled(one.hint, one.hint_std, drawn[i]) for i, one in enumerate(read) if one.hint is not None]
 
     def stacked(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(parts)).to(device, dtype)
@@ -153,8 +155,12 @@ def batch_at(
 
 
 def _latent(sample: Sample, noise: Tensor, config: TrainingConfig) -> Tensor:
-    mean = sample.mean.to(torch.promote_types(sample.mean.dtype, torch.float32))
-    return mean if sample.std is None or config.latents == "mode" else mean + sample.std.to(mean.dtype) * noise
+    return _sampled(sample.mean, None if config.latents == "mode" else sample.std, noise)
+
+
+def _sampled(mean: Tensor, std: Tensor | None, noise: Tensor) -> Tensor:
+    mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
+    return mean if std is None else mean + std.to(mean.dtype) * noise
 
 
 def generator_of(seed: int, purpose: str, number: int) -> torch.Generator:

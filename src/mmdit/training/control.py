@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmdit.models.controlnet import ControlKind, ControlNet, ControlNetConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.control import spread
+from mmdit.pipeline.control import residuals_of, spread
 from mmdit.pipeline.profiles import Profile
 
 
@@ -17,32 +17,34 @@ class Controlled(nn.Module):
     Args:
         transformer: frozen.
         net: trained.
-        profile: says after which blocks the residuals are added.
+        profile: that of the drawings. Its rules for positions, text, timestep and the blocks after which residuals are
+            added are those of `residuals_of`, which drawings use.
     """
 
     def __init__(self, transformer: MMDiT, net: ControlNet, profile: Profile) -> None:
         super().__init__()
         self.transformer, self.net = transformer.requires_grad_(False), net
-        self.places = spread(profile, net, transformer.config.depth)
+        self.profile, self.places = profile, spread(profile, net, transformer.config.depth)
 
     def forward(self, latent: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor, hint: Tensor) -> Tensor:
-        """The velocity [b, c, h, w]; `hint` is the latent of the hint [b, c, h, w], for the rest see `MMDiT`."""
-        model, config = self.transformer, self.net.config
-        own = None if config.is_joint else model.x_embedder(latent) + model.cropped_pos_embed(*latent.shape[2:])
-        text = torch.zeros_like(pooled) if config.is_joint and config.zero_pooled else pooled
-        wide = self.net.pos_embed_input.proj.weight.dtype
+        """The velocity [b, c, h, w]; `hint` holds the latents of hints [b, c, h, w], for the rest see `MMDiT`."""
+        model, wide = self.transformer, self.net.pos_embed_input.proj.weight.dtype
         with torch.autocast(latent.device.type, model.pos_embed.dtype, enabled=model.pos_embed.dtype != wide):
-            residuals = self.net(latent, timestep, context, text, hint, own)
+            residuals = residuals_of(self.net, model, self.profile, latent, timestep, context, pooled, hint)
         added = [None if j is None else residuals[j].to(latent.dtype) for j in self.places]
         return model(latent, timestep, context, pooled, control=added)
 
 
 def new_net(transformer: MMDiT, depth: int, kind: ControlKind | None) -> ControlNet:
     """A net of single-stream blocks whose residuals start at 0; the last Linears are zero, all others are random."""
-    config = transformer.config
-    net = ControlNet(ControlNetConfig(depth, config.hidden_size, config.pooled_dim, kind=kind))
+    net = ControlNet(new_config(transformer, depth, kind))
     start_net(net)
     return net
+
+
+def new_config(transformer: MMDiT, depth: int, kind: ControlKind | None) -> ControlNetConfig:
+    """The config of a net of single-stream blocks for a transformer."""
+    return ControlNetConfig(depth, transformer.config.hidden_size, transformer.config.pooled_dim, kind=kind)
 
 
 def start_net(net: ControlNet) -> None:

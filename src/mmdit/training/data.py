@@ -23,6 +23,7 @@ from encoders import VAE
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.safetensors_io import open_tensors, read_header, write_tensors
 from mmdit.pictures.read import load_image
+from mmdit.pipeline.control_inputs import HintRules
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.settings import digest_of
 from mmdit.training.batches import Sample
@@ -51,6 +52,7 @@ class CachedSamples:
 
     samples: Sequence[Cached]
     empty_text: Path
+    sampled_hints: bool = False  # whether a pass draws hints from their distribution, or takes the mean
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -67,8 +69,11 @@ class CachedSamples:
         one = self.samples[index]
         tensors, _ = open_tensors(one.latent)
         context, pooled = read_text(one.text)
-        hint = None if one.hint is None else open_tensors(one.hint)[0]["mean"].read()
-        return Sample(tensors["mean"].read(), tensors["std"].read(), context, pooled, hint)
+        found = Sample(tensors["mean"].read(), tensors["std"].read(), context, pooled)
+        if one.hint is None:
+            return found
+        hint, _ = open_tensors(one.hint)
+        return found._replace(hint=hint["mean"].read(), hint_std=hint["std"].read() if self.sampled_hints else None)
 
 
 def read_text(path: Path) -> tuple[Tensor, Tensor]:
@@ -78,13 +83,19 @@ def read_text(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def encoded(
-    pipe: Pipeline, config: TrainingConfig, *, progress: bool | None = None, folder: Path | None = None
+    pipe: Pipeline,
+    config: TrainingConfig,
+    *,
+    hints: HintRules | None = None,
+    progress: bool | None = None,
+    folder: Path | None = None,
 ) -> CachedSamples:
     """Read the folder of a config, encode what is not in the cache, and return the samples.
 
     Args:
         pipe: its VAE and text encoders encode, on the device where they are.
         config: data, sizes, tokens and the cache's folder.
+        hints: how the hints of a ControlNet are encoded, which is how drawings encode them; None reads no hints.
         progress: whether to show a bar; None shows it in terminals and notebooks.
         folder: of the cache, instead of the config's.
 
@@ -92,7 +103,7 @@ def encoded(
         DataError: see `read_records`; or a picture does not open.
         OSError: the cache cannot be written; for a full disk, the message says how much more it takes.
     """
-    records = read_records(config.data, hints=config.method == "controlnet")
+    records = read_records(config.data, hints=hints is not None)
     cache = Cache(config.cache_folder if folder is None else folder, pipe, config)
     longest = pipe.transformer.config.max_pixels
     sizes = bucket_sizes(config.size, config.multiple, config.most_ratio, longest)
@@ -103,10 +114,10 @@ def encoded(
             picture = opened(record.picture)
             size = bucket_of(Size(*picture.shape[2:]), sizes)
             latent = cache.latent(record.picture, picture, size)
-            hint = None if record.hint is None else cache.latent(record.hint, opened(record.hint), size, hint=True)
+            hint = None if record.hint is None else cache.latent(record.hint, opened(record.hint), size, hints)
             shape = read_header(latent).entries["mean"].shape
             samples.append(Cached(record, latent, cache.text(record.caption), hint, shape))
-    return CachedSamples(samples, empty)
+    return CachedSamples(samples, empty, hints is not None and hints.sampled)
 
 
 class Cache:
@@ -130,17 +141,18 @@ class Cache:
         parts = (self.pipe.clip_l, self.pipe.clip_g, self.pipe.t5)
         return " ".join("none" if one is None else digest_of(one) for one in parts)
 
-    def latent(self, path: Path, picture: Tensor, size: Size, *, hint: bool = False) -> Path:
+    def latent(self, path: Path, picture: Tensor, size: Size, hints: HintRules | None = None) -> Path:
         """The file of a picture's latent distribution: mean and std, float32 [c, h, w] in model space.
 
         Args:
             path: the file of the picture, whose bytes are part of the key.
             picture: [1, 3, h, w] in [0, 1].
             size: to which it is resized, so that it covers it, and cropped at the centre.
-            hint: whether it is a hint, which has files of its own; only its mean is read.
+            hints: the rules of hints, which have files of their own; None for a picture.
         """
-        key = _digest(path.read_bytes(), f"{size} {self._vae} {self.pipe.dtype} {hint}".encode())
-        return self._file("latents", key, lambda: _moments(self.pipe.vae, fitted(picture, size)))
+        rules = "picture" if hints is None else f"hint {hints.values} {hints.shifted}"
+        key = _digest(path.read_bytes(), f"{size} {self._vae} {self.pipe.dtype} {rules}".encode())
+        return self._file("latents", key, lambda: _moments(self.pipe.vae, fitted(picture, size), hints))
 
     def text(self, caption: str) -> Path:
         """The file of a caption's context [n, context_dim] and pooled vector [pooled_dim]."""
@@ -184,9 +196,12 @@ def fitted(picture: Tensor, size: Size) -> Tensor:
 
 
 @torch.no_grad()
-def _moments(vae: VAE, picture: Tensor) -> dict[str, Tensor]:
+def _moments(vae: VAE, picture: Tensor, hints: HintRules | None) -> dict[str, Tensor]:
     weight = next(vae.parameters())
-    found = vae.encode((2 * picture - 1).to(weight.device, weight.dtype))
+    if hints is not None:
+        found = hints.distribution(vae, picture)
+    else:
+        found = vae.encode((2 * picture - 1).to(weight.device, weight.dtype))
     return {"mean": found.mean[0].float(), "std": found.std[0].float()}
 
 

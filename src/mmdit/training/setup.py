@@ -13,10 +13,11 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from mmdit.checkpoints.load import load_controlnet
+from mmdit.checkpoints.load import load_controlnet, open_controlnet
 from mmdit.checkpoints.load_pipeline import DEMO, Source
-from mmdit.models.controlnet import ControlNet
+from mmdit.models.controlnet import ControlKind, ControlNet
 from mmdit.models.mmdit import MMDiT
+from mmdit.pipeline.control_inputs import HintRules, hint_rules
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.compiled import refuse_compiled
 from mmdit.runtime.devices import resolve_device
@@ -24,7 +25,7 @@ from mmdit.training.adapters import Adapter, attach
 from mmdit.training.batches import Samples
 from mmdit.training.blocks import compile_blocks, recompute
 from mmdit.training.config import ConfigError, TrainingConfig
-from mmdit.training.control import Controlled, new_net
+from mmdit.training.control import Controlled, new_config, new_net
 from mmdit.training.data import encoded, on_device
 from mmdit.training.ema import Ema
 from mmdit.training.export import write_lora, write_model
@@ -73,7 +74,16 @@ def encode_data(pipe: Pipeline, config: TrainingConfig, *, progress: bool | None
     """The encoded data of a config; the VAE and the text encoders are on the device meanwhile."""
     others = {name: model for name, model in pipe.models.items() if name not in ("transformer", "controlnet")}
     with on_device(others, device_of(config)):
-        return encoded(pipe, config, progress=progress)
+        return encoded(pipe, config, hints=_hint_rules(pipe, config), progress=progress)
+
+
+def _hint_rules(pipe: Pipeline, config: TrainingConfig) -> HintRules | None:
+    """How drawings with the net of a config encode its hints; None where no net is trained."""
+    if config.method != "controlnet":
+        return None
+    if config.controlnet is not None:
+        return hint_rules(open_controlnet(config.controlnet).config, pipe.profile)
+    return hint_rules(new_config(pipe.transformer, config.control_blocks, _kind(config)), pipe.profile)
 
 
 def device_of(config: TrainingConfig) -> torch.device:
@@ -307,4 +317,8 @@ def _net(pipe: Pipeline, config: TrainingConfig) -> ControlNet:
         return load_controlnet(config.controlnet, dtype=torch.float32).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return new_net(pipe.transformer, config.control_blocks, config.control_kind)  # type: ignore[arg-type] # checked
+        return new_net(pipe.transformer, config.control_blocks, _kind(config))
+
+
+def _kind(config: TrainingConfig) -> ControlKind | None:
+    return config.control_kind  # type: ignore[return-value] # ControlNetConfig checks it

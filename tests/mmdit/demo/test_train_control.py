@@ -1,15 +1,34 @@
 """The training of ControlNets for the embedded model: hints, captions, what is scored, and a run of a few steps."""
 
+import copy
 import random
 
+import pytest
 import torch
 
-from mmdit import load_controlnet
+from mmdit import MMDiT, Pipeline, load_controlnet
 from mmdit.demo.evaluate_control import statements_of
 from mmdit.demo.grammar import statements
 from mmdit.demo.scenes import render, sample
 from mmdit.demo.score import check, parse_batch
-from mmdit.demo.train_control import ControlRecipe, depth_map, hints, train, vague_caption
+from mmdit.demo.train_control import (
+    ControlRecipe,
+    Data,
+    Trainer,
+    depth_map,
+    hints,
+    make_data,
+    new_net,
+    train,
+    vague_caption,
+)
+from mmdit.embedded import EMBEDDED
+from mmdit.pipeline.control_inputs import control_inputs, hint_rules, make_control
+from mmdit.pipeline.image_inputs import PictureSize
+from mmdit.pipeline.profiles import PROFILES
+from mmdit.training.journal import Journal
+from samplers.training import noised
+from tiny_training import drawn_velocity
 
 
 def test_hints():
@@ -43,6 +62,72 @@ def test_a_true_picture_fulfils_what_is_scored():
         assert all(check(one, found) for one in claims)
 
 
+def test_edges_of_objects_as_bright_as_the_ground():
+    """The gray value of a red star on brown is nearly that of the ground."""
+    scenes = sample(1, 0)
+    picture = torch.full((1, 3, 128, 128), 0.4)
+    picture[:, 0, 40:80, 40:80], picture[:, 1, 40:80, 40:80] = 0.9, 0.4 - 0.5 * 0.299 / 0.587
+    assert hints("canny", scenes, picture).sum() > 3 * 100
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def transformer(pipe) -> MMDiT:
+    return copy.deepcopy(pipe.transformer).bfloat16()
+
+
+@pytest.fixture(scope="module")
+def canny(pipe, tmp_path_factory) -> Data:
+    return make_data(pipe, "canny", ControlRecipe(scenes=2), Journal(tmp_path_factory.mktemp("log"), quiet=True))
+
+
+@pytest.mark.parametrize("profile", ["diffusers", "comfyui", "reference"])
+def test_training_takes_the_hints_of_drawings(profile, pipe, canny):
+    """Mean and spread of the hints' latents are those that a drawing in this profile gives the net."""
+    rules = hint_rules(new_net("canny", pipe.transformer).config, PROFILES[profile])
+    recipe = ControlRecipe(scenes=2, moves=0)
+    given = canny.draw(rules, 64, recipe, torch.Generator().manual_seed(0))
+    first = (given.x0 == canny.pictures[0]).flatten(1).all(1)
+    trained = given.hint[first]
+
+    scenes = sample(2, recipe.seed)[:1]
+    hint = hints("canny", scenes, render(scenes))
+    (one,) = control_inputs(new_net("canny", pipe.transformer), hint, config=pipe.transformer.config)
+    torch.manual_seed(0)
+    drawn = make_control(one, pipe.vae, PROFILES[profile], PictureSize(128, 128, cut=False), 32, twice=False).hint
+    assert (trained.std(0).mean() > 0) == (drawn.std(0).mean() > 0) == (profile != "comfyui")
+    torch.testing.assert_close(trained.std(0).mean(), drawn.std(0).mean(), rtol=0.1, atol=0)
+    assert (trained.mean(0) - drawn.mean(0)).std() < 0.4 * drawn.mean(0).std()
+
+
+@pytest.mark.parametrize("profile", ["diffusers", "comfyui", "reference"])
+def test_training_computes_what_drawings_compute(profile, transformer, canny):
+    """A net of two steps gives the same velocity in training and in a drawing."""
+    rules = PROFILES[profile]
+    trainer = Trainer(new_net("canny", transformer), transformer)
+    optimizer = torch.optim.AdamW(trainer.net.parameters(), 1e-2)
+    way = hint_rules(trainer.net.config, rules)
+    batch = canny.draw(way, 2, ControlRecipe(), torch.Generator().manual_seed(1))
+    batch.t = torch.full_like(batch.t, 0.75)
+    x = noised(batch.x0, batch.noise, batch.t)
+    for _ in range(2):
+        optimizer.zero_grad()
+        trainer.together(batch, rules).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = trainer.velocity(batch, rules)
+        net = copy.deepcopy(trainer.net).bfloat16()
+        wanted = drawn_velocity(transformer, net, rules, batch, x)
+        plain = transformer(x.bfloat16(), 1000 * batch.t, batch.context, batch.pooled.bfloat16()).float()
+    moved = (wanted - plain).norm()
+    assert moved > 0.2 * plain.norm()
+    assert (found - wanted).norm() < 0.1 * moved  # bfloat16, and comfyui's timestep in bfloat16
+
+
 def test_a_run_and_going_on(tmp_path):
     """The nets are files that load; a run that is started again goes on with the pictures of the first."""
     recipe = ControlRecipe(scenes=2, batch=2, alone_batch=2)
@@ -51,9 +136,15 @@ def test_a_run_and_going_on(tmp_path):
         "canny": "canny",
         "depth": "depth",
     }
-    state = torch.load(tmp_path / "control.pt")
+    state = torch.load(tmp_path / "canny_state.pt")
     assert not load_controlnet(first["canny"]).controlnet_blocks[0].weight.any(), "no step was done"
-    train(tmp_path, state["done"] + 2.0, recipe)
-    assert torch.load(tmp_path / "control.pt")["begun"] == state["begun"]
-    assert load_controlnet(first["canny"]).controlnet_blocks[0].weight.any()
+    train(tmp_path, state["done"] + 1.5, recipe, kinds=["canny"])
+    assert torch.load(tmp_path / "canny_state.pt")["begun"] == state["begun"]
+    trained = load_controlnet(first["canny"])
+    assert trained.controlnet_blocks[0].weight.any()
+    assert not load_controlnet(first["depth"]).controlnet_blocks[0].weight.any()
     assert all(path.stat().st_size <= 4 * 2**20 for path in first.values())
+    further = train(tmp_path / "further", 0.0, recipe, kinds=["canny"], start_from=tmp_path)
+    assert torch.equal(
+        load_controlnet(further["canny"]).controlnet_blocks[0].weight, trained.controlnet_blocks[0].weight
+    )

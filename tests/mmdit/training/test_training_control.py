@@ -1,0 +1,85 @@
+"""ControlNets in training: hints, residuals and velocity are those of a drawing in the same profile."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from mmdit import ControlNet, ControlNetConfig, Pipeline
+from mmdit.checkpoints.load_pipeline import Components
+from mmdit.pipeline.control_inputs import control_inputs, make_control
+from mmdit.pipeline.image_inputs import PictureSize
+from mmdit.pipeline.profiles import PROFILES
+from mmdit.training import data as module
+from mmdit.training.batches import Batch, InMemory, Sample, batch_at
+from mmdit.training.control import Controlled
+from mmdit.training.setup import encode_data
+from samplers.training import noised
+from tiny_training import CONFIG, demo, drawn_velocity, noise, settings, tiny_model, write_pictures
+
+NETS = {
+    "canny": ControlNetConfig(1, 64, 16, kind="canny"),
+    "joint": ControlNetConfig(2, 64, 16, context_dim=32, pos_embed_size=8, zero_pooled=True),
+    "joint, pooled": ControlNetConfig(1, 64, 16, context_dim=32, pos_embed_size=8),
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("kind", NETS)
+def test_the_velocity_is_that_of_a_drawing(kind: str, profile: str) -> None:
+    net, transformer, rules = ControlNet(NETS[kind]), tiny_model(), PROFILES[profile]
+    tiny.randomize(net, 5)
+    x0, other, hint = (noise(i, 2, 16, 4, 6) for i in range(3))
+    batch = Batch(x0, other, torch.full((2,), 0.75), noise(4, 2, 6, CONFIG.context_dim), noise(5, 2, 16), hint)
+    x = noised(x0, other, batch.t)
+    with torch.no_grad():
+        found = Controlled(transformer, net, rules)(x, 1000 * batch.t, batch.context, batch.pooled, hint)
+        wanted = drawn_velocity(transformer, net, rules, batch, x)
+        plain = transformer(x, 1000 * batch.t, batch.context, batch.pooled)
+    assert (wanted - plain).norm() > 0.1 * plain.norm()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "profile"), [("canny", "diffusers"), ("canny", "comfyui"), ("canny", "reference"), ("depth", "comfyui")]
+)
+def test_hints_are_encoded_as_in_a_drawing(kind: str, profile: str, tmp_path: Path) -> None:
+    """The latents of a cached hint have the mean and the spread of those that a drawing gives the net."""
+    write_pictures(tmp_path, 2)
+    (tmp_path / "0.png").unlink(), (tmp_path / "0.txt").unlink()
+    (tmp_path / "hints").mkdir()
+    (tmp_path / "hints" / "1.png").write_bytes((tmp_path / "1.png").read_bytes())
+    models = demo()
+    parts = Components(
+        models.transformer, models.vae, models.clip_l, models.clip_g, models.t5, models.tokenizers, models.shift
+    )
+    pipe = Pipeline(parts, profile=profile)
+    more = {"method": "controlnet", "control_kind": kind, "size": 128, "data": str(tmp_path), "text_tokens": 77}
+    samples = encode_data(pipe, settings(tmp_path / "out", **more), progress=False)
+    sizes = pipe.transformer.config
+    net = ControlNet(ControlNetConfig(1, sizes.hidden_size, sizes.pooled_dim, kind=kind))
+    picture = module.opened(tmp_path / "1.png").permute(0, 2, 3, 1)
+    (one,) = control_inputs(net, picture, config=sizes)
+    torch.manual_seed(0)
+    drawn = make_control(one, pipe.vae, PROFILES[profile], PictureSize(128, 128, cut=False), 64, twice=False).hint
+    found = samples.read(0)
+    std = torch.zeros_like(found.hint) if found.hint_std is None else found.hint_std
+    torch.testing.assert_close(std.mean(), drawn.std(0).mean(), rtol=0.05, atol=1e-6)
+    assert ((drawn.mean(0) - found.hint).abs() <= 5 * std / 8 + 1e-3).all()
+
+
+def test_hints_are_drawn_anew_in_every_pass(tmp_path: Path) -> None:
+    mean, std, text = noise(0, 16, 4, 4), torch.full((16, 4, 4), 0.5), (noise(1, 6, 32), noise(2, 16))
+    config = settings(tmp_path, method="controlnet", control_blocks=1)
+
+    def hints(*hint: torch.Tensor | None) -> list[torch.Tensor]:
+        data = InMemory([Sample(noise(3, 16, 4, 4), None, *text, *hint)], text)
+        found = [batch_at(data, config, 3.0, place).hint for place in (0, 1, 0)]
+        return [one for one in found if one is not None]
+
+    first, second, again = hints(mean, std)
+    assert torch.equal(first, again)
+    assert float((first - mean).std()) == pytest.approx(0.5, rel=0.1)
+    assert not torch.equal(first, second)
+    assert torch.equal(hints(mean, None)[0], torch.stack([mean, mean]))
