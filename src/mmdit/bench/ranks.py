@@ -26,7 +26,7 @@ from mmdit.runtime.devices import resolve_device
 from mmdit.runtime.mesh import from_first, own_device, start
 from mmdit.training.adapters import attach
 from mmdit.training.batches import Batch
-from mmdit.training.blocks import recompute
+from mmdit.training.blocks import compile_blocks, recompute
 from mmdit.training.config import TrainingConfig
 from mmdit.training.distributed import Strategy, processes_of
 from mmdit.training.loop import Processes, clipped, flow_losses
@@ -47,7 +47,14 @@ ROWS: tuple[tuple[str, str, str | None, Strategy | None], ...] = (
 
 
 def step_of(
-    model_name: str, size: int, method: str, recipe: str | None, strategy: Strategy | None, device: torch.device
+    model_name: str,
+    size: int,
+    method: str,
+    recipe: str | None,
+    strategy: Strategy | None,
+    device: torch.device,
+    *,
+    compiled: bool = False,
 ) -> tuple[Callable[[], None], Processes]:
     """A training step of a model with random weights on this process's device, and its place among the others."""
     config, dtype = MODELS[model_name], torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -60,6 +67,8 @@ def step_of(
     else:
         model.requires_grad_(True)
     recompute(model.get_submodule("joint_blocks").children(), keep_attention=True)
+    if compiled and strategy != "fsdp":
+        compile_blocks(model.get_submodule("joint_blocks").children())
     processes = Processes() if strategy is None else processes_of(strategy, device)
     prepared = processes.prepare(model)
     parameters = [one for one in prepared.parameters() if one.requires_grad]
@@ -78,13 +87,19 @@ def step_of(
 
 
 def measured(
-    row: tuple[str, str, str | None, Strategy | None], model: str, size: int, device: torch.device, repeats: int
+    row: tuple[str, str, str | None, Strategy | None],
+    model: str,
+    size: int,
+    device: torch.device,
+    repeats: int,
+    *,
+    compiled: bool = False,
 ) -> tuple[float, float]:
     """Median milliseconds of a step and its peak memory in units of 1e9 bytes, each of the process with the most.
 
     The peak is that of the steps: making the model, whole on every process, takes more than a sharded step.
     """
-    step, _ = step_of(model, size, *row[1:], device)
+    step, _ = step_of(model, size, *row[1:], device, compiled=compiled)
     if device.type == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats(device)
@@ -119,12 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = range(len(ROWS))
     parser.add_argument("--rows", type=int, nargs="+", choices=every, default=list(every), help="numbers of rows")
     parser.add_argument("--seconds", type=float, default=50.0, help="no row starts later (default: %(default)s)")
+    compiled = "compile the blocks, but under fsdp; it takes half a minute for the first row"
+    parser.add_argument("--compile", action="store_true", help=compiled)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(arguments)
     device = own_device(resolve_device(options.device, "device"))
     start(device, timedelta(seconds=60))
     begin, lines, alone = time.monotonic(), [], dict[tuple[str, str | None], float]()
-    measure = partial(measured, model=options.model, size=check_size(options.model, options.size), device=device)
+    sizes: dict[str, Any] = {"model": options.model, "size": check_size(options.model, options.size)}
+    measure: Callable[..., tuple[float, float]] = partial(measured, device=device, compiled=options.compile, **sizes)
     for row in (ROWS[i] for i in options.rows):
         if from_first(time.monotonic() - begin) > options.seconds:
             lines.append([row[0], f"not started, {options.seconds:g} s are over", *"---"])

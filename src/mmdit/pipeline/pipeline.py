@@ -319,8 +319,8 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         noise = self._start(request)
         length, times = request.max_sequence_length, request.per_prompt
         self._encode_ahead(length, request.prompts, request.negatives)
-        cond = self._encoded(request.prompts, length, times)
-        uncond = None if request.negatives is None else self._encoded(request.negatives, length, times)
+        cond = self._encoded(request.prompts, length, times, agreed=True)
+        uncond = None if request.negatives is None else self._encoded(request.negatives, length, times, agreed=True)
         latent = self._latent(request, self._controlled(request, request.plan, cond, uncond), noise, source)
         if request.second is not None:
             latent = self._second_pass(request, request.second, latent, (cond, uncond))
@@ -468,11 +468,12 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         noise = self._noise(plan.shape, plan.generator)
         return self._latent(request, self._controlled(request, plan, *pair), noise, Source(start))
 
-    def _encoded(self, prompts: Prompts, max_sequence_length: int | None, times: int) -> list[Ranged]:
-        """The conditionings of prompts, each prompt `times` in a row."""
+    def _encoded(self, prompts: Prompts, length: int | None, times: int, *, agreed: bool = False) -> list[Ranged]:
+        """The conditionings of prompts, each prompt `times` in a row; `agreed`: all ranks have the same ones."""
         found = prompts.conditionings
         if prompts.texts is not None:
-            found = (Ranged(self.encode(prompts.texts, max_sequence_length=max_sequence_length)),)
+            texts = prompts.texts
+            found = (Ranged(self._encode(texts, length) if agreed else self.encode(texts, max_sequence_length=length)),)
         return [one.to(self.device, self.dtype).repeat(times) for one in found]
 
     def _latent(self, request: Request, run: Run, noise: Tensor, source: Source | None = None) -> Tensor:

@@ -49,11 +49,15 @@ class PipelineTensors(PipelineModels):
             ValueError, TypeError: no prompt, or one that is not a string.
         """
         prompts = checked_prompts(prompts)
-        with self._explained(f"{len(prompts)} prompts"):
-            found = self._conditioner(max_sequence_length)(prompts).to(self.device, self.dtype)
+        found = self._encode(prompts, max_sequence_length)
         if self.parallel is not None:  # while a GPU still encodes
             self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
         return found
+
+    def _encode(self, prompts: Sequence[str], max_sequence_length: int | None) -> Conditioning:
+        """What `encode` returns, of prompts on which the ranks of a parallel run agree."""
+        with self._explained(f"{len(prompts)} prompts"):
+            return self._conditioner(max_sequence_length)(prompts).to(self.device, self.dtype)
 
     def _conditioner(self, max_sequence_length: int | None) -> Conditioner:
         return Conditioner(

@@ -191,6 +191,12 @@ def own_device(name: torch.device) -> torch.device:
     return torch.device("cuda", local)
 
 
+def sends(device: torch.device) -> bool:
+    """Whether collectives take tensors on such a device: a process group can be for GPUs alone."""
+    group = dist.group.WORLD
+    return group is not None and any(one.type == device.type for one in group._device_types)
+
+
 def from_first(value: Any) -> Any:
     """The picklable value of rank 0, on every rank."""
     held = [value]

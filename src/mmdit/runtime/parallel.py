@@ -91,8 +91,11 @@ class Parallel:
         return self.decoder(vae, latent, fast, graph=graph)
 
     def first(self, tensor: Tensor) -> Tensor:
-        """The tensor of rank 0, on every rank."""
-        found = tensor.to(self.device).contiguous().clone()
+        """The tensor of rank 0, on every rank.
+
+        One on the CPU does not go over the GPUs, where it would wait until they have nothing left to do.
+        """
+        found = tensor.to(tensor.device if mesh.sends(tensor.device) else self.device).contiguous().clone()
         dist.broadcast(found, src=0)
         return found.to(tensor.device)
 

@@ -48,9 +48,9 @@ def only(layout):
     """Fail in this process where pictures are split in another layout."""
     make = parallelize.PipelineParallel
 
-    def checked(pipe, found):
+    def checked(pipe, found, *others):
         assert tuple(found) == layout
-        return make(pipe, found)
+        return make(pipe, found, *others)
 
     parallelize.PipelineParallel = checked
 
