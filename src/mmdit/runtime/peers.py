@@ -7,6 +7,7 @@ memory is torch's symmetric memory; its multicast is not used.
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -319,6 +320,7 @@ def _symmetric(nbytes: int, team: Team, device: torch.device) -> Arena:
     """Symmetric memory of torch; all ranks of the team call this."""
     import torch.distributed._symmetric_memory as symmetric
 
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # which torch would set up, and nothing here uses
     own = symmetric.empty(_rounded(nbytes), dtype=torch.uint8, device=device)
     handle = symmetric.rendezvous(own, team.group)
     each = [handle.get_buffer(rank, own.shape, torch.uint8).data_ptr() for rank in range(team.size)]

@@ -228,7 +228,7 @@ WRONG = [
 @pytest.mark.parametrize(("change", "error", "words"), WRONG)
 def test_what_is_refused(pipe, change, error, words, monkeypatch):
     """Before any model runs."""
-    monkeypatch.setattr(pipe, "encode", lambda *_, **__: pytest.fail("a model ran"))
+    monkeypatch.setattr(pipe, "_encode", lambda *_, **__: pytest.fail("a model ran"))
     given = {"controlnet": of(), "control_image": HINT, **SETTINGS}
     given |= {name: value() if callable(value) else value for name, value in change.items()}
     with pytest.raises(error, match=words):
