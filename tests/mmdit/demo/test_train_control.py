@@ -9,7 +9,7 @@ import torch
 from mmdit import MMDiT, Pipeline, load_controlnet
 from mmdit.demo.evaluate_control import statements_of
 from mmdit.demo.grammar import statements
-from mmdit.demo.scenes import render, sample
+from mmdit.demo.scenes import Scenes, render, sample
 from mmdit.demo.score import check, parse_batch
 from mmdit.demo.train_control import (
     ControlRecipe,
@@ -19,6 +19,7 @@ from mmdit.demo.train_control import (
     hints,
     make_data,
     new_net,
+    scenes_of,
     train,
     vague_caption,
 )
@@ -70,6 +71,14 @@ def test_edges_of_objects_as_bright_as_the_ground():
     assert hints("canny", scenes, picture).sum() > 3 * 100
 
 
+def test_small_crosses_and_rings_come_more_often():
+    def share(scenes: Scenes) -> float:
+        words = [one for scene in scenes.words() for one in scene.objects]
+        return sum(one.shape in ("cross", "ring") and one.size == "small" for one in words) / len(words)
+
+    assert share(scenes_of(ControlRecipe(scenes=400))) > 1.4 * share(sample(1200, 0))
+
+
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
     return Pipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
@@ -94,7 +103,7 @@ def test_training_takes_the_hints_of_drawings(profile, pipe, canny):
     first = (given.x0 == canny.pictures[0]).flatten(1).all(1)
     trained = given.hint[first]
 
-    scenes = sample(2, recipe.seed)[:1]
+    scenes = scenes_of(recipe)[:1]
     hint = hints("canny", scenes, render(scenes))
     (one,) = control_inputs(new_net("canny", pipe.transformer), hint, config=pipe.transformer.config)
     torch.manual_seed(0)
