@@ -95,6 +95,8 @@ class PipelineParallel(Parallel):
             self.pipe.parallel = None
             if self.pipe.accelerated is not None:
                 self.pipe.accelerated.share(None)
+        if self.sequence is not None and self.sequence.peers is not None:
+            self.sequence.peers.close()
 
 
 def _check_alike(pipe: PipelineModels, cfg: object, sequence: object, exchange: object) -> None:

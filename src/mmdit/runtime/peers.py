@@ -174,6 +174,13 @@ class Peers:
             self.flags.fill_(_LAST)
         self._beside.synchronize()
 
+    def close(self) -> None:
+        """Free the memory, after the graphs that use it; now, because it cannot be freed while a graph is recorded."""
+        self._places.clear()
+        self._arenas.clear()
+        self._flags = self._flags._replace(own=torch.empty(0, dtype=torch.uint8))
+        self.flags = self._flags.own.view(torch.int32)
+
     def free(self, waiting: Callable[[], bool]) -> None:
         """Let kernels pass that wait for a rank which has failed; what they exchange is wrong from now on.
 

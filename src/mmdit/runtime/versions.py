@@ -11,12 +11,20 @@ from torch import Tensor, nn
 
 from mmdit.models.attention import Attend
 from mmdit.runtime import plain_kernels
-from mmdit.runtime.compiled import refuse_changed
+from mmdit.runtime.compiled import modules_of, refuse_changed
+
+_SLOTS = ("attend", "attend2")
 
 
 def version_of(model: nn.Module) -> object:
     """Equal as long as no parameter was replaced, moved or written to."""
-    return tuple(_identity(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    return tuple(
+        _identity(tensor)
+        for module in modules_of(model)
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    )
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
@@ -49,8 +57,11 @@ def why_no_triton(weight: Tensor) -> str:
 def check_whole(model: nn.Module, called: str = "the model") -> None:
     """Raise ValueError where the model runs what the fast forward would not."""
     refuse_changed(model, called)
+    slots = (slot for one in modules_of(model) for name, slot in one._modules.items() if name.endswith(_SLOTS))
+    if all(slot is None or _is_plain(slot) for slot in slots):
+        return
     for name, module in model.named_modules():
-        if name.endswith(("attend", "attend2")) and not _is_plain(module):
+        if name.endswith(_SLOTS) and not _is_plain(module):
             raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
 
 

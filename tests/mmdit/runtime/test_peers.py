@@ -94,6 +94,9 @@ def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(t
         own, unit = text[rank] + image[rank], samples * WIDTH * 4
         forth, back = 3 * own * (HEADS - by_rank[rank]), (qkv.shape[1] - own) * by_rank[rank]
         assert one.team.sent == (forth + back) * unit
+        for _ in range(2):
+            one.close()
+            assert one.nbytes == 0
 
 
 def test_meeting_tells_all_others_and_counts():
