@@ -65,7 +65,7 @@ def differences() -> dict[str, object]:
     ):
         pipe = pipeline(quant, dtype)
         if fast:
-            pipe.accelerate()
+            pipe.accelerate(attention="flash")  # so that nothing is measured, and less compiled
         alone = draw(pipe)
         exact_picture, picture = plain.decode(alone).float(), pipe.decode(alone.to(dtype)).float()
         limits = [2 * near(alone, exact) + 1e-4, 2 * near(picture, exact_picture) + 1e-4]
@@ -91,7 +91,7 @@ def fault() -> None:
     """
     pipe = pipeline(None, torch.bfloat16 if CUDA else torch.float32)
     what, layout = CASE.split("-")
-    pipe.accelerate(graph=False if layout == "kernels" or not CUDA else None)
+    pipe.accelerate(graph=False if layout == "kernels" or not CUDA else None, attention="flash")
     by_nccl = layout == "kernels"
     parallel = mmdit.parallelize(pipe, 2 if layout == "cfg" else 1, exchange="nccl" if by_nccl else "auto")
     print(parallel, file=sys.stderr, flush=True)

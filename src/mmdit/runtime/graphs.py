@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 Step = Callable[..., Any]  # tensors -> a tensor, or a tuple of tensors
+_RECORDING = RLock()  # threads record one after the other, because all recordings share a stream
 
 
 class Captured(NamedTuple):
@@ -82,6 +84,11 @@ def _stream(device: int) -> torch.cuda.Stream:
 
 
 def _capture(step: Step, inputs: Sequence[Tensor]) -> Captured:
+    with _RECORDING:
+        return _captured(step, inputs)
+
+
+def _captured(step: Step, inputs: Sequence[Tensor]) -> Captured:
     own = tuple(one.clone() for one in inputs)
     beside = _stream(torch.cuda.current_device())
     beside.wait_stream(torch.cuda.current_stream())
