@@ -1,9 +1,11 @@
 """Fixtures and options of the whole suite. Shapes in signatures are checked while it runs."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+gc.disable()  # until everything is collected: what imports and collection make, millions of objects, stays to the end
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only get in each other's way
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
@@ -27,6 +29,16 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--weights", metavar="FOLDER", type=Path, help="compare this checkpoint with diffusers")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """No garbage collection looks at what is there by then, neither those of the interpreter nor those of tests."""
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 # The longest first: one that is left to the end keeps a worker busy alone.

@@ -4,12 +4,14 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from full import FULL
+from mmdit import PROFILES
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
@@ -33,8 +35,11 @@ def in_a_process(path, folder):
 
 
 def here(path, monkeypatch, folder):
-    """In this process, which has everything imported already."""
+    """In this process, which has everything imported already, with the 77 T5 tokens of the other profiles."""
     import matplotlib.pyplot as plt
+
+    diffusers = PROFILES["diffusers"]
+    monkeypatch.setitem(PROFILES, "diffusers", replace(diffusers, text=replace(diffusers.text, t5_length=77)))
 
     monkeypatch.setenv("MMDIT_QUICK", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")

@@ -104,6 +104,8 @@ def described(value: object) -> str:
 def printable(text: str, length: int) -> str:
     """Text from a file for an error: at most `length` characters, what cannot be printed escaped."""
     shown = text if len(text) <= length else text[:length] + "..."
+    if shown.isprintable():
+        return shown
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
 
 

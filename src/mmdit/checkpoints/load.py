@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -43,6 +43,7 @@ from samplers import pick
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
 READERS = (2, 4)  # tensors read at a time, to a CPU and to a GPU
 _IN_PIECES = ("cuda",)  # devices to which files are read in large pieces
+_SMALL = 64 * 2**20  # bytes of a model that one thread reads in less time than threads take to hand tensors around
 _ONE_AT_A_TIME = Lock()  # held by a thread that has a weight in 16 bits, to quantize it
 
 
@@ -309,8 +310,7 @@ def build(
     with _said(stored, how), filled(_as_they_are(stored, how), device) as there:
         state = {key: _around(stored.tensors[key], values, how, key) for key, values in there.items()}
         others = [key for key in stored.tensors if key not in there]
-        with ThreadPoolExecutor(READERS[device.type == "cuda"]) as pool:  # one waits for the disk, others cast or copy
-            state |= zip(others, pool.map(lambda key: _read(stored, key, how), others), strict=True)
+        state |= zip(others, _read_all(stored, others, how), strict=True)
         model.load_state_dict(state, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -427,6 +427,14 @@ def _said(stored: StoredModel, how: _How) -> Iterator[None]:
             f"out of memory on {how.device} while loading the {stored.kind.title} of {stored.source}: it takes "
             f"{_size(stored, how)} in all. Use a smaller dtype (dtype=torch.bfloat16), quant= or another device"
         ) from error
+
+
+def _read_all(stored: StoredModel, keys: Sequence[str], how: _How) -> list[Tensor]:
+    """Tensors by several threads: one waits for the disk, others cast or copy. A small model is read by this one."""
+    if how.device.type == "cpu" and sum(stored.tensors[key].nbytes for key in keys) < _SMALL:
+        return [_read(stored, key, how) for key in keys]
+    with ThreadPoolExecutor(READERS[how.device.type == "cuda"]) as pool:
+        return [*pool.map(lambda key: _read(stored, key, how), keys)]
 
 
 def _read(stored: StoredModel, key: str, how: _How) -> Tensor:

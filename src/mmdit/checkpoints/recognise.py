@@ -14,7 +14,7 @@ from mmdit.checkpoints.components import REGISTRY, ModelKind, Naming, title
 UNUSED = re.compile(r"(.*\.)?(position_ids|logit_scale)")
 # Prefixes that do not tell which model follows.
 _WRAPPERS = ("transformer.", "text_encoder.", "model.")
-_LORA = (
+_LORA = re.compile(
     r"lora_(up|down|mid|A|B|unet|te\d?|transformer|linear_layer)|lycoris_|[._]lora\.|(hada|lokr)_w|\.dora_scale$|"
     r"\.diff(_b)?$|\.set_weight$|\.reshape_weight$"
 )
@@ -27,7 +27,7 @@ _LEFTOVERS: tuple[tuple[str, str], ...] = (
         "a noise schedule",
     ),
     (r"(first_stage_model\.)?loss\..*", "a training loss"),
-    (rf".*({_LORA}).*", "a LoRA"),
+    (rf".*({_LORA.pattern}).*", "a LoRA"),
 )
 _EMA = re.compile(r"(model_ema|ema_model|ema)\.(.+)")
 _FOREIGN: tuple[tuple[str, str], ...] = (
@@ -38,7 +38,7 @@ _FOREIGN: tuple[tuple[str, str], ...] = (
     ("a Stable Diffusion 1.x checkpoint", r"^cond_stage_model\.transformer\."),
     ("a UNet of Stable Diffusion 1.x or 2", r"(^|\.)input_blocks\.\d+\.|^down_blocks\.\d\.(attentions|resnets)\."),
 )
-_FOREIGN_MODELS = _FOREIGN[:2]  # its tensors have our names too
+_FOREIGN_MODELS = re.compile("|".join(pattern for _, pattern in _FOREIGN[:2]))  # its tensors have our names too
 
 
 class Model(NamedTuple):
@@ -100,7 +100,7 @@ def split(keys: Iterable[str], *, ema: bool = False) -> Split:
 def foreign(keys: Iterable[str]) -> str | None:
     """A description of a file of another kind, if it is one that is often mistaken for an SD3 checkpoint."""
     keys = list(keys)
-    if any(re.search(_LORA, key) for key in keys):
+    if any(map(_LORA.search, keys)):
         return "a LoRA (weights to add to a model, not a model)"
     return next((name for name, pattern in _FOREIGN if any(re.search(pattern, key) for key in keys)), None)
 
@@ -157,17 +157,16 @@ def _groups(named: Mapping[str, str]) -> dict[str, dict[str, str]]:
 
 def _recognise(local: Mapping[str, str], kind: ModelKind | None) -> tuple[Naming | None, ModelKind | None]:
     """The naming and the kind of a group of names; `kind` is the kind that its prefix implies, if any."""
-    names = [name for name in local if re.search(_LORA, name) is None and _EMA.match(name) is None]
+    names = [name for name in local if _LORA.search(name) is None and _EMA.match(name) is None]
     for each in [kind] if kind is not None else REGISTRY.values():
         for naming in each.namings:
-            signature = re.compile(naming.signature)
-            if any(signature.match(name) for name in names):
+            if any(map(re.compile(naming.signature).match, names)):
                 return naming, each
     return None, None
 
 
 def _is_foreign(local: Mapping[str, str]) -> bool:
-    return any(re.search(pattern, name) for _, pattern in _FOREIGN_MODELS for name in local)
+    return any(map(_FOREIGN_MODELS.search, local))
 
 
 def _leave_out(
@@ -176,8 +175,10 @@ def _leave_out(
     """Remove known names that are not used; the rest is returned, or recorded as belonging to no model."""
     kept = {}
     patterns = [(re.compile(pattern), what) for pattern, what in (*_LEFTOVERS, *beside.items())]
+    known = re.compile("|".join(f"(?:{pattern.pattern})" for pattern, _ in patterns))
     for name, key in local.items():
-        what = next((what for pattern, what in patterns if pattern.fullmatch(name)), None)
+        found_by = (what for pattern, what in patterns if pattern.fullmatch(name))
+        what = next(found_by, None) if known.fullmatch(name) else None  # few names are known: one look for most
         if what is not None and (keep or what != "a LoRA"):
             found.dropped.setdefault(what, []).append(key)
         elif keep:

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 
 import samplers
-from mmdit import Pipeline
+from mmdit import PROFILES, Pipeline
 from mmdit.bench import sampler_plots
 from mmdit.bench import samplers as bench_samplers
 from mmdit.bench.samplers import MEASURES, Plan, errors, measure
@@ -18,7 +20,9 @@ from mmdit.cli.app import main
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.demo()
+    """With the 77 T5 tokens of the other profiles."""
+    profile = PROFILES["diffusers"]
+    return Pipeline.demo(profile=replace(profile, text=replace(profile.text, t5_length=77)))
 
 
 def test_errors_fall_with_steps_and_calls_are_counted(pipe):
@@ -37,6 +41,7 @@ def test_the_exact_run_has_no_error(pipe):
 def test_everything_is_written(pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pipe)
     monkeypatch.setattr(bench_samplers, "orders_markdown", lambda: "| orders |")
+    monkeypatch.setattr(bench_samplers, "Setting", partial(bench_samplers.Setting, t5="77"))
     monkeypatch.chdir(tmp_path)
     words = ["--samplers", "euler", "euler_ancestral", "--schedules", "normal", "beta", "--steps", "1", "2"]
     small = ["--prompts", "1", "--fine", "2", "--device", "cpu", "-o", "found"]

@@ -12,7 +12,7 @@ from skips import SKIPS
 
 STATM = Path("/proc/self/statm")
 PAGE = 4096
-COUNT = 200 if FULL else 80
+COUNT = 200 if FULL else 60
 
 
 def resident() -> int:
@@ -34,7 +34,7 @@ def test_many_generations(tiny_folders):
     for i in range(COUNT):
         drawn = pipe(f"a ring {i % 4}", "blue", seed=i % 4, **settings).images
         assert torch.equal(drawn, first[i % 4]), i
-        if i == 40:  # by then every buffer that is kept for good is there
+        if i == 20:  # by then every buffer that is kept for good is there
             memory, count = resident(), tensors()
     assert tensors() == count
     assert resident() - memory < 4 * 2**20

@@ -233,11 +233,11 @@ def test_two_threads_on_one_pipeline():
 
     def plain():
         start.wait()
-        same.extend(torch.equal(pipe(PROMPT, seed=1, **how).images, wanted) for _ in range(8))
+        same.extend(torch.equal(pipe(PROMPT, seed=1, **how).images, wanted) for _ in range(5))
 
     def looked_into():
         start.wait()
-        for _ in range(8):
+        for _ in range(5):
             with mmdit.capture(pipe, "joint_blocks.1.attend.z", branch="cond") as seen:
                 pipe(PROMPT, seed=2, guidance=Guidance(perturbed_layers=(1,)), guidance_scale=3.0, **how)
             assert seen["joint_blocks.1.attend.z"].shape[0] == 2
@@ -248,7 +248,7 @@ def test_two_threads_on_one_pipeline():
     thread.start()
     looked_into()
     thread.join()
-    assert same == [True] * 8
+    assert same == [True] * 5
     assert pipe.guidance_scale == 3.0  # the other thread's was 7
 
 
