@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tiny tensors want one thread; compiled modules are kept, because the tests start dozens of processes.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-all test-gpu fuzz notebooks docs check lint format clean
@@ -11,11 +13,11 @@ demo: $(VENV)/.installed
 	$(BIN)/mmdit generate "a large red circle above a blue star, on a white background" --output out/demo.png
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --quiet
+	$(PYTEST) -n 2 --dist worksteal --quiet
 
 # The same with whole notebooks and sweeps, an hour more on two cores; see tests/full.py.
 test-all: $(VENV)/.test
-	MMDIT_FULL=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --quiet
+	MMDIT_FULL=1 $(PYTEST) -n 2 --dist worksteal --quiet
 
 # What needs a GPU, some minutes on one; with two GPUs of one host also what several ranks draw. Only files that have such
 # tests are read, so that no other test's packages are needed.
@@ -24,7 +26,7 @@ test-gpu: $(VENV)/.test
 
 # An hour of generated input; what failed once is a regression case beside its generator.
 fuzz: $(VENV)/.test
-	MMDIT_FUZZ_SECONDS=$${MMDIT_FUZZ_SECONDS:-300} OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n 2 --quiet
+	MMDIT_FUZZ_SECONDS=$${MMDIT_FUZZ_SECONDS:-300} $(PYTEST) tests/fuzz -n 2 --quiet
 
 # An API reference from the docstrings, to out/docs. pdoc sees only names that are loaded, and ours load when first used.
 docs: $(VENV)/.docs

@@ -41,6 +41,10 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind counts what is left when Python ends
+
+
 # The longest first: one that is left to the end keeps a worker busy alone.
 LONGEST = ("test_notebooks.py", "test_readmes.py", "test_embedded.py", "test_metrics.py", "test_many_generations.py")
 

@@ -5,17 +5,33 @@ from pkgutil import iter_modules
 
 import pytest
 import torch
-from jaxtyping import config
+from jaxtyping import Float, config
+from torch import Tensor
 
 from mmdit import MMDiTConfig, bench, demo
 from mmdit.models.attention import Attend
 from mmdit.utils import whole
+from typecheck import checked
 
 Q = torch.zeros(1, 2, 3, 4)
+
+
+@checked
+def same(x: Float[Tensor, "b l"], result: Tensor) -> Float[Tensor, "b l"]:
+    return result
+
+
+@checked
+def outer(x: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
+    assert len(same(x.T, x.T)) == x.shape[1], "names of sizes are those of one call"
+    return x
+
+
 WRONG = {
     "a type": lambda: whole(3, 3, 1),
     "a field of a dataclass": lambda: MMDiTConfig(context_dim="wide"),
     "two shapes": lambda: Attend()(Q, Q, torch.zeros(1, 2, 5, 4)),
+    "the shape of the result": lambda: same(Q[0, 0], Q[0, 0].T),
 }
 
 
@@ -30,6 +46,12 @@ def test_every_program_can_be_imported(room):
 def test_a_call_that_breaks_its_signature_is_refused(call):
     with pytest.raises(TypeError, match=r"violates|Type-check"):
         call()
+
+
+def test_sizes_belong_to_one_call():
+    for x in (Q[0, 0], Q[0, 0].T):
+        assert same(x, x) is x
+        assert outer(x) is x
 
 
 def test_the_switch(monkeypatch):

@@ -1,9 +1,11 @@
 """Signatures are checked while the suite runs: an import hook decorates every function, method and dataclass.
 
-A signature with shapes, such as `Float[Tensor, "b l d"]`, is checked by jaxtyping, which is slow to call because it
-compares the sizes of all arguments. Every other signature is checked by beartype alone. jaxtyping's own hook decorates
-functions that are made inside others each time that they are made, and a lazy checkpoint makes one for each tensor:
-these are let be. `jaxtyping_disable` of jaxtyping's config turns all of it off.
+Every signature is checked by beartype. One with shapes, such as `Float[Tensor, "b l d"]`, is checked in a context of
+jaxtyping, in which all arguments and the result must agree on the sizes that have names. `jaxtyped(typechecker=...)`
+checks the same, but every argument twice, and binds the signature at each call; only generators, whose calls outlive the
+context, and sizes that another argument gives, such as "b {size}", need that. jaxtyping's own hook decorates functions
+that are made inside others each time that they are made, and a lazy checkpoint makes one for each tensor: these are let
+be. `jaxtyping_disable` of jaxtyping's config turns all of it off.
 """
 
 import ast
@@ -57,14 +59,30 @@ def checked(made: Any) -> Any:
         if dataclasses.is_dataclass(made):
             made.__init__ = checked(made.__init__)
         return made
-    if any(SHAPES.search(str(annotation)) for annotation in made.__annotations__.values()):
-        return jaxtyped(made, typechecker=_checked)
     if not made.__annotations__ or (inner := _checked(made)) is made:
         return made
+    shapes = [text for text in map(str, made.__annotations__.values()) if SHAPES.search(text)]
+    if inspect.isgeneratorfunction(made) or any("{" in text for text in shapes):
+        return jaxtyped(made, typechecker=_checked)
+    if shapes:
+        return _with_sizes(made, inner)
 
     @wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
         return (made if config.jaxtyping_disable else inner)(*args, **kwargs)
+
+    return call
+
+
+def _with_sizes(made: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+    """The checked function, each call of which has sizes of its own by name."""
+
+    @wraps(made)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if config.jaxtyping_disable:
+            return made(*args, **kwargs)
+        with jaxtyped("context"):
+            return inner(*args, **kwargs)
 
     return call
 
