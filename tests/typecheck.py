@@ -2,10 +2,10 @@
 
 Every signature is checked by beartype. One with shapes, such as `Float[Tensor, "b l d"]`, is checked in a context of
 jaxtyping, in which all arguments and the result must agree on the sizes that have names. `jaxtyped(typechecker=...)`
-checks the same, but every argument twice, and binds the signature at each call; only generators, whose calls outlive the
-context, and sizes that another argument gives, such as "b {size}", need that. jaxtyping's own hook decorates functions
-that are made inside others each time that they are made, and a lazy checkpoint makes one for each tensor: these are let
-be. `jaxtyping_disable` of jaxtyping's config turns all of it off.
+checks the same, but every argument twice, and binds the signature at each call; only generators, whose calls outlive
+the context, and sizes that another argument gives, such as "b {size}", need that. jaxtyping's own hook decorates
+functions that are made inside others each time that they are made, and a lazy checkpoint makes one for each tensor:
+these are let be. `jaxtyping_disable` of jaxtyping's config turns all of it off.
 """
 
 import ast

@@ -81,7 +81,7 @@ def test_bootstrap_covers_the_mean_as_often_as_it_says():
 
 
 class AsInAProcess(Executor):
-    """Calls go through pickle, as those of a pool of processes do, and run here: a process imports torch for seconds."""
+    """Calls go through pickle, as those of a pool of processes do, and run here: a process takes seconds to start."""
 
     def submit(self, call, /, *args, **kwargs):
         done = Future()
