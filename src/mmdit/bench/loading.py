@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit.bench import cold as cold_ways
+from mmdit.bench.cold import read_part
 from mmdit.bench.random_models import MODELS, check_names
 from mmdit.bench.rows import Cells, attempted
 from mmdit.checkpoints.float8 import metadata_in, spelled
@@ -41,6 +43,7 @@ COLUMNS = (
     *("peak of the device, GB", "result, GB", "peak - result", "RssAnon, GB"),
 )
 _RECIPE = "fp8"
+_COLD = "from the disk"
 _LARGE = 4 * PIECE  # bytes of a buffer, in the row that tells whether larger ones are quicker
 _SWITCH = 2e-4  # seconds after which a thread may run Python, in the row that tells whether threads wait for each other
 
@@ -82,6 +85,43 @@ def loading(
                 shapes = MMDiT(config)
             bench = _Bench(Path(place) / "model.safetensors", shapes, recipe, torch.device(device), dtype, readers)
             yield from attempted(bench.tasks(), len(COLUMNS), seconds - (time.monotonic() - start))
+
+
+def from_disk(
+    model: str = "large",
+    *,
+    device: torch.device | str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    blocks: int | None = None,
+    folder: Path | None = None,
+    seconds: float = 60.0,
+) -> Iterator[Cells]:
+    """Rows of `mmdit.bench.cold.COLUMNS`: the float8 file read and loaded from the disk, and ways to fill its tensors.
+
+    The arguments are those of `loading`.
+    """
+    check_names((model,), MODELS)
+    end, device = time.monotonic() + seconds, torch.device(device)
+    config = MODELS[model] if blocks is None else replace(MODELS[model], depth=blocks)
+    _warmed(device, dtype)
+    with TemporaryDirectory(dir=folder) as place:
+        with torch.device("meta"):
+            shapes = MMDiT(config)
+        bench = _Bench(Path(place) / "model.safetensors", shapes, RECIPES[_RECIPE], device, dtype, ())
+        bench.write()
+        bench.flush()
+        whole = {
+            f"the whole file {name}": partial(_first_cells, task)
+            for name, task in bench.loads().items()
+            if name in (f"{_COLD}: read by 4 threads", f"{_COLD}: loaded")
+        }
+        yield from attempted(whole, len(cold_ways.COLUMNS), end - time.monotonic())
+        yield from cold_ways.cold(bench.path, device, partial(bench.drop, True), end - time.monotonic())
+
+
+def _first_cells(task: Callable[[], Cells]) -> Cells:
+    """Whether the file was in the page cache, seconds, and gigabytes a second."""
+    return task()[: len(cold_ways.COLUMNS) - 1]
 
 
 def _warmed(device: torch.device, dtype: torch.dtype) -> float:
@@ -151,10 +191,10 @@ class _Bench:
             "loaded, threads take turns after 0.2 ms": lambda: self.load(partial(_with_short_turns, ours)),
             "tensors read by safetensors": lambda: self.load(self.by_library),
             "flushed to the disk": lambda: self.timed(self.flush),
-            "from the disk: read by 4 threads": lambda: self.read(4, cold=True),
-            "from the disk: loaded": lambda: self.load(ours, cold=True),
-            "from the disk: read by one thread": lambda: self.read(1, cold=True),
-            "from the disk: tensors read by safetensors": lambda: self.load(self.by_library, cold=True),
+            f"{_COLD}: read by 4 threads": lambda: self.read(4, cold=True),
+            f"{_COLD}: loaded": lambda: self.load(ours, cold=True),
+            f"{_COLD}: read by one thread": lambda: self.read(1, cold=True),
+            f"{_COLD}: tensors read by safetensors": lambda: self.load(self.by_library, cold=True),
         }
 
     def write(self) -> Cells:
@@ -185,22 +225,11 @@ class _Bench:
         parts = [(size * i // threads, size * (i + 1) // threads) for i in range(threads)]
         start = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(partial(self.read_part, locked=locked), parts))
+            list(pool.map(partial(read_part, self.path, locked=locked), parts))
         took = time.perf_counter() - start
         if not locked:
             self.rates[cold] = max(self.rates[cold], size / took)
         return self.cells(took, cached)
-
-    def read_part(self, part: tuple[int, int], *, locked: bool) -> None:
-        begin, end = part
-        buffer = memoryview(bytearray(PIECE))
-        if locked:
-            into: Any = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True).numpy()
-            buffer = memoryview(into)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while begin < end:
-                begin += file.readinto(buffer[: end - begin]) or end
 
     def link(self) -> Cells:
         """Copies of one buffer to the device."""

@@ -6,7 +6,9 @@ import gc
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,10 +42,12 @@ class Row:
     budget: str
     fast: bool = False
     seconds: float = 0.0  # of all steps
-    step_ms: float = 0.0  # of a step, after the first one
+    step_ms: float = 0.0  # of a step after the first one, the median
+    longest_ms: float = 0.0  # of these steps
     peak_gb: float = 0.0  # of torch's allocator
     outside_gb: float = 0.0  # context and libraries
     host_gb: float = 0.0  # anonymous memory of the process, which holds the weights
+    base_gb: float = 0.0  # that it had before there was a model: Python, torch, the CUDA context and its libraries
     weights_gb: float = 0.0  # of all models
     planned_gb: float = 0.0
     step_gb: float = 0.0  # that are copied to the device in each step
@@ -82,13 +86,13 @@ def budgets(
 
     Weights are made on the device and wait in host memory. One model is used for all its budgets: before each one it
     leaves the device, torch gives back all memory that it keeps, and its statistics begin anew. While a model computes,
-    torch is capped at the budget less what is set aside for the context (`mmdit.runtime.activations.CONTEXT`), and
+    torch is capped at the budget less what is set aside for the context (`mmdit.pipeline.memory.context_of`), and
     raises where more is asked for; "peak" is what torch had reserved at most, and what the whole device holds beside
     that at the end, so that nothing else may run on it.
 
     The first drawing of a row has two steps; the second one, of another prompt, counts. Where not all of its steps are
-    run, it is planned for all of them, the steps that are left out are taken to last as long as those after the first
-    one did, and the latent is decoded as it is.
+    run, it is planned for all of them, the steps that are left out are taken to last as long as the median of those
+    after the first one, and the latent is decoded as it is.
 
     Args:
         models: of `mmdit.bench.random_models.MODELS`.
@@ -109,20 +113,22 @@ def budgets(
         if one != STAGES:
             parse_bytes(one)
     device, end = torch.device(device), time.monotonic() + seconds
+    base = _base(device, dtype)
     for recipe in recipes:
         encoders: dict[str, torch.nn.Module] = {}
-        before: Pipeline | None = None
+        pipe: Pipeline | None = None
         for model in models:
             if time.monotonic() > end:
                 return
             encoders = encoders or _encoders(model, recipe, device, dtype)
-            pipe = _pipeline(model, recipe, encoders, device, dtype, before)
+            pipe = _pipeline(model, recipe, encoders, device, dtype, pipe)  # the one before is freed here
             for is_fast in sorted(fast):
                 if is_fast and len(fast) > 1 and recipe == "16":
                     continue
-                yield from _rows(pipe, model, recipe, sizes, picture, is_fast, end)
+                for row in _rows(pipe, model, recipe, sizes, picture, is_fast, end):
+                    row.base_gb = base
+                    yield row
             pipe._leave()
-            before = pipe
             _emptied(device)
 
 
@@ -152,8 +158,8 @@ def table(found: Sequence[Row]) -> str:
         least = 1000 * one.step_gb / one.link_gb if one.link_gb else 0.0
         linked = f"{one.step_gb:.2f} / {one.link_gb:.1f} = {least:.1f}" if least else "-"
         numbers: tuple[str, ...] = (f"{one.planned_gb:.2f}", f"{peak:.2f}", f"{one.outside_gb:.2f}")
-        numbers += (f"{one.seconds:.2f}", ratio, f"{one.step_ms:.1f}", linked)
-        numbers += (f"{one.host_gb:.1f}", f"{one.host_gb - one.weights_gb:.2f}")
+        numbers += (f"{one.seconds:.2f}", ratio, f"{one.step_ms:.1f}", f"{one.longest_ms:.1f}", linked)
+        numbers += (f"{one.host_gb:.1f}", f"{one.host_gb - one.weights_gb:.2f}", f"{one.base_gb:.2f}")
         if one.failed:
             numbers = ("failed", *["-"] * (len(numbers) - 1))
         rows.append((one.name, one.recipe, one.budget, *numbers, one.failed or one.streamed, one.equal or "-"))
@@ -170,9 +176,11 @@ _TITLES = (
     "seconds",
     "to resident",
     "ms a step",
+    "longest",
     "GB a step / link GB/s = ms",
     "host GB",
     "above weights",
+    "before models",
     "streamed",
     "bit-equal",
 )
@@ -204,7 +212,7 @@ def _row(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         row.seconds = time.perf_counter() - start
-        row.step_ms = steps.milliseconds()
+        row.step_ms, row.longest_ms = steps.milliseconds()
         row.seconds += (picture.steps - steps.most) * row.step_ms / 1000
         row.peak_gb, row.outside_gb = _memory(device)
         row.host_gb, row.weights_gb = _host_bytes() / 1e9, sum(map(weight_bytes, pipe.models.values())) / 1e9
@@ -240,11 +248,11 @@ class _Steps:
         pipe._interrupt = index + 1 >= self.most
         return {}
 
-    def milliseconds(self) -> float:
-        """Of a step, on average."""
-        first, last = self.times[0], self.times[-1]
-        took = first.elapsed_time(last) if self.device.type == "cuda" else 1000 * (last - first)
-        return float(took) / max(len(self.times) - 1, 1)
+    def milliseconds(self) -> tuple[float, float]:
+        """Of a step after the first one: the median and the most."""
+        cuda = self.device.type == "cuda"
+        took = [one.elapsed_time(other) if cuda else 1000 * (other - one) for one, other in pairwise(self.times)]
+        return (float(median(took)), float(max(took))) if took else (0.0, 0.0)
 
 
 def _link(pipe: Pipeline) -> float:
@@ -289,6 +297,14 @@ def _host_bytes() -> int:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+
+
+def _base(device: torch.device, dtype: torch.dtype) -> float:
+    """Gigabytes of host memory of a process that has used torch for a product and a convolution, but has no model."""
+    ones = torch.ones(1, 16, 16, 16, dtype=dtype, device=device)
+    torch.nn.functional.conv2d(ones @ ones, ones[:, :, :3, :3])
+    _synchronized(device)
+    return _host_bytes() / 1e9
 
 
 def _encoders(model: str, recipe: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

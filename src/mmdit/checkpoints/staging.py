@@ -2,7 +2,8 @@
 
 A file is read by several threads. Each has two buffers in page-locked memory and a stream of its own: while one buffer
 is copied to the GPU, the other one is filled. Only one thread at a time runs Python, so that a piece costs few calls
-beside reading, and no thread waits for what another one copies.
+beside reading, and no thread waits for what another one copies. A thread reads many neighbouring pieces before it goes
+on elsewhere, because the system reads ahead of a file that is read in order, and so keeps the disk busy.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import count
+from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event
@@ -25,6 +26,7 @@ from mmdit.checkpoints.safetensors_io import FileTensor, Header, check_same, ope
 
 READERS = 4  # threads
 PIECE = 8 * 2**20  # bytes of a buffer
+RUN = 256 * 2**20  # bytes that a thread reads in order
 
 
 class Part(NamedTuple):
@@ -63,6 +65,19 @@ def pieces(wanted: Mapping[str, FileTensor], size: int = PIECE) -> list[Piece]:
     return found
 
 
+def runs(pieces: Sequence[Piece], size: int) -> list[list[Piece]]:
+    """Neighbouring pieces together, until they have so many bytes."""
+    found: list[list[Piece]] = []
+    taken = size
+    for piece in pieces:
+        if taken >= size:
+            found.append([])
+            taken = 0
+        found[-1].append(piece)
+        taken += piece.stop - piece.start
+    return found
+
+
 @contextmanager
 def filled(
     wanted: Mapping[str, FileTensor],
@@ -70,6 +85,8 @@ def filled(
     *,
     readers: int = READERS,
     size: int = PIECE,
+    run: int = RUN,
+    ahead: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
     """Tensors of files on a device in their stored dtypes. Inside they are being filled; afterwards they are filled.
 
@@ -78,6 +95,8 @@ def filled(
         device: where they are to be; a CPU is for tests.
         readers: threads.
         size: bytes of a buffer; each thread has two.
+        run: the most bytes that a thread reads in order before it goes on elsewhere.
+        ahead: bytes behind each piece that the system is asked to read already; 0 leaves it to the system.
 
     Raises:
         CheckpointError: a file has been replaced or changed since its header was read, or it ends too early.
@@ -86,9 +105,10 @@ def filled(
     with torch.inference_mode(False):  # other threads write to them
         found = {key: torch.empty(one.entry.shape, dtype=one.entry.dtype, device=device) for key, one in wanted.items()}
         targets = {key: tensor.detach().view(-1).view(torch.uint8) for key, tensor in found.items() if tensor.numel()}
-    work: SimpleQueue[Piece] = SimpleQueue()
-    for piece in pieces(wanted, size):
-        work.put(piece)
+    work: SimpleQueue[list[Piece]] = SimpleQueue()
+    stored = sum(tensor.entry.stop - tensor.entry.start for tensor in wanted.values())
+    for one in runs(pieces(wanted, size), min(run, stored // (4 * readers))):  # so that all threads end together
+        work.put(one)
     if work.empty():
         yield found
         return
@@ -99,19 +119,21 @@ def filled(
     stop = Event()
     with ThreadPoolExecutor(readers) as pool:
         try:
-            running = [pool.submit(_read, work, targets, device, size, ready, stop) for _ in range(readers)]
+            reading = partial(_read, work, targets, device, size, ahead, ready, stop)
+            running = [pool.submit(reading) for _ in range(readers)]
             yield found
-            for one in running:
-                one.result()
+            for thread in running:
+                thread.result()
         finally:
             stop.set()  # where anything has failed, the other threads end
 
 
 def _read(
-    work: SimpleQueue[Piece],
+    work: SimpleQueue[list[Piece]],
     targets: Mapping[str, Tensor],
     device: torch.device,
     size: int,
+    ahead: int,
     ready: torch.cuda.Event | None,
     stop: Event,
 ) -> None:
@@ -119,11 +141,8 @@ def _read(
     buffers = _Buffers(device, size, ready)
     try:
         with ExitStack() as stack, buffers.copying():
-            files = _Files(stack)
-            for i in count():
-                piece = None if stop.is_set() else _next(work)
-                if piece is None:
-                    break
+            files = _Files(stack, ahead)
+            for i, piece in enumerate(_taken(work, stop)):
                 memory = buffers.free(i)
                 files.read(piece, memory)
                 buffers.copy(i, piece.parts, targets)
@@ -135,11 +154,17 @@ def _read(
         buffers.wait()
 
 
-def _next(work: SimpleQueue[Piece]) -> Piece | None:
-    try:
-        return work.get_nowait()
-    except Empty:
-        return None
+def _taken(work: SimpleQueue[list[Piece]], stop: Event) -> Iterator[Piece]:
+    """The pieces of one run after the other, until there are none left or somebody says to stop."""
+    while True:
+        try:
+            run = work.get_nowait()
+        except Empty:
+            return
+        for piece in run:
+            if stop.is_set():
+                return
+            yield piece
 
 
 @dataclass
@@ -147,6 +172,7 @@ class _Files:
     """The files that a thread has open."""
 
     stack: ExitStack
+    ahead: int
     open: dict[Path, tuple[Header, int]] = field(default_factory=dict)
 
     def read(self, piece: Piece, memory: memoryview) -> None:
@@ -156,6 +182,8 @@ class _Files:
             check_same(piece.header, file)
             self.open[path] = piece.header, file
         _, file = self.open[path]
+        if self.ahead:
+            os.posix_fadvise(file, piece.stop, self.ahead, os.POSIX_FADV_WILLNEED)
         os.lseek(file, piece.start, os.SEEK_SET)
         read_into(path, file, memory[: piece.stop - piece.start])
 

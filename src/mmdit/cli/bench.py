@@ -145,6 +145,8 @@ def _loading(parser: argparse.ArgumentParser) -> None:
     readers = "numbers of threads that fill the tensors, a row for each (default: 1 2 4 8)"
     add_option("--readers", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help=readers)
     add_option("--folder", metavar="FOLDER", help="where to write (default: the system's temporary folder)")
+    ways = "instead compare ways of reading the float8 file from the disk, each on a part that is not in the page cache"
+    add_option("--cold", action="store_true", help=ways)
     said = "start no further row after so many seconds (default: %(default)s)"
     add_option("--seconds", type=float, default=80.0, metavar="X", help=said)
 

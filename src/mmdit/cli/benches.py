@@ -8,12 +8,13 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmdit.bench import cold as bench_cold
 from mmdit.bench import controlnet, fp8_quality, links, lora, maps, parallel
 from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
@@ -120,11 +121,13 @@ def _loading(options: Namespace, note: Note) -> Iterator[str]:
         blocks = None if options.blocks is None else whole("--blocks", options.blocks, 1)
         readers = [whole("--readers", count, 1) for count in options.readers]
     folder, rows = None if options.folder is None else Path(options.folder), []
-    more: dict[str, Any] = {"readers": readers, "folder": folder, "seconds": options.seconds}
-    for row in bench_loading.loading(options.model, blocks=blocks, **more, **_where(options)):
+    more: dict[str, Any] = {"blocks": blocks, "folder": folder, "seconds": options.seconds} | _where(options)
+    columns: Sequence[str] = bench_cold.COLUMNS if options.cold else bench_loading.COLUMNS
+    run = bench_loading.from_disk if options.cold else partial(bench_loading.loading, readers=readers)
+    for row in run(options.model, **more):
         rows.append(row)
         note(f"{row[0]}: {row[2]} s")
-    yield "\n".join(markdown_table(bench_loading.COLUMNS, rows))
+    yield "\n".join(markdown_table(columns, rows))
 
 
 def _picture(options: Namespace, note: Note) -> Iterator[str]:
@@ -364,7 +367,7 @@ def _memory(options: Namespace, note: Note) -> Iterator[str | int]:
             if size != bench_memory.STAGES:
                 parse_bytes(size, "--budgets")
     if run < steps:
-        note(f"{run} of {steps} steps are run; seconds count the others as long as those after the first one")
+        note(f"{run} of {steps} steps are run; seconds count the others as the median of those after the first one")
     for row in bench_memory.budgets(
         options.models,
         options.quant,

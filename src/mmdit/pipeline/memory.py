@@ -89,6 +89,7 @@ class Setting:
         upcast: whether text encoders compute in float32.
         fast, graph: whether the fast forward runs, and in CUDA graphs where blocks stay in place.
         residuals: bytes of a ControlNet's residuals per sample and image token; 0 without one.
+        context: what the process takes of a GPU and torch does not count.
     """
 
     configs: Mapping[Component, Any]
@@ -99,6 +100,7 @@ class Setting:
     fast: bool = False
     graph: bool = False
     residuals: int = 0
+    context: int = count.CONTEXT
 
     def activations(self, sizes: Sizes) -> Activations:
         """Bytes of a drawing of these sizes, beside the weights."""
@@ -131,7 +133,7 @@ class Setting:
             table=count.table_bytes(config, samples=sizes.samples, steps=sizes.steps, itemsize=size),
             graph=step if self.graph else 0,
             kept=texts + latents,
-            reserve=count.CONTEXT + count.WORKSPACE if self.device.type == "cuda" else 0,
+            reserve=self.context + count.WORKSPACE if self.device.type == "cuda" else 0,
         )
 
     def _runs(self, config: MMDiTConfig, size: int) -> Runs:
@@ -203,6 +205,7 @@ def check_budget(
         profile.text.encoder_dtype == "float32",
         fast,
         fast and device.type == "cuda",
+        context=context_of(device),
     )
     sizes = {name: _bytes_to_come(model, dtypes[name], quantized[name]) for name, model in models.items()}
     plan(budget, _on(device, sizes), setting.activations(default_sizes(models["transformer"].config, profile)))
@@ -282,6 +285,7 @@ class PipelineMemory:
             self.accelerated is not None,
             self.accelerated is not None and device.type == "cuda",
             residuals,
+            context_of(device),
         )
 
     def _bytes(self) -> dict[Component, ModelBytes]:
@@ -402,7 +406,7 @@ class PipelineMemory:
     @contextmanager
     def _computing(self, what: str) -> Iterator[None]:
         """A model computes: explain running out of memory, keep the budget, and let streamed weights rest after it."""
-        limit = None if self._budget is None else self._budget - count.CONTEXT
+        limit = None if self._budget is None else self._budget - context_of(self._place)
         with self._explained(what), capped(self._place, limit):
             try:
                 yield
@@ -505,6 +509,17 @@ def memory_of(device: torch.device) -> DeviceMemory | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return DeviceMemory(total, free, torch.cuda.memory_reserved(device))
+
+
+def context_of(device: torch.device) -> int:
+    """Bytes that this process takes of a GPU and torch does not count: its context, and the code of libraries.
+
+    It is at least `CONTEXT`, because code is loaded when it first runs, and more where the device holds more beside
+    torch's memory now. What other processes hold cannot be told apart, so that it is at most `MOST_CONTEXT`.
+    """
+    there = memory_of(device)
+    outside = 0 if there is None else there.total - there.free - there.ours
+    return min(max(outside, count.CONTEXT), count.MOST_CONTEXT)
 
 
 class ExplainedMemoryError(MemoryError):

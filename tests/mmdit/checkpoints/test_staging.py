@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from mmdit.bench.cold import cut
 from mmdit.bench.loading import random_tensors
 from mmdit.checkpoints import load, staging
 from mmdit.checkpoints.float8 import metadata_in, spelled
@@ -12,7 +13,7 @@ from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.load import build, open_model
 from mmdit.checkpoints.locate import locate
 from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, write_tensors
-from mmdit.checkpoints.staging import filled, pieces
+from mmdit.checkpoints.staging import filled, pieces, runs
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
 from quant.recipe import RECIPES
@@ -43,7 +44,7 @@ def files(values, tmp_path_factory):
 @pytest.mark.parametrize("readers", [1, 3])
 @pytest.mark.parametrize("size", [1, 64, 1000, 2**20])
 def test_tensors_are_those_of_the_files(files, values, readers, size):
-    with torch.inference_mode(), filled(files, CPU, readers=readers, size=size) as found:
+    with torch.inference_mode(), filled(files, CPU, readers=readers, size=size, ahead=readers - 1) as found:
         assert found.keys() == files.keys()
     for key, one in found.items():
         wanted = values[key.removesuffix("'")]
@@ -67,6 +68,23 @@ def test_pieces_hold_every_byte_once_and_nothing_else(files, size):
         assert all(at - begin == tensor.entry.start for begin, at, _ in spans)
         ends = [0, *(begin + length for begin, _, length in spans)]
         assert ends == [*(begin for begin, _, _ in spans), tensor.entry.stop - tensor.entry.start]
+
+
+@pytest.mark.parametrize("size", [1, 100, 10**6])
+def test_runs_are_neighbouring_pieces(files, size):
+    found = pieces(files, 64)
+    together = runs(found, size)
+    assert [piece for run in together for piece in run] == found
+    sizes = [[piece.stop - piece.start for piece in run] for run in together]
+    assert all(sum(run[:-1]) < size for run in sizes) and all(sum(run) >= size for run in sizes[:-1])
+
+
+def test_parts_of_a_file_hold_every_tensor_once(files):
+    wanted = {key: one for key, one in files.items() if not key.endswith("'")}
+    parts = cut(wanted, 3)
+    assert all(parts) and sorted(key for part in parts for key in part) == sorted(wanted)
+    stops = [max(one.entry.stop for one in part.values()) for part in parts]
+    assert all(one.entry.start >= stop for part, stop in zip(parts[1:], stops, strict=False) for one in part.values())
 
 
 def test_only_what_is_asked_for_is_read(files, values):

@@ -279,3 +279,11 @@ def test_a_full_device_is_full_for_the_plain_pipeline_only(pipes, wanted):
     everything = mmdit.Pipeline.demo(memory="1GB")
     with LiveBytes(capacity=31_000_000), pytest.raises(ExplainedMemoryError):
         everything(PROMPT, **SETTINGS)
+
+
+@pytest.mark.parametrize(("outside", "counted"), [(700, 900), (950, 950), (4000, 1200)])
+def test_what_a_driver_takes_is_measured(monkeypatch, outside, counted):
+    """In MB; `counted` is what a plan sets aside, and by which the cap is below the budget."""
+    there = memory.DeviceMemory(80_000 * 10**6, (80_000 - 5_000 - outside) * 10**6, 5_000 * 10**6)
+    monkeypatch.setattr(memory, "memory_of", lambda device: there)
+    assert memory.context_of(torch.device("cuda")) == counted * 10**6
