@@ -82,10 +82,10 @@ def test_words_point_at_their_objects():
     with torch.no_grad():
         rows = rows_of(list(localise(pipe, prompts(8, SEED, held_out=True), steps=6, batch=8)))
     found = {(row.direction, row.encoder, row.block, row.kind): row for row in rows}
-    for kind in ("colour", "shape"):
+    for kind, least in (("colour", 1.1), ("shape", 3.0)):
         row = found["i2t", "all", "3", kind]
         assert row.words > 16
-        assert row.own[1] > 1.8, row
+        assert row.own[1] > least, row
         assert row.others[2] < 1, row
     assert found["t2i", "clip", "2", "shape"].own[1] > 2
 
