@@ -24,6 +24,10 @@ def test_a_mask_leaves_the_other_objects_out():
             mask = edits.free_of(scene, place)
             assert mask[int(one.y), int(one.x)] == 1
             assert all(mask[int(other.y), int(other.x)] == 0 for other in scene.objects if other is not one)
+            near = edits.free_of(scene, place, edits.Redraw(reach=4.0))
+            assert torch.equal(near, near * mask)
+            assert near[int(one.y), int(one.x)] == 1
+            assert near.sum() <= (one.across * 1.14 + 9) ** 2
 
 
 def test_claims_hold_of_a_scene_and_not_of_another():
@@ -41,6 +45,8 @@ def test_claims_hold_of_a_scene_and_not_of_another():
 class Unchanged(Pipeline):
     """A model that returns the given picture."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
         pass
 
@@ -49,7 +55,14 @@ class Unchanged(Pipeline):
 
 
 def test_recolour_counts():
-    """What returns the given picture keeps the others and draws nothing new."""
-    rows = list(edits.recolour(Unchanged(), 4))
-    assert [row[2] for row in rows] == ["100.0%", "100.0%"]
-    assert all(float(row[3].rstrip("%")) < 75 for row in rows)
+    """What returns the given picture keeps the others and draws nothing new, however it is drawn."""
+    ways = [edits.REDRAW, edits.Redraw(sampler="euler_ancestral", strength=0.8, reach=8.0)]
+    rows = list(edits.recolour(Unchanged(), 4, ways))
+    assert [row[:6] for row in rows] == [
+        ["euler", 0.9, 4.5, 20, 3.0, None],
+        ["euler_ancestral", 0.8, 4.5, 20, 3.0, 8.0],
+    ]
+    for row in rows:
+        count, others, new, *kept = row[6:]
+        assert (count, others, kept) == (4, "100.0%", [others, new])
+        assert float(new.rstrip("%")) < 75
