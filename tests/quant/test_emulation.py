@@ -317,7 +317,8 @@ def test_every_way_on_a_gpu(size, name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason=SKIPS["gpu"])
-@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+# Warnings of torch's compiler.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", ["fp8", "fp8-static", "fp8-weight-only"])
 def test_linear_on_a_gpu_is_that_of_a_cpu(name):
     recipe = replace(RECIPES[name], backend="emulated")

@@ -113,7 +113,8 @@ def gelu_linear(x, float8, bias):
     return F.linear(F.gelu(x), float8, bias)
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+# Warnings of torch's compiler.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", NATIVE)
 def test_compiled_is_eager(name):
     for width in (2432, 9728):
