@@ -293,7 +293,10 @@ def _controlnet(options: Namespace, note: Note) -> Iterator[str]:
     rows = _noted(controlnet.steps(options.model, **sizes, **common), note)
     net = controlnet.net_config(MODELS[options.model])
     flops = controlnet.flops_of_net(net, sizes["size"], sizes["batch"]) / 1e12
-    head = f"The net has {net.depth} blocks of width {net.hidden_size}; its operations are {flops:.2f} TFLOP a step."
+    head = (
+        f"The net has {net.depth} blocks of width {net.hidden_size}; its operations are {flops:.2f} TFLOP a step. Its "
+        "floor is its products and attention at the rates of the device's own kernels, without the bytes between them."
+    )
     yield "\n".join([head, "", *markdown_table(controlnet.STEPS, rows)])
 
 
