@@ -73,16 +73,22 @@ def low(
     return out
 
 
-def add_up(out: Tensor, low: Tensor, up: Tensor, blocks: tuple[int, int] = (_ADDED_ROWS, _ADDED_COLUMNS)) -> None:
-    """Add low [rows, r] times up [out, r] to a matrix [rows, out] with contiguous rows, in place.
+def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
+    """Add low times the transposed up projection of each stream to a matrix with contiguous rows, in place.
 
     The last rows come first: after the product that has written the matrix, they are still in the cache.
+
+    Args:
+        out: [rows, out].
+        low: [rows, r]; r is a power of two from 16 on.
+        up: contiguous [streams, out, r], of which the first is for the first `split` rows and the last for the others.
+        split: number of rows of the first stream.
     """
     rows, columns = out.shape
-    grid = triton.cdiv(columns, blocks[1]), triton.cdiv(rows, blocks[0])
-    _add_up[grid](
-        out, low, up, rows, columns, out.stride(0), low.stride(0), up.stride(0), low.shape[1], *blocks, num_warps=4
-    )
+    block, wide = _ADDED_ROWS, _ADDED_COLUMNS
+    grid = triton.cdiv(columns, wide), triton.cdiv(split, block) + triton.cdiv(rows - split, block)
+    rank, other = up.shape[2], (len(up) - 1) * columns * up.shape[2]
+    _add_up[grid](out, low, up, split, rows, columns, out.stride(0), low.stride(0), other, rank, block, wide, num_warps=4)
 
 
 @no_type_check  # annotations have Triton's meaning here
@@ -144,16 +150,20 @@ def _low(
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["split", "rows"])
 def _add_up(
-    out, low, up, rows, columns, stride, low_stride, up_stride, rank: tl.constexpr, block: tl.constexpr,
+    out, low, up, split, rows, columns, stride, low_stride, other_up, rank: tl.constexpr, block: tl.constexpr,
     wide: tl.constexpr,
 ):  # fmt: skip
-    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * block
+    tile, tiles = tl.num_programs(1) - 1 - tl.program_id(1), tl.cdiv(split, block)
+    start, end = tile * block, split
+    if tile >= tiles:
+        start, end = split + (tile - tiles) * block, rows
+        up += other_up
     local, column, r = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide), tl.arange(0, rank)
-    there, inside = start + local < rows, column < columns
+    there, inside = start + local < end, column < columns
     a = tl.load(low + (start + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
-    b = tl.load(up + column[None, :] * up_stride + r[:, None], mask=inside[None, :], other=0.0)
+    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
     place = out + start.to(tl.int64) * stride + local[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
     value += tl.dot(a, b, input_precision="ieee")

@@ -56,12 +56,13 @@ class Kernels:
         for kind in ("token", "none"):
             tasks[f"gelu {kind}"] = partial(self.gelu, kind, False)
             tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu, kind, True)
-        tasks["gelu token with a LoRA, two launches"] = partial(self.gelu, "token", True, waits=False)
+        for tile, parts in (((64, 128, 8), 1), ((64, 128, 4), 1), ((64, 256, 8), 1), ((64, 64, 4), 2), ((64, 64, 4), 4)):
+            for kind in ("token", "none"):
+                tasks[f"gelu {kind} with a LoRA {tile} in {parts}"] = partial(self.gelu, kind, True, tile, parts)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
         for kind in ("token", "none"):
-            tasks[f"norm {kind}"] = partial(self.norm, kind, False)
-            tasks[f"norm {kind} with a LoRA"] = partial(self.norm, kind, True)
+            tasks[f"norm {kind}"] = partial(self.norm, kind)
         for out in (3 * d, d, 4 * d):
             tasks[f"add_up {out}"] = partial(self.add_up, out)
             tasks[f"addmm_ {out}"] = partial(self.addmm_, out)
@@ -77,8 +78,6 @@ class Kernels:
             tasks[f"low {d} codes {blocks}"] = partial(self.low, d, True, blocks)
             tasks[f"low {4 * d} codes {blocks}"] = partial(self.low, 4 * d, True, blocks)
             tasks[f"low {d} 16 bits {blocks}"] = partial(self.low, d, False, blocks)
-        for tile in ((64, 128), (64, 256), (32, 128), (32, 512)):
-            tasks[f"gelu token with a LoRA {tile}"] = partial(self.gelu, "token", True, tile=tile)
         tasks[f"low {d} codes in bf16"] = partial(self.low, d, True, None, False)
         return tasks
 
@@ -114,7 +113,7 @@ class Kernels:
         size = self.rows.total * (width * (1 if codes else 2) + 2 * self.rank)
         return self.cells(lambda: low(x.text, x.image, weight, down.factor, self.dtype, **rest), size)
 
-    def gelu(self, kind: str, lora: bool, *, waits: bool | None = None, tile: tuple[int, int] | None = None) -> Cells:
+    def gelu(self, kind: str, lora: bool, tile: tuple[int, int, int] | None = None, parts: int = 1) -> Cells:
         """GELU of the MLP's inner product."""
         from mmdit.runtime import kernels, lora_kernels
 
@@ -124,7 +123,7 @@ class Kernels:
         if not lora:
             return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
         rest = {} if tile is None else {"tile": tile}
-        return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, waits, **rest), size)
+        return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, parts=parts, **rest), size)
 
     def pack(self, lora: bool) -> Cells:
         """Norms of queries and keys, and the joint layout."""
@@ -135,23 +134,22 @@ class Kernels:
         size = 4 * self.rows.total * width
         return self.cells(lambda: kernels.pack(qkv, norms, self.rows, self.head_dim, added if lora else None), size)
 
-    def norm(self, kind: str, lora: bool) -> Cells:
+    def norm(self, kind: str) -> Cells:
         """A gated update, and the norm after it."""
         from mmdit.runtime import kernels
 
         x, table = self.random(self.rows.total, self.d), self.random(self.rows.samples, 4, self.d)
         output = Output(Columns(0, 0), Columns(1, 1), Rounding("token" if kind == "token" else "none"))
-        update = Update(self.random(self.rows.total, self.d), Columns(2, 2), self.added(self.d) if lora else None)
+        update = Update(self.random(self.rows.total, self.d), Columns(2, 2))
         size = self.rows.total * self.d * (7 if kind == "token" else 8)
         return self.cells(lambda: kernels.norm_modulate(x, table, self.rows, [output], [update]), size)
 
     def add_up(self, out: int) -> Cells:
-        """Our kernel that adds to the image's products in place."""
-        from quant.low_rank_kernels import add_up
+        """Our kernel that adds to products in place."""
+        from mmdit.runtime import kernels
 
-        rows = self.rows.samples * self.rows.image
-        y, low, up = self.random(rows, out), self.random(rows, self.rank), 1e-3 * self.random(out, self.rank)
-        return self.cells(lambda: add_up(y, low, up), 4 * rows * out)
+        y, added = self.random(self.rows.total, out), self.added(out)
+        return self.cells(lambda: kernels.add_up(y, added, self.rows), 4 * self.rows.total * out)
 
     def addmm_(self, out: int) -> Cells:
         """The same by torch."""
@@ -187,7 +185,7 @@ class Kernels:
         rows, recipe = self.rows.samples * self.rows.image, RECIPES["fp8"]
         codes, scale = quantize_activation(self.random(rows, self.d), recipe, None, as_bytes=False)
         weight = Float8Tensor.quantize(self.random(out, self.d), recipe=recipe)
-        y, low, up = self.random(rows, out), self.random(rows, self.rank), self.random(out, self.rank)
+        y, low, up = self.random(rows, out), self.random(rows, self.rank), self.random(1, out, self.rank)
 
         def run() -> None:
             parts = [one.chunk(max(pieces, 1)) for one in (codes, scale, y, low)]
@@ -223,7 +221,7 @@ def steps(
         made = model_of(model, recipe, device, dtype)
         ways: dict[str, Callable[[], Cells]] = {
             way: partial(_step, made, way, rank, inputs, repeats)
-            for way in ("without", "in the kernels", "in the kernels, two launches", "by products", "without again")
+            for way in ("without", "in the kernels", "in the kernels, GELU after", "by products", "without again")
         }
         for way, *cells in attempted(ways, len(STEPS) - 1, seconds):
             yield [recipe or str(dtype).removeprefix("torch."), way, *cells]
@@ -236,13 +234,19 @@ def _step(model: MMDiT, way: str, rank: int, inputs: Inputs, repeats: int) -> Ce
     if not way.startswith("without"):
         torch.manual_seed(0)
         attach(model, rank)
-    most, waits = products.MOST_RANK, None
+    most = products.MOST_RANK
     if way == "by products":
         products.MOST_RANK = 0
-    if way.endswith("two launches"):
-        from mmdit.runtime import lora_kernels
+    from mmdit.runtime import kernels, lora_kernels
 
-        waits, lora_kernels.WAITS = lora_kernels.WAITS, False
+    gelu = lora_kernels.gelu
+    if way.endswith("after"):
+
+        def after(x: Tensor, rows: Rows, rounding: Rounding, added: Added) -> Activation:
+            lora_kernels.add_up(x, added, rows)
+            return kernels.gelu(x, rows, rounding)
+
+        lora_kernels.gelu = after
     fast = Accelerated(model)
     try:
         fast.begin([TIMESTEP])
@@ -254,9 +258,7 @@ def _step(model: MMDiT, way: str, rank: int, inputs: Inputs, repeats: int) -> Ce
         return [f"{found:.2f}", f"{float(velocity().double().norm()):.6g}"]
     finally:
         fast.close()
-        products.MOST_RANK = most
-        if waits is not None:
-            lora_kernels.WAITS = waits
+        products.MOST_RANK, lora_kernels.gelu = most, gelu
 
 
 def rows_of(

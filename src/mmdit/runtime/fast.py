@@ -133,15 +133,15 @@ class FastBlock:
         second = Product(image.attn2.qkv) if block.dual_attention else None
         first = Product(text.attn.qkv), Product(image.attn.qkv)
         kind = common_kind([*first, *([] if second is None else [second])])
-        self.qkv = Pair(*first, kind=kind)
+        self.qkv = Pair(*first, kind=kind, leaves=True)
         self.norms = norms_of(text.attn, image.attn)
-        self.qkv2 = None if second is None else Pair(None, second, kind=kind)
+        self.qkv2 = None if second is None else Pair(None, second, kind=kind, leaves=True)
         if second is not None:
             self.norms2 = norms_of(image.attn2, image.attn2)
             self.proj2 = Pair(None, Product(image.attn2.proj))
         ends = block.ends_context
         self.proj = Pair(None if ends else Product(text.attn.proj), Product(image.attn.proj))
-        self.fc1 = Pair(None if ends else Product(text.mlp.fc1), Product(image.mlp.fc1))
+        self.fc1 = Pair(None if ends else Product(text.mlp.fc1), Product(image.mlp.fc1), leaves=True)
         self.fc2 = Pair(None if ends else Product(text.mlp.fc2), Product(image.mlp.fc2))
 
     @property
@@ -215,7 +215,7 @@ class FastBlock:
         return Activation(text, image.image)
 
     def _update(self, chunk: int, result: Result) -> Update:
-        return Update(result.value, self._columns(chunk), result.added)
+        return Update(result.value, self._columns(chunk))
 
     def _columns(self, chunk: int) -> Columns:
         return Columns(self.text_place + chunk, self.image_place + chunk)

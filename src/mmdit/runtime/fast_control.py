@@ -14,7 +14,6 @@ from mmdit.models.blocks import JointBlock
 from mmdit.models.controlnet import ControlNet, SingleBlock
 from mmdit.models.layers import timestep_sinusoid
 from mmdit.runtime.fast import FastBlock, norms_of
-from mmdit.runtime.plain_kernels import with_added
 from mmdit.runtime.products import Pair, Product
 from mmdit.runtime.rows import Attention, Columns, Output, Result, Rounding, Rows, Update
 from mmdit.runtime.sequence import SequenceParallel
@@ -117,7 +116,7 @@ class FastControlNet:
                 _add(x, update, rows, vectors)
             alone = rows.only_image()
             result = projection(kernels.rounded(x[rows.split :], alone, projection.rounding), alone, kernels)
-            found.append(with_added(*result, alone).unflatten(0, (rows.samples, -1)))
+            found.append(result.value.unflatten(0, (rows.samples, -1)))
         return found if scale == 1 else [one.mul_(scale) for one in found]
 
 
@@ -132,8 +131,9 @@ class FastSingleBlock:
     def __init__(self, block: SingleBlock, place: int) -> None:
         self.streams, self.place, self.head_dim = (block,), place, block.attn.head_dim
         self.norms = norms_of(block.attn, block.attn)
-        layers = block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
-        self.qkv, self.proj, self.fc1, self.fc2 = (Pair(None, Product(one)) for one in layers)
+        attn, mlp = block.attn, block.mlp
+        self.qkv, self.fc1 = (Pair(None, Product(one), leaves=True) for one in (attn.qkv, mlp.fc1))
+        self.proj, self.fc2 = (Pair(None, Product(one)) for one in (attn.proj, mlp.fc2))
 
     @property
     def products(self) -> list[tuple[str, Rounding, Product]]:
@@ -161,7 +161,7 @@ class FastSingleBlock:
         return rows, x, [self._update(5, self.fc2(activation, rows, kernels))]
 
     def _update(self, chunk: int, result: Result) -> Update:
-        return Update(result.value, self._columns(chunk), result.added)
+        return Update(result.value, self._columns(chunk))
 
     def _columns(self, chunk: int) -> Columns:
         return Columns(self.place + chunk, self.place + chunk)
@@ -172,10 +172,9 @@ class FastSingleBlock:
 
 def _add(x: Tensor, update: Update, rows: Rows, vectors: Tensor) -> None:
     """Add a gated update to the residual stream, in place, because the residual reads it before the next norm."""
-    added = with_added(update.value, update.added, rows)
     for start, end, column in ((0, rows.split, update.gate.text), (rows.split, rows.total, update.gate.image)):
         if start < end:
-            target, value = (one[start:end].unflatten(0, (rows.samples, -1)) for one in (x, added))
+            target, value = (one[start:end].unflatten(0, (rows.samples, -1)) for one in (x, update.value))
             target.addcmul_(vectors[:, column].unsqueeze(1), value)
 
 

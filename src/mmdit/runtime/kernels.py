@@ -22,7 +22,7 @@ from quant.formats import LARGEST
 from quant.kernels import code_of, largest_of, row_scale
 from quant.scaling import SMALLEST_SCALE
 
-low = lora_kernels.low
+low, add_up = lora_kernels.low, lora_kernels.add_up
 _PER_THREAD = 16  # values of a row that a thread holds
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
@@ -30,14 +30,7 @@ _UNITS = 32  # heads of tokens that a program of `_pack` moves
 def norm_modulate(
     x: Tensor, table: Tensor, rows: Rows, outputs: Sequence[Output], updates: Sequence[Update] = ()
 ) -> list[Activation]:
-    """`plain_kernels.norm_modulate`: gated updates, LayerNorm, one or two modulations and roundings, in one pass.
-
-    Updates to which LoRAs add are added before, in a pass of their own.
-    """
-    for one in updates:
-        if one.added is not None:
-            lora_kernels.update(x, table, rows, one)
-    updates = [one for one in updates if one.added is None]
+    """`plain_kernels.norm_modulate`: gated updates, LayerNorm, one or two modulations and roundings, in one pass."""
     width = x.shape[1]
     blanks = [Blank.of(rows, width, one.rounding, x, x.dtype) for one in outputs]
     columns = [column for one in outputs for column in (one.shift, one.scale)] + [one.gate for one in updates]

@@ -13,17 +13,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.jit import JITFunction
 
 from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
-from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Down, Rounding, Rows, Update
+from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Down, Rounding, Rows
 from quant import low_rank_kernels
 from quant.formats import LARGEST
-from quant.kernels import code_of, row_scale
+from quant.kernels import as_code, row_scale
 from quant.scaling import SMALLEST_SCALE
 
-_ROWS, _COLUMNS = 64, 128  # of a tile
-_GELU_ROWS, _GELU_COLUMNS = 32, 256
+_ROWS = 64  # of a tile
+_GELU = (64, 64, 4)  # and the warps of a program
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -32,25 +31,9 @@ def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
     return low_rank_kernels.low(x.text, x.image, weight, down.factor, dtype)
 
 
-def update(x: Tensor, table: Tensor, rows: Rows, one: Update) -> None:
-    """Add a gated update, and what LoRAs add to it, to the residual stream in place."""
-    assert one.added is not None, "an update without LoRAs is added by the norm"
-    width = x.shape[1]
-    _update[(triton.cdiv(width, _COLUMNS), _tiles(rows, _ROWS))](
-        x,
-        one.value,
-        table,
-        *_factors(one.added),
-        one.gate.text,
-        one.gate.image,
-        *rows,
-        table.stride(0),
-        width,
-        one.added.up.shape[2],
-        _ROWS,
-        _COLUMNS,
-        num_warps=4,
-    )
+def add_up(out: Tensor, added: Added, rows: Rows) -> None:
+    """`plain_kernels.add_up`, in one launch."""
+    low_rank_kernels.add_up(out, added.low, added.up, rows.split)
 
 
 def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Added) -> AttentionInputs:
@@ -78,47 +61,45 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
 
 
 def gelu(
-    x: Tensor,
-    rows: Rows,
-    rounding: Rounding,
-    added: Added,
-    waits: bool | None = None,
-    tile: tuple[int, int] = (_GELU_ROWS, _GELU_COLUMNS),
+    x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] = _GELU, parts: int = 1
 ) -> Activation:
     """`plain_kernels.gelu` and rounding.
 
+    Under a scale per row, one launch finds the largest value of each row, and a second one computes it all again and
+    writes the codes: that is quicker than to write and read what is between them.
+
     Args:
         x, rows, rounding, added: see there.
-        waits: whether the programs of a row wait for its largest value in one launch; else one launch finds it, and
-            the next one writes. None is `WAITS`.
-        tile: rows and columns of a program.
+        tile: rows and columns of a program, and its warps.
+        parts: how many times fewer tiles than there are each launch has.
     """
     width = x.shape[1]
     blank = Blank.of(rows, width, rounding, x, x.dtype)
-    columns, tiles = triton.cdiv(width, tile[1]), _tiles(rows, tile[0])
+    columns, tiles = triton.cdiv(width, tile[1]), _tiles(rows.as_one_sample(), tile[0])
     token = rounding.kind == "token"
-    state = torch.zeros(1 + tiles + rows.total if token else 0, dtype=torch.int32, device=x.device)
-    passes = [(True, True)] if not token or (WAITS if waits is None else waits) else [(True, False), (False, True)]
-    for finds, writes in passes:
-        _gelu_tile[(columns * tiles,)](
-            x,
-            *targets(blank, rounding, x),
-            state if token else x,
-            *_factors(added),
-            *rows,
-            width,
-            blank.gap,
-            columns,
-            tiles,
-            finds,
-            writes,
-            KINDS[rounding.kind],
-            LARGEST["e4m3"],
-            SMALLEST_SCALE,
-            added.up.shape[2],
-            *tile,
-            num_warps=8,
-        )
+    sizes = torch.zeros(rows.total, dtype=torch.int32, device=x.device) if token else x
+    each = triton.cdiv(tiles, parts)
+    for start in range(0, tiles, each):
+        for finds in (True, False) if token else (False,):
+            _gelu_tile[(columns, min(each, tiles - start))](
+                x,
+                *targets(blank, rounding, x),
+                sizes,
+                *_factors(added),
+                rows.split,
+                rows.total - rows.split,
+                start,
+                width,
+                blank.gap,
+                finds,
+                KINDS[rounding.kind],
+                LARGEST["e4m3"],
+                SMALLEST_SCALE,
+                added.up.shape[2],
+                *tile[:2],
+                width % tile[1] == 0,
+                num_warps=tile[2],
+            )
     return blank.activation(rows, rounding)
 
 
@@ -150,47 +131,13 @@ def _tile(tile, samples, text, image, block: tl.constexpr):
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit
-def _product(low, low_stride, up, image_up, row, local, there, column, inside, is_text, rank: tl.constexpr):
+def _product(low, low_stride, up, image_up, row, local, column, inside, is_text, rank: tl.constexpr):
     """What LoRAs add to a tile, in float32."""
     r = tl.arange(0, rank)
-    a = tl.load(low + (row + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
+    a = tl.load(low + (row + local)[:, None] * low_stride + r[None, :])
     up += tl.where(is_text, 0, image_up)
     b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
     return tl.dot(a, b, input_precision="ieee")
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text_gate", "image_gate", "samples", "text", "image"])
-def _update(
-    x,
-    value,
-    table,
-    low,
-    low_stride,
-    up,
-    image_up,
-    text_gate,
-    image_gate,
-    samples,
-    text,
-    image,
-    stride,
-    width,
-    rank: tl.constexpr,
-    block: tl.constexpr,
-    wide: tl.constexpr,
-):
-    row, count, is_text, sample, _ = _tile(tl.program_id(1), samples, text, image, block)
-    local, column = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide)
-    there, inside = local < count, column < width
-    both = there[:, None] & inside[None, :]
-    place = row.to(tl.int64) * width + local[:, None] * width + column[None, :]
-    gate = table + sample.to(tl.int64) * stride + tl.where(is_text, text_gate, image_gate) * width + column
-    gate = tl.load(gate, mask=inside, other=0.0).to(tl.float32)
-    before = tl.load(x + place, mask=both, other=0.0).to(tl.float32)
-    by = tl.load(value + place, mask=both, other=0.0).to(tl.float32)
-    by += _product(low, low_stride, up, image_up, row, local, there, column, inside, is_text, rank)
-    tl.store(x + place, (before + gate[None, :] * by).to(x.dtype.element_ty), mask=both)
 
 
 @no_type_check  # annotations have Triton's meaning here
@@ -221,10 +168,11 @@ def _pack(
     local, lane = tl.arange(0, block), tl.arange(0, wide)
     there, inside = local < count, lane < head_dim
     both = there[:, None] & inside[None, :]
+    local = tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
     width = heads * head_dim
     value = qkv + row.to(tl.int64) * (3 * width) + local[:, None] * (3 * width) + unit * head_dim + lane[None, :]
     value = tl.load(value, mask=both, other=0.0).to(tl.float32)
-    value += _product(low, low_stride, up, image_up, row, local, there, unit * head_dim + lane, inside, is_text, rank)
+    value += _product(low, low_stride, up, image_up, row, local, unit * head_dim + lane, inside, is_text, rank)
     if normed:  # noqa: SIM102  (this one is known when the kernel is compiled)
         if part < 2:
             which = tl.where(is_text, 0, 2) + part
@@ -237,74 +185,77 @@ def _pack(
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["samples", "text", "image", "gap", "tiles"])
+@triton.jit(do_not_specialize=["text", "image", "start", "gap"])
 def _gelu_tile(
     x,
     out,
     scales,
     text_static,
     image_static,
-    state,
+    sizes,
     low,
     low_stride,
     up,
     image_up,
-    samples,
     text,
     image,
+    start,
     width,
     gap,
-    columns,
-    tiles,
     finds: tl.constexpr,
-    writes: tl.constexpr,
     kind: tl.constexpr,
     largest: tl.constexpr,
     smallest: tl.constexpr,
     rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
+    even: tl.constexpr,
 ):
-    """`state` has a counter of programs, one of each tile's programs, and the largest value of each row as its bits.
+    """`sizes` has the largest value of each row as its bits; `finds` says that they are found, and nothing is written.
 
-    A program that finds the largest values and writes waits for the others of its rows. It takes the next number of
-    those that are left, so that whom it waits for has started or will start whatever the order of launching is.
+    Tiles are written from the last one to the first: the last ones that were read are still in the cache. `even` says
+    that tiles have all their columns.
     """
-    index = tl.program_id(0)
-    if kind == 1 and finds and writes:
-        index = tl.atomic_add(state, 1)
-    tile = index // columns
-    row, count, is_text, _, _ = _tile(tile, samples, text, image, block)
-    local, column = tl.arange(0, block), (index % columns) * wide + tl.arange(0, wide)
+    index = tl.program_id(1)
+    if not finds:
+        index = tl.num_programs(1) - 1 - index
+    row, count, is_text, _, _ = _tile(start + index, 1, text, image, block)
+    local, column = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide)
     there, inside = local < count, column < width
-    both = there[:, None] & inside[None, :]
+    both = there[:, None] if even else there[:, None] & inside[None, :]
+    local = tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
     place = row.to(tl.int64) * width + local[:, None] * width + column[None, :]
-    value = tl.load(x + place, mask=both, other=0.0).to(tl.float32)
-    value += _product(low, low_stride, up, image_up, row, local, there, column, inside, is_text, rank)
-    value = gelu_of(value)
-    if kind == 0:
-        tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
-    if kind == 1:
-        sizes = state + 1 + tiles + row + local
-        if finds:
-            # Bits of numbers that are not negative are ordered as they are, and those of NaN come last.
-            bits = tl.abs(tl.where(both, value, 0.0)).to(tl.int32, bitcast=True)
-            tl.atomic_max(sizes, tl.max(bits, 1), mask=there)
-            if writes:
-                tl.debug_barrier()
-                tl.atomic_add(state + 1 + tile, 1)
-                while tl.atomic_add(state + 1 + tile, 0) < columns:
-                    pass
-        if writes:
-            size = tl.load(sizes, mask=there, other=0, volatile=True).to(tl.float32, bitcast=True)
-            scale = row_scale(size, largest, smallest)
-            code = code_of(value, scale[:, None], largest, out.dtype.element_ty)
-            tl.store(out + place, code, mask=both)
-            if index % columns == 0:
-                tl.store(scales + row + local + tl.where(is_text, 0, gap), scale, mask=there)
-    if kind == 2:
-        static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
-        tl.store(out + place, code_of(value, static, largest, out.dtype.element_ty), mask=both)
+    value = tl.load(x + place) if even else tl.load(x + place, mask=inside[None, :], other=0.0)
+    value = value.to(tl.float32)
+    value += _product(low, low_stride, up, image_up, row, local, column, inside, is_text, rank)
+    sizes += row + local
+    if finds:
+        tl.atomic_max(sizes, _largest_gelu(value), mask=there, sem="relaxed")
+    else:
+        value = gelu_of(value)
+        if kind == 0:
+            tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
+        else:
+            if kind == 1:
+                scale = row_scale(tl.load(sizes).to(tl.float32, bitcast=True), largest, smallest)
+                if tl.program_id(0) == 0:
+                    tl.store(scales + row + local + tl.where(is_text, 0, gap), scale, mask=there)
+                by = (1 / scale)[:, None]
+            else:
+                by = 1 / tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
+            tl.store(out + place, as_code(value * by, largest, out.dtype.element_ty), mask=both)
 
 
-WAITS = isinstance(_gelu_tile, JITFunction)  # the default of `gelu`: not where Triton interprets one by one
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _largest_gelu(value):
+    """The largest absolute value of the GELU of each row, as the bits of float32.
+
+    GELU grows from 0.3 on, and is nowhere below -0.18, which is -gelu(0.3): it is only computed where a row has nothing
+    above. Bits of numbers that are not negative are ordered as they are, and those of NaN come last.
+    """
+    top = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    size = tl.abs(gelu_of(top)).to(tl.int32, bitcast=True)
+    if tl.min(top, 0) < 0.3:
+        size = tl.max(tl.abs(gelu_of(value)).to(tl.int32, bitcast=True), 1)
+    return size

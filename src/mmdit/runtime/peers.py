@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from mmdit.runtime.mesh import Team, of_all, shares, starts
-from mmdit.runtime.plain_kernels import with_added
 from mmdit.runtime.rows import Added, Attention, AttentionInputs, Rows
 
 Exchange = Literal["auto", "peers", "nccl"]
@@ -229,12 +229,14 @@ class Exchanging(NamedTuple):
     """Attention of a fast forward over the ranks: `pack` in place of the kernels' one, and `attention` of its result.
 
     Attributes:
+        kernels: `mmdit.runtime.kernels`.
         peers: the exchanges.
         inner: attention of all tokens with this rank's heads.
         heads: the number of all heads.
         text, image: the number of text and image tokens of each rank.
     """
 
+    kernels: ModuleType
     peers: Peers
     inner: Attention
     heads: int
@@ -245,7 +247,8 @@ class Exchanging(NamedTuple):
         self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Added | None = None
     ) -> AttentionInputs:
         """See `Peers.send`; what LoRAs add to qkv is added before."""
-        qkv = with_added(qkv, added, rows)
+        if added is not None:
+            self.kernels.add_up(qkv, added, rows)
         return self.peers.send(qkv, norms, rows, head_dim, self._text(bool(rows.text)), self.image)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -40,6 +40,13 @@ def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
     return torch.cat(found)
 
 
+def add_up(out: Tensor, added: Added, rows: Rows) -> None:
+    """Add what LoRAs add to products [rows, out], in place."""
+    split = rows.split
+    out[:split].addmm_(added.low[:split], added.up[0].t())
+    out[split:].addmm_(added.low[split:], added.up[-1].t())
+
+
 def norm_modulate(
     x: Tensor, table: Tensor, rows: Rows, outputs: Sequence[Output], updates: Sequence[Update] = ()
 ) -> list[Activation]:
@@ -53,7 +60,7 @@ def norm_modulate(
         updates: at most two.
     """
     for update in updates:
-        x.add_(spread(table, update.gate, rows) * with_added(update.value, update.added, rows))
+        x.add_(spread(table, update.gate, rows) * update.value)
     normed = F.layer_norm(x, x.shape[1:], eps=EPS)
     found = []
     for one in outputs:
@@ -65,8 +72,10 @@ def norm_modulate(
 
 
 def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
-    """GELU in its tanh approximation, [rows, k], of x and what LoRAs add to it."""
-    return _rounded(F.gelu(with_added(x, added, rows), approximate="tanh"), rows, rounding)
+    """GELU in its tanh approximation, [rows, k], of x and what LoRAs add to it; that may be added in place."""
+    if added is not None:
+        add_up(x, added, rows)
+    return _rounded(F.gelu(x, approximate="tanh"), rows, rounding)
 
 
 def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
@@ -82,9 +91,10 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
         norms: weights of the RMS norms, [2 (text, image), 2 (queries, keys), head_dim]; None leaves the norms out.
         rows: the stream and sample of each row.
         head_dim: channels per head.
-        added: what LoRAs add to qkv.
+        added: what LoRAs add to qkv; that may be added in place.
     """
-    qkv = with_added(qkv, added, rows)
+    if added is not None:
+        add_up(qkv, added, rows)
     parts: list[list[Tensor]] = [[], [], []]
     for stream, (start, end) in enumerate(((0, rows.split), (rows.split, rows.total))):
         if start == end:
@@ -110,15 +120,6 @@ def unpack(z: Tensor, rows: Rows, rounding: Rounding, *, text: bool = True) -> A
     if not text:
         return _rounded(parts[1].flatten(0, 1), rows.only_image(), rounding)
     return _rounded(torch.cat([part.flatten(0, 1) for part in parts]), rows, rounding)
-
-
-def with_added(value: Tensor, added: Added | None, rows: Rows) -> Tensor:
-    """The sum of products [rows, out] and what LoRAs add to them."""
-    if added is None:
-        return value
-    split = rows.split
-    streams = (added.low[:split], added.up[0]), (added.low[split:], added.up[-1])
-    return value + torch.cat([F.linear(low, up) for low, up in streams])
 
 
 def spread(table: Tensor, columns: Columns, rows: Rows) -> Tensor:

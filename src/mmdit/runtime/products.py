@@ -19,13 +19,13 @@ from quant.scaling import has_float8
 from quant.tensor import Float8Tensor
 
 Kind = Literal["none", "token", "static"]
-MOST_RANK = 64  # of the LoRAs that the kernels after a product add; the ranks of several adapters add up
+MOST_RANK = 64  # of the LoRAs that `Pair` takes; the ranks of several adapters add up
 
 
 class Product:
     """A Linear that reads 16 bits, or codes (see `Rounding`) where its weight is in float8.
 
-    A LoRA beside it that `factors` has is left to the kernel that reads the product, see `Added`; any other one is
+    A LoRA beside it that `factors` has is left to `Pair`, which adds those of both streams at once; any other one is
     added here.
 
     Args:
@@ -154,10 +154,13 @@ class Pair:
     Args:
         text, image: the Linear of each stream.
         kind: what both read; None is what they ask for, or 16 bits where they differ.
+        leaves: whether what LoRAs add is left to the kernel that reads the products.
     """
 
-    def __init__(self, text: Product | None, image: Product, kind: Kind | None = None) -> None:
-        self.text, self.image = text, image
+    def __init__(
+        self, text: Product | None, image: Product, kind: Kind | None = None, *, leaves: bool = False
+    ) -> None:
+        self.text, self.image, self.leaves = text, image, leaves
         kind = kind or common_kind(self.products)
         self.rounding = Rounding()
         if kind != "none":
@@ -170,7 +173,7 @@ class Pair:
         return [one for one in (self.text, self.image) if one is not None]
 
     def __call__(self, x: Activation, rows: Rows, kernels: ModuleType) -> Result:
-        """The products of both streams as rows of one matrix, and what the kernel that reads them adds to them."""
+        """The products of both streams as rows of one matrix, and what is left to be added to them."""
         like, added = self.image.linear, None
         dtype = like.weight.dtype
         if self.factors is not None:  # before the products, while the activations are in the cache
@@ -182,6 +185,9 @@ class Pair:
             self.text(x.text, out[: rows.split])
         if x.image is not None:
             self.image(x.image, out[rows.split :])
+        if added is not None and not self.leaves:
+            kernels.add_up(out, added, rows)
+            added = None
         return Result(out, added)
 
 

@@ -28,6 +28,10 @@ class Rows(NamedTuple):
         """Number of rows of both streams."""
         return self.samples * (self.text + self.image)
 
+    def as_one_sample(self) -> Rows:
+        """The same rows, where it does not matter of which sample they are."""
+        return Rows(1, self.samples * self.text, self.samples * self.image)
+
     def only_image(self) -> Rows:
         """The rows of the image alone, as a matrix of their own."""
         return self._replace(text=0)
@@ -77,36 +81,27 @@ class Added(NamedTuple):
     low: Tensor  # [rows, r]: the products of activations and down projections
     up: Tensor  # [streams, out, r]: of text and image, or of the only stream that has rows
 
-    def text(self, split: int) -> Added:
-        """What is added to the text's rows, the first `split`."""
-        return Added(self.low[:split], self.up[:1])
-
-    def image(self, split: int) -> Added:
-        """What is added to the image's rows, those after the first `split`."""
-        return Added(self.low[split:], self.up[-1:])
-
 
 class Result(NamedTuple):
-    """The products of both streams, and what the kernel that reads them adds to them."""
+    """The products of both streams, and what the kernel that reads them is left to add to them."""
 
     value: Tensor  # [rows, out]
     added: Added | None = None
 
 
 class Update(NamedTuple):
-    """What a sublayer adds to the residual stream: gate x (value + added)."""
+    """What a sublayer adds to the residual stream: gate x value."""
 
     value: Tensor  # [rows, d]
     gate: Columns
-    added: Added | None = None
 
     def text(self, split: int) -> Update:
         """The update of the text's rows, the first `split`."""
-        return Update(self.value[:split], self.gate, self.added and self.added.text(split))
+        return Update(self.value[:split], self.gate)
 
     def image(self, split: int) -> Update:
         """The update of the image's rows, those after the first `split`."""
-        return Update(self.value[split:], self.gate, self.added and self.added.image(split))
+        return Update(self.value[split:], self.gate)
 
 
 class Output(NamedTuple):

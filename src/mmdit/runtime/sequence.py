@@ -156,7 +156,7 @@ class Part:
         direct = self.peers if kernels is not plain_kernels else None
         if direct is None or not direct.takes(like, like.shape[-1] // heads):
             return kernels, lambda q, k, v: self.attend(q, k, v, inner)
-        over = Exchanging(direct, inner, heads, self.text, self.sizes)
+        over = Exchanging(kernels, direct, inner, heads, self.text, self.sizes)
         return _Kernels(kernels, over.pack), over.attention
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inner: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
