@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Rows of a program, values of a row that it multiplies at once, and how many of these it loads ahead. Codes are brought
 # to 16 bits between memory and product, which Triton does without waiting for 32 rows or less.
-_OF_CODES, _OF_VALUES = (32, 128, 4), (64, 128, 4)
+_OF_CODES, _OF_VALUES = (32, 256, 4), (64, 128, 4)
 _ADDED_ROWS, _ADDED_COLUMNS = 64, 128
 
 
@@ -87,8 +87,11 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
     rows, columns = out.shape
     block, wide = _ADDED_ROWS, _ADDED_COLUMNS
     grid = triton.cdiv(columns, wide), triton.cdiv(split, block) + triton.cdiv(rows - split, block)
-    rank, other = up.shape[2], (len(up) - 1) * columns * up.shape[2]
-    _add_up[grid](out, low, up, split, rows, columns, out.stride(0), low.stride(0), other, rank, block, wide, num_warps=4)
+    rank = up.shape[2]
+    other = (len(up) - 1) * columns * rank
+    _add_up[grid](
+        out, low, up, split, rows, columns, out.stride(0), low.stride(0), other, rank, block, wide, num_warps=4
+    )
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -22,9 +22,8 @@ from mmdit.runtime import products
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.rows import Activation, Added, Columns, Down, Output, Part, Rounding, Rows, Update
 from mmdit.utils import markdown_table
-from quant.matmul import multiply_into, quantize_activation
+from quant.matmul import quantize_activation
 from quant.recipe import RECIPES
-from quant.tensor import Float8Tensor
 
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
@@ -57,8 +56,9 @@ class Kernels:
             tasks[f"gelu {kind}"] = partial(self.gelu, kind, False)
             tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu, kind, True)
         for tile, parts in (((64, 128, 8), 1), ((64, 128, 4), 1), ((64, 256, 8), 1), ((64, 64, 4), 2), ((64, 64, 4), 4)):
-            for kind in ("token", "none"):
-                tasks[f"gelu {kind} with a LoRA {tile} in {parts}"] = partial(self.gelu, kind, True, tile, parts)
+            tasks[f"gelu token with a LoRA {tile} in {parts}"] = partial(self.gelu, "token", True, tile, parts)
+            if parts == 1:
+                tasks[f"gelu none with a LoRA {tile}"] = partial(self.gelu, "none", True, tile)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
         for kind in ("token", "none"):
@@ -68,17 +68,11 @@ class Kernels:
             tasks[f"addmm_ {out}"] = partial(self.addmm_, out)
         for width in (d, 4 * d):
             tasks[f"F.linear {width} to the rank"] = partial(self.linear, width)
-        tasks[f"addmm rank to {3 * d}"] = partial(self.first, 3 * d)
-        tasks[f"addmm {d} to {3 * d}"] = partial(self.product, False)
-        tasks[f"addmm {d} to {3 * d}, beta 1"] = partial(self.product, True)
-        for pieces in (1, 2, 4):
-            tasks[f"fp8 {d} to {4 * d} and add_up in {pieces}"] = partial(self.float8, 4 * d, pieces)
-        tasks[f"fp8 {d} to {4 * d}"] = partial(self.float8, 4 * d, 0)
-        for blocks in ((64, 128, 4), (32, 256, 4), (16, 256, 4), (32, 128, 6), (64, 256, 3)):
+        for blocks in ((32, 128, 4), (32, 256, 6), (16, 512, 4), (16, 256, 8)):
             tasks[f"low {d} codes {blocks}"] = partial(self.low, d, True, blocks)
             tasks[f"low {4 * d} codes {blocks}"] = partial(self.low, 4 * d, True, blocks)
-            tasks[f"low {d} 16 bits {blocks}"] = partial(self.low, d, False, blocks)
-        tasks[f"low {d} codes in bf16"] = partial(self.low, d, True, None, False)
+        for blocks in ((64, 256, 4), (128, 128, 4), (64, 128, 6)):
+            tasks[f"low {4 * d} 16 bits {blocks}"] = partial(self.low, 4 * d, False, blocks)
         return tasks
 
     def cells(self, run: Callable[[], object], moved: float) -> Cells:
@@ -103,11 +97,11 @@ class Kernels:
         """What a LoRA adds to the products."""
         return Added(self.random(self.rows.total, self.rank), self.random(2, width, self.rank))
 
-    def low(self, width: int, codes: bool, blocks: tuple[int, int, int] | None = None, halves: bool = True) -> Cells:
+    def low(self, width: int, codes: bool, blocks: tuple[int, int, int] | None = None) -> Cells:
         """Activations times the down projections."""
         from quant.low_rank_kernels import low
 
-        x, down = self.activation(width, codes), Down.of(self.random(2, self.rank, width), codes and halves)
+        x, down = self.activation(width, codes), Down.of(self.random(2, self.rank, width), codes)
         weight = down.exact if down.halves is None else down.halves
         rest = {} if blocks is None else {"blocks": blocks}
         size = self.rows.total * (width * (1 if codes else 2) + 2 * self.rank)
@@ -162,39 +156,6 @@ class Kernels:
         rows = self.rows.samples * self.rows.image
         x, down = self.random(rows, width), self.random(self.rank, width)
         return self.cells(lambda: F.linear(x, down), 2 * rows * width)
-
-    def first(self, out: int) -> Cells:
-        """The up projection of the image with the bias, written."""
-        rows = self.rows.samples * self.rows.image
-        y, low, up = self.random(rows, out), self.random(rows, self.rank), self.random(out, self.rank)
-        return self.cells(lambda: torch.addmm(y[0], low, up.t(), out=y), 2 * rows * out)
-
-    def product(self, adds: bool) -> Cells:
-        """The image's queries, keys and values in 16 bits, written or added."""
-        rows, width, out = self.rows.samples * self.rows.image, self.d, 3 * self.d
-        x, weight, y = self.random(rows, width), 1e-3 * self.random(out, width), self.random(rows, out)
-        bias, size = y[0].clone(), 2 * (rows * (width + out) + out * width)
-        if adds:
-            return self.cells(lambda: y.addmm_(x, weight.t()), size + 2 * rows * out)
-        return self.cells(lambda: torch.addmm(bias, x, weight.t(), out=y), size)
-
-    def float8(self, out: int, pieces: int) -> Cells:
-        """A float8 product of the image and the addition of a LoRA, by pieces of the rows; 0 adds nothing."""
-        from quant.low_rank_kernels import add_up
-
-        rows, recipe = self.rows.samples * self.rows.image, RECIPES["fp8"]
-        codes, scale = quantize_activation(self.random(rows, self.d), recipe, None, as_bytes=False)
-        weight = Float8Tensor.quantize(self.random(out, self.d), recipe=recipe)
-        y, low, up = self.random(rows, out), self.random(rows, self.rank), self.random(1, out, self.rank)
-
-        def run() -> None:
-            parts = [one.chunk(max(pieces, 1)) for one in (codes, scale, y, low)]
-            for a, by, into, small in zip(*parts, strict=True):
-                multiply_into(a, by, weight.qdata, weight.scale, None, recipe, out=into)
-                if pieces:
-                    add_up(into, small, up)
-
-        return self.cells(run, rows * (self.d + 2 * out) + out * self.d + (4 * rows * out if pieces else 0))
 
 
 def steps(
