@@ -55,10 +55,11 @@ class Kernels:
         for kind in ("token", "none"):
             tasks[f"gelu {kind}"] = partial(self.gelu, kind, False)
             tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu, kind, True)
-        for tile, parts in (((64, 128, 8), 1), ((64, 128, 4), 1), ((64, 256, 8), 1), ((64, 64, 4), 2), ((64, 64, 4), 4)):
-            tasks[f"gelu token with a LoRA {tile} in {parts}"] = partial(self.gelu, "token", True, tile, parts)
-            if parts == 1:
-                tasks[f"gelu none with a LoRA {tile}"] = partial(self.gelu, "none", True, tile)
+        for tile in ((64, 128, 8), (64, 128, 4), (64, 256, 8)):
+            tasks[f"gelu token with a LoRA {tile}"] = partial(self.gelu, "token", True, tile)
+            tasks[f"gelu none with a LoRA {tile}"] = partial(self.gelu, "none", True, tile)
+        for parts in (2, 4):
+            tasks[f"gelu token with a LoRA in {parts}"] = partial(self.gelu, "token", True, None, parts)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
         for kind in ("token", "none"):
