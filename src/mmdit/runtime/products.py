@@ -157,9 +157,7 @@ class Pair:
         leaves: whether what LoRAs add is left to the kernel that reads the products.
     """
 
-    def __init__(
-        self, text: Product | None, image: Product, kind: Kind | None = None, *, leaves: bool = False
-    ) -> None:
+    def __init__(self, text: Product | None, image: Product, kind: Kind | None = None, *, leaves: bool = False) -> None:
         self.text, self.image, self.leaves = text, image, leaves
         kind = kind or common_kind(self.products)
         self.rounding = Rounding()
