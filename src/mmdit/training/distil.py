@@ -225,6 +225,8 @@ def distil(
     along: int = 1,
     seed: int = 0,
     done: float = 0.0,
+    autocast: torch.dtype | None = None,
+    recorded: bool = False,
 ) -> Iterator[Distilled]:
     """Train all parameters of the student that require gradients; the rate falls from `rate` to 0 as a cosine.
 
@@ -238,22 +240,31 @@ def distil(
         along: the number of states of each drawing in a step, see `guided_loss`.
         seed: of the order.
         done: the share that an earlier run has done; the rate goes on from there.
+        autocast: the dtype of the student's products and attention; None is that of its parameters. Codes of float8 are
+            exact in every dtype.
+        recorded: whether forward and backward are recorded in the first step as a CUDA graph, which later steps replay:
+            small models wait for the CPU otherwise. Seconds count from the end of the first step, less what it took, so
+            that the rate does not jump where recording, or compiling the student's blocks, took long.
 
     Yields:
         What each step tells, after it.
 
     Raises:
         ValueError: neither steps nor seconds are given, one is not above 0, nothing of the student requires gradients,
-            or `along` does not divide the batch.
+            or `along` does not divide the batch; or recording is wanted of a student that is not on a GPU.
+        RuntimeError: the step cannot be recorded. No weight has changed.
         FloatingPointError: a loss or a gradient is not finite; the step and the first layer are named. No weight has
             changed in that step.
     """
 
-    def loss(generator: torch.Generator) -> Tensor:
-        drawn = states.draw(batch, generator, along)
-        return guided_loss(student, wanted_of(teacher, drawn, states.guidance), drawn, states.guidance, along)
+    def loss(drawn: StateBatch) -> Tensor:
+        wanted = wanted_of(teacher, drawn, states.guidance)
+        # A graph must not read weights that autocast kept from before.
+        with torch.autocast(drawn.x.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+            return guided_loss(student, wanted, drawn, states.guidance, along)
 
-    yield from _fitted(student, loss, steps, seconds, rate, seed, done=done)
+    draw = partial(states.draw, batch, along=along)
+    yield from _fitted(student, draw, loss, steps, seconds, rate, seed, done=done, recorded=recorded)
 
 
 def distil_blocks(
@@ -271,15 +282,12 @@ def distil_blocks(
     Only the parameters of one block have gradients at a time. Arguments are those of `distil`; `steps` are of a block.
     """
     for i, block in enumerate(student.joint_blocks):
-        loss = partial(_block_loss, student, teacher, states, i, batch)
-        yield from _fitted(block, loss, steps, None, rate, seed + i, block=i)
+        loss, draw = partial(_block_loss, student, teacher, i), partial(states.draw, batch)
+        yield from _fitted(block, draw, loss, steps, None, rate, seed + i, block=i)
 
 
-def _block_loss(
-    student: MMDiT, teacher: MMDiT, states: States, i: int, batch: int, generator: torch.Generator
-) -> Tensor:
+def _block_loss(student: MMDiT, teacher: MMDiT, i: int, drawn: StateBatch) -> Tensor:
     """The error of a block's outputs for the student's inputs, relative to their variance, summed over both streams."""
-    drawn = states.draw(batch, generator)
     with torch.no_grad():
         inputs, _ = _of_block(student, i, drawn)
         _, wanted = _of_block(teacher, i, drawn)
@@ -301,9 +309,54 @@ def _of_block(model: MMDiT, i: int, batch: StateBatch) -> tuple[tuple[Tensor, ..
     return seen[0], given[0]
 
 
+class _Recording:
+    """Forward and backward of a loss as one CUDA graph: a call copies a batch to where the graph reads, and replays it.
+
+    Args:
+        loss_of: the loss of a batch.
+        batch: of the size of all batches.
+        trained: parameters of one GPU; a call sets their gradients.
+    """
+
+    def __init__(self, loss_of: Callable[[StateBatch], Tensor], batch: StateBatch, trained: Sequence[Tensor]) -> None:
+        device = trained[0].device
+        if device.type != "cuda":
+            raise ValueError(f"a step is recorded as a CUDA graph of a GPU; the student is on {device}")
+        self.batch = StateBatch(*(None if part is None else part.clone() for part in batch))
+        self.trained, self.graph = trained, torch.cuda.CUDAGraph()
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # compiles what is compiled, and lets libraries allocate
+                torch.autograd.grad(loss_of(self.batch), trained, allow_unused=True)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        with torch.cuda.graph(self.graph):
+            self.loss = loss_of(self.batch)
+            self.grads = torch.autograd.grad(self.loss, trained, allow_unused=True)
+        self.loss = self.loss.detach()
+
+    def __call__(self, batch: StateBatch) -> Tensor:
+        for into, part in zip(self.batch, batch, strict=True):
+            if into is not None and part is not None:
+                into.copy_(part)
+        self.graph.replay()
+        for parameter, grad in zip(self.trained, self.grads, strict=True):
+            parameter.grad = grad
+        return self.loss.clone()
+
+
+def _eager(loss_of: Callable[[StateBatch], Tensor], trained: Sequence[Tensor], batch: StateBatch) -> Tensor:
+    """The loss of a batch; sets the gradients."""
+    loss = loss_of(batch)
+    for parameter, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
+        parameter.grad = grad
+    return loss.detach()
+
+
 def _fitted(
     module: nn.Module,
-    loss_of: Callable[[torch.Generator], Tensor],
+    draw: Callable[[torch.Generator], StateBatch],
+    loss_of: Callable[[StateBatch], Tensor],
     steps: int | None,
     seconds: float | None,
     rate: float,
@@ -311,6 +364,7 @@ def _fitted(
     *,
     done: float = 0.0,
     block: int | None = None,
+    recorded: bool = False,
 ) -> Iterator[Distilled]:
     if steps is None and seconds is None:
         raise ValueError("distillation needs an end: give steps=, seconds=, or both")
@@ -321,23 +375,25 @@ def _fitted(
     if not trained:
         raise ValueError("nothing of the student requires gradients: call quant.training.fake_quantize_ on it first")
     generator = torch.Generator(trained[0].device).manual_seed(seed)
-    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99))
-    start, step, share = time.monotonic(), 0, done
+    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99), fused=trained[0].device.type == "cuda")
+    start, step, share, setup = time.monotonic(), 0, done, 0.0
+    gradients: Callable[[StateBatch], Tensor] = partial(_eager, loss_of, trained)
     while share < 1:
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * share)) / 2
-        drawn_by = generator.get_state()
-        loss = loss_of(generator)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        batch = draw(generator)
+        if recorded and step == 0:
+            gradients = _Recording(loss_of, batch, trained)
+        loss = gradients(batch)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
-        if not bool(torch.isfinite(loss.detach() + norm)):
-            again = partial(loss_of, generator.set_state(drawn_by))
-            raise FloatingPointError(_not_finite(module, loss, norm, step, block, again))
+        if not bool(torch.isfinite(loss + norm)):
+            raise FloatingPointError(_not_finite(module, loss, norm, step, block, partial(loss_of, batch)))
         optimizer.step()
         step += 1
-        by_time = (time.monotonic() - start) / seconds if seconds else 0.0
+        passed = time.monotonic() - start
+        setup = passed if step == 1 else setup
+        by_time = (passed - setup) / max(seconds - setup, 1e-3) if seconds else 0.0
         share = done + (1 - done) * min(1.0, max(by_time, step / steps if steps else 0.0))
-        yield Distilled(step, share, loss.detach(), block)
+        yield Distilled(step, share, loss, block)
 
 
 def _not_finite(
