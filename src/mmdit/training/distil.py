@@ -322,7 +322,7 @@ class _Recording:
         device = trained[0].device
         if device.type != "cuda":
             raise ValueError(f"a step is recorded as a CUDA graph of a GPU; the student is on {device}")
-        self.batch = StateBatch(*(None if part is None else part.clone() for part in batch))
+        self.batch = StateBatch._make(None if part is None else part.clone() for part in batch)
         self.trained, self.graph = trained, torch.cuda.CUDAGraph()
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
