@@ -80,7 +80,7 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
 
     Args:
         out: [rows, out].
-        low: [rows, r]; r is a power of two from 16 on.
+        low: [rows, r].
         up: contiguous [streams, out, r], of which the first is for the first `split` rows and the last for the others.
         split: number of rows of the first stream.
     """
@@ -90,7 +90,20 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
     rank = up.shape[2]
     other = (len(up) - 1) * columns * rank
     _add_up[grid](
-        out, low, up, split, rows, columns, out.stride(0), low.stride(0), other, rank, block, wide, num_warps=4
+        out,
+        low,
+        up,
+        split,
+        rows,
+        columns,
+        out.stride(0),
+        low.stride(0),
+        other,
+        rank,
+        max(triton.next_power_of_2(rank), 16),
+        block,
+        wide,
+        num_warps=4,
     )
 
 
@@ -155,18 +168,30 @@ def _low(
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit(do_not_specialize=["split", "rows"])
 def _add_up(
-    out, low, up, split, rows, columns, stride, low_stride, other_up, rank: tl.constexpr, block: tl.constexpr,
+    out,
+    low,
+    up,
+    split,
+    rows,
+    columns,
+    stride,
+    low_stride,
+    other_up,
+    rank: tl.constexpr,
+    padded: tl.constexpr,
+    block: tl.constexpr,
     wide: tl.constexpr,
-):  # fmt: skip
+):
     tile, tiles = tl.num_programs(1) - 1 - tl.program_id(1), tl.cdiv(split, block)
     start, end = tile * block, split
     if tile >= tiles:
         start, end = split + (tile - tiles) * block, rows
         up += other_up
-    local, column, r = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide), tl.arange(0, rank)
-    there, inside = start + local < end, column < columns
-    a = tl.load(low + (start + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
-    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
+    local, column, r = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide), tl.arange(0, padded)
+    there, inside, some = start + local < end, column < columns, r < rank
+    a = (start + local)[:, None] * low_stride + r[None, :]
+    a = tl.load(low + a, mask=there[:, None] & some[None, :], other=0.0)
+    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :] & some[:, None], other=0.0)
     place = out + start.to(tl.int64) * stride + local[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
     value += tl.dot(a, b, input_precision="ieee")

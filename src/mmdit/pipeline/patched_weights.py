@@ -22,6 +22,7 @@ from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, merged, pl
 from mmdit.checkpoints.lora_names import Part
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.runtime.host import HostCopies
+from quant import low_rank
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
 
@@ -105,7 +106,7 @@ def _attach(model: nn.Module, key: str, patches: Sequence[Weighted], original: T
     """
     name, weight = key.removesuffix(".weight"), _get(model, key)
     if all(map(_is_low_rank, patches)):
-        beside(model, name, factors=factors_of(weight, patches))
+        beside(model, name, factors=factors_of(weight, patches), add_up=low_rank.add_up)
     else:
         values = _values(weight)
         base = values if original is None else _values(original).to(values)

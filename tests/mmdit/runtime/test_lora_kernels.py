@@ -5,6 +5,7 @@ import torch
 
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.rows import Activation, Added, Down, Part, Rounding, Rows
+from quant.low_rank import add_up
 from quant.scaling import scale_of, to_codes
 from skips import SKIPS
 from triton_device import DEVICE, HAS_TRITON, quiet
@@ -129,9 +130,19 @@ def test_scale_of_rows_without_large_values():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 @pytest.mark.parametrize("width", [300, 128] if GPU else [140])
-def test_added_in_place(width, rows, dtype):
-    out, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype)
+@pytest.mark.parametrize("rank", [4, 16, 40] if GPU else [5, 16])
+def test_added_in_place(rank, width, rows, dtype):
+    out, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype, rank)
     wanted = out.double()
     plain_kernels.add_up(wanted, in_float64(added), rows)
     kernels.add_up(out, added, rows)
+    near(out, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [5, 16, 100])
+def test_added_by_what_is_there(rank, dtype):
+    out, low, up = drawn(70, 300, dtype=dtype), drawn(70, rank, dtype=dtype), drawn(300, rank, dtype=dtype) / 8
+    wanted = out.double() + low.double() @ up.double().t()
+    add_up(out, low, up)
     near(out, wanted, dtype)
