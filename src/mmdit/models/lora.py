@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
 AddUp = Callable[[Tensor, Tensor, Tensor], None]
 """Adds low [rows, r] times the transposed up [out, r] to a contiguous matrix [rows, out], in place."""
 
