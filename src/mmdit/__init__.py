@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmdit._imports import without_collections
+
 if TYPE_CHECKING:
     import encoders as encoders
     import quant as quant
@@ -155,10 +157,11 @@ __all__ = sorted([*_HOME, *_MODULES])  # noqa: PLE0605 # from the one table
 if not TYPE_CHECKING:  # a type checker sees the imports above, and so a misspelt name
 
     def __getattr__(name: str) -> object:
-        if name in _MODULES:
-            return import_module(_MODULES[name])
-        if name in _HOME:
-            return getattr(import_module(_HOME[name]), name)
+        with without_collections():
+            if name in _MODULES:
+                return import_module(_MODULES[name])
+            if name in _HOME:
+                return getattr(import_module(_HOME[name]), name)
         near = get_close_matches(name, __all__, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise AttributeError(f"module 'mmdit' has no attribute {name!r}{hint}", name=name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from mmdit._imports import without_collections
 from mmdit.cli.console import note_of, say
 from mmdit.cli.controls import FORM, control_option
 from mmdit.cli.loras import lora_option
@@ -211,7 +212,8 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw the pictures and say where they are."""
     check_usage(options)
-    from mmdit.cli.drawing import draw
+    with without_collections():
+        from mmdit.cli.drawing import draw
 
     for line in draw(options, note_of(options)):
         say(line)
