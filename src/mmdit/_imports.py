@@ -11,7 +11,7 @@ def without_collections() -> Iterator[None]:
     """Import torch and what needs it without garbage collections, and leave what they make out of later ones.
 
     The imports make 300,000 objects that stay until the end. Collections that walk over them are a fifth of the time
-    from the start of Python to a loaded model. Where torch is there already, or nothing is collected, this does nothing.
+    from the start of Python to a loaded model. Where torch is there already, or nothing is collected, nothing changes.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield
