@@ -39,6 +39,7 @@ class _Place(NamedTuple):
     parent: nn.Module
     made: nn.Sequential
     slot: Slot
+    stored: list[Tensor]  # the parameters of `made` on the CPU
 
 
 class ModulationAhead:
@@ -61,12 +62,12 @@ class ModulationAhead:
         self.first = 0
 
     def _place(self, parent: nn.Module, made: nn.Sequential, batch: int) -> _Place:
-        slot = Slot(made, batch, self.device)
-        for parameter in made.parameters():
-            stored = parameter.data.cpu()
-            parameter.data = stored.pin_memory() if self.device.type == "cuda" else stored
-        parent.adaLN_modulation = slot
-        return _Place(parent, made, slot)
+        stored = [one.data.cpu() for one in made.parameters()]
+        if self.device.type == "cuda":
+            stored = [one.pin_memory() for one in stored]
+        place = _Place(parent, made, Slot(made, batch, self.device), stored)
+        _leave(place)
+        return place
 
     @torch.no_grad()
     def enter(self, place: int) -> None:
@@ -96,14 +97,19 @@ class ModulationAhead:
             yield
         finally:
             for one in self.places:
-                for parameter in one.made.parameters():
-                    parameter.data = parameter.data.cpu()
-                one.parent.adaLN_modulation = one.slot
+                _leave(one)
 
     def restore(self) -> None:
         """Put the `adaLN_modulation`s back, on the device of the transformer."""
         for one in self.places:
             one.parent.adaLN_modulation = one.made.to(self.device)
+
+
+def _leave(place: _Place) -> None:
+    """Put the slot in the place of the `adaLN_modulation`, whose parameters are on the CPU again."""
+    for parameter, stored in zip(place.made.parameters(), place.stored, strict=True):
+        parameter.data = stored
+    place.parent.adaLN_modulation = place.slot
 
 
 def _modulated(transformer: MMDiT) -> Iterator[tuple[nn.Module, nn.Sequential]]:

@@ -78,6 +78,20 @@ def test_checkpoint_ahead_and_compute_again_change_no_loss(tmp_path: Path) -> No
     assert found[3] == pytest.approx(found[0], rel=1e-5)
 
 
+def test_between_steps_the_model_has_its_own_modulation(tmp_path: Path) -> None:
+    pipe = tiny_pipe()
+    _, trained = start(settings(tmp_path, ahead=3), pipe=pipe, samples=samples())
+    inputs = noise(1, 2, 16, 8, 8), torch.tensor([300.0, 20.0]), noise(2, 2, 6, 32), noise(3, 2, 16)
+    trained.ahead.enter(1)
+    of_the_pass = pipe.transformer(*inputs)
+    with pytest.raises(KeyboardInterrupt), trained.ahead.restored():
+        found = pipe.transformer(*inputs)
+        raise KeyboardInterrupt
+    assert torch.equal(found, tiny_model()(*inputs))
+    assert torch.equal(pipe.transformer(*inputs), of_the_pass)
+    assert not torch.allclose(found, of_the_pass, rtol=0.1)
+
+
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     """Every checkpoint that is there is whole, and the end is that of a run that nobody killed."""
     steps, kills = (80, 24) if FULL else (12, 8)

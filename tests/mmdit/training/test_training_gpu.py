@@ -12,6 +12,7 @@ from mmdit.training.batches import InMemory, Sample
 from mmdit.training.blocks import compile_blocks, recompute
 from mmdit.training.config import TrainingConfig
 from mmdit.training.loop import Training, training_step
+from mmdit.training.modulation import ModulationAhead
 from mmdit.training.setup import ahead_of, make_optimizer, place
 from skips import SKIPS
 
@@ -76,3 +77,21 @@ def test_all_ways_of_a_step_give_the_same_losses(quant) -> None:
         found, _ = losses(quant, **settings)
         assert found == pytest.approx(plain, rel=3e-2), settings
     assert plain[-1] != plain[0]
+
+
+def test_modulation_visits_the_gpu_for_other_passes() -> None:
+    with torch.device("cuda"):
+        model = MMDiT(CONFIG).requires_grad_(False)
+    for one in model.parameters():
+        one.normal_(std=0.1)
+    latent, context, pooled = (torch.randn(size, device="cuda") for size in ((2, 16, 8, 8), (2, 5, 128), (2, 64)))
+    inputs = latent, torch.tensor([300.0, 20.0], device="cuda"), context, pooled
+    wanted = model(*inputs)
+    ahead = ModulationAhead(model, 2, 3, lambda number: (torch.full((2,), 0.1 * number), pooled.cpu()), 4)
+    ahead.enter(1)
+    of_the_pass = model(*inputs)
+    for _ in range(2):
+        with ahead.restored():
+            assert torch.equal(model(*inputs), wanted)
+        assert torch.equal(model(*inputs), of_the_pass)
+        assert all(one.is_pinned() for place in ahead.places for one in place.made.parameters())
