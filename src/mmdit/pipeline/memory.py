@@ -27,6 +27,7 @@ from mmdit.runtime.devices import suited_dtype
 from mmdit.runtime.modulation import ModulationTable
 from mmdit.runtime.parallel import Parallel
 from mmdit.runtime.plan import Activations, MemoryPlan, ModelBytes, TooLittleMemory, plan, size_word, smallest
+from mmdit.runtime.products import stacked_bytes
 from mmdit.runtime.streaming import WHOLE, Presence, Residency, arriving, capped, model_bytes
 from mmdit.utils import is_out_of_memory, weight_bytes
 from quant.emulation import HAS_TRITON
@@ -294,6 +295,9 @@ class PipelineMemory:
             parts = {name: model_bytes(model) for name, model in self.models.items() if name != "controlnet"}
             if self._nets:
                 parts["controlnet"] = ModelBytes(sum(weight_bytes(net) for net in self._nets))
+            if self.accelerated is not None:
+                whole = parts["transformer"]
+                parts["transformer"] = replace(whole, rest=whole.rest + stacked_bytes(self.transformer))
             self._weight_bytes = _on(self._place, parts)
         return self._weight_bytes
 

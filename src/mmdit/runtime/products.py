@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdit.models.lora import LoraLinear
 from mmdit.runtime.rows import Activation, Added, Down, Part, Result, Rounding, Rows
 from quant.matmul import arithmetic_of, backend_of, multiplies_by_half, multiply_into
+from quant.quantize import linears_of
 from quant.recipe import Recipe
 from quant.scaling import has_float8
 from quant.tensor import Float8Tensor
@@ -34,11 +35,7 @@ class Product:
 
     def __init__(self, linear: nn.Linear) -> None:
         self.linear = linear
-        self.factors: tuple[Tensor, Tensor] | None = None
-        if isinstance(linear, LoraLinear) and linear.delta is None and linear.factors is not None:
-            down, up = linear.factors
-            if len(down) <= MOST_RANK and down.dtype == up.dtype == linear.weight.dtype:
-                self.factors = down, up
+        self.factors = _factors_beside(linear)
         self.own_lora = isinstance(linear, LoraLinear) and self.factors is None
         self._factors: Float8Factors | None = None
         weight = linear.weight
@@ -189,13 +186,43 @@ class Pair:
         return Result(out, added)
 
 
+def _factors_beside(linear: nn.Linear) -> tuple[Tensor, Tensor] | None:
+    """The factors beside a Linear that `Pair` takes; None if there are none, or a full matrix is there too."""
+    if not isinstance(linear, LoraLinear) or linear.delta is not None or linear.factors is None:
+        return None
+    down, up = linear.factors
+    same = down.dtype == up.dtype == linear.weight.dtype
+    return (down, up) if same and len(down) <= MOST_RANK else None
+
+
+def stacked_bytes(model: nn.Module) -> int:
+    """Bytes of the copies that the pairs of a model make of the factors beside its Linears."""
+    pairs: dict[str, list[nn.Linear]] = {}
+    for name, linear in linears_of(model):
+        if name.startswith("joint_blocks.") and "adaLN" not in name:
+            pairs.setdefault(name.replace(".context_block.", ".x_block."), []).append(linear)
+    found = 0
+    for both in pairs.values():
+        ranks = [len(factors[0]) for factors in map(_factors_beside, both) if factors is not None]
+        if ranks:
+            weight, count = both[0].weight, len(both) * _padded(max(ranks))
+            found += count * (both[0].in_features + both[0].out_features) * weight.itemsize
+            if isinstance(weight, Float8Tensor):  # `Down` has halves and factors too
+                found += count * (2 * both[0].in_features + 4)
+    return found
+
+
+def _padded(rank: int) -> int:
+    return next(size for size in (16, 32, MOST_RANK) if size >= rank)
+
+
 def _stacked(factors: list[tuple[Tensor, Tensor] | None], *, codes: bool) -> tuple[Down, Tensor] | None:
     """The factors of each stream, with zeros up to a rank of 16, 32 or 64; None where no stream has any."""
     found = [one for one in factors if one is not None]
     if not found:
         return None
     down, up = found[0]
-    rank = next(size for size in (16, 32, MOST_RANK) if size >= max(len(down) for down, _ in found))
+    rank = _padded(max(len(down) for down, _ in found))
     downs, ups = down.new_zeros(len(factors), rank, down.shape[1]), up.new_zeros(len(factors), len(up), rank)
     for index, one in enumerate(factors):
         if one is not None:

@@ -13,7 +13,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.fast import FastMMDiT
-from mmdit.runtime.products import Float8Factors, Product
+from mmdit.runtime.products import Float8Factors, Pair, Product, stacked_bytes
 from mmdit.runtime.rows import Part
 from quant import emulation, matmul
 from quant.quantize import linears_of, quantize_
@@ -118,6 +118,19 @@ def test_loras_are_added(recipe):
     for name in all_beside(model):
         without(model, name)
     assert error(model(*(inputs if recipe is None else low)), exact) > 0.1
+
+
+@pytest.mark.parametrize("recipe", [None, "fp8"])
+def test_copies_of_factors_are_counted(recipe):
+    model = with_lora(model_of("sd3.5-medium", torch.float32))
+    without(model, "joint_blocks.0.context_block.mlp.fc1")  # zeros stand for these
+    without(model, "joint_blocks.1.x_block.attn2.qkv")
+    if recipe is not None:
+        quantized(model, recipe)
+    fast = FastMMDiT(model, kernels=plain_kernels, attention=torch_attention)
+    pairs = [one for block in fast.blocks for one in vars(block).values() if isinstance(one, Pair) and one.factors]
+    copies = [tensor for pair in pairs for tensor in (*pair.factors[0], pair.factors[1]) if tensor is not None]
+    assert stacked_bytes(model) == sum(tensor.nbytes for tensor in copies)
 
 
 def test_a_full_matrix_beside_float8_reads_16_bits():
