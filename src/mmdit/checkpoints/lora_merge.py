@@ -103,7 +103,8 @@ def merge_lora(
 
     Raises:
         CheckpointError: shapes do not fit, or the LoRA changes nothing of this model.
-        ValueError: a strength is not finite, the part is unknown or required, or the names are not official.
+        ValueError: a strength is not finite, the part is unknown or required, the names are not official, or a new
+            weight is not finite in its dtype.
     """
     loras, strengths = _pairs(lora, strength)
     if part is not None:
@@ -175,11 +176,35 @@ def merged(
         part: the model.
         patches: the patches, in the order in which they are applied.
         rounding: see `merge_lora`.
+
+    Raises:
+        ValueError: a new value is not finite, or too large for the tensor's dtype.
     """
     values = tensor.dequantize(torch.float32) if isinstance(tensor, Float8Tensor) else tensor.detach()
     wide = torch.promote_types(torch.float32, values.dtype) if values.dtype not in FORMAT_OF else torch.float32
     how = rounding or patches[-1].rules.float8
-    return stored_as(tensor, changed(values.to(wide), patches), f"{COMFYUI_PREFIXES[part]}{key}", how)
+    values = changed(values.to(wide), patches)
+    if isinstance(tensor, Float8Tensor) or tensor.dtype in FORMAT_OF:
+        check_finite(values, key, part, patches)
+        return stored_as(tensor, values, f"{COMFYUI_PREFIXES[part]}{key}", how)
+    return check_finite(stored_as(tensor, values, f"{COMFYUI_PREFIXES[part]}{key}", how), key, part, patches)
+
+
+def check_finite(values: Tensor, key: str, part: Part, patches: Sequence[Weighted]) -> Tensor:
+    """The values, which patches have made.
+
+    Raises:
+        ValueError: some are not finite, as where a sum is too large for their dtype.
+    """
+    finite = values.isfinite()
+    if finite.all():
+        return values
+    strengths = ", ".join(f"{each.strength:g}" for each in patches)
+    raise ValueError(
+        f"{key} of the {title(part)}: {int((~finite).sum())} of {values.numel()} values are not finite with LoRAs of "
+        f"strength {strengths}; the largest {values.dtype} is {torch.finfo(values.dtype).max:g}. Nothing was changed: "
+        "give smaller strengths, or a dtype that holds larger values (dtype=torch.bfloat16)"
+    )
 
 
 def changed(weight: Tensor, patches: Iterable[Weighted], base: Tensor | None = None) -> Tensor:

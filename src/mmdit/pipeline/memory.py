@@ -276,7 +276,12 @@ class PipelineMemory:
         device = self._place
         itemsize = {name: _itemsize(model) for name, model in models.items()}
         nets: Sequence[Any] = self._nets
-        residuals = sum(_residuals(net) * itemsize["transformer"] for net in nets)
+        residuals = sum(
+            count.residual_bytes(
+                layers=net.config.depth, width=net.config.hidden_size, itemsize=itemsize["transformer"]
+            )
+            for net in nets
+        )
         return Setting(
             {name: model.config for name, model in models.items()},
             itemsize,
@@ -555,11 +560,6 @@ def _itemsize(model: nn.Module) -> int:
 
 def _recipe(model: nn.Module) -> Recipe | None:
     return next((one.recipe for one in model.parameters() if isinstance(one, Float8Tensor)), None)
-
-
-def _residuals(net: Any) -> int:
-    """Values that a ControlNet gives per sample and image token."""
-    return int(net.config.depth * net.config.hidden_size)
 
 
 def _is_watched(model: nn.Module) -> bool:

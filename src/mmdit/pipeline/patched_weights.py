@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoints.lora import Lora
 from mmdit.checkpoints.lora_kinds import LowRank
-from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, merged, planned, replace_tensor
+from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, check_finite, merged, planned, replace_tensor
 from mmdit.checkpoints.lora_names import Part
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.runtime.host import HostCopies
@@ -70,7 +70,7 @@ class PatchedWeights:
                 linears = {f"{name}.weight" for name, _ in linears_of(model)} if form == "attached" else set()
                 for key, patches in plan.items():
                     if key in linears:
-                        _attach(model, key, patches, self.before.get((part, key)))
+                        _attach(part, model, key, patches, self.before.get((part, key)))
                     else:
                         self._replace(part, model, key, patches, to_host)
 
@@ -89,28 +89,24 @@ class PatchedWeights:
         """Replace a tensor with the patched one, and keep the original; originals from a GPU are kept on the CPU."""
         old = _get(model, key)
         self.before.setdefault((part, key), to_host(old) if old.is_cuda else old)
-        try:
-            new = merged(old, key, part, patches).detach()
-        except ValueError as error:
-            strengths = ", ".join(f"{each.strength:g}" for each in patches)
-            raise type(error)(
-                f"{key} of {part}: merging LoRAs of strength {strengths} failed: {error}; give smaller weights"
-            ) from error
-        replace_tensor(model, key, new)
+        replace_tensor(model, key, merged(old, key, part, patches).detach())
 
 
-def _attach(model: nn.Module, key: str, patches: Sequence[Weighted], original: Tensor | None) -> None:
+def _attach(part: Part, model: nn.Module, key: str, patches: Sequence[Weighted], original: Tensor | None) -> None:
     """Attach patches to a Linear: as two factors if all of them are low-rank products, else as one matrix.
 
     `original` is the weight before merged patches, if there are any.
     """
     name, weight = key.removesuffix(".weight"), _get(model, key)
     if all(map(_is_low_rank, patches)):
-        beside(model, name, factors=factors_of(weight, patches), add_up=low_rank.add_up)
+        down, up = factors_of(weight, patches)
+        factors = check_finite(down, key, part, patches), check_finite(up, key, part, patches)
+        beside(model, name, factors=factors, add_up=low_rank.add_up)
     else:
         values = _values(weight)
         base = values if original is None else _values(original).to(values)
-        beside(model, name, delta=(changed(values, patches, base) - values).to(weight.dtype))
+        delta = (changed(values, patches, base) - values).to(weight.dtype)
+        beside(model, name, delta=check_finite(delta, key, part, patches))
 
 
 def factors_of(weight: Tensor, patches: Sequence[Weighted]) -> tuple[Tensor, Tensor]:

@@ -82,9 +82,9 @@ def step_bytes(
     return int(max(peaks) + 7 * of_text + vectors + weight)
 
 
-def residual_bytes(*, layers: int, samples: int, image: int, width: int, itemsize: int) -> int:
-    """Bytes of the residuals that a ControlNet of so many layers gives."""
-    return layers * samples * image * width * itemsize
+def residual_bytes(*, layers: int, width: int, itemsize: int) -> int:
+    """Bytes of the residuals that a ControlNet of so many layers gives, per sample and image token."""
+    return layers * width * itemsize
 
 
 def table_bytes(config: MMDiTConfig, *, samples: int, steps: int, itemsize: int) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_files as files
 import spellings
@@ -269,6 +269,28 @@ def test_wrong_shapes_are_named_and_nothing_is_applied(wrong: dict[str, Tensor])
     with pytest.raises(ValueError, match=f"1 of 2 patches.*{KOHYA}.*192 x 64"):
         merge_lora(model, lora)
     assert before == {key: (id(tensor), tensor._version) for key, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("value", [1e6, 1e38])
+def test_a_sum_that_is_too_large_is_named_and_nothing_is_applied(dtype: torch.dtype, value: float) -> None:
+    """float8 without scales ends at 448, as ComfyUI's, where the sum is finite in float32."""
+    model = files.model().to(torch.float16)
+    key = "joint_blocks.0.x_block.mlp.fc1.weight"
+    if dtype != torch.float16:
+        with torch.no_grad():
+            model.get_submodule(key.removesuffix(".weight")).weight = nn.Parameter(torch.ones(256, 64).to(dtype), False)
+    state = model.state_dict()
+    too_large = pair("lora_unet_joint_blocks_0_x_block_mlp_fc1", rows=256)
+    too_large = {name: value * one if "up" in name else one for name, one in too_large.items()}
+    lora = load_lora(GOOD | too_large)
+    if dtype != torch.float16 and value == 1e6:
+        assert merge_lora(state, lora)[key].float().max() == 448
+        return
+    before = {name: (id(tensor), tensor._version) for name, tensor in model.named_parameters()}
+    with pytest.raises(ValueError, match=f"{key} of the .*: 16384 of 16384 values are not finite"):
+        merge_lora(model, lora)
+    assert before == {name: (id(tensor), tensor._version) for name, tensor in model.named_parameters()}
 
 
 def test_modules_that_a_model_has_not(bases) -> None:

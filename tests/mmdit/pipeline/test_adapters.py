@@ -243,6 +243,8 @@ REFUSED: list[tuple[str, Callable[[Pipeline], object], str]] = [
     ("glob", lambda pipe: pipe.set_adapters("one", {"joint_blocks.9.*": 0.5}), r"joint_blocks\.9.*matches none"),
     ("glob's weight", lambda pipe: pipe.set_adapters("one", {"*": float("inf")}), "inf"),
     ("loaded with NaN", lambda pipe: pipe.load_lora_weights(low_rank(2), weight=float("nan")), "weight"),
+    ("too strong", lambda pipe: pipe.set_adapters("one", 1e39), f"{BLOCK}.*values are not finite"),
+    ("too strong to merge", lambda pipe: pipe.fuse_lora(lora_scale=1e39), f"{BLOCK}.*values are not finite"),
     ("scale", lambda pipe: pipe.fuse_lora(lora_scale=float("nan")), "lora_scale"),
     ("too wide", lambda pipe: pipe.load_lora_weights(
         {
