@@ -262,6 +262,7 @@ class PipelineMemory:
         self._budget, self._sizes = budget, default_sizes(self.transformer.config, self.profile)
         self._nets: tuple[nn.Module, ...] = ()
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
+        self._context = count.CONTEXT
         self._weight_bytes: dict[Component, ModelBytes] | None = None
         self._turns = None
         if offload is not None or budget is not None:
@@ -291,8 +292,12 @@ class PipelineMemory:
             self.accelerated is not None,
             self.accelerated is not None and device.type == "cuda",
             residuals,
-            context_of(device),
+            self._context,
         )
+
+    def _context_now(self) -> int:
+        """What the process takes of the device and torch does not count."""
+        return context_of(self._place, most=None if self.parallel is not None else count.MOST_CONTEXT)
 
     def _bytes(self) -> dict[Component, ModelBytes]:
         """Bytes of the weights of each model, as they are now."""
@@ -320,6 +325,7 @@ class PipelineMemory:
         nets = self._nets if nets is None else tuple(nets)
         is_planned = sizes == self._sizes or (not anew and self._sizes.covers(sizes))
         is_planned = is_planned and self.memory_plan is not None and self._weight_bytes is not None
+        is_planned = is_planned and not (anew and self._context_now() > self._context)
         if is_planned and nets == self._nets:
             return
         if nets != self._nets:
@@ -328,6 +334,7 @@ class PipelineMemory:
         if self._budget is None:
             self._sizes = sizes  # for what an error says
             return
+        self._context = self._context_now()
         found = plan(self._budget, self._bytes(), self._setting().activations(sizes))
         self.memory_plan, self._sizes = found, sizes
         assert self._turns is not None, "a budget comes with turns"
@@ -415,7 +422,7 @@ class PipelineMemory:
     @contextmanager
     def _computing(self, what: str) -> Iterator[None]:
         """A model computes: explain running out of memory, keep the budget, and let streamed weights rest after it."""
-        limit = None if self._budget is None else self._budget - context_of(self._place)
+        limit = None if self._budget is None else self._budget - self._context
         with self._explained(what), capped(self._place, limit):
             try:
                 yield
@@ -520,15 +527,17 @@ def memory_of(device: torch.device) -> DeviceMemory | None:
     return DeviceMemory(total, free, torch.cuda.memory_reserved(device))
 
 
-def context_of(device: torch.device) -> int:
+def context_of(device: torch.device, most: int | None = count.MOST_CONTEXT) -> int:
     """Bytes that this process takes of a GPU and torch does not count: its context, and the code of libraries.
 
     It is at least `CONTEXT`, because code is loaded when it first runs, and more where the device holds more beside
-    torch's memory now. What other processes hold cannot be told apart, so that it is at most `MOST_CONTEXT`.
+    torch's memory now. What other processes hold cannot be told apart, so that it is `most` at most; None is no limit,
+    for a GPU that nobody else uses.
     """
     there = memory_of(device)
     outside = 0 if there is None else there.total - there.free - there.ours
-    return min(max(outside, count.CONTEXT), count.MOST_CONTEXT)
+    found = max(outside, count.CONTEXT)
+    return found if most is None else min(found, most)
 
 
 class ExplainedMemoryError(MemoryError):

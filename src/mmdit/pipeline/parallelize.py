@@ -43,6 +43,8 @@ def parallelize(
     them. Random seeds and noise are those of rank 0. Where a rank fails or dies, all others raise `mmdit.ParallelError`
     with its number and reason. `mmdit.capture` and others refuse a parallel pipeline.
 
+    With `memory` each rank keeps the budget on its own GPU, by a plan for a whole drawing, of which it computes a part.
+
     Args:
         pipe: a pipeline with equal models on all ranks, each on a GPU of its own, or on CPUs.
         cfg: the number of ranks that share the branches; "auto" is 2 where the profile guides and the number of
@@ -65,8 +67,6 @@ def parallelize(
     """
     if pipe.parallel is not None:
         raise ValueError("the pipeline is parallel already; call pipe.parallel.close() on every rank first")
-    if pipe.memory_plan is not None:
-        raise ValueError("memory= plans for the branches and tokens of one device; load without memory to parallelize")
     pick({name: name for name in EXCHANGES}, exchange, "exchange")
     mesh.start(pipe.device, timedelta(seconds=timeout))
     _check_alike(pipe, cfg, sequence, exchange)
@@ -76,6 +76,7 @@ def parallelize(
     pipe.parallel = PipelineParallel(pipe, layout, exchange)
     if pipe.accelerated is not None:
         pipe.accelerated.share(pipe.parallel.sequence)
+    pipe._replan()  # memory that the ranks share is set up now
     return pipe.parallel
 
 
@@ -111,6 +112,7 @@ def _check_alike(pipe: PipelineModels, cfg: object, sequence: object, exchange: 
         "float8 recipes": recipes,
         "the transformer's weights": pipe.digest,
         "profile": pipe.profile.name,
+        "memory budget": pipe._budget,
         "fast path": pipe.accelerated is not None,
         "kind of device": pipe.device.type,
     }

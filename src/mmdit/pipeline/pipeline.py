@@ -235,8 +235,8 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
                     skip_layer_guidance_stop,
                 ),
             )
+            self._fit_request(request)
         self._agree(request)
-        self._fit_request(request)
         with self._drawing(f"{request.count} pictures at once"):
             return self._draw(request)
 

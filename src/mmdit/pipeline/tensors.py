@@ -227,6 +227,8 @@ class PipelineTensors(PipelineModels):
 
     def _decoded_latent(self, latent: Tensor, tile: int | None) -> Tensor:
         """The VAE's pictures, about in [-1, 1]: in tiles, on several ranks, or by the fast forward."""
+        if self.parallel is not None and self._budget is not None:
+            tile = self.parallel.smallest(tile)
         if tile is not None:
             return decode_tiled(self.vae, latent, tile=tile)
         if self.parallel is None:

@@ -99,6 +99,11 @@ class Parallel:
         dist.broadcast(found, src=0)
         return found.to(tensor.device)
 
+    def smallest(self, size: int | None) -> int | None:
+        """The smallest size that a rank gives, on every rank; None where all give None."""
+        with self.lifeline.guarded():
+            return min((one for one in mesh.of_all(size) if one is not None), default=None)
+
     def agree(self, what: str, **facts: object) -> None:
         """Raise RanksDifferError, on every rank, where a fact differs between the ranks; see `mesh.check_equal`."""
         with self.lifeline.guarded():

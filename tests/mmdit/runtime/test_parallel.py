@@ -15,6 +15,7 @@ from encoders import VAE, Conditioning
 from encoders.tiling import Moments
 from encoders.vae import VAEConfig
 from full import FULL
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.models.attention import Attend
 from mmdit.models.controlnet import ControlNet, ControlNetConfig
 from mmdit.models.lora import beside
@@ -29,6 +30,7 @@ from mmdit.runtime.fast_vae import FastVAE, plain_norm
 from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.lifeline import DIED, Lifeline
 from mmdit.runtime.mesh import Layout, Team, layout_of, shares
+from mmdit.runtime.plan import smallest
 from mmdit.runtime.sequence import SequenceParallel, exchanged_bytes
 from processes import in_processes, values
 from quant.quantize import quantize_
@@ -232,6 +234,55 @@ def test_every_rank_draws_what_one_process_draws(drawn, layout):
         on_two = {(2, 1): 32, (1, 2): 27} if FULL else {(2, 1): 25, (1, 2): 20}
         assert len(errors) == on_two.get(layout, len(ON_FOUR.get(layout, ())))
         assert {name: error for name, error in errors.items() if not error < 1e-10} == {}, f"rank {rank}"
+
+
+@pytest.mark.parametrize("layout", [Layout(2, 1), Layout(1, 2)], ids=str)
+def test_each_rank_keeps_a_budget(pipes, texts, layout):
+    """Blocks are streamed on both ranks, and a picture that one of them decodes in tiles is decoded so on both."""
+    demo, vae = pipes["mmdit-x"], randomized(VAE(VAEConfig((8, 8, 8, 8), blocks_per_level=1, groups=4)))
+    parts = Components(randomized(MMDiT(VARIANTS["mmdit-x"])), vae, None, None, None, demo.tokenizers, 3.0)
+    pipe = mmdit.Pipeline(parts, memory="100GB", device="cpu")
+    latent = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    tiled = pipe.decode(latent, tile=64)
+    wanted = [draw(pipe, texts), draw(pipe, texts, CASES["an odd size"])]
+    wanted += [wanted[0], tiled]
+    found = pipe.memory_plan
+    pipe._set_budget(smallest(found.models, found.activations).sum)
+
+    def work(rank):
+        mmdit.parallelize(pipe, *layout)
+        drawn = [draw(pipe, texts), draw(pipe, texts, CASES["an odd size"])]
+        assert pipe.memory_plan.streamed
+        pipe._set_budget(10**9)
+        pipe.accelerate()
+        drawn.append(draw(pipe, texts))
+        pipe.plain()
+        if rank:
+            fits = pipe._fit_vae
+            pipe._fit_vae = lambda *given, **more: (fits(*given, **more), 64)[1]
+        drawn.append(pipe.decode(latent))
+        return list(map(near, drawn, wanted))
+
+    for errors in values(in_processes(2, work)):
+        assert all(error < 1e-10 for error in errors), errors
+
+
+def test_a_budget_that_is_too_small_on_one_rank_is_refused_on_both(pipes, texts):
+    demo = pipes["large"]
+    parts = Components(randomized(MMDiT(VARIANTS["large"])), demo.vae, None, None, None, demo.tokenizers, 3.0)
+    pipe = mmdit.Pipeline(parts, memory="100GB", device="cpu")
+    wanted = draw(pipe, texts)
+
+    def work(rank):
+        mmdit.parallelize(pipe, 2, 1)
+        if rank:
+            pipe._budget, pipe.memory_plan = 1000, None
+        with pytest.raises(MemoryError if rank else mmdit.ParallelError, match=r"too small: the smallest plan"):
+            draw(pipe, texts)
+        pipe._budget = 10**11
+        return near(draw(pipe, texts), wanted)
+
+    assert all(error < 1e-10 for error in values(in_processes(2, work)))
 
 
 def test_decoding_in_bands():
