@@ -134,12 +134,12 @@ def test_copies_of_factors_are_counted(recipe):
 
 
 def test_a_full_matrix_beside_float8_reads_16_bits():
-    model = model_of("sd3.5-large", torch.float32)
+    model = model_of("sd3.5-large")
     quantized(model, "fp8")
-    beside(model, "joint_blocks.0.x_block.mlp.fc1", delta=torch.randn(256, 64, device=DEVICE))
+    beside(model, "joint_blocks.0.x_block.mlp.fc1", delta=torch.randn(256, 64, device=DEVICE, dtype=torch.float64))
     assert Product(model.joint_blocks[0].x_block.mlp.fc1).kind == "none"
-    inputs = inputs_of(model, dtype=torch.float32)
-    assert error(fast_of(model, inputs), model(*inputs).double()) < 2e-3
+    inputs = inputs_of(model)
+    assert error(fast_of(model, inputs), model(*inputs)) < 1e-12
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -186,11 +186,11 @@ def test_on_gpus_without_float8_units_it_has_the_same_codes(monkeypatch, recipe)
 
 
 def test_streams_of_different_recipes():
-    model = model_of("sd3.5-medium", torch.float32)
+    model = model_of("sd3.5-medium")
     quantize_(model, "fp8", ["joint_blocks.*.x_block.attn.*", "joint_blocks.*.x_block.mlp.*"])
     quantize_(model, "fp8-tensor", ["joint_blocks.*.context_block.mlp.*"])
-    inputs = inputs_of(model, dtype=torch.float32)
-    assert error(fast_of(model, inputs), model(*inputs).double()) < 2e-3
+    inputs = inputs_of(model)
+    assert error(fast_of(model, inputs), model(*inputs)) < 1e-12
 
 
 def test_static_scales_repeated_per_row_give_the_same_product():
