@@ -18,7 +18,7 @@ from mmdit.runtime import kernels
 GPU = DEVICE == "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.bfloat16]
 WIDTHS = [300, 2432, 9728] if GPU else [76]
-ROWS = [Rows(2, 333, 70), Rows(3, 0, 65), Rows(1, 65, 0)] if GPU else [Rows(2, 2, 3), Rows(1, 0, 66)]
+ROWS = [Rows(2, 333, 70), Rows(3, 0, 65), Rows(1, 65, 0)] if GPU else [Rows(2, 3, 2), Rows(1, 0, 66)]
 ROUNDINGS = [
     Rounding(),
     Rounding("token"),
@@ -45,9 +45,9 @@ def in_float64(added):
     return Added(added.low.double(), added.up.double())
 
 
-def near(found, wanted, dtype):
+def near(found, wanted, dtype, sums=2**-19):
     """Rounded once: within a unit of the last place, and the errors of float32's sums, whose terms are below 16."""
-    torch.testing.assert_close(found.double(), wanted, rtol=2 * EPSILON[dtype], atol=EPSILON[dtype] / 4 + 2**-19)
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * EPSILON[dtype], atol=EPSILON[dtype] / 4 + sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,7 +69,8 @@ def test_down_projections_of_both_streams(kind, width, rows, dtype):
     torch.testing.assert_close(read, exact.double(), rtol=2**-11, atol=2**-24 * float(exact.abs().max()))
     wanted = plain_kernels.low(activation, Down(read), torch.float64)
     size = wanted.abs().amax()
-    near(kernels.low(activation, down, dtype) / size, wanted / size, dtype)
+    sums = 2**-19 if kind == "none" else 2**-14  # matrix units cut off what is below the last place of a long sum
+    near(kernels.low(activation, down, dtype) / size, wanted / size, dtype, sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
