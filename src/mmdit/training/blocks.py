@@ -24,6 +24,7 @@ _ATTENTION = (
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 )
+_VARIANTS = 256  # of compiled blocks
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
@@ -52,7 +53,13 @@ def keep_all(blocks: Iterable[nn.Module]) -> None:
 
 
 def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
-    """Compile each block, with what `recompute` made of it, for static shapes."""
+    """Compile each block, with what `recompute` made of it, for static shapes.
+
+    Sets `torch._dynamo.config.recompile_limit`, which counts kinds of blocks times shapes times modes of gradients, of
+    all blocks together: beyond torch's own limit, 8, a step would fail.
+    """
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False, backend=backend)
 

@@ -21,6 +21,7 @@ from mmdit import load_lora, load_mmdit, merge_lora
 from mmdit.checkpoints.safetensors_io import CheckpointError, read_header
 from mmdit.models.lora import all_beside
 from mmdit.training.batches import InMemory
+from mmdit.training.blocks import compile_blocks
 from mmdit.training.checkpointing import checkpoints, load, save
 from mmdit.training.config import TrainingConfig
 from mmdit.training.journal import Journal
@@ -76,6 +77,18 @@ def test_checkpoint_ahead_and_compute_again_change_no_loss(tmp_path: Path) -> No
     assert found[1] == found[0]
     assert found[2] == pytest.approx(found[0], rel=1e-5)
     assert found[3] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
+def test_compiled_blocks_take_any_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Block(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    compile_blocks([block := Block()], backend="eager")
+    for rows in range(2, 6):
+        assert torch.equal(block(torch.ones(rows)), torch.full((rows,), 2.0))
 
 
 def test_between_steps_the_model_has_its_own_modulation(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ CONFIG = MMDiTConfig(depth=3, hidden_size=256, context_dim=128, pooled_dim=64, p
 
 
 def losses(quant: str | None, *, compiled: bool = False, ahead: int = 0, again: bool = True) -> tuple[list[float], int]:
-    torch._dynamo.reset()  # a compiler gives up after eight variants of a function, of all runs together
     gc.collect()  # of the run before, whose memory would count
     before = torch.cuda.memory_allocated()
     generator = torch.Generator().manual_seed(0)
