@@ -12,8 +12,10 @@ import time
 import torch
 
 import mmdit
+from mmdit.checkpoints.load_pipeline import Components
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import bands
+from mmdit.runtime.plan import smallest
 
 START = time.monotonic()
 RANK, CASE = int(os.environ["RANK"]), sys.argv[1]
@@ -26,11 +28,11 @@ ANY = {"progress": False, "output_type": "latent", "num_inference_steps": 4, "gu
 SIDE = 512 if CUDA else 64
 
 
-def pipeline(quant: str | None, dtype: torch.dtype) -> mmdit.Pipeline:
-    """The embedded model with a random transformer of five heads."""
+def pipeline(quant: str | None, dtype: torch.dtype, depth: int = 3) -> mmdit.Pipeline:
+    """The embedded model with a random transformer of five heads and so many blocks."""
     pipe = mmdit.Pipeline.demo(device=DEVICE, dtype=dtype)
     torch.manual_seed(0)
-    config = mmdit.MMDiTConfig(3, 320, 256, 192, 64, sample_size=64, dual_attention_blocks=(0,))
+    config = mmdit.MMDiTConfig(depth, 320, 256, 192, 64, sample_size=64, dual_attention_blocks=(0,))
     pipe.transformer = MMDiT(config)
     for tensor in pipe.transformer.parameters():
         tensor.data.normal_(std=0.5 * tensor.shape[-1] ** -0.5 if tensor.ndim > 1 else 0.1)
@@ -84,6 +86,41 @@ def differences() -> dict[str, object]:
     return found
 
 
+def budgets() -> dict[str, object]:
+    """By case, the relative error against one float32 rank with its limit, and gigabytes of the GPU with the budget."""
+    found: dict[str, object] = {}
+    exact = draw(pipeline(None, torch.float32, 12))
+    for fast in (False, True):
+        whole = pipeline(None, torch.bfloat16 if CUDA else torch.float32, 12)
+        models = (whole.transformer, whole.vae, whole.clip_l, whole.clip_g, whole.t5)
+        pipe = mmdit.Pipeline(Components(*models, whole.tokenizers, 3.0), memory="100GB", device=DEVICE)
+        del whole, models
+        if fast:
+            pipe.accelerate(attention="flash")
+        limit = 2 * near(draw(pipe), exact) + 1e-4
+        for layout in ((2, 1), (1, 2)):
+            parallel = mmdit.parallelize(pipe, *layout)
+            draw(pipe)
+            assert pipe.memory_plan is not None, "there is a budget"
+            budget = smallest(pipe.memory_plan.models, pipe.memory_plan.activations).sum + 50_000_000
+            of_ranks = parallel.mesh.world.gathered(torch.tensor([budget], device=DEVICE))
+            pipe._set_budget(int(of_ranks.max()))
+            if CUDA:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            case = f"{'fast' if fast else 'plain'}, {parallel.layout}"
+            found[case] = near(draw(pipe), exact), limit
+            assert pipe.memory_plan is not None, "there is a budget"
+            found[f"{case}, streamed"] = -len(pipe.memory_plan.streamed), -1
+            if CUDA:
+                free, total = torch.cuda.mem_get_info()
+                beside = total - free - torch.cuda.memory_reserved()
+                found[f"{case}, GB"] = (torch.cuda.max_memory_reserved() + beside) / 1e9, pipe._budget / 1e9
+            parallel.close()
+            pipe._set_budget(10**11)
+    return found
+
+
 def fault() -> None:
     """Fail on rank 1 in the middle of a drawing, while rank 0 waits for it on the GPU.
 
@@ -113,5 +150,7 @@ def fault() -> None:
 
 if CASE == "equal":
     print(json.dumps(differences()), flush=True)
+elif CASE == "budget":
+    print(json.dumps(budgets()), flush=True)
 else:
     fault()

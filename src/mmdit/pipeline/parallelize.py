@@ -76,7 +76,9 @@ def parallelize(
     pipe.parallel = PipelineParallel(pipe, layout, exchange)
     if pipe.accelerated is not None:
         pipe.accelerated.share(pipe.parallel.sequence)
-    pipe._replan()  # memory that the ranks share is set up now
+    if pipe._budget is not None:
+        pipe.parallel.connect()
+        pipe._replan()  # what exchanges take of the GPU is known now
     return pipe.parallel
 
 

@@ -99,6 +99,15 @@ class Parallel:
         dist.broadcast(found, src=0)
         return found.to(tensor.device)
 
+    def connect(self) -> None:
+        """Let the collectives take their memory of the GPU, which they do when they first run."""
+        with self.lifeline.guarded():
+            for team in (self.mesh.world, self.mesh.cfg, self.mesh.sequence):
+                ones = [torch.ones(1, device=self.device) for _ in range(2 * team.size)]
+                team.gathered(ones[0])
+                if team.size > 1:
+                    team.exchanged(ones[: team.size], ones[team.size :])
+
     def smallest(self, size: int | None) -> int | None:
         """The smallest size that a rank gives, on every rank; None where all give None."""
         with self.lifeline.guarded():

@@ -278,4 +278,8 @@ def test_loading_is_measured_and_results_are_as_large_as_files(monkeypatch, tmp_
         *("written", "read", "read", "loaded"),
     ]
     assert not [row for row in rows if "failed" in row[1]]
+    assert main(["bench", "loading", "--model", "demo", *options, "--cold"]) == 0
+    ways = capsys.readouterr().out.splitlines()
+    assert len([line for line in ways if "pass 1" in line]) == len([line for line in ways if "pass 2" in line]) > 0
+    assert not [line for line in ways if "failed" in line]
     assert not list(tmp_path.iterdir())

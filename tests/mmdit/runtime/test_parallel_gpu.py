@@ -80,6 +80,14 @@ def test_two_gpus_draw_what_one_draws(tmp_path):
         assert over == {}, said(ranks)
 
 
+def test_each_gpu_keeps_a_budget(tmp_path):
+    ranks = run("budget", tmp_path, limit=90)
+    assert [rank.code for rank in ranks] == [0, 0], said(ranks)
+    for rank in ranks:
+        found = json.loads(rank.out.splitlines()[-1])
+        assert {name: pair for name, pair in found.items() if not pair[0] <= pair[1]} == {}, said(ranks)
+
+
 @pytest.mark.parametrize("layout", ["cfg", "sequence", "kernels"])
 @pytest.mark.parametrize("fault", ["killed", "raised"])
 def test_a_fault_on_one_gpu_ends_both(fault, layout, tmp_path):
