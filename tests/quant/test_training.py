@@ -45,6 +45,30 @@ def test_the_forward_is_that_of_the_float8_weights_before_and_after_training(nam
     assert set(model.state_dict()) == set(plain.state_dict())
 
 
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_training_goes_on_from_float8_weights(name):
+    recipe, model = RECIPES_OF_ALL[name], model_of()
+    x = torch.randn(2, 5, 16)
+    quantize_(model, recipe, input_scales=scales_of(recipe))
+    codes, plain = [model[i].weight.qdata.clone() for i in (0, 2)], model(x)
+    fake = fake_quantize_(model, recipe)
+    assert list(fake) == ["0", "2"]
+    assert all(model[i].weight.requires_grad and model[i].weight.dtype == torch.float32 for i in (0, 2))
+    torch.testing.assert_close(model(x), plain, atol=0, rtol=0)
+    model(x).square().mean().backward()
+    assert all(model[i].weight.grad.abs().sum() > 0 for i in (0, 2))
+    quantize_trained_(model)
+    assert all(
+        torch.equal(model[i].weight.qdata.view(torch.uint8), codes[n].view(torch.uint8)) for n, i in ((0, 0), (1, 2))
+    )
+    torch.testing.assert_close(model(x), plain, atol=0, rtol=0)
+    with pytest.raises(ValueError, match="give no input_scales"):
+        fake_quantize_(model, recipe, input_scales={"0": 0.1})
+    other = "fp8-e5m2" if recipe.format == "e4m3" else "fp8"
+    with pytest.raises(ValueError, match="quantized already"):
+        fake_quantize_(model, other)
+
+
 def straight_through(x, scale, format):
     """s * q = s * (clamp(x / s) + r) with the remainder r of rounding held fixed, whose derivative is the rule's."""
     within = (x / scale).clamp(-LARGEST[format], LARGEST[format])

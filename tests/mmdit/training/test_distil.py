@@ -1,15 +1,18 @@
 """Distillation into float8: latents of drawings, the guided loss, and two ways of training that lessen the error."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from mmdit.demo.train_float8 import compiled_blocks
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.training.distil import States, distil, distil_blocks, guided, guided_loss, states_of
+from mmdit.training.distil import States, distil, distil_blocks, guided, guided_loss, states_of, wanted_of
 from quant import is_quantized
 from quant.training import fake_quantize_, quantize_trained_
+from skips import SKIPS
 from tiny_training import demo
 
 GUIDANCE = 4.5
@@ -73,6 +76,92 @@ def test_distillation_lessens_the_error_and_ends_in_float8(teacher, states):
     assert error(student, teacher, states) < 0.3 * before
 
 
+def test_velocities_are_the_teachers_and_training_with_them_is_the_same(teacher, states):
+    known = states.with_velocities(teacher, batch=4)  # parts of 4 are cut across drawings
+    assert known.velocities.shape == (2, *states.x.shape)
+    batch = known.draw(12, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = guided(teacher, batch, GUIDANCE)
+    for ours, its in zip(wanted_of(torch.nn.Identity(), batch, GUIDANCE), wanted, strict=True):
+        torch.testing.assert_close(ours, its, atol=2e-5, rtol=1e-5)  # batches of another size sum in another order
+    losses = []
+    for some in (states, known):
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        fake_quantize_(student, "fp8-e5m2")
+        losses.append([float(found.loss) for found in distil(student, teacher, some, steps=3, batch=6)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_states_along_a_drawing_are_different_steps_of_one_prompt(states):
+    batch = states.draw(8, torch.Generator().manual_seed(0), along=2)
+    for first in range(0, 8, 2):
+        assert torch.equal(batch.pooled[first], batch.pooled[first + 1])
+        assert batch.timestep[first] != batch.timestep[first + 1]
+    every = states.draw(3, torch.Generator().manual_seed(0), along=3)
+    assert sorted(every.timestep.tolist()) == pytest.approx([300, 600, 900])
+    for size, along in ((8, 3), (8, 4), (8, 0)):
+        with pytest.raises(ValueError, match=f"along={along}: .* {size}, up to the 3 steps"):
+            states.draw(size, torch.Generator(), along=along)
+
+
+def test_errors_that_persist_along_a_drawing_count_most(teacher, states):
+    batch = states.draw(6, torch.Generator().manual_seed(5), along=3)._replace(weight=torch.tensor([1.0, 2, 3] * 2))
+    own = guided(teacher, batch, GUIDANCE)
+    g = torch.Generator().manual_seed(6)
+    wanted = tuple(one + torch.randn(one.shape, generator=g) for one in own)
+    with torch.no_grad():
+        ours = float(guided_loss(teacher, wanted, batch, GUIDANCE, along=3))
+    a, b, both = ((one - other).double() for one, other in zip(own, wanted, strict=True))
+    single = sum(batch.weight[i] * (a[i] ** 2 + b[i] ** 2).mean() for i in range(6)) / 6
+    summed = [sum(batch.weight[3 * k + i] * both[3 * k + i] for i in range(3)) / 3 for k in range(2)]
+    assert ours == pytest.approx(float(single + 3 * sum((one**2).mean() for one in summed) / 2), rel=1e-5)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_loss_that_is_not_finite_names_the_step_and_the_layer_and_changes_nothing(teacher, states, known):
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    fake_quantize_(student, "fp8")
+    run = distil(student, teacher, states.with_velocities(teacher) if known else states, steps=5, batch=6)
+    next(run)
+    with torch.no_grad():
+        student.joint_blocks[1].x_block.mlp.fc1.bias[0] = float("nan")
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(FloatingPointError, match=r"step 1: .*joint_blocks\.1\.x_block\.mlp\.fc1"):
+        next(run)
+    after = student.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before if "mlp.fc1.bias" not in key)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype:UserWarning")  # CPUs have no fused RMSNorm of two dtypes
+def test_with_autocast_the_loss_is_that_of_float32_up_to_the_narrow_dtype(teacher, states):
+    losses = []
+    for autocast in (None, torch.bfloat16):
+        student = copy.deepcopy(teacher).requires_grad_(True)
+        fake_quantize_(student, "fp8")
+        (found,) = distil(student, teacher, states, steps=1, batch=6, autocast=autocast)
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+        losses.append(float(found.loss))
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_recorded_step_trains_as_an_eager_one(teacher, states, compiled):
+    losses = []
+    for recorded in (False, True):
+        student = copy.deepcopy(teacher).cuda().requires_grad_(True)
+        fake_quantize_(student, "fp8-tensor")
+        some = states.to("cuda").with_velocities(copy.deepcopy(teacher).cuda())
+        with compiled_blocks(student) if compiled and recorded else nullcontext():
+            made = distil(student, teacher, some, steps=20, batch=6, along=3, rate=1e-4, recorded=recorded)
+            losses.append([float(found.loss) for found in made])
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.02)  # codes flip where sums have another order
+    assert losses[0] == pytest.approx(losses[1], rel=0.3)
+    assert losses[1][-1] < losses[1][0]
+
+
 def test_block_by_block_trains_one_block_at_a_time(teacher, states):
     student = copy.deepcopy(teacher)
     fake_quantize_(student, "fp8-e5m2")
@@ -99,5 +188,9 @@ def test_refusals(teacher, states):
             next(distil(teacher, teacher, states, **ends))
     with pytest.raises(ValueError, match="requires gradients"):
         next(distil(teacher, teacher, states, steps=1))
+    student = copy.deepcopy(teacher)
+    fake_quantize_(student, "fp8")
+    with pytest.raises(ValueError, match="on cpu"):
+        next(distil(student, teacher, states, steps=1, recorded=True))
     with pytest.raises(ValueError, match="needs prompts"):
         states_of(demo(), [])

@@ -1,0 +1,172 @@
+"""Rounding by second moments: GPTQ equals its textbook form, no row is worse than nearest, biases take up the mean."""
+
+import pytest
+import torch
+from torch import nn
+
+from quant import Recipe, quantize_
+from quant.observers import observe
+from quant.quantize import snr
+from quant.rounding import Moments, input_noise, round_by_moments, rounded_linear
+from quant.scaling import from_codes, scale_of, to_codes
+
+IN, OUT = 150, 6  # columns of two blocks, the second of them cut short
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    """1200 tokens whose channels share 20 directions, with a mean, float64 [1200, IN]."""
+    g = torch.Generator().manual_seed(0)
+    shared = torch.randn(1200, 20, generator=g) @ torch.randn(20, IN, generator=g)
+    return (shared + 0.3 * torch.randn(1200, IN, generator=g) + torch.linspace(-2, 2, IN)).double()
+
+
+@pytest.fixture(scope="module")
+def weight():
+    return torch.randn(OUT, IN, generator=torch.Generator().manual_seed(1))
+
+
+def second_of(x):
+    return x.T @ x / len(x)
+
+
+def nearest(weight, scale, format):
+    return from_codes(to_codes(weight, scale, format), format)
+
+
+def errors(numbers, weight, scale, second):
+    """The mean square error of each output over inputs with these second moments, [out]."""
+    rest = numbers.double() * scale - weight.double()
+    return ((rest @ second) * rest).sum(1)
+
+
+def scales(weight, format, *, rows):
+    return scale_of(weight.abs().amax(dim=1, keepdim=True) if rows else weight.abs().amax(), format)
+
+
+def textbook(units, second, format):
+    """Algorithm 1 of GPTQ one column at a time: what is left of the inverse is found anew after each column."""
+    damped = second + 1e-3 * second.diagonal().mean() * torch.eye(len(second))
+    order = second.diagonal().argsort(descending=True, stable=True).tolist()
+    left, made = units.double().clone(), torch.zeros_like(units, dtype=torch.float64)
+    for done, column in enumerate(order):
+        rest = order[done:]
+        inverse = torch.linalg.inv(damped[rest][:, rest])
+        made[:, column] = nearest(left[:, column].float(), torch.ones(()), format).double()
+        error = (left[:, column] - made[:, column]) / inverse[0, 0]
+        left[:, rest] -= torch.outer(error, inverse[0])
+    return made
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_no_row_is_worse_than_nearest_rounding_and_numbers_are_codes(inputs, weight, format, rows):
+    second, scale = second_of(inputs), scales(weight, format, rows=rows)
+    numbers = round_by_moments(weight, scale, format, second)
+    assert numbers.shape == weight.shape
+    assert numbers.dtype == torch.float32
+    assert torch.equal(nearest(numbers, torch.ones(()), format), numbers)
+    plain = errors(nearest(weight, scale, format), weight, scale, second)
+    ours = errors(numbers, weight, scale, second)
+    assert (ours < plain).all()
+    assert ours.sum() < 0.3 * plain.sum()  # 0.11 to 0.17 of it
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_uncorrelated_inputs_are_rounded_to_nearest(weight, format):
+    scale = scales(weight, format, rows=True)
+    for second in (torch.eye(IN), torch.diag(torch.linspace(0.1, 9, IN)), torch.zeros(IN, IN)):
+        numbers = round_by_moments(weight, scale, format, second.double())
+        assert torch.equal(numbers, nearest(weight, scale, format))
+
+
+def test_without_sweeps_it_is_gptq(inputs, weight):
+    second, scale = second_of(inputs), scales(weight, "e4m3", rows=True)
+    numbers = round_by_moments(weight, scale, "e4m3", second, sweeps=0)
+    expected = textbook(weight.double() / scale.double(), second, "e4m3")
+    assert torch.equal(numbers.double(), expected)
+    swept = round_by_moments(weight, scale, "e4m3", second, sweeps=2)
+    before, after = (errors(one, weight, scale, second) for one in (numbers, swept))
+    assert (after <= before * (1 + 1e-3)).all()  # it descends the damped form
+    assert after.sum() < 0.95 * before.sum()
+
+
+def test_no_single_code_can_be_bettered_after_the_descent(inputs, weight):
+    second, scale = second_of(inputs)[:40, :40], scales(weight[:, :40], "e4m3", rows=False)
+    form = second + 1e-3 * second.diagonal().mean() * torch.eye(40)
+    numbers = round_by_moments(weight[:, :40], scale, "e4m3", second, sweeps=30)
+    least = errors(numbers, weight[:, :40], scale, form)
+    for column in range(40):
+        for factor in (0.89, 0.94, 1.06, 1.12):  # codes beside each
+            other = numbers.clone()
+            other[:, column] = nearest(factor * numbers[:, column], torch.ones(()), "e4m3")
+            assert (errors(other, weight[:, :40], scale, form) >= least * (1 - 1e-6)).all()
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_the_noise_of_rounded_inputs_is_that_of_the_formula(format):
+    size = 2.0 ** (8 * torch.rand(200_000, generator=torch.Generator().manual_seed(2)) - 4)  # log-uniform
+    rest = from_codes(to_codes(size, torch.ones(()), format), format) - size
+    assert float(rest.square().mean() / size.square().mean()) == pytest.approx(input_noise(format), rel=0.02)
+
+
+def test_noise_of_the_inputs_is_weighed_in(inputs, weight):
+    noise, second, scale = 0.05, second_of(inputs), scales(weight, "e4m3", rows=True)
+
+    def with_noise(numbers):
+        made = numbers.double() * scale
+        return errors(numbers, weight, scale, second) + noise * (made.square() * second.diagonal()).sum(1)
+
+    deaf = round_by_moments(weight, scale, "e4m3", second)
+    ours = round_by_moments(weight, scale, "e4m3", second, noise=noise)
+    assert (with_noise(ours) < with_noise(deaf)).all()
+    best = weight.double() @ second @ torch.linalg.inv(second + noise * torch.diag(second.diagonal()))
+    least = errors(best, weight, 1.0, second) + noise * (best.square() * second.diagonal()).sum(1)
+    assert with_noise(ours).sum() < 1.1 * least.sum()  # rounding adds little to what noise leaves
+
+
+@pytest.mark.parametrize("recipe", [Recipe(granularity="tensor", activation="static"), Recipe(activation="none")])
+def test_a_bias_takes_up_the_mean(inputs, weight, recipe):
+    bias = torch.randn(OUT, generator=torch.Generator().manual_seed(3))
+    moments = Moments(inputs.mean(0), second_of(inputs))
+    static = 0.02 if recipe.activation == "static" else None
+    made, shifted = rounded_linear(weight, bias, moments, recipe, input_scale=static)
+    rest = inputs @ (made.dequantize(torch.float64) - weight.double()).T + (shifted - bias).double()
+    assert rest.mean(0).abs().max() < 1e-5
+    assert made.recipe == recipe
+    assert made.dtype == weight.dtype
+    without, none = rounded_linear(weight, None, moments, recipe, input_scale=static)
+    assert none is None
+    rest = inputs @ (without.dequantize(torch.float64) - weight.double()).T
+    assert rest.mean(0).abs().max() < 0.2 * rest.std(0).max()  # the codes hold it instead
+
+
+def test_observed_moments_round_a_model_for_its_outputs(inputs):
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(IN, 24), nn.GELU(), nn.Linear(24, 8, bias=False)).bfloat16()
+    x = inputs.bfloat16()
+    with observe(model, second=True) as seen, torch.no_grad():
+        wanted = model(x)
+    moments = {name: one.moments for name, one in seen.items()}
+    wide = x.double()
+    torch.testing.assert_close(moments["0"].second, second_of(wide), rtol=1e-12, atol=0)
+    close = []
+    for given in (None, moments):
+        torch.manual_seed(4)
+        other = nn.Sequential(nn.Linear(IN, 24), nn.GELU(), nn.Linear(24, 8, bias=False)).bfloat16()
+        quantize_(other, "fp8-weight-only", moments=given)
+        with torch.no_grad():
+            close.append(snr(wanted, other(x)))
+    assert close[1] > close[0] + 3  # dB
+    with pytest.raises(ValueError, match="'2'"):
+        quantize_(model, "fp8", moments={"0": moments["0"]})
+    with observe(model) as seen, torch.no_grad():
+        model(x)
+    with pytest.raises(ValueError, match="second=True"):
+        seen["0"].moments  # noqa: B018 # a property that raises
+
+
+def test_refusals(weight):
+    for second, told in ((torch.eye(3), r"\[3, 3\], 0 not finite"), (torch.full((IN, IN), float("nan")), "22500 not")):
+        with pytest.raises(ValueError, match=told):
+            round_by_moments(weight, torch.ones(()), "e4m3", second)
