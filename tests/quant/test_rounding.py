@@ -91,6 +91,18 @@ def test_without_sweeps_it_is_gptq(inputs, weight):
     assert after.sum() < 0.95 * before.sum()
 
 
+def test_where_gptq_is_worse_than_nearest_rounding_the_latter_stays():
+    g = torch.Generator().manual_seed(5)
+    second, weight = second_of(torch.randn(4, 3, generator=g).double()), torch.randn(500, 3, generator=g)
+    form = second + 1e-3 * second.diagonal().mean() * torch.eye(3)
+    scale = scales(weight, "e5m2", rows=False)
+    plain = errors(nearest(weight, scale, "e5m2"), weight, scale, form)
+    alone = errors(textbook(weight.double() / scale.double(), second, "e5m2"), weight, scale, form)
+    ours = errors(round_by_moments(weight, scale, "e5m2", second, sweeps=0), weight, scale, form)
+    assert (alone > 1.1 * plain).any()
+    torch.testing.assert_close(ours, torch.minimum(alone, plain), rtol=1e-6, atol=1e-12)
+
+
 def test_no_single_code_can_be_bettered_after_the_descent(inputs, weight):
     second, scale = second_of(inputs)[:40, :40], scales(weight[:, :40], "e4m3", rows=False)
     form = second + 1e-3 * second.diagonal().mean() * torch.eye(40)
@@ -135,6 +147,10 @@ def test_a_bias_takes_up_the_mean(inputs, weight, recipe):
     assert rest.mean(0).abs().max() < 1e-5
     assert made.recipe == recipe
     assert made.dtype == weight.dtype
+    moved = Moments(inputs.mean(0) + 9, second_of(inputs + 9))
+    if recipe.activation == "none":  # what is added to all inputs is no business of the codes
+        same, _ = rounded_linear(weight, bias, moved, recipe)
+        assert torch.equal(same.dequantize(), made.dequantize())
     without, none = rounded_linear(weight, None, moments, recipe, input_scale=static)
     assert none is None
     rest = inputs @ (without.dequantize(torch.float64) - weight.double()).T
