@@ -23,5 +23,7 @@ SKIPS = {
     "links": "this system has no O_NOFOLLOW",
     # tests/mmdit/pictures/test_edges.py: OpenCV is no dependency of ours.
     "opencv": "needs OpenCV (cv2)",
+    # tests/mmdit/training/test_training_gpu.py: the 8-bit AdamW is torchao's.
+    "torchao": "needs torchao",
     "memory": "the memory of a process is read from /proc, which only Linux has",
 }

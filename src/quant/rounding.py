@@ -59,8 +59,9 @@ def round_by_moments(
 ) -> Tensor:
     """The numbers of codes, float32 [out, in], whose products with the inputs are close to those of the weight.
 
-    They are to be multiplied by `scale`. Beside the arguments it takes about six times the memory of `second` and
-    of the weight in float32; factors of `second` are computed in float64.
+    They are to be multiplied by `scale`. All is in float64: beside the arguments it takes four times the memory
+    of `second` and eight times that of the weight in float64, which is 4.5 GB for a weight of [2432, 9728] (from peaks
+    measured at [456, 1824] and [3648, 1824]).
 
     Args:
         weight: [out, in].
@@ -86,9 +87,10 @@ def round_by_moments(
     units = weight.detach().double() / scale.double()
     if noise:
         # Damping holds channels without inputs at the weight's own values.
-        units = torch.linalg.solve(noisy, units @ (wide + damping * torch.eye(size).to(wide)), left=False)
+        units = torch.linalg.solve(noisy, torch.addmm(units, units, wide, beta=damping), left=False)
     order = spread.argsort(descending=True, stable=True)
-    target, form = units[:, order].T.contiguous(), noisy[order][:, order]
+    target, form = units[:, order].T.contiguous(), noisy[order[:, None], order]
+    del noisy, units  # as large as the moments and the weight
     nearest = _rounded(target, format)
     made = _compensated(target, form, format)
     worse = _errors(made, target, form) > _errors(nearest, target, form)
@@ -145,8 +147,7 @@ def _errors(made: Tensor, target: Tensor, form: Tensor) -> Tensor:
 
 def _compensated(target: Tensor, form: Tensor, format: Format) -> Tensor:
     """GPTQ: codes [in, out] of a target of the same shape, columns of the weight from first to last."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(form))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(form)), upper=True)
     left, made = target.clone(), torch.empty_like(target)
     for first in range(0, len(target), _BLOCK):
         last = min(first + _BLOCK, len(target))

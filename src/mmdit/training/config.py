@@ -82,7 +82,8 @@ class TrainingConfig:
     weight_decay: float = _setting(1e-2, "AdamW's weight decay", 0)
     clip: float | None = _setting(1.0, "largest norm of all gradients together; null does not clip", above=0)
     fused_backward: bool = _setting(
-        False, "step each parameter as soon as its gradient is there, and free it; needs accumulation 1 and clip null"
+        False,
+        "step each parameter as soon as its gradient is there, and free it unchecked; needs accumulation 1, clip null",
     )
     ema: float | None = _setting(None, "decay of the average of the trained weights, which is what is written", 0, 1)
 

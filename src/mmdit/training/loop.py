@@ -106,7 +106,7 @@ class StepResult(NamedTuple):
 
     step: int
     loss: Tensor  # mean over the samples of the step, on this process
-    norm: Tensor | None  # of all gradients together, before clipping
+    norm: Tensor | None  # of all gradients together, before clipping; None with `fused_backward`
     rate: float
     times: Tensor  # [samples of the step]
     losses: Tensor  # one for each time
@@ -135,7 +135,8 @@ def training_step(run: Training, step: int) -> StepResult:
 
     Raises:
         FloatingPointError: a loss is not finite (the step, the times and the first layer are named), or the norm of the
-            gradients where they are clipped; no weight has changed in this step.
+            gradients; no weight has changed in this step. With `fused_backward` gradients are gone by then and are not
+            checked.
     """
     config, weight = run.config, WEIGHTINGS[run.config.weighting]
     rate = rate_at(step, config.steps, peak=config.learning_rate, warmup=config.warmup, schedule=config.schedule)
@@ -181,10 +182,16 @@ def block_norms(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def clipped(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor | None:
-    """Scale all gradients so that their common norm is at most `most`; returns the norm before. None does nothing."""
-    if most is None:
+    """Scale all gradients so that their common norm is at most `most`; returns the norm before.
+
+    None scales nothing. Without any gradient, as after a fused backward pass, the norm is None.
+    """
+    made = [one for one in parameters if one.grad is not None]
+    if not made:
         return None
-    return _whole(nn.utils.clip_grad_norm_(list(parameters), most))
+    if most is None:
+        return _whole(nn.utils.get_total_norm([one.grad for one in made if one.grad is not None]))
+    return _whole(nn.utils.clip_grad_norm_(made, most))
 
 
 def _whole(norm: Tensor) -> Tensor:

@@ -147,6 +147,9 @@ def test_with_autocast_the_loss_is_that_of_float32_up_to_the_narrow_dtype(teache
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])
+# Warnings of torch's compiler, which refuses what checks of signatures note.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_recorded_step_trains_as_an_eager_one(teacher, states, compiled):
     losses = []

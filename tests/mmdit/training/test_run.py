@@ -25,7 +25,7 @@ from mmdit.training.blocks import compile_blocks
 from mmdit.training.checkpointing import checkpoints, load, save
 from mmdit.training.config import TrainingConfig
 from mmdit.training.journal import Journal
-from mmdit.training.loop import Processes, block_norms, flow_losses, training_step
+from mmdit.training.loop import Processes, block_norms, clipped, flow_losses, training_step
 from mmdit.training.run import loss_by_time, train
 from mmdit.training.setup import make_optimizer, start
 from tiny_training import noise, samples, settings, tiny_model, tiny_pipe
@@ -241,13 +241,28 @@ def test_a_loss_that_is_not_finite_names_step_time_and_layer(tmp_path: Path) -> 
         [training_step(run, step) for step in range(2)]
 
 
-def test_gradients_that_are_not_finite_change_no_weight(tmp_path: Path) -> None:
-    run, _ = start(settings(tmp_path, clip=1.0), pipe=tiny_pipe(), samples=samples())
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_gradients_that_are_not_finite_change_no_weight(tmp_path: Path, clip: float | None) -> None:
+    run, _ = start(settings(tmp_path, clip=clip), pipe=tiny_pipe(), samples=samples())
     before = [one.detach().clone() for one in run.parameters.values()]
     next(iter(run.parameters.values())).register_hook(lambda grad: torch.full_like(grad, float("inf")))
     with pytest.raises(FloatingPointError, match=r"step 0: .*gradients is inf"):
         training_step(run, 0)
     assert all(map(torch.equal, before, run.parameters.values()))
+
+
+@pytest.mark.parametrize("clip", [0.01, None])
+def test_the_norm_is_that_of_all_gradients_before_clipping(clip: float | None) -> None:
+    torch.manual_seed(0)
+    parts = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,), (2,))]
+    grads = [torch.randn(part.shape) for part in parts[:2]]
+    for part, grad in zip(parts, grads, strict=False):
+        part.grad = grad.clone()
+    expected = torch.cat([grad.flatten() for grad in grads]).double().norm()
+    assert clipped(parts, clip) == pytest.approx(float(expected), rel=1e-6)
+    left = torch.cat([part.grad.flatten() for part in parts[:2]]).double().norm()
+    assert float(left) == pytest.approx(clip or float(expected), rel=1e-3)
+    assert clipped(parts[2:], clip) is None
 
 
 def test_a_loss_under_fsdp_that_is_not_finite_runs_no_pass_that_the_others_lack(tmp_path: Path) -> None:

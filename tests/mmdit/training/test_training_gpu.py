@@ -1,6 +1,7 @@
 """Steps on a GPU: float8 bases, compiled blocks and modulation ahead give the numbers of plain steps."""
 
 import gc
+import importlib.util
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from mmdit.training.setup import ahead_of, make_optimizer, place
 from skips import SKIPS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])]
+NO_TORCHAO = importlib.util.find_spec("torchao") is None
 CONFIG = MMDiTConfig(depth=3, hidden_size=256, context_dim=128, pooled_dim=64, pos_embed_size=16)
 
 
@@ -94,3 +96,24 @@ def test_modulation_visits_the_gpu_for_other_passes() -> None:
             assert torch.equal(model(*inputs), wanted)
         assert torch.equal(model(*inputs), of_the_pass)
         assert all(one.is_pinned() for place in ahead.places for one in place.made.parameters())
+
+
+@pytest.mark.skipif(NO_TORCHAO, reason=SKIPS["torchao"])
+@pytest.mark.filterwarnings("ignore")  # torchao's own, of its optional parts
+def test_adamw_with_states_of_8_bits_steps_like_adamw_and_holds_a_quarter_of_its_states():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(512, 512, generator=generator)
+    grads = [torch.randn(512, 512, generator=generator).cuda() for _ in range(10)]
+    ends, sizes = [], []
+    for kind in ("adamw", "adamw8bit"):
+        weight = torch.nn.Parameter(first.cuda())
+        optimizer = make_optimizer([weight], TrainingConfig(optimizer=kind, learning_rate=1e-2))
+        for grad in grads:
+            weight.grad = grad.clone()
+            optimizer.step()
+        ends.append(weight.detach() - first.cuda())
+        parts = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        sizes.append(sum(part.nbytes if type(part) is torch.Tensor else part.codes.nbytes for part in parts))
+    assert (ends[0] - ends[1]).norm() < 0.05 * ends[0].norm()
+    assert not torch.equal(*ends)
+    assert sizes[1] * 4 == sizes[0]
