@@ -120,9 +120,12 @@ def outcome(call: Callable[[], object]) -> str:
 
 
 def main() -> None:
-    import torch
+    from mmdit._imports import without_collections
 
-    import mmdit
+    with without_collections():
+        import torch
+
+        import mmdit
 
     warnings.simplefilter("ignore")
     mmdit.Pipeline.demo()("a", num_inference_steps=1, height=32, width=32)  # loads all that a drawing imports

@@ -110,6 +110,8 @@ def test_both_faces_are_one_attention(qkv, how):
 
 
 COMPILED = """
+import gc
+gc.disable()  # a quarter of the time, in a process that ends soon
 import torch
 from inspected import PATCHES, TEXT, inputs, model
 from mmdit.pipeline.passes import perturbed
@@ -126,8 +128,8 @@ small = model()
 plain = small(*inputs())
 with perturbed(small, (1,), TEXT):
     wanted = small(*inputs())
-for block in small.joint_blocks:
-    block.compile(backend="eager")
+for block in small.joint_blocks[1:]:  # the first one would take what the second one takes
+    block.compile(backend="eager", dynamic=False)  # symbols for sizes would take half of the time
 for _ in range(2):
     assert torch.equal(small(*inputs()), plain)
     with perturbed(small, (1,), TEXT):

@@ -296,7 +296,7 @@ class Expected:
 
 
 CALLS = ("load", "load", "set", "set", "fuse", "unfuse", "delete", "disable", "enable", "quantize", "dequantize")
-SEQUENCES = 500 if os.environ.get("MMDIT_FULL") == "1" else 60
+SEQUENCES = 500 if os.environ.get("MMDIT_FULL") == "1" else 40
 FILES = {seed: load_lora(low_rank(seed)) for seed in (1, 7, 30)}
 
 
