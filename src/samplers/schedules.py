@@ -284,10 +284,12 @@ def beta_quantile(shares: Tensor) -> Tensor:
 
 def _beta_below(x: Tensor, a: float = 0.6) -> Tensor:
     """Return the cumulative probability of x: x^a sum_n (1 - a)_n x^n / (n! (a + n)), from the nearer end."""
-    near, total, term = torch.minimum(x, 1 - x), torch.zeros_like(x), torch.ones_like(x)
+    near = torch.minimum(x, 1 - x)
+    powers = near.numpy()  # few numbers and thousands of operations, which numpy starts in a third of torch's time
+    total, term = np.zeros_like(powers), np.ones_like(powers)
     for n in range(60):  # near is at most 1/2, so each term is at most half of the one before
-        total, term = total + term / (a + n), term * near * (1 - a + n) / (n + 1)
-    share = near**a * total * gamma(2 * a) / gamma(a) ** 2
+        total, term = total + term / (a + n), term * powers * (1 - a + n) / (n + 1)
+    share = near**a * torch.from_numpy(total) * gamma(2 * a) / gamma(a) ** 2
     return torch.where(x < 1 / 2, share, 1 - share)
 
 
