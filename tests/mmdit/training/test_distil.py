@@ -2,14 +2,17 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmdit.demo import train_float8
 from mmdit.demo.train_float8 import compiled_blocks
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.training.distil import States, distil, distil_blocks, guided, guided_loss, states_of, wanted_of
+from mmdit.training.distil import Distilled, States, distil, distil_blocks, guided, guided_loss, states_of, wanted_of
+from mmdit.training.journal import Journal
 from quant import is_quantized
 from quant.training import fake_quantize_, quantize_trained_
 from skips import SKIPS
@@ -143,6 +146,32 @@ def test_with_autocast_the_loss_is_that_of_float32_up_to_the_narrow_dtype(teache
         losses.append(float(found.loss))
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+def test_the_demo_says_loudly_which_quick_ways_failed_and_goes_on(teacher, states, tmp_path, monkeypatch):
+    student, tried = copy.deepcopy(teacher), []
+
+    def failing(model, *_, recorded, **__):
+        tried.append((model.joint_blocks[0]._compiled_call_impl is not None, recorded))
+        if recorded:
+            raise RuntimeError("no such kernel")
+        yield from (Distilled(i, i / 2, torch.zeros(()), None) for i in (1, 2))
+
+    monkeypatch.setattr(train_float8, "distil", failing)
+    for block in student.joint_blocks:  # the compiler itself takes seconds to load
+        monkeypatch.setattr(
+            block,
+            "compile",
+            lambda block=block, **_: setattr(block, "_compiled_call_impl", block.forward),
+            raising=False,
+        )
+    on_gpu = states._replace(x=SimpleNamespace(is_cuda=True))
+    journal = Journal(tmp_path, quiet=True)
+    found = train_float8._quickest(student, teacher, on_gpu, 0.0, 1.0, journal, train_float8.CPU)
+    assert [one.share for one in found] == [0.5, 1.0]
+    assert tried == [(True, True), (False, True), (False, False)]
+    assert (tmp_path / "log.txt").read_text().count("!!! NO TRAINING WITH") == 2
+    assert all(block._compiled_call_impl is None for block in student.joint_blocks)
 
 
 @pytest.mark.gpu
