@@ -101,11 +101,12 @@ figure.tight_layout()
 # seeds, thin lines are single seeds. Two blocks differ only where their bars lie apart: where they overlap, these seeds
 # do not say which of the blocks decides.
 #
-# With sixteen seeds, text that is swapped from the last block on alone still takes the colour 0.82 +- 0.10 and the
-# position 0.64 +- 0.22 of the way. Colour falls between blocks 2 and 3 (from 0.99 +- 0.03), so part of it is read in
-# block 2. Position falls between blocks 1 and 3 (from 1.00 +- 0.06); at block 2 it scatters between seeds, 0.76 +- 0.26,
-# from none of the way to all of it. Whether position is read earlier than colour these seeds do not say: the intervals
-# of the two curves overlap at blocks 2 and 3.
+# With sixteen seeds, text that is swapped from the last block on alone still takes the colour 0.73 +- 0.07 and the
+# position 0.72 +- 0.23 of the way. Both fall between blocks 2 and 3 (from 1.01 +- 0.02 and 1.00 +- 0.06), so part of each
+# is read in block 2; at block 3 position scatters between seeds, from none of the way to all of it. Whether position is
+# read earlier than colour these seeds do not say: the intervals of the two curves overlap there. Swapped at block 0, the
+# text takes the colour 0.77 +- 0.03 of the way only: the pooled vectors, which modulate the text stream too, are not
+# swapped and still say the first colour.
 
 # %% [markdown]
 # ## Leave out a block

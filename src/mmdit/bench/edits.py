@@ -50,7 +50,7 @@ class Redraw:
     """
 
     sampler: str = "euler"
-    strength: float = 0.9
+    strength: float = 0.7
     guidance: float = 4.5
     steps: int = 20
     margin: float = 3.0
