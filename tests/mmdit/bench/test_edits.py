@@ -59,7 +59,7 @@ def test_recolour_counts():
     ways = [edits.REDRAW, edits.Redraw(sampler="euler_ancestral", strength=0.8, reach=8.0)]
     rows = list(edits.recolour(Unchanged(), 4, ways))
     assert [row[:6] for row in rows] == [
-        ["euler", 0.9, 4.5, 20, 3.0, None],
+        ["euler", 0.7, 4.5, 20, 3.0, None],
         ["euler_ancestral", 0.8, 4.5, 20, 3.0, 8.0],
     ]
     for row in rows:
