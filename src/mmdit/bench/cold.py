@@ -58,9 +58,9 @@ def cut(wanted: Wanted, count: int) -> list[Wanted]:
 
 
 def _ways(device: torch.device) -> dict[str, Way]:
-    def into_tensors(readers: int, size: int, run: int, ahead: int = 0) -> Way:
+    def into_tensors(readers: int, size: int, run: int) -> Way:
         def way(wanted: Wanted) -> object:
-            with filled(wanted, device, readers=readers, size=size * _MIB, run=run * _MIB, ahead=ahead * _MIB) as found:
+            with filled(wanted, device, readers=readers, size=size * _MIB, run=run * _MIB) as found:
                 pass
             return found
 
@@ -71,7 +71,6 @@ def _ways(device: torch.device) -> dict[str, Way]:
         "only read by 4 threads": partial(_only_read, 4, device.type == "cuda"),
         "tensors filled by 4 threads, 8 MiB by turns": into_tensors(4, 8, 8),
         f"tensors filled by 4 threads, {run} MiB in order": into_tensors(4, 8, run),
-        f"tensors filled by 4 threads, {run} MiB in order, 64 MiB asked for ahead": into_tensors(4, 8, run, 64),
         "only read by 16 threads": partial(_only_read, 16, device.type == "cuda"),
         f"tensors filled by 8 threads, {run} MiB in order": into_tensors(8, 8, run),
         f"tensors filled by 16 threads, {run} MiB in order": into_tensors(16, 8, run),

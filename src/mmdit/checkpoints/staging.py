@@ -86,7 +86,6 @@ def filled(
     readers: int = READERS,
     size: int = PIECE,
     run: int = RUN,
-    ahead: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
     """Tensors of files on a device in their stored dtypes. Inside they are being filled; afterwards they are filled.
 
@@ -96,7 +95,6 @@ def filled(
         readers: threads.
         size: bytes of a buffer; each thread has two.
         run: the most bytes that a thread reads in order before it goes on elsewhere.
-        ahead: bytes behind each piece that the system is asked to read already; 0 leaves it to the system.
 
     Raises:
         CheckpointError: a file has been replaced or changed since its header was read, or it ends too early.
@@ -119,7 +117,7 @@ def filled(
     stop = Event()
     with ThreadPoolExecutor(readers) as pool:
         try:
-            reading = partial(_read, work, targets, device, size, ahead, ready, stop)
+            reading = partial(_read, work, targets, device, size, ready, stop)
             running = [pool.submit(reading) for _ in range(readers)]
             yield found
             for thread in running:
@@ -133,7 +131,6 @@ def _read(
     targets: Mapping[str, Tensor],
     device: torch.device,
     size: int,
-    ahead: int,
     ready: torch.cuda.Event | None,
     stop: Event,
 ) -> None:
@@ -141,7 +138,7 @@ def _read(
     buffers = _Buffers(device, size, ready)
     try:
         with ExitStack() as stack, buffers.copying():
-            files = _Files(stack, ahead)
+            files = _Files(stack)
             for i, piece in enumerate(_taken(work, stop)):
                 memory = buffers.free(i)
                 files.read(piece, memory)
@@ -172,7 +169,6 @@ class _Files:
     """The files that a thread has open."""
 
     stack: ExitStack
-    ahead: int
     open: dict[Path, tuple[Header, int]] = field(default_factory=dict)
 
     def read(self, piece: Piece, memory: memoryview) -> None:
@@ -182,8 +178,6 @@ class _Files:
             check_same(piece.header, file)
             self.open[path] = piece.header, file
         _, file = self.open[path]
-        if self.ahead:
-            os.posix_fadvise(file, piece.stop, self.ahead, os.POSIX_FADV_WILLNEED)
         os.lseek(file, piece.start, os.SEEK_SET)
         read_into(path, file, memory[: piece.stop - piece.start])
 

@@ -44,7 +44,7 @@ def files(values, tmp_path_factory):
 @pytest.mark.parametrize("readers", [1, 3])
 @pytest.mark.parametrize("size", [1, 64, 1000, 2**20])
 def test_tensors_are_those_of_the_files(files, values, readers, size):
-    with torch.inference_mode(), filled(files, CPU, readers=readers, size=size, ahead=readers - 1) as found:
+    with torch.inference_mode(), filled(files, CPU, readers=readers, size=size) as found:
         assert found.keys() == files.keys()
     for key, one in found.items():
         wanted = values[key.removesuffix("'")]
