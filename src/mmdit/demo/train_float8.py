@@ -77,6 +77,8 @@ def train(
 ) -> dict[str, Path]:
     """Fine-tune the model of a folder for each recipe, in so many seconds in all; returns the folders of the models.
 
+    On a GPU calibration, the drawings that are learned from and compiling take one to two minutes of them.
+
     Args:
         folder: of states, log, table and models; RECIPE-calibrated is a model before its training.
         seconds: of the clock, without the table at the end.
@@ -259,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mmdit.demo.train_float8", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of states, log, table and models")
-    parser.add_argument("--seconds", type=float, default=700.0, help="of all training")
+    parser.add_argument("--seconds", type=float, default=700.0, help="of the clock, with calibration and compiling")
     parser.add_argument("--recipes", nargs="+", default=["fp8-static", "fp8-tensor"], choices=sorted(RECIPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="in 16 bits (default: %(default)s)")
