@@ -51,7 +51,7 @@ class Float8Recipe:
     """Every number of a run."""
 
     prompts: int = 3072  # whose drawings give the latents
-    calibration: int = 48  # prompts for static scales and second moments
+    calibration: int = 128  # prompts for static scales and second moments
     checked: int = 256  # held-out prompts whose drawings are compared at the end
     batch: int = 120  # latents in a step, each with and without its prompt
     along: int = 10  # of them of each drawing
@@ -122,7 +122,7 @@ def train(
 def calibrated(pipe: Pipeline, recipe: Float8Recipe) -> tuple[Calibration, tuple[MMDiT, Calibration]]:
     """Statistics of the transformer over prompts that are not held out; a copy with folded means, and its own."""
     texts = prompts(recipe.calibration, _CALIBRATED, held_out=False)
-    given: dict[str, Any] = {"guidance_scale": MAIN.guidance, "batch": min(48, recipe.drawn), "second": True}
+    given: dict[str, Any] = {"guidance_scale": MAIN.guidance, "batch": min(32, recipe.drawn), "second": True}
     before = pipe.transformer
     seen, folded = calibrate(pipe, texts, recipe.steps, **given), copy.deepcopy(before)
     fold(folded, seen, mean=True)
