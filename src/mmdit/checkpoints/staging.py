@@ -3,7 +3,7 @@
 A file is read by several threads. Each has two buffers in page-locked memory and a stream of its own: while one buffer
 is copied to the GPU, the other one is filled. Only one thread at a time runs Python, so that a piece costs few calls
 beside reading, and no thread waits for what another one copies. A thread reads many neighbouring pieces before it goes
-on elsewhere, because the system reads ahead of a file that is read in order, and so keeps the disk busy.
+on elsewhere, because systems read ahead of a file that is read in order.
 """
 
 from __future__ import annotations
