@@ -119,13 +119,7 @@ def code_of(value, scale, largest: tl.constexpr, dtype: tl.constexpr):
     quotient = value * reciprocal
     corrected = tl.fma(tl.fma(-quotient, scale, value), reciprocal, quotient)
     inside = (tl.abs(quotient) < 2 * largest) & (quotient != 0)  # a zero keeps its sign
-    return as_code(tl.where(inside, corrected, quotient), largest, dtype)
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit
-def as_code(quotient, largest: tl.constexpr, dtype: tl.constexpr):
-    """The nearest codes of numbers, the largest one of what is beyond it; for the dtype float16 their values."""
+    quotient = tl.where(inside, corrected, quotient)
     quotient = tl.clamp(quotient, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
     if dtype == tl.float16:
         quotient = _nearest(quotient, largest)

@@ -80,7 +80,7 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
 
     Args:
         out: [rows, out].
-        low: [rows, r].
+        low: [rows, r]; r is 16, 32 or 64.
         up: contiguous [streams, out, r], of which the first is for the first `split` rows and the last for the others.
         split: number of rows of the first stream.
     """
@@ -100,7 +100,6 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
         low.stride(0),
         other,
         rank,
-        max(triton.next_power_of_2(rank), 16),
         block,
         wide,
         num_warps=4,
@@ -178,7 +177,6 @@ def _add_up(
     low_stride,
     other_up,
     rank: tl.constexpr,
-    padded: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
 ):
@@ -187,11 +185,10 @@ def _add_up(
     if tile >= tiles:
         start, end = split + (tile - tiles) * block, rows
         up += other_up
-    local, column, r = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide), tl.arange(0, padded)
-    there, inside, some = start + local < end, column < columns, r < rank
-    a = (start + local)[:, None] * low_stride + r[None, :]
-    a = tl.load(low + a, mask=there[:, None] & some[None, :], other=0.0)
-    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :] & some[:, None], other=0.0)
+    local, column, r = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide), tl.arange(0, rank)
+    there, inside = start + local < end, column < columns
+    a = tl.load(low + (start + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
+    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
     place = out + start.to(tl.int64) * stride + local[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
     value += tl.dot(a, b, input_precision="ieee")

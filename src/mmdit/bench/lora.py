@@ -22,7 +22,6 @@ from mmdit.models.lora import beside
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
 from mmdit.runtime.accelerate import Accelerated
-from quant.low_rank import add_up
 from quant.quantize import linears_of
 from quant.recipe import RECIPES
 
@@ -117,7 +116,7 @@ def attach(model: MMDiT, rank: int) -> None:
     table = model.pos_embed
     for name, linear in _targets(model):
         down, up = table.new_empty(rank, linear.in_features), table.new_empty(linear.out_features, rank)
-        beside(model, name, factors=(down.normal_(std=0.02), up.normal_(std=0.02)), add_up=add_up)
+        beside(model, name, factors=(down.normal_(std=0.02), up.normal_(std=0.02)))
 
 
 @torch.no_grad()

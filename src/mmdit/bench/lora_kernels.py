@@ -20,6 +20,7 @@ from mmdit.models.lora import all_beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import products
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.products import Kind
 from mmdit.runtime.rows import Activation, Added, Columns, Down, Output, Part, Rounding, Rows, Update
 from mmdit.utils import markdown_table
 from quant.matmul import quantize_activation
@@ -52,14 +53,9 @@ class Kernels:
         for codes in (True, False):
             for width in (d, 4 * d):
                 tasks[f"low {width} {'codes' if codes else '16 bits'}"] = partial(self.low, width, codes)
-        for kind in ("token", "none"):
+        for kind in ("token", "static", "none"):
             tasks[f"gelu {kind}"] = partial(self.gelu, kind, False)
             tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu, kind, True)
-        for tile in ((64, 128, 8), (64, 128, 4), (64, 256, 8)):
-            tasks[f"gelu token with a LoRA {tile}"] = partial(self.gelu, "token", True, tile)
-            tasks[f"gelu none with a LoRA {tile}"] = partial(self.gelu, "none", True, tile)
-        for parts in (2, 4):
-            tasks[f"gelu token with a LoRA in {parts}"] = partial(self.gelu, "token", True, None, parts)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
         for kind in ("token", "none"):
@@ -108,17 +104,15 @@ class Kernels:
         size = self.rows.total * (width * (1 if codes else 2) + 2 * self.rank)
         return self.cells(lambda: low(x.text, x.image, weight, down.factor, self.dtype, **rest), size)
 
-    def gelu(self, kind: str, lora: bool, tile: tuple[int, int, int] | None = None, parts: int = 1) -> Cells:
+    def gelu(self, kind: Kind, lora: bool) -> Cells:
         """GELU of the MLP's inner product."""
-        from mmdit.runtime import kernels, lora_kernels
+        from mmdit.runtime import kernels
 
-        width, rounding = 4 * self.d, Rounding("token" if kind == "token" else "none")
-        x, added = self.random(self.rows.total, width), self.added(width)
-        size = self.rows.total * width * (3 if kind == "token" else 4)
-        if not lora:
-            return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
-        rest = {} if tile is None else {"tile": tile}
-        return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, parts=parts, **rest), size)
+        width, scale = 4 * self.d, torch.tensor(0.02, device=self.device)
+        rounding = Rounding(kind, scale, scale) if kind == "static" else Rounding(kind)
+        x, added = self.random(self.rows.total, width), self.added(width) if lora else None
+        size = self.rows.total * width * (4 if kind == "none" else 3)
+        return self.cells(lambda: kernels.gelu(x, self.rows, rounding, added), size)
 
     def pack(self, lora: bool) -> Cells:
         """Norms of queries and keys, and the joint layout."""
@@ -183,7 +177,7 @@ def steps(
         made = model_of(model, recipe, device, dtype)
         ways: dict[str, Callable[[], Cells]] = {
             way: partial(_step, made, way, rank, inputs, repeats)
-            for way in ("without", "in the kernels", "in the kernels, GELU after", "by products", "without again")
+            for way in ("without", "in the kernels", "by products", "without again")
         }
         for way, *cells in attempted(ways, len(STEPS) - 1, seconds):
             yield [recipe or str(dtype).removeprefix("torch."), way, *cells]
@@ -199,16 +193,6 @@ def _step(model: MMDiT, way: str, rank: int, inputs: Inputs, repeats: int) -> Ce
     most = products.MOST_RANK
     if way == "by products":
         products.MOST_RANK = 0
-    from mmdit.runtime import kernels, lora_kernels
-
-    gelu = lora_kernels.gelu
-    if way.endswith("after"):
-
-        def after(x: Tensor, rows: Rows, rounding: Rounding, added: Added) -> Activation:
-            lora_kernels.add_up(x, added, rows)
-            return kernels.gelu(x, rows, rounding)
-
-        setattr(lora_kernels, "gelu", after)  # noqa: B010  (this one has fewer arguments)
     fast = Accelerated(model)
     try:
         fast.begin([TIMESTEP])
@@ -220,7 +204,7 @@ def _step(model: MMDiT, way: str, rank: int, inputs: Inputs, repeats: int) -> Ce
         return [f"{found:.2f}", f"{float(velocity().double().norm()):.6g}"]
     finally:
         fast.close()
-        products.MOST_RANK, lora_kernels.gelu = most, gelu
+        products.MOST_RANK = most
 
 
 def rows_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -10,27 +9,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-AddUp = Callable[[Tensor, Tensor, Tensor], None]
-"""Adds low [rows, r] times the transposed up [out, r] to a contiguous matrix [rows, out], in place."""
-
-
-def addmm_(out: Tensor, low: Tensor, up: Tensor) -> None:
-    """`AddUp` by torch."""
-    out.addmm_(low, up.t())
-
 
 class LoraLinear(nn.Linear):
     """A Linear that computes W x + b + up (down x) + delta x; the weight and the bias are unchanged.
 
     It replaces a Linear and shares its parameters and hooks, so that code that looks up the Linear, its weight or its
     name still finds them. `beside` attaches it, and `without` removes it. `down` [r, in], `up` [out, r] and `delta`
-    [out, in] are non-persistent buffers; each pair or matrix that is absent is None. `add_up` adds their products.
+    [out, in] are non-persistent buffers; each pair or matrix that is absent is None.
     """
 
     down: Tensor | None
     up: Tensor | None
     delta: Tensor | None
-    add_up: AddUp
     plain: tuple[nn.Linear]  # the Linear that this module replaces; a tuple keeps it from being a submodule
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
@@ -64,12 +54,12 @@ class LoraLinear(nn.Linear):
         """Add up (down x) + delta x to an output of the Linear, in place where the dtypes allow it."""
         if self.factors is not None:
             down, up = self.factors
-            output = add_product(output, F.linear(x, down), up, self.add_up)
+            output = add_product(output, F.linear(x, down), up)
         return output if self.delta is None else add_product(output, x, self.delta)
 
 
 def add_product(
-    output: Float[Tensor, "... o"], x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], add_up: AddUp = addmm_
+    output: Float[Tensor, "... o"], x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"]
 ) -> Float[Tensor, "... o"]:
     """Add `F.linear(x, weight)` to an output in place, so that the output is read and written only once more.
 
@@ -79,7 +69,7 @@ def add_product(
     recorded = torch.is_grad_enabled() and (output.requires_grad or x.requires_grad or weight.requires_grad)
     if recorded or not output.dtype == x.dtype == weight.dtype or not output.is_contiguous():
         return output + F.linear(x, weight)
-    add_up(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), weight)
+    output.view(-1, output.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return output
 
 
@@ -92,7 +82,6 @@ def beside(
     *,
     factors: tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None = None,
     delta: Float[Tensor, "o i"] | None = None,
-    add_up: AddUp = addmm_,
 ) -> LoraLinear:
     """Attach low-rank factors or a full matrix to a Linear of a model; they replace anything attached before.
 
@@ -101,7 +90,6 @@ def beside(
         name: the name of the Linear in the model.
         factors: down [r, in] and up [out, r].
         delta: a matrix [out, in] whose product with the input is added to the output.
-        add_up: what adds the product of `up`.
 
     Raises:
         ValueError: neither factors nor a delta are given.
@@ -110,7 +98,6 @@ def beside(
     if factors is None and delta is None:
         raise ValueError(f"{name}: give factors, a delta, or both")
     new = stand_in(model, name, LoraLinear)
-    new.add_up = add_up
     down, up = (None, None) if factors is None else factors
     for key, tensor in (("down", down), ("up", up), ("delta", delta)):
         new.register_buffer(key, tensor, persistent=False)

@@ -22,7 +22,6 @@ from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, check_fini
 from mmdit.checkpoints.lora_names import Part
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.runtime.host import HostCopies
-from quant import low_rank
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
 
@@ -101,7 +100,7 @@ def _attach(part: Part, model: nn.Module, key: str, patches: Sequence[Weighted],
     if all(map(_is_low_rank, patches)):
         down, up = factors_of(weight, patches)
         factors = check_finite(down, key, part, patches), check_finite(up, key, part, patches)
-        beside(model, name, factors=factors, add_up=low_rank.add_up)
+        beside(model, name, factors=factors)
     else:
         values = _values(weight)
         base = values if original is None else _values(original).to(values)

@@ -72,9 +72,15 @@ def norm_modulate(
 
 
 def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
-    """`plain_kernels.gelu` and rounding, in one pass."""
-    if added is not None:
+    """`plain_kernels.gelu` and rounding, in one pass.
+
+    Under a scale per row, what LoRAs add is added before, in a pass of its own: a program that has a whole row would
+    read the whole up projection for it, and tiles of rows would be computed twice.
+    """
+    if added is not None and rounding.kind != "token":
         return lora_kernels.gelu(x, rows, rounding, added)
+    if added is not None:
+        add_up(x, added, rows)
     return _row_by_row(x, rows, rounding, joint=False, gelu=True)
 
 

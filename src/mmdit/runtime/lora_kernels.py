@@ -18,11 +18,9 @@ from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
 from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Down, Rounding, Rows
 from quant import low_rank_kernels
 from quant.formats import LARGEST
-from quant.kernels import as_code, row_scale
-from quant.scaling import SMALLEST_SCALE
+from quant.kernels import code_of
 
-_ROWS = 64  # of a tile
-_GELU = (64, 64, 4)  # and the warps of a program
+_ROWS, _COLUMNS = 64, 64  # of a tile
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -60,46 +58,25 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
     return q, k, v
 
 
-def gelu(
-    x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] = _GELU, parts: int = 1
-) -> Activation:
-    """`plain_kernels.gelu` and rounding.
-
-    Under a scale per row, one launch finds the largest value of each row, and a second one computes it all again and
-    writes the codes: that is quicker than to write and read what is between them.
-
-    Args:
-        x, rows, rounding, added: see there.
-        tile: rows and columns of a program, and its warps.
-        parts: how many times fewer tiles than there are each launch has.
-    """
-    width = x.shape[1]
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added) -> Activation:
+    """`plain_kernels.gelu` and rounding, which is not to a scale per row: that needs the whole row."""
+    width, rows_here = x.shape[1], rows.as_one_sample()
     blank = Blank.of(rows, width, rounding, x, x.dtype)
-    columns, tiles = triton.cdiv(width, tile[1]), _tiles(rows.as_one_sample(), tile[0])
-    token = rounding.kind == "token"
-    sizes = torch.zeros(rows.total, dtype=torch.int32, device=x.device) if token else x
-    each = triton.cdiv(tiles, parts)
-    for start in range(0, tiles, each):
-        for finds in (True, False) if token else (False,):
-            _gelu_tile[(columns, min(each, tiles - start))](
-                x,
-                *targets(blank, rounding, x),
-                sizes,
-                *_factors(added),
-                rows.split,
-                rows.total - rows.split,
-                start,
-                width,
-                blank.gap,
-                finds,
-                KINDS[rounding.kind],
-                LARGEST["e4m3"],
-                SMALLEST_SCALE,
-                added.up.shape[2],
-                *tile[:2],
-                width % tile[1] == 0,
-                num_warps=tile[2],
-            )
+    _gelu[(triton.cdiv(width, _COLUMNS), _tiles(rows_here, _ROWS))](
+        x,
+        *targets(blank, rounding, x),
+        *_factors(added),
+        rows_here.text,
+        rows_here.image,
+        width,
+        KINDS[rounding.kind],
+        LARGEST["e4m3"],
+        added.up.shape[2],
+        _ROWS,
+        _COLUMNS,
+        width % _COLUMNS == 0,
+        num_warps=4,
+    )
     return blank.activation(rows, rounding)
 
 
@@ -185,41 +162,29 @@ def _pack(
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text", "image", "start", "gap"])
-def _gelu_tile(
+@triton.jit(do_not_specialize=["text", "image"])
+def _gelu(
     x,
     out,
     scales,
     text_static,
     image_static,
-    sizes,
     low,
     low_stride,
     up,
     image_up,
     text,
     image,
-    start,
     width,
-    gap,
-    finds: tl.constexpr,
     kind: tl.constexpr,
     largest: tl.constexpr,
-    smallest: tl.constexpr,
     rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
     even: tl.constexpr,
 ):
-    """`sizes` has the largest value of each row as its bits; `finds` says that they are found, and nothing is written.
-
-    Tiles are written from the last one to the first: the last ones that were read are still in the cache. `even` says
-    that tiles have all their columns.
-    """
-    index = tl.program_id(1)
-    if not finds:
-        index = tl.num_programs(1) - 1 - index
-    row, count, is_text, _, _ = _tile(start + index, 1, text, image, block)
+    """`even` says that tiles have all their columns. The last tiles come first, as in `add_up`."""
+    row, count, is_text, _, _ = _tile(tl.num_programs(1) - 1 - tl.program_id(1), 1, text, image, block)
     local, column = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide)
     there, inside = local < count, column < width
     both = there[:, None] if even else there[:, None] & inside[None, :]
@@ -228,34 +193,8 @@ def _gelu_tile(
     value = tl.load(x + place) if even else tl.load(x + place, mask=inside[None, :], other=0.0)
     value = value.to(tl.float32)
     value += _product(low, low_stride, up, image_up, row, local, column, inside, is_text, rank)
-    sizes += row + local
-    if finds:
-        tl.atomic_max(sizes, _largest_gelu(value), mask=there, sem="relaxed")
-    else:
-        value = gelu_of(value)
-        if kind == 0:
-            tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
-        else:
-            if kind == 1:
-                scale = row_scale(tl.load(sizes).to(tl.float32, bitcast=True), largest, smallest)
-                if tl.program_id(0) == 0:
-                    tl.store(scales + row + local + tl.where(is_text, 0, gap), scale, mask=there)
-                by = (1 / scale)[:, None]
-            else:
-                by = 1 / tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
-            tl.store(out + place, as_code(value * by, largest, out.dtype.element_ty), mask=both)
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit
-def _largest_gelu(value):
-    """The largest absolute value of the GELU of each row, as the bits of float32.
-
-    GELU grows from 0.3 on, and is nowhere below -0.18, which is -gelu(0.3): it is only computed where a row has nothing
-    above. Bits of numbers that are not negative are ordered as they are, and those of NaN come last.
-    """
-    top = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    size = tl.abs(gelu_of(top)).to(tl.int32, bitcast=True)
-    if tl.min(top, 0) < 0.3:
-        size = tl.max(tl.abs(gelu_of(value)).to(tl.int32, bitcast=True), 1)
-    return size
+    value = gelu_of(value)
+    if kind == 2:
+        static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
+        value = code_of(value, static, largest, out.dtype.element_ty)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=both)

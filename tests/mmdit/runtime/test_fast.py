@@ -257,4 +257,6 @@ def test_by_triton_it_is_as_exact_as_the_model(name, recipe, lora):
         found = error(fast_of(model, low, kernels=kernels), wanted)
     # At a width of 64 the two errors are draws of a few thousand roundings; full sizes are held to 1.1 on a GPU.
     own = error(model(*low), wanted)
+    if lora:  # which reads codes here and 16 bits in the model: a draw of its own, that plain torch has too
+        own = max(own, error(fast_of(model, low), wanted))
     assert found < 1.3 * own
