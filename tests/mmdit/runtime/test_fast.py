@@ -255,7 +255,8 @@ def test_by_triton_it_is_as_exact_as_the_model(name, recipe, lora):
     low = [one if i == 1 else one.bfloat16() for i, one in enumerate(inputs)]
     with quiet():
         found = error(fast_of(model, low, kernels=kernels), wanted)
-    # At a width of 64 the two errors are draws of a few thousand roundings; full sizes are held to 1.1 on a GPU.
+    # At a width of 64 the two errors are draws of a few thousand roundings: over twelve seeds their ratios in float8
+    # were 0.7 to 1.9 for one sample without QK norms, 0.8 to 1.2 for eight. Full sizes are held to 1.1 on a GPU.
     own = error(model(*low), wanted)
     if lora:  # which reads codes here and 16 bits in the model: a draw of its own, that plain torch has too
         own = max(own, error(fast_of(model, low), wanted))
