@@ -2,8 +2,8 @@
 # # A ControlNet: what it adds, where, and how long
 #
 # A ControlNet is a second, smaller net beside the transformer. It reads a hint (here the edges of a picture) and adds a
-# residual to the image tokens after each block. No trained net of the embedded model is shipped, so this notebook makes
-# one with random weights: everything below is what a trained one does inside, but the picture follows no hint.
+# residual to the image tokens after each block. `mmdit.CANNY_NET` is one of the embedded model. The captions below leave
+# out what the hint says: shapes and where they are.
 
 # %%
 import os
@@ -18,10 +18,11 @@ torch.manual_seed(0)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
 SIDE = 64 if QUICK else 128
 PROMPT = "a large red circle above a blue star, on a white background"
+VAGUE = "a green object and a yellow object, on a black background"
 HOW = {"seed": 7, "num_inference_steps": 3 if QUICK else 14, "height": SIDE, "width": SIDE, "max_sequence_length": 77}
 
 pipe = mmdit.Pipeline.demo(profile="comfyui")
-# With official weights, this one line changes and nothing else but the net, which is loaded (see below):
+# With official weights, this one line changes and the file of the net:
 # pipe = mmdit.Pipeline.from_pretrained("stabilityai/stable-diffusion-3.5-large", device="cuda", dtype=torch.bfloat16)
 
 
@@ -45,21 +46,17 @@ show([drawn, edges[0, ..., 0]], ["a picture", "its edges, the hint"])
 
 # %% [markdown]
 # ## The net
-# Stability's kind: blocks of the image tokens alone, which start from the transformer's own tokens, and one Linear after
-# each block whose output is the residual. Two blocks serve the transformer's four, each twice.
+# It is of Stability's kind: blocks of the image tokens alone, which start from the transformer's own tokens, and one
+# Linear after each block whose output is the residual. Here one block serves all four of the transformer.
 
 # %%
-config = pipe.transformer.config
-net = mmdit.ControlNet(mmdit.ControlNetConfig(2, config.hidden_size, config.pooled_dim, kind="canny")).eval()
-for weight in net.parameters():
-    torch.nn.init.normal_(weight, std=0.3 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.05)
-# A trained one: net = mmdit.load_controlnet("canny.safetensors", dtype=torch.float32)
+net = mmdit.load_controlnet(mmdit.CANNY_NET, dtype=torch.float32)
 print(f"{sum(weight.numel() for weight in net.parameters()) / 1e6:.1f} M parameters, kind {net.config.kind}")
 
 # %%
 CONTROL = {"controlnet": net, "control_image": edges}
 scales = (0.0, 1.0) if QUICK else (0.0, 0.5, 1.0, 2.0)
-found = [pipe(PROMPT, controlnet_conditioning_scale=scale, **CONTROL, **HOW).images[0] for scale in scales]
+found = [pipe(VAGUE, controlnet_conditioning_scale=scale, **CONTROL, **HOW).images[0] for scale in scales]
 show(found, [f"scale {scale}" for scale in scales])
 
 # %% [markdown]
@@ -70,9 +67,9 @@ show(found, [f"scale {scale}" for scale in scales])
 # %%
 every = "joint_blocks.*.x_block.resid_post"
 with mmdit.capture(pipe, every, branch="cond", steps=[0]) as with_net:
-    pipe(PROMPT, **CONTROL, **HOW)
+    pipe(VAGUE, **CONTROL, **HOW)
 with mmdit.capture(pipe, every, branch="cond", steps=[0]) as without:
-    pipe(PROMPT, **HOW)
+    pipe(VAGUE, **HOW)
 for name in with_net:
     one, other = (torch.as_tensor(seen[name]).float() for seen in (with_net, without))
     print(f"{name}: {float((one - other).norm() / other.norm()):.3f}")
@@ -86,7 +83,7 @@ pipe.controlnet = net
 points = [row.name for row in mmdit.points(pipe) if row.name.startswith("controlnet.")]
 print(f"{len(points)} points, such as {', '.join(points[:3])}")
 with mmdit.capture(pipe, "controlnet.*.resid_post", branch="cond", steps=[0]) as inside:
-    pipe(PROMPT, **CONTROL, **HOW)
+    pipe(VAGUE, **CONTROL, **HOW)
 for name in inside:
     print(f"{name}: norm {float(torch.as_tensor(inside[name]).float().norm()):.1f}")
 
@@ -97,10 +94,10 @@ for name in inside:
 # %%
 windows = ((0.0, 1.0), (0.0, 0.3)) if QUICK else ((0.0, 1.0), (0.0, 0.3), (0.3, 0.6), (0.6, 1.0))
 moved = []
-base = pipe(PROMPT, output_type="pt", **HOW).images
+base = pipe(VAGUE, output_type="pt", **HOW).images
 for start, end in windows:
     window = {"control_guidance_start": start, "control_guidance_end": end}
-    picture = pipe(PROMPT, output_type="pt", **CONTROL, **window, **HOW).images
+    picture = pipe(VAGUE, output_type="pt", **CONTROL, **window, **HOW).images
     moved.append(picture[0].permute(1, 2, 0))
     print(f"from {start} to {end}: pixels move by {float((picture - base).abs().mean()):.3f}")
 show(moved, [f"{start} to {end}" for start, end in windows])

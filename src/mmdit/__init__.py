@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mmdit.comfyui.run import WorkflowCache as WorkflowCache
     from mmdit.comfyui.run import WorkflowResult as WorkflowResult
     from mmdit.comfyui.run import run_workflow as run_workflow
+    from mmdit.embedded import CANNY_NET as CANNY_NET
+    from mmdit.embedded import DEPTH_NET as DEPTH_NET
     from mmdit.embedded import OUTLINES as OUTLINES
     from mmdit.inspection import plots as plots
     from mmdit.inspection import reducers as reducers
@@ -106,7 +108,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "mmdit.comfyui.export": ("from_workflow", "to_workflow"),
     "mmdit.comfyui.limits": ("WorkflowLimits",),
     "mmdit.comfyui.run": ("WorkflowCache", "WorkflowResult", "run_workflow"),
-    "mmdit.embedded": ("OUTLINES",),
+    "mmdit.embedded": ("CANNY_NET", "DEPTH_NET", "OUTLINES"),
     "mmdit.inspection.addresses": ("Address", "Word"),
     "mmdit.inspection.attention_maps": ("attention_maps",),
     "mmdit.inspection.budget": ("BudgetError",),

@@ -23,7 +23,7 @@ from mmdit.demo.grammar import Statement, What
 from mmdit.demo.scenes import Scene, render, sample
 from mmdit.demo.score import accuracies, check, parse_batch
 from mmdit.demo.train_control import hints, vague_caption
-from mmdit.embedded import EMBEDDED
+from mmdit.embedded import CANNY_NET, DEPTH_NET, EMBEDDED
 from mmdit.models.controlnet import ControlNet
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.profiles import PROFILES
@@ -84,7 +84,7 @@ def evaluate_control(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: prints a Markdown table, a row for each net and profile."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("nets", type=Path, nargs="*", help="ControlNets of the embedded model")
+    parser.add_argument("nets", type=Path, nargs="*", help="ControlNets of the embedded model (default: the shipped)")
     parser.add_argument("--without", action="store_true", help="a row of drawings from the captions alone, too")
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     nets: list[Path | None] = [None] if options.without else []
-    nets += options.nets
+    nets += options.nets or [CANNY_NET, DEPTH_NET]
     print("| net | profile | shape | relation | statements | seconds |\n|---|---|---|---|---|---|")  # noqa: T201
     for profile, path in product(options.profiles, nets):
         print(_row(options, profile, path), flush=True)  # noqa: T201
