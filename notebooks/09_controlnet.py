@@ -3,7 +3,8 @@
 #
 # A ControlNet is a second, smaller net beside the transformer. It reads a hint (here the edges of a picture) and adds a
 # residual to the image tokens after each block. `mmdit.CANNY_NET` is one of the embedded model. The captions below leave
-# out what the hint says: shapes and where they are.
+# out what the hint says: shapes and where they are. The net was trained for six minutes and is not perfect: it loses an
+# object or mixes colours now and then, see [how often](../src/mmdit/demo/README.md#the-controlnets).
 
 # %%
 import os
@@ -18,7 +19,7 @@ torch.manual_seed(0)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
 SIDE = 64 if QUICK else 128
 PROMPT = "a large red circle above a blue star, on a white background"
-VAGUE = "a green object and a yellow object, on a black background"
+VAGUE = "a green shape and a yellow shape on a black background"
 HOW = {"seed": 7, "num_inference_steps": 3 if QUICK else 14, "height": SIDE, "width": SIDE, "max_sequence_length": 77}
 
 pipe = mmdit.Pipeline.demo(profile="comfyui")

@@ -45,7 +45,14 @@ def statements_of(scene: Scene) -> Iterator[Statement]:
 
 @torch.no_grad()
 def evaluate_control(
-    pipe: Pipeline, net: ControlNet | None, count: int = 256, *, steps: int = 12, guidance: float = 4.5, batch: int = 32
+    pipe: Pipeline,
+    net: ControlNet | None,
+    count: int = 256,
+    *,
+    steps: int = 12,
+    guidance: float = 4.5,
+    batch: int = 32,
+    t5_tokens: int | None = None,
 ) -> dict[str, tuple[float, int]]:
     """The share of statements that hold, and their number, by kind ("shape", "relation").
 
@@ -55,6 +62,7 @@ def evaluate_control(
         count: drawings.
         steps, guidance: of each.
         batch: drawings at a time.
+        t5_tokens: number of T5 tokens; None is the profile's number.
     """
     scenes, rng = sample(count, SEED), random.Random(SEED)
     verdicts = []
@@ -70,6 +78,7 @@ def evaluate_control(
             [vague_caption(scene, rng) for scene in words],
             num_inference_steps=steps,
             guidance_scale=guidance,
+            max_sequence_length=t5_tokens,
             seed=list(range(i, i + len(words))),
             output_type="pt",
             **given,
