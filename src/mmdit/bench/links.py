@@ -49,7 +49,10 @@ def link_of(device: torch.device) -> Link:
     small, large = (2**19, 2**25) if device.type == "cuda" else (2**14, 2**20)
     part = torch.zeros(large // 4, device=device)
     gather = (team.size - 1) * part.nbytes / _seconds(lambda: team.gathered(part), device)
-    least, most = (_seconds(_exchange(team, direct, size, device), device) for size in (small, large))
+    try:
+        least, most = (_seconds(_exchange(team, direct, size, device), device) for size in (small, large))
+    finally:
+        _close(direct)
     return Link(
         gather, (large - small) / max(most - least, 1e-9), max(least - small * (most - least) / large, 0.0), way
     )
@@ -64,6 +67,18 @@ def links(device: torch.device, seconds: float = 25.0) -> Iterator[list[str]]:
     """
     begin, team = time.monotonic(), _world()
     direct, way = peers.connected(team, device)
+    try:
+        yield from _rows(team, direct, way, device, begin + seconds)
+    finally:
+        _close(direct)
+
+
+def _close(direct: Peers | None) -> None:
+    if direct is not None:
+        direct.close()
+
+
+def _rows(team: Team, direct: Peers | None, way: str, device: torch.device, end: float) -> Iterator[list[str]]:
     ways: dict[str, Callable[[int], Callable[[], object]]] = {
         f"stores ({way})": lambda size: _exchange(team, direct, size, device),
         "all_to_all of tensors": lambda size: _exchange(team, None, size, device),
@@ -77,7 +92,7 @@ def links(device: torch.device, seconds: float = 25.0) -> Iterator[list[str]]:
         for graph in (False, True) if device.type == "cuda" else (False,):
             cells: list[str] = []
             for size in SIZES if device.type == "cuda" else SIZES[:1]:
-                if mesh.from_first(time.monotonic() - begin) > seconds:
+                if mesh.from_first(time.monotonic() > end):
                     cells.append("not measured")
                     continue
                 try:

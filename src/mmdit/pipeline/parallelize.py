@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Literal
 
@@ -53,7 +54,8 @@ def parallelize(
             what `cfg` leaves of the processes.
         exchange: how the ranks of a sequence exchange tokens for heads in fast forwards. "peers" stores into the memory
             of the other GPUs of the host; "nccl" uses a collective; "auto" takes peers where they work, and its choice
-            is in the result's `exchange`.
+            is in the result's `exchange`. Models of another dtype or head size that join later, and cannot be exchanged
+            by peers, use a collective; the result's `choices` say so.
         timeout: seconds after which a collective that never ends is an error.
 
     Returns:
@@ -86,20 +88,26 @@ class PipelineParallel(Parallel):
     """The parallel run of a pipeline, which draws alone again after `close`."""
 
     def __init__(self, pipe: PipelineModels, layout: Layout, exchange: Exchange) -> None:
-        super().__init__(layout, pipe.device, exchange)
+        head_dim, dtype = pipe.transformer.config.head_dim, pipe.transformer.pos_embed.dtype
+        super().__init__(layout, pipe.device, exchange, head_dim=head_dim, dtype=dtype)
         self.pipe = pipe
         PARALLEL.add(pipe.transformer)
 
     def close(self) -> None:
-        """Leave the run; the pipeline draws alone again."""
-        super().close()
-        PARALLEL.discard(self.pipe.transformer)
-        if self.pipe.parallel is self:
-            self.pipe.parallel = None
-            if self.pipe.accelerated is not None:
-                self.pipe.accelerated.share(None)
-        if self.sequence is not None and self.sequence.peers is not None:
-            self.sequence.peers.close()
+        """Leave the run; the pipeline draws alone again, and shared memory is freed, also where something raises.
+
+        Raises:
+            ValueError: the transformer was changed meanwhile, so that its fast forward cannot run it.
+        """
+        with ExitStack() as last:
+            if self.sequence is not None and self.sequence.peers is not None:
+                last.callback(self.sequence.peers.close)
+            if self.pipe.parallel is self:
+                self.pipe.parallel = None
+                if self.pipe.accelerated is not None:
+                    last.callback(self.pipe.accelerated.share, None)
+            last.callback(PARALLEL.discard, self.pipe.transformer)
+            super().close()
 
 
 def _check_alike(pipe: PipelineModels, cfg: object, sequence: object, exchange: object) -> None:

@@ -113,6 +113,7 @@ class Accelerated:
         self.model, self._asked, self.sequence, self._weights = model, graph, sequence, weights
         self.attention = BestAttention(attention)
         self.graphs = Graphs(graphs)
+        self._tell(sequence)
         self._version: object = None
         self._moved: int | None = None  # of the weights, when they were looked at
         self._planned: tuple[float, ...] = ()  # timesteps of the current drawing, descending
@@ -160,9 +161,16 @@ class Accelerated:
     def share(self, sequence: SequenceParallel | None) -> None:
         """Compute on the ranks that share the image tokens from now on; None computes on this one."""
         self.sequence, self._version = sequence, None
+        self.graphs.clear()  # now, because they write into memory that ranks share
+        self._tell(sequence)
         self._nets.close()
         self._nets.sequence = sequence
         self.begin()
+
+    def _tell(self, sequence: SequenceParallel | None) -> None:
+        """Have the graphs cleared where the ranks replace the memory that they share."""
+        if sequence is not None and sequence.peers is not None:
+            sequence.peers.graphs.add(self.graphs)
 
     def close(self) -> None:
         """Free graphs and tables; the model counts as plain."""

@@ -21,6 +21,7 @@ from mmdit.runtime.fast_vae import WHOLE, FastVAE, conv, plain_norm
 from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.mesh import Team, shares, starts
 from mmdit.runtime.versions import version_of
+from mmdit.utils import is_out_of_memory
 
 # Pixels from which bands are quicker than the fast VAE alone. One H200: 33 ms at 1024 x 1024 and 79 ms at 1536 x 1536;
 # in bands of two to four ranks 34 to 59 ms and 42 to 65 ms, because the host launches each layer's exchange. A graph of
@@ -97,8 +98,8 @@ class BandDecoder:
             return self.graphs(
                 latent.shape, lambda latent: decode_in_bands(vae, latent, self.team, fast, worth), [latent]
             )
-        except RuntimeError as error:  # alike on all ranks, which launch the same work
-            if latent.shape in self.graphs:
+        except RuntimeError as error:  # alike on all ranks, which launch the same work, but for memory
+            if latent.shape in self.graphs or _lacks_memory(error):
                 raise
             self.why_not = (str(error).splitlines() or [type(error).__name__])[0]
             return decode_in_bands(vae, latent, self.team, fast, worth)
@@ -108,6 +109,11 @@ class BandDecoder:
         self.graphs.clear()
         self._seen.clear()
         self._version = None
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Whether this rank lacks memory, by an error or one before it: a recording that fails raises again as it ends."""
+    return error is not None and (is_out_of_memory(error) or _lacks_memory(error.__cause__ or error.__context__))
 
 
 def _splits(vae: VAE, latent: Tensor, team: Team, fast: FastVAE | None, worth: int) -> bool:

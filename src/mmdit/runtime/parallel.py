@@ -36,6 +36,7 @@ class Parallel:
         layout: the layout of the mesh.
         device: the device of this rank.
         exchange: how a fast forward exchanges tokens for heads; see `mmdit.parallelize`.
+        head_dim, dtype: of the model.
 
     Attributes:
         sequence: forwards over the ranks that share the tokens; None where each rank computes whole forwards.
@@ -45,13 +46,23 @@ class Parallel:
         RuntimeError: the exchange that is asked for is not possible, on every rank.
     """
 
-    def __init__(self, layout: Layout, device: torch.device, exchange: Exchange = "auto") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device,
+        exchange: Exchange = "auto",
+        *,
+        head_dim: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.layout, self.device = layout, device
         self.mesh = Mesh.of(layout, device)
         self.rank, self.world = self.mesh.world.rank, self.mesh.world.size
         self.sequence, self.exchange = None, ""
         if layout.sequence > 1:
-            exchanges, self.exchange = peers.connected(self.mesh.sequence, device, exchange)
+            exchanges, self.exchange = peers.connected(
+                self.mesh.sequence, device, exchange, head_dim=head_dim, dtype=dtype
+            )
             self.sequence = SequenceParallel(self.mesh.sequence, exchanges)
         self.decoder = BandDecoder(self.mesh.world)
         self.lifeline = connected(self._free)
@@ -64,9 +75,11 @@ class Parallel:
     @property
     def choices(self) -> str:
         """What was chosen, in words; that of decoding is known once two pictures of a size are decoded."""
-        why_not = self.decoder.why_not
+        why_not, direct = self.decoder.why_not, self.sequence.peers if self.sequence is not None else None
+        refused = "" if direct is None else ", ".join(direct.refused)
         said = (
             f"tokens are exchanged by {self.exchange}" if self.exchange else "",
+            f"some forwards by a collective, because {refused}" if refused else "",
             f"bands are a CUDA graph for {len(self.decoder.graphs)} sizes" if len(self.decoder.graphs) else "",
             f"bands are launched kernel by kernel, because recording them failed: {why_not}" if why_not else "",
         )

@@ -15,10 +15,12 @@ from functools import cached_property
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.mesh import Team, of_all, shares, starts
 from mmdit.runtime.rows import Added, Attention, AttentionInputs, Rows
 
@@ -60,6 +62,10 @@ class Peers:
         team: the ranks.
         device: the GPU of this rank.
         allocate: makes shared memory.
+
+    Attributes:
+        graphs: those that record exchanges; they are cleared where a larger attention needs larger memory.
+        refused: forwards that were exchanged by a collective instead, and why.
     """
 
     def __init__(self, team: Team, device: torch.device, allocate: Allocate) -> None:
@@ -70,12 +76,21 @@ class Peers:
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._release()  # so that its kernel is loaded when it is needed
         self.flags.zero_()
-        self._arenas: list[Arena] = []  # older ones are kept, because graphs write into them
+        # Heads and results are in separate memory, also those of attentions of different sizes. A rank may store heads
+        # while another one still reads the last results; it cannot store results before all have sent their heads.
+        self._arenas: dict[Literal["heads", "results"], Arena] = {}
+        self.graphs = WeakSet[Graphs]()
+        self.refused: dict[str, None] = {}
         self._places: dict[tuple[object, ...], Places] = {}
 
     def takes(self, like: Tensor, head_dim: int) -> bool:
-        """Whether heads of this dtype and size can be exchanged: memories must be whole numbers of heads apart."""
-        return like.device == self.device and _ROUND % (head_dim * like.element_size()) == 0
+        """Whether heads of this dtype and size can be exchanged; `refused` keeps why not."""
+        why = unfit(head_dim, like.dtype)
+        if like.device != self.device:
+            why = f"the model is on {like.device}, and the shared memory on {self.device}"
+        if why:
+            self.refused[why] = None
+        return not why
 
     def send(
         self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, text: Sequence[int], image: Sequence[int]
@@ -135,32 +150,45 @@ class Peers:
         by_rank, both = shares(heads, self.team.size), [sum(pair) for pair in zip(text, image, strict=True)]
         joint = (3, samples, sum(both), by_rank[rank], head_dim)
         back = (samples, both[rank], heads, head_dim)
-        forth_bytes = _rounded(3 * samples * sum(both) * max(by_rank) * unit)
-        arena = self._arena(forth_bytes + _rounded(samples * max(both) * heads * unit))
-        distances = [one // unit for one in arena.distances]
+        forth = self._arena("heads", _rounded(3 * samples * sum(both) * max(by_rank) * unit))
+        home = self._arena("results", _rounded(samples * max(both) * heads * unit))
 
-        def of(shape: tuple[int, ...], start: int) -> Tensor:
-            size = torch.Size(shape).numel() * dtype.itemsize
-            return arena.own[start : start + size].view(dtype).view(shape)
+        def of(arena: Arena, shape: tuple[int, ...]) -> Tensor:
+            return arena.own[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+        def distances(arena: Arena) -> list[int]:
+            return [one // unit for one in arena.distances]
 
         return Places(
-            of(joint, 0),
-            of(back, forth_bytes),
-            torch.tensor(head_places(distances, by_rank), device=self.device),
-            torch.tensor(token_places(distances, text, image), device=self.device),
+            of(forth, joint),
+            of(home, back),
+            torch.tensor(head_places(distances(forth), by_rank), device=self.device),
+            torch.tensor(token_places(distances(home), text, image), device=self.device),
             (starts(text)[rank], sum(text) + starts(image)[rank]),
             starts(by_rank)[rank],
         )
 
-    def _arena(self, nbytes: int) -> Arena:
-        if not self._arenas or self._arenas[-1].own.numel() < nbytes:
-            self._arenas.append(self._allocate(nbytes))
-        return self._arenas[-1]
+    def _arena(self, of: Literal["heads", "results"], nbytes: int) -> Arena:
+        """Memory of at least so many bytes; what was too small is freed, with everything that writes into it."""
+        if of not in self._arenas or self._arenas[of].own.numel() < nbytes:
+            if of in self._arenas:
+                self._forget()
+                del self._arenas[of]
+            self._arenas[of] = self._allocate(nbytes)
+        return self._arenas[of]
+
+    def _forget(self) -> None:
+        """Free all graphs, and the places in the memory; all ranks are between the same two exchanges here."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for graphs in self.graphs:
+            graphs.clear()
+        self._places.clear()
 
     @property
     def nbytes(self) -> int:
         """Bytes of shared memory on this rank."""
-        return sum(one.own.numel() for one in (self._flags, *self._arenas))
+        return sum(one.own.numel() for one in (self._flags, *self._arenas.values()))
 
     @cached_property
     def _beside(self) -> torch.cuda.Stream:
@@ -282,13 +310,30 @@ def token_places(distances: Sequence[int], text: Sequence[int], image: Sequence[
     return found + [[there, own + more, own + place] for there, own, more in ranks for place in range(more)]
 
 
-def connected(team: Team, device: torch.device, exchange: Exchange = "auto") -> tuple[Peers | None, str]:
+def unfit(head_dim: int, dtype: torch.dtype) -> str:
+    """Why heads of this size and dtype cannot be stored into the memory of other GPUs; empty where they can."""
+    if dtype == torch.float64:
+        return "the kernels compute in float32, the model in torch.float64"
+    if _ROUND % (head_dim * dtype.itemsize):  # memories must be whole numbers of heads apart
+        return f"a head of {head_dim} values in {dtype} does not divide {_ROUND} bytes"
+    return ""
+
+
+def connected(
+    team: Team,
+    device: torch.device,
+    exchange: Exchange = "auto",
+    *,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Peers | None, str]:
     """The exchanges of a team by stores into each other's memory, and how it exchanges; all ranks of the run call this.
 
     Args:
         team: the ranks of a sequence.
         device: the device of this rank.
         exchange: "auto" takes NCCL where stores are not possible, and says why; "nccl" takes it anyway.
+        head_dim, dtype: of the model; the defaults are those of Stable Diffusion 3.
 
     Returns:
         The exchanges, None where a collective of torch does them; and a sentence for reports.
@@ -299,7 +344,7 @@ def connected(team: Team, device: torch.device, exchange: Exchange = "auto") -> 
     backend = "NCCL" if device.type == "cuda" else "gloo"
     if exchange == "nccl":
         return None, f"{backend}, as asked for"
-    peers, why = None, _agreed(_why_not(team, device))
+    peers, why = None, _agreed(_why_not(team, device, unfit(head_dim, dtype)))
     if not why:
         peers, why = _tried(team, device)
     if why and exchange == "peers":
@@ -337,15 +382,21 @@ def _symmetric(nbytes: int, team: Team, device: torch.device) -> Arena:
     return Arena(own, tuple(one - each[team.rank] for one in each))
 
 
-def _why_not(team: Team, device: torch.device) -> str:
-    """Why stores into the memory of the team's other ranks are not possible, as far as this rank can see."""
+def _why_not(team: Team, device: torch.device, why: str) -> str:
+    """Why stores into the memory of the team's other ranks are not possible, as far as this rank can see.
+
+    All ranks call this, and all of them gather the names of the hosts, whatever they find themselves. `why` is what is
+    known of the model.
+    """
+    hosts: list[object] = [None] * team.size
+    torch.distributed.all_gather_object(hosts, socket.gethostname(), group=team.group)
     if device.type != "cuda":
         return f"stores into the memory of others need GPUs, this rank is on {device}"
     if find_spec("triton") is None:
         return "triton is not installed"
-    hosts: list[object] = [None] * team.size
-    torch.distributed.all_gather_object(hosts, socket.gethostname(), group=team.group)
-    return f"the ranks are on several hosts: {', '.join(map(str, hosts))}" if len(set(hosts)) > 1 else ""
+    if len(set(hosts)) > 1:
+        return f"the ranks are on several hosts: {', '.join(map(str, hosts))}"
+    return why
 
 
 def _agreed(why: str) -> str:

@@ -153,8 +153,8 @@ class Part:
             like: tokens, in the dtype and on the device of the model.
             heads: attention heads of the model.
         """
-        direct = self.peers if kernels is not plain_kernels else None
-        if direct is None or not direct.takes(like, like.shape[-1] // heads):
+        direct = self.peers
+        if direct is None or not direct.takes(like, like.shape[-1] // heads) or kernels is plain_kernels:
             return kernels, lambda q, k, v: self.attend(q, k, v, inner)
         over = Exchanging(kernels, direct, inner, heads, self.text, self.sizes)
         return _Kernels(kernels, over.pack), over.attention

@@ -307,9 +307,14 @@ def test_decoding_in_bands():
 class Recorder(Graphs):
     """Graphs that launch every time; `fails` stands for what a recording may run into."""
 
-    fails = False
+    fails = lacks = False
 
     def __call__(self, key, step, inputs):
+        if self.lacks:
+            try:
+                raise torch.OutOfMemoryError("of this rank")
+            finally:  # as a recording that ends
+                raise RuntimeError("the recording failed")
         if self.fails:
             raise RuntimeError("not permitted\nwhile recording")
         self._captured[key] = self._captured.get(key, 0) + 1
@@ -333,7 +338,12 @@ def test_bands_are_recorded_the_second_time_and_anew_after_a_change(monkeypatch)
         vae.decoder.conv_out.weight.data = vae.decoder.conv_out.weight * 2
         counts += [decoded(), decoded()]
         decoder.close()
-        decoder.graphs.fails = True
+        decoded()
+        decoder.graphs.lacks = True
+        with pytest.raises(RuntimeError, match="recording failed"):  # others may have succeeded, so nothing else is run
+            decoded()
+        decoder.close()
+        decoder.graphs.lacks, decoder.graphs.fails = False, True
         counts += [decoded(), decoded(), decoded()]
         return max(found), counts, decoder.why_not
 

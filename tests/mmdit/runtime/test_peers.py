@@ -1,14 +1,19 @@
 """Exchanges by stores into other ranks' memory: the kernels, interpreted, and a fast forward over forked processes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from mmdit.models.mmdit import MMDiT, MMDiTConfig
+from mmdit.pipeline.parallelize import PipelineParallel
 from mmdit.runtime import peers, plain_kernels
+from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.fast import FastMMDiT
+from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.mesh import Team, shares, starts
-from mmdit.runtime.peers import Arena, Peers, connected
+from mmdit.runtime.peers import Arena, Peers, connected, unfit
 from mmdit.runtime.rows import Rows
 from mmdit.runtime.sequence import SequenceParallel, _Kernels
 from processes import in_processes, values
@@ -97,6 +102,83 @@ def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(t
         for _ in range(2):
             one.close()
             assert one.nbytes == 0
+
+
+def keys_of_a_drawing(cells, samples=2):
+    """Joint attention, attention of the image alone (the second one of a block, or a ControlNet), and the hint's."""
+    text, image = shares(154, 2)[::-1], shares(cells * cells, 2)
+    return [(samples, 24, 64, torch.bfloat16, some, image) for some in (text, [0, 0])]
+
+
+@pytest.mark.parametrize("sides", [(64,), (64, 32), (32, 48, 64)], ids=["one size", "falling", "growing"])
+def test_results_are_never_where_heads_of_another_attention_go(sides):
+    """A rank may send the heads of the next attention while another one still reads the results of the last."""
+    memory = torch.empty(2, 2**28, dtype=torch.uint8)  # never written
+    one = near(a_team(0, 2), memory)
+    keys = [key for side in sides for samples in (1, 2) for key in keys_of_a_drawing(side, samples)]
+    for key in keys:
+        one.places(*key)
+    regions = [one.places(*key) for key in keys]
+
+    def span(tensor):
+        return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+    for heads in (span(places.joint) for places in regions):
+        for results in (span(places.back) for places in regions):
+            assert heads.stop <= results.start or results.stop <= heads.start
+    largest = near(a_team(0, 2), torch.empty_like(memory))
+    largest.places(*keys_of_a_drawing(64)[0])
+    assert one.nbytes == largest.nbytes  # what was too small is gone
+
+
+def test_graphs_are_cleared_where_their_memory_is_replaced():
+    one, graphs = near(a_team(0, 2), torch.empty(2, 2**28, dtype=torch.uint8)), Graphs()
+    one.graphs.add(graphs)
+    for side, kept in ((32, True), (16, True), (64, False)):
+        graphs._captured["step"] = None
+        one.places(*keys_of_a_drawing(side)[0])
+        assert ("step" in graphs) is kept, side
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "fits"), [(64, torch.bfloat16, True), (48, torch.bfloat16, False), (64, torch.float64, False)]
+)
+def test_models_whose_heads_cannot_be_stored(head_dim, dtype, fits):
+    """They are named before a run, and where one joins later."""
+    assert (unfit(head_dim, dtype) == "") is fits
+    one = near(a_team(0, 2), torch.zeros(2, PAGE, dtype=torch.uint8))
+    assert one.takes(torch.zeros(1, dtype=dtype), head_dim) is fits
+    assert list(one.refused) == ([] if fits else [unfit(head_dim, dtype)])
+
+
+def test_a_reason_of_one_rank_is_that_of_all(monkeypatch):
+    """Ranks that see no reason themselves do not wait for names of hosts that the others never send."""
+
+    def work(rank):
+        if rank:
+            monkeypatch.setattr(peers, "find_spec", lambda name: None)
+        return connected(Team(dist.group.WORLD), torch.device("cuda", 0))
+
+    assert values(in_processes(2, work, limit=20)) == [(None, "NCCL: triton is not installed (rank 1)")] * 2
+
+
+def test_shared_memory_is_freed_after_the_graphs_also_where_the_model_was_changed():
+    torch.manual_seed(0)
+    sizes = {"depth": 1, "hidden_size": 32, "context_dim": 8, "pooled_dim": 8, "pos_embed_size": 4}
+    model = MMDiT(MMDiTConfig(**sizes, head_dim=WIDTH, sample_size=4)).eval().requires_grad_(False)
+    weights = SimpleNamespace(moved=0, still=True)  # with a budget, where the fast forward is built anew in a step
+    one = near(a_team(0, 2), torch.zeros(2, PAGE, dtype=torch.uint8))
+    accelerated = Accelerated(model, weights=weights, sequence=SequenceParallel(one.team, one))
+    assert list(one.graphs) == [accelerated.graphs]
+    accelerated.graphs._captured["step"] = None
+    model.joint_blocks[0].register_forward_hook(lambda *_: None)
+    parallel = PipelineParallel.__new__(PipelineParallel)
+    parallel.pipe = SimpleNamespace(transformer=model, accelerated=accelerated, parallel=parallel)
+    parallel.decoder = parallel.lifeline = SimpleNamespace(close=lambda: None)
+    parallel.sequence = accelerated.sequence
+    with pytest.raises(ValueError, match="hook"):
+        parallel.close()
+    assert (one.nbytes, len(accelerated.graphs), parallel.pipe.parallel) == (0, 0, None)
 
 
 def test_meeting_tells_all_others_and_counts():
