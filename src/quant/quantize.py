@@ -72,9 +72,9 @@ def quantize_(
     Raises:
         ValueError: A glob matches nothing; a weight is quantized already, not finite, not floating point, computed
             (`parametrizations`) or shared with another layer; a layer has no input scale though the recipe is static,
-            or no moments though others have; or there are input scales for no layer or for another recipe. The module
-            is then unchanged.
-        TypeError: The module is no nn.Module, or the recipe neither a recipe nor a name.
+            or no moments though others have; its moments are not those of inputs (see `quant.rounding`); or there are
+            input scales or moments for no layer, or input scales for another recipe. The module is then unchanged.
+        TypeError: The module is no nn.Module, the recipe neither a recipe nor a name, or moments no mapping.
     """
     recipe = as_recipe(recipe)
     linears = dict(linears_of(module))
@@ -83,26 +83,37 @@ def quantize_(
         _check_weight(name, linears[name])
     _check_ties(module, {name: linears[name] for name in chosen})
     scales = _input_scales(linears, chosen, recipe, {} if input_scales is None else input_scales)
-    if moments is not None and (without := [name for name in chosen if name not in moments]):
-        raise ValueError(f"moments have {len(without)} of {len(chosen)} Linears missing, first {without[0]!r}")
-    for name in chosen:
-        linear = linears[name]
-        if moments is None:
-            weight = quantize_weight(linear.weight, recipe, input_scale=scales.get(name))
-        else:
-            weight = _rounded_(linear, moments[name], recipe, scales.get(name))
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+    if moments is not None:
+        _round_({name: linears[name] for name in chosen}, _checked_moments(linears, chosen, moments), recipe, scales)
+        return report(module)
+    for name in chosen:  # one by one, so that only one weight is there twice
+        weight = quantize_weight(linears[name].weight, recipe, input_scale=scales.get(name))
+        linears[name].weight = nn.Parameter(weight, requires_grad=False)
     return report(module)
 
 
 @torch.no_grad()
-def _rounded_(linear: nn.Linear, moments: Moments, recipe: Recipe, input_scale: Tensor | None) -> Float8Tensor:
-    """The weight rounded for the outputs; the bias is changed in place."""
-    weight, bias = rounded_linear(linear.weight, linear.bias, moments, recipe, input_scale=input_scale)
+def _round_(
+    linears: Mapping[str, nn.Linear], moments: Mapping[str, Moments], recipe: Recipe, scales: Mapping[str, Tensor]
+) -> None:
+    """Round weights for the outputs, in place; nothing is changed before all weights and biases are found."""
+    found = {name: _rounded(name, linear, moments[name], recipe, scales.get(name)) for name, linear in linears.items()}
+    for name, (weight, bias) in found.items():
+        linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linears[name].bias.copy_(bias)
+
+
+def _rounded(
+    name: str, linear: nn.Linear, moments: Moments, recipe: Recipe, input_scale: Tensor | None
+) -> tuple[Float8Tensor, Tensor | None]:
+    """The weight with its signal-to-noise ratio, and the bias; see `rounded_linear`."""
+    try:
+        weight, bias = rounded_linear(linear.weight, linear.bias, moments, recipe, input_scale=input_scale)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from error
     weight.snr = snr(linear.weight, weight.dequantize(torch.float32))
-    if bias is not None:
-        linear.bias.copy_(bias)
-    return weight
+    return weight, bias
 
 
 def quantize_weight(
@@ -280,6 +291,19 @@ def _input_scales(
             "run mmdit.calibrate, or give input_scales"
         )
     return {name: checked_input_scale(scales[name], name) for name in chosen}
+
+
+def _checked_moments(
+    linears: Mapping[str, nn.Linear], chosen: Sequence[str], moments: Mapping[str, Moments]
+) -> Mapping[str, Moments]:
+    """The moments, once it is checked that the chosen Linears have some, and that each name is that of a Linear."""
+    if not isinstance(moments, Mapping):
+        raise TypeError(f"moments are {{name of a Linear: quant.rounding.Moments}}; got {type(moments).__name__}")
+    if unknown := [name for name in moments if name not in linears]:
+        raise ValueError(f"moments has {len(unknown)} names of no Linear of the module, first {unknown[0]!r}")
+    if without := [name for name in chosen if name not in moments]:
+        raise ValueError(f"moments have {len(without)} of {len(chosen)} Linears missing, first {without[0]!r}")
+    return moments
 
 
 def _layer(name: str, linear: nn.Linear) -> Layer:

@@ -10,13 +10,14 @@ cancel each other in it. `round_by_moments` looks for such codes in two steps:
 2. Sweeps of coordinate descent: each value in turn moves to the code that is best with all others held fixed, as in
    Behdin et al. 2023, "QuantEase" (arXiv 2309.01885). The error of no row grows.
 
-Where the first step leaves a row worse than nearest rounding does, the descent starts at the latter; so no row is
-worse.
+Where the first step leaves a row worse than nearest rounding does, the descent starts at the latter, so that no row is
+worse. Errors are measured with a small multiple of the identity added to H, as in GPTQ (`_DAMPING`), and with D below.
 Nagel et al. 2020 (arXiv 2004.10568) show why nearest is not best, and derive the same quadratic form.
 
 Rounded inputs x + e have the moments H + D, where the errors e of float8 are independent of x to first order and D is
 diagonal: the mean square of a channel times `input_noise`. The weight whose outputs of x + e are closest to w x is then
-w H (H + D)^-1, which is rounded in place of w, and D damps step 1. A bias takes up the mean of what remains.
+w H (H + D)^-1, which is rounded in place of w, and D damps step 1. A bias takes up the mean of what remains: H is then
+the covariance of x, while D is still made from the mean square, because float8 rounds x with its mean.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from quant.formats import FLOAT8_FORMATS, Format
 from quant.recipe import Recipe
 from quant.scaling import from_codes, scale_of, to_codes
-from quant.tensor import Float8Tensor, _amax
+from quant.tensor import Float8Tensor, amax_of
 
 __all__ = ["Moments", "input_noise", "round_by_moments", "rounded_linear"]
 
@@ -55,7 +56,7 @@ def input_noise(format: Format) -> float:
 
 
 def round_by_moments(
-    weight: Tensor, scale: Tensor, format: Format, second: Tensor, *, noise: float = 0.0, sweeps: int = 3
+    weight: Tensor, scale: Tensor, format: Format, second: Tensor, *, noise: Tensor | None = None, sweeps: int = 3
 ) -> Tensor:
     """The numbers of codes, float32 [out, in], whose products with the inputs are close to those of the weight.
 
@@ -68,33 +69,49 @@ def round_by_moments(
         scale: Positive, () or [out, 1].
         format: The format of the codes.
         second: Second moments of the inputs, or their covariance where a bias takes up the mean, [in, in].
-        noise: The errors of the inputs' own rounding, relative to their mean square; see `input_noise`.
+        noise: The mean square of the errors of the inputs' own rounding, [in]: `input_noise` times the mean square of
+            each channel (not its variance). None: the inputs are not rounded.
         sweeps: How often coordinate descent goes over all columns; 0 is GPTQ alone.
 
     Raises:
-        ValueError: The moments have another shape or are not finite.
+        ValueError: The moments have another shape, are not finite or not positive semidefinite; or the noise has
+            another shape or is not a number from 0.
     """
+    _check(weight, second, noise)
+    try:
+        return _numbers(weight, scale, format, second.double(), noise, sweeps)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined] # public, but not in `__all__`
+        size = list(second.shape)
+        raise ValueError(f"second moments {size} are not positive semidefinite: {error}") from error
+
+
+def _check(weight: Tensor, second: Tensor, noise: Tensor | None) -> None:
     size = weight.shape[1]
     if list(second.shape) != [size, size] or not bool(second.isfinite().all()):
         raise ValueError(
             f"second moments of a weight [{weight.shape[0]}, {size}] are finite numbers [{size}, {size}]; got "
             f"{list(second.shape)}, {int((~second.isfinite()).sum())} not finite"
         )
-    wide = second.double()
+    if noise is not None and (list(noise.shape) != [size] or not bool((noise.isfinite() & (noise >= 0)).all())):
+        raise ValueError(f"noise of the inputs is finite numbers from 0, [{size}]; got {list(noise.shape)}")
+
+
+def _numbers(weight: Tensor, scale: Tensor, format: Format, wide: Tensor, noise: Tensor | None, sweeps: int) -> Tensor:
+    """See `round_by_moments`; arguments are checked, and `wide` is its `second` in float64."""
     spread = wide.diagonal()
     damping = _DAMPING * float(spread.mean()) or 1.0  # inputs that are always 0 round as white ones
-    noisy = wide + torch.diag(noise * spread + damping)
+    noisy = wide + torch.diag(torch.full_like(spread, damping) if noise is None else noise.double() + damping)
     units = weight.detach().double() / scale.double()
-    if noise:
+    if noise is not None:
         # Damping holds channels without inputs at the weight's own values.
         units = torch.linalg.solve(noisy, torch.addmm(units, units, wide, beta=damping), left=False)
     order = spread.argsort(descending=True, stable=True)
     target, form = units[:, order].T.contiguous(), noisy[order[:, None], order]
     del noisy, units  # as large as the moments and the weight
-    nearest = _rounded(target, format)
-    made = _compensated(target, form, format)
-    worse = _errors(made, target, form) > _errors(nearest, target, form)
-    made = torch.where(worse, nearest, made)
+    made = _better(_compensated(target, form, format), _rounded(target, format), target, form)
+    if noise is not None:  # the target is not the weight
+        plain = _rounded(weight.detach().double() / scale.double(), format)
+        made = _better(made, plain[:, order].T, target, form)
     for _ in range(sweeps):
         _sweep(made, target, form, format)
     found = torch.empty_like(made)
@@ -114,12 +131,21 @@ def rounded_linear(
         moments: Of the inputs before rounding.
         recipe: How the weight is stored, and whether inputs are rounded.
         input_scale: As for `Float8Tensor.quantize`.
+
+    Raises:
+        ValueError: The mean has another shape or is not finite; or see `round_by_moments`.
     """
-    scale = scale_of(_amax(weight.detach(), recipe.granularity), recipe.format)
+    scale = scale_of(amax_of(weight.detach(), recipe.granularity), recipe.format)
     mean, second = (part.to(weight.device, torch.float64) for part in moments)
+    _check(weight, second, None)
+    size = weight.shape[1]
+    if list(mean.shape) != [size] or not bool(mean.isfinite().all()):
+        raise ValueError(f"the mean of the inputs is finite numbers [{size}]; got {list(mean.shape)}")
+    noise = None
+    if recipe.activation != "none":  # of the inputs with their mean, which a bias does not keep from rounding
+        noise = input_noise(recipe.activation_format) * second.diagonal().clamp(min=0)
     if bias is not None:
         second = second - torch.outer(mean, mean)
-    noise = 0.0 if recipe.activation == "none" else input_noise(recipe.activation_format)
     numbers = round_by_moments(weight, scale, recipe.format, second, noise=noise)
     # The product is within half an ulp of the code's own value, so that nearest rounding gives the code again.
     made = Float8Tensor.quantize(
@@ -143,6 +169,11 @@ def _errors(made: Tensor, target: Tensor, form: Tensor) -> Tensor:
     """The error of the outputs of each row, [out], of columns by rows [in, out]."""
     rest = made - target
     return (rest * (form @ rest)).sum(0)
+
+
+def _better(made: Tensor, other: Tensor, target: Tensor, form: Tensor) -> Tensor:
+    """Of each row of the weight, the codes with the smaller error of outputs, [in, out]."""
+    return torch.where(_errors(made, target, form) > _errors(other, target, form), other, made)
 
 
 def _compensated(target: Tensor, form: Tensor, format: Format) -> Tensor:

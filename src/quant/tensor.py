@@ -97,7 +97,7 @@ class Float8Tensor(Tensor):
         check_values(tensor)
         tensor = tensor.detach()
         if scale is None:
-            scale = scale_of(_amax(tensor, recipe.granularity), recipe.format)
+            scale = scale_of(amax_of(tensor, recipe.granularity), recipe.format)
         else:
             scale = _given_scale(scale, tensor, recipe.granularity)
         qdata = _codes(tensor, scale, recipe.format, as_bytes=not has_float8(tensor.device))
@@ -302,7 +302,8 @@ def _not_finite(tensor: Tensor) -> int:
     return int(sum((~part.to(narrow).isfinite()).sum() for part in _rows(tensor)))
 
 
-def _amax(tensor: Tensor, granularity: Granularity) -> Tensor:
+def amax_of(tensor: Tensor, granularity: Granularity) -> Tensor:
+    """The largest absolute value of a tensor, (), or of each of its rows, [..., 1]; see `scale_of`."""
     rows = (*tensor.shape[:-1], 1)
     if not tensor.numel():
         return tensor.new_zeros(() if granularity == "tensor" else rows)

@@ -22,7 +22,7 @@ from quant.formats import LARGEST, Format
 from quant.quantize import Report, _check_weight, _input_scales, _selected, check_module, linears_of, report, snr
 from quant.recipe import Recipe, as_recipe
 from quant.scaling import from_codes, scale_of, to_codes
-from quant.tensor import Float8Tensor, _amax
+from quant.tensor import Float8Tensor, amax_of
 
 __all__ = ["FakeQuantizedLinear", "fake_codes", "fake_quantize_", "fake_quantized", "quantize_trained_"]
 
@@ -222,7 +222,7 @@ def _replaced(
         weight = nn.Parameter(weight.dequantize())  # divided by the scale and rounded, it gives the codes again
         new.__dict__["_parameters"]["weight"] = weight
     else:
-        scale = scale_of(_amax(weight.detach(), recipe.granularity), recipe.format)
+        scale = scale_of(amax_of(weight.detach(), recipe.granularity), recipe.format)
         input_scale = None if input_scale is None else input_scale.to(weight.device)
     new.recipe = recipe
     for key, first in (("weight", scale), ("input", input_scale)):

@@ -9,6 +9,7 @@ from quant.observers import observe
 from quant.quantize import snr
 from quant.rounding import Moments, input_noise, round_by_moments, rounded_linear
 from quant.scaling import from_codes, scale_of, to_codes
+from quant.tensor import Float8Tensor
 
 IN, OUT = 150, 6  # columns of two blocks, the second of them cut short
 
@@ -123,18 +124,94 @@ def test_the_noise_of_rounded_inputs_is_that_of_the_formula(format):
 
 
 def test_noise_of_the_inputs_is_weighed_in(inputs, weight):
-    noise, second, scale = 0.05, second_of(inputs), scales(weight, "e4m3", rows=True)
+    second, scale = second_of(inputs), scales(weight, "e4m3", rows=True)
+    noise = 0.05 * second.diagonal()
 
     def with_noise(numbers):
         made = numbers.double() * scale
-        return errors(numbers, weight, scale, second) + noise * (made.square() * second.diagonal()).sum(1)
+        return errors(numbers, weight, scale, second) + (made.square() * noise).sum(1)
 
     deaf = round_by_moments(weight, scale, "e4m3", second)
     ours = round_by_moments(weight, scale, "e4m3", second, noise=noise)
     assert (with_noise(ours) < with_noise(deaf)).all()
-    best = weight.double() @ second @ torch.linalg.inv(second + noise * torch.diag(second.diagonal()))
-    least = errors(best, weight, 1.0, second) + noise * (best.square() * second.diagonal()).sum(1)
+    best = weight.double() @ second @ torch.linalg.inv(second + torch.diag(noise))
+    least = errors(best, weight, 1.0, second) + (best.square() * noise).sum(1)
     assert with_noise(ours).sum() < 1.1 * least.sum()  # rounding adds little to what noise leaves
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_with_noise_no_row_is_worse_than_the_rounded_weight(format):
+    g = torch.Generator().manual_seed(5)
+    worse = False
+    for channels in (2, 3, 6):
+        second, weight = (
+            second_of(torch.randn(40, channels, generator=g).double()),
+            torch.randn(400, channels, generator=g),
+        )
+        noise, scale = 0.004 * second.diagonal(), scales(weight, format, rows=False)
+        form = second + 1e-3 * second.diagonal().mean() * torch.eye(channels)
+
+        def of(numbers, scale=scale, weight=weight, form=form, noise=noise):
+            made = numbers.double() * scale
+            return errors(numbers, weight, scale, form) + (made.square() * noise).sum(1)
+
+        plain = of(nearest(weight, scale, format))
+        assert (of(round_by_moments(weight, scale, format, second, noise=noise)) <= plain * (1 + 1e-6)).all()
+        target = weight.double() @ form @ torch.linalg.inv(form + torch.diag(noise))
+        worse |= bool((of(nearest(target.float(), scale, format)) > plain * 1.01).any())
+    assert worse  # rounding the shifted weight alone would not do
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_inputs_with_a_mean_are_rounded_with_it(inputs, weight, biased):
+    x = 0.3 * inputs + 3
+    second, mean = second_of(x), x.mean(0)
+    bias = torch.zeros(OUT) if biased else None
+    recipe = Recipe(granularity="tensor", activation="static")
+    static = float(x.abs().max()) / 448
+    made, _ = rounded_linear(weight, bias, Moments(mean, second), recipe, input_scale=static)
+    spread = second - torch.outer(mean, mean) if biased else second
+    numbers = {
+        rms: round_by_moments(weight, made.scale, "e4m3", spread, noise=input_noise("e4m3") * of.diagonal())
+        for rms, of in (("whole", second), ("about the mean", spread))
+    }
+    assert torch.equal(made.dequantize(torch.float64), numbers["whole"].double() * made.scale.double())
+    if biased:
+        codes = from_codes(to_codes(x.float(), torch.tensor(static), "e4m3"), "e4m3").double() * static
+
+        def error(found):
+            rest = codes @ (found.double() * made.scale.double()).T - x @ weight.double().T
+            return float((rest - rest.mean(0)).square().mean())
+
+        assert error(numbers["whole"]) < 0.7 * error(numbers["about the mean"])
+
+
+def broken(moments):
+    """Moments, and what the error is about."""
+    mean, second = moments
+    yield Moments(mean, torch.full_like(second, float("nan"))), "not finite"
+    yield Moments(mean, -second), "positive semidefinite"
+    yield Moments(mean, second[:3, :3]), r"\[3, 3\]"
+    yield Moments(mean, second[0]), rf"\[{IN}\]"
+    yield Moments(mean[:3], second), r"\[3\]"
+    yield Moments(mean * float("nan"), second), "mean"
+
+
+def test_a_model_is_unchanged_where_moments_of_one_linear_are_refused(inputs):
+    model = nn.Sequential(nn.Linear(IN, 4), nn.Linear(IN, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    good = Moments(inputs.mean(0), second_of(inputs))
+    refused = [({"0": good, "1": bad}, f"'1'.*{told}") for bad, told in broken(good)]
+    for moments, told in (*refused, ({"0": good, "1": good, "2": good}, "'2'"), ({"0": good}, "'1'")):
+        with pytest.raises(ValueError, match=told):
+            quantize_(model, "fp8", moments=moments)
+        assert all(type(part.weight) is nn.Parameter for part in model)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(TypeError, match="list"):
+        quantize_(model, "fp8", moments=[good, good])
+    quantize_(model, "fp8", moments={"0": good, "1": good})
+    assert all(isinstance(part.weight, Float8Tensor) for part in model)
+    assert not torch.equal(model[1].bias, before["1.bias"])
 
 
 @pytest.mark.parametrize("recipe", [Recipe(granularity="tensor", activation="static"), Recipe(activation="none")])
@@ -186,3 +263,6 @@ def test_refusals(weight):
     for second, told in ((torch.eye(3), r"\[3, 3\], 0 not finite"), (torch.full((IN, IN), float("nan")), "22500 not")):
         with pytest.raises(ValueError, match=told):
             round_by_moments(weight, torch.ones(()), "e4m3", second)
+    for noise in (torch.ones(3), -torch.ones(IN), torch.full((IN,), float("inf"))):
+        with pytest.raises(ValueError, match=rf"\[{IN}\]; got \[{len(noise)}\]"):
+            round_by_moments(weight, torch.ones(()), "e4m3", torch.eye(IN), noise=noise)

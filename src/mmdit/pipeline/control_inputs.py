@@ -236,7 +236,9 @@ def _masks(given: Any, nets: Sequence[ControlNet]) -> tuple[Picture, ...]:
     if inpaints == (given is not None):
         return tuple(masks_of(given, "control_mask")) if inpaints else ()
     if inpaints:
-        raise ValueError("an inpainting ControlNet needs control_mask, which is 1 (white) where is drawn anew")
+        raise ValueError(
+            "an inpainting ControlNet needs control_mask, which is 1 (white) where the picture is drawn anew"
+        )
     raise ValueError("control_mask is given, but no ControlNet is for inpainting: its hint has no channel for a mask")
 
 

@@ -54,7 +54,7 @@ def refuse_changed(model: nn.Module, name: str) -> None:
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, in no order; several times as quick as `named_modules`, and asked before each drawing."""
+    """All modules of a model, in no order; several times faster than `named_modules`. Called before each drawing."""
     found, left = dict[int, nn.Module](), [model]
     while left:
         module = left.pop()

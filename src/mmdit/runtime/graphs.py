@@ -6,12 +6,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+T = TypeVar("T")
 Step = Callable[..., Any]  # tensors -> a tensor, or a tuple of tensors
 _RECORDING = RLock()  # threads record one after the other, because all recordings share a stream
 
@@ -84,22 +85,29 @@ def _stream(device: int) -> torch.cuda.Stream:
 
 
 def _capture(step: Step, inputs: Sequence[Tensor]) -> Captured:
-    with _RECORDING:
-        return _captured(step, inputs)
-
-
-def _captured(step: Step, inputs: Sequence[Tensor]) -> Captured:
     own = tuple(one.clone() for one in inputs)
-    beside = _stream(torch.cuda.current_device())
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        step(*own)
-    torch.cuda.current_stream().wait_stream(beside)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
-        output = step(*own)
-    inside = sum(one.nbytes for one in own)
-    return Captured(graph, own, output, torch.cuda.memory_reserved() - before + inside)
+    graph, output, taken = record(lambda: step(*own))
+    return Captured(graph, own, output, taken + sum(one.nbytes for one in own))
+
+
+def record(step: Callable[[], T], *, before: int = 1) -> tuple[torch.cuda.CUDAGraph, T, int]:
+    """Record what a step launches on the current GPU: the graph, the result, and the device memory that it took.
+
+    Args:
+        step: reads and writes tensors of the current device only.
+        before: how often it runs before it is recorded, so that libraries and compilers set themselves up.
+    """
+    with _RECORDING:
+        beside = _stream(torch.cuda.current_device())
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(before):
+                step()
+        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
+            output = step()
+        return graph, output, torch.cuda.memory_reserved() - reserved

@@ -29,6 +29,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.failures import nonfinite_layers
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
+from mmdit.runtime.graphs import record
 from mmdit.runtime.hooks import Hook, hooks, repeating
 
 __all__ = ["Distilled", "States", "distil", "distil_blocks", "guided", "guided_loss", "states_of", "wanted_of"]
@@ -239,7 +240,7 @@ def distil(
         batch: states in a step, each with and without its prompt.
         along: the number of states of each drawing in a step, see `guided_loss`.
         seed: of the order.
-        done: the share that an earlier run has done; the rate goes on from there.
+        done: the share that an earlier run has done, from 0 to below 1; the rate goes on from there.
         autocast: the dtype of the student's products and attention; None is that of its parameters. Codes of float8 are
             exact in every dtype.
         recorded: whether forward and backward are recorded in the first step as a CUDA graph, which later steps replay:
@@ -250,8 +251,9 @@ def distil(
         What each step tells, after it.
 
     Raises:
-        ValueError: neither steps nor seconds are given, one is not above 0, nothing of the student requires gradients,
-            or `along` does not divide the batch; or recording is wanted of a student that is not on a GPU.
+        ValueError: neither steps nor seconds are given, one is not above 0, `done` is not in [0, 1), nothing of the
+            student requires gradients, or `along` does not divide the batch; or recording is wanted of a student that
+            is not on a GPU.
         RuntimeError: the step cannot be recorded. No weight has changed.
         FloatingPointError: a loss or a gradient is not finite; the step and the first layer are named. No weight has
             changed in that step.
@@ -323,17 +325,14 @@ class _Recording:
         if device.type != "cuda":
             raise ValueError(f"a step is recorded as a CUDA graph of a GPU; the student is on {device}")
         self.batch = StateBatch._make(None if part is None else part.clone() for part in batch)
-        self.trained, self.graph = trained, torch.cuda.CUDAGraph()
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # compiles what is compiled, and lets libraries allocate
-                torch.autograd.grad(loss_of(self.batch), trained, allow_unused=True)
-        torch.cuda.current_stream(device).wait_stream(aside)
-        with torch.cuda.graph(self.graph):
-            self.loss = loss_of(self.batch)
-            self.grads = torch.autograd.grad(self.loss, trained, allow_unused=True)
-        self.loss = self.loss.detach()
+        self.trained = trained
+
+        def step() -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            loss = loss_of(self.batch)
+            return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
+
+        with torch.cuda.device(device):  # the student's, which need not be the current one
+            self.graph, (self.loss, self.grads), _ = record(step, before=2)
 
     def __call__(self, batch: StateBatch) -> Tensor:
         for into, part in zip(self.batch, batch, strict=True):
@@ -371,6 +370,10 @@ def _fitted(
     for name, end in (("steps", steps), ("seconds", seconds)):
         if end is not None and not end > 0:
             raise ValueError(f"distillation needs {name} above 0, got {end}")
+    if not 0 <= done < 1:
+        raise ValueError(
+            f"done is the share of the training that an earlier run has done, from 0 to below 1; got {done}"
+        )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("nothing of the student requires gradients: call quant.training.fake_quantize_ on it first")

@@ -1,7 +1,7 @@
 """Distillation into float8: latents of drawings, the guided loss, and two ways of training that lessen the error."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +11,7 @@ from mmdit.demo import train_float8
 from mmdit.demo.train_float8 import compiled_blocks
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
+from mmdit.training import distil as distillation
 from mmdit.training.distil import Distilled, States, distil, distil_blocks, guided, guided_loss, states_of, wanted_of
 from mmdit.training.journal import Journal
 from quant import is_quantized
@@ -194,6 +195,50 @@ def test_a_recorded_step_trains_as_an_eager_one(teacher, states, compiled):
     assert losses[1][-1] < losses[1][0]
 
 
+class Elsewhere(torch.Tensor):
+    device = torch.device("cuda:1")
+
+
+def test_a_step_is_recorded_on_the_device_of_the_student(states, monkeypatch):
+    devices = []
+
+    @contextmanager
+    def device(current):
+        devices.append(current)
+        yield
+        devices.pop()
+
+    def record(step, before):
+        assert devices == [torch.device("cuda:1")]
+        assert before == 2
+        return "graph", step(), 0
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(distillation, "record", record)
+    batch = states.draw(2, torch.Generator().manual_seed(7))
+    trained = Elsewhere()
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda loss, of, allow_unused: (2 * loss,) if of[0] is trained else None
+    )
+    found = distillation._Recording(lambda batch: batch.x.sum(), batch, [trained])
+    assert torch.equal(found.grads[0], 2 * batch.x.sum())
+    assert devices == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=SKIPS["two gpus"])
+def test_a_student_on_the_second_gpu_trains_in_a_graph(teacher, states):
+    student = copy.deepcopy(teacher).to("cuda:1").requires_grad_(True)
+    fake_quantize_(student, "fp8-tensor")
+    some = states.to("cuda:1").with_velocities(copy.deepcopy(teacher).to("cuda:1"))
+    with torch.cuda.device(0):
+        losses = [
+            float(one.loss) for one in distil(student, teacher, some, steps=20, batch=6, rate=1e-4, recorded=True)
+        ]
+    assert losses[-1] < losses[0]
+    assert len(set(losses)) > 10  # an empty graph gives one loss again and again
+
+
 def test_block_by_block_trains_one_block_at_a_time(teacher, states):
     student = copy.deepcopy(teacher)
     fake_quantize_(student, "fp8-e5m2")
@@ -218,6 +263,9 @@ def test_refusals(teacher, states):
     for ends in ({"steps": 0}, {"seconds": 0.0}, {"steps": 3, "seconds": -1.0}):
         with pytest.raises(ValueError, match=f"{[*ends][-1]} above 0"):
             next(distil(teacher, teacher, states, **ends))
+    for done in (-0.1, 1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"done.*{done}"):
+            next(distil(teacher, teacher, states, steps=1, done=done))
     with pytest.raises(ValueError, match="requires gradients"):
         next(distil(teacher, teacher, states, steps=1))
     student = copy.deepcopy(teacher)
