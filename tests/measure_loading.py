@@ -111,10 +111,10 @@ def by_library(path: Path, dtype: torch.dtype | None, threads: int) -> int:
 
 def by_ours(path: Path, dtype: torch.dtype | None) -> int:
     """The same by our reader."""
-    from mmdit.checkpoints.load import READERS
+    from mmdit.checkpoints.load import AT_A_TIME
     from mmdit.checkpoints.safetensors_io import open_tensors
 
-    with ThreadPoolExecutor(READERS[0]) as pool:
+    with ThreadPoolExecutor(AT_A_TIME[0]) as pool:
         kept = list(pool.map(lambda lazy: lazy.read(dtype), open_tensors(path)[0].values()))
     return sum(one.nbytes for one in kept)
 

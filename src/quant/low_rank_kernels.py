@@ -1,20 +1,33 @@
-"""Triton kernels for low-rank factors beside a weight: activations, also as float8 codes, times the down projection.
+"""Triton kernels for low-rank factors beside a weight.
 
-The sums are in float32. Loaded only where Triton is.
+`low` multiplies activations, also as float8 codes, by the down projection; `add_up` adds the product of that result and
+the up projection to the output of the weight. The sums are in float32. Loaded only where Triton is.
 """
 
 from __future__ import annotations
 
-from typing import no_type_check
+import sys
+from functools import cache
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows of a program, values of a row that it multiplies at once, and how many of these it loads ahead. Codes are brought
-# to 16 bits between memory and product, which Triton does without waiting for 32 rows or less.
-_OF_CODES, _OF_VALUES = (32, 256, 4), (64, 128, 4)
+
+class Blocks(NamedTuple):
+    """How a program of `low` works: its rows, the values of a row that it multiplies at once, and pipeline stages."""
+
+    rows: int
+    depth: int
+    stages: int
+
+
+# The fastest on an H200. Codes are converted to 16 bits between memory and product; up to 32 rows, Triton goes on with
+# the next codes meanwhile.
+_OF_CODES, _OF_VALUES = Blocks(32, 256, 4), Blocks(64, 128, 4)
+_LEAST = 3  # stages; with two, nothing is loaded during a product
 _ADDED_ROWS, _ADDED_COLUMNS = 64, 128
 
 
@@ -35,8 +48,7 @@ def low(
             for codes, else of the activations' dtype.
         factor: float32 [streams, r], by which each product is multiplied; None is one.
         dtype: of the result.
-        blocks: rows of a program, values of a row that it multiplies at once, and how many of these it loads ahead;
-            None is what is quick on an H200.
+        blocks: see `Blocks`; None chooses the fastest on an H200, or less where the device has less shared memory.
     """
     some = first if first is not None else second
     assert some is not None, "a stream has rows"
@@ -46,6 +58,9 @@ def low(
     out = torch.empty((split + rest, rank), dtype=dtype, device=down.device)
     rows, depth, stages = blocks or (_OF_VALUES if factor is None else _OF_CODES)
     depth = min(depth, max(triton.next_power_of_2(width), 16))
+    if blocks is None:
+        fast = Blocks(rows, depth, stages)
+        rows, depth, stages = fitting(fast, rank, text.itemsize, down.itemsize, _shared_memory(down.device))
     _low[(triton.cdiv(split, rows) + triton.cdiv(rest, rows),)](
         text,
         image,
@@ -71,6 +86,36 @@ def low(
         num_warps=max(rows // 16, 1),
     )
     return out
+
+
+def fitting(blocks: Blocks, rank: int, itemsize: int, down_itemsize: int, limit: int) -> Blocks:
+    """The blocks, with fewer stages or less depth until a program fits the shared memory of its multiprocessor.
+
+    All stages but one have a buffer for the activations and the down projection. (On Hopper, products in 16 bits have
+    one buffer more: 128 KiB at most, of 227.)
+
+    Args:
+        blocks: the fastest where memory suffices.
+        rank: r of `low`.
+        itemsize, down_itemsize: bytes of a value of the activations and of the down projection.
+        limit: bytes of shared memory that a program may have.
+    """
+    rows, depth, most = blocks
+    while depth > 16:
+        for stages in range(most, _LEAST - 1, -1):
+            if (stages - 1) * depth * (rows * itemsize + rank * down_itemsize) <= limit:
+                return Blocks(rows, depth, stages)
+        depth //= 2
+    return Blocks(rows, depth, min(most, _LEAST))
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """The most shared memory of a program that Triton launches, in bytes; its interpreter has no limit."""
+    if device.type != "cuda":
+        return sys.maxsize
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mmdit.bench.rows import Cells, attempted
-from mmdit.checkpoints.safetensors_io import FileTensor, read_header
+from mmdit.checkpoints.safetensors_io import FileTensor, read_header, read_into
 from mmdit.checkpoints.staging import PIECE, RUN, filled
 
 COLUMNS = ("", "in the page cache before", "seconds", "GB/s")
@@ -90,7 +90,11 @@ def _only_read(threads: int, locked: bool, wanted: Wanted) -> None:
 
 
 def read_part(path: Path, part: tuple[int, int], *, locked: bool) -> None:
-    """Read the bytes of a file from the first up to the second place into one buffer, which may be page-locked."""
+    """Read the bytes of a file from the first up to the second place into one buffer, which may be page-locked.
+
+    Raises:
+        CheckpointError: the file ends before the second place.
+    """
     begin, end = part
     buffer = memoryview(bytearray(PIECE))
     if locked:
@@ -99,7 +103,9 @@ def read_part(path: Path, part: tuple[int, int], *, locked: bool) -> None:
     with path.open("rb", buffering=0) as file:
         file.seek(begin)
         while begin < end:
-            begin += file.readinto(buffer[: end - begin]) or end
+            piece = buffer[: end - begin]
+            read_into(path, file.fileno(), piece)
+            begin += len(piece)
 
 
 def _row(way: Way, wanted: Wanted, device: torch.device, cached: str) -> Cells:

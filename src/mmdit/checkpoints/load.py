@@ -41,7 +41,7 @@ from quant.spellings import Scales, unread_quantization
 from samplers import pick
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
-READERS = (2, 4)  # tensors read at a time, to a CPU and to a GPU
+AT_A_TIME = (2, 4)  # tensors read at a time, to a CPU and to a GPU
 _IN_PIECES = ("cuda",)  # devices to which files are read in large pieces
 _SMALL = 64 * 2**20  # bytes of a model that one thread reads in less time than threads take to hand tensors around
 _ONE_AT_A_TIME = Lock()  # held by a thread that has a weight in 16 bits, to quantize it
@@ -433,7 +433,7 @@ def _read_all(stored: StoredModel, keys: Sequence[str], how: _How) -> list[Tenso
     """Tensors by several threads: one waits for the disk, others cast or copy. A small model is read by this one."""
     if how.device.type == "cpu" and sum(stored.tensors[key].nbytes for key in keys) < _SMALL:
         return [_read(stored, key, how) for key in keys]
-    with ThreadPoolExecutor(READERS[how.device.type == "cuda"]) as pool:
+    with ThreadPoolExecutor(AT_A_TIME[how.device.type == "cuda"]) as pool:
         return [*pool.map(lambda key: _read(stored, key, how), keys)]
 
 

@@ -135,9 +135,10 @@ def _read(
     stop: Event,
 ) -> None:
     """Read pieces and copy them to their tensors, until there are none left or somebody says to stop."""
-    buffers = _Buffers(device, size, ready)
     try:
+        buffers = _Buffers(device, size, ready)
         with ExitStack() as stack, buffers.copying():
+            stack.callback(buffers.wait)
             files = _Files(stack)
             for i, piece in enumerate(_taken(work, stop)):
                 memory = buffers.free(i)
@@ -147,8 +148,6 @@ def _read(
     except BaseException:
         stop.set()
         raise
-    finally:
-        buffers.wait()
 
 
 def _taken(work: SimpleQueue[list[Piece]], stop: Event) -> Iterator[Piece]:

@@ -43,7 +43,7 @@ class LoraLinear(nn.Linear):
         assert self.up is not None, "factors are attached"
         rows = x.reshape(-1, x.shape[-1])
         output = torch.addmm(self.bias, rows @ self.down.t(), self.up.t())
-        return output.addmm_(rows, self.weight.t()).view(*x.shape[:-1], -1)
+        return output.addmm_(rows, self.weight.t()).view(*x.shape[:-1], self.out_features)
 
     @property
     def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None:

@@ -1,11 +1,13 @@
 """Tensors read in large pieces, as for a GPU: here to a CPU, through buffers so small that pieces cut tensors."""
 
 import os
+import time
+from threading import Event
 
 import pytest
 import torch
 
-from mmdit.bench.cold import cut
+from mmdit.bench.cold import cut, read_part
 from mmdit.bench.loading import random_tensors
 from mmdit.checkpoints import load, staging
 from mmdit.checkpoints.float8 import metadata_in, spelled
@@ -118,6 +120,39 @@ def test_an_error_inside_ends_the_reading(files, monkeypatch):
     with pytest.raises(KeyError), filled(files, CPU, size=1, readers=2):
         raise KeyError("stop")
     assert len(read) < sum(piece.stop - piece.start for piece in pieces(files))
+
+
+def test_an_error_before_the_first_piece_ends_the_reading(files, monkeypatch):
+    """Page-locking fails in one of two threads: it takes no piece, and the other one stops."""
+    made, read, buffers = [], [], staging._Buffers
+    failed = Event()
+
+    class Failing(buffers):
+        def __init__(self, *args):
+            made.append(self)
+            if len(made) == 1:
+                failed.set()
+                raise RuntimeError("page-locking")
+            super().__init__(*args)
+
+    def slowly(path, file, memory):
+        assert failed.wait(10)
+        time.sleep(1e-3)
+        read.append(len(memory))
+
+    monkeypatch.setattr(staging, "_Buffers", Failing)
+    monkeypatch.setattr(staging, "read_into", slowly)
+    with pytest.raises(RuntimeError, match="page-locking"), filled(files, CPU, size=1, readers=2):
+        pass
+    assert len(read) < sum(piece.stop - piece.start for piece in pieces(files)) // 8
+
+
+def test_a_part_that_reaches_beyond_the_file_is_no_measurement(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(bytes(100))
+    read_part(path, (10, 100), locked=False)
+    with pytest.raises(CheckpointError, match="f ended"):
+        read_part(path, (10, 101), locked=False)
 
 
 @pytest.mark.parametrize("how", ["codes", "quantized", "as it is", "cast"])

@@ -96,6 +96,14 @@ def effective(linear: nn.Linear) -> Tensor:
     return weight
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (2, 3, 6)])
+def test_a_linear_with_factors_takes_no_rows_as_a_plain_one_does(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
+    linear = beside(model, "0", factors=(torch.randn(2, 6), torch.randn(5, 2)))
+    x = torch.randn(shape)
+    torch.testing.assert_close(linear.in_one_product(x), linear(x))
+
+
 @pytest.mark.parametrize("tensors", [low_rank(1), other_kinds(1)], ids=["low rank", "other kinds"])
 def test_attached_merged_and_fast_draw_the_same(pipe: Pipeline, tensors: dict[str, Tensor]) -> None:
     plain, digest = draw(pipe), pipe.digest

@@ -13,6 +13,7 @@ if not HAS_TRITON:
     pytest.skip(SKIPS["triton"], allow_module_level=True)
 
 from mmdit.runtime import kernels
+from quant import low_rank_kernels
 
 GPU = DEVICE == "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.bfloat16]
@@ -129,3 +130,31 @@ def test_added_in_place(rank, width, rows, dtype):
     plain_kernels.add_up(wanted, in_float64(added), rows)
     kernels.add_up(out, added, rows)
     near(out, wanted, dtype)
+
+
+@pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
+@pytest.mark.parametrize("rank", [16, 32, 64])
+@pytest.mark.parametrize(("itemsize", "down_itemsize"), [(1, 2), (2, 2), (4, 4)])
+def test_blocks_fit_the_shared_memory_of_a_card(itemsize, down_itemsize, rank, kilobytes):
+    fast = low_rank_kernels._OF_CODES if itemsize == 1 else low_rank_kernels._OF_VALUES
+    found = low_rank_kernels.fitting(fast, rank, itemsize, down_itemsize, 1024 * kilobytes)
+    assert (found.stages - 1) * found.depth * (found.rows * itemsize + rank * down_itemsize) <= 1024 * kilobytes
+    assert found.rows == fast.rows
+    assert found.stages >= 3
+    assert kilobytes < 227 or found == fast
+
+
+@pytest.mark.parametrize(
+    ("itemsize", "down_itemsize", "rank", "kilobytes", "wanted"),
+    [
+        (1, 2, 32, 99, (32, 256, 4)),
+        (1, 2, 64, 99, (32, 256, 3)),
+        (2, 2, 64, 99, (64, 128, 4)),
+        (4, 4, 32, 99, (64, 128, 3)),
+        (4, 4, 64, 99, (64, 64, 4)),
+        (4, 4, 64, 163, (64, 128, 3)),
+    ],
+)
+def test_blocks_of_smaller_cards(itemsize, down_itemsize, rank, kilobytes, wanted):
+    fast = low_rank_kernels._OF_CODES if itemsize == 1 else low_rank_kernels._OF_VALUES
+    assert low_rank_kernels.fitting(fast, rank, itemsize, down_itemsize, 1024 * kilobytes) == wanted
