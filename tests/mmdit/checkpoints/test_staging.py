@@ -123,14 +123,14 @@ def test_an_error_inside_ends_the_reading(files, monkeypatch):
 
 
 def test_an_error_before_the_first_piece_ends_the_reading(files, monkeypatch):
-    """Page-locking fails in one of two threads: it takes no piece, and the other one stops."""
+    """Page-locking fails in the second thread: the first one, whose end is waited for, stops too."""
     made, read, buffers = [], [], staging._Buffers
     failed = Event()
 
     class Failing(buffers):
         def __init__(self, *args):
             made.append(self)
-            if len(made) == 1:
+            if len(made) == 2:
                 failed.set()
                 raise RuntimeError("page-locking")
             super().__init__(*args)
