@@ -80,15 +80,15 @@ def test_checkpoint_ahead_and_compute_again_change_no_loss(tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler
-def test_compiled_blocks_take_any_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_take_any_number_of_shapes() -> None:
     class Block(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + 1
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    compile_blocks([block := Block()], backend="eager")
-    for rows in range(2, 6):
-        assert torch.equal(block(torch.ones(rows)), torch.full((rows,), 2.0))
+    with torch._dynamo.config.patch(recompile_limit=2):  # which also puts back what `compile_blocks` sets
+        compile_blocks([block := Block()], backend="eager")
+        for rows in range(2, 6):
+            assert torch.equal(block(torch.ones(rows)), torch.full((rows,), 2.0))
 
 
 def test_between_steps_the_model_has_its_own_modulation(tmp_path: Path) -> None:
