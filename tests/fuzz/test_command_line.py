@@ -72,6 +72,14 @@ def here(tmp_path, monkeypatch) -> Path:
         *("mmdit.bench.step.work_of", "mmdit.bench.layers.shapes_of", "mmdit.cli.benches._note_long"),
         *("mmdit.bench.maps.cost", "mmdit.bench.fp8_quality.run", "mmdit.cli.benches.measure"),
         *("mmdit.bench.lora.steps", "mmdit.bench.lora.merges", "mmdit.bench.controlnet.steps"),
+        *(
+            "mmdit.bench.ways.ways",
+            "mmdit.bench.errors.errors",
+            "mmdit.bench.speed.speed",
+            "mmdit.bench.training.bench",
+        ),
+        *("mmdit.bench.memory.budgets", "mmdit.bench.loading.loading", "mmdit.bench.loading.from_disk"),
+        *("mmdit.bench.parallel.bench", "mmdit.bench.links.links"),
     ):
         monkeypatch.setattr(name, stop)
     return tmp_path
