@@ -71,7 +71,8 @@ def quantize_(
 
     Raises:
         ValueError: A glob matches nothing; a weight is quantized already, not finite, not floating point, computed
-            (`parametrizations`) or shared with another layer; a layer has no input scale though the recipe is static,
+            (`parametrizations`) or shared with another layer, or a bias is that moments would change; a layer has no
+            input scale though the recipe is static,
             or no moments though others have; its moments are not those of inputs (see `quant.rounding`); or there are
             input scales or moments for no layer, or input scales for another recipe. The module is then unchanged.
         TypeError: The module is no nn.Module, the recipe neither a recipe nor a name, or moments no mapping.
@@ -81,7 +82,9 @@ def quantize_(
     chosen = _selected(linears, select)
     for name in chosen:
         _check_weight(name, linears[name])
-    _check_ties(module, {name: linears[name] for name in chosen})
+        if moments is not None:
+            _check_stored(name, linears[name], "bias")
+    check_ties(module, chosen, ("weight",) if moments is None else ("weight", "bias"))
     scales = _input_scales(linears, chosen, recipe, {} if input_scales is None else input_scales)
     if moments is not None:
         _round_({name: linears[name] for name in chosen}, _checked_moments(linears, chosen, moments), recipe, scales)
@@ -140,15 +143,16 @@ def dequantize_(module: nn.Module, select: str | Sequence[str] | None = None) ->
         select: Globs over module names; None takes all.
 
     Raises:
-        ValueError: A glob matches no Linear.
+        ValueError: A glob matches no Linear, or a float8 weight is shared with another layer. The module is then
+            unchanged.
         TypeError: The module is no nn.Module.
     """
     linears = dict(linears_of(module))
     names = linears if select is None else _selected(linears, select)
-    for name in names:
-        weight = linears[name].weight
-        if isinstance(weight, Float8Tensor):
-            linears[name].weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    found = {name: weight for name in names if isinstance(weight := linears[name].weight, Float8Tensor)}
+    check_ties(module, found)
+    for name, weight in found.items():
+        linears[name].weight = nn.Parameter(weight.dequantize(), requires_grad=False)
 
 
 def report(module: nn.Module) -> Report:
@@ -251,11 +255,15 @@ def kept(name: str) -> str | None:
     return next((pattern for pattern in KEPT if fnmatchcase(name, pattern)), None)
 
 
-def _check_weight(name: str, linear: nn.Linear) -> None:
-    if "weight" not in linear._parameters:
+def _check_stored(name: str, linear: nn.Linear, key: str) -> None:
+    if key not in linear._parameters:
         raise ValueError(
-            f"{name}.weight is no parameter but computed: remove the parametrization first, which keeps its value"
+            f"{name}.{key} is no parameter but computed: remove the parametrization first, which keeps its value"
         )
+
+
+def _check_weight(name: str, linear: nn.Linear) -> None:
+    _check_stored(name, linear, "weight")
     weight = linear.weight
     refuse_quantized(linear, repr(name), "call dequantize_ first to change its recipe")
     try:
@@ -264,10 +272,18 @@ def _check_weight(name: str, linear: nn.Linear) -> None:
         raise ValueError(f"{name}.weight: {error}") from error
 
 
-def _check_ties(module: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
-    """Refuse weights that two layers share: they would no longer be shared."""
-    names = {id(linear.weight): f"{name}.weight".lstrip(".") for name, linear in chosen.items()}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+def check_ties(module: nn.Module, chosen: Iterable[str], keys: Sequence[str] = ("weight",)) -> None:
+    """Refuse parameters of the chosen Linears, such as their weights, that another layer shares.
+
+    A new weight would no longer be shared, and a bias would be changed for the other layer too.
+
+    Raises:
+        ValueError: A parameter has two names.
+    """
+    every = dict(module.named_parameters(remove_duplicate=False))
+    wanted = [f"{name}.{key}".lstrip(".") for name in chosen for key in keys]
+    names = {id(every[key]): key for key in wanted if key in every}
+    for name, parameter in every.items():
         first = names.get(id(parameter), name)
         if first != name:
             raise ValueError(f"{name} and {first} are one parameter: leave both out by select=, or give each a copy")

@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant.formats import LARGEST, Format
-from quant.quantize import Report, _check_weight, _input_scales, _selected, check_module, linears_of, report, snr
+from quant.quantize import (
+    Report,
+    _check_weight,
+    _input_scales,
+    _selected,
+    check_module,
+    check_ties,
+    linears_of,
+    report,
+    snr,
+)
 from quant.recipe import Recipe, as_recipe
 from quant.scaling import from_codes, scale_of, to_codes
 from quant.tensor import Float8Tensor, amax_of
@@ -146,6 +156,7 @@ def fake_quantize_(
     rounded = [name for name in chosen if _is_rounded(linears[name], recipe)]
     for name in chosen if len(rounded) < len(chosen) else ():
         _check_weight(name, linears[name])
+    check_ties(module, chosen)
     if len(rounded) == len(chosen):
         if input_scales:
             raise ValueError(f"{rounded[0]!r} is in float8 with its scales already; give no input_scales")
@@ -174,12 +185,14 @@ def quantize_trained_(module: nn.Module) -> Report:
         A report on every Linear of the module.
 
     Raises:
-        ValueError: The module has none, or a weight or scale is not finite (the error names it); it is then unchanged.
+        ValueError: The module has none; or a weight is shared with another layer, or a weight or scale is not finite
+            (the error names it). The module is then unchanged.
         TypeError: The module is no nn.Module.
     """
     linears = fake_quantized(module)
     if not linears:
         raise ValueError("the module has no fake-quantized Linears; call fake_quantize_ and train it first")
+    check_ties(module, linears)
     weights = {name: _trained_weight(name, linear) for name, linear in linears.items()}
     for name, linear in linears.items():
         plain = nn.Linear.__new__(nn.Linear)

@@ -173,6 +173,18 @@ def test_dequantize_gives_plain_weights_of_these_values(dtype):
     refuses(lambda: dequantize_(net, "nothing"), "'nothing' matches none", error=ValueError)
 
 
+def test_a_shared_float8_weight_is_not_dequantized_twice():
+    net = model()
+    quantize_(net)
+    net["blocks"][1].proj.weight = net["blocks"][0].proj.weight
+    before = state(net)
+    for select in (None, "blocks.1.*"):
+        refuses(lambda: dequantize_(net, select), "blocks.0.proj.weight", "blocks.1.proj.weight", error=ValueError)  # noqa: B023
+        assert unchanged(net, before)
+    dequantize_(net, "*.qkv")
+    assert float8(net) == ["blocks.0.proj", "blocks.1.proj"]
+
+
 # The report.
 
 

@@ -214,6 +214,22 @@ def test_a_model_is_unchanged_where_moments_of_one_linear_are_refused(inputs):
     assert not torch.equal(model[1].bias, before["1.bias"])
 
 
+def test_shared_and_computed_biases_are_refused(inputs):
+    """Moments change biases, which another layer may read."""
+    moments = dict.fromkeys(("0", "1"), Moments(inputs.mean(0), second_of(inputs)))
+    tied, computed = (nn.Sequential(nn.Linear(IN, 4), nn.Linear(IN, 4)) for _ in range(2))
+    tied.append(nn.LayerNorm(4))
+    tied[2].bias = tied[1].bias
+    nn.utils.parametrize.register_parametrization(computed[1], "bias", nn.Identity())
+    for model, told in ((tied, "2.bias and 1.bias are one parameter"), (computed, "1.bias is no parameter")):
+        with pytest.raises(ValueError, match=told):
+            quantize_(model, "fp8", moments=moments)
+        assert not any(isinstance(parameter, Float8Tensor) for parameter in model.parameters())
+        quantize_(model, "fp8")  # changes no bias
+        assert isinstance(model[1].weight, Float8Tensor)
+    assert tied[2].bias is tied[1].bias
+
+
 @pytest.mark.parametrize("recipe", [Recipe(granularity="tensor", activation="static"), Recipe(activation="none")])
 def test_a_bias_takes_up_the_mean(inputs, weight, recipe):
     bias = torch.randn(OUT, generator=torch.Generator().manual_seed(3))

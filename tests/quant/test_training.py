@@ -149,3 +149,19 @@ def test_refusals():
         quantize_trained_(model)
     assert all(isinstance(linear, FakeQuantizedLinear) for linear in fake_quantized(model).values())
     assert len(fake_quantized(model)) == 2
+
+
+def test_shared_weights_are_refused():
+    """Each Linear would have scales of its own for one weight."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    for select in (None, "0"):
+        with pytest.raises(ValueError, match=r"(0|2).weight and (0|2).weight are one parameter"):
+            fake_quantize_(model, "fp8", select)
+        assert not fake_quantized(model)
+    model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    fake = fake_quantize_(model, "fp8")
+    fake["2"].weight = fake["0"].weight
+    with pytest.raises(ValueError, match=r"0.weight and 2.weight are one parameter"):
+        quantize_trained_(model)
+    assert len(fake_quantized(model)) == 3

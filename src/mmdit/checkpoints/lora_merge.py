@@ -409,11 +409,16 @@ def _with(model: nn.Module | Mapping[str, Tensor], new: Mapping[str, Tensor]) ->
 
 
 def replace_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer with a new parameter that holds `tensor`."""
+    """Replace a parameter or buffer with a new one that holds `tensor`, or with `tensor` if it is a parameter.
+
+    A parameter that comes back is again the one that other modules may share.
+    """
     path, _, name = key.rpartition(".")
     owner = model.get_submodule(path)
     old = owner._parameters.get(name)
     if old is None:
         owner._buffers[name] = tensor
+    elif isinstance(tensor, nn.Parameter):
+        owner._parameters[name] = tensor.requires_grad_(old.requires_grad)
     else:
         owner._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)

@@ -6,6 +6,7 @@ on the device. So an interrupted drawing leaves nothing to mend.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,14 +81,16 @@ def tensors_of(model: nn.Module) -> dict[Key, list[tuple[str, Tensor]]]:
     """The named tensors of each part of a model.
 
     A block's part has its matrices only. Vectors are small, the fast forward copies some of them, and embeddings inside
-    of a block may be read outside of it, so that these are in "rest", as is what LoRAs attach.
+    of a block may be read outside of it, so that these are in "rest", as is what LoRAs attach, and what two modules
+    share: it is needed with both.
     """
     found: dict[Key, list[tuple[str, Tensor]]] = {"rest": []}
     places = {each: i for i, block in enumerate(blocks_of(model)) for each in _matrices(block)}
-    every = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in every:
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    uses = Counter(id(tensor) for _, tensor in every)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         place = places.get(id(tensor))
-        if place is None:
+        if place is None or uses[id(tensor)] > 1:
             key: Key = "rest"
         else:
             key = ("adaln" if "adaLN_modulation" in name else "block", place)

@@ -95,23 +95,38 @@ class _DataParallel:
 
 def _sharded(model: nn.Module) -> nn.Module:
     """FSDP2 over the blocks of a model and over what is around them, in place."""
+    blocks = dict(_blocks(model))
+    _check_ties(model, blocks)
     _check_same(model)
     for part in list(model.modules()):
         weight = part._parameters.get("weight")
         if isinstance(weight, Float8Tensor):
             parametrize.register_parametrization(part, "weight", _Parts(weight), unsafe=True)
     model.register_forward_hook(lambda _, __, output: output.clone())  # FSDP warns of views, which lose its hooks
-    for block in _blocks(model):
+    for block in blocks.values():
         fully_shard(block)
     fully_shard(model)
     return model
 
 
-def _blocks(model: nn.Module) -> Iterable[nn.Module]:
-    """The blocks of all models inside: members of lists named `joint_blocks` or `transformer_blocks`."""
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The names and blocks of all models inside: members of lists named `joint_blocks` or `transformer_blocks`."""
     for name, part in model.named_modules():
         if name.rpartition(".")[2] in ("joint_blocks", "transformer_blocks"):
-            yield from part.children()
+            yield from ((f"{name}.{key}", block) for key, block in part.named_children())
+
+
+def _check_ties(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Raise ValueError for a parameter that two blocks share, or a block and what is around the blocks.
+
+    `fully_shard` would make a parameter of its own in each of them.
+    """
+    firsts: dict[int, tuple[str, str]] = {}
+    for name, one in model.named_parameters(remove_duplicate=False):
+        block = next((block for block in blocks if name.startswith(f"{block}.")), "")
+        other, first = firsts.setdefault(id(one), (block, name))
+        if other != block:
+            raise ValueError(f"{first} and {name} are one parameter, which fsdp would split: take ddp")
 
 
 class _Parts(nn.Module):

@@ -109,7 +109,7 @@ def trained_of(pipe: Pipeline, config: TrainingConfig) -> Trained:
         found = Trained(pipe, transformer, dict(named), adapters)
     elif config.method == "full":
         refuse_quantized(transformer, "the transformer", "train a LoRA on it, or take a 16-bit file")
-        found = Trained(pipe, transformer, dict(_chosen(transformer, config.trained)), {})
+        found = Trained(pipe, transformer, dict(chosen_of(transformer, config.trained)), {})
     else:
         net = _net(pipe, config).to(device)
         found = Trained(pipe, Controlled(transformer, net, pipe.profile), dict(net.named_parameters()), {}, net)
@@ -298,16 +298,17 @@ class _States(dict[Any, Any]):
         return self.each[key].state.get(key, default)
 
 
-def _chosen(model: nn.Module, globs: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
+def chosen_of(model: nn.Module, globs: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that globs name; all others are frozen."""
-    known, globs = dict(model.named_parameters()), list(globs)
+    known, globs = dict(model.named_parameters(remove_duplicate=False)), list(globs)
     if not globs:
         raise ValueError("trained names no parameter; give globs such as '*' or 'joint_blocks.*.attn.*'")
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in known):
             raise ValueError(f"trained: {glob!r} matches none of {len(known)} parameters, such as {next(iter(known))}")
-    for name, one in known.items():
-        one.requires_grad_(any(fnmatchcase(name, glob) for glob in globs))
+    chosen = {id(one) for name, one in known.items() if any(fnmatchcase(name, glob) for glob in globs)}
+    for name, one in model.named_parameters():
+        one.requires_grad_(id(one) in chosen)
         if one.requires_grad:
             yield name, one
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import mmdit
+from inspected import inputs
+from inspected import model as tiny
 from mmdit import Pipeline, load_lora
 from mmdit.checkpoints.load import load_mmdit
 from mmdit.models.lora import LoraLinear, all_beside, beside
+from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
 from quant import Float8Tensor, dequantize_, quantize_
 from quant.quantize import linears_of
 
@@ -391,3 +394,27 @@ def test_a_lora_that_cannot_be_merged_leaves_the_pipeline_as_it_was():
         (adapter,) = pipe.lora_report().adapters.values()
         assert (adapter.weight, adapter.form, adapter.scale, adapter.text_encoder_weight) == (0.5, "merged", 1.0, None)
         assert torch.equal(effective(pipe.transformer.get_submodule(LINEARS[0])), before)
+
+
+@torch.no_grad()
+def test_a_lora_changes_one_of_two_modules_that_share_a_weight():
+    """Merged as attached, the other module keeps the weight; without the LoRA both share it again."""
+    model, given, weights = tiny(), inputs(), PatchedWeights()
+    first, second = (block.x_block.mlp.fc1 for block in model.joint_blocks[:2])
+    second.weight, second.bias = first.weight, first.bias
+    tensors = {
+        "lora_unet_joint_blocks_1_x_block_mlp_fc1.lora_up.weight": noise(1, 512, 4).double(),
+        "lora_unet_joint_blocks_1_x_block_mlp_fc1.lora_down.weight": noise(2, 4, 128).double(),
+        "lora_unet_joint_blocks_1_x_block_mlp_fc1.diff_b": noise(3, 512).double(),
+    }
+    lora, plain, found = load_lora(tensors), model(*given), {}
+    for form in ("attached", "merged"):
+        weights.apply({"transformer": model}, [Adapter(lora, form)])
+        found[form] = model(*given)
+    assert error(found["merged"], found["attached"]) < 1e-10
+    assert error(found["merged"], plain) > 1e-3
+    assert first.weight is not model.joint_blocks[1].x_block.mlp.fc1.weight
+    weights.restore({"transformer": model})
+    assert torch.equal(model(*given), plain)
+    assert second is model.joint_blocks[1].x_block.mlp.fc1
+    assert (second.weight is first.weight, second.bias is first.bias) == (True, True)

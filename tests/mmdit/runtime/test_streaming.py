@@ -133,6 +133,25 @@ def test_parts_of_a_model(small):
     assert model_bytes(small).total == sum(t.nbytes for t in (*small.parameters(), *small.buffers()))
 
 
+@torch.no_grad()
+def test_what_two_modules_share_is_there_with_both(small):
+    """A matrix of two blocks, one of a block and its adaLN, and one that is read outside of all blocks."""
+    first, second, third = (block.x_block for block in small.joint_blocks)
+    third.mlp.fc1.weight = first.mlp.fc1.weight
+    small.joint_blocks[1].context_block.mlp.fc1 = second.mlp.fc1
+    small.register_buffer("copy", second.attn.proj.weight)
+    shared = [one.weight for one in (first.mlp.fc1, second.mlp.fc1, second.attn.proj)]
+    parts = tensors_of(small)
+    assert {id(one) for one in shared} <= {id(tensor) for _, tensor in parts["rest"]}
+    names = [name for key, named in parts.items() if key != "rest" for name, _ in named]
+    assert "joint_blocks.1.x_block.mlp.fc2.weight" in names
+    assert not any(name.endswith(("0.x_block.mlp.fc1.weight", "1.x_block.attn.proj.weight")) for name in names)
+    turns, given = Residency("cpu", moves=True), inputs()
+    wanted = small(*given)
+    turns.enter({small: Presence(streamed=(0, 1, 2))})
+    assert torch.equal(small(*given), wanted)
+
+
 def test_memory_keeps_shapes_strides_and_parts():
     weight = quant.Float8Tensor.quantize(torch.randn(6, 8), recipe="fp8")
     weight.snr = 30.0

@@ -183,3 +183,17 @@ def test_processes_that_start_apart_are_told(pipe, tmp_path):
     for ended in in_processes(2, work):
         assert "RanksDifferError" in ended.error
         assert "rank 1" in ended.error
+
+
+def test_fsdp_refuses_what_two_blocks_share():
+    """`fully_shard` would make two parameters of it."""
+    within, between, outside = (tiny_model() for _ in range(3))
+    block = within.joint_blocks[0]
+    block.context_block.mlp.fc1.weight = block.x_block.mlp.fc1.weight  # one group, so it stays one parameter
+    between.joint_blocks[1].x_block.mlp.fc2.bias = between.joint_blocks[0].x_block.mlp.fc2.bias
+    outside.x_embedder.proj.bias = outside.joint_blocks[1].x_block.attn.proj.bias
+    check = distributed._check_ties
+    check(within, dict(distributed._blocks(within)))
+    for model, name in ((between, "joint_blocks.1.x_block.mlp.fc2.bias"), (outside, "x_embedder.proj.bias")):
+        with pytest.raises(ValueError, match=name):
+            check(model, dict(distributed._blocks(model)))

@@ -24,10 +24,11 @@ from mmdit.training.batches import InMemory
 from mmdit.training.blocks import compile_blocks
 from mmdit.training.checkpointing import checkpoints, load, save
 from mmdit.training.config import TrainingConfig
+from mmdit.training.ema import Ema
 from mmdit.training.journal import Journal
 from mmdit.training.loop import Processes, block_norms, clipped, flow_losses, training_step
 from mmdit.training.run import loss_by_time, train
-from mmdit.training.setup import make_optimizer, start
+from mmdit.training.setup import chosen_of, make_optimizer, start
 from tiny_training import noise, samples, settings, tiny_model, tiny_pipe
 
 WAYS = {
@@ -316,3 +317,13 @@ def test_a_fused_backward_leaves_nothing_behind() -> None:
     del layer, optimizer
     gc.collect()
     assert left() is None
+
+
+def test_a_shared_parameter_trains_under_each_of_its_names() -> None:
+    model = tiny_model()
+    first, second = (block.x_block.mlp.fc1 for block in model.joint_blocks)
+    second.weight = first.weight
+    trained = dict(chosen_of(model, ["joint_blocks.1.x_block.mlp.fc1.weight"]))
+    assert list(trained) == ["joint_blocks.0.x_block.mlp.fc1.weight"]
+    assert [one for one in model.parameters() if one.requires_grad] == [second.weight]
+    assert len(Ema(model, 0.9).average) == len(list(model.parameters()))
