@@ -418,7 +418,7 @@ def replace_tensor(model: nn.Module, key: str, tensor: Tensor) -> None:
     old = owner._parameters.get(name)
     if old is None:
         owner._buffers[name] = tensor
-    elif isinstance(tensor, nn.Parameter):
-        owner._parameters[name] = tensor.requires_grad_(old.requires_grad)
-    else:
-        owner._parameters[name] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        return
+    new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=old.requires_grad)
+    new.requires_grad = old.requires_grad
+    owner._parameters[name] = new
