@@ -41,9 +41,7 @@ def send_heads(
         units,
         total,
         head_dim,
-        rows.split,
-        max(rows.text, 1),
-        max(rows.image, 1),
+        *rows.divisors,
         rows.samples,
         joint.shape[2],
         *starts,
@@ -127,10 +125,7 @@ def _send_heads(
     is_text = row < split
     sample = tl.where(is_text, row // text, (row - split) // image)
     token = tl.where(is_text, text_start + row % text, image_start + (row - split) % image)
-    entry = places + unit % heads * 3
-    distance = tl.load(entry, mask=there, other=0)
-    count = tl.load(entry + 1, mask=there, other=0)
-    index = tl.load(entry + 2, mask=there, other=0)
+    distance, count, index = _home(places + unit % heads * 3, there)
     place = (distance + ((part * samples + sample) * tokens + token) * count + index) * head_dim
     lane = tl.arange(0, wide)[None, :]
     inside = there[:, None] & (lane < head_dim)
@@ -149,15 +144,22 @@ def _send_tokens(
     unit = tl.program_id(0) * block + tl.arange(0, block)
     there = unit < units
     sample = unit // (own_heads * tokens)
-    entry = places + unit // own_heads % tokens * 3
-    distance = tl.load(entry, mask=there, other=0)
-    count = tl.load(entry + 1, mask=there, other=0)
-    index = tl.load(entry + 2, mask=there, other=0)
+    distance, count, index = _home(places + unit // own_heads % tokens * 3, there)
     place = (distance + (sample * count + index) * heads + first + unit % own_heads) * head_dim
     lane = tl.arange(0, wide)[None, :]
     inside = there[:, None] & (lane < head_dim)
     value = tl.load(z + unit.to(tl.int64)[:, None] * head_dim + lane, mask=inside, other=0.0)
     tl.store(own + place[:, None] + lane, value, mask=inside)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _home(entry, there):
+    """Where a head or a token goes: the distance to its rank's memory, and there the number of them and its place."""
+    distance = tl.load(entry, mask=there, other=0)
+    count = tl.load(entry + 1, mask=there, other=0)
+    index = tl.load(entry + 2, mask=there, other=0)
+    return distance, count, index
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -28,6 +28,11 @@ class Rows(NamedTuple):
         """Number of rows of both streams."""
         return self.samples * (self.text + self.image)
 
+    @property
+    def divisors(self) -> tuple[int, int, int]:
+        """`split`, and text and image tokens of a sample, at least 1: kernels divide by them to find a row's sample."""
+        return self.split, max(self.text, 1), max(self.image, 1)
+
     def as_one_sample(self) -> Rows:
         """The same rows, where it does not matter of which sample they are."""
         return Rows(1, self.samples * self.text, self.samples * self.image)
