@@ -42,15 +42,18 @@ class Link:
 def link_of(device: torch.device) -> Link:
     """Measure the links between all ranks; every rank calls this.
 
-    An exchange takes latency + bytes / speed, by its times for two sizes.
+    An exchange takes latency + bytes / speed, by its times for two sizes: on GPUs as a CUDA graph, as drawings exchange,
+    because launched one by one, small ones take the host's time.
     """
     team = _world()
     direct, way = peers.connected(team, device) if team.size > 1 else (None, "")
     small, large = (2**19, 2**25) if device.type == "cuda" else (2**14, 2**20)
     part = torch.zeros(large // 4, device=device)
-    gather = (team.size - 1) * part.nbytes / _seconds(lambda: team.gathered(part), device)
+    graph = device.type == "cuda"
+    gather = (team.size - 1) * part.nbytes / _seconds(lambda: team.gathered(part), device, graph=graph)
     try:
-        least, most = (_seconds(_exchange(team, direct, size, device), device) for size in (small, large))
+        times = (_seconds(_exchange(team, direct, size, device), device, graph=graph) for size in (small, large))
+        least, most = times
     finally:
         _close(direct)
     return Link(

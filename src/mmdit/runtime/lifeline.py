@@ -45,7 +45,8 @@ class Lifeline:
     Args:
         rank: the number of this process.
         peers: the open connections by rank: all other ranks on rank 0, and rank 0 alone on the others.
-        on_failure: called once, in a thread of its own, when another process has failed.
+        on_failure: called once, in a thread of its own, when another process has failed; this process waits for its end
+            before it exits.
         grace: seconds after a failure elsewhere in which this process must leave `guarded`; then it is ended.
     """
 
@@ -67,7 +68,8 @@ class Lifeline:
         ]
         for thread in self._threads:
             thread.start()
-        atexit.register(self.close)
+        self._releasing: threading.Thread | None = None
+        atexit.register(self._at_exit)
 
     @classmethod
     def connected(
@@ -140,7 +142,7 @@ class Lifeline:
             if self._closed:
                 return
             self._closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self._tell({"left": self.rank, "after": self._entered})
         if self.rank == 0:
             for thread in self._threads:
@@ -198,19 +200,34 @@ class Lifeline:
         with self._lock:
             if self.failure is not None or self._closed:
                 return
+            self._releasing = threading.Thread(target=self._release, name="release", daemon=True)
             self.failure = failure
+            self._releasing.start()
         self._news.set()
-        threading.Thread(target=self._release, name="release", daemon=True).start()
 
     def _release(self) -> None:
         """Free the main thread from a collective that will never end; end the process if that does not help."""
+        freeing = threading.Thread(target=self._on_failure, name="on failure", daemon=True)
         if self._depth:  # in a thread of its own, because what frees the main thread can itself wait for ever
-            threading.Thread(target=self._on_failure, name="on failure", daemon=True).start()
+            freeing.start()
         end = time.monotonic() + self.grace
         while self._depth and time.monotonic() < end:
             time.sleep(0.05)
         if self._depth:
             sys.stderr.write(f"mmdit: {self._error()}\n")
+            sys.stderr.flush()
+            os._exit(1)
+        if freeing.ident is not None:
+            freeing.join()
+
+    def _at_exit(self) -> None:
+        """Leave the run, after what frees collectives has ended: in the middle of it torch would abort the process."""
+        self.close()
+        if self._releasing is None:
+            return
+        self._releasing.join(self.grace)
+        if self._releasing.is_alive():
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
 

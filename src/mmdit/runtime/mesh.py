@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -236,15 +236,23 @@ def same_random_state() -> None:
     torch.set_rng_state(from_first(torch.get_rng_state()))
 
 
-def abort() -> None:
+def abort(meanwhile: Callable[[], None] = lambda: None) -> None:
     """Release the NCCL kernels that wait for a rank that has failed; the process groups cannot be used afterwards.
 
     All communicators at once: freeing the memory of one waits for the running kernels of the others.
+
+    Args:
+        meanwhile: releases kernels that wait for other reasons.
     """
+    threads = []
     for group in reversed(list(dist.distributed_c10d._world.pg_map)):
         with suppress(RuntimeError):
             backend = group._get_backend(torch.device("cuda"))
-            threading.Thread(target=_abort, args=(backend,), name="abort", daemon=True).start()
+            threads.append(threading.Thread(target=_abort, args=(backend,), name="abort", daemon=True))
+            threads[-1].start()
+    meanwhile()
+    for thread in threads:
+        thread.join()
 
 
 def _abort(backend: Any) -> None:

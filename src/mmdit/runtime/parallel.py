@@ -87,9 +87,8 @@ class Parallel:
 
     def _free(self) -> None:
         """Release what waits on the GPU for a rank that has failed."""
-        mesh.abort()
-        if self.sequence is not None and self.sequence.peers is not None:
-            self.sequence.peers.free(lambda: self.lifeline.waits)
+        direct = self.sequence.peers if self.sequence is not None else None
+        mesh.abort(lambda: None if direct is None else direct.free(lambda: self.lifeline.waits))
 
     def guarded(self) -> AbstractContextManager[None]:
         """See `Lifeline.guarded`."""

@@ -1,7 +1,9 @@
 """Several ranks compute what one computes, and a fault on one of them ends all. CPU processes over gloo, forked."""
 
+import atexit
 import os
 import signal
+import socket
 import time
 from contextlib import contextmanager
 from copy import copy
@@ -28,7 +30,7 @@ from mmdit.runtime.compiled import refuse_compiled
 from mmdit.runtime.fast_nets import ActingNet
 from mmdit.runtime.fast_vae import FastVAE, plain_norm
 from mmdit.runtime.graphs import Graphs
-from mmdit.runtime.lifeline import DIED, Lifeline
+from mmdit.runtime.lifeline import DIED, Lifeline, ParallelError
 from mmdit.runtime.mesh import Layout, Team, layout_of, shares
 from mmdit.runtime.plan import smallest
 from mmdit.runtime.sequence import SequenceParallel, exchanged_bytes
@@ -649,6 +651,22 @@ def test_a_rank_that_is_stuck_is_ended(pipes):
     assert first.value is None
     assert first.error == ""  # it had no chance to raise
     assert second.error.startswith("OverflowError")
+
+
+def test_a_process_exits_after_everything_is_freed(monkeypatch):
+    """Torch aborts a process that exits while another thread aborts its collectives."""
+    at_exit, done = [], []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    other, own = socket.socketpair()
+    life = Lifeline(1, {0: own}, on_failure=lambda: (time.sleep(0.2), done.append(True)))
+    with pytest.raises(ParallelError, match="rank 0 failed: OverflowError"), life.guarded():
+        other.sendall(b'{"failed": 0, "reason": "OverflowError: in a layer"}\n')
+        while True:
+            life.check()
+            time.sleep(0.01)
+    other.close()
+    at_exit[0]()
+    assert done == [True]
 
 
 def copy_of(model):
