@@ -42,7 +42,7 @@ class Link:
 def link_of(device: torch.device) -> Link:
     """Measure the links between all ranks; every rank calls this.
 
-    An exchange takes latency + bytes / speed, by its times for two sizes: on GPUs as a CUDA graph, as drawings exchange,
+    An exchange takes latency + bytes / speed, by its times for two sizes: on GPUs as a CUDA graph, as drawings do it,
     because launched one by one, small ones take the host's time.
     """
     team = _world()
