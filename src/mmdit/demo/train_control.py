@@ -5,9 +5,9 @@ object is), and both encoded: pictures as the mode of the VAE's distribution, hi
 takes the rules of one profile of the pipeline (value range, sample or mean, positions, the last residual), so that a
 net works in all of them. A net first learns to predict the picture from the hint alone, with a linear read-out in
 place of the transformer; then its residuals are trained through the frozen transformer, on captions most of which leave
-shapes and positions out. The state is saved every minute, and an interrupted run resumes from it. On one core, seconds
-are those of the processor; on a GPU (`--device cuda`), which has a recipe of its own, they are those of the clock. Both
-compute in bfloat16.
+shapes and positions out. The state is saved every minute, and an interrupted run resumes from it. On a CPU, seconds are
+those of the processor. On a GPU (`--device cuda`), which has a recipe of its own (`GPU`), they are those of the clock,
+and steps are recorded as CUDA graphs; `mmdit.demo.bench_control` measures them. Both compute in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +45,31 @@ from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.profiles import PROFILES, Profile
 from mmdit.runtime.precision import full_float32
 from mmdit.training import control
+from mmdit.training.blocks import compile_blocks
 from mmdit.training.ema import Ema
 from mmdit.training.journal import Journal, mean_of
 from mmdit.training.rates import Every, learning_rate, set_rate
+from mmdit.training.recording import RecordedGradients, eager_gradients
 from samplers.training import logit_normal, noised, shifted
 
-__all__ = ["GPU", "ControlRecipe", "depth_map", "main", "net_file", "train", "vague_caption"]
+__all__ = [
+    "GPU",
+    "ControlRecipe",
+    "Data",
+    "Stepper",
+    "depth_map",
+    "encoded",
+    "main",
+    "net_file",
+    "train",
+    "trainer_of",
+    "vague_caption",
+]
 
 KINDS: tuple[ControlKind, ...] = ("canny", "depth")
 STAGES = ("alone", "together")  # each draws from a seed of its own
 HARD = ("cross", "ring")  # shapes that, where they are small, the VAE blurs in hints
+_TOKENS = 77  # of CLIP
 _NEAREST = SIZES["large"][1]
 
 
@@ -61,6 +77,8 @@ _NEAREST = SIZES["large"][1]
 class ControlRecipe:
     """Every number of a run. Shares are of a net's time that is left after its pictures are encoded."""
 
+    depth: int = 1  # blocks of a net
+    mlp_dim: int | None = None  # width of the hidden layer of its MLPs; None is four times that of tokens
     scenes: int = 1024
     captions_per_scene: int = 2
     full_captions: float = 0.3  # share of captions that say shapes and positions too
@@ -79,20 +97,32 @@ class ControlRecipe:
     shift: float = 3.0
     moves: int = 4  # cells by which pictures and hints are shifted at most, with wraparound, which augments few scenes
     profiles: tuple[str, ...] = ("diffusers", "diffusers", "comfyui", "reference")  # each step takes one at random
+    context_gradients: bool = False  # whether gradients also go through the text tokens of the transformer
+    recorded: bool = False  # whether steps are recorded as CUDA graphs, one for each profile; needs a GPU
+    compiled: bool = False  # whether blocks are compiled, which takes about a minute at the start
+    keeps_data: bool = True  # whether encoded pictures are saved, so that a resumed run does not encode them again
     save_seconds: float = 60.0
     log_seconds: float = 20.0
 
 
 GPU = ControlRecipe(
-    scenes=32_768,
+    depth=2,
+    mlp_dim=256,  # so that two blocks take less than 4 MB
+    scenes=49_152,
     captions_per_scene=1,
-    full_captions=0.15,
+    full_captions=0.1,
+    dropped=0.25,  # guidance multiplies errors of the velocity without the caption, too
     alone_share=0.1,
     alone_batch=512,
     batch=512,
-    warmup=200,
-    ema=0.999,
+    warmup=500,
+    decay=0.8,
+    ema=0.9995,
     moves=0,
+    context_gradients=True,
+    profiles=("diffusers", "diffusers", "diffusers", "comfyui", "reference"),
+    recorded=True,
+    keeps_data=False,
 )
 
 
@@ -147,6 +177,17 @@ def hints(kind: ControlKind, scenes: Scenes, pictures: Tensor) -> Tensor:
     return edges.unflatten(0, pictures.shape[:2]).amax(1, keepdim=True).expand(-1, 3, -1, -1)
 
 
+class Batch(NamedTuple):
+    """The inputs of one training step."""
+
+    x0: Tensor  # latents [b, 16, h, w], in model space
+    noise: Tensor
+    t: Tensor  # [b], from 0 to 1
+    hint: Tensor  # latents [b, 16, h, w]
+    context: Tensor
+    pooled: Tensor
+
+
 @dataclass
 class Data:
     """Latents in model space, and the texts of captions."""
@@ -183,18 +224,6 @@ class Data:
         return Data(self.pictures.to(device), hints, self.context.to(device), self.pooled.to(device), empty)
 
 
-@dataclass
-class Batch:
-    """The inputs of one training step."""
-
-    x0: Tensor
-    noise: Tensor
-    t: Tensor
-    hint: Tensor
-    context: Tensor
-    pooled: Tensor
-
-
 def scenes_of(recipe: ControlRecipe) -> Scenes:
     """The scenes of a run, drawn so that those with small crosses and rings come more often."""
     found = sample(3 * recipe.scenes, recipe.seed)
@@ -215,9 +244,8 @@ def make_data(pipe: Pipeline, kind: ControlKind, recipe: ControlRecipe, journal:
         for scene in scenes.words()
         for _ in range(recipe.captions_per_scene)
     ]
-    pieces = [pipe.encode(captions[i : i + 256]) for i in range(0, len(captions), 256)]
-    empty = pipe.encode("")
-    short = slice(0, 77)  # the tokens of CLIP; the embedded model also knows captions without T5
+    context, pooled = encoded(pipe, captions)
+    empty = encoded(pipe, [""])
     config = control.new_config(pipe.transformer, 1, kind)
     ways = {way.values: way for way in (hint_rules(config, PROFILES[name]) for name in recipe.profiles)}
     vae = copy.deepcopy(pipe.vae).to(torch.bfloat16).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -238,10 +266,23 @@ def make_data(pipe: Pipeline, kind: ControlKind, recipe: ControlRecipe, journal:
             values: (_joined([one.mean for one in all_]), _joined([one.std for one in all_]))
             for values, all_ in found.items()
         },
-        torch.cat([piece.context[:, short] for piece in pieces]).bfloat16(),
-        torch.cat([piece.pooled for piece in pieces]),
-        (empty.context[:, short].bfloat16(), empty.pooled),
+        context,
+        pooled,
+        empty,
     )
+
+
+def encoded(pipe: Pipeline, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """The CLIP tokens of captions, and their pooled vectors; the embedded model also knows captions without T5.
+
+    T5's part is computed in its shorter form, since it is not used.
+    """
+    distinct = list(dict.fromkeys(captions))
+    place = {caption: i for i, caption in enumerate(distinct)}
+    pieces = [pipe.encode(distinct[i : i + 256], max_sequence_length=_TOKENS) for i in range(0, len(distinct), 256)]
+    of = torch.tensor([place[caption] for caption in captions], device=pipe.device)
+    context = torch.cat([piece.context[:, :_TOKENS] for piece in pieces]).bfloat16()
+    return context[of], torch.cat([piece.pooled for piece in pieces])[of]
 
 
 def _shaped(pictures: Tensor) -> Tensor:
@@ -253,17 +294,24 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Trainer:
-    """A net in training, beside the frozen transformer."""
+    """A net in training, beside the frozen transformer.
 
-    def __init__(self, net: ControlNet, transformer: MMDiT) -> None:
-        self.net = net
-        self.transformer = transformer
+    Args:
+        net: float32.
+        transformer: bfloat16.
+        context_gradients: whether gradients also go through the transformer's text tokens; without, a step of training
+            takes two thirds of the time.
+    """
+
+    def __init__(self, net: ControlNet, transformer: MMDiT, *, context_gradients: bool = False) -> None:
+        self.net, self.transformer, self.context_gradients = net, transformer, context_gradients
         width, patch = net.config.hidden_size, net.config.patch_size
         self.reader = nn.Linear(width, 16 * patch**2).to(transformer.pos_embed.device)
 
     def residuals(self, batch: Batch, x: Tensor, profile: Profile) -> list[Tensor]:
         """The residuals of noised latents, as drawings in a profile compute them."""
-        with torch.autocast(x.device.type, torch.bfloat16):
+        # A CUDA graph must not read weights that autocast kept from before.
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             return residuals_of(
                 self.net,
                 self.transformer,
@@ -292,7 +340,7 @@ class Trainer:
         return F.mse_loss(self.velocity(batch, profile), batch.noise - batch.x0)
 
     def velocity(self, batch: Batch, profile: Profile) -> Tensor:
-        """The velocity, float32 [b, c, h, w]; no gradient goes through the text, which saves a third."""
+        """The velocity, float32 [b, c, h, w]."""
         model, x = self.transformer, noised(batch.x0, batch.noise, batch.t)
         residuals = self.residuals(batch, x, profile)
         places = spread(profile, self.net, model.config.depth)
@@ -300,14 +348,22 @@ class Trainer:
         image = model.x_embedder(x.bfloat16()) + model.cropped_pos_embed(*x.shape[2:])
         context = model.context_embedder(batch.context)
         for block, place in zip(model.joint_blocks, places, strict=True):
-            context, image = block(context.detach(), image, c)
+            context, image = block(context if self.context_gradients else context.detach(), image, c)
             image = image if place is None else image + residuals[place].bfloat16()
         return model.unpatchify(model.final_layer(image, c), *x.shape[2:]).float()
 
+    def loss(self, stage: str, profile: Profile, batch: Batch) -> Tensor:
+        """The loss of a stage."""
+        return self.alone(batch, profile) if stage == "alone" else self.together(batch, profile)
 
-def new_net(kind: ControlKind, transformer: MMDiT) -> ControlNet:
-    """A net of one block for the embedded model, whose residual is 0."""
-    return control.new_net(transformer, 1, kind)
+    def compile(self) -> None:
+        """Compile all blocks."""
+        compile_blocks([*self.transformer.joint_blocks, *self.net.transformer_blocks])
+
+
+def new_net(kind: ControlKind, transformer: MMDiT, depth: int = 1, mlp_dim: int | None = None) -> ControlNet:
+    """A net for the embedded model, whose residuals are 0."""
+    return control.new_net(transformer, depth, kind, mlp_dim)
 
 
 def train(
@@ -352,13 +408,9 @@ class _Run:
         state, clock = self.state(kind)
         data = self.data(pipe, kind, state, clock).to(pipe.device)
         left = max(seconds - state["begun"], 1e-3)  # for the stages
-        transformer = copy.deepcopy(pipe.transformer).bfloat16().requires_grad_(False)
-        trainer = Trainer(new_net(kind, transformer).to(pipe.device), transformer)
+        trainer = trainer_of(pipe, kind, self.recipe, start_from)
         if "net" in state:
             trainer.net.load_state_dict(state["net"])
-        elif start_from is not None:
-            given = load_controlnet(net_file(start_from, kind), dtype=torch.float32)
-            trainer.net.load_state_dict(given.state_dict())
         start, before, file = 0.0, (clock() - state["begun"]) / left, net_file(self.folder, kind)
         for stage, end in (("alone", 0.0 if start_from else self.recipe.alone_share), ("together", 1.0)):
             if before < end or (stage == "together" and not file.exists()):
@@ -379,14 +431,18 @@ class _Run:
         return state, lambda: earlier + self.ticks() - started
 
     def data(self, pipe: Pipeline, kind: ControlKind, state: dict[str, Any], clock: Callable[[], float]) -> Data:
-        """The data of a net, made once; `begun` in the state is when that ended."""
+        """The data of a net, saved where the recipe says so; `begun` in the state is the clock's seconds for them."""
         path = self.file(kind, "data")
-        if not path.exists():
-            save_whole(vars(make_data(pipe, kind, self.recipe, self.journal)), path)
-            state |= {"begun": clock(), "done": clock()}
-            save_whole(state, self.file(kind, "state"))
-        state.setdefault("begun", 0.0)
-        return Data(**torch.load(path, map_location="cpu"))
+        if path.exists():
+            state.setdefault("begun", 0.0)
+            return Data(**torch.load(path, map_location="cpu"))
+        data = make_data(pipe, kind, self.recipe, self.journal)
+        if self.recipe.keeps_data:
+            save_whole(vars(data), path)
+        trained = state["done"] - state.get("begun", 0.0)  # by earlier runs, whose data were not saved
+        state |= {"begun": clock() - trained, "done": clock()}
+        save_whole(state, self.file(kind, "state"))
+        return data
 
 
 def _rounds(share: Callable[[], float], start: float, end: float) -> Iterator[tuple[int, float]]:
@@ -412,38 +468,88 @@ class _Keeper:
         save_whole(self.state, self.path)
 
 
+class Stepper:
+    """Training steps of one stage; on a GPU, each profile has a CUDA graph of its own, because their rules differ.
+
+    Args:
+        trainer: the net in training.
+        stage: one of `STAGES`.
+        data: on the net's device.
+        recipe: its numbers of a step.
+    """
+
+    def __init__(self, trainer: Trainer, stage: str, data: Data, recipe: ControlRecipe) -> None:
+        self.trainer, self.stage, self.data, self.recipe = trainer, stage, data, recipe
+        alone = stage == "alone"
+        self.size = recipe.alone_batch if alone else recipe.batch
+        self.weights = [*trainer.net.parameters(), *(trainer.reader.parameters() if alone else ())]
+        device = self.weights[0].device
+        self.generator = torch.Generator(device).manual_seed(recipe.seed + 1 + STAGES.index(stage))
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.weights, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
+        self.ema = Ema(trainer.net, recipe.ema)
+        self._graphs: dict[str, RecordedGradients[Batch]] = {}
+
+    def step(self, profile: Profile, rate: float) -> Tensor:
+        """Train on one batch by the rules of a profile; returns the loss.
+
+        Raises:
+            RuntimeError: the step cannot be recorded.
+        """
+        batch = self.data.draw(hint_rules(self.trainer.net.config, profile), self.size, self.recipe, self.generator)
+        loss = self._gradients(batch, profile)
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.ema.update()
+        return loss
+
+    def _gradients(self, batch: Batch, profile: Profile) -> Tensor:
+        loss_of = partial(self.trainer.loss, self.stage, profile)
+        if not self.recipe.recorded:
+            return eager_gradients(loss_of, self.weights, batch)
+        if profile.name not in self._graphs:
+            self._graphs[profile.name] = RecordedGradients(loss_of, batch, self.weights)
+        return self._graphs[profile.name](batch)
+
+
 def _stage(
     trainer: Trainer, stage: str, kind: ControlKind, data: Data, rounds: Iterator[tuple[int, float]], keeper: _Keeper
 ) -> None:
     """Train one stage; at its end the net holds its average."""
-    recipe, net = keeper.run.recipe, trainer.net
-    alone = stage == "alone"
-    weights = [*net.parameters(), *(trainer.reader.parameters() if alone else ())]
-    optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.95), weight_decay=0.01)
-    ema, losses = Ema(net, recipe.ema), list[Tensor]()
-    log, save = Every(recipe.log_seconds), Every(recipe.save_seconds)
-    device = next(net.parameters()).device
-    g, rng = torch.Generator(device).manual_seed(recipe.seed + 1 + STAGES.index(stage)), random.Random(recipe.seed)
+    recipe, losses, rng = keeper.run.recipe, list[Tensor](), random.Random(keeper.run.recipe.seed)
+    stepper = Stepper(trainer, stage, data, recipe)
+    log, save, since = Every(recipe.log_seconds), Every(recipe.save_seconds), time.monotonic()
     for step, fraction in rounds:
         rate = learning_rate(fraction, step, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
-        set_rate(optimizer, rate)
-        profile = PROFILES[rng.choice(recipe.profiles)]
-        size = recipe.alone_batch if alone else recipe.batch
-        batch = data.draw(hint_rules(net.config, profile), size, recipe, g)
-        loss = trainer.alone(batch, profile) if alone else trainer.together(batch, profile)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        ema.update()
-        losses.append(loss.detach())
+        losses.append(stepper.step(PROFILES[rng.choice(recipe.profiles)], rate))
         if log.due():
-            keeper.run.journal.row(f"{kind} {stage}", step=step, done=fraction, loss=mean_of(losses), rate=rate)
-            losses = []
+            loss, ms = mean_of(losses), 1000 * (time.monotonic() - since) / len(losses)
+            keeper.run.journal.row(f"{kind} {stage}", step=step, done=fraction, ms=ms, loss=loss, rate=rate)
+            losses, since = [], time.monotonic()
         if save.due():
-            keeper.keep(net, stage)
-    ema.write_to(net)
-    keeper.keep(net, stage)
+            keeper.keep(trainer.net, stage)
+    stepper.ema.write_to(trainer.net)
+    keeper.keep(trainer.net, stage)
+
+
+def trainer_of(pipe: Pipeline, kind: ControlKind, recipe: ControlRecipe, start_from: Path | None = None) -> Trainer:
+    """A net on the pipeline's device beside a frozen copy of its transformer, as the recipe says.
+
+    Args:
+        pipe: whose transformer the net is for.
+        kind: of the hints.
+        recipe: its numbers about the net, and whether blocks are compiled.
+        start_from: a folder of nets; the net has the weights of the one of its kind, grown where the recipe says so.
+    """
+    transformer = copy.deepcopy(pipe.transformer).bfloat16().requires_grad_(False)
+    net = new_net(kind, transformer, recipe.depth, recipe.mlp_dim)
+    if start_from is not None:
+        control.grow(load_controlnet(net_file(start_from, kind), dtype=torch.float32), net)
+    trainer = Trainer(net.to(pipe.device), transformer, context_gradients=recipe.context_gradients)
+    if recipe.compiled:
+        trainer.compile()
+    return trainer
 
 
 def net_file(folder: Path, kind: ControlKind) -> Path:

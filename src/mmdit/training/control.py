@@ -35,16 +35,67 @@ class Controlled(nn.Module):
         return model(latent, timestep, context, pooled, control=added)
 
 
-def new_net(transformer: MMDiT, depth: int, kind: ControlKind | None) -> ControlNet:
+def new_net(transformer: MMDiT, depth: int, kind: ControlKind | None, mlp_dim: int | None = None) -> ControlNet:
     """A net of single-stream blocks whose residuals start at 0; the last Linears are zero, all others are random."""
-    net = ControlNet(new_config(transformer, depth, kind))
+    net = ControlNet(new_config(transformer, depth, kind, mlp_dim))
     start_net(net)
     return net
 
 
-def new_config(transformer: MMDiT, depth: int, kind: ControlKind | None) -> ControlNetConfig:
-    """The config of a net of single-stream blocks for a transformer."""
-    return ControlNetConfig(depth, transformer.config.hidden_size, transformer.config.pooled_dim, kind=kind)
+def new_config(
+    transformer: MMDiT, depth: int, kind: ControlKind | None, mlp_dim: int | None = None
+) -> ControlNetConfig:
+    """The config of a net of single-stream blocks for a transformer; see `ControlNetConfig` for `mlp_dim`."""
+    width, pooled_dim = transformer.config.hidden_size, transformer.config.pooled_dim
+    return ControlNetConfig(depth, width, pooled_dim, kind=kind, mlp_dim=mlp_dim)
+
+
+@torch.no_grad()
+def grow(given: ControlNet, into: ControlNet) -> None:
+    """Give a new net the weights of one with fewer blocks, or with other widths of the hidden layers of its MLPs.
+
+    The blocks of `given` come first. All further ones pass on their input, because their gates are zero, and have the
+    residual of its last block. Of wider hidden layers, the units with the largest weights are kept; of narrower ones,
+    further units keep their random inputs, and have no effect until they are trained.
+
+    Args:
+        given: single-stream blocks.
+        into: see `new_net`; of at least as many blocks, and otherwise the same sizes.
+
+    Raises:
+        ValueError: `into` has fewer blocks, or a tensor other than those of the MLPs has another shape.
+    """
+    old, new = given.config.depth, into.config.depth
+    if new < old:
+        raise ValueError(f"a net of {old} blocks cannot become one of {new}; give at least as many")
+    found: dict[str, Tensor] = dict(given.named_parameters())
+    wanted: dict[str, Tensor] = dict(into.named_parameters())
+    for i in range(old, new):
+        for part in ("weight", "bias"):
+            rows = wanted[f"transformer_blocks.{i}.adaLN_modulation.1.{part}"]
+            rows.unflatten(0, (6, -1))[[2, 5]] = 0
+            found[f"controlnet_blocks.{i}.{part}"] = found[f"controlnet_blocks.{old - 1}.{part}"]
+    for i in range(old):
+        _fit_mlp(found, wanted, f"transformer_blocks.{i}.mlp")
+    for key, tensor in found.items():
+        if tensor.shape != wanted[key].shape:
+            shapes = f"{list(tensor.shape)}, the new net takes {list(wanted[key].shape)}"
+            raise ValueError(f"{key} of the given net has shape {shapes}")
+        wanted[key].copy_(tensor)
+
+
+def _fit_mlp(found: dict[str, Tensor], wanted: dict[str, Tensor], mlp: str) -> None:
+    """Replace the weights of an MLP in `found` by weights whose hidden layer is as wide as that in `wanted`."""
+    reads, bias, gives = (f"{mlp}.{name}" for name in ("fc1.weight", "fc1.bias", "fc2.weight"))
+    old, new = len(found[bias]), len(wanted[bias])
+    if new < old:
+        kept = (found[reads].norm(dim=1) * found[gives].norm(dim=0)).topk(new).indices
+        found |= {reads: found[reads][kept], bias: found[bias][kept], gives: found[gives][:, kept]}
+    elif new > old:
+        none = torch.zeros_like(wanted[gives][:, old:])
+        found[reads] = torch.cat([found[reads], wanted[reads][old:]])
+        found[bias] = torch.cat([found[bias], wanted[bias][old:]])
+        found[gives] = torch.cat([found[gives], none], dim=1)
 
 
 def start_net(net: ControlNet) -> None:

@@ -29,8 +29,8 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.failures import nonfinite_layers
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
-from mmdit.runtime.graphs import record
 from mmdit.runtime.hooks import Hook, hooks, repeating
+from mmdit.training.recording import RecordedGradients, eager_gradients
 
 __all__ = ["Distilled", "States", "distil", "distil_blocks", "guided", "guided_loss", "states_of", "wanted_of"]
 
@@ -311,47 +311,6 @@ def _of_block(model: MMDiT, i: int, batch: StateBatch) -> tuple[tuple[Tensor, ..
     return seen[0], given[0]
 
 
-class _Recording:
-    """Forward and backward of a loss as one CUDA graph: a call copies a batch to where the graph reads, and replays it.
-
-    Args:
-        loss_of: the loss of a batch.
-        batch: of the size of all batches.
-        trained: parameters of one GPU; a call sets their gradients.
-    """
-
-    def __init__(self, loss_of: Callable[[StateBatch], Tensor], batch: StateBatch, trained: Sequence[Tensor]) -> None:
-        device = trained[0].device
-        if device.type != "cuda":
-            raise ValueError(f"a step is recorded as a CUDA graph of a GPU; the student is on {device}")
-        self.batch = StateBatch._make(None if part is None else part.clone() for part in batch)
-        self.trained = trained
-
-        def step() -> tuple[Tensor, tuple[Tensor | None, ...]]:
-            loss = loss_of(self.batch)
-            return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
-
-        with torch.cuda.device(device):  # the student's, which need not be the current one
-            self.graph, (self.loss, self.grads), _ = record(step, before=2)
-
-    def __call__(self, batch: StateBatch) -> Tensor:
-        for into, part in zip(self.batch, batch, strict=True):
-            if into is not None and part is not None:
-                into.copy_(part)
-        self.graph.replay()
-        for parameter, grad in zip(self.trained, self.grads, strict=True):
-            parameter.grad = grad
-        return self.loss.clone()
-
-
-def _eager(loss_of: Callable[[StateBatch], Tensor], trained: Sequence[Tensor], batch: StateBatch) -> Tensor:
-    """The loss of a batch; sets the gradients."""
-    loss = loss_of(batch)
-    for parameter, grad in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
-        parameter.grad = grad
-    return loss.detach()
-
-
 def _fitted(
     module: nn.Module,
     draw: Callable[[torch.Generator], StateBatch],
@@ -380,12 +339,12 @@ def _fitted(
     generator = torch.Generator(trained[0].device).manual_seed(seed)
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99), fused=trained[0].device.type == "cuda")
     start, step, share, setup = time.monotonic(), 0, done, 0.0
-    gradients: Callable[[StateBatch], Tensor] = partial(_eager, loss_of, trained)
+    gradients: Callable[[StateBatch], Tensor] = partial(eager_gradients, loss_of, trained)
     while share < 1:
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * share)) / 2
         batch = draw(generator)
         if recorded and step == 0:
-            gradients = _Recording(loss_of, batch, trained)
+            gradients = RecordedGradients(loss_of, batch, trained)
         loss = gradients(batch)
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         if not bool(torch.isfinite(loss + norm)):

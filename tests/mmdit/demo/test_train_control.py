@@ -121,7 +121,7 @@ def test_training_computes_what_drawings_compute(profile, transformer, canny):
     optimizer = torch.optim.AdamW(trainer.net.parameters(), 1e-2)
     way = hint_rules(trainer.net.config, rules)
     batch = canny.draw(way, 2, ControlRecipe(), torch.Generator().manual_seed(1))
-    batch.t = torch.full_like(batch.t, 0.75)
+    batch = batch._replace(t=torch.full_like(batch.t, 0.75))
     x = noised(batch.x0, batch.noise, batch.t)
     for _ in range(2):
         optimizer.zero_grad()

@@ -11,7 +11,7 @@ from mmdit.demo import train_float8
 from mmdit.demo.train_float8 import compiled_blocks
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
-from mmdit.training import distil as distillation
+from mmdit.training import recording
 from mmdit.training.distil import Distilled, States, distil, distil_blocks, guided, guided_loss, states_of, wanted_of
 from mmdit.training.journal import Journal
 from quant import is_quantized
@@ -214,13 +214,13 @@ def test_a_step_is_recorded_on_the_device_of_the_student(states, monkeypatch):
         return "graph", step(), 0
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(distillation, "record", record)
+    monkeypatch.setattr(recording, "record", record)
     batch = states.draw(2, torch.Generator().manual_seed(7))
     trained = Elsewhere()
     monkeypatch.setattr(
         torch.autograd, "grad", lambda loss, of, allow_unused: (2 * loss,) if of[0] is trained else None
     )
-    found = distillation._Recording(lambda batch: batch.x.sum(), batch, [trained])
+    found = recording.RecordedGradients(lambda batch: batch.x.sum(), batch, [trained])
     assert torch.equal(found.grads[0], 2 * batch.x.sum())
     assert devices == []
 

@@ -13,7 +13,7 @@ from mmdit.pipeline.image_inputs import PictureSize
 from mmdit.pipeline.profiles import PROFILES
 from mmdit.training import data as module
 from mmdit.training.batches import Batch, InMemory, Sample, batch_at
-from mmdit.training.control import Controlled
+from mmdit.training.control import Controlled, grow, new_net
 from mmdit.training.setup import encode_data
 from samplers.training import noised
 from tiny_training import CONFIG, demo, drawn_velocity, noise, settings, tiny_model, write_pictures
@@ -83,3 +83,42 @@ def test_hints_are_drawn_anew_in_every_pass(tmp_path: Path) -> None:
     assert float((first - mean).std()) == pytest.approx(0.5, rel=0.1)
     assert not torch.equal(first, second)
     assert torch.equal(hints(mean, None)[0], torch.stack([mean, mean]))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_grown_net_begins_as_the_given_one(profile: str) -> None:
+    """More blocks and wider MLPs change nothing until they are trained; all that is new gets gradients."""
+    transformer, rules = tiny_model(), PROFILES[profile]
+    given, grown = new_net(transformer, 1, "canny", 96), new_net(transformer, 2, "canny", 160)
+    tiny.randomize(given, 5)
+    grow(given, grown)
+    inputs = [noise(0, 2, 16, 4, 6), torch.full((2,), 750.0), noise(4, 2, 6, CONFIG.context_dim), noise(5, 2, 16)]
+    hint = noise(1, 2, 16, 4, 6)
+    found, wanted = (Controlled(transformer, net, rules)(*inputs, hint) for net in (grown, given))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6 * float(wanted.detach().abs().max()))
+    found.square().sum().backward()
+    width = CONFIG.hidden_size
+    assert grown.transformer_blocks[0].mlp.fc2.weight.grad[:, 96:].any()
+    gates = grown.transformer_blocks[1].adaLN_modulation[1].bias.grad.view(6, width)
+    assert gates[2].any()
+    assert gates[5].any()
+
+
+def test_a_narrower_mlp_keeps_its_largest_units() -> None:
+    transformer = tiny_model()
+    given, smaller = new_net(transformer, 1, "canny", 8), new_net(transformer, 1, "canny", 3)
+    tiny.randomize(given, 5)
+    mlp = given.transformer_blocks[0].mlp
+    with torch.no_grad():
+        mlp.fc2.weight[:, [0, 2, 3, 6, 7]] *= 1e-3
+    grow(given, smaller)
+    kept = sorted(smaller.transformer_blocks[0].mlp.fc1.bias.tolist())
+    assert kept == sorted(mlp.fc1.bias[[1, 4, 5]].tolist())
+
+
+def test_a_net_does_not_grow_into_one_of_fewer_blocks_or_another_width() -> None:
+    transformer = tiny_model()
+    with pytest.raises(ValueError, match="2 blocks"):
+        grow(new_net(transformer, 2, "canny"), new_net(transformer, 1, "canny"))
+    with pytest.raises(ValueError, match=r"pos_embed_input\.proj\.weight"):
+        grow(ControlNet(ControlNetConfig(1, 128, 16)), new_net(transformer, 1, None))
