@@ -86,7 +86,7 @@ def budgets(
 
     Weights are made on the device and wait in host memory. One model is used for all its budgets: before each one it
     leaves the device, torch gives back all memory that it keeps, and its statistics begin anew. While a model computes,
-    torch is capped at the budget less what is set aside for the context (`mmdit.pipeline.memory.context_of`), and
+    torch is capped at the budget less what is set aside for the context (`mmdit.runtime.device_memory.context_of`), and
     raises where more is asked for; "peak" is what torch had reserved at most, and what the whole device holds beside
     that at the end, so that nothing else may run on it.
 

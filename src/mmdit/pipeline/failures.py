@@ -1,7 +1,8 @@
-"""Explanations of drawings whose values are not finite."""
+"""Why a drawing failed: values that are not finite, or too little memory."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
@@ -116,3 +117,25 @@ def nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
 
     with hooks([Hook(module, "output", watch(name)) for name, module in model.named_modules()]):
         yield found
+
+
+class ExplainedMemoryError(MemoryError):
+    """An allocation failed; the message says what was needed, what there was, and what would do."""
+
+
+def released(error: BaseException) -> str:
+    """Let everything go that an error holds, and return where it was raised, in words.
+
+    The frames that it has passed hold tensors, also after they were cleared: in the closures of their functions. Who
+    handles the error holds its traceback, so that this is cut into pieces.
+    """
+    where = "".join(traceback.format_tb(error.__traceback__)[-8:])
+    found: BaseException | None = error
+    while found is not None:
+        traceback.clear_frames(found.__traceback__)
+        piece = found.__traceback__
+        while piece is not None:
+            following, piece.tb_next = piece.tb_next, None
+            piece = following
+        found = found.with_traceback(None).__context__
+    return f"It was raised here:\n{where}"

@@ -18,7 +18,7 @@ from mmdit.checkpoints.write import write_checkpoint
 from mmdit.pipeline.arguments import Offload, checked_memory, checked_offload, checked_quant, profile_of
 from mmdit.pipeline.base import PipelineModels
 from mmdit.pipeline.diffusers_names import LOAD, explains_names
-from mmdit.pipeline.memory import check_budget
+from mmdit.pipeline.footprint import check_budget
 from mmdit.pipeline.profiles import Profile
 from mmdit.runtime.devices import resolve_device, suited_dtype, warn_if_slow
 from quant.recipe import Recipe

@@ -19,13 +19,13 @@ from mmdit.pipeline.callbacks import CallState, OnStepEnd, after_step
 from mmdit.pipeline.control_inputs import ControlNetLike, Numbers, control_inputs
 from mmdit.pipeline.diffusers_names import CALL, explains_names
 from mmdit.pipeline.files import PipelineFiles
+from mmdit.pipeline.footprint import Sizes
 from mmdit.pipeline.guidance import GuidanceLike, with_skip_layers
 from mmdit.pipeline.hires import Hires
 from mmdit.pipeline.image_inputs import ImageInputs, PictureSize, image_inputs
 from mmdit.pipeline.images import OutputType, convert_output, to_pil
 from mmdit.pipeline.invert import INVERTERS, Inversion, Inverter, rising
 from mmdit.pipeline.masks import Source, repeated
-from mmdit.pipeline.memory import Sizes
 from mmdit.pipeline.output import PipelineOutput
 from mmdit.pipeline.plan import Run, SamplerLike, SamplingPlan, SigmasLike
 from mmdit.pipeline.profiles import is_known

@@ -9,7 +9,9 @@ import mmdit
 from device_double import LiveBytes
 from full import in_full
 from mmdit.pipeline import memory
-from mmdit.pipeline.memory import DeviceMemory, ExplainedMemoryError
+from mmdit.pipeline.failures import ExplainedMemoryError
+from mmdit.runtime import device_memory
+from mmdit.runtime.device_memory import DeviceMemory
 from mmdit.runtime.plan import STREAMED, VISITED, TooLittleMemory
 
 PROMPT = "a large red circle above a blue star, on a white background"
@@ -284,6 +286,6 @@ def test_a_full_device_is_full_for_the_plain_pipeline_only(pipes, wanted):
 @pytest.mark.parametrize(("outside", "counted"), [(700, 900), (950, 950), (4000, 1200)])
 def test_what_a_driver_takes_is_measured(monkeypatch, outside, counted):
     """In MB; `counted` is what a plan sets aside, and by which the cap is below the budget."""
-    there = memory.DeviceMemory(80_000 * 10**6, (80_000 - 5_000 - outside) * 10**6, 5_000 * 10**6)
-    monkeypatch.setattr(memory, "memory_of", lambda device: there)
-    assert memory.context_of(torch.device("cuda")) == counted * 10**6
+    there = DeviceMemory(80_000 * 10**6, (80_000 - 5_000 - outside) * 10**6, 5_000 * 10**6)
+    monkeypatch.setattr(device_memory, "memory_of", lambda device: there)
+    assert device_memory.context_of(torch.device("cuda")) == counted * 10**6

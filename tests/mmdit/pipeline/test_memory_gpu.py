@@ -8,7 +8,7 @@ import torch
 import mmdit
 from mmdit.bench.random_models import fill
 from mmdit.checkpoints.load_pipeline import Components
-from mmdit.pipeline.memory import ExplainedMemoryError
+from mmdit.pipeline.failures import ExplainedMemoryError
 from mmdit.runtime.activations import CONTEXT
 from mmdit.runtime.plan import STREAMED, VISITED, smallest
 from quant.quantize import quantize_
