@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.current import on_its_device
 from quant.formats import Format
 from quant.product import Product, Tile
 
 _WIDE_BLOCK = 1024  # values that a program of `_widen` and of `_finish` handles
 
 
+@on_its_device
 def widen(codes: Tensor, scale: Tensor | None, format: Format, dtype: torch.dtype) -> Tensor:
     """Values of codes [out, in] in one pass, and of codes times scale where one is given: `scaling.values_of`.
 
@@ -46,6 +48,7 @@ def widen(codes: Tensor, scale: Tensor | None, format: Format, dtype: torch.dtyp
     return found
 
 
+@on_its_device
 def multiply(product: Product, out: Tensor, tile: Tile, *, weight: Tensor | None = None) -> None:
     """Write the product into `out`, [m, out], whose rows are contiguous.
 
@@ -85,6 +88,7 @@ def multiply(product: Product, out: Tensor, tile: Tile, *, weight: Tensor | None
     )
 
 
+@on_its_device
 def finish(sums: Tensor, product: Product, out: Tensor) -> None:
     """Write sums * scale * x_scale + bias into `out`; sums are float32 [m, out]."""
     rows, outs = sums.shape

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.current import on_its_device
 from quant.formats import DTYPES, LARGEST, Format
 from quant.scaling import SMALLEST_SCALE
 
@@ -22,6 +23,7 @@ _PER_THREAD = 16  # values of a row that a thread holds
 _LONG, _CHUNK = 4096, 2048  # longer rows are read twice in chunks, from the cache the second time
 
 
+@on_its_device
 def quantize_rows(x: Tensor, format: Format, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Codes [m, k] and scales float32 [m, 1] of a matrix whose rows are contiguous; in float16 the values of codes."""
     rows, columns = x.shape
@@ -38,6 +40,7 @@ def quantize_rows(x: Tensor, format: Format, dtype: torch.dtype | None = None) -
     return codes, scales
 
 
+@on_its_device
 def quantize_with(x: Tensor, scale: Tensor, format: Format, dtype: torch.dtype | None = None) -> Tensor:
     """Codes of a contiguous tensor under one scale, float32 (); in float16 the values of codes."""
     codes = torch.empty_like(x, dtype=dtype or DTYPES[format])

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quant.current import on_its_device
+
 
 class Blocks(NamedTuple):
     """How a program of `low` works: its rows, the values of a row that it multiplies at once, and pipeline stages."""
@@ -31,6 +33,7 @@ _LEAST = 3  # stages; with two, nothing is loaded during a product
 _ADDED_ROWS, _ADDED_COLUMNS = 64, 128
 
 
+@on_its_device
 def low(
     first: tuple[Tensor, Tensor | None] | None,
     second: tuple[Tensor, Tensor | None] | None,
@@ -118,6 +121,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
+@on_its_device
 def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
     """Add low times the transposed up projection of each stream to a matrix with contiguous rows, in place.
 

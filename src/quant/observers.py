@@ -22,6 +22,8 @@ _BINS: Final = 0x7F800000 // _BIN + 1  # to infinity; the first holds zero and n
 class Observed:
     """Statistics of the inputs of one Linear, [rows, in] over all calls; sums are in float64.
 
+    A GPU adds up behind the model, and the host waits for it only where it reads a statistic.
+
     Args:
         channels: Of the input.
         device: Where the statistics are kept.
@@ -30,7 +32,9 @@ class Observed:
 
     def __init__(self, channels: int, device: torch.device, *, second: bool = False) -> None:
         self.rows = 0
-        self.channel_amax = torch.zeros(channels, dtype=torch.float32, device=device)
+        self._channel_amax = torch.zeros(channels, dtype=torch.float32, device=device)
+        self._finite = torch.zeros((), dtype=torch.int64, device=device)  # how many of the values are
+        self._one = torch.ones((), dtype=torch.int64, device=device)
         self._sum, self._squares = (torch.zeros(channels, dtype=torch.float64, device=device) for _ in range(2))
         self._counts = torch.zeros(_BINS, dtype=torch.int64, device=device)
         self._products = torch.zeros(channels, channels, dtype=torch.float64, device=device) if second else None
@@ -42,23 +46,42 @@ class Observed:
             x: The input, [..., in].
 
         Raises:
-            ValueError: A value is not finite in float32.
+            ValueError: A value is not finite in float32. On a GPU the statistics raise it when they are read.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
-        size = rows.abs().float()
-        if bad := int((~size.isfinite()).sum()):
-            raise ValueError(f"{bad} of {rows.numel()} values are not finite in float32")
         if not rows.numel():
             return
+        size = rows.abs().float()
         self.rows += len(rows)
-        self.channel_amax = torch.maximum(self.channel_amax, size.amax(0))
+        self._finite += (size < torch.inf).sum()
+        if not x.is_cuda:
+            self.check()
+        self._channel_amax = torch.maximum(self._channel_amax, size.amax(0))
         wide = rows.double()
         self._sum += wide.sum(0)
         self._squares += wide.square().sum(0)
         if self._products is not None:
             self._products += wide.T @ wide  # in float64: TF32 would leave covariances that are not positive
         pattern = size.flatten().view(torch.int32)
-        self._counts += torch.bincount((pattern + (_BIN - 1)) // _BIN, minlength=_BINS)
+        # NaN is beyond the bins, and who reads what has one is refused. `bincount` would wait for the largest bin.
+        bins = ((pattern + (_BIN - 1)) // _BIN).clamp_(0, _BINS - 1)
+        self._counts.index_add_(0, bins, self._one.expand_as(bins))
+
+    def check(self) -> None:
+        """Wait for the device.
+
+        Raises:
+            ValueError: A value was not finite in float32.
+        """
+        values = self.rows * len(self._channel_amax)
+        if bad := values - int(self._finite):
+            raise ValueError(f"{bad} of {values} values are not finite in float32")
+
+    @property
+    def channel_amax(self) -> Tensor:
+        """The largest absolute value of each channel, float32 [in]."""
+        self.check()
+        return self._channel_amax
 
     @property
     def amax(self) -> Tensor:
@@ -68,11 +91,13 @@ class Observed:
     @property
     def mean(self) -> Tensor:
         """The mean of each channel, float32 [in]."""
+        self.check()
         return (self._sum / max(self.rows, 1)).float()
 
     @property
     def rms(self) -> Tensor:
         """Root of the mean square of each channel, float32 [in]."""
+        self.check()
         return (self._squares / max(self.rows, 1)).sqrt().float()
 
     @property
@@ -86,6 +111,7 @@ class Observed:
             raise ValueError(
                 "second moments were not observed: give observe(..., second=True) or calibrate(second=True)"
             )
+        self.check()
         rows = max(self.rows, 1)
         return Moments(self._sum / rows, self._products / rows)
 
@@ -102,9 +128,10 @@ class Observed:
             ValueError: The percentage is out of that range.
         """
         check_percentile(share)
+        self.check()
         if share == 100:
             return self.amax
-        wanted = ceil(share * self.rows * len(self.channel_amax) / 100)
+        wanted = ceil(share * self.rows * len(self._channel_amax) / 100)
         place = int(torch.searchsorted(self._counts.cumsum(0), wanted))
         upper = torch.tensor(place * _BIN, dtype=torch.int32, device=self._counts.device).view(torch.float32)
         return torch.minimum(self.amax, upper)
@@ -132,7 +159,8 @@ def observe(
 
     Raises:
         ValueError: A part of the module is compiled; a glob matches nothing; or an input has values that are not finite
-            (the error names the layer).
+            (the error names the layer). On a GPU the latter is raised at the end of the context, also where the body
+            has raised `FloatingPointError`.
         TypeError: The module is no nn.Module.
     """
     check_module(module)
@@ -148,14 +176,30 @@ def observe(
     ]
     try:
         yield found
+    except FloatingPointError:
+        _check(found)
+        raise
     finally:
         for handle in handles:
             handle.remove()
+    _check(found)
 
 
 def _add(name: str, into: Observed, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-    try:
+    with _named(name):
         into.add(args[0] if args else kwargs["input"])
+
+
+def _check(found: dict[str, Observed]) -> None:
+    for name, seen in found.items():
+        with _named(name):
+            seen.check()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"the input of {name!r}: {error}") from error
 

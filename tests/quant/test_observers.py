@@ -1,5 +1,7 @@
 """The statistics of `observe` against numpy; it changes no output and leaves no hook."""
 
+import warnings
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from math import ceil
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 
 from quant.observers import Observed, observe
+from skips import SKIPS
 
 
 def model() -> nn.Sequential:
@@ -119,3 +122,74 @@ def test_what_matches_nothing():
 def test_what_is_no_percentile(share):
     with pytest.raises(ValueError, match="a percentile is above 0 and at most 100"):
         Observed(2, torch.device("cpu")).percentile(share)
+
+
+@contextmanager
+def no_waiting(device):
+    """Whatever makes the host wait for the GPU is an error."""
+    if device == "cpu":
+        yield
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # this mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+
+
+@DEVICES
+def test_a_device_counts_what_numpy_counts_and_nobody_waits_for_it(device):
+    batches = [spread().to(device) for _ in range(2)]
+    seen = Observed(6, torch.device(device), second=True)
+    seen.add(batches[0])  # libraries set themselves up
+    with no_waiting(device):
+        seen.add(batches[1])
+    values = torch.cat(batches).cpu()
+    pattern = values.abs().flatten().numpy().view(np.int32).astype(np.int64)
+    wanted = np.bincount(-(-pattern // 2**17), minlength=len(seen._counts))
+    np.testing.assert_array_equal(seen._counts.cpu(), wanted)
+    assert torch.equal(seen.channel_amax.cpu(), values.abs().amax(0))
+    wide = values.double()
+    torch.testing.assert_close(seen.moments.second.cpu(), wide.T @ wide / len(wide))
+
+
+READINGS = {
+    "amax": lambda seen: seen.amax,
+    "channel_amax": lambda seen: seen.channel_amax,
+    "mean": lambda seen: seen.mean,
+    "rms": lambda seen: seen.rms,
+    "moments": lambda seen: seen.moments,
+    "percentile": lambda seen: seen.percentile(50.0),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@DEVICES
+def test_no_statistic_of_what_is_not_finite_is_read(device, value):
+    seen = Observed(6, torch.device(device), second=True)
+    bad = torch.ones(2, 6, device=device)
+    bad[1, 2] = value
+    for x in (torch.ones(1, 6, device=device), bad):
+        with suppress(ValueError):  # a CPU says so at once
+            seen.add(x)
+    for read in READINGS.values():
+        with pytest.raises(ValueError, match="1 of 18 values are not finite"):
+            read(seen)
+
+
+@DEVICES
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_layer_is_named_at_the_end_where_nobody_waits(device, fails):
+    net = model().to(device)
+    with pytest.raises(ValueError, match="the input of '0': 1 of 6 values are not finite"), observe(net):
+        with suppress(ValueError):
+            net(torch.tensor([[1.0, float("nan"), 2.0, 0.0, 0.0, 0.0]], device=device))
+        if fails:
+            raise FloatingPointError("a drawing is not finite")
+    assert not any(part._forward_pre_hooks for part in net)

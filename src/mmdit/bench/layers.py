@@ -131,6 +131,11 @@ def timed(run: Callable[[], object], device: torch.device, repeats: int = 20) ->
     """Milliseconds of a run: on a GPU its work alone, without the launches, by a replayed graph; else by the clock."""
     if device.type != "cuda":
         return median(_clocked(run) for _ in range(4))
+    with torch.cuda.device(device):
+        return _replayed(run, repeats)
+
+
+def _replayed(run: Callable[[], object], repeats: int) -> float:
     run()  # outside of the graph: libraries set themselves up
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

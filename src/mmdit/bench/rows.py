@@ -50,8 +50,9 @@ def said_of(error: Exception, most: int) -> str:
 def step_time(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Median milliseconds of a step, launches included: on a GPU between two events, else by the clock."""
     if device.type == "cuda":
-        run()
-        return milliseconds(run, repeats)
+        with torch.cuda.device(device):
+            run()
+            return milliseconds(run, repeats)
     return median(_clocked(run) for _ in range(repeats))
 
 

@@ -292,7 +292,7 @@ def timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, dev
     quarters = statistics.quantiles(times, n=4) if len(times) > 1 else [times[0]] * 3
     median = statistics.median(times)
     flops = work.linear_flops + work.other_flops
-    kernels = kernels_of(lambda: step(inputs)) if cuda else []
+    kernels = kernels_of(lambda: step(inputs), device) if cuda else []
     del model, step
     torch.compiler.reset()
     rate = flops / median / 1e9
@@ -301,11 +301,11 @@ def timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, dev
     return Timed(name, median, spread, *sizes, first, rate, parts_of(kernels), kernels[:15], host)
 
 
-def kernels_of(run: Callable[[], object]) -> list[tuple[str, int, float]]:
+def kernels_of(run: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
     """Name, count and milliseconds of each kernel of the GPU, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     found = [
         (event.key, int(event.count), event.self_device_time_total / 1000)
         for event in profile.key_averages()
@@ -331,9 +331,9 @@ def _once(step: Step, inputs: Inputs, device: torch.device) -> tuple[float, floa
         step(inputs)
         return 1000 * (time.perf_counter() - start), 0.0
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    begin.record(torch.cuda.current_stream(device))
     step(inputs)
-    end.record()
+    end.record(torch.cuda.current_stream(device))
     host = 1000 * (time.perf_counter() - start)
     end.synchronize()
     return begin.elapsed_time(end), host

@@ -250,7 +250,7 @@ def _measured(name: str, build: Callable[[], Built], repeats: int, device: torch
     built = build()
     _free(device)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     weights = _allocated(device)
     started = _now(device)
     built.step(0)
@@ -262,19 +262,19 @@ def _measured(name: str, build: Callable[[], Built], repeats: int, device: torch
         result = built.step(number)
         times.append(_now(device) - started)
         loss = result if isinstance(result, Tensor) else result.loss
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     milliseconds = 1000 * statistics.median(times) + built.extra()
     return Measured(name, milliseconds, peak, weights, first, float(loss))
 
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def _allocated(device: torch.device) -> float:
-    return torch.cuda.memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+    return torch.cuda.memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
 def _free(device: torch.device) -> None:

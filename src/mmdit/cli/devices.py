@@ -20,6 +20,8 @@ DEMO = "demo"  # the embedded model, wherever a model is named
 def device_of(name: str | None, note: Note | None = None) -> torch.device:
     """The device of that name, if it is here; None and "auto" take CUDA, else MPS, else the CPU.
 
+    A GPU that is named by its number becomes the current one of this process.
+
     Args:
         name: What the user gave.
         note: Tells the user which device was taken, where the name leaves it open.
@@ -27,6 +29,8 @@ def device_of(name: str | None, note: Note | None = None) -> torch.device:
     Raises:
         UsageError: torch knows no such name, or the machine has no such device.
     """
+    import torch
+
     from mmdit.runtime.devices import resolve_device
 
     try:
@@ -35,6 +39,8 @@ def device_of(name: str | None, note: Note | None = None) -> torch.device:
         raise UsageError(str(error)) from error
     if device.type == "meta":  # a device for loading alone, on which nothing is computed
         raise UsageError(f"--device {name}: there is none here; use cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     if note is not None and name in (None, "auto"):
         note(computing_on(device))
     return device

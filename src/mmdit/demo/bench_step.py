@@ -185,7 +185,7 @@ def _rows(run: Run, bench: Bench, variants: tuple[Variant, ...]) -> Iterator[str
         if run.device.type == "cuda":
             gc.collect()  # compiled modules are in reference cycles
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(run.device)
 
 
 def _guarded(run: Run, name: str, work: Callable[[], str]) -> Iterator[str]:
@@ -242,10 +242,10 @@ def _timed(run: Run, step: Callable[[], None]) -> tuple[float, float]:
     times, started = [], time.monotonic()
     if run.device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(STEPS + 1)]
-        marks[0].record()
+        marks[0].record(torch.cuda.current_stream(run.device))
         for mark in marks[1:]:
             step()
-            mark.record()
+            mark.record(torch.cuda.current_stream(run.device))
         host = time.monotonic() - started
         run.synchronize()
         times = [one.elapsed_time(two) for one, two in itertools.pairwise(marks)]
@@ -323,7 +323,7 @@ def _flat(grads: list[Tensor | None], like: Sequence[Tensor]) -> Tensor:
 
 
 def _peak(run: Run) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if run.device.type == "cuda" else 0.0
+    return torch.cuda.max_memory_allocated(run.device) / 2**30 if run.device.type == "cuda" else 0.0
 
 
 if __name__ == "__main__":

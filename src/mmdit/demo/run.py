@@ -61,4 +61,4 @@ class Run:
     def synchronize(self) -> None:
         """Wait for the device, before a clock is read."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)

@@ -202,7 +202,7 @@ class Engine:
             self._run(self._batch, form)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.device(self.run.device), torch.cuda.graph(graph, pool=self._pool):
                 loss, grads = self._run(self._batch, form)
         except RuntimeError as error:
             self.captures = False
@@ -212,7 +212,7 @@ class Engine:
         # Graphs run one after the other, so they share memory: what one leaves is read before the next starts.
         self._pool = graph.pool()
         self._captured[form] = _Captured(graph, loss, grads)
-        took, gib = time.monotonic() - started, torch.cuda.max_memory_allocated() / 2**30
+        took, gib = time.monotonic() - started, torch.cuda.max_memory_allocated(self.run.device) / 2**30
         self.run.journal.row("captured", form=form, took=took, peak_gib=gib)
 
 

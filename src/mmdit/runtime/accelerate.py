@@ -30,6 +30,7 @@ from mmdit.runtime.streaming import Residency
 from mmdit.runtime.texts import Kept, Text
 from mmdit.runtime.versions import check_whole, kernels_for, version_of, why_no_triton
 from quant import emulation
+from quant.current import on_its_device
 
 T = TypeVar("T")
 
@@ -217,6 +218,7 @@ class Accelerated:
         return AccelerationReport(name, self.graph, layers, left_out, self.attention, self.graphs, self._nets)
 
     @torch.no_grad()
+    @on_its_device
     def velocity(
         self,
         latent: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from encoders import VAE, decode_tiled, encode_tiled
 from encoders.vae import AttnBlock, DiagonalGaussian, Downsample, Mid, ResnetBlock, Upsample
 from mmdit.runtime.compiled import refuse_changed
+from quant.current import on_its_device
 
 WHOLE = 2048 * 2048  # pixels that are computed at once; larger pictures are computed in tiles, several one by one
 TILE = 512  # side of a tile in cells of each layer's output
@@ -48,6 +49,7 @@ class FastVAE:
         refuse_changed(vae, "the VAE")
 
     @torch.no_grad()
+    @on_its_device
     def decode(self, latent: Float[Tensor, "b z h w"]) -> Float[Tensor, "b 3 h8 w8"]:
         """Latents in model space to pictures with pixels about in [-1, 1], as `VAE.decode`.
 
@@ -61,6 +63,7 @@ class FastVAE:
         return torch.cat([self._decoded(part) for part in latent.split(max(WHOLE // pixels, 1))])
 
     @torch.no_grad()
+    @on_its_device
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
         """Pictures with pixels in [-1, 1] to the distribution of their latents, as `VAE.encode`.
 
@@ -76,6 +79,7 @@ class FastVAE:
         return self.vae.posterior(torch.cat([self._encoded(part) for part in image.split(max(WHOLE // pixels, 1))]))
 
     @torch.no_grad()
+    @on_its_device
     def middle(self, latent: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c h w"]:
         """The decoder's activations before its levels, channels last.
 

@@ -45,7 +45,7 @@ class Graphs:
         Args:
             key: equal for steps that launch the same work on inputs of the same shapes.
             step: called twice when it is new, so that libraries and compilers set themselves up outside of the graph.
-            inputs: copied into the graph's own memory.
+            inputs: on one GPU, which need not be the current one; copied into the graph's own memory.
         """
         if key not in self._captured:
             while len(self._captured) >= self.limit:
@@ -86,18 +86,21 @@ def _stream(device: int) -> torch.cuda.Stream:
 
 def _capture(step: Step, inputs: Sequence[Tensor]) -> Captured:
     own = tuple(one.clone() for one in inputs)
-    graph, output, taken = record(lambda: step(*own))
+    graph, output, taken = record(lambda: step(*own), own[0].device)
     return Captured(graph, own, output, taken + sum(one.nbytes for one in own))
 
 
-def record(step: Callable[[], T], *, before: int = 1) -> tuple[torch.cuda.CUDAGraph, T, int]:
-    """Record what a step launches on the current GPU: the graph, the result, and the device memory that it took.
+def record(
+    step: Callable[[], T], device: torch.device, *, before: int = 1
+) -> tuple[torch.cuda.CUDAGraph, T, int]:
+    """Record what a step launches: the graph, the result, and the device memory that it took.
 
     Args:
-        step: reads and writes tensors of the current device only.
+        step: reads and writes tensors of one GPU only.
+        device: that GPU, which need not be the current one.
         before: how often it runs before it is recorded, so that libraries and compilers set themselves up.
     """
-    with _RECORDING:
+    with _RECORDING, torch.cuda.device(device):
         beside = _stream(torch.cuda.current_device())
         beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(beside):

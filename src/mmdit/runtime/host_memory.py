@@ -26,7 +26,7 @@ class _Pages(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
-def host_memory(size: int, *, pinned: bool) -> Tensor:
+def host_memory(size: int, pinned_for: torch.device | None = None) -> Tensor:
     """Bytes of host memory, uint8 [size].
 
     Pages are pinned where they are. torch's own pinned memory is rounded up to a power of two, which would be half as
@@ -34,7 +34,7 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
 
     Args:
         size: number of bytes.
-        pinned: pin the pages; where the system refuses, a warning says so, and copies are slower.
+        pinned_for: pin the pages for this GPU; where the system refuses, a warning says so, and copies are slower.
     """
     if sys.platform == "win32":
         pages = _Pages(-1, max(size, 1))
@@ -43,17 +43,22 @@ def host_memory(size: int, *, pinned: bool) -> Tensor:
     with suppress(AttributeError, OSError):  # large pages are made and pinned sooner, where the system has them
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8, count=max(size, 1))[:size]
-    if pinned and size:
-        code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
-        if int(code) == 0:
-            pages.address = memory.data_ptr()
-        else:
-            warnings.warn(
-                f"the system did not pin {size} bytes ({code}), so that copies to the GPU are slower", stacklevel=2
-            )
-            with suppress(RuntimeError):  # CUDA would report the refusal once more at its next launch
-                torch.zeros(1, device="cuda")
+    if pinned_for is not None and size:
+        with torch.cuda.device(pinned_for):  # pinning makes a context on the current GPU
+            _pin(pages, memory)
     return memory
+
+
+def _pin(pages: _Pages, memory: Tensor) -> None:
+    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0)
+    if int(code) == 0:
+        pages.address = memory.data_ptr()
+        return
+    warnings.warn(
+        f"the system did not pin {len(memory)} bytes ({code}), so that copies to the GPU are slower", stacklevel=3
+    )
+    with suppress(RuntimeError):  # CUDA would report the refusal once more at its next launch
+        torch.zeros(1, device="cuda")
 
 
 class Layout:

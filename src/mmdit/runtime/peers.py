@@ -244,7 +244,7 @@ class Peers:
         if self.device.type != "cuda":
             return
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(self.device))
         end = time.monotonic() + _PATIENCE
         while not done.query():
             if time.monotonic() > end:

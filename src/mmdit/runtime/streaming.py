@@ -162,13 +162,13 @@ class Unit:
 
     Args:
         tensors: they get memory on the host that this unit owns.
-        pinned: whether to pin that memory.
+        pinned_for: the GPU for which that memory is pinned; None does not pin it.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, pinned: bool) -> None:
+    def __init__(self, tensors: Sequence[Tensor], pinned_for: torch.device | None = None) -> None:
         self.tensors = list(tensors)
         self.layout = Layout(self.tensors)
-        self.memory = host_memory(self.layout.size, pinned=pinned)
+        self.memory = host_memory(self.layout.size, pinned_for)
         self.home = self.layout.placed(self.tensors, self.memory)
         self.ready: torch.cuda.Event | None = None
         self.here: Tensor | None = None  # its memory on the device
@@ -383,7 +383,7 @@ class Residency:
             if key not in units or not units[key].is_of(tensors):
                 if key in units:
                     units.pop(key).leave()
-                units[key] = Unit(tensors, pinned=self.device.type == "cuda")
+                units[key] = Unit(tensors, self.device if self.device.type == "cuda" else None)
         self._units[model] = {key: units[key] for key in found}
 
     def _send_home(self, wanted: Mapping[nn.Module, Presence]) -> None:

@@ -14,11 +14,13 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from encoders.tiling import Moments
+from quant.current import on_its_device
 
 _TILE = 8192  # values of a program's tile
 _PARTS = 512  # programs that share the statistics of a picture, at most
 
 
+@on_its_device
 def norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, in_place: bool = False) -> Tensor:
     """`mmdit.runtime.fast_vae.plain_norm`, in two passes over the picture.
 
@@ -60,6 +62,7 @@ def norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, in_place: bool = False) -
     return out
 
 
+@on_its_device
 def group_moments(x: Tensor, groups: int) -> Moments:
     """`Moments.of` for activations with channels last, in one pass over them.
 
@@ -83,6 +86,7 @@ def group_moments(x: Tensor, groups: int) -> Moments:
     return Moments(cells * width // groups, mean, (squares + count * apart.square()).sum((1, 3)))
 
 
+@on_its_device
 def norm_by(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
     """GroupNorm under given moments, then SiLU, written into `x`.
 

@@ -40,8 +40,7 @@ class RecordedGradients(Generic[B]):
             loss = loss_of(self.batch)
             return loss.detach(), torch.autograd.grad(loss, trained, allow_unused=True)
 
-        with torch.cuda.device(device):  # the parameters', which need not be the current one
-            self.graph, (self.loss, self.grads), _ = record(step, before=2)
+        self.graph, (self.loss, self.grads), _ = record(step, device, before=2)
 
     def __call__(self, batch: B) -> Tensor:
         for into, part in zip(self.batch, batch, strict=True):

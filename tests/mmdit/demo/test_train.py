@@ -45,6 +45,7 @@ from mmdit.training.journal import Journal, Unwritten
 from mmdit.training.rates import Budget, learning_rate
 from processes import in_processes, values
 from samplers.training import noised
+from skips import SKIPS
 
 TINY = Architecture(
     MMDiTConfig(depth=2, hidden_size=64, context_dim=256, pooled_dim=192, pos_embed_size=32, sample_size=16),
@@ -237,6 +238,24 @@ def test_narrow_weights_follow_their_masters(tmp_path: Path) -> None:
     assert torch.equal(engine.weights[0], engine.masters[0].bfloat16())
     with pytest.raises(ValueError, match="unknown ways"):
         trainee.hurried(engine.trainee, ["slow"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason=SKIPS["two gpus"])
+def test_a_step_is_recorded_on_a_gpu_that_is_not_the_current_one(tmp_path: Path) -> None:
+    parts, batch, device = trainee.initial_parts(TINY, 2), batches(dropped=0.0).draw(4), torch.device("cuda:1")
+    x0, noise, t = (one.to(device) for one in (batch.x0, batch.noise, batch.t))
+    batch = Batch(x0, noise, t, batch.tokens.to(device))
+    trainee.trainee_of(parts).to(device)
+    run = replace(run_of(FULL, tmp_path), device=device)
+    plain, recorded = Engine(run, deepcopy(parts)), Engine(replace(run, quick=("graphs",)), deepcopy(parts))
+    for _ in range(2):  # recorded, then replayed
+        losses = [engine.gradients(batch, "short") for engine in (plain, recorded)]
+        torch.testing.assert_close(*losses)
+        for master, same in zip(plain.masters, recorded.masters, strict=True):
+            torch.testing.assert_close(master.grad, same.grad, rtol=0.01, atol=1e-5)
+    assert recorded.captures, "it went on without a graph"
+    assert torch.cuda.current_device() == 0
 
 
 def test_compiled_code_is_kept_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

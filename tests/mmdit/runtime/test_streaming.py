@@ -157,7 +157,7 @@ def test_memory_keeps_shapes_strides_and_parts():
     weight.snr = 30.0
     tensors = [torch.randn(3, 5).t(), torch.tensor(2.0), torch.zeros(0, 4), torch.randn(4).expand(3, 4), weight]
     layout = Layout(tensors)
-    memory = host_memory(layout.size, pinned=False)
+    memory = host_memory(layout.size)
     placed = layout.placed(tensors, memory)
     for one, other in zip(placed, tensors, strict=True):
         assert one.shape == other.shape
