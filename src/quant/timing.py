@@ -9,7 +9,7 @@ import torch
 
 
 def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median time of the current GPU's work in milliseconds, each run between two events, after one that does not count."""
+    """Median milliseconds of the current GPU's work, each run between two events, after one that does not count."""
     run()
     torch.cuda.synchronize()
     times = []
