@@ -78,7 +78,12 @@ def here(tmp_path, monkeypatch) -> Path:
             "mmdit.bench.speed.speed",
             "mmdit.bench.training.bench",
         ),
-        *("mmdit.bench.memory.budgets", "mmdit.bench.loading.loading", "mmdit.bench.loading.from_disk"),
+        *(
+            "mmdit.bench.memory.budgets",
+            "mmdit.bench.host_memory.stages",
+            "mmdit.bench.loading.loading",
+            "mmdit.bench.loading.from_disk",
+        ),
         *("mmdit.bench.parallel.bench", "mmdit.bench.links.links"),
     ):
         monkeypatch.setattr(name, stop)

@@ -215,7 +215,7 @@ def _row(
         row.step_ms, row.longest_ms = steps.milliseconds()
         row.seconds += (picture.steps - steps.most) * row.step_ms / 1000
         row.peak_gb, row.outside_gb = _memory(device)
-        row.host_gb, row.weights_gb = _host_bytes() / 1e9, sum(map(weight_bytes, pipe.models.values())) / 1e9
+        row.host_gb, row.weights_gb = host_bytes() / 1e9, sum(map(weight_bytes, pipe.models.values())) / 1e9
         plan = pipe.memory_plan
         row.streamed = "models by turns" if plan is None else plan.streams()
         if plan is not None:
@@ -292,7 +292,7 @@ def _memory(device: torch.device) -> tuple[float, float]:
     return torch.cuda.max_memory_reserved(device) / 1e9, outside / 1e9
 
 
-def _host_bytes() -> int:
+def host_bytes() -> int:
     """Anonymous memory of this process (RssAnon); 0 where the system does not say."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
@@ -304,7 +304,7 @@ def _base(device: torch.device, dtype: torch.dtype) -> float:
     ones = torch.ones(1, 16, 16, 16, dtype=dtype, device=device)
     torch.nn.functional.conv2d(ones @ ones, ones[:, :, :3, :3])
     _synchronized(device)
-    return _host_bytes() / 1e9
+    return host_bytes() / 1e9
 
 
 def _encoders(model: str, recipe: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:

@@ -208,6 +208,8 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     say("--run-steps", type=int, metavar="N", help=run)
     fast = "draw with the accelerated forward; 'too' draws with the plain one first, and accelerated with float8 only"
     say("--fast", nargs="?", const="only", choices=("only", "too"), help=fast)
+    host = "show the process's own memory by stage instead, with the first model, weights and budget that are given"
+    say("--host", action="store_true", help=host)
     seconds = "start no row after so many seconds (default: %(default)s)"
     say("--seconds", type=float, default=240.0, metavar="X", help=seconds)
     _add_device(parser, DTYPES, "bfloat16")

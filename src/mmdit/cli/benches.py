@@ -19,6 +19,7 @@ from mmdit.bench import controlnet, fp8_quality, links, lora, maps, parallel
 from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import loading as bench_loading
+from mmdit.bench import host_memory
 from mmdit.bench import memory as bench_memory
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import speed as bench_speed
@@ -369,6 +370,9 @@ def _memory(options: Namespace, note: Note) -> Iterator[str | int]:
         for size in options.budgets:
             if size != bench_memory.STAGES:
                 parse_bytes(size, "--budgets")
+    if options.host:
+        yield from _host_memory(options, run, note)
+        return
     if run < steps:
         note(f"{run} of {steps} steps are run; seconds count the others as the median of those after the first one")
     for row in bench_memory.budgets(
@@ -384,6 +388,15 @@ def _memory(options: Namespace, note: Note) -> Iterator[str | int]:
         said = row.failed or f"{row.seconds:.2f} s, peak {row.peak_gb + row.outside_gb:.2f} GB"
         note(f"{time.monotonic() - start:.0f} s: {row.name} {row.recipe} {row.budget}: {said}")
     yield bench_memory.table(rows)
+
+
+def _host_memory(options: Namespace, steps: int, note: Note) -> Iterator[str]:
+    found = []
+    how = {"fast": options.fast is not None, "steps": steps, "size": options.size, **_where(options)}
+    for stage in host_memory.stages(options.models[0], options.quant[0], options.budgets[0], **how):
+        found.append(stage)
+        note(f"{stage.name}: {stage.failed or f'{stage.anon:.2f} GB'}")
+    yield host_memory.table(found)
 
 
 BENCHES: dict[str, Callable[[Namespace, Note], Iterator[str | int]]] = {

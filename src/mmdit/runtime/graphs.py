@@ -90,9 +90,7 @@ def _capture(step: Step, inputs: Sequence[Tensor]) -> Captured:
     return Captured(graph, own, output, taken + sum(one.nbytes for one in own))
 
 
-def record(
-    step: Callable[[], T], device: torch.device, *, before: int = 1
-) -> tuple[torch.cuda.CUDAGraph, T, int]:
+def record(step: Callable[[], T], device: torch.device, *, before: int = 1) -> tuple[torch.cuda.CUDAGraph, T, int]:
     """Record what a step launches: the graph, the result, and the device memory that it took.
 
     Args:
