@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from mmdit.bench import cold as bench_cold
-from mmdit.bench import controlnet, fp8_quality, links, lora, maps, parallel
+from mmdit.bench import controlnet, fp8_quality, host_memory, links, lora, maps, parallel
 from mmdit.bench import errors as bench_errors
 from mmdit.bench import layers as bench_layers
 from mmdit.bench import loading as bench_loading
-from mmdit.bench import host_memory
 from mmdit.bench import memory as bench_memory
 from mmdit.bench import picture as bench_picture
 from mmdit.bench import speed as bench_speed
