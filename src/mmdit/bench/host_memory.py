@@ -110,7 +110,7 @@ def stages(
             yield watch(f"{name} picture, decoded", lambda latents=latents: pipe.decode(latents))  # type: ignore[misc]
         yield watch("a garbage collection", gc.collect)
         yield watch("malloc_trim", _trim)
-        yield watch("without models on the device", lambda: (pipe._leave(), torch.cuda.empty_cache()))
+        yield watch("without models on the device", lambda: _left(pipe))
     except FAILURES as error:
         yield Stage("failed", failed=said_of(error, 600))
 
@@ -121,6 +121,11 @@ def _home(pipe: Pipeline, budget: str) -> None:
     assert pipe._turns is not None, "a budget comes with turns"
     for part in pipe.models.values():
         pipe._turns._gather(part, fresh=True)
+    bench_memory._emptied(pipe.device)
+
+
+def _left(pipe: Pipeline) -> None:
+    pipe._leave()
     bench_memory._emptied(pipe.device)
 
 
