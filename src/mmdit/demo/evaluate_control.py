@@ -91,25 +91,26 @@ def evaluate_control(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: prints a Markdown table, a row for each net and profile."""
+    """The command line: prints a Markdown table, a row for each profile, guidance and net."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("nets", type=Path, nargs="*", help="ControlNets of the embedded model (default: the shipped)")
     parser.add_argument("--without", action="store_true", help="a row of drawings from the captions alone, too")
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=4.5)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[4.5])
     parser.add_argument("--profiles", nargs="+", choices=PROFILES, default=["diffusers"])
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="of which model (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(arguments)
     nets: list[Path | None] = [None] if options.without else []
     nets += options.nets or [CANNY_NET, DEPTH_NET]
-    print("| net | profile | shape | relation | statements | seconds |\n|---|---|---|---|---|---|")  # noqa: T201
-    for profile, path in product(options.profiles, nets):
-        print(_row(options, profile, path), flush=True)  # noqa: T201
+    columns = ("net", "profile", "guidance", "shape", "relation", "statements", "seconds")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")  # noqa: T201
+    for profile, guidance, path in product(options.profiles, options.guidance, nets):
+        print(_row(options, profile, guidance, path), flush=True)  # noqa: T201
 
 
-def _row(options: argparse.Namespace, profile: str, path: Path | None) -> str:
+def _row(options: argparse.Namespace, profile: str, guidance: float, path: Path | None) -> str:
     """A row of the table."""
     torch.manual_seed(0)
     started = time.monotonic()
@@ -117,11 +118,11 @@ def _row(options: argparse.Namespace, profile: str, path: Path | None) -> str:
     pipe = Pipeline.from_pretrained(options.model, **given)
     pipe.transformer.bfloat16()  # far faster on processors with bfloat16 matrix units; the VAE stays in float32
     net = None if path is None else load_controlnet(path, device=options.device, dtype=torch.bfloat16)
-    found = evaluate_control(pipe, net, options.count, steps=options.steps, guidance=options.guidance)
+    found = evaluate_control(pipe, net, options.count, steps=options.steps, guidance=guidance)
     shares = " | ".join(f"{100 * found[kind][0]:.1f} %" for kind in ("shape", "relation"))
     counts = " + ".join(str(found[kind][1]) for kind in ("shape", "relation"))
     name = "none" if path is None else path.stem
-    return f"| {name} | {profile} | {shares} | {counts} | {time.monotonic() - started:.0f} |"
+    return f"| {name} | {profile} | {guidance:g} | {shares} | {counts} | {time.monotonic() - started:.0f} |"
 
 
 if __name__ == "__main__":
