@@ -23,6 +23,9 @@ from quant.kernels import code_of, largest_of, row_scale
 from quant.scaling import SMALLEST_SCALE
 
 low, add_up = lora_kernels.low, lora_kernels.add_up
+# How GELU adds what LoRAs add, under a scale per row: "before" it in place, "twice" computes all values again once the
+# scales are found, and "through" writes the values over x in 16 bits and rounds them after that.
+TOKEN_GELU = "before"
 _PER_THREAD = 16  # values of a row that a thread holds
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
@@ -75,11 +78,15 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) 
     Under a scale per row, what LoRAs add is added before, in a pass of its own: a program that has a whole row would
     read the whole up projection for it, and tiles of rows would be computed twice.
     """
-    if added is not None and rounding.kind != "token":
+    if added is None:
+        return _row_by_row(x, rows, rounding, joint=False, gelu=True)
+    if rounding.kind != "token" or TOKEN_GELU == "twice":
         return lora_kernels.gelu(x, rows, rounding, added)
-    if added is not None:
+    if TOKEN_GELU == "before":
         add_up(x, added, rows)
-    return _row_by_row(x, rows, rounding, joint=False, gelu=True)
+        return _row_by_row(x, rows, rounding, joint=False, gelu=True)
+    lora_kernels.gelu(x, rows, Rounding(), added, in_place=True)
+    return _row_by_row(x, rows, rounding, joint=False, gelu=False)
 
 
 def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
@@ -314,8 +321,8 @@ def _put(
             )
             scale = row_scale(size, largest, smallest)
             tl.store(scales, scale)
-        tl.store(out + a, code_of(value, scale, largest, out.dtype.element_ty))
-        tl.store(out + b, code_of(value2, scale, largest, out.dtype.element_ty), mask=inside)
+        tl.store(out + a, code_of(value, scale, largest, out.dtype.element_ty, kind == 1))
+        tl.store(out + b, code_of(value2, scale, largest, out.dtype.element_ty, kind == 1), mask=inside)
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -18,9 +18,11 @@ from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
 from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Down, Rounding, Rows
 from quant import low_rank_kernels
 from quant.formats import LARGEST
-from quant.kernels import code_of
+from quant.kernels import code_of, row_scale
+from quant.scaling import SMALLEST_SCALE
 
-_ROWS, _COLUMNS = 64, 64  # of a tile
+_ROWS = 64  # of a tile
+_TILE = (_ROWS, 64, 4)  # of `gelu`: rows, columns, and the warps of a program
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -52,31 +54,49 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
         added.up.shape[2],
         _ROWS,
         max(triton.next_power_of_2(head_dim), 16),
+        head_dim == max(triton.next_power_of_2(head_dim), 16),
         num_warps=4,
     )
     q, k, v = joint.unbind(0)
     return q, k, v
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added) -> Activation:
-    """`plain_kernels.gelu` and rounding, which is not to a scale per row: that needs the whole row."""
-    width, rows_here = x.shape[1], rows.as_one_sample()
-    blank = Blank.of(rows, width, rounding, x, x.dtype)
-    _gelu[(triton.cdiv(width, _COLUMNS), _tiles(rows_here, _ROWS))](
-        x,
-        *targets(blank, rounding, x),
-        *_factors(added),
-        rows_here.text,
-        rows_here.image,
-        width,
-        KINDS[rounding.kind],
-        LARGEST["e4m3"],
-        added.up.shape[2],
-        _ROWS,
-        _COLUMNS,
-        width % _COLUMNS == 0,
-        num_warps=4,
-    )
+def gelu(
+    x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] = _TILE, *, in_place: bool = False
+) -> Activation:
+    """`plain_kernels.gelu` and rounding.
+
+    Under a scale per row, a launch finds the largest value of each row, and a second one computes all values again and
+    writes the codes.
+
+    Args:
+        x, rows, rounding, added: see there.
+        tile: rows and columns of a program, and its warps.
+        in_place: whether the values are written over x, where nothing is rounded.
+    """
+    width, sizes = x.shape[1], x
+    blank = Blank(x, None, 0) if in_place else Blank.of(rows, width, rounding, x, x.dtype)
+    if token := rounding.kind == "token":
+        sizes = torch.zeros(rows.total, dtype=torch.int32, device=x.device)
+    for finds in (True, False) if token else (False,):
+        _gelu[(triton.cdiv(width, tile[1]), _tiles(rows.as_one_sample(), tile[0]))](
+            x,
+            *targets(blank, rounding, x),
+            sizes,
+            *_factors(added),
+            rows.split,
+            rows.total - rows.split,
+            width,
+            blank.gap,
+            finds,
+            KINDS[rounding.kind],
+            LARGEST["e4m3"],
+            SMALLEST_SCALE,
+            added.up.shape[2],
+            *tile[:2],
+            width % tile[1] == 0,
+            num_warps=tile[2],
+        )
     return blank.activation(rows, rounding)
 
 
@@ -108,13 +128,16 @@ def _tile(tile, samples, text, image, block: tl.constexpr):
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit
-def _product(low, low_stride, up, image_up, row, local, column, inside, is_text, rank: tl.constexpr):
-    """What LoRAs add to a tile, in float32."""
+def _operands(low, low_stride, up, image_up, row, local, column, inside, is_text, even: tl.constexpr, rank: tl.constexpr):
+    """The factors of what LoRAs add to a tile.
+
+    They are loaded before the tile, so that all loads are under way at once: a tile is moved to the layout of its
+    product as soon as it is there, and what is loaded after that waits for it.
+    """
     r = tl.arange(0, rank)
     a = tl.load(low + (row + local)[:, None] * low_stride + r[None, :])
-    up += tl.where(is_text, 0, image_up)
-    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
-    return tl.dot(a, b, input_precision="ieee")
+    up += tl.where(is_text, 0, image_up) + column[None, :] * rank + r[:, None]
+    return a, tl.load(up) if even else tl.load(up, mask=inside[None, :], other=0.0)
 
 
 @no_type_check  # annotations have Triton's meaning here
@@ -137,6 +160,7 @@ def _pack(
     rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
+    even: tl.constexpr,
 ):
     """A program handles one head of the queries, keys or values; they lie in a row in `qkv`."""
     unit = tl.program_id(0)
@@ -148,13 +172,14 @@ def _pack(
     local = tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
     width = heads * head_dim
     value = qkv + row.to(tl.int64) * (3 * width) + local[:, None] * (3 * width) + unit * head_dim + lane[None, :]
-    value = tl.load(value, mask=both, other=0.0).to(tl.float32)
-    value += _product(low, low_stride, up, image_up, row, local, unit * head_dim + lane, inside, is_text, rank)
+    a, b = _operands(low, low_stride, up, image_up, row, local, unit * head_dim + lane, inside, is_text, even, rank)
+    which = tl.where(is_text, 0, 2) + tl.minimum(part, 1)
+    weight = tl.load(norms + which * head_dim + lane, mask=inside, other=0.0).to(tl.float32) if normed else 1.0
+    value = tl.load(value) if even else tl.load(value, mask=inside[None, :], other=0.0)
+    value = value.to(tl.float32) + tl.dot(a, b, input_precision="ieee")
     if normed:  # noqa: SIM102  (this one is known when the kernel is compiled)
         if part < 2:
-            which = tl.where(is_text, 0, 2) + part
             factor = 1 / tl.sqrt_rn(tl.sum(value * value, 1) / head_dim + eps)
-            weight = tl.load(norms + which * head_dim + lane, mask=inside, other=0.0).to(tl.float32)
             value = value * factor[:, None] * weight[None, :]
     first = (part * samples + sample) * (text + image) + tl.where(is_text, 0, text) + token
     place = joint + first.to(tl.int64) * width + local[:, None] * width + head * head_dim + lane[None, :]
@@ -162,13 +187,14 @@ def _pack(
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text", "image"])
+@triton.jit(do_not_specialize=["text", "image", "gap"])
 def _gelu(
     x,
     out,
     scales,
     text_static,
     image_static,
+    sizes,
     low,
     low_stride,
     up,
@@ -176,25 +202,60 @@ def _gelu(
     text,
     image,
     width,
+    gap,
+    finds: tl.constexpr,
     kind: tl.constexpr,
     largest: tl.constexpr,
+    smallest: tl.constexpr,
     rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
     even: tl.constexpr,
 ):
-    """`even` says that tiles have all their columns. The last tiles come first, as in `add_up`."""
-    row, count, is_text, _, _ = _tile(tl.num_programs(1) - 1 - tl.program_id(1), 1, text, image, block)
+    """`sizes` has the largest value of each row as its bits; `finds` says that they are found, and nothing is written.
+
+    The last tiles come first, as in `add_up`, and the first ones where the largest values have been found: the last
+    ones that were read are still in the cache. `even` says that tiles have all their columns.
+    """
+    index = tl.program_id(1)
+    if finds or kind != 1:
+        index = tl.num_programs(1) - 1 - index
+    row, count, is_text, _, _ = _tile(index, 1, text, image, block)
     local, column = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide)
     there, inside = local < count, column < width
     both = there[:, None] if even else there[:, None] & inside[None, :]
     local = tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
     place = row.to(tl.int64) * width + local[:, None] * width + column[None, :]
+    a, b = _operands(low, low_stride, up, image_up, row, local, column, inside, is_text, even, rank)
+    sizes += row + local
+    size = tl.load(sizes) if kind == 1 and not finds else local
     value = tl.load(x + place) if even else tl.load(x + place, mask=inside[None, :], other=0.0)
-    value = value.to(tl.float32)
-    value += _product(low, low_stride, up, image_up, row, local, column, inside, is_text, rank)
-    value = gelu_of(value)
-    if kind == 2:
-        static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
-        value = code_of(value, static, largest, out.dtype.element_ty)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
+    value = value.to(tl.float32) + tl.dot(a, b, input_precision="ieee")
+    if finds:
+        tl.atomic_max(sizes, _largest_gelu(value), mask=there, sem="relaxed")
+    else:
+        value = gelu_of(value)
+        if kind == 1:
+            scale = row_scale(size.to(tl.float32, bitcast=True), largest, smallest)
+            if tl.program_id(0) == 0:
+                tl.store(scales + row + local + tl.where(is_text, 0, gap), scale, mask=there)
+            value = code_of(value, scale[:, None], largest, out.dtype.element_ty, True)
+        if kind == 2:
+            static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
+            value = code_of(value, static, largest, out.dtype.element_ty)
+        tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _largest_gelu(value):
+    """The largest absolute value of the GELU of each row, as the bits of float32.
+
+    GELU grows from 0.3 on, and is nowhere below -0.18, which is -gelu(0.3): it is only computed where a row has nothing
+    above. Bits of numbers that are not negative are ordered as they are, and those of NaN come last.
+    """
+    top = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    size = tl.abs(gelu_of(top)).to(tl.int32, bitcast=True)
+    if tl.min(top, 0) < 0.3:
+        size = tl.max(tl.abs(gelu_of(value)).to(tl.int32, bitcast=True), 1)
+    return size
