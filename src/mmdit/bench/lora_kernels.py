@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +20,8 @@ from mmdit.bench.layers import timed
 from mmdit.bench.lora import attach, model_of
 from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_size
 from mmdit.bench.rows import Cells, attempted, step_time
+from mmdit.models import lora
+from mmdit.models.lora import add_product as lora_product
 from mmdit.models.lora import all_beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import products
@@ -23,11 +29,17 @@ from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.products import Kind
 from mmdit.runtime.rows import Activation, Added, Columns, Down, Output, Part, Rounding, Rows, Update
 from mmdit.utils import markdown_table
-from quant.matmul import quantize_activation
+from quant.emulation import HAS_TRITON
+from quant.matmul import multiply_into, quantize_activation
 from quant.recipe import RECIPES
+from quant.tensor import Float8Tensor
 
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
+TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
+FORMS = ("before", "through", "twice")  # see `mmdit.runtime.kernels.TOKEN_GELU`
+PARTS = ((32, 128, 3, 4), (32, 64, 4, 4), (32, 64, 3, 8), (16, 128, 4, 4))  # `quant.low_rank_kernels.Blocks` of codes
+PARTS_OF_VALUES = ((32, 64, 3, 4), (16, 64, 4, 4))
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
 
@@ -50,26 +62,33 @@ class Kernels:
         """What measures each row, the most important ones first."""
         d = self.d
         tasks: dict[str, Callable[[], Cells]] = {}
-        for codes in (True, False):
-            for width in (d, 4 * d):
-                tasks[f"low {width} {'codes' if codes else '16 bits'}"] = partial(self.low, width, codes)
-        for kind in ("token", "static", "none"):
+        for out in (3 * d, 4 * d, d):
+            for rank in (self.rank, 64, 128):
+                tasks[f"addmm_ {out}, rank {rank}"] = partial(self.addmm_, out, rank)
+                tasks[f"addmm of a bias {out}, rank {rank}"] = partial(self.addmm, out, rank)
+            tasks[f"add_up {out}"] = partial(self.add_up, out)
+        for kind in ("none", "static"):
             tasks[f"gelu {kind}"] = partial(self.gelu, kind, False)
-            tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu, kind, True)
+            for tile in TILES:
+                tasks[f"gelu {kind} with a LoRA {tile}"] = partial(self.gelu, kind, True, tile)
+        tasks["gelu token"] = partial(self.gelu, "token", False)
+        for tile in TILES:
+            tasks[f"gelu token with a LoRA, twice {tile}"] = partial(self.gelu, "token", True, tile)
+        for form in FORMS:
+            tasks[f"fp8 {d} to {4 * d}, gelu token {form}"] = partial(self.inner, form)
+        tasks[f"fp8 {d} to {4 * d}, gelu token without"] = partial(self.inner, None)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
+        for width in (d, 4 * d):
+            tasks[f"low {width} codes"] = partial(self.low, width, True)
+            for blocks in PARTS:
+                tasks[f"low {width} codes {blocks}"] = partial(self.low, width, True, blocks)
+            tasks[f"low {width} 16 bits"] = partial(self.low, width, False)
+            for blocks in PARTS_OF_VALUES:
+                tasks[f"low {width} 16 bits {blocks}"] = partial(self.low, width, False, blocks)
+            tasks[f"F.linear {width} to the rank"] = partial(self.linear, width)
         for kind in ("token", "none"):
             tasks[f"norm {kind}"] = partial(self.norm, kind)
-        for out in (3 * d, d, 4 * d):
-            tasks[f"add_up {out}"] = partial(self.add_up, out)
-            tasks[f"addmm_ {out}"] = partial(self.addmm_, out)
-        for width in (d, 4 * d):
-            tasks[f"F.linear {width} to the rank"] = partial(self.linear, width)
-        for blocks in ((32, 128, 4), (32, 256, 6), (16, 512, 4), (16, 256, 8)):
-            tasks[f"low {d} codes {blocks}"] = partial(self.low, d, True, blocks)
-            tasks[f"low {4 * d} codes {blocks}"] = partial(self.low, 4 * d, True, blocks)
-        for blocks in ((64, 256, 4), (128, 128, 4), (64, 128, 6)):
-            tasks[f"low {4 * d} 16 bits {blocks}"] = partial(self.low, 4 * d, False, blocks)
         return tasks
 
     def cells(self, run: Callable[[], object], moved: float) -> Cells:
@@ -94,25 +113,44 @@ class Kernels:
         """What a LoRA adds to the products."""
         return Added(self.random(self.rows.total, self.rank), self.random(2, width, self.rank))
 
-    def low(self, width: int, codes: bool, blocks: tuple[int, int, int] | None = None) -> Cells:
+    def low(self, width: int, codes: bool, blocks: tuple[int, int, int, int] | None = None) -> Cells:
         """Activations times the down projections."""
-        from quant.low_rank_kernels import low
+        from quant.low_rank_kernels import Blocks, low
 
         x, down = self.activation(width, codes), Down.of(self.random(2, self.rank, width), codes)
         weight = down.exact if down.halves is None else down.halves
-        rest = {} if blocks is None else {"blocks": blocks}
+        rest = {} if blocks is None else {"blocks": Blocks(*blocks)}
         size = self.rows.total * (width * (1 if codes else 2) + 2 * self.rank)
         return self.cells(lambda: low(x.text, x.image, weight, down.factor, self.dtype, **rest), size)
 
-    def gelu(self, kind: Kind, lora: bool) -> Cells:
-        """GELU of the MLP's inner product."""
-        from mmdit.runtime import kernels
+    def gelu(self, kind: Kind, lora: bool, tile: tuple[int, int, int] = (64, 64, 4)) -> Cells:
+        """GELU of the MLP's inner product; by tiles with a LoRA, also under a scale per row."""
+        from mmdit.runtime import kernels, lora_kernels
 
         width, scale = 4 * self.d, torch.tensor(0.02, device=self.device)
         rounding = Rounding(kind, scale, scale) if kind == "static" else Rounding(kind)
-        x, added = self.random(self.rows.total, width), self.added(width) if lora else None
+        x, added = self.random(self.rows.total, width), self.added(width)
         size = self.rows.total * width * (4 if kind == "none" else 3)
-        return self.cells(lambda: kernels.gelu(x, self.rows, rounding, added), size)
+        if lora:
+            return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, tile), size)
+        return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
+
+    def inner(self, form: str | None) -> Cells:
+        """The first product of the image's MLP in float8, and GELU after it, with a LoRA added in a form."""
+        from mmdit.runtime import kernels
+
+        rows, rounding = self.rows.only_image(), Rounding("token")
+        count, wide = rows.total, 4 * self.d
+        weight = Float8Tensor.quantize(self.random(wide, self.d), recipe=RECIPES["fp8"])
+        codes, scale = quantize_activation(self.random(count, self.d), RECIPES["fp8"], None, as_bytes=False)
+        added, out = Added(self.random(count, self.rank), self.random(1, wide, self.rank)), self.random(count, wide)
+
+        def run() -> None:
+            multiply_into(codes, scale, weight.qdata, weight.scale, None, weight.recipe, out=out)
+            kernels.gelu(out, rows, rounding, None if form is None else added)
+
+        with replaced(kernels, "TOKEN_GELU", form or "before"):
+            return self.cells(run, count * wide * (2 if form is None else 3) + count * wide)
 
     def pack(self, lora: bool) -> Cells:
         """Norms of queries and keys, and the joint layout."""
@@ -140,17 +178,71 @@ class Kernels:
         y, added = self.random(self.rows.total, out), self.added(out)
         return self.cells(lambda: kernels.add_up(y, added, self.rows), 4 * self.rows.total * out)
 
-    def addmm_(self, out: int) -> Cells:
-        """The same by torch."""
+    def addmm_(self, out: int, rank: int) -> Cells:
+        """The same by torch, for the image's rows; factors may have zeros up to a rank."""
         rows = self.rows.samples * self.rows.image
-        y, low, up = self.random(rows, out), self.random(rows, self.rank), 1e-3 * self.random(out, self.rank)
+        y, low, up = self.random(rows, out), self.random(rows, rank), 1e-3 * self.random(out, rank)
         return self.cells(lambda: y.addmm_(low, up.t()), 4 * rows * out)
+
+    def addmm(self, out: int, rank: int) -> Cells:
+        """What the eager model adds its product to in 16 bits: the bias and what the LoRA adds."""
+        rows = self.rows.samples * self.rows.image
+        bias, low, up = self.random(out), self.random(rows, rank), 1e-3 * self.random(out, rank)
+        return self.cells(lambda: torch.addmm(bias, low, up.t()), 2 * rows * out)
 
     def linear(self, width: int) -> Cells:
         """The down projection of the image by torch."""
         rows = self.rows.samples * self.rows.image
         x, down = self.random(rows, width), self.random(self.rank, width)
         return self.cells(lambda: F.linear(x, down), 2 * rows * width)
+
+
+class Way(NamedTuple):
+    """How a LoRA is added in a step.
+
+    Args:
+        rank: of the LoRA; None attaches none.
+        eager: whether the model's own forward is measured, instead of the accelerated one.
+        settings: attributes of modules that differ meanwhile: the module, the name and the value.
+    """
+
+    rank: int | None
+    eager: bool = False
+    settings: tuple[tuple[ModuleType, str, object], ...] = ()
+
+
+def ways(rank: int) -> dict[str, Way]:
+    """What is compared, by name."""
+    found = {"without": Way(None), "as it is": Way(rank)}
+    if HAS_TRITON:
+        from mmdit.runtime import kernels
+        from quant import low_rank_kernels
+
+        for blocks in (PARTS[0], PARTS[2]):
+            parts = low_rank_kernels, "_OF_CODES", low_rank_kernels.Blocks(*blocks)
+            found[f"low in parts {blocks}"] = Way(rank, settings=(parts,))
+            for form in FORMS[1:]:
+                both = parts, (kernels, "TOKEN_GELU", form)
+                found[f"low in parts {blocks}, GELU {form}"] = Way(rank, settings=both)
+    found |= {
+        "without again": Way(None),
+        "eager without": Way(None, True),
+        "eager": Way(rank, True),
+        "eager, rank 64": Way(64, True),
+    }
+    if HAS_TRITON:
+        found["eager, wide ones by add_up"] = Way(rank, True, ((lora, "add_product", _add_wide_product),))
+    return found | {"by products": Way(rank, settings=((products, "MOST_RANK", 0),))}
+
+
+def _add_wide_product(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`mmdit.models.lora.add_product` by our kernel where a result is larger than 64 MiB."""
+    if output.nbytes < 2**26:
+        return lora_product(output, x, weight)
+    from quant.low_rank_kernels import add_up
+
+    add_up(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), weight.unsqueeze(0))
+    return output
 
 
 def steps(
@@ -165,46 +257,58 @@ def steps(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     seconds: float = 60.0,
+    only: str = "",
 ) -> Iterator[Cells]:
-    """Rows of `STEPS`: an accelerated step with a LoRA beside every Linear, added in each of the ways there are.
+    """Rows of `STEPS`: a step with a LoRA beside every Linear, added in each of the ways there are.
 
     Args:
-        model, recipes, rank, size, text, batch, repeats, device, dtype, seconds: see `mmdit.bench.lora.steps`.
+        model, recipes, rank, size, text, batch, repeats, device, dtype: see `mmdit.bench.lora.steps`.
+        seconds: time limit, after which no further row is started.
+        only: ways are left out whose names do not have this.
     """
-    device = torch.device(device)
+    device, start = torch.device(device), time.monotonic()
     inputs = Inputs.random(MODELS[model], check_size(model, size), text, batch, device, dtype)
     for recipe in (*recipes, None):
         made = model_of(model, recipe, device, dtype)
-        ways: dict[str, Callable[[], Cells]] = {
-            way: partial(_step, made, way, rank, inputs, repeats)
-            for way in ("without", "in the kernels", "by products", "without again")
+        tasks: dict[str, Callable[[], Cells]] = {
+            name: partial(_step, made, way, inputs, repeats)
+            for name, way in ways(rank).items()
+            if only in name and (recipe == "fp8" or "low in parts" not in name)
         }
-        for way, *cells in attempted(ways, len(STEPS) - 1, seconds):
-            yield [recipe or str(dtype).removeprefix("torch."), way, *cells]
+        for name, *cells in attempted(tasks, len(STEPS) - 1, seconds - time.monotonic() + start):
+            yield [recipe or str(dtype).removeprefix("torch."), name, *cells]
 
 
-def _step(model: MMDiT, way: str, rank: int, inputs: Inputs, repeats: int) -> Cells:
-    """A step of a model whose LoRAs are added in a way, and the part that its largest kernels have."""
+def _step(model: MMDiT, way: Way, inputs: Inputs, repeats: int) -> Cells:
+    """The time of a step, and the norm of what it gives."""
     for name in all_beside(model):
         without(model, name)
-    if not way.startswith("without"):
+    if way.rank is not None:
         torch.manual_seed(0)
-        attach(model, rank)
-    most = products.MOST_RANK
-    if way == "by products":
-        products.MOST_RANK = 0
-    fast = Accelerated(model)
+        attach(model, way.rank)
+    with ExitStack() as stack:
+        for setting in way.settings:
+            stack.enter_context(replaced(*setting))
+        if way.eager:
+            run = partial(model, inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
+        else:
+            fast = Accelerated(model)
+            stack.callback(fast.close)
+            fast.begin([TIMESTEP])
+            run = partial(fast.velocity, inputs.latent, TIMESTEP, [inputs.context], [inputs.pooled])
+        found = step_time(run, inputs.latent.device, repeats)
+        return [f"{found:.2f}", f"{float(run().double().norm()):.6g}"]
+
+
+@contextmanager
+def replaced(owner: ModuleType, name: str, value: object) -> Iterator[None]:
+    """An attribute of a module that has another value for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        fast.begin([TIMESTEP])
-
-        def velocity() -> Tensor:
-            return fast.velocity(inputs.latent, TIMESTEP, [inputs.context], [inputs.pooled])
-
-        found = step_time(velocity, inputs.latent.device, repeats)
-        return [f"{found:.2f}", f"{float(velocity().double().norm()):.6g}"]
+        yield
     finally:
-        fast.close()
-        products.MOST_RANK = most
+        setattr(owner, name, before)
 
 
 def rows_of(
@@ -244,7 +348,7 @@ def main() -> None:
     options = parser.parse_args()
     common = {"rank": options.rank, "device": options.device, "seconds": options.seconds}
     if options.steps:
-        found, header = steps(options.model, **common), STEPS
+        found, header = steps(options.model, only=options.only, **common), STEPS
     else:
         found, header = rows_of(options.model, rows=Rows(*options.rows), only=options.only, **common), HEADERS
     rows = []

@@ -62,7 +62,13 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
 
 
 def gelu(
-    x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] = _TILE, *, in_place: bool = False
+    x: Tensor,
+    rows: Rows,
+    rounding: Rounding,
+    added: Added,
+    tile: tuple[int, int, int] = _TILE,
+    *,
+    in_place: bool = False,
 ) -> Activation:
     """`plain_kernels.gelu` and rounding.
 
@@ -128,7 +134,9 @@ def _tile(tile, samples, text, image, block: tl.constexpr):
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit
-def _operands(low, low_stride, up, image_up, row, local, column, inside, is_text, even: tl.constexpr, rank: tl.constexpr):
+def _operands(
+    low, low_stride, up, image_up, row, local, column, inside, is_text, even: tl.constexpr, rank: tl.constexpr
+):
     """The factors of what LoRAs add to a tile.
 
     They are loaded before the tile, so that all loads are under way at once: a tile is moved to the layout of its

@@ -111,6 +111,22 @@ def test_gelu(rows, rounding, dtype, width):
             torch.testing.assert_close(part.data.float(), codes.float(), rtol=0.13, atol=2**-9)
 
 
+@pytest.mark.parametrize("form", ["twice", "through"])
+@pytest.mark.parametrize("offset", [0.0, -3.0], ids=["", "all below 0.3"])
+def test_gelu_of_codes_in_other_forms(form, offset, monkeypatch):
+    rows, width, dtype = ROWS[0], WIDTHS[-1], torch.bfloat16
+    x, added = drawn(rows.total, width, dtype=dtype) + offset, drawn_added(rows, width, dtype)
+    added = Added((0.1 if offset else 1.0) * added.low, added.up)
+    wanted = plain_kernels.gelu(x.double(), rows, Rounding(), in_float64(added))
+    monkeypatch.setattr(kernels, "TOKEN_GELU", form)
+    for part, exact in zip(kernels.gelu(x, rows, Rounding("token"), added), wanted, strict=True):
+        size = exact.data.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(part.scale.double() * 448, size, rtol=2**-8 if form == "through" else 1e-4, atol=0)
+        values = part.data.double() * part.scale.double()
+        assert (values - exact.data).abs().le(2**-4 * exact.data.abs() + size * 2**-17).double().mean() > 0.9
+        torch.testing.assert_close(values, exact.data, rtol=2**-4 * 1.1, atol=float(size.max()) * 2**-16)
+
+
 def test_not_a_number_reaches_all_codes_of_its_row():
     rows, width = Rows(1, 0, 3), 300
     x, added = drawn(3, width, dtype=torch.bfloat16), drawn_added(Rows(1, 0, 3), width, torch.bfloat16)
@@ -157,4 +173,16 @@ def test_blocks_fit_the_shared_memory_of_a_card(itemsize, down_itemsize, rank, k
 )
 def test_blocks_of_smaller_cards(itemsize, down_itemsize, rank, kilobytes, wanted):
     fast = low_rank_kernels._OF_CODES if itemsize == 1 else low_rank_kernels._OF_VALUES
-    assert low_rank_kernels.fitting(fast, rank, itemsize, down_itemsize, 1024 * kilobytes) == wanted
+    assert low_rank_kernels.fitting(fast, rank, itemsize, down_itemsize, 1024 * kilobytes)[:3] == wanted
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+@pytest.mark.parametrize("width", [300, 2432] if GPU else [76, 128])
+def test_down_projections_in_parts_of_a_row(width, rows):
+    down = Down.of(drawn(2, 16, width, dtype=torch.bfloat16) / width**0.5, codes=True)
+    codes = to_codes(drawn(rows.total, width), torch.tensor(0.02, device=DEVICE), "e4m3")
+    scale = 0.01 + drawn(rows.total, 1).abs()
+    text, image = ((codes[part], scale[part]) for part in (slice(rows.split), slice(rows.split, None)))
+    operands = text if len(text[0]) else None, image if len(image[0]) else None, down.halves, down.factor, torch.float32
+    whole, parts = (low_rank_kernels.low(*operands, low_rank_kernels.Blocks(16, 16, 3, parts)) for parts in (1, 4))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2**-14 * float(whole.abs().max()))
