@@ -111,7 +111,7 @@ GPU = ControlRecipe(
     scenes=49_152,
     captions_per_scene=1,
     full_captions=0.1,
-    dropped=0.25,  # guidance multiplies errors of the velocity without the caption, too
+    dropped=0.15,  # guidance multiplies errors of the velocity without the caption, too
     alone_share=0.1,
     alone_batch=512,
     batch=512,
@@ -575,10 +575,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="of which model (default: %(default)s)")
     parser.add_argument("--start-from", type=Path, help="a folder of nets of an earlier run, to train them further")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of the hints (default: all)")
+    parser.add_argument("--depth", type=int, help="blocks of a net (default: the recipe's)")
+    parser.add_argument("--mlp-dim", type=int, help="width of the hidden layers of their MLPs (default: the recipe's)")
+    parser.add_argument("--compiled", action="store_true", help="compile blocks, which takes about a minute")
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("high")
+    names = ("depth", "mlp_dim", "compiled")
+    chosen = {name: value for name in names if (value := getattr(options, name))}
+    recipe = replace(ControlRecipe() if options.device == "cpu" else GPU, **chosen)
     given = {name: getattr(options, name) for name in ("device", "model", "start_from", "kinds")}
-    train(options.folder, options.seconds, **given)
+    train(options.folder, options.seconds, recipe, **given)
 
 
 if __name__ == "__main__":
