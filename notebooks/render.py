@@ -24,6 +24,9 @@ def render(source: Path) -> Path:
     NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
     notebook.cells.remove(settings)
     notebook.metadata["kernelspec"] = KERNEL
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../", "](../../")  # the result lies one folder deeper
     if noise := [output for cell in notebook.cells for output in cell.get("outputs", ()) if _is_noise(output)]:
         raise RuntimeError(f"{source.name} leaves {len(noise)} outputs that no reader wants, such as {noise[0]}")
     target = HERE / "rendered" / f"{source.stem}.ipynb"

@@ -1,12 +1,12 @@
-"""Every link of the Markdown files leads to a file, and every anchor to a heading: `python tests/check_links.py`.
+"""Every link of Markdown files and notebooks leads to a file or heading that is there: `python tests/check_links.py`.
 
 Links to other hosts are not followed. Exit code: 0 where all links hold, 1 where one does not.
 """
 
 from __future__ import annotations
 
+import json
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
@@ -18,11 +18,23 @@ FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 def broken() -> Iterator[str]:
     """One line for every link that leads nowhere: the file, the link and why."""
-    listed = subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).split()
-    for file in (ROOT / name for name in listed):
-        for match in LINK.finditer(FENCE.sub("", file.read_text(encoding="utf-8"))):
+    notebooks = [file for end in ("py", "ipynb") for file in (ROOT / "notebooks").rglob(f"*.{end}")]
+    for file in sorted([*ROOT.glob("*.md"), *(ROOT / "src").rglob("*.md"), *notebooks]):
+        for match in LINK.finditer(FENCE.sub("", _prose(file))):
             if why := _wrong(file, match[1] or match[2]):
                 yield f"{file.relative_to(ROOT)}: {match[1] or match[2]}: {why}"
+
+
+def _prose(file: Path) -> str:
+    """The text of a Markdown file, or of the Markdown cells of a notebook."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".py":
+        return "\n".join(line for line in text.splitlines() if line.startswith("# "))
+    if file.suffix == ".ipynb":
+        return "\n".join(
+            "".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"
+        )
+    return text
 
 
 def _wrong(file: Path, link: str) -> str | None:

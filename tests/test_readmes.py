@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from check_links import broken
 from mmdit import PROFILES
 from mmdit.cli import generate
 from mmdit.cli.app import parser
@@ -72,6 +73,23 @@ def test_command_lines_are_taken(path):
                 generate.check_usage(options)
         except SystemExit as stopped:
             assert stopped.code == 0, f"{name_of(path)}: {line}"
+
+
+@pytest.mark.parametrize("path", READMES, ids=name_of)
+def test_command_lines_in_sentences_are_taken(path):
+    """Those without dots in place of words; of a command without arguments, that there is one."""
+    take = parser().parse_args
+    for line in re.findall(r"`(mmdit [^`]+)`", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)):
+        words = shlex.split(" ".join(line.split()), comments=True)[1:]
+        try:
+            if "..." not in words:
+                take(words if len(words) > 2 or "-" in line else [*words, "--help"])
+        except SystemExit as stopped:
+            assert stopped.code == 0, line
+
+
+def test_all_links_hold():
+    assert list(broken()) == []
 
 
 def test_snippets_are_found():
