@@ -275,7 +275,8 @@ def run_encoder(
         dtype: float32, or None for the dtype of the weights.
         forward: what computes the same and runs in place of the model.
     """
-    tokens = torch.tensor(ids, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    tokens = torch.tensor(ids, pin_memory=device.type == "cuda").to(device, non_blocking=True)  # the host runs ahead
     run = model if forward is None else forward
     return run(tokens) if dtype is None else run(tokens, dtype)
 

@@ -90,9 +90,13 @@ class BrownianTree:
 
 def sent(noise: Tensor, like: Tensor) -> Tensor:
     """Noise on the device and in the dtype of `like`; the host does not wait for a GPU that fetches it."""
-    if like.is_cuda and not noise.is_cuda:
-        noise = noise.to(like.dtype).pin_memory()
-    return noise.to(like, non_blocking=like.is_cuda)
+    return moved(noise.to(like.dtype), like.device)
+
+
+def moved(noise: Tensor, device: torch.device) -> Tensor:
+    """Noise on a device; the host does not wait for a GPU that fetches it."""
+    fetches = device.type == "cuda" and noise.device.type == "cpu"
+    return (noise.pin_memory() if fetches else noise).to(device, non_blocking=fetches)
 
 
 def _torchsde() -> Any:

@@ -27,6 +27,7 @@ from mmdit.runtime.beside import Beside
 from mmdit.runtime.devices import resolve_device, warn_if_slow
 from mmdit.runtime.fast_vae import FastVAE
 from mmdit.runtime.parallel import Parallel
+from mmdit.runtime.versions import contents_of
 from mmdit.utils import weight_bytes
 from quant.quantize import is_quantized, quantize_, refuse_quantized
 from quant.recipe import Recipe, recipe_name
@@ -91,7 +92,7 @@ class PipelineModels(PipelineMemory):
         # The default net for calls that give control_image without controlnet; its component name is "controlnet".
         self.controlnet: ControlNet | None = None
         self._here = _PerThread()
-        self._digest: tuple[tuple[tuple[int, int], ...], str] | None = None  # (state of the weights, their digest)
+        self._digest: tuple[object, str] | None = None  # (state of the weights, their digest)
         self.accelerated: Accelerated | None = None  # see `mmdit.Pipeline.accelerate`
         self._beside: Beside | None = None  # what runs faster beside the transformer
         self.parallel: Parallel | None = None  # see `mmdit.parallelize`
@@ -178,8 +179,7 @@ class PipelineModels(PipelineMemory):
     @property
     def digest(self) -> str:
         """The digest of the transformer's weights that settings contain, see `mmdit.pipeline.settings.digest_of`."""
-        tensors = (*self.transformer.parameters(), *self.transformer.buffers())  # what LoRAs attach are buffers
-        state = tuple((id(tensor), tensor._version) for tensor in tensors)
+        state = contents_of(self.transformer)  # what LoRAs attach are buffers
         if self._digest is None or self._digest[0] != state:
             self._digest = state, digest_of(self.transformer)
         return self._digest[1]

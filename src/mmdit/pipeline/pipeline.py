@@ -316,11 +316,11 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
     def _draw(self, request: Request) -> PipelineOutput:
         """The pictures of a request: encode, start, sample, decode."""
         source = self._source(request)  # before the noise, because it may draw from the same generators
-        noise = self._start(request)
         length, times = request.max_sequence_length, request.per_prompt
         self._encode_ahead(length, request.prompts, request.negatives)
         cond = self._encoded(request.prompts, length, times, agreed=True)
         uncond = None if request.negatives is None else self._encoded(request.negatives, length, times, agreed=True)
+        noise = self._start(request)  # while a GPU still encodes
         latent = self._latent(request, self._controlled(request, request.plan, cond, uncond), noise, source)
         if request.second is not None:
             latent = self._second_pass(request, request.second, latent, (cond, uncond))

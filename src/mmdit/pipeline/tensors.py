@@ -33,6 +33,7 @@ from mmdit.pipeline.settings import MAX_T5_TOKENS
 from mmdit.runtime.fast_vae import FastVAE
 from mmdit.utils import whole
 from samplers import gaussian
+from samplers.noise import moved
 
 
 class PipelineTensors(PipelineModels):
@@ -335,7 +336,7 @@ class PipelineTensors(PipelineModels):
 
     def _noise(self, shape: Sequence[int], drawn_by: Generators) -> Tensor:
         dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
-        noise = gaussian(shape, drawn_by, dtype).to(self.device)
+        noise = moved(gaussian(shape, drawn_by, dtype), self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
     def _rules(self, max_sequence_length: int | None) -> TextRules:

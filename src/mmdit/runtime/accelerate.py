@@ -27,12 +27,13 @@ from mmdit.runtime.products import Product
 from mmdit.runtime.rows import Rounding
 from mmdit.runtime.sequence import SequenceParallel
 from mmdit.runtime.streaming import Residency
-from mmdit.runtime.texts import Kept, Text
+from mmdit.runtime.texts import Kept, Recorded, Text
 from mmdit.runtime.versions import check_whole, kernels_for, version_of, why_no_triton
 from quant import emulation
 from quant.current import on_its_device
 
 T = TypeVar("T")
+_TABLES = 2  # graphs of modulation tables that are kept, one per number of steps and samples
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Accelerated:
     ) -> None:
         self.model, self._asked, self.sequence, self._weights = model, graph, sequence, weights
         self.attention = BestAttention(attention)
-        self.graphs = Graphs(graphs)
+        self.graphs, self._tables = Graphs(graphs), Graphs(_TABLES)
         self._tell(sequence)
         self._version: object = None
         self._moved: int | None = None  # of the weights, when they were looked at
@@ -162,7 +163,7 @@ class Accelerated:
     def share(self, sequence: SequenceParallel | None) -> None:
         """Compute on the ranks that share the image tokens from now on; None computes on this one."""
         self.sequence, self._version = sequence, None
-        self.graphs.clear()  # now, because they write into memory that ranks share
+        self._clear()  # now, because they write into memory that ranks share
         self._tell(sequence)
         self._nets.close()
         self._nets.sequence = sequence
@@ -175,28 +176,35 @@ class Accelerated:
 
     def close(self) -> None:
         """Free graphs and tables; the model counts as plain."""
-        self.graphs.clear()
+        self._clear()
         self._texts.clear()
         self._nets.close()
         ACCELERATED.get(self.model, WeakSet()).discard(self)
 
     def _refresh(self) -> None:
         """Detect changes of the model since the fast forward was built."""
-        check_whole(self.model)
+        modules = check_whole(self.model)
         if self._weights is not None:
             self._moved = self._weights.moved
-        version = (version_of(self.model), self._may_record)
+        version = (version_of(self.model, modules), self._may_record)
         if version != self._version:
             device = self.model.pos_embed.device
             if self._asked and device.type != "cuda":
                 raise ValueError(f"graph=True needs a model on a GPU, this one is on {device}; leave it out")
             self.graph = self._may_record and (device.type == "cuda" if self._asked is None else self._asked)
-            self.graphs.clear()
+            self._clear()
             self._texts.clear()
             self.fast = FastMMDiT(
                 self.model, kernels=kernels_for(self.model.pos_embed), attention=self.attention, sequence=self.sequence
             )
+            recorded = self.graph and self._weights is None
+            self._modulated = Recorded(self.fast, self._tables) if recorded else self.fast
             self._version = version
+
+    def _clear(self) -> None:
+        """Free all graphs."""
+        self.graphs.clear()
+        self._tables.clear()
 
     def report(self) -> AccelerationReport:
         """What was chosen."""
@@ -254,7 +262,8 @@ class Accelerated:
             self._nets.moved()
         self.model.check(latent, contexts[0], pooled[0], control, skip_layers)
         text = self._text(contexts, pooled)
-        vectors = text.vectors(self.fast, timestep, self._planned, self._visiting)
+        with self._lock:
+            vectors = text.vectors(self._modulated, timestep, self._planned, self._visiting)
         latent = latent.to(self.model.pos_embed.dtype)
         places, residuals = _distinct(control, self.model.pos_embed.dtype)
         acting = [self._nets.prepare(one, latent, contexts, pooled) for one in nets]

@@ -86,8 +86,7 @@ class BandDecoder:
         worth = WORTH_GRAPH if graph else WORTH
         if not graph or not _splits(vae, latent, self.team, fast, worth):
             return decode_in_bands(vae, latent, self.team, fast, worth)
-        refuse_changed(vae, "the VAE")
-        version = (id(fast), version_of(vae))
+        version = (id(fast), version_of(vae, refuse_changed(vae, "the VAE")))
         if version != self._version:
             self.close()
             self._version = version

@@ -40,28 +40,34 @@ def refuse_compiled_parts(model: nn.Module, name: str) -> None:
             )
 
 
-def refuse_changed(model: nn.Module, name: str) -> None:
-    """Raise ValueError where a second forward would not run what the model runs: compiled, hooked, replaced parts."""
+def refuse_changed(model: nn.Module, name: str) -> list[nn.Module]:
+    """Raise ValueError where a second forward would not run what the model runs: compiled, hooked, replaced parts.
+
+    Returns:
+        All modules of the model, for those who look for more.
+    """
+    modules = modules_of(model)
+    if not any(_is_compiled(one) or _is_hooked(one) or "forward" in vars(one) for one in modules):
+        return modules
     refuse_compiled_parts(model, name)
-    if not any(_is_hooked(one) or "forward" in vars(one) for one in modules_of(model)):
-        return
     for path, module in model.named_modules():
         part = path or name
         if _is_hooked(module):
             raise ValueError(f"{part} has hooks, which the fast forward does not run: remove them first")
         if "forward" in vars(module):
             raise ValueError(f"{part} is replaced, and the fast forward would not run it: restore it first")
+    return modules
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules of a model, in no order; several times faster than `named_modules`. Called before each drawing."""
-    found, left = dict[int, nn.Module](), [model]
-    while left:
-        module = left.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            left += [child for child in module._modules.values() if child is not None]
-    return list(found.values())
+    found, seen = [model], {id(model)}
+    for module in found:  # which grows
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -165,8 +165,7 @@ class FastNets:
         known = self._known.get(net)
         if known is not None and net in self._checked:
             return known.number, known.fast
-        check_whole(net, "the ControlNet")
-        version = version_of(net)
+        version = version_of(net, check_whole(net, "the ControlNet"))
         if known is None or known.version != version:
             if known is not None:
                 self.graphs.clear()

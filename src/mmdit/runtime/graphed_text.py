@@ -44,9 +44,9 @@ class GraphedEncoder:
         Raises:
             ValueError: see the class.
         """
-        refuse_changed(self.model, self.name)
+        modules = refuse_changed(self.model, self.name)
         with self._lock:
-            version = version_of(self.model)
+            version = version_of(self.model, modules)
             if version != self._version:
                 self.graphs.clear()
                 self._version = version

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mmdit.runtime.activations import TABLE_BYTES
+from mmdit.runtime.graphs import Graphs
 
 T = TypeVar("T")
+_RECORDED_BYTES = 2**25  # of a table that is recorded, because the graph keeps one of its own
 Visiting = Callable[[], AbstractContextManager[None]]
 
 
@@ -52,6 +54,31 @@ class Modulated(Protocol):
 
     def table(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """The modulation vectors at each timestep, [s, b, vectors, width]."""
+
+
+class Recorded:
+    """A fast forward of which small tables are a CUDA graph: their many launches take the host longer than the GPU.
+
+    Args:
+        fast: the forward.
+        graphs: keep the tables' graphs; whoever calls has them for itself.
+    """
+
+    def __init__(self, fast: Modulated, graphs: Graphs) -> None:
+        self.fast, self.graphs = fast, graphs
+        self.vectors, self.width = fast.vectors, fast.width
+
+    def tokens(self, context: Tensor) -> Tensor:
+        """See `Modulated`."""
+        return self.fast.tokens(context)
+
+    def table(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
+        """See `Modulated`."""
+        nbytes = len(timesteps) * len(pooled) * self.vectors * self.width * pooled.itemsize
+        if nbytes > _RECORDED_BYTES:
+            return self.fast.table(timesteps, pooled)
+        table: Tensor = self.graphs((timesteps.shape, pooled.shape), self.fast.table, (timesteps, pooled))
+        return table
 
 
 class Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -16,24 +17,43 @@ from mmdit.runtime.compiled import modules_of, refuse_changed
 _SLOTS = ("attend", "attend2")
 
 
-def version_of(model: nn.Module) -> object:
-    """Equal as long as no parameter was replaced, moved or written to."""
-    return tuple(
-        _identity(tensor)
-        for module in modules_of(model)
-        for tensors in (module._parameters, module._buffers)
-        for tensor in tensors.values()
-        if tensor is not None
-    )
+def version_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> object:
+    """Equal as long as no parameter was replaced, moved or written to.
+
+    Args:
+        model: whose parameters and buffers are looked at, before each drawing.
+        modules: all modules of the model, where they are known.
+    """
+    modules = modules_of(model) if modules is None else modules
+    with torch._C.DisableTorchFunctionSubclass():  # each attribute of a float8 tensor would call a Python function
+        return tuple(map(_identity, _tensors(modules)))
+
+
+def contents_of(model: nn.Module) -> object:
+    """Equal as long as no parameter or buffer was replaced or written to, wherever its memory lies."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tuple((id(tensor), _written(tensor)) for tensor in _tensors(modules_of(model)))
+
+
+def _tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    yield tensor
+
+
+def _written(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _identity(tensor: Tensor) -> tuple[object, ...]:
     """Which tensor it is, where its memory lies and how often it was written to; of a float8 one, of its codes too."""
-    version = None if tensor.is_inference() else tensor._version
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
-        return (id(tensor), version, *(_identity(getattr(tensor, name)) for name in flatten()[0]))
-    return (id(tensor), version, tensor.data_ptr())
+        return (id(tensor), _written(tensor), *(_identity(getattr(tensor, name)) for name in flatten()[0]))
+    return (id(tensor), _written(tensor), tensor.data_ptr())
 
 
 def kernels_for(weight: Tensor) -> ModuleType:
@@ -54,15 +74,16 @@ def why_no_triton(weight: Tensor) -> str:
     return f"they compute in float32, the model in {weight.dtype}" if weight.dtype == torch.float64 else ""
 
 
-def check_whole(model: nn.Module, called: str = "the model") -> None:
-    """Raise ValueError where the model runs what the fast forward would not."""
-    refuse_changed(model, called)
-    slots = (slot for one in modules_of(model) for name, slot in one._modules.items() if name.endswith(_SLOTS))
+def check_whole(model: nn.Module, called: str = "the model") -> list[nn.Module]:
+    """Raise ValueError where the model runs what the fast forward would not; returns all its modules."""
+    modules = refuse_changed(model, called)
+    slots = (slot for one in modules for name, slot in one._modules.items() if name.endswith(_SLOTS))
     if all(slot is None or _is_plain(slot) for slot in slots):
-        return
+        return modules
     for name, module in model.named_modules():
         if name.endswith(_SLOTS) and not _is_plain(module):
             raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
+    return modules
 
 
 def _is_plain(slot: nn.Module) -> bool:

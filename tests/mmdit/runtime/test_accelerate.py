@@ -10,7 +10,9 @@ from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.attention import BestAttention, Choice, chosen, torch_attention
-from mmdit.runtime.versions import version_of
+from mmdit.runtime.graphs import Graphs
+from mmdit.runtime.texts import Recorded, Text
+from mmdit.runtime.versions import contents_of, version_of
 from quant.quantize import linears_of, quantize_
 from skips import SKIPS
 from triton_device import DEVICE
@@ -63,7 +65,7 @@ def test_parts_of_a_batch_have_their_own_texts(model):
 
 
 def test_tables_are_computed_together_and_once(model):
-    fast, inputs, asked = Accelerated(model), inputs_of(model), []
+    fast, inputs, asked = Accelerated(model, graph=False), inputs_of(model), []
     table = fast.fast.table
     fast.fast.table = lambda timesteps, pooled: asked.append(timesteps.tolist()) or table(timesteps, pooled)
     for timestep in fast.drawing([900.0, 600.0, 450.0, 300.0, 900.0], [900.0, 600.0, 300.0, 0.0]):
@@ -71,6 +73,24 @@ def test_tables_are_computed_together_and_once(model):
     assert asked == [[900.0, 600.0, 300.0, 0.0], [450.0, 300.0, 0.0], [900.0, 600.0, 300.0, 0.0]]
     velocity(fast, inputs, 900.0)
     assert asked[3:] == [[900.0]]
+
+
+def test_small_tables_are_recorded_by_their_sizes(model):
+    class Steps(Graphs):
+        """Keeps steps in place of graphs."""
+
+        def __call__(self, key, step, inputs):
+            return self._captured.setdefault(key, step)(*inputs)
+
+    fast, steps = Accelerated(model).fast, Steps()
+    tables, pooled = Recorded(fast, steps), inputs_of(model, samples=2)[2]
+    for count in (4, 4, 3, 2**15):
+        timesteps = torch.linspace(1000, 1, count, device=DEVICE)
+        found = tables.table(timesteps, pooled[:1])
+        assert torch.equal(found, fast.table(timesteps, pooled[:1]))
+    assert list(steps._captured) == [((4,), (1, 24)), ((3,), (1, 24))]
+    text, plain = (Text(one, inputs_of(model)[1], pooled) for one in (tables, fast))
+    assert torch.equal(text.vectors(tables, 500.0, [250.0]), plain.vectors(fast, 500.0, [250.0]))
 
 
 def attach(model, scale=1.0):
@@ -129,10 +149,13 @@ def test_codes_written_to_are_noticed(model):
     quantize_(model, "fp8")
     version = version_of(model)
     assert version == version_of(model)
+    contents = contents_of(model)
     weight = model.joint_blocks[0].x_block.mlp.fc1.weight
+    assert contents_of(model) == contents
     with torch.no_grad():
         weight.copy_(2 * weight.dequantize())
     assert version_of(model) != version
+    assert contents_of(model) != contents
 
 
 def test_unchanged_weights_keep_what_was_built(model):
