@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -66,6 +65,7 @@ class Kernels:
             for rank in (self.rank, 64, 128):
                 tasks[f"addmm_ {out}, rank {rank}"] = partial(self.addmm_, out, rank)
                 tasks[f"addmm of a bias {out}, rank {rank}"] = partial(self.addmm, out, rank)
+            tasks[f"up_and_bias {out}"] = partial(self.up_and_bias, out)
             tasks[f"add_up {out}"] = partial(self.add_up, out)
         for kind in ("none", "static"):
             tasks[f"gelu {kind}"] = partial(self.gelu, kind, False)
@@ -190,6 +190,14 @@ class Kernels:
         bias, low, up = self.random(out), self.random(rows, rank), 1e-3 * self.random(out, rank)
         return self.cells(lambda: torch.addmm(bias, low, up.t()), 2 * rows * out)
 
+    def up_and_bias(self, out: int) -> Cells:
+        """The same by our kernel."""
+        from quant.low_rank_kernels import up_and_bias
+
+        rows = self.rows.samples * self.rows.image
+        bias, low, up = self.random(out), self.random(rows, self.rank), self.random(out, self.rank)
+        return self.cells(lambda: up_and_bias(low, up, bias), 2 * rows * out)
+
     def linear(self, width: int) -> Cells:
         """The down projection of the image by torch."""
         rows = self.rows.samples * self.rows.image
@@ -203,12 +211,12 @@ class Way(NamedTuple):
     Args:
         rank: of the LoRA; None attaches none.
         eager: whether the model's own forward is measured, instead of the accelerated one.
-        settings: attributes of modules that differ meanwhile: the module, the name and the value.
+        settings: attributes that differ meanwhile: the module or class, the name and the value.
     """
 
     rank: int | None
     eager: bool = False
-    settings: tuple[tuple[ModuleType, str, object], ...] = ()
+    settings: tuple[tuple[object, str, object], ...] = ()
 
 
 def ways(rank: int) -> dict[str, Way]:
@@ -231,7 +239,8 @@ def ways(rank: int) -> dict[str, Way]:
         "eager, rank 64": Way(64, True),
     }
     if HAS_TRITON:
-        found["eager, wide ones by add_up"] = Way(rank, True, ((lora, "add_product", _add_wide_product),))
+        wide = (lora, "add_product", _add_wide_product), (lora.LoraLinear, "in_one_product", _in_one_product)
+        found["eager, wide ones by our kernels"] = Way(rank, True, wide)
     return found | {"by products": Way(rank, settings=((products, "MOST_RANK", 0),))}
 
 
@@ -243,6 +252,22 @@ def _add_wide_product(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
     add_up(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), weight.unsqueeze(0))
     return output
+
+
+_torch_in_one_product = lora.LoraLinear.in_one_product
+
+
+def _in_one_product(linear: lora.LoraLinear, x: Tensor) -> Tensor:
+    """`LoraLinear.in_one_product`, of which our kernel writes the small product where the result is that large."""
+    if x.numel() // linear.in_features * linear.out_features * x.itemsize < 2**26:
+        return _torch_in_one_product(linear, x)
+    from quant.low_rank_kernels import up_and_bias
+
+    assert linear.down is not None, "factors are attached"
+    assert linear.up is not None, "factors are attached"
+    rows = x.reshape(-1, x.shape[-1])
+    output = up_and_bias(rows @ linear.down.t(), linear.up, linear.bias)
+    return output.addmm_(rows, linear.weight.t()).view(*x.shape[:-1], linear.out_features)
 
 
 def steps(
@@ -301,8 +326,8 @@ def _step(model: MMDiT, way: Way, inputs: Inputs, repeats: int) -> Cells:
 
 
 @contextmanager
-def replaced(owner: ModuleType, name: str, value: object) -> Iterator[None]:
-    """An attribute of a module that has another value for a while."""
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """An attribute of a module or class that has another value for a while."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

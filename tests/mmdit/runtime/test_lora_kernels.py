@@ -146,6 +146,8 @@ def test_added_in_place(rank, width, rows, dtype):
     plain_kernels.add_up(wanted, in_float64(added), rows)
     kernels.add_up(out, added, rows)
     near(out, wanted, dtype)
+    bias, up = drawn(width, dtype=dtype), added.up[0]
+    near(low_rank_kernels.up_and_bias(added.low, up, bias), bias.double() + added.low.double() @ up.double().t(), dtype)
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
