@@ -12,8 +12,10 @@ from mmdit.demo.grammar import statements
 from mmdit.demo.scenes import Scenes, render, sample
 from mmdit.demo.score import check, parse_batch
 from mmdit.demo.train_control import (
+    STAGES,
     ControlRecipe,
     Data,
+    Stepper,
     Trainer,
     depth_map,
     hints,
@@ -29,6 +31,7 @@ from mmdit.pipeline.image_inputs import PictureSize
 from mmdit.pipeline.profiles import PROFILES
 from mmdit.training.journal import Journal
 from samplers.training import noised
+from skips import SKIPS
 from tiny_training import drawn_velocity
 
 
@@ -135,6 +138,25 @@ def test_training_computes_what_drawings_compute(profile, transformer, canny):
     moved = (wanted - plain).norm()
     assert moved > 0.2 * plain.norm()
     assert (found - wanted).norm() < 0.1 * moved  # bfloat16, and comfyui's timestep in bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])
+@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_steps_train_as_eager_ones(stage, transformer, canny):
+    """Profiles take turns; the recording of one does not disturb that of another."""
+    losses = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            new_net("canny", transformer, 2).cuda(), copy.deepcopy(transformer).cuda().requires_grad_(False)
+        )
+        recipe = ControlRecipe(scenes=2, batch=8, alone_batch=8, moves=0, recorded=recorded)
+        stepper = Stepper(trainer, stage, canny.to(torch.device("cuda")), recipe)
+        losses.append([float(stepper.step(profile, 1e-3)) for _ in range(4) for profile in PROFILES.values()])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert len(set(losses[1])) > 10  # an empty graph gives one loss again and again
 
 
 def test_a_run_and_going_on(tmp_path):
