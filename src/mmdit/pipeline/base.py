@@ -192,8 +192,9 @@ class PipelineModels(PipelineMemory):
         graphs too. The VAE runs with channels last and fused norms, in half of the memory, and in tiles above 2048 x
         2048 pixels. Without Triton or a GPU, the report lists what is left out. Results are rounded a little
         differently, with no larger error. Changes of weights take effect at the next drawing. With `memory` or
-        `offload`, steps are launched kernel by kernel where blocks of the transformer move or a ControlNet acts,
-        because a graph needs weights in place, and text encoders and VAE run their own forward. `mmdit.capture`,
+        `offload`, steps are launched kernel by kernel where blocks of the transformer are streamed or a ControlNet
+        acts, because a graph needs weights in place, and text encoders and VAE run their own forward; where the
+        transformer moves between drawings only, each drawing records graphs of its own once the GPU waits for the host. `mmdit.capture`,
         `patch` and `attention_maps` refuse an accelerated pipeline: call `plain` first.
 
         Args:

@@ -22,7 +22,7 @@ from mmdit.runtime.compiled import ACCELERATED
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.fast_control import summed
 from mmdit.runtime.fast_nets import ActingNet, FastNets, residuals_of
-from mmdit.runtime.graphs import Graphs
+from mmdit.runtime.graphs import Graphs, Pace
 from mmdit.runtime.products import Product
 from mmdit.runtime.rows import Rounding
 from mmdit.runtime.sequence import SequenceParallel
@@ -96,7 +96,8 @@ class Accelerated:
         graphs: how many graphs are kept, one per shape.
         sequence: the ranks that share the image tokens; their exchanges are recorded in the graphs.
         weights: brings the model's weights; whoever calls has let it enter the model before. Steps are graphs only
-            where it moves no block.
+            where it moves no block between them. Where it does between drawings, each drawing records them again, from
+            the moment on that the GPU waits for the host.
 
     Raises:
         ValueError: the model has parts that the fast forward would not run; graphs are asked for without a GPU.
@@ -114,7 +115,9 @@ class Accelerated:
     ) -> None:
         self.model, self._asked, self.sequence, self._weights = model, graph, sequence, weights
         self.attention = BestAttention(attention)
-        self.graphs, self._tables = Graphs(graphs), Graphs(_TABLES)
+        self.graphs, self._tables, self._pace = Graphs(graphs), Graphs(_TABLES), Pace()
+        if weights is not None:
+            weights.graphs.add(self.graphs)
         self._tell(sequence)
         self._version: object = None
         self._moved: int | None = None  # of the weights, when they were looked at
@@ -132,8 +135,7 @@ class Accelerated:
             yield from steps
         finally:
             self._planned = ()
-            self._texts.clear()
-            self._nets.begin()
+            self._forget()
 
     def begin(self, timesteps: Sequence[float] = (), of_nets: Sequence[float] = ()) -> None:
         """Before a drawing: build the fast forward anew if a parameter has changed since, and forget all tables.
@@ -146,13 +148,20 @@ class Accelerated:
             ValueError: see the class.
         """
         self._planned = tuple(timesteps)
-        self._texts.clear()
-        self._nets.begin(of_nets)
+        self._forget(of_nets)
         if self._weights is None:
             self._refresh()
         else:  # they are not there yet
             self._moved = None
             check_whole(self.model)
+
+    def _forget(self, of_nets: Sequence[float] = ()) -> None:
+        """Between drawings."""
+        self._texts.clear()
+        self._nets.begin(of_nets)
+        self._pace.clear()
+        if not self._keeps_graphs:
+            self.graphs.clear()
 
     def without_graphs(self) -> Accelerated:
         """The same forward with the same attention kernels, launched kernel by kernel."""
@@ -219,6 +228,8 @@ class Accelerated:
         ]
         if not by_triton:
             left_out.append(f"Triton kernels: {why_no_triton(self.model.pos_embed)}")
+        if self.graph and not self._keeps_graphs:
+            left_out.append("CUDA graphs of several drawings: weights move between them, so that each records its own")
         if not self.graph:
             why = "no GPU" if not self.model.pos_embed.is_cuda else "not asked for"
             left_out.append(f"CUDA graphs: {why if self._may_record else 'blocks move, and graphs need them in place'}")
@@ -260,6 +271,7 @@ class Accelerated:
         if timestep not in self._planned or (self._weights is not None and self._weights.moved != self._moved):
             self._refresh()
             self._nets.moved()
+            self._pace.clear()  # a step that waits for weights to arrive is no graph
         self.model.check(latent, contexts[0], pooled[0], control, skip_layers)
         text = self._text(contexts, pooled)
         with self._lock:
@@ -281,12 +293,25 @@ class Accelerated:
             return step(*inputs)
         key = (latent.shape, text.tokens.shape, skip_layers, places, *(one.key for one in acting))
         with self._lock:
-            return self.graphs(key, step, inputs)
+            if self._keeps_graphs:
+                return self.graphs(key, step, inputs)
+            if key in self.graphs or (timestep in self._planned and self._pace.waits(key)):
+                return self.graphs(key, step, inputs, before=0)
+            found = step(*inputs)
+            self._pace.launched(key, latent.device)
+            return found
+
+    @property
+    def _keeps_graphs(self) -> bool:
+        """Whether weights never move, so that a graph holds for other drawings too."""
+        return self._weights is None or self._weights.still
 
     @property
     def _may_record(self) -> bool:
-        """Whether weights stay where they are, as a graph needs it."""
-        return self._weights is None or self._weights.still
+        """Whether weights stay where they are while a drawing's steps run; ranks record together or not at all."""
+        if self._weights is None or self._weights.still:
+            return True
+        return self._weights.still_in_steps and self.sequence is None
 
     def _visiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self._weights is None else self._weights.visiting(self.model)

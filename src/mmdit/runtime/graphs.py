@@ -39,18 +39,20 @@ class Graphs:
         self.limit = limit
         self._captured: OrderedDict[Hashable, Captured] = OrderedDict()
 
-    def __call__(self, key: Hashable, step: Step, inputs: Sequence[Tensor]) -> Any:
+    def __call__(self, key: Hashable, step: Step, inputs: Sequence[Tensor], *, before: int = 1) -> Any:
         """`step(*inputs)`, recorded at the first call with this key; the result is the caller's own.
 
         Args:
             key: equal for steps that launch the same work on inputs of the same shapes.
-            step: called twice when it is new, so that libraries and compilers set themselves up outside of the graph.
+            step: recorded when it is new.
             inputs: on one GPU, which need not be the current one; copied into the graph's own memory.
+            before: how often the step runs before it is recorded, so that libraries and compilers set themselves up
+                outside of the graph; 0 where it has run already.
         """
         if key not in self._captured:
             while len(self._captured) >= self.limit:
                 self._captured.popitem(last=False)
-            self._captured[key] = _capture(step, inputs)
+            self._captured[key] = _capture(step, inputs, before)
         self._captured.move_to_end(key)
         captured = self._captured[key]
         for own, given in zip(captured.inputs, inputs, strict=True):
@@ -74,6 +76,29 @@ class Graphs:
         self._captured.clear()
 
 
+class Pace:
+    """Whether the host launches more slowly than the GPU computes, so that the GPU waits and a graph pays."""
+
+    def __init__(self) -> None:
+        self._end: torch.cuda.Event | None = None
+        self._launched: set[Hashable] = set()
+
+    def waits(self, key: Hashable) -> bool:
+        """Whether a step of this kind was launched before, and the GPU is done with the last step by now."""
+        return key in self._launched and self._end is not None and self._end.query()
+
+    def launched(self, key: Hashable, device: torch.device) -> None:
+        """A step of this kind has just been launched, kernel by kernel."""
+        self._end = torch.cuda.Event()
+        self._end.record(torch.cuda.current_stream(device))
+        self._launched.add(key)
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self._end = None
+        self._launched.clear()
+
+
 def _copied(leaf: object) -> object:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
@@ -84,9 +109,9 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _capture(step: Step, inputs: Sequence[Tensor]) -> Captured:
+def _capture(step: Step, inputs: Sequence[Tensor], before: int) -> Captured:
     own = tuple(one.clone() for one in inputs)
-    graph, output, taken = record(lambda: step(*own), own[0].device)
+    graph, output, taken = record(lambda: step(*own), own[0].device, before=before)
     return Captured(graph, own, output, taken + sum(one.nbytes for one in own))
 
 

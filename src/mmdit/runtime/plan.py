@@ -77,7 +77,8 @@ class Activations:
         decode: the VAE on whole pictures.
         tiles: the VAE in tiles, by the side of a tile in pixels.
         table: the modulation of all steps, which is kept while they run.
-        graph: CUDA graphs, which are kept; they are recorded only where the transformer never moves.
+        graph: CUDA graphs of a step: kept where the transformer never moves, recorded again in each drawing where it
+            moves between the steps and other stages only.
         kept: embeddings and latents.
         reserve: what the process takes of the device beside tensors: its context and the workspaces of libraries.
     """
@@ -103,6 +104,7 @@ class Stage:
         here: blocks of the transformer that are on the device all the time.
         rest_here: whether the transformer's other weights are on the device.
         tile: side of the VAE's tiles in pixels; None is whole pictures.
+        records: whether the activations include those of CUDA graphs; of "steps" alone.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Stage:
     here: tuple[int, ...] = ()
     rest_here: bool = True
     tile: int | None = None
+    records: bool = False
 
     @property
     def bytes(self) -> int:
@@ -168,6 +171,11 @@ class MemoryPlan:
     def stays(self) -> bool:
         """Whether the blocks of the transformer never move, so that graphs may record where they are."""
         return self.rung < STREAMED
+
+    @property
+    def records(self) -> bool:
+        """Whether the steps of a drawing may be graphs: no block moves between them, and there is room for graphs."""
+        return self.stays or self.stage("steps").records
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -321,6 +329,8 @@ class _Planner:
             here = tuple(i for i in range(len(self.transformer.blocks)) if i not in streamed)
             slots = _slots([self.transformer.blocks[i] for i in streamed])
             weights = self._transformer(rung, here) + slots + net.total + self._others(rung, "controlnet")
+            if rung >= STREAMED and not streamed and act.graph:
+                yield Stage("steps", weights, working + act.graph, here=here, records=True)
             yield Stage("steps", weights, working, streamed, here)
 
     def _other(self, name: str, rung: int, steps: Stage) -> Iterator[Stage]:
@@ -366,7 +376,7 @@ class _Planner:
         return self.transformer.rest + adaln + sum(self.transformer.blocks[i] for i in here)
 
     def _kept(self, rung: int) -> int:
-        """What is on the device in every stage; graphs are recorded only where the transformer never moves."""
+        """What is on the device in every stage, with graphs where they are kept from drawing to drawing."""
         act = self.activations
         return act.reserve + act.kept + (act.graph if rung < STREAMED else 0)
 

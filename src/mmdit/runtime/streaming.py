@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from threading import RLock
 from typing import TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.host_memory import Layout, copy_parts, host_memory, parts_of
 from mmdit.runtime.plan import SLOTS, ModelBytes
 
@@ -292,13 +293,16 @@ class Residency:
         lock: held by the caller that draws with the models.
         moved: grows when weights have moved.
         still: whether whoever decides promises that no block of the transformer moves.
+        still_in_steps: whether none moves between the steps of a drawing, and there is room for graphs of them.
+        graphs: those that are cleared before anything moves, unless all is still.
     """
 
     def __init__(self, device: torch.device | str, *, moves: bool = False, tight: bool = False) -> None:
         self.device = torch.device(device)
         if self.device == torch.device("cuda"):  # the current device belongs to a thread
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.lock, self.moved, self.still = RLock(), 0, False
+        self.lock, self.moved, self.still, self.still_in_steps = RLock(), 0, False, False
+        self.graphs: WeakSet[Graphs] = WeakSet()
         self.moves, self.tight = moves or self.device.type != "cpu", tight
         self.queue = CopyQueue(self.device)
         self._units: WeakKeyDictionary[nn.Module, dict[Key, Unit]] = WeakKeyDictionary()
@@ -324,6 +328,7 @@ class Residency:
     def leave(self) -> None:
         """Move all models back to the host, including those that an interrupted `enter` had moved."""
         self._wanted = None
+        self._clear_graphs()
         self._forget_arrivals()
         self.queue.settle()
         for units in list(self._units.values()):
@@ -358,6 +363,7 @@ class Residency:
     def _move(self, wanted: Mapping[nn.Module, Presence]) -> None:
         fresh = self._wanted is None
         self._wanted = None
+        self._clear_graphs()
         self._forget_arrivals()
         for ring in self._rings:
             ring.unbind()
@@ -446,6 +452,12 @@ class Residency:
         for module in self._arrivals:
             _ARRIVALS.pop(module, None)
         self._hooks, self._arrivals = [], []
+
+    def _clear_graphs(self) -> None:
+        """Free graphs that hold while nothing moves, before other models need their memory."""
+        if not self.still:
+            for graphs in self.graphs:
+                graphs.clear()
 
     def _give_back(self) -> None:
         if self.tight and self.device.type == "cuda":

@@ -84,6 +84,27 @@ def test_the_fast_forward_is_streamed():
     assert not pipe.accelerated.graph
 
 
+def test_graphs_of_one_drawing():
+    """Where models take turns, a drawing records its own graphs, and frees them."""
+    pipe, seen = pipeline("100GB", "fp8"), []
+    pipe._set_budget(None)
+
+    def count(pipe, index, timestep, tensors):
+        seen.append(len(pipe.accelerated.graphs))
+        return {}
+
+    how = SETTINGS | {"num_inference_steps": 8, "callback_on_step_end": count}
+    pipe.accelerate(graph=False, attention="cudnn")
+    wanted = pipe(PROMPT, **how).images
+    pipe.accelerate(attention="cudnn")
+    for _ in range(2):
+        seen.clear()
+        assert torch.equal(pipe(PROMPT, **how).images, wanted)
+        assert seen[0] == 0, "weights arrive in the first step"
+        assert seen[-1] == 1, "the host is slower than the GPU with so small a model"
+        assert len(pipe.accelerated.graphs) == 0
+
+
 def test_a_device_that_is_full():
     """Another tensor takes the memory: the error says what there is, and afterwards the pipeline draws."""
     pipe = pipeline("100GB")

@@ -10,7 +10,8 @@ from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.attention import BestAttention, Choice, chosen, torch_attention
-from mmdit.runtime.graphs import Graphs
+from mmdit.runtime.graphs import Graphs, Pace
+from mmdit.runtime.streaming import WHOLE, Residency
 from mmdit.runtime.texts import Recorded, Text
 from mmdit.runtime.versions import contents_of, version_of
 from quant.quantize import linears_of, quantize_
@@ -252,6 +253,95 @@ def test_attention_is_chosen_beyond_noise_only():
     assert chosen({"flash": 0.5, "flash-attn-4": 0.49}) == "flash"
     said = str(Choice("flash", torch_attention, {"flash": 0.25}, {"cudnn": "no plan"}))
     assert all(word in said for word in ("flash 0.250 ms", "cudnn refused: no plan", "flash-attn-4"))
+
+
+class _Noted(Graphs):
+    """Graphs that run their step, and note what they would do."""
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    def __call__(self, key, step, inputs, *, before=1):
+        self.done.append("replays" if key in self else f"records after {before}")
+        self._captured[key] = None
+        return step(*inputs)
+
+
+class _AsOnGpu(Accelerated):
+    """Records wherever weights allow it."""
+
+    def _refresh(self):
+        super()._refresh()
+        self.graph = self._may_record
+
+
+class _Scripted(Pace):
+    """A GPU that says what it is told to, when it is asked whether it is done."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.said = list(said)
+
+    def query(self):
+        return self.said.pop(0)
+
+    def launched(self, key, device):
+        self._end = self
+        self._launched.add(key)
+
+
+@pytest.fixture
+def visiting(model):
+    """A model whose weights take turns, and its fast forward with graphs that only note what they do."""
+    weights = Residency("cpu", moves=True)
+    weights.still_in_steps = True
+    weights.enter({model: WHOLE})
+    fast = _AsOnGpu(model, weights=weights)
+    fast.graphs = _Noted()
+    weights.graphs.add(fast.graphs)
+    return fast, weights
+
+
+TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
+
+
+@pytest.mark.skipif(GPU, reason=SKIPS["stand-in"])
+def test_where_weights_visit_steps_are_recorded_once_the_gpu_waits_for_the_host(model, visiting):
+    fast, weights = visiting
+    inputs, fast._pace = inputs_of(model), _Scripted([False, True])
+    for timestep in fast.drawing(TIMES, TIMES):
+        assert near(model, velocity(fast, inputs, timestep), inputs, timestep)
+    assert fast.graphs.done == ["records after 0", "replays", "replays"], "the third step is recorded"
+    assert len(fast.graphs) == 0, "freed with the drawing"
+    fast._pace.said = [False] * 4
+    for timestep in fast.drawing(TIMES, TIMES):
+        velocity(fast, inputs, timestep)
+    assert len(fast.graphs.done) == 3, "a GPU that is busy needs no graph"
+    fast._pace.said = [True]
+    velocity(fast, inputs, 1.0)
+    velocity(fast, inputs, 1.0)
+    assert len(fast.graphs.done) == 3, "nor do steps that belong to no drawing"
+    weights.leave()
+
+
+@pytest.mark.skipif(GPU, reason=SKIPS["stand-in"])
+def test_graphs_are_freed_before_weights_move(model, visiting):
+    fast, weights = visiting
+    inputs, fast._pace = inputs_of(model), _Scripted([True, True, True])
+    steps = fast.drawing(TIMES, TIMES)
+    for _ in range(2):
+        velocity(fast, inputs, next(steps))
+    assert len(fast.graphs) == 1
+    weights.enter({nn.Linear(2, 2): WHOLE})
+    assert len(fast.graphs) == 0
+    weights.enter({model: WHOLE})
+    for timestep in steps:
+        velocity(fast, inputs, timestep)
+    assert fast.graphs.done == ["records after 0", "records after 0", "replays"], "not the step whose weights arrive"
+    weights.still_in_steps = False
+    assert not fast._may_record
+    weights.leave()
 
 
 @pytest.mark.gpu
