@@ -194,8 +194,8 @@ class PipelineModels(PipelineMemory):
         differently, with no larger error. Changes of weights take effect at the next drawing. With `memory` or
         `offload`, steps are launched kernel by kernel where blocks of the transformer are streamed or a ControlNet
         acts, because a graph needs weights in place, and text encoders and VAE run their own forward; where the
-        transformer moves between drawings only, each drawing records graphs of its own once the GPU waits for the host. `mmdit.capture`,
-        `patch` and `attention_maps` refuse an accelerated pipeline: call `plain` first.
+        transformer moves between drawings only, each drawing records graphs of its own once the GPU waits for the
+        host. `mmdit.capture`, `patch` and `attention_maps` refuse an accelerated pipeline: call `plain` first.
 
         Args:
             graph: whether to record steps as CUDA graphs; None does so on a GPU. A graph takes up to a gigabyte of
