@@ -20,7 +20,17 @@ from torch import Tensor, nn
 from quant.dispatch import FUNCTIONS, OPERATIONS
 from quant.formats import DTYPES, Format
 from quant.recipe import Granularity, Recipe, as_recipe
-from quant.scaling import PIECE, checked_input_scale, has_float8, positive, scale_of, slices, to_codes, values_of
+from quant.scaling import (
+    PIECE,
+    all_finite,
+    checked_input_scale,
+    has_float8,
+    positive,
+    scale_of,
+    slices,
+    to_codes,
+    values_of,
+)
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -299,7 +309,8 @@ def check_values(tensor: Tensor) -> None:
 def _not_finite(tensor: Tensor) -> int:
     """How many values are not finite in float32, which is the dtype of scales."""
     narrow = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
-    return int(sum((~part.to(narrow).isfinite()).sum() for part in _rows(tensor)))
+    parts = (part.to(narrow) for part in _rows(tensor))
+    return sum(0 if all_finite(part) else int((~part.isfinite()).sum()) for part in parts)
 
 
 def amax_of(tensor: Tensor, granularity: Granularity) -> Tensor:

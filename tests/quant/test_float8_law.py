@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from float8_law import DTYPES, FORMATS, TORCH, codes_by_law, decoded, scale_by_law
 from quant import operations, tensor
 from quant.recipe import Recipe
-from quant.scaling import from_codes
+from quant.scaling import all_finite, from_codes
 from quant.tensor import Float8Tensor
 from refusals import refuses
 
@@ -289,3 +289,14 @@ def test_bytes_become_float8_where_there_is_float8():
     for moved in (stored.to("cpu", copy=True), stored.to("meta"), pickle.loads(pickle.dumps(stored))):
         assert moved.qdata.dtype == torch.float8_e4m3fn
     assert torch.equal(stored.to("cpu", copy=True), q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_whether_all_values_are_finite(dtype):
+    largest = torch.finfo(dtype).max
+    values = torch.full((7, 300), largest, dtype=dtype)  # their sum overflows
+    assert all_finite(values)
+    assert all_finite(values[:0])
+    for bad in (math.inf, -math.inf, math.nan):
+        assert not all_finite(values.index_put((torch.tensor(6), torch.tensor(299)), torch.tensor(bad, dtype=dtype)))
+    assert not all_finite(torch.tensor([math.inf, -math.inf, 1.0], dtype=dtype))

@@ -23,6 +23,7 @@ from mmdit.checkpoints.lora_names import PARTS, Part
 from mmdit.checkpoints.lora_rules import HEADER, TRAINED, HasName, HeaderScales, LoraRules, rules_of
 from mmdit.checkpoints.recognise import looks_like, split
 from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, read_header
+from quant.scaling import all_finite
 
 _SHOWN: Final = 6  # unused keys in the repr
 _WIDTHS: Final = {2432: "Stable Diffusion 3.5 Large", 1536: "Stable Diffusion 3.5 Medium or Stable Diffusion 3 Medium"}
@@ -207,7 +208,8 @@ def _check_finite(source: str, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_complex():
             raise CheckpointError(f"{source}: {printable(key, 200)} is {tensor.dtype}, expected real numbers")
-        if tensor.is_floating_point() and (bad := int((~tensor.float().isfinite()).sum())):
+        if tensor.is_floating_point() and not all_finite(wide := tensor.float()):
+            bad = int((~wide.isfinite()).sum())
             raise CheckpointError(
                 f"{source}: {bad} of {tensor.numel()} numbers of {printable(key, 200)} are not finite; the training "
                 "diverged, or the file is broken: take an earlier checkpoint of it"

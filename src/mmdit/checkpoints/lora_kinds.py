@@ -364,4 +364,4 @@ def _norm(weight: Tensor, *, rows: bool) -> Tensor:
 
 
 def _like(part: Tensor, weight: Tensor) -> Tensor:
-    return part.to(weight.device, weight.dtype)
+    return part.to(weight.device).to(weight.dtype)  # in this order a GPU gets the file's bytes, and converts them

@@ -25,7 +25,7 @@ from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.utils import number
 from quant.formats import FORMAT_OF, Format
 from quant.packing import scale_keys
-from quant.scaling import scale_of, to_codes
+from quant.scaling import all_finite, scale_of, to_codes
 from quant.stochastic import stochastic_codes
 from quant.tensor import Float8Tensor
 from samplers import pick
@@ -196,12 +196,11 @@ def check_finite(values: Tensor, key: str, part: Part, patches: Sequence[Weighte
     Raises:
         ValueError: some are not finite, as where a sum is too large for their dtype.
     """
-    finite = values.isfinite()
-    if finite.all():
+    if all_finite(values):
         return values
-    strengths = ", ".join(f"{each.strength:g}" for each in patches)
+    bad, strengths = int((~values.isfinite()).sum()), ", ".join(f"{each.strength:g}" for each in patches)
     raise ValueError(
-        f"{key} of the {title(part)}: {int((~finite).sum())} of {values.numel()} values are not finite with LoRAs of "
+        f"{key} of the {title(part)}: {bad} of {values.numel()} values are not finite with LoRAs of "
         f"strength {strengths}; the largest {values.dtype} is {torch.finfo(values.dtype).max:g}. Nothing was changed: "
         "give smaller strengths, or a dtype that holds larger values (dtype=torch.bfloat16)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -146,6 +147,12 @@ def _role(key: str, keys: Container[str]) -> tuple[str, str] | None:
     name = key.removesuffix(".weight")
     if name != key and f"{name}.on_input" in keys:
         return name, "weight"
+    return _named_role(key)
+
+
+@lru_cache(maxsize=2**14)  # loading a file asks five times for each of its keys
+def _named_role(key: str) -> tuple[str, str] | None:
+    """The module name and the role that a key's suffix says."""
     found = _KEY.fullmatch(key)
     return None if found is None else (found[1], next(role for i, (_, role) in enumerate(_ROLES) if found[f"_{i}"]))
 

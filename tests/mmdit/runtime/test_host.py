@@ -21,6 +21,13 @@ def test_copies_are_equal_whatever_the_pieces(rows, dtype):
     assert found.is_contiguous()
 
 
+def test_copies_in_huge_pages_are_equal_and_writable():
+    tensor = torch.randn(host._SMALL // 4 + 1)
+    found = through(tuple(torch.zeros(2**18, dtype=torch.uint8) for _ in range(2)), tensor)
+    assert torch.equal(found, tensor)
+    assert torch.equal(found.add_(1), tensor + 1)
+
+
 def test_what_is_on_the_cpu_stays():
     tensor = torch.ones(3)
     assert HostCopies()(tensor).data_ptr() == tensor.data_ptr()
