@@ -22,6 +22,7 @@ import torch
 from mmdit.bench import memory as bench_memory
 from mmdit.bench.rows import FAILURES, said_of
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.runtime.host_memory import give_back
 from mmdit.utils import markdown_table
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ def stages(
             yield watch.row(f"{name} picture, its {steps} steps")
             yield watch(f"{name} picture, decoded", lambda latents=latents: pipe.decode(latents))  # type: ignore[misc]
         yield watch("a garbage collection", gc.collect)
-        yield watch("malloc_trim", _trim)
+        yield watch("malloc_trim", give_back)
         yield watch("without models on the device", lambda: _left(pipe))
     except FAILURES as error:
         yield Stage("failed", failed=said_of(error, 600))
@@ -127,12 +128,6 @@ def _home(pipe: Pipeline, budget: str) -> None:
 def _left(pipe: Pipeline) -> None:
     pipe._leave()
     bench_memory._emptied(pipe.device)
-
-
-def _trim() -> None:
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Watch:

@@ -248,6 +248,7 @@ class PipelineMemory:
                 raise
             if self._budget is None:
                 self._turns.leave()
+            self._turns.drawn()
 
     @contextmanager
     def _explained(self, what: str) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 import warnings
@@ -59,6 +60,16 @@ def _pin(pages: _Pages, memory: Tensor) -> None:
     )
     with suppress(RuntimeError):  # CUDA would report the refusal once more at its next launch
         torch.zeros(1, device="cuda")
+
+
+def give_back() -> None:
+    """Let malloc return to the system what was freed, where it is glibc's; it does so by itself at a heap's end only.
+
+    What it keeps is left by the compiler of kernels, and by weights that moved into memory of their own.
+    """
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class Layout:

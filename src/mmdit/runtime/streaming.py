@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit.runtime.graphs import Graphs
-from mmdit.runtime.host_memory import Layout, copy_parts, host_memory, parts_of
+from mmdit.runtime.host_memory import Layout, copy_parts, give_back, host_memory, parts_of
 from mmdit.runtime.plan import SLOTS, ModelBytes
 
 Key: TypeAlias = str | tuple[str, int]
@@ -307,6 +307,7 @@ class Residency:
         self.queue = CopyQueue(self.device)
         self._units: WeakKeyDictionary[nn.Module, dict[Key, Unit]] = WeakKeyDictionary()
         self._wanted: dict[nn.Module, Presence] | None = None
+        self._has_gathered = False  # since the last drawing
         self._rings: list[Ring] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._arrivals: list[nn.Module] = []
@@ -319,6 +320,12 @@ class Residency:
             self._move(wanted)
         for ring in self._rings:
             ring.bind()
+
+    def drawn(self) -> None:
+        """After a drawing: where weights were gathered for it, give back the host memory that only a first one takes."""
+        if self._has_gathered:
+            self._has_gathered = False
+            give_back()
 
     def rest(self) -> None:
         """Between calls of a model: tensors of streamed blocks are what they are on the host."""
@@ -369,19 +376,23 @@ class Residency:
             ring.unbind()
         self._rings = []
         self.queue.settle()
-        for model in wanted:
-            self._gather(model, fresh)
+        gathered = [self._gather(model, fresh) for model in wanted]
+        if any(gathered):
+            give_back()
         self._send_home(wanted)
         for model, presence in wanted.items():
             self._bring(model, presence)
         self.moved += 1
         self._wanted = dict(wanted)
 
-    def _gather(self, model: nn.Module, fresh: bool) -> None:
-        """Have a unit for each part of a model; tensors may have been replaced since the last time."""
-        units = self._units.setdefault(model, {})
+    def _gather(self, model: nn.Module, fresh: bool) -> bool:
+        """Have a unit for each part of a model; returns whether one was made.
+
+        Tensors may have been replaced since the last time.
+        """
+        units, made = self._units.setdefault(model, {}), False
         if units and not fresh:
-            return
+            return False
         found = {key: [tensor for _, tensor in named] for key, named in tensors_of(model).items()}
         for key in units.keys() - found.keys():
             units.pop(key).leave()
@@ -390,7 +401,10 @@ class Residency:
                 if key in units:
                     units.pop(key).leave()
                 units[key] = Unit(tensors, self.device if self.device.type == "cuda" else None)
+                made = True
         self._units[model] = {key: units[key] for key in found}
+        self._has_gathered = self._has_gathered or made
+        return made
 
     def _send_home(self, wanted: Mapping[nn.Module, Presence]) -> None:
         left = False

@@ -1,5 +1,7 @@
 """Weights that visit a device: nothing is lost, nothing stays, and streamed blocks are where they should be."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,10 +10,12 @@ import quant
 from device_double import LiveBytes
 from inspected import inputs, model
 from mmdit import Pipeline
+from mmdit.bench.memory import host_bytes
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.arguments import checked_offload
-from mmdit.runtime.host_memory import Layout, host_memory
+from mmdit.runtime.host_memory import Layout, give_back, host_memory
 from mmdit.runtime.streaming import WHOLE, Presence, Residency, model_bytes, tensors_of
+from skips import SKIPS
 
 
 def addresses(*models):
@@ -261,3 +265,31 @@ def test_unknown_offload():
 def test_models_without_blocks_travel_whole():
     assert isinstance(model(), MMDiT)
     assert set(tensors_of(nn.Linear(2, 2))) == {"rest"}
+
+
+def test_freed_memory_of_the_host_is_given_back_once(small, monkeypatch):
+    """Where weights were gathered, and after the drawing that they were gathered for."""
+    given = []
+    monkeypatch.setattr("mmdit.runtime.streaming.give_back", lambda: given.append(1))
+    turns = Residency("cpu", moves=True)
+    for calls in (2, 2, 2):
+        turns.enter({small: WHOLE})
+        turns.drawn()
+        assert len(given) == calls, "weights are gathered once"
+        turns.leave()
+    weight = small.joint_blocks[0].x_block.mlp.fc2.weight
+    small.joint_blocks[0].x_block.mlp.fc2.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    turns.enter({small: WHOLE})
+    turns.leave()
+    assert len(given) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason=SKIPS["memory"])
+def test_malloc_gives_back_what_lies_between_what_is_used():
+    """Blocks that are too small for pages of their own, of which the last one is kept: the heap cannot shrink."""
+    blocks = [torch.ones(25_000) for _ in range(1000)]
+    last, before = blocks[-1], host_bytes()
+    del blocks
+    give_back()
+    assert before - host_bytes() > 60_000_000
+    assert bool((last == 1).all())
