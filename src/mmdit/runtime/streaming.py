@@ -322,7 +322,7 @@ class Residency:
             ring.bind()
 
     def drawn(self) -> None:
-        """After a drawing: where weights were gathered for it, give back the host memory that only a first one takes."""
+        """After a drawing: where weights were gathered for it, give back host memory that only a first one takes."""
         if self._has_gathered:
             self._has_gathered = False
             give_back()
