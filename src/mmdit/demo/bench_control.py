@@ -16,8 +16,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mmdit.demo.control_data import Data, encoded, vague_caption
+from mmdit.demo.control_recipe import GPU, ControlRecipe
+from mmdit.demo.control_step import Stepper, trainer_of
 from mmdit.demo.scenes import sample
-from mmdit.demo.train_control import GPU, KINDS, ControlRecipe, Data, Stepper, encoded, trainer_of, vague_caption
+from mmdit.demo.train_control import KINDS
 from mmdit.embedded import CANNY_NET, EMBEDDED
 from mmdit.models.controlnet import ControlKind
 from mmdit.pipeline.control_inputs import hint_rules

@@ -19,10 +19,10 @@ import torch
 
 from mmdit.checkpoints.load import load_controlnet
 from mmdit.demo.captions import clear_relation
+from mmdit.demo.control_data import hints, vague_caption
 from mmdit.demo.grammar import Statement, What
 from mmdit.demo.scenes import Scene, render, sample
 from mmdit.demo.score import accuracies, check, parse_batch
-from mmdit.demo.train_control import hints, vague_caption
 from mmdit.embedded import CANNY_NET, DEPTH_NET, EMBEDDED
 from mmdit.models.controlnet import ControlNet
 from mmdit.pipeline.pipeline import Pipeline

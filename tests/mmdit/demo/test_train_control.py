@@ -7,24 +7,14 @@ import pytest
 import torch
 
 from mmdit import MMDiT, Pipeline, load_controlnet
+from mmdit.demo.control_data import Data, depth_map, hints, make_data, scenes_of, vague_caption
+from mmdit.demo.control_recipe import ControlRecipe
+from mmdit.demo.control_step import STAGES, Stepper, Trainer, new_net
 from mmdit.demo.evaluate_control import statements_of
 from mmdit.demo.grammar import statements
 from mmdit.demo.scenes import Scenes, render, sample
 from mmdit.demo.score import check, parse_batch
-from mmdit.demo.train_control import (
-    STAGES,
-    ControlRecipe,
-    Data,
-    Stepper,
-    Trainer,
-    depth_map,
-    hints,
-    make_data,
-    new_net,
-    scenes_of,
-    train,
-    vague_caption,
-)
+from mmdit.demo.train_control import train
 from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.control_inputs import control_inputs, hint_rules, make_control
 from mmdit.pipeline.image_inputs import PictureSize
