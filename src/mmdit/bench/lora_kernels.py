@@ -38,6 +38,7 @@ ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
 FORMS = ("before", "through", "twice")  # see `mmdit.runtime.kernels.TOKEN_GELU`
 PARTS = ((32, 128, 3, 4), (32, 64, 4, 4), (32, 64, 3, 8), (16, 128, 4, 4))  # `quant.low_rank_kernels.Blocks` of codes
+CUTS = ((64, 64, 8, 1, 4), (64, 64, 8, 3, 4), (64, 128, 4, 1, 4))  # `mmdit.bench.lora_forms.Cut`
 PARTS_OF_VALUES = ((32, 64, 3, 4), (16, 64, 4, 4))
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
@@ -77,6 +78,9 @@ class Kernels:
         for form in FORMS:
             tasks[f"fp8 {d} to {4 * d}, gelu token {form}"] = partial(self.inner, form)
         tasks[f"fp8 {d} to {4 * d}, gelu token without"] = partial(self.inner, None)
+        for cut in CUTS:
+            for kind in ("token", "static", "none"):
+                tasks[f"gelu {kind} and low of what reads it {cut}"] = partial(self.gelu_and_low, kind, cut)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
         for width in (d, 4 * d):
@@ -134,6 +138,18 @@ class Kernels:
         if lora:
             return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, tile), size)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
+
+    def gelu_and_low(self, kind: Kind, cut: tuple[int, int, int, int, int]) -> Cells:
+        """GELU that also multiplies by the next down projections; of token scales the second launch alone."""
+        from mmdit.bench.lora_forms import Cut, gelu_and_low
+
+        width, scale = 4 * self.d, torch.tensor(0.02, device=self.device)
+        rounding = Rounding(kind, scale, scale) if kind == "static" else Rounding(kind)
+        x, down = self.random(self.rows.total, width), Down.of(self.random(2, self.rank, width), kind != "none")
+        sizes = x.float().abs().amax(1).view(torch.int32) if kind == "token" else None
+        added = None if kind == "token" else self.added(width)
+        size = self.rows.total * width * (4 if kind == "none" else 3)
+        return self.cells(lambda: gelu_and_low(x, self.rows, rounding, added, down, sizes, Cut(*cut)), size)
 
     def inner(self, form: str | None) -> Cells:
         """The first product of the image's MLP in float8, and GELU after it, with a LoRA added in a form."""
