@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class Kernels:
             tasks[f"fp8 {d} to {4 * d}, gelu token {form}"] = partial(self.inner, form)
         tasks[f"fp8 {d} to {4 * d}, gelu token without"] = partial(self.inner, None)
         for cut in CUTS:
-            for kind in ("token", "static", "none"):
+            for kind in get_args(Kind):
                 tasks[f"gelu {kind} and low of what reads it {cut}"] = partial(self.gelu_and_low, kind, cut)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
