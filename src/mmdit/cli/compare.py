@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mmdit._imports import without_collections
 from mmdit.cli.console import note, say
+from mmdit.cli.process import small_steps
 from mmdit.cli.usage import DEFAULT_DEVICE, DEFAULT_DTYPE, DTYPES, JSON, dtype_name, sampler_name
 
 
@@ -39,7 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print the comparison; exit code 1 where a stage differs beyond rounding."""
-    from mmdit.parity.compare import compare
+    with small_steps(options.model_a), without_collections():
+        from mmdit.parity.compare import compare
 
     _check(options)
     found = compare(

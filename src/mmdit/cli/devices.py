@@ -94,10 +94,11 @@ def is_file(model: str | None) -> bool:
 
 
 def choose_threads(threads: int | None, model: str | None, device: torch.device) -> None:
-    """Set the number of CPU threads: what is asked for, else one for the embedded model, unless the environment says.
+    """Set the number of CPU threads: what is asked for, else at most two for the embedded model.
 
-    The embedded model is so small that a step is hundreds of parallel regions of some microseconds. With as many
-    threads as cores, every region waits, spinning, for a thread that another program has pushed off its core.
+    Without `threads`, the environment decides where it says a number. A step of the embedded model is hundreds of
+    parallel regions of some microseconds, too small for many threads. The order of sums depends on the number of
+    threads, so that with two, its pictures are the same on all machines with that many cores.
     """
     import torch
 
@@ -105,7 +106,7 @@ def choose_threads(threads: int | None, model: str | None, device: torch.device)
     if threads is not None:
         torch.set_num_threads(threads)
     elif small and not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
-        torch.set_num_threads(1)
+        torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def load(

@@ -9,6 +9,7 @@ from mmdit._imports import without_collections
 from mmdit.cli.console import note_of, say
 from mmdit.cli.controls import FORM, control_option
 from mmdit.cli.loras import lora_option
+from mmdit.cli.process import small_steps
 from mmdit.cli.usage import (
     DEFAULT_DEVICE,
     DEFAULT_DTYPE,
@@ -177,7 +178,7 @@ def _add_how(group: argparse._ArgumentGroup) -> None:
     say("--max-sequence-length", type=int, metavar="TOKENS", help=length)
     say("--device", metavar="NAME", help=f"cpu, cuda, cuda:1 ... {DEFAULT_DEVICE}")
     say("--dtype", type=dtype_name, choices=DTYPES, help=f"dtype of weights and arithmetic {DEFAULT_DTYPE}")
-    threads = "CPU threads (default: 1 for the embedded model, whose steps are too small for more; else one per core)"
+    threads = "CPU threads (default: 2 for the embedded model, whose steps are too small for more; else one per core)"
     say("--threads", type=int, metavar="N", help=threads)
     quant = "float8 recipe for the transformer and T5: fp8, fp8-weight-only ... (default: no quantization)"
     say("--quant", metavar="NAME", help=quant)
@@ -212,7 +213,7 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
 def run(options: argparse.Namespace) -> int:
     """Draw the pictures and say where they are."""
     check_usage(options)
-    with without_collections():
+    with small_steps(options.model), without_collections():
         from mmdit.cli.drawing import draw
 
     for line in draw(options, note_of(options)):

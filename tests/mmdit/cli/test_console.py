@@ -8,12 +8,13 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmdit import PROFILES, ControlNet, ControlNetConfig, Hires, Pipeline, read_settings
-from mmdit.cli import app, devices, drawing
+from mmdit.cli import app, devices, drawing, process
 from mmdit.cli.app import main
 from mmdit.cli.console import Stream
 from mmdit.cli.long_runs import passes_of
@@ -249,18 +250,50 @@ def test_what_a_long_run_consists_of():
 def test_threads_are_chosen_for_the_embedded_model(monkeypatch):
     asked, cpu = [], torch.device("cpu")
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     devices.choose_threads(None, None, cpu)
     devices.choose_threads(None, "demo", cpu)
-    assert asked == [1, 1]
+    assert asked == [2, 2]
     devices.choose_threads(None, "folder", cpu)
     devices.choose_threads(None, None, torch.device("meta"))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     devices.choose_threads(None, None, cpu)
-    assert asked == [1, 1]
+    assert asked == [2, 2]
     devices.choose_threads(5, "folder", cpu)
-    assert asked == [1, 1, 5]
+    assert asked == [2, 2, 5]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    devices.choose_threads(None, None, cpu)
+    assert asked == [2, 2, 5, 1]
+
+
+def test_a_process_is_prepared_for_small_steps_before_torch_is_imported(monkeypatch):
+    said: list[tuple[int, int]] = []
+    glibc = SimpleNamespace(mallopt=lambda *pair: said.append(pair))
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: glibc)
+    monkeypatch.setattr(process.sys, "platform", "linux")
+    for name in [*os.environ]:
+        if name.startswith(("MALLOC_", "GOMP_", "OMP_WAIT")):
+            monkeypatch.delenv(name)
+    spins, trim, mmap = "GOMP_SPINCOUNT", (-1, 256 * 2**20), (-3, 32 * 2**20)
+    with process.small_steps(None):  # torch is here
+        assert (spins not in os.environ) and not said
+    monkeypatch.delitem(sys.modules, "torch")
+    with process.small_steps("folder"):
+        assert (spins not in os.environ) and not said
+    with process.small_steps("demo"):
+        assert (os.environ[spins], said) == ("1000", [trim, mmap])
+    assert spins not in os.environ
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    with process.small_steps(None):
+        assert (spins not in os.environ) and said == [trim, mmap]
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: SimpleNamespace())  # musl has no mallopt
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    with process.small_steps(None):
+        assert said == [trim, mmap]
 
 
 # ---- completion
