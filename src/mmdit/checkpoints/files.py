@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from encoders.json_files import MAX_BYTES, JSONError, printable, read_json
+from mmdit.checkpoints.recognise import Split, split
 from mmdit.checkpoints.safetensors_io import CheckpointError, Header, read_header
 
 ENDINGS = (".safetensors", ".sft")
@@ -20,9 +21,16 @@ MAX_LEVELS = 4
 
 @dataclass
 class Files:
-    """The files of a checkpoint: the headers read so far, and the files that were set aside, with the reason."""
+    """The files of a checkpoint: the headers read so far, and the files that were set aside, with the reason.
+
+    Attributes:
+        headers: by file.
+        splits: the models of each file or shard index, with averaged weights or without.
+        aside: files that cannot be used: why.
+    """
 
     headers: dict[Path, Header] = field(default_factory=dict)
+    splits: dict[tuple[Path, bool], Split] = field(default_factory=dict)
     aside: dict[Path, str] = field(default_factory=dict)
 
     def header(self, path: Path) -> Header:
@@ -34,6 +42,18 @@ class Files:
         if path not in self.headers:
             self.headers[path] = read_header(path)
         return self.headers[path]
+
+    def split(self, path: Path, keys: Iterable[str], *, ema: bool) -> Split:
+        """The models that a file or the shards of an index hold; names are sorted in the first call only.
+
+        Args:
+            path: the file or index.
+            keys: the names of its tensors.
+            ema: see `mmdit.checkpoints.recognise.split`.
+        """
+        if (path, ema) not in self.splits:
+            self.splits[path, ema] = split(keys, ema=ema)
+        return self.splits[path, ema]
 
     def usable(self, path: Path) -> Header | None:
         """The header of a file that the caller did not name; None (and set aside) where it cannot be read."""

@@ -27,7 +27,7 @@ from mmdit.checkpoints.keymaps import some
 from mmdit.checkpoints.lazy import AsStored, LazyTensor
 from mmdit.checkpoints.locate import Found, ambiguous, locate, open_weights
 from mmdit.checkpoints.missing import absent
-from mmdit.checkpoints.recognise import looks_like, split, unwrapped
+from mmdit.checkpoints.recognise import looks_like, unwrapped
 from mmdit.checkpoints.safetensors_io import CheckpointError, FileTensor
 from mmdit.checkpoints.staging import filled
 from mmdit.models.controlnet import CONTROL_KINDS, ControlKind, ControlNet
@@ -201,7 +201,7 @@ def open_model(found: Found, component: Component) -> StoredModel:
     stored, metadata = open_weights(source, found.files)
     if unread := unread_quantization({key: lazy.dtype for key, lazy in stored.items()}, metadata, said):
         raise CheckpointError(f"{source}: {unread}")
-    names = split(stored, ema=found.ema)
+    names = found.files.split(source, stored, ema=found.ema)
     model = names.models.get(component) or names.models.get(kind.family)
     if model is None:
         raise absent(Found(source, found.layout, files=found.files), component)

@@ -160,6 +160,7 @@ def _take(found: Found, component: Component, given: Found) -> None:
     found.configs.pop(component, None)
     found.configs |= {name: config for name, config in given.configs.items() if name == component}
     found.files.headers |= given.files.headers
+    found.files.splits |= given.files.splits
 
 
 def _opened(found: Found) -> dict[Component, StoredModel]:

@@ -13,7 +13,7 @@ from mmdit.checkpoints.components import REGISTRY, Component, title
 from mmdit.checkpoints.files import ENDINGS, OTHER_ENDINGS, Files, is_file, json_object, plain_name, regular_files
 from mmdit.checkpoints.keymaps import some
 from mmdit.checkpoints.lazy import LazyTensor
-from mmdit.checkpoints.recognise import Split, looks_like, split
+from mmdit.checkpoints.recognise import Split, looks_like
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from quant.packing import merge_metadata
 from samplers import SamplingDefaults, from_scheduler_config
@@ -173,13 +173,13 @@ def tokenizer_folder(*places: Path) -> Path | None:
 
 def split_of(found: Found, path: Path) -> Split:
     """The models that a file holds, as the names of its tensors tell."""
-    return split(found.files.header(path).entries, ema=found.ema)
+    return found.files.split(path, found.files.header(path).entries, ema=found.ema)
 
 
 def _in_file(found: Found, path: Path, clip: Component) -> Found:
     shapes = {key: lazy.shape for key, lazy in open_weights(path, found.files)[0].items()}
     found.tokenizers = tokenizer_folder(path.parent, *path.parents[1:3])
-    for name in split(shapes, ema=found.ema).models:
+    for name in found.files.split(path, shapes, ema=found.ema).models:
         found.weights[_role(path, name, shapes, clip)] = path
     if is_file(path.parent / "config.json") and weights_in(path.parent) is not None:
         found.configs = dict.fromkeys(found.weights, json_object(path.parent / "config.json"))
@@ -309,7 +309,7 @@ def _text_role(found: Found, file: Path) -> Component | None:
     """The component of a text encoder's file; where it is no text encoder or its role is unclear, set it aside."""
     if (header := found.files.usable(file)) is None:
         return None
-    names = split(header.entries, ema=found.ema)
+    names = split_of(found, file)
     text = [
         name for name in names.models if any(name in (c, k.family) for c, k in REGISTRY.items() if k.place == "text")
     ]

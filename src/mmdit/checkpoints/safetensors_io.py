@@ -200,7 +200,7 @@ def stream_tensors(
         raise ValueError(f"{path}: the header would take {len(text)} bytes, {MAX_HEADER} are the most that is read")
     file.write(len(text).to_bytes(8, "little") + text)
     for key in order:
-        file.write(_bytes(tensors[key].read()))
+        file.write(memory_of(tensors[key].read()))
 
 
 @contextmanager
@@ -336,9 +336,9 @@ class FileTensor:
             os.lseek(file, entry.start, os.SEEK_SET)
             tensor = torch.empty(entry.shape, dtype=dtype, device=device)
             if dtype == entry.dtype and device.type == "cpu":
-                read_into(header.path, file, _bytes(tensor))
+                read_into(header.path, file, memory_of(tensor))
             else:
-                _fill_through_staging(header.path, file, tensor, entry.dtype)
+                _fill_through_buffers(header.path, file, tensor, entry.dtype)
             check_same(header, file)
         return tensor
 
@@ -351,63 +351,64 @@ def check_same(header: Header, file: int) -> None:
         )
 
 
-def _fill_through_staging(path: Path, file: int, tensor: Tensor, stored: torch.dtype) -> None:
-    """Read, and copy to the device: a piece is read while the one before it is copied."""
-    flat, staging = tensor.view(-1), _Staging.of(tensor.device)
-    size = len(staging.buffers[0]) // stored.itemsize
+def _fill_through_buffers(path: Path, file: int, tensor: Tensor, stored: torch.dtype) -> None:
+    """Read, and cast on the device: a piece is read while the one before it is copied."""
+    flat, buffers = tensor.view(-1), _own_buffers(tensor.device)
+    size = buffers.size // stored.itemsize
     for i, begin in enumerate(range(0, flat.numel(), size)):
         target = flat[begin : begin + size]
-        piece = staging.free(i)[: len(target) * stored.itemsize].view(stored)
-        read_into(path, file, _bytes(piece))
-        staging.copy(i, piece, target)
-    staging.wait()
+        piece = buffers.free(i)[: len(target) * stored.itemsize]
+        read_into(path, file, memory_of(piece))
+        values = piece.view(stored)
+        there = values if stored == target.dtype else values.to(target.device, non_blocking=buffers.on_gpu)
+        target.copy_(there, non_blocking=buffers.on_gpu)
+        buffers.copied(i)
+    buffers.wait()
 
 
-class _Staging:
-    """A thread's two buffers, which all tensors share, because short-lived buffers would fragment the heap.
+class Buffers:
+    """What pieces of files pass on their way to a device: while one buffer is copied to a GPU, the other one is filled.
 
-    Buffers of a GPU are in page-locked memory, and copies from there are waited for when a buffer is used again.
+    Buffers of a GPU are in page-locked memory. Elsewhere there is one, and a copy is done when it returns.
+
+    Args:
+        device: to which pieces are copied.
+        size: bytes of a buffer.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.buffers = [torch.empty(STAGING, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(1 + self.on_gpu)]
-        self._copies: list[torch.cuda.Event | None] = [None, None]
-
-    @classmethod
-    def of(cls, device: torch.device) -> _Staging:
-        """That of the calling thread; GPUs each have their own."""
-        found: dict[torch.device | None, _Staging] = _LOCAL.__dict__.setdefault("staging", {})
-        key = device if device.type == "cuda" else None
-        if key not in found:
-            found[key] = cls(device)
-        return found[key]
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device, self.size, self.on_gpu = device, size, device.type == "cuda"
+        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(1 + self.on_gpu)]
+        self._copies: list[torch.cuda.Event | None] = [None] * len(self._buffers)
 
     def free(self, i: int) -> Tensor:
-        """The buffer of the i-th piece, once what it holds is copied."""
-        self._wait_for(i % 2)
-        return self.buffers[i % len(self.buffers)]
+        """The buffer of the i-th piece, uint8 [size], once what it held is copied."""
+        place = i % len(self._buffers)
+        if (copy := self._copies[place]) is not None:
+            copy.synchronize()
+        return self._buffers[place]
 
-    def copy(self, i: int, piece: Tensor, target: Tensor) -> None:
-        """Copy the i-th piece, and cast it on the device."""
-        if not self.on_gpu:
-            target.copy_(piece)
-            return
-        there = piece if piece.dtype == target.dtype else piece.to(target.device, non_blocking=True)
-        target.copy_(there, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(target.device))
-        self._copies[i % 2] = event
+    def copied(self, i: int) -> None:
+        """Say that the copies of the i-th piece were launched on this thread's stream."""
+        if self.on_gpu:
+            place = i % len(self._buffers)
+            copy = self._copies[place] = self._copies[place] or torch.cuda.Event()
+            copy.record(torch.cuda.current_stream(self.device))
 
     def wait(self) -> None:
-        """Until all copies are done."""
-        for place in range(2):
-            self._wait_for(place)
+        """Wait until all copies are done."""
+        for copy in self._copies:
+            if copy is not None:
+                copy.synchronize()
 
-    def _wait_for(self, place: int) -> None:
-        copied, self._copies[place] = self._copies[place], None
-        if copied is not None:
-            copied.synchronize()
+
+def _own_buffers(device: torch.device) -> Buffers:
+    """Those of the calling thread, for all tensors, because short-lived buffers would fragment the heap."""
+    found: dict[torch.device | None, Buffers] = _LOCAL.__dict__.setdefault("buffers", {})
+    key = device if device.type == "cuda" else None
+    if key not in found:
+        found[key] = Buffers(device, STAGING)
+    return found[key]
 
 
 def read_into(path: Path, file: int, rest: memoryview) -> None:
@@ -426,6 +427,7 @@ def _read_once(file: int, rest: memoryview) -> int:
     return len(data)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, or of a copy."""
     flat: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)

@@ -1,9 +1,8 @@
 """Tensors of files read to a GPU in large pieces, each of which is read once and copied to all tensors that it holds.
 
-A file is read by several threads. Each has two buffers in page-locked memory and a stream of its own: while one buffer
-is copied to the GPU, the other one is filled. Only one thread at a time runs Python, so that a piece costs few calls
-beside reading, and no thread waits for what another one copies. A thread reads many neighbouring pieces before it goes
-on elsewhere, because systems read ahead of a file that is read in order.
+A file is read by several threads. Each has `Buffers` and a stream of its own. Only one thread at a time runs Python, so
+that a piece costs few calls beside reading, and no thread waits for what another one copies. A thread reads many
+neighbouring pieces before it goes on elsewhere, because systems read ahead of a file that is read in order.
 """
 
 from __future__ import annotations
@@ -11,18 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mmdit.checkpoints.safetensors_io import FileTensor, Header, check_same, opened, read_into
+from mmdit.checkpoints.safetensors_io import Buffers, FileTensor, Header, check_same, memory_of, opened, read_into
 
 READERS = 4  # threads
 PIECE = 8 * 2**20  # bytes of a buffer
@@ -136,18 +135,29 @@ def _read(
 ) -> None:
     """Read pieces and copy them to their tensors, until there are none left or somebody says to stop."""
     try:
-        buffers = _Buffers(device, size, ready)
-        with ExitStack() as stack, buffers.copying():
+        buffers = Buffers(device, size)
+        with ExitStack() as stack, _copying(device, ready):
             stack.callback(buffers.wait)
             files = _Files(stack)
             for i, piece in enumerate(_taken(work, stop)):
-                memory = buffers.free(i)
-                files.read(piece, memory)
-                buffers.copy(i, piece.parts, targets)
+                buffer = buffers.free(i)
+                files.read(piece, buffer)
+                for key, begin, offset, count in piece.parts:
+                    targets[key][begin : begin + count].copy_(buffer[offset : offset + count], non_blocking=True)
+                buffers.copied(i)
             files.check()
     except BaseException:
         stop.set()
         raise
+
+
+def _copying(device: torch.device, ready: torch.cuda.Event | None) -> AbstractContextManager[object]:
+    """Inside, this thread's copies are on a stream of its own, which has waited for `ready`."""
+    if ready is None:
+        return nullcontext()
+    stream = torch.cuda.Stream(device)
+    stream.wait_event(ready)
+    return torch.cuda.stream(stream)
 
 
 def _taken(work: SimpleQueue[list[Piece]], stop: Event) -> Iterator[Piece]:
@@ -170,7 +180,7 @@ class _Files:
     stack: ExitStack
     open: dict[Path, tuple[Header, int]] = field(default_factory=dict)
 
-    def read(self, piece: Piece, memory: memoryview) -> None:
+    def read(self, piece: Piece, buffer: Tensor) -> None:
         path = piece.header.path
         if path not in self.open:
             file = self.stack.enter_context(opened(path))
@@ -178,48 +188,9 @@ class _Files:
             self.open[path] = piece.header, file
         _, file = self.open[path]
         os.lseek(file, piece.start, os.SEEK_SET)
-        read_into(path, file, memory[: piece.stop - piece.start])
+        read_into(path, file, memory_of(buffer[: piece.stop - piece.start]))
 
     def check(self) -> None:
         """Raise CheckpointError where a file was changed meanwhile."""
         for header, file in self.open.values():
             check_same(header, file)
-
-
-class _Buffers:
-    """A thread's two buffers, whose copies to the device are waited for before a buffer is used again."""
-
-    def __init__(self, device: torch.device, size: int, ready: torch.cuda.Event | None) -> None:
-        on_gpu = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
-        arrays: list[Any] = [buffer.numpy() for buffer in self.buffers]
-        self.memory = [memoryview(array) for array in arrays]
-        self.copied: list[torch.cuda.Event | None] = [None, None]
-        if self.stream is not None and ready is not None:
-            self.stream.wait_event(ready)
-
-    def copying(self) -> torch.cuda.StreamContext | nullcontext[None]:
-        """Inside, this thread's copies are on its stream."""
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
-
-    def free(self, i: int) -> memoryview:
-        """The buffer of the i-th piece, once what it held is copied."""
-        event = self.copied[i % 2]
-        if event is not None:
-            event.synchronize()
-        return self.memory[i % 2]
-
-    def copy(self, i: int, parts: Sequence[Part], targets: Mapping[str, Tensor]) -> None:
-        """Copy the i-th piece to its tensors."""
-        buffer = self.buffers[i % 2]
-        for key, begin, offset, size in parts:
-            targets[key][begin : begin + size].copy_(buffer[offset : offset + size], non_blocking=True)
-        if self.stream is not None:
-            event = self.copied[i % 2] = self.copied[i % 2] or torch.cuda.Event()
-            event.record(self.stream)
-
-    def wait(self) -> None:
-        """Until all copies are done."""
-        if self.stream is not None:
-            self.stream.synchronize()

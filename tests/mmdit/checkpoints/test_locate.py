@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from mmdit import CheckpointError, Pipeline, load_mmdit, load_t5
+from mmdit.checkpoints import files, load_pipeline
 from mmdit.checkpoints.describe import describe
 from mmdit.checkpoints.locate import locate
 from mmdit.checkpoints.write import convert
@@ -107,3 +108,14 @@ def test_a_picture_that_is_not_finite_is_refused(tiny_folders):
     pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="not finite"):
         pipe("x", num_inference_steps=1)
+
+
+@pytest.mark.parametrize("main", [True, False], ids=["file", "folder"])
+def test_names_of_a_file_are_sorted_into_models_once(comfy, monkeypatch, main):
+    read, split = [], files.split
+    monkeypatch.setattr(files, "split", lambda keys, **more: read.append(len(list(keys))) or split(keys, **more))
+    path = next((comfy / "models" / "checkpoints").glob("*.safetensors")) if main else comfy
+    found = load_pipeline.Source(path).find()
+    models = load_pipeline._opened(found)
+    assert len(models) == 5
+    assert len(read) == len(set(found.weights.values()))

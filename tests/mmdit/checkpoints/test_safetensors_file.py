@@ -130,6 +130,7 @@ def test_page_locked_buffers_are_waited_for_before_they_are_used_again(monkeypat
 
     class Event:
         def record(self, stream):
+            assert self not in under_way, "a buffer is filled while it is copied"
             under_way.add(self)
             said.append(len(under_way))
 
@@ -144,14 +145,13 @@ def test_page_locked_buffers_are_waited_for_before_they_are_used_again(monkeypat
     monkeypatch.setattr(torch, "empty", pageable)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(safetensors_io, "STAGING", 64)
-    staging = safetensors_io._Staging(torch.device("cuda"))
-    monkeypatch.setattr(safetensors_io._Staging, "of", classmethod(lambda cls, device: staging))
+    buffers = safetensors_io.Buffers(torch.device("cuda"), 64)
+    monkeypatch.setattr(safetensors_io, "_own_buffers", lambda device: buffers)
     values = torch.randn(205).half()
     (tmp_path / "raw").write_bytes(values.numpy().tobytes())
     target = torch.zeros(205, dtype=dtype)
     with (tmp_path / "raw").open("rb") as file:
-        safetensors_io._fill_through_staging(tmp_path / "raw", file.fileno(), target, torch.float16)
+        safetensors_io._fill_through_buffers(tmp_path / "raw", file.fileno(), target, torch.float16)
     assert torch.equal(target, values.to(dtype))
     assert said == [1, *[2] * 6]
     assert not under_way

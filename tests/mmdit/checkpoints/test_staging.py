@@ -124,7 +124,7 @@ def test_an_error_inside_ends_the_reading(files, monkeypatch):
 
 def test_an_error_before_the_first_piece_ends_the_reading(files, monkeypatch):
     """Page-locking fails in the second thread: the first one, whose end is waited for, stops too."""
-    made, read, buffers = [], [], staging._Buffers
+    made, read, buffers = [], [], staging.Buffers
     failed = Event()
 
     class Failing(buffers):
@@ -140,7 +140,7 @@ def test_an_error_before_the_first_piece_ends_the_reading(files, monkeypatch):
         time.sleep(1e-3)
         read.append(len(memory))
 
-    monkeypatch.setattr(staging, "_Buffers", Failing)
+    monkeypatch.setattr(staging, "Buffers", Failing)
     monkeypatch.setattr(staging, "read_into", slowly)
     with pytest.raises(RuntimeError, match="page-locking"), filled(files, CPU, size=1, readers=2):
         pass
@@ -175,35 +175,3 @@ def test_a_model_read_in_pieces_is_the_model(tmp_path, monkeypatch, how):
     assert all(type(one) is type(wanted[key]) and torch.equal(one, wanted[key]) for key, one in found.items())
     linears = {key for key, one in wanted.items() if hasattr(one, "qdata")}
     assert taken == [{"cast": set(), "quantized": wanted.keys() - linears}.get(how, set(wanted))]
-
-
-def test_a_buffer_is_used_again_once_it_is_copied(monkeypatch):
-    """On a CPU that is treated as a GPU: an event for each buffer, which is waited for."""
-    said = []
-
-    class Stream:
-        def __init__(self, device):
-            pass
-
-        def synchronize(self):
-            said.append("all")
-
-    class Event:
-        def record(self, stream):
-            said.append("recorded")
-
-        def synchronize(self):
-            said.append("waited for")
-
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda size, dtype, pin_memory: empty(size, dtype=dtype))
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    buffers = staging._Buffers(torch.device("cuda"), 4, None)
-    target = torch.zeros(12, dtype=torch.uint8)
-    for i in range(3):
-        buffers.free(i)[:] = bytes([i] * 4)
-        buffers.copy(i, [staging.Part("a", 4 * i, 0, 4)], {"a": target})
-    buffers.wait()
-    assert target.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert said == ["recorded", "recorded", "waited for", "recorded", "all"]
