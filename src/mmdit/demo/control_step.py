@@ -136,6 +136,9 @@ class Stepper:
         stage: one of `STAGES`.
         data: on the net's device.
         recipe: its numbers of a step.
+
+    Attributes:
+        left_out: how many batches had gradients that were not finite.
     """
 
     def __init__(self, trainer: Trainer, stage: str, data: Data, recipe: ControlRecipe) -> None:
@@ -148,6 +151,7 @@ class Stepper:
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.weights, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)
         self.ema = Ema(trainer.net, recipe.ema)
+        self.left_out = torch.zeros((), dtype=torch.int64, device=device)
         self._graphs: dict[str, RecordedGradients[Batch]] = {}
 
     def step(self, profile: Profile, rate: float) -> Tensor:
@@ -158,11 +162,19 @@ class Stepper:
         """
         batch = self.data.draw(hint_rules(self.trainer.net.config, profile), self.size, self.recipe, self.generator)
         loss = self._gradients(batch, profile)
-        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        norm = nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self._leave_out(~torch.isfinite(norm))
         set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.ema.update()
         return loss
+
+    def _leave_out(self, wrong: Tensor) -> None:
+        """Where gradients are not finite, train on zeros in place of them; the host does not wait to know."""
+        self.left_out = self.left_out + wrong
+        for weight in self.weights:
+            if weight.grad is not None:
+                weight.grad = torch.where(wrong, 0, weight.grad)
 
     def _gradients(self, batch: Batch, profile: Profile) -> Tensor:
         loss_of = partial(self.trainer.loss, self.stage, profile)

@@ -35,7 +35,7 @@ from mmdit.embedded import EMBEDDED
 from mmdit.models.controlnet import ControlKind, ControlNet
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.profiles import PROFILES
-from mmdit.training.journal import Journal, mean_of
+from mmdit.training.journal import Journal
 from mmdit.training.rates import Every, learning_rate
 
 __all__ = ["KINDS", "main", "train"]
@@ -156,8 +156,11 @@ def _stage(
         rate = learning_rate(fraction, step, peak=recipe.rate, warmup=recipe.warmup, decay=recipe.decay)
         losses.append(stepper.step(PROFILES[rng.choice(recipe.profiles)], rate))
         if log.due():
-            loss, ms = mean_of(losses), 1000 * (time.monotonic() - since) / len(losses)
-            keeper.run.journal.row(f"{kind} {stage}", step=step, done=fraction, ms=ms, loss=loss, rate=rate)
+            loss, ms = float(torch.stack(losses).nanmean()), 1000 * (time.monotonic() - since) / len(losses)
+            left_out = int(stepper.left_out)
+            keeper.run.journal.row(
+                f"{kind} {stage}", step=step, done=fraction, ms=ms, loss=loss, rate=rate, left_out=left_out
+            )
             losses, since = [], time.monotonic()
         if save.due():
             keeper.keep(trainer.net, stage)

@@ -1,6 +1,7 @@
 """The training of ControlNets for the embedded model: hints, captions, what is scored, and a run of a few steps."""
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -147,6 +148,20 @@ def test_recorded_steps_train_as_eager_ones(stage, transformer, canny):
         losses.append([float(stepper.step(profile, 1e-3)) for _ in range(4) for profile in PROFILES.values()])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert len(set(losses[1])) > 10  # an empty graph gives one loss again and again
+
+
+def test_a_batch_without_finite_gradients_is_left_out(transformer, canny):
+    """One such batch would make all weights NaN."""
+    trainer = Trainer(new_net("canny", transformer), transformer)
+    stepper = Stepper(trainer, "together", canny, ControlRecipe(scenes=2, batch=2, moves=0))
+    stepper.step(PROFILES["diffusers"], 1e-3)
+    assert int(stepper.left_out) == 0
+    stepper.data = dataclasses.replace(canny, pictures=torch.full_like(canny.pictures, torch.inf))
+    assert not torch.isfinite(stepper.step(PROFILES["diffusers"], 1e-3))
+    assert int(stepper.left_out) == 1
+    assert all(torch.isfinite(weight).all() for weight in trainer.net.parameters())
+    stepper.data = canny
+    assert torch.isfinite(stepper.step(PROFILES["diffusers"], 1e-3))
 
 
 def test_a_run_and_going_on(tmp_path):
