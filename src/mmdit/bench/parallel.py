@@ -76,7 +76,7 @@ class Row:
     predicted_ms: float | None = None  # of a step
     difference: float | None = None  # relative, of the latents to those of the base row
     failed: str = ""
-    choices: str = ""  # how tokens were exchanged, and pictures decoded
+    choices: str = ""  # how tokens were exchanged, and pictures decoded; of one GPU, the step of each rank
 
 
 def bench(setting: Setting, link: Link, *, seconds: float = 90.0, only: Sequence[str] = ()) -> Iterator[Row]:
@@ -265,6 +265,8 @@ def _draw_row(
     row.peak_gb, row.used_gb = (max(each) for each in zip(*mesh.of_all(_memory(setting.device)), strict=True))
     step = row.seconds["steps"] / row.steps
     if layout is None:
+        each = ", ".join(f"{1000 * one:.2f}" for one in mesh.of_all(step))
+        row.choices = f"a step takes {each} ms on the ranks, each alone"
         times.setdefault("branch", step / (2 if guided else 1))
         if not guided:
             times["branch"] = step
