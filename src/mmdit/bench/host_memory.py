@@ -11,6 +11,7 @@ import ctypes
 import gc
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,15 +114,21 @@ def stages(
         yield watch("malloc_trim", give_back)
         yield watch("without models on the device", lambda: _left(pipe))
     except FAILURES as error:
-        yield Stage("failed", failed=said_of(error, 600))
+        where = " < ".join(
+            f"{one.filename.rpartition('/')[2]}:{one.lineno} {one.name}" for one in reversed(_frames(error))
+        )
+        yield Stage("failed", failed=f"{said_of(error, 600)} (in {where})")
+
+
+def _frames(error: BaseException) -> traceback.StackSummary:
+    return traceback.extract_tb(error.__traceback__)
 
 
 def _home(pipe: Pipeline, budget: str) -> None:
-    """Have all weights on the host, in the pages of the units that visit the device."""
+    """Have all weights on the host, in the pages of the units that visit the device; they were on the device before."""
+    pipe._set_budget(bench_memory._bytes_of("resident"))
+    pipe._enter("transformer")  # all models, with a budget that holds them
     pipe._set_budget(bench_memory._bytes_of(budget))
-    assert pipe._turns is not None, "a budget comes with turns"
-    for part in pipe.models.values():
-        pipe._turns._gather(part, fresh=True)
     bench_memory._emptied(pipe.device)
 
 

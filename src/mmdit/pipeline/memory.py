@@ -29,6 +29,7 @@ from mmdit.utils import is_out_of_memory, weight_bytes
 from quant.recipe import Recipe
 from quant.tensor import Float8Tensor
 
+_GRAPHS = 4  # of a drawing where memory is not limited
 _TEXTS = 32  # outputs of text encoders that are kept
 
 
@@ -61,7 +62,7 @@ class PipelineMemory:
         self._turns = None
         if offload is not None or budget is not None:
             self._turns = Residency(device, moves=budget is not None, tight=budget is not None)
-            self._turns.still_in_steps = budget is None
+            self._turns.graphs_at_once = _GRAPHS if budget is None else 0
         self._table = ModulationTable(self.transformer, self._turns) if self._turns is not None else None
         self.memory_plan = None
         self._fit(self._sizes, anew=True)
@@ -133,14 +134,14 @@ class PipelineMemory:
         found = plan(self._budget, self._bytes(), self._setting().activations(sizes))
         self.memory_plan, self._sizes = found, sizes
         assert self._turns is not None, "a budget comes with turns"
-        self._turns.still, self._turns.still_in_steps = found.stays, found.records
+        self._turns.still, self._turns.graphs_at_once = found.stays, int(found.records)
 
     def _set_budget(self, budget: int | None) -> None:
         """Go on with another budget; None has the models take turns, as `offload="stages"` does."""
         assert self._turns is not None, "models that are on the device for good have no budget"
         self._leave()
         self._turns.moves, self._turns.tight = budget is not None or self._turns.moves, budget is not None
-        self._turns.still, self._turns.still_in_steps = False, budget is None
+        self._turns.still, self._turns.graphs_at_once = False, _GRAPHS if budget is None else 0
         self._budget, self.memory_plan = budget, None
         self._fit(self._sizes, anew=True)
 

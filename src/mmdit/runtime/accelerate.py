@@ -5,7 +5,7 @@ The model is left unchanged: `Accelerated.velocity` computes the same function f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
@@ -22,7 +22,7 @@ from mmdit.runtime.compiled import ACCELERATED
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.fast_control import summed
 from mmdit.runtime.fast_nets import ActingNet, FastNets, residuals_of
-from mmdit.runtime.graphs import Graphs, Pace
+from mmdit.runtime.graphs import Graphs, Pace, Step
 from mmdit.runtime.products import Product
 from mmdit.runtime.rows import Rounding
 from mmdit.runtime.sequence import SequenceParallel
@@ -295,11 +295,24 @@ class Accelerated:
         with self._lock:
             if self._keeps_graphs:
                 return self.graphs(key, step, inputs)
-            if key in self.graphs or (timestep in self._planned and self._pace.waits(key)):
-                return self.graphs(key, step, inputs, before=0)
-            found = step(*inputs)
-            self._pace.launched(key, latent.device)
-            return found
+            return self._launched_or_recorded(key, step, inputs, planned=timestep in self._planned)
+
+    def _launched_or_recorded(self, key: Hashable, step: Step, inputs: Sequence[Tensor], *, planned: bool) -> Tensor:
+        """A step where weights move between drawings: once the GPU waits for the host, a graph of this drawing.
+
+        A graph takes the place of the activations of a launched step. So there are as many as fit beside each other, or
+        none where there are more kinds of steps.
+        """
+        assert self._weights is not None, "where weights move, something moves them"
+        fits = len(self._pace.kinds) <= self._weights.graphs_at_once
+        if fits and (key in self.graphs or (planned and self._pace.waits(key))):
+            return self.graphs(key, step, inputs, before=0)
+        self._pace.kinds.add(key)
+        if len(self._pace.kinds) > self._weights.graphs_at_once:
+            self.graphs.clear()
+        found: Tensor = step(*inputs)
+        self._pace.launched(found.device)
+        return found
 
     @property
     def _keeps_graphs(self) -> bool:
@@ -311,7 +324,7 @@ class Accelerated:
         """Whether weights stay where they are while a drawing's steps run; ranks record together or not at all."""
         if self._weights is None or self._weights.still:
             return True
-        return self._weights.still_in_steps and self.sequence is None
+        return self._weights.graphs_at_once > 0 and self.sequence is None
 
     def _visiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self._weights is None else self._weights.visiting(self.model)

@@ -77,26 +77,29 @@ class Graphs:
 
 
 class Pace:
-    """Whether the host launches more slowly than the GPU computes, so that the GPU waits and a graph pays."""
+    """Whether the host launches more slowly than the GPU computes, so that the GPU waits and a graph pays.
+
+    Attributes:
+        kinds: the kinds of steps that were launched.
+    """
 
     def __init__(self) -> None:
+        self.kinds: set[Hashable] = set()
         self._end: torch.cuda.Event | None = None
-        self._launched: set[Hashable] = set()
 
-    def waits(self, key: Hashable) -> bool:
+    def waits(self, kind: Hashable) -> bool:
         """Whether a step of this kind was launched before, and the GPU is done with the last step by now."""
-        return key in self._launched and self._end is not None and self._end.query()
+        return kind in self.kinds and self._end is not None and self._end.query()
 
-    def launched(self, key: Hashable, device: torch.device) -> None:
-        """A step of this kind has just been launched, kernel by kernel."""
+    def launched(self, device: torch.device) -> None:
+        """A step has just been launched, kernel by kernel."""
         self._end = torch.cuda.Event()
         self._end.record(torch.cuda.current_stream(device))
-        self._launched.add(key)
 
     def clear(self) -> None:
         """Forget all steps."""
         self._end = None
-        self._launched.clear()
+        self.kinds.clear()
 
 
 def _copied(leaf: object) -> object:

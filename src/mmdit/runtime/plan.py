@@ -77,8 +77,8 @@ class Activations:
         decode: the VAE on whole pictures.
         tiles: the VAE in tiles, by the side of a tile in pixels.
         table: the modulation of all steps, which is kept while they run.
-        graph: CUDA graphs of a step: kept where the transformer never moves, recorded again in each drawing where it
-            moves between the steps and other stages only.
+        graph: CUDA graphs of a step, which are kept where the transformer never moves. Where it moves between drawings
+            only, each of them records one of its own, whose memory takes the place of a step's activations.
         kept: embeddings and latents.
         reserve: what the process takes of the device beside tensors: its context and the workspaces of libraries.
     """
@@ -104,7 +104,6 @@ class Stage:
         here: blocks of the transformer that are on the device all the time.
         rest_here: whether the transformer's other weights are on the device.
         tile: side of the VAE's tiles in pixels; None is whole pictures.
-        records: whether the activations include those of CUDA graphs; of "steps" alone.
     """
 
     name: str
@@ -114,7 +113,6 @@ class Stage:
     here: tuple[int, ...] = ()
     rest_here: bool = True
     tile: int | None = None
-    records: bool = False
 
     @property
     def bytes(self) -> int:
@@ -174,8 +172,8 @@ class MemoryPlan:
 
     @property
     def records(self) -> bool:
-        """Whether the steps of a drawing may be graphs: no block moves between them, and there is room for graphs."""
-        return self.stays or self.stage("steps").records
+        """Whether the steps of a drawing may be graphs, because no block moves between them."""
+        return not self.streamed
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -329,8 +327,6 @@ class _Planner:
             here = tuple(i for i in range(len(self.transformer.blocks)) if i not in streamed)
             slots = _slots([self.transformer.blocks[i] for i in streamed])
             weights = self._transformer(rung, here) + slots + net.total + self._others(rung, "controlnet")
-            if rung >= STREAMED and not streamed and act.graph:
-                yield Stage("steps", weights, working + act.graph, here=here, records=True)
             yield Stage("steps", weights, working, streamed, here)
 
     def _other(self, name: str, rung: int, steps: Stage) -> Iterator[Stage]:

@@ -293,7 +293,7 @@ class Residency:
         lock: held by the caller that draws with the models.
         moved: grows when weights have moved.
         still: whether whoever decides promises that no block of the transformer moves.
-        still_in_steps: whether none moves between the steps of a drawing, and there is room for graphs of them.
+        graphs_at_once: how many graphs a drawing may hold of its steps, between which no block moves; 0 where one does.
         graphs: those that are cleared before anything moves, unless all is still.
     """
 
@@ -301,7 +301,7 @@ class Residency:
         self.device = torch.device(device)
         if self.device == torch.device("cuda"):  # the current device belongs to a thread
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.lock, self.moved, self.still, self.still_in_steps = RLock(), 0, False, False
+        self.lock, self.moved, self.still, self.graphs_at_once = RLock(), 0, False, 0
         self.graphs: WeakSet[Graphs] = WeakSet()
         self.moves, self.tight = moves or self.device.type != "cpu", tight
         self.queue = CopyQueue(self.device)

@@ -286,16 +286,15 @@ class _Scripted(Pace):
     def query(self):
         return self.said.pop(0)
 
-    def launched(self, key, device):
+    def launched(self, device):
         self._end = self
-        self._launched.add(key)
 
 
 @pytest.fixture
 def visiting(model):
     """A model whose weights take turns, and its fast forward with graphs that only note what they do."""
     weights = Residency("cpu", moves=True)
-    weights.still_in_steps = True
+    weights.graphs_at_once = 1
     weights.enter({model: WHOLE})
     fast = _AsOnGpu(model, weights=weights)
     fast.graphs = _Noted()
@@ -326,6 +325,21 @@ def test_where_weights_visit_steps_are_recorded_once_the_gpu_waits_for_the_host(
 
 
 @pytest.mark.skipif(GPU, reason=SKIPS["stand-in"])
+def test_a_second_kind_of_step_has_a_graph_where_two_fit(model, visiting):
+    """Elsewhere the only graph is freed before the other kind takes its memory, and none is recorded any more."""
+    fast, weights = visiting
+    inputs, held = inputs_of(model), []
+    for fit in (1, 2):
+        weights.graphs_at_once, fast._pace = fit, _Scripted([True] * 9)
+        for i, timestep in enumerate(fast.drawing(TIMES, TIMES)):
+            velocity(fast, inputs, timestep)
+            if i > 1:
+                velocity(fast, inputs, timestep, skip_layers=(1,))
+            held.append(len(fast.graphs))
+    assert held == [0, 1, 0, 0, 0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.skipif(GPU, reason=SKIPS["stand-in"])
 def test_graphs_are_freed_before_weights_move(model, visiting):
     fast, weights = visiting
     inputs, fast._pace = inputs_of(model), _Scripted([True, True, True])
@@ -339,7 +353,7 @@ def test_graphs_are_freed_before_weights_move(model, visiting):
     for timestep in steps:
         velocity(fast, inputs, timestep)
     assert fast.graphs.done == ["records after 0", "records after 0", "replays"], "not the step whose weights arrive"
-    weights.still_in_steps = False
+    weights.graphs_at_once = 0
     assert not fast._may_record
     weights.leave()
 
