@@ -36,7 +36,7 @@ from quant.tensor import Float8Tensor
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
-FORMS = ("before", "through", "twice")  # see `mmdit.runtime.kernels.TOKEN_GELU`
+FORMS = ("before", "twice")  # see `mmdit.runtime.kernels.TOKEN_GELU`
 PARTS = ((32, 128, 3, 4), (32, 64, 4, 4), (32, 64, 3, 8), (16, 128, 4, 4))  # `quant.low_rank_kernels.Blocks` of codes
 CUTS = ((64, 64, 8, 1, 4), (64, 64, 8, 3, 4), (64, 128, 4, 1, 4))  # `mmdit.bench.lora_forms.Cut`
 PARTS_OF_VALUES = ((32, 64, 3, 4), (16, 64, 4, 4))
@@ -75,6 +75,8 @@ class Kernels:
         tasks["gelu token"] = partial(self.gelu, "token", False)
         for tile in TILES:
             tasks[f"gelu token with a LoRA, twice {tile}"] = partial(self.gelu, "token", True, tile)
+        for tile in TILES:
+            tasks[f"largest gelu of rows {tile}"] = partial(self.largest_gelu, tile)
         for form in FORMS:
             tasks[f"fp8 {d} to {4 * d}, gelu token {form}"] = partial(self.inner, form)
         tasks[f"fp8 {d} to {4 * d}, gelu token without"] = partial(self.inner, None)
@@ -138,6 +140,13 @@ class Kernels:
         if lora:
             return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, tile), size)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
+
+    def largest_gelu(self, tile: tuple[int, int, int]) -> Cells:
+        """The first launch of GELU with a LoRA under a scale per row."""
+        from mmdit.runtime import lora_kernels
+
+        x, added = self.random(self.rows.total, 4 * self.d), self.added(4 * self.d)
+        return self.cells(lambda: lora_kernels.largest_gelu(x, self.rows, added, tile), x.nbytes)
 
     def gelu_and_low(self, kind: Kind, cut: tuple[int, int, int, int, int]) -> Cells:
         """GELU that also multiplies by the next down projections; of token scales the second launch alone."""
@@ -240,14 +249,9 @@ def ways(rank: int) -> dict[str, Way]:
     found = {"without": Way(None), "as it is": Way(rank)}
     if HAS_TRITON:
         from mmdit.runtime import kernels
-        from quant import low_rank_kernels
 
-        for blocks in (PARTS[0], PARTS[2]):
-            parts = low_rank_kernels, "_OF_CODES", low_rank_kernels.Blocks(*blocks)
-            found[f"low in parts {blocks}"] = Way(rank, settings=(parts,))
-            for form in FORMS[1:]:
-                both = parts, (kernels, "TOKEN_GELU", form)
-                found[f"low in parts {blocks}, GELU {form}"] = Way(rank, settings=both)
+        for form in FORMS:
+            found[f"GELU {form}"] = Way(rank, settings=((kernels, "TOKEN_GELU", form),))
     found |= {
         "without again": Way(None),
         "eager without": Way(None, True),
@@ -298,14 +302,14 @@ def steps(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     seconds: float = 60.0,
-    only: str = "",
+    only: Sequence[str] = ("",),
 ) -> Iterator[Cells]:
     """Rows of `STEPS`: a step with a LoRA beside every Linear, added in each of the ways there are.
 
     Args:
         model, recipes, rank, size, text, batch, repeats, device, dtype: see `mmdit.bench.lora.steps`.
         seconds: time limit, after which no further row is started.
-        only: ways are left out whose names do not have this.
+        only: what the names of the ways start with that are measured.
     """
     device, start = torch.device(device), time.monotonic()
     inputs = Inputs.random(MODELS[model], check_size(model, size), text, batch, device, dtype)
@@ -314,7 +318,7 @@ def steps(
         tasks: dict[str, Callable[[], Cells]] = {
             name: partial(_step, made, way, inputs, repeats)
             for name, way in ways(rank).items()
-            if only in name and (recipe == "fp8" or "low in parts" not in name)
+            if name.startswith(tuple(only)) and (recipe == "fp8" or "GELU" not in name)
         }
         for name, *cells in attempted(tasks, len(STEPS) - 1, seconds - time.monotonic() + start):
             yield [recipe or str(dtype).removeprefix("torch."), name, *cells]
@@ -360,7 +364,7 @@ def rows_of(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     seconds: float = 60.0,
-    only: str = "",
+    only: Sequence[str] = ("",),
 ) -> Iterator[Cells]:
     """Rows of `HEADERS`.
 
@@ -370,10 +374,12 @@ def rows_of(
         rank: of the LoRA, 16, 32 or 64.
         device, dtype: of the operands.
         seconds: time limit, after which no further row is started.
-        only: rows are left out whose names do not have this.
+        only: what the names of the rows start with that are measured.
     """
     tasks = Kernels(model, rows, rank, torch.device(device), dtype).tasks()
-    return attempted({name: task for name, task in tasks.items() if only in name}, len(HEADERS), seconds)
+    return attempted(
+        {name: task for name, task in tasks.items() if name.startswith(tuple(only))}, len(HEADERS), seconds
+    )
 
 
 def main() -> None:
@@ -384,7 +390,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, choices=[16, 32, 64])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--only", default="", help="rows whose names have this")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="START", help="rows whose names start so")
     parser.add_argument("--steps", action="store_true", help="whole steps, with the LoRA added in each way")
     options = parser.parse_args()
     common = {"rank": options.rank, "device": options.device, "seconds": options.seconds}

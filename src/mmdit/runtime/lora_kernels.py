@@ -22,7 +22,8 @@ from quant.kernels import code_of, row_scale
 from quant.scaling import SMALLEST_SCALE
 
 _ROWS = 64  # of a tile
-_TILE = (_ROWS, 64, 4)  # of `gelu`: rows, columns, and the warps of a program
+# Of `gelu`, of it under a scale per row, and of `largest_gelu`: rows, columns, and the warps of a program.
+_TILE, _TOKEN_TILE, _FIND_TILE = (_ROWS, 64, 4), (_ROWS, 128, 4), (_ROWS, 128, 4)
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -62,48 +63,62 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
 
 
 def gelu(
+    x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] | None = None
+) -> Activation:
+    """`plain_kernels.gelu` and rounding.
+
+    Under a scale per row, `largest_gelu` finds the largest value of each row, and a second launch computes all values
+    again and writes the codes.
+
+    Args:
+        x, rows, rounding, added: see there.
+        tile: rows and columns of a program, and its warps; None takes the fastest on an H200.
+    """
+    blank = Blank.of(rows, x.shape[1], rounding, x, x.dtype)
+    token = rounding.kind == "token"
+    sizes = largest_gelu(x, rows, added) if token else x
+    _launch_gelu(x, rows, rounding, added, blank, sizes, tile or (_TOKEN_TILE if token else _TILE), finds=False)
+    return blank.activation(rows, rounding)
+
+
+def largest_gelu(x: Tensor, rows: Rows, added: Added, tile: tuple[int, int, int] | None = None) -> Tensor:
+    """The largest absolute value of each row of `plain_kernels.gelu`, as the bits of float32 in int32 [rows]."""
+    sizes = torch.zeros(rows.total, dtype=torch.int32, device=x.device)
+    _launch_gelu(x, rows, Rounding("token"), added, Blank(x, None, 0), sizes, tile or _FIND_TILE, finds=True)
+    return sizes
+
+
+def _launch_gelu(
     x: Tensor,
     rows: Rows,
     rounding: Rounding,
     added: Added,
-    tile: tuple[int, int, int] = _TILE,
+    blank: Blank,
+    sizes: Tensor,
+    tile: tuple[int, int, int],
     *,
-    in_place: bool = False,
-) -> Activation:
-    """`plain_kernels.gelu` and rounding.
-
-    Under a scale per row, a launch finds the largest value of each row, and a second one computes all values again and
-    writes the codes.
-
-    Args:
-        x, rows, rounding, added: see there.
-        tile: rows and columns of a program, and its warps.
-        in_place: whether the values are written over x, where nothing is rounded.
-    """
-    width, sizes = x.shape[1], x
-    blank = Blank(x, None, 0) if in_place else Blank.of(rows, width, rounding, x, x.dtype)
-    if token := rounding.kind == "token":
-        sizes = torch.zeros(rows.total, dtype=torch.int32, device=x.device)
-    for finds in (True, False) if token else (False,):
-        _gelu[(triton.cdiv(width, tile[1]), _tiles(rows.as_one_sample(), tile[0]))](
-            x,
-            *targets(blank, rounding, x),
-            sizes,
-            *_factors(added),
-            rows.split,
-            rows.total - rows.split,
-            width,
-            blank.gap,
-            finds,
-            KINDS[rounding.kind],
-            LARGEST["e4m3"],
-            SMALLEST_SCALE,
-            added.up.shape[2],
-            *tile[:2],
-            width % tile[1] == 0,
-            num_warps=tile[2],
-        )
-    return blank.activation(rows, rounding)
+    finds: bool,
+) -> None:
+    """`_gelu` over all tiles."""
+    width = x.shape[1]
+    _gelu[(triton.cdiv(width, tile[1]), _tiles(rows.as_one_sample(), tile[0]))](
+        x,
+        *targets(blank, rounding, x),
+        sizes,
+        *_factors(added),
+        rows.split,
+        rows.total - rows.split,
+        width,
+        blank.gap,
+        finds,
+        KINDS[rounding.kind],
+        LARGEST["e4m3"],
+        SMALLEST_SCALE,
+        added.up.shape[2],
+        *tile[:2],
+        width % tile[1] == 0,
+        num_warps=tile[2],
+    )
 
 
 def _tiles(rows: Rows, block: int) -> int:
@@ -240,8 +255,10 @@ def _gelu(
     value = tl.load(x + place) if even else tl.load(x + place, mask=inside[None, :], other=0.0)
     value = value.to(tl.float32) + tl.dot(a, b, input_precision="ieee")
     if finds:
-        tl.atomic_max(sizes, _largest_gelu(value), mask=there, sem="relaxed")
+        tl.atomic_max(sizes, _largest_gelu(value, x.dtype.element_ty), mask=there, sem="relaxed")
     else:
+        if kind == 1:
+            value = value.to(x.dtype.element_ty).to(tl.float32)
         value = gelu_of(value)
         if kind == 1:
             scale = row_scale(size.to(tl.float32, bitcast=True), largest, smallest)
@@ -256,14 +273,14 @@ def _gelu(
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit
-def _largest_gelu(value):
-    """The largest absolute value of the GELU of each row, as the bits of float32.
+def _largest_gelu(value, dtype: tl.constexpr):
+    """The largest absolute value of the GELU of each row of values rounded to a dtype, as the bits of float32.
 
     GELU grows from 0.3 on, and is nowhere below -0.18, which is -gelu(0.3): it is only computed where a row has nothing
     above. Bits of numbers that are not negative are ordered as they are, and those of NaN come last.
     """
-    top = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True)
+    top = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True).to(dtype).to(tl.float32)
     size = tl.abs(gelu_of(top)).to(tl.int32, bitcast=True)
     if tl.min(top, 0) < 0.3:
-        size = tl.max(tl.abs(gelu_of(value)).to(tl.int32, bitcast=True), 1)
+        size = tl.max(tl.abs(gelu_of(value.to(dtype).to(tl.float32))).to(tl.int32, bitcast=True), 1)
     return size
