@@ -37,9 +37,7 @@ STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
 FORMS = ("before", "twice")  # see `mmdit.runtime.kernels.TOKEN_GELU`
-PARTS = ((32, 128, 3, 4), (32, 64, 4, 4), (32, 64, 3, 8), (16, 128, 4, 4))  # `quant.low_rank_kernels.Blocks` of codes
 CUTS = ((64, 64, 8, 1, 4), (64, 64, 8, 3, 4), (64, 128, 4, 1, 4))  # `mmdit.bench.lora_forms.Cut`
-PARTS_OF_VALUES = ((32, 64, 3, 4), (16, 64, 4, 4))
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
 
@@ -87,11 +85,7 @@ class Kernels:
         tasks["pack with a LoRA"] = partial(self.pack, True)
         for width in (d, 4 * d):
             tasks[f"low {width} codes"] = partial(self.low, width, True)
-            for blocks in PARTS:
-                tasks[f"low {width} codes {blocks}"] = partial(self.low, width, True, blocks)
             tasks[f"low {width} 16 bits"] = partial(self.low, width, False)
-            for blocks in PARTS_OF_VALUES:
-                tasks[f"low {width} 16 bits {blocks}"] = partial(self.low, width, False, blocks)
             tasks[f"F.linear {width} to the rank"] = partial(self.linear, width)
         for kind in ("token", "none"):
             tasks[f"norm {kind}"] = partial(self.norm, kind)
@@ -119,15 +113,14 @@ class Kernels:
         """What a LoRA adds to the products."""
         return Added(self.random(self.rows.total, self.rank), self.random(2, width, self.rank))
 
-    def low(self, width: int, codes: bool, blocks: tuple[int, int, int, int] | None = None) -> Cells:
+    def low(self, width: int, codes: bool) -> Cells:
         """Activations times the down projections."""
-        from quant.low_rank_kernels import Blocks, low
+        from quant.low_rank_kernels import low
 
         x, down = self.activation(width, codes), Down.of(self.random(2, self.rank, width), codes)
         weight = down.exact if down.halves is None else down.halves
-        rest = {} if blocks is None else {"blocks": Blocks(*blocks)}
         size = self.rows.total * (width * (1 if codes else 2) + 2 * self.rank)
-        return self.cells(lambda: low(x.text, x.image, weight, down.factor, self.dtype, **rest), size)
+        return self.cells(lambda: low(x.text, x.image, weight, down.factor, self.dtype), size)
 
     def gelu(self, kind: Kind, lora: bool, tile: tuple[int, int, int] = (64, 64, 4)) -> Cells:
         """GELU of the MLP's inner product; by tiles with a LoRA, also under a scale per row."""
