@@ -286,11 +286,11 @@ def _sync_folder(path: Path) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of the system that name no file, such as "no space left", name the one that is written."""
+    """Errors of the system that name no file, such as "no space left", or a temporary one, name the given file."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or (error.filename is not None and _TEMPORARY not in str(error.filename)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -250,4 +250,12 @@ def test_errors_of_the_system_name_the_file(tmp_path):
         raise OSError(28, "No space left on device")
     assert (caught.value.errno, caught.value.filename) == (28, str(path))
     assert not list(tmp_path.iterdir())
-    assert isinstance(path, Path)
+    path.write_text("old")
+    target = tmp_path / "folder"
+    with pytest.raises(FileExistsError) as taken, replacing(path, new=True) as part:
+        part.write_text("new")
+    with pytest.raises(FileNotFoundError) as inside, replacing_folder(target) as folder:
+        (folder / "in" / "file").write_text("no such folder")
+    assert (taken.value.filename, taken.value.filename2) == (str(path), None)
+    assert inside.value.filename == str(target)
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["old"]

@@ -173,9 +173,15 @@ def _opened(found: Found) -> dict[Component, StoredModel]:
     if without := missing(found):
         has = ", ".join(found.weights) or "no model of SD3"
         said = f"{found.path} is not enough for a picture: it has {has}. Missing:"
-        raise CheckpointError("\n".join([said, *how_to_get(without, found)]))
+        raise CheckpointError("\n".join([said, *how_to_get(without, found), *_whole_above(found)]))
     parts = Components.__dataclass_fields__
     return {component: open_model(found, component) for component in found.weights if component in parts}
+
+
+def _whole_above(found: Found) -> list[str]:
+    """A line that names the folder of a whole pipeline, where a folder inside of it was given."""
+    folders = (folder for folder in found.path.parents[:2] if (folder / "model_index.json").is_file())
+    return [f"  {folder} is a whole pipeline: give that folder" for folder in folders]
 
 
 def check_together(models: Mapping[Component, StoredModel]) -> None:

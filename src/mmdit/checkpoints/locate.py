@@ -431,7 +431,7 @@ def _nothing_in(found: Found, folder: Path) -> str:
     """The message for a folder without a known model, with what it holds instead."""
     files = found.files.weights(folder)
     others = sorted(file.name for file in found.files.aside if file.suffix.lower() in OTHER_ENDINGS)
-    said = f"{folder} holds no transformer of SD3"
+    said = f"{folder} holds no transformer of SD3, nor another model of it"
     if files:
         seen = (f"{file.relative_to(folder)} ({_seen(found, file)})" for file in files[:_SHOWN])
         said += f". It has {len(files)} safetensors files: {', '.join(seen)}"
@@ -445,8 +445,8 @@ def _nothing_in(found: Found, folder: Path) -> str:
             "code and other formats are not read"
         )
     return (
-        f"{said}. Expected are sd3*.safetensors with text_encoders/ beside it (official), transformer/, vae/ and "
-        f"text_encoder*/ (diffusers), or models/checkpoints/ (ComfyUI), with files in {' or '.join(ENDINGS)}"
+        f"{said}. For a picture, expected are sd3*.safetensors with text_encoders/ beside it (official), transformer/, "
+        f"vae/ and text_encoder*/ (diffusers), or models/checkpoints/ (ComfyUI), with files in {' or '.join(ENDINGS)}"
     )
 
 

@@ -48,10 +48,10 @@ def absent(found: Found, component: Component) -> CheckpointError:
     """The error for a model that a checkpoint does not hold."""
     if found.path.is_file():
         holds = looks_like(open_weights(found.path, found.files)[0])
-        holds = " and ".join(map(title, found.weights)) if holds == title("clip") else holds
+        holds, aside = " and ".join(map(title, found.weights)) if holds == title("clip") else holds, ""
     else:
         holds = " and ".join(map(title, found.weights))
-    aside = "".join(f"; {reason}" for _, reason in sorted(found.files.aside.items())[:_SHOWN])
+        aside = "".join(f"; {reason}" for _, reason in sorted(found.files.aside.items())[:_SHOWN])
     return CheckpointError(
         f"{found.path} holds no {title(component)} of SD3; it looks like {holds or 'nothing known here'}{aside}. "
         f"Give a file or folder that holds the {title(component)}"
@@ -62,6 +62,8 @@ def _way(name: str, found: Found) -> tuple[str, str]:
     folder = found.path.parent if found.path.is_file() else found.path
     if name in TOKENIZERS:
         source, place, argument = TOKENIZER_FILES[name], f"{name}/", "tokenizers"
+        if found.tokenizers is not None:
+            return source, f"{found.tokenizers / place}"
     else:
         kind, argument = REGISTRY[name], name
         source, place = kind.source, kind.source.rpartition("/")[0] + "/" if "/" in kind.source else ""

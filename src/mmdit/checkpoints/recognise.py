@@ -108,6 +108,8 @@ def foreign(keys: Iterable[str]) -> str | None:
 def looks_like(keys: Iterable[str]) -> str:
     """A short description of these keys, for an error message."""
     keys = list(keys)
+    if not keys:
+        return "a file without tensors"
     found = split(keys)
     name = foreign(found.left if found.models else keys)
     if name is not None:

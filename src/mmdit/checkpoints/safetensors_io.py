@@ -67,6 +67,8 @@ _OTHER_FILES = {  # first bytes of files that are mistaken for safetensors
     b"\x80\x05": ("a Python pickle", _PICKLE),
     b"GGUF": ("a GGUF file", "its quantizations are not read"),
     b"version https://git-lfs": ("a Git LFS pointer", "it only names the file, which `git lfs pull` downloads"),
+    b"\x89PNG": ("a PNG picture", "it holds no weights"),
+    b"\xff\xd8\xff": ("a JPEG picture", "it holds no weights"),
     b"<": ("a web page", "the download gave an error page or asked to log in"),
 }
 _PACKED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0")  # MX and NVFP4 formats

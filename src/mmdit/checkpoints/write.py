@@ -24,6 +24,7 @@ from mmdit.checkpoints.load import StoredModel, check_loads, open_model, say_not
 from mmdit.checkpoints.locate import TOKENIZERS, Found, ambiguous, locate
 from mmdit.checkpoints.missing import unknown
 from mmdit.checkpoints.safetensors_io import CheckpointError, write_tensors
+from mmdit.models.config import MMDiTConfig
 from mmdit.utils import replacing, replacing_folder
 from samplers import SamplingDefaults, pick, to_scheduler_config
 
@@ -183,12 +184,24 @@ def _warn_of_loss(models: Sequence[StoredModel], sampling: SamplingDefaults) -> 
     if not sampling.is_plain:
         lost.append(f"the scheduler's sampler {sampling.sampler} and schedule {sampling.schedule}")
     for config in (model.config for model in models):
+        if isinstance(config, MMDiTConfig):
+            _warn_of_size(config)
         if isinstance(config, VAEConfig) and (config.scale, config.shift, config.groups) != (1.5305, 0.0609, 32):
             lost.append(f"the VAE's scale {config.scale}, shift {config.shift}, groups {config.groups}")
         if isinstance(config, CLIPConfig) and config.heads != max(config.width // 64, 1):
             lost.append(f"{config.heads} heads of a CLIP tower of width {config.width}")
     if lost:
         warnings.warn(f"this layout has no place for {'; '.join(lost)}: readers will take defaults", stacklevel=4)
+
+
+def _warn_of_size(config: MMDiTConfig) -> None:
+    usual = replace(config, sample_size=None).sample_size
+    if config.sample_size != usual:
+        warnings.warn(
+            f"this layout does not keep that pictures have {config.sample_size} latent cells a side: from it they will "
+            f"have {usual}, unless height and width are given",
+            stacklevel=5,
+        )
 
 
 def _cast(model: StoredModel, dtype: torch.dtype) -> StoredModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from types import ModuleType
 
 from mmdit._version import __version__
@@ -58,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = parser().parse_args(arguments)
+    options, unknown = parser().parse_known_args(arguments)
+    if unknown:
+        options.own_parser.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(options.own_parser, unknown)}")
     try:
         with warnings_shown_by(note_of(options)):
             return int(options.run(options))
@@ -70,6 +73,19 @@ def _run(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("mmdit: stopped", file=sys.stderr)
         return 130
+
+
+def _nearest(own: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """Which options of a command, or of its own commands, an unknown one may mean."""
+    known, parsers = set[str](), [own]
+    while parsers:
+        for action in parsers.pop()._actions:
+            known |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    option = next((one.partition("=")[0] for one in unknown if one.startswith("-")), "")
+    near = get_close_matches(option, sorted(known), n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _code_of(out: Stream) -> int:
@@ -85,6 +101,10 @@ def _code_of(out: Stream) -> int:
 def _said(error: Exception) -> str:
     """The message of an error; messages of the operating system begin with the file's name."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        if isinstance(error, IsADirectoryError):
+            return f"{error.filename} is a folder, and a file is expected"
+        if isinstance(error, FileExistsError):
+            return f"{error.filename}: {error.strerror}; give another name, or remove it first"
         other = f" -> {error.filename2}" if error.filename2 is not None else ""
         return f"{error.filename}{other}: {error.strerror}"
     return str(error)
@@ -115,6 +135,6 @@ def parser() -> argparse.ArgumentParser:
         layout = getattr(module, "LAYOUT", {})
         name = module.__name__.rpartition(".")[2]
         one = commands.add_parser(name, parents=[common], help=said, description=words, **layout)
-        one.set_defaults(run=module.run, parser=top)
+        one.set_defaults(run=module.run, parser=top, own_parser=one)
         module.add_options(one)
     return top

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from mmdit.cli.usage import exists
+
 if TYPE_CHECKING:  # the help of the command line imports no torch
     from mmdit.pipeline.pipeline import Pipeline
     from mmdit.pipeline.settings import Settings
@@ -29,6 +31,8 @@ def lora_option(text: str) -> LoraOption:
         try:
             number = float(last)
         except ValueError:
+            if exists(before) and not exists(text):
+                raise argparse.ArgumentTypeError(f"the weight {last!r} of {before} is no number") from None
             break
         if not math.isfinite(number):
             raise argparse.ArgumentTypeError(f"the weight {last} of {before} is no finite number")
@@ -47,8 +51,9 @@ def check_loras(ask: argparse.Namespace, before: Settings | None) -> None:
     from mmdit.pipeline.used_files import loras_of
 
     if ask.lora:
-        if missing := [one.file for one in ask.lora if not Path(one.file).is_file()]:
-            raise ValueError(f"--lora {missing[0]}: there is no such file")
+        if missing := [Path(one.file) for one in ask.lora if not Path(one.file).is_file()]:
+            what = "a folder is there, and a file is expected" if missing[0].is_dir() else "there is no such file"
+            raise ValueError(f"--lora {missing[0]}: {what}")
         return
     for one in [] if before is None else loras_of(before.loras, ask.settings):
         if not one.file or not Path(one.file).is_file():

@@ -18,6 +18,7 @@ from encoders import Tokenizers
 from mmdit.checkpoints.hub import fetch, is_repo_id
 from mmdit.checkpoints.load import open_model
 from mmdit.checkpoints.locate import Found, locate, open_weights, with_neighbours
+from mmdit.checkpoints.missing import absent
 from mmdit.checkpoints.write import write_checkpoint
 from quant.formats import FLOAT8
 
@@ -88,6 +89,8 @@ def _has_float8(found: Found) -> bool:
 
 
 def _rewritten(found: Found, target: Path, dtype: torch.dtype) -> Path:
+    if "transformer" not in found.weights:
+        raise absent(found, "transformer")
     if found.tokenizers is None:
         raise FileNotFoundError(
             f"{found.path} has no tokenizer folders, which diffusers needs: put tokenizer, tokenizer_2 and tokenizer_3 "

@@ -62,7 +62,8 @@ def checked_quant(quant: str | Recipe | None) -> Recipe | None:
     recipe = as_recipe(quant, "quant")
     if recipe.activation == "static":
         raise ValueError(
-            f"quant={quant!r} needs scales of the activations: load without quant, then mmdit.quantize_static"
+            f"quant={quant!r} needs scales of the activations: load without quant, then call "
+            "mmdit.quantize_static; or write a quantized model by `mmdit quantize --recipe fp8-static`"
         )
     return recipe
 

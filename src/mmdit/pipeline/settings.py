@@ -37,7 +37,7 @@ FORMAT_VERSION = (
     5  # of the settings; a new field needs a new version, and `Settings.from_json` fills it in for old versions
 )
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_ORIGINAL = "Take the file as mmdit-lab wrote it, or Settings.to_json() as it is; other programs change or drop them"
+_ORIGINAL = "Give the PNG as mmdit-lab wrote it, or what Settings.to_json() gave; other programs may drop settings"
 _EXACT = 2**53  # up to here, every whole number has an exact float
 _JSON = "give Unicode strings, finite numbers, bools, None, and lists and dicts of these"
 MAX_T5_TOKENS = 2**16  # that `max_sequence_length` may ask for

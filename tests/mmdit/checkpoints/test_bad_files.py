@@ -171,7 +171,7 @@ FOREIGN = {f"LoRA, {name}": ([key], "a LoRA (weights to add to a model") for nam
     "official ControlNet": (list(golden.manifest("sd3.5_large_controlnet.safetensors")["tensors"]), "ControlNet"),
     "diffusers ControlNet": (list(golden.manifest("diffusers.sd3.5_large.controlnet")["tensors"]), "ControlNet"),
     "anything": (["b", "a"], "no model known here (first keys: a, b)"),
-    "nothing": ([], "no model known here"),
+    "nothing": ([], "a file without tensors"),
 }
 
 

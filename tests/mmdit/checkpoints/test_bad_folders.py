@@ -146,7 +146,8 @@ def test_missing_tokenizer_files(folder):
 
 
 def test_missing_beside_a_single_file(tiny_folders, tmp_path):
-    path = convert(tiny_folders["sd3.5-medium"] / "transformer", tmp_path / "in" / "a.safetensors", "single")
+    with pytest.warns(UserWarning, match=r"have 8 latent cells.*will have 32"):
+        path = convert(tiny_folders["sd3.5-medium"] / "transformer", tmp_path / "in" / "a.safetensors", "single")
     message = refuses(
         lambda: Pipeline.from_single_file(path),
         path,
@@ -163,6 +164,13 @@ def test_missing_beside_a_single_file(tiny_folders, tmp_path):
         "tokenizer, tokenizer_2, tokenizer_3",
         error=FileNotFoundError,
     )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refuses(lambda: Pipeline.from_single_file(path, tokenizers=empty), f"-> {empty}/tokenizer_2")
+    refuses(lambda: Pipeline.from_single_file(path, vae=empty), f"{empty} holds no", "nor another model")
+    refuses(lambda: Pipeline.from_pretrained(tiny_folders["sd3.5-medium"] / "vae"), "holds no transformer")
+    inside = tiny_folders["sd3.5-medium"] / "transformer"
+    refuses(lambda: Pipeline.from_pretrained(inside), "not enough", f"{inside.parent} is a whole pipeline")
     lora = tmp_path / "lora.safetensors"
     save_file(LORA, lora)
     refuses(lambda: Pipeline.from_single_file(path, vae=lora), lora, "no VAE", "a LoRA")

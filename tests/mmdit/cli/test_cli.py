@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from mmdit import Pipeline, calibrate, load_mmdit
 from mmdit.cli.app import main
@@ -73,6 +74,47 @@ def test_errors_are_one_sentence_without_traceback(tiny_folders, tmp_path, monke
     assert "\nmmdit: " in f"\n{error}"
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["generate", "x", "--prompt-file", "y"], "did you mean --profile or --prompts?"),
+        (["train", "init", "run.json", "--dtta", "y"], "did you mean --data?"),
+        (["compare", "x", "demo"], "unrecognized arguments: demo\n"),
+        (["generate", "x", "--lora", "style.safetensors:strong"], "the weight 'strong' of style.safetensors is no num"),
+    ],
+)
+def test_arguments_that_are_not_known(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "style.safetensors").touch()
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_folders_and_other_files_in_place_of_what_is_wanted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder, picture, empty = tmp_path / "folder", tmp_path / "a.png", tmp_path / "empty.safetensors"
+    folder.mkdir()
+    Image.new("RGB", (16, 16)).save(picture)
+    save_file({}, empty)
+    (tmp_path / "beside.safetensors").write_bytes(b"broken")
+    for arguments, *said in (
+        (["generate", "x", "--image", "folder"], "folder is a folder"),
+        (["generate", "x", "--lora", "folder"], "--lora folder", "folder is there"),
+        (["generate", "x", "--settings", "empty.safetensors"], "empty.safetensors is not a PNG"),
+        (["generate", "x", "-m", "a.png"], "a.png is a PNG picture, not safetensors"),
+        (["generate", "x", "-m", "empty.safetensors"], "no transformer", "a file without tensors"),
+        (["verify", "empty.safetensors"], "no transformer", "a file without tensors"),
+        (["train", "init", "a.png", "--model", "demo", "--data", "folder"], "a.png: File exists; give another name"),
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert all(part in error for part in said), error
+        assert "beside" not in error
+        assert ".mmdit-" not in error
 
 
 def test_debug_shows_the_traceback(tmp_path):
