@@ -20,6 +20,7 @@ from encoders.t5 import T5Config
 from encoders.vae import VAEConfig
 from mmdit.bench.random_models import MODELS, check_names, check_size, fill, quantized
 from mmdit.bench.rows import FAILURES, said_of
+from mmdit.checkpoints.load import NoInitialValues
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
@@ -315,7 +316,7 @@ def _encoders(model: str, recipe: str, device: torch.device, dtype: torch.dtype)
         parts: dict[str, torch.nn.Module] = {"clip_l": pipe.clip_l, "clip_g": pipe.clip_g, "t5": pipe.t5}
         parts["vae"] = pipe.vae
     else:
-        with torch.device("meta"):
+        with torch.device("meta"), NoInitialValues():
             parts = {
                 "clip_l": CLIPText(CLIPConfig(768, 12, 3072, "quick_gelu", 12)),
                 "clip_g": CLIPText(CLIPConfig(1280, 32, 5120, "gelu", 20, projection_dim=1280)),
@@ -334,7 +335,7 @@ def _pipeline(
     before: Pipeline | None,
 ) -> Pipeline:
     """A pipeline whose weights go to pinned host memory; those of encoders may be there for the one before."""
-    with torch.device("meta"):
+    with torch.device("meta"), NoInitialValues():
         transformer = MMDiT(MODELS[model])
     parts = Components(
         _random(transformer, recipe, device, dtype),  # type: ignore[arg-type]

@@ -259,12 +259,12 @@ def model_in_memory(component: Component, model: nn.Module) -> StoredModel:
 def empty(stored: StoredModel) -> nn.Module:
     """The model on the meta device, which has shapes and no values."""
     make: Any = stored.kind.module
-    with torch.device("meta"), _NoInitialValues():
+    with torch.device("meta"), NoInitialValues():
         return make(stored.config)
 
 
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: on the meta device it has nothing to fill, and loads torch's compiler for it."""
+class NoInitialValues(TorchFunctionMode):
+    """Leaves out `torch.nn.init`: on the meta device it has nothing to fill, and loads 900 modules of torch for it."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
