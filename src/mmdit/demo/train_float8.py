@@ -14,12 +14,12 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from mmdit.checkpoints.load_pipeline import Components
@@ -32,13 +32,15 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.calibration import Calibration, calibrate, fold
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
-from mmdit.training.distil import Distilled, States, distil, states_of
+from mmdit.training.distil import Distilled, DivergedError, States, distil, guided, states_of
 from mmdit.training.journal import Journal, mean_of
 from mmdit.training.rates import Every
 from mmdit.utils import markdown_table, write_text
+from quant.observers import observe
 from quant.quantize import quantize_, snr
 from quant.recipe import RECIPES
 from quant.scaling import scale_of
+from quant.tensor import Float8Tensor
 from quant.training import fake_quantize_, quantize_trained_
 
 __all__ = ["Float8Recipe", "main", "train"]
@@ -100,18 +102,26 @@ def train(
     states = states.with_velocities(drawing.transformer, recipe.drawn)
     del drawing
     journal.say(f"{recipe.prompts} prompts drawn; first {texts[0]!r}")
-    left = max(1.0, seconds - (time.monotonic() - start)) / len(recipes)
+    left = max(1.0, seconds - (time.monotonic() - start)) / len({dynamic(name) for name in recipes})
     found, rows, base = {}, [], drawn(pipe, teacher, recipe)
+    trained: dict[str, MMDiT] = {}
     for name in recipes:
         plain, start_from = copy.deepcopy(teacher), copy.deepcopy(folded)
         quantize_(plain, name, input_scales=_static(name, input_scales(plain_seen)))
         quantize_(start_from, name, input_scales=_static(name, input_scales(seen)), moments=seen.moments())
         _written(pipe, start_from, folder / f"{name}-calibrated")
-        students = (plain, start_from, _tuned(name, start_from, teacher, states, left, folder, journal, recipe))
+        if (by := dynamic(name)) not in trained:
+            trained[by] = _tuned(by, with_activations(start_from, by), teacher, states, left, folder, journal, recipe)
+        tuned = copy.deepcopy(trained[by])
+        scales = _static(name, seen_scales(tuned, states, recipe))
+        quantize_trained_(tuned)
+        students = (plain, start_from, with_activations(tuned, name, scales))
         close = [closeness(base, drawn(pipe, student, recipe)) for student in students]
         journal.say(f"{name}: SNR of latents in dB, plain, calibrated, fine-tuned: {close}")
+        if not close[2] > close[1]:
+            journal.say(f"!!! {name}: THE TRAINING HAS MADE IT WORSE; {folder / name} IS THE CALIBRATED MODEL !!!")
         rows.append((name, *(f"{value:.2f}" for value in close)))
-        found[name] = _written(pipe, students[-1], folder / name)
+        found[name] = _written(pipe, students[2] if close[2] > close[1] else start_from, folder / name)
     titles = ("recipe", "SNR of latents in dB, plain", "calibrated", "fine-tuned")
     table = "\n".join(markdown_table(titles, rows)) + "\n"
     write_text(folder / "float8.md", table)
@@ -140,6 +150,36 @@ def input_scales(seen: Calibration) -> dict[str, Tensor]:
 
 def _static(name: str, scales: dict[str, Tensor]) -> dict[str, Tensor] | None:
     return scales if RECIPES[name].activation == "static" else None
+
+
+def dynamic(name: str) -> str:
+    """The recipe that a recipe is trained as: that with a scale for each call, where its own scales are static.
+
+    With fixed scales, an activation that grows beyond its range is cut there, and no gradient brings it back.
+    """
+    return "fp8-tensor" if name == "fp8-static" else name
+
+
+@torch.no_grad()
+def seen_scales(student: MMDiT, states: States, recipe: Float8Recipe) -> dict[str, Tensor]:
+    """Static scales of a student's activations, over the states of so many prompts as a calibration has."""
+    with observe(student) as seen:
+        for batch in states.parts(recipe.drawn, recipe.calibration):
+            guided(student, batch, states.guidance)
+    return {name: scale_of(one.amax, "e4m3") for name, one in seen.items()}
+
+
+def with_activations(model: MMDiT, name: str, scales: dict[str, Tensor] | None = None) -> MMDiT:
+    """A copy of a quantized model, of the same codes, whose activations are rounded as in the recipe `name`."""
+    made = copy.deepcopy(model)
+    for path, linear in made.named_modules():
+        weight = getattr(linear, "weight", None)
+        if isinstance(linear, nn.Linear) and isinstance(weight, Float8Tensor):
+            scale = None if scales is None else scales[path]
+            new = weight._replace(recipe=RECIPES[name], input_scale=scale)
+            new.snr = weight.snr
+            linear.weight = nn.Parameter(new, requires_grad=False)
+    return made
 
 
 @torch.no_grad()
@@ -186,7 +226,10 @@ def _tuned(
     journal: Journal,
     recipe: Float8Recipe,
 ) -> MMDiT:
-    """The student after its training, in float8; a state in the folder is where it goes on."""
+    """The student after its training, not yet in float8; a state in the folder is where it goes on.
+
+    A training that diverges ends, and gives the weights of the best mean loss between two lines of the log.
+    """
     student, path = student_of(start_from, name), folder / f"{name}.pt"
     done = 0.0
     if path.exists():
@@ -195,17 +238,23 @@ def _tuned(
         done = state["done"]
         journal.say(f"{name}: going on, {done:.0%} done")
     log, save, losses = Every(recipe.log_seconds), Every(recipe.save_seconds), list[Tensor]()
-    if done < 1:
-        for found in _quickest(student, teacher, states, done, max(1.0, (1 - done) * seconds), journal, recipe):
+    best, least = copy.deepcopy(student.state_dict()), float("inf")
+    left = max(1.0, (1 - done) * seconds)
+    try:
+        for found in _quickest(student, teacher, states, done, left, journal, recipe) if done < 1 else ():
             losses.append(found.loss)
             if log.due() or found.share >= 1 or found.step == 1:
-                journal.row(name, step=found.step, done=found.share, loss=mean_of(losses))
+                loss = mean_of(losses)
+                journal.row(name, step=found.step, done=found.share, loss=loss)
                 losses = []
+                if found.step > 1 and loss < least:
+                    best, least = copy.deepcopy(student.state_dict()), loss
             if save.due() or found.share >= 1:
                 save_whole({"student": student.state_dict(), "done": found.share}, path)
-    student.requires_grad_(False)
-    quantize_trained_(student)
-    return student
+    except (DivergedError, FloatingPointError) as error:
+        journal.say(f"!!! {name} DIVERGED, ITS BEST WEIGHTS ARE TAKEN: {error} !!!")
+        student.load_state_dict(best)
+    return student.requires_grad_(False)
 
 
 def _quickest(
@@ -265,9 +314,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipes", nargs="+", default=["fp8-static", "fp8-tensor"], choices=sorted(RECIPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="in 16 bits (default: %(default)s)")
+    parser.add_argument("--rate", type=float, help="of Adam (default: that of the recipe)")
     options = parser.parse_args(arguments)
+    recipe = CPU if options.device == "cpu" else Float8Recipe()
+    if options.rate is not None:
+        recipe = replace(recipe, rate=options.rate)
     torch.set_float32_matmul_precision("high")  # the mantissa of TF32 holds every float8 code
-    train(options.out, options.seconds, options.recipes, device=options.device, model=options.model)
+    train(options.out, options.seconds, options.recipes, recipe=recipe, device=options.device, model=options.model)
     return 0
 
 

@@ -32,7 +32,17 @@ from mmdit.pipeline.seeds import generators
 from mmdit.runtime.hooks import Hook, hooks, repeating
 from mmdit.training.recording import RecordedGradients, eager_gradients
 
-__all__ = ["Distilled", "States", "distil", "distil_blocks", "guided", "guided_loss", "states_of", "wanted_of"]
+__all__ = [
+    "Distilled",
+    "DivergedError",
+    "States",
+    "distil",
+    "distil_blocks",
+    "guided",
+    "guided_loss",
+    "states_of",
+    "wanted_of",
+]
 
 
 class States(NamedTuple):
@@ -86,10 +96,14 @@ class States(NamedTuple):
     @torch.no_grad()
     def with_velocities(self, teacher: nn.Module, batch: int = 256) -> Self:
         """The same states with the teacher's velocities, so that training does not compute them again in each step."""
-        prompts, steps = self.x.shape[:2]
-        places = torch.cartesian_prod(*(torch.arange(n, device=self.x.device) for n in (prompts, steps)))
-        parts = [torch.stack(guided(teacher, self._batch(*part.T), self.guidance)[:2]) for part in places.split(batch)]
-        return self._replace(velocities=torch.cat(parts, dim=1).unflatten(1, (prompts, steps)))
+        parts = [torch.stack(guided(teacher, part, self.guidance)[:2]) for part in self.parts(batch)]
+        return self._replace(velocities=torch.cat(parts, dim=1).unflatten(1, self.x.shape[:2]))
+
+    def parts(self, batch: int, prompts: int | None = None) -> Iterator[StateBatch]:
+        """Every state of the first `prompts` drawings (None: of all) in their order, so many at a time."""
+        sizes = (len(self.x[:prompts]), self.x.shape[1])
+        places = torch.cartesian_prod(*(torch.arange(n, device=self.x.device) for n in sizes))
+        return (self._batch(*part.T) for part in places.split(batch))
 
     def to(self, device: torch.device | str) -> Self:
         """The same states on a device."""
@@ -111,6 +125,10 @@ class StateBatch(NamedTuple):
     no_context: Tensor
     no_pooled: Tensor
     velocities: Tensor | None = None
+
+
+class DivergedError(RuntimeError):
+    """The loss of a training has grown far above what it was, or a recorded step computes another than an eager one."""
 
 
 class Distilled(NamedTuple):
@@ -257,6 +275,8 @@ def distil(
         RuntimeError: the step cannot be recorded. No weight has changed.
         FloatingPointError: a loss or a gradient is not finite; the step and the first layer are named. No weight has
             changed in that step.
+        DivergedError: the mean loss of some tens of steps is three times that of the first ones; or a recorded step
+            gives another loss than an eager one of the same batch, which is compared in steps 1, 2, 4, 8 and so on.
     """
 
     def loss(drawn: StateBatch) -> Tensor:
@@ -340,6 +360,7 @@ def _fitted(
     optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99), fused=trained[0].device.type == "cuda")
     start, step, share, setup = time.monotonic(), 0, done, 0.0
     gradients: Callable[[StateBatch], Tensor] = partial(eager_gradients, loss_of, trained)
+    watch = _Watch()
     while share < 1:
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * share)) / 2
         batch = draw(generator)
@@ -349,6 +370,9 @@ def _fitted(
         norm = nn.utils.clip_grad_norm_(trained, 1.0)
         if not bool(torch.isfinite(loss + norm)):
             raise FloatingPointError(_not_finite(module, loss, norm, step, block, partial(loss_of, batch)))
+        watch(step, float(loss))
+        if recorded and (step + 1).bit_count() == 1:
+            _check_recorded(step, float(loss), loss_of, batch)
         optimizer.step()
         step += 1
         passed = time.monotonic() - start
@@ -356,6 +380,38 @@ def _fitted(
         by_time = (passed - setup) / max(seconds - setup, 1e-3) if seconds else 0.0
         share = done + (1 - done) * min(1.0, max(by_time, step / steps if steps else 0.0))
         yield Distilled(step, share, loss, block)
+
+
+class _Watch:
+    """Compares the mean loss of the last steps with that of the first ones."""
+
+    first, grown = 30, 3.0  # steps, and the factor that ends a training
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.start = math.inf
+
+    def __call__(self, step: int, loss: float) -> None:
+        """Take the loss of a step.
+
+        Raises:
+            DivergedError: the mean has grown by the factor.
+        """
+        self.losses = [*self.losses[1 - self.first :], loss]
+        mean = sum(self.losses) / len(self.losses)
+        if step + 1 == self.first:
+            self.start = mean
+        if mean > self.grown * self.start:
+            raise DivergedError(
+                f"step {step}: the mean loss of the last {self.first} steps, {mean:.4g}, is more than {self.grown:g} "
+                f"times that of the first, {self.start:.4g}: train with a lower rate, from weights of before"
+            )
+
+
+def _check_recorded(step: int, loss: float, loss_of: Callable[[StateBatch], Tensor], batch: StateBatch) -> None:
+    eager = float(loss_of(batch).detach())  # with gradients, because compiled blocks compile anew without
+    if not math.isclose(loss, eager, rel_tol=0.05):
+        raise DivergedError(f"step {step}: the recorded graph gives the loss {loss:.4g}, an eager pass {eager:.4g}")
 
 
 def _not_finite(
