@@ -241,10 +241,12 @@ def ways(rank: int) -> dict[str, Way]:
     """What is compared, by name."""
     found = {"without": Way(None), "as it is": Way(rank)}
     if HAS_TRITON:
-        from mmdit.runtime import kernels
+        from mmdit.runtime import kernels, lora_kernels
 
-        for form in FORMS:
-            found[f"GELU {form}"] = Way(rank, settings=((kernels, "TOKEN_GELU", form),))
+        found["GELU before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
+        for tile in TILES[:3]:
+            twice = (kernels, "TOKEN_GELU", "twice"), (lora_kernels, "_TOKEN_TILE", tile)
+            found[f"GELU twice {tile}"] = Way(rank, settings=twice)
     found |= {
         "without again": Way(None),
         "eager without": Way(None, True),

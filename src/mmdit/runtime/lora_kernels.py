@@ -23,7 +23,7 @@ from quant.scaling import SMALLEST_SCALE
 
 _ROWS = 64  # of a tile
 # Of `gelu`, of it under a scale per row, and of `largest_gelu`: rows, columns, and the warps of a program.
-_TILE, _TOKEN_TILE, _FIND_TILE = (_ROWS, 64, 4), (_ROWS, 128, 4), (_ROWS, 128, 4)
+_TILE, _TOKEN_TILE, _FIND_TILE = (_ROWS, 64, 4), (_ROWS, 64, 4), (_ROWS, 128, 4)
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
