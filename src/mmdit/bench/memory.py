@@ -355,11 +355,25 @@ def _pipeline(
 def _random(part: torch.nn.Module, recipe: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Random weights, made and quantized on the device."""
     if next(part.parameters()).is_meta:
-        part = part.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-        fill(part)
+        with torch.device(device):
+            _empty(part, dtype)
+        fill(part.requires_grad_(False).eval())
     if recipe != "16":
         quantized(part, recipe)
     return part
+
+
+def _empty(part: torch.nn.Module, dtype: torch.dtype) -> None:
+    """As `to_empty`, without the compiler that it loads for models on the meta device: 80 MB of host memory."""
+    made: dict[int, Any] = {}
+    for module in part.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    new = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+                    made[id(tensor)] = torch.nn.Parameter(new) if isinstance(tensor, torch.nn.Parameter) else new
+                if tensor is not None:
+                    tensors[name] = made[id(tensor)]
 
 
 def _emptied(device: torch.device) -> None:
