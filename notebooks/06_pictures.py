@@ -18,7 +18,7 @@ from mmdit.demo.score import parse_batch, score_batch
 
 torch.set_grad_enabled(False)
 QUICK = os.environ.get("MMDIT_QUICK") == "1"
-STEPS = 4 if QUICK else 20
+STEPS = 2 if QUICK else 20
 SEEDS = [1] if QUICK else list(range(1, 9))
 RED = "a large red circle above a blue star, on a white background"
 GREEN = "a large green circle above a blue star, on a white background"

@@ -76,6 +76,17 @@ def as_users_run_it() -> Iterator[None]:
     jaxtyping_config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a pipeline have 64 pixels a side where no size is given: a quarter of the embedded model's."""
+    from mmdit.pipeline.base import PipelineModels
+
+    cells = PipelineModels._cells
+    monkeypatch.setattr(
+        PipelineModels, "_cells", lambda self, pixels, name: cells(self, 64 if pixels is None else pixels, name)
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator["TinyFolders"]:
     """Diffusers folders of tiny random pipelines, by variant name, made when first asked for."""

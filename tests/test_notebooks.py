@@ -35,7 +35,7 @@ def in_a_process(path, folder):
 
 
 def here(path, monkeypatch, folder):
-    """In this process, which has everything imported already, with the 77 T5 tokens of the other profiles."""
+    """In this process, which has everything imported already; small pictures, the 77 T5 tokens of the other profiles."""
     import matplotlib.pyplot as plt
 
     diffusers = PROFILES["diffusers"]
@@ -54,10 +54,11 @@ def here(path, monkeypatch, folder):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # as for a script: torch's own, of __array__
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path, monkeypatch):
+def test_notebook(path, tmp_path, monkeypatch, request):
     if FULL:
         in_a_process(path, tmp_path)
     else:
+        request.getfixturevalue("small_pictures")
         here(path, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir()), "a notebook leaves files behind"
 

@@ -15,10 +15,11 @@ from mmdit.cli.app import parser
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", *sorted((ROOT / "src").glob("**/README.md"))]
-# What a test changes in a snippet: fewer steps, so that it is quick, and places that only its reader has.
+# What a test changes in a snippet: fewer steps and pixels, so that it is quick, and places that only its reader has.
 SUBSTITUTIONS = {
     r"num_inference_steps=\d+": "num_inference_steps=2",
     r"\bsigmas\(28\)": "sigmas(4)",
+    r"\b128\b": "64",  # the sides of a picture
     r'device="cuda"': 'device="cpu"',
 }
 ELSEWHERE = re.compile(r"\bFOLDER\b|from_pretrained\(|from_single_file\(|load_lora\(|\bfolder\b")  # needs weights
@@ -47,7 +48,7 @@ WITH_PYTHON = [path for path in READMES if fenced(path.read_text(), "python") an
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=name_of)  # that of inspection runs in its own test_readme.py
-def test_python_blocks_run(path, tmp_path, monkeypatch):
+def test_python_blocks_run(path, tmp_path, monkeypatch, small_pictures):
     """All blocks of a file in one namespace, in their order."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")

@@ -59,28 +59,41 @@ def checked(made: Any) -> Any:
         if dataclasses.is_dataclass(made):
             made.__init__ = checked(made.__init__)
         return made
-    if not made.__annotations__ or (inner := _checked(made)) is made:
+    if not made.__annotations__:
         return made
     shapes = [text for text in map(str, made.__annotations__.values()) if SHAPES.search(text)]
     if inspect.isgeneratorfunction(made) or any("{" in text for text in shapes):
         return jaxtyped(made, typechecker=_checked)
-    if shapes:
-        return _with_sizes(made, inner)
+    return (_with_sizes if shapes else _without_sizes)(made)
+
+
+def _without_sizes(made: Callable[..., Any]) -> Callable[..., Any]:
+    """The checked function; what checks it is made when it is first called, and most are never called."""
+    inner: Callable[..., Any] | None = None
 
     @wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return (made if config.jaxtyping_disable else inner)(*args, **kwargs)
+        nonlocal inner
+        if config.jaxtyping_disable:
+            return made(*args, **kwargs)
+        if inner is None:
+            inner = _checked(made)
+        return inner(*args, **kwargs)
 
     return call
 
 
-def _with_sizes(made: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
-    """The checked function, each call of which has sizes of its own by name."""
+def _with_sizes(made: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, where each call has sizes of its own by name."""
+    inner: Callable[..., Any] | None = None
 
     @wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inner
         if config.jaxtyping_disable:
             return made(*args, **kwargs)
+        if inner is None:
+            inner = _checked(made)
         with jaxtyped("context"):
             return inner(*args, **kwargs)
 

@@ -7,7 +7,7 @@ ROOM = Path(__file__).parents[3] / "src" / "mmdit" / "inspection"
 TEXT = (ROOM / "README.md").read_text(encoding="utf-8")
 
 
-def test_snippets_run():
+def test_snippets_run(small_pictures):
     names = {}
     for snippet in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(snippet, names)  # our own text
