@@ -77,8 +77,7 @@ def pictures(folder: Path) -> Iterator[Case]:
     file = BytesIO()
     Image.new("RGB", (4, 4)).save(file, format="png")
     plain, path = file.getvalue(), folder / "x.png"
-    packer = zlib.compressobj()
-    packed = b"".join([*(packer.compress(bytes(2**20)) for _ in range(512)), packer.flush()])
+    packed = zeros(512)
     for name, kind, content in (
         ("zTXt", b"zTXt", b"mmdit\0\0" + packed),
         ("iTXt", b"iTXt", b"mmdit\0\1\0\0\0" + packed),
@@ -95,6 +94,13 @@ def pictures(folder: Path) -> Iterator[Case]:
     yield "capture of 100,000 axes", lambda: load_capture(place)
     words = ("generate", "a", "--output", str(folder / "o.png"), "--steps", "1000000000")
     yield "--steps 1000000000", lambda: refuse_code(main(list(words)))
+
+
+def zeros(megabytes: int) -> bytes:
+    """A zlib stream of so many MB of zeros, put together from the stream of one, which takes a second less per 170 MB."""
+    packer, length = zlib.compressobj(wbits=-15), megabytes * 2**20
+    one = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
+    return b"\x78\x9c" + megabytes * one + b"\3\0" + struct.pack(">HH", length % 65521, 1)  # Adler-32 at the end
 
 
 def refuse_code(code: int) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from beartype import BeartypeConf, beartype
@@ -25,6 +25,7 @@ from beartype.roar import BeartypeDecorHintPep673Exception
 from jaxtyping import config, jaxtyped
 
 ONLY_FOR_TYPES: dict[str, set[str]] = {}  # by module: the names that it imports under TYPE_CHECKING
+AS_IMPORTED: dict[str, dict[str, Any]] = {}  # by module: what its names were before any test replaced some
 SHAPES = re.compile(r"\b(Float|Int|Bool)\[")
 as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
 
@@ -32,21 +33,19 @@ as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check the call, unless the signature says `Self`, which beartype takes only from classes it decorates itself."""
     try:
-        return as_type_error(_without_unknown(function))
+        return as_type_error(_with_types(function))
     except BeartypeDecorHintPep673Exception:
         return function
 
 
-def _without_unknown(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy without the annotations that no running program can read, where it has such."""
-    unknown = ONLY_FOR_TYPES.get(function.__module__, set())
+def _with_types(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy whose annotations are types, without those that no running program can read."""
+    unknown, names = ONLY_FOR_TYPES.get(function.__module__, set()), AS_IMPORTED.get(function.__module__)
     known = {
-        name: one
+        name: eval(one, names) if isinstance(one, str) and names else one  # our own annotations
         for name, one in function.__annotations__.items()
         if not (isinstance(one, str) and unknown & {*re.findall(r"\w+", one)})
     }
-    if len(known) == len(function.__annotations__):
-        return function
     parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
     copy = wraps(function)(FunctionType(*parts))
     copy.__kwdefaults__, copy.__annotations__ = function.__kwdefaults__, known
@@ -135,6 +134,10 @@ class _Loader(SourceFileLoader):
             for alias in one.names
         }
         return compile(_Decorate().visit(tree), path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        AS_IMPORTED[module.__name__] = dict(vars(module))
 
 
 class _Finder(MetaPathFinder):

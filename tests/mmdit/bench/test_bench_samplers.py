@@ -38,7 +38,7 @@ def test_the_exact_run_has_no_error(pipe):
     assert [point.error for point in errors(pipe, plan)] == [0]
 
 
-def test_everything_is_written(pipe, tmp_path, monkeypatch, capsys):
+def test_everything_is_written(pipe, tmp_path, monkeypatch, capsys, small_pictures):
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda *_, **__: pipe)
     monkeypatch.setattr(bench_samplers, "orders_markdown", lambda: "| orders |")
     monkeypatch.setattr(bench_samplers, "Setting", partial(bench_samplers.Setting, t5="77"))
