@@ -97,7 +97,7 @@ def pictures(folder: Path) -> Iterator[Case]:
 
 
 def zeros(megabytes: int) -> bytes:
-    """A zlib stream of so many MB of zeros, put together from the stream of one, which takes a second less per 170 MB."""
+    """A zlib stream of so many MB of zeros, put together from the stream of one: packing them all takes seconds."""
     packer, length = zlib.compressobj(wbits=-15), megabytes * 2**20
     one = packer.compress(bytes(2**20)) + packer.flush(zlib.Z_FULL_FLUSH)
     return b"\x78\x9c" + megabytes * one + b"\3\0" + struct.pack(">HH", length % 65521, 1)  # Adler-32 at the end

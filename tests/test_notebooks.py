@@ -35,7 +35,7 @@ def in_a_process(path, folder):
 
 
 def here(path, monkeypatch, folder):
-    """In this process, which has everything imported already; small pictures, the 77 T5 tokens of the other profiles."""
+    """In this process, which has everything imported already, with the 77 T5 tokens of the other profiles."""
     import matplotlib.pyplot as plt
 
     diffusers = PROFILES["diffusers"]

@@ -38,11 +38,11 @@ def trained():
 
 @pytest.fixture(scope="module")
 def latent(trained):
-    """The latent of a bright disc before a slope of colours, 192 x 256 pixels."""
-    y, x = torch.meshgrid(torch.linspace(-0.75, 0.75, 192), torch.linspace(-1, 1, 256), indexing="ij")
+    """The latent of a bright disc before a slope of colours, 96 x 128 pixels."""
+    y, x = torch.meshgrid(torch.linspace(-0.75, 0.75, 96), torch.linspace(-1, 1, 128), indexing="ij")
     slope = torch.stack([x, y, -x * y]).mul(0.6)
     disc = torch.tensor([0.9, 0.7, -0.5])[:, None, None]
-    picture = torch.where(x.square() + y.square() < 0.3, disc, slope)
+    picture = torch.where(x.square() + y.square() < 0.45, disc, slope)
     with torch.no_grad():
         return trained.encode(picture[None].double()).mode()
 
@@ -54,8 +54,8 @@ def truth(trained, latent):
 
 @pytest.fixture(scope="module")
 def picture(truth):
-    """A part of the decoded picture, 96 x 128 pixels."""
-    return truth[..., 40:136, 64:192].contiguous()
+    """A part of the decoded picture, 64 x 96 pixels."""
+    return truth[..., 20:84, 16:112].contiguous()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from mmdit.demo.grammar import KINDS, Statement, What
 from mmdit.demo.scenes import Scene, SceneObject
 from mmdit.demo.shapes import BACKGROUNDS, COLOURS, SHAPES
 
-
 COUNT = 300 if FULL else 150
 
 
