@@ -26,7 +26,7 @@ class Observed:
 
     Args:
         channels: Of the input.
-        device: Where the statistics are kept.
+        device: Where the statistics are kept, until an input comes from elsewhere.
         second: Whether to sum the products of all pairs of channels, which takes 8 bytes * in^2.
     """
 
@@ -51,6 +51,8 @@ class Observed:
         rows = x.detach().reshape(-1, x.shape[-1])
         if not rows.numel():
             return
+        if self._finite.device != x.device:
+            self._move(x.device)
         size = rows.abs().float()
         self.rows += len(rows)
         self._finite += (size < torch.inf).sum()
@@ -66,6 +68,12 @@ class Observed:
         # NaN is beyond the bins, and who reads what has one is refused. `bincount` would wait for the largest bin.
         bins = ((pattern + (_BIN - 1)) // _BIN).clamp_(0, _BINS - 1)
         self._counts.index_add_(0, bins, self._one.expand_as(bins))
+
+    def _move(self, device: torch.device) -> None:
+        """Go on where the inputs are: weights that visit a device were elsewhere when the Linear was looked at."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
 
     def check(self) -> None:
         """Wait for the device.

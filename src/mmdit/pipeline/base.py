@@ -181,6 +181,8 @@ class PipelineModels(PipelineMemory):
         """The digest of the transformer's weights that settings contain, see `mmdit.pipeline.settings.digest_of`."""
         state = contents_of(self.transformer)  # what LoRAs attach are buffers
         if self._digest is None or self._digest[0] != state:
+            if self._turns is not None:
+                self._turns.queue.settle()  # weights that are on their way
             self._digest = state, digest_of(self.transformer)
         return self._digest[1]
 

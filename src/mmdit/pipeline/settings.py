@@ -22,7 +22,7 @@ from typing import Any, NoReturn, Self, get_args, get_type_hints
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit._version import __version__
 from mmdit.models.lora import all_beside
@@ -215,16 +215,18 @@ def settings_of(
 
 
 def digest_of(model: nn.Module) -> str:
-    """A digest of 16 hexadecimal digits, over up to 16 values of each weight.
+    """A digest of 16 hexadecimal digits, over up to 16 values of each weight, wherever each weight is.
 
     It tells whether a model is the one that drew a picture, in the same dtype and with the same quantization.
     """
-    parts = []
+    parts: list[Tensor] = []
     attached = [tensor for part in all_beside(model).values() for tensor in part.buffers(recurse=False)]
     for weight in (*model.parameters(), *attached):
         values = weight.qdata.view(torch.uint8) if isinstance(weight, Float8Tensor) else weight.detach()
         flat = values.reshape(-1)
         parts.append(flat[:: max(1, flat.numel() // 16)][:16].double())
+    if len({part.device for part in parts}) > 1:  # where models take turns, some weights wait on the host
+        parts = [part.cpu() for part in parts]
     return sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ import mmdit
 from mmdit.bench.random_models import fill
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.pipeline.failures import ExplainedMemoryError
+from mmdit.pipeline.settings import digest_of
 from mmdit.runtime.activations import CONTEXT
 from mmdit.runtime.plan import STREAMED, VISITED, smallest
 from quant.quantize import quantize_
@@ -69,6 +70,27 @@ def test_a_capped_device(recipe):
         assert torch.cuda.max_memory_reserved() <= budget - CONTEXT
         assert torch.cuda.get_per_process_memory_fraction() == 1.0
     assert pipe.memory_plan.rung >= STREAMED
+
+
+def test_the_first_drawing_is_one_of_weights_in_two_places():
+    """As in a process that has loaded its models to the host: what is said of the weights is read on both sides."""
+    pipe = pipeline("100GB", "fp8")
+    wanted = digest_of(pipe.transformer)
+    pipe._set_budget(smallest(pipe.memory_plan.models, pipe.memory_plan.activations).sum + 150_000_000)
+    output = pipe(PROMPT, **SETTINGS)
+    assert pipe.memory_plan.streamed
+    assert len({one.device for one in pipe.transformer.parameters()}) == 2
+    assert output.settings[0].model_digest == wanted
+
+
+def test_weights_that_visit_the_device_are_calibrated():
+    found = []
+    for least in (False, True):
+        pipe = pipeline("100GB")
+        if least:
+            pipe._set_budget(smallest(pipe.memory_plan.models, pipe.memory_plan.activations).sum + 150_000_000)
+        found.append(mmdit.calibrate(pipe, PROMPT, 1, height=256, width=256).amax())
+    assert all(torch.equal(amax, found[1][name]) for name, amax in found[0].items())
 
 
 def test_the_fast_forward_is_streamed():
