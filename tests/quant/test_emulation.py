@@ -315,6 +315,21 @@ def test_every_way_on_a_gpu(size, name):
         assert error(out, wanted) <= (2e-3 if dtype == BF16 else 3e-7), way
 
 
+def of_other_codes(x, weight, scale):
+    """How far an output may be if x is off by the rounding to bfloat16, for each output.
+
+    Compiled code keeps GELU in float32 until it has the codes: a value and the largest of its row, by which its scale
+    is given, are each up to 2^-9 larger or smaller than what the eager model rounds. Where a tie lies between, a code
+    is another one, an eighth of its value away: 2 % of them are.
+    """
+    if weight.recipe.activation == "none":
+        return 0.0
+    if scale is None:
+        scale = scale_of(x.float().abs().amax(-1, keepdim=True), "e4m3")
+    low, high = (to_values(x.float() * near, scale, "e4m3") for near in (1 - 2**-8, 1 + 2**-8))
+    return ((high - low).abs().float() * scale) @ weight.dequantize().float().abs().t()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason=SKIPS["gpu"])
 # Warnings of torch's compiler.
@@ -329,7 +344,10 @@ def test_linear_on_a_gpu_is_that_of_a_cpu(name):
     found = F.linear(x.cuda(), cuda, bias.cuda())
     torch.testing.assert_close(found.cpu(), wanted, rtol=2**-7, atol=1e-3)
     run = torch.compile(lambda x: F.linear(F.gelu(x), cuda, bias.cuda()), fullgraph=True, dynamic=False)
-    torch.testing.assert_close(run(x.cuda()).cpu(), F.linear(F.gelu(x), weight, bias), rtol=2**-6, atol=1e-2)
+    wanted = F.linear(F.gelu(x), weight, bias)
+    difference = (run(x.cuda()).cpu().float() - wanted.float()).abs() - 2**-6 * wanted.float().abs()
+    assert (difference > 1e-2).float().mean() < 0.005
+    assert (difference <= 1e-2 + of_other_codes(F.gelu(x), weight, scale)).all()
 
 
 def test_largest_tells_the_formats_apart():

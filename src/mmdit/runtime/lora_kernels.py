@@ -277,10 +277,12 @@ def _largest_gelu(value, dtype: tl.constexpr):
     """The largest absolute value of the GELU of each row of values rounded to a dtype, as the bits of float32.
 
     GELU grows from 0.3 on, and is nowhere below -0.18, which is -gelu(0.3): it is only computed where a row has nothing
-    above. Bits of numbers that are not negative are ordered as they are, and those of NaN come last.
+    above. Bits of numbers that are not negative are ordered as they are, and those of NaN come last. Without a sign,
+    those of the lowest number are the last; GELU of minus infinity is NaN.
     """
     top = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True).to(dtype).to(tl.float32)
+    lowest = tl.max(value.to(tl.uint32, bitcast=True), 1).to(tl.float32, bitcast=True).to(dtype).to(tl.float32)
     size = tl.abs(gelu_of(top)).to(tl.int32, bitcast=True)
     if tl.min(top, 0) < 0.3:
         size = tl.max(tl.abs(gelu_of(value.to(dtype).to(tl.float32))).to(tl.int32, bitcast=True), 1)
-    return size
+    return tl.where(lowest > -float("inf"), size, 0x7FC00000)
