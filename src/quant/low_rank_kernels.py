@@ -19,14 +19,11 @@ from quant.current import on_its_device
 
 
 class Blocks(NamedTuple):
-    """How a program of `low` works: its rows, the values of a row that a part multiplies at once, pipeline stages, and
-    the parts of a row, each of which a warp multiplies by itself; with a single part, each warp has 16 rows.
-    """
+    """How a program of `low` works: its rows, 16 of which a warp has; values of a row in a step; pipeline stages."""
 
     rows: int
     depth: int
     stages: int
-    parts: int = 1
 
 
 # The fastest on an H200. Codes are converted to 16 bits between memory and product; up to 32 rows, Triton goes on with
@@ -66,7 +63,7 @@ def low(
     chosen = chosen._replace(depth=min(chosen.depth, max(triton.next_power_of_2(width), 16)))
     if blocks is None:
         chosen = fitting(chosen, rank, text.itemsize, down.itemsize, _shared_memory(down.device))
-    rows, depth, stages, parts = chosen
+    rows, depth, stages = chosen
     _low[(triton.cdiv(split, rows) + triton.cdiv(rest, rows),)](
         text,
         image,
@@ -88,9 +85,8 @@ def low(
         rows,
         depth,
         stages,
-        parts,
-        width % (parts * depth) == 0,
-        num_warps=max(rows // 16, 1) if parts == 1 else parts,
+        width % depth == 0,
+        num_warps=max(rows // 16, 1),
     )
     return out
 
@@ -107,13 +103,13 @@ def fitting(blocks: Blocks, rank: int, itemsize: int, down_itemsize: int, limit:
         itemsize, down_itemsize: bytes of a value of the activations and of the down projection.
         limit: bytes of shared memory that a program may have.
     """
-    rows, depth, most, parts = blocks
+    rows, depth, most = blocks
     while depth > 16:
         for stages in range(most, _LEAST - 1, -1):
-            if (stages - 1) * parts * depth * (rows * itemsize + rank * down_itemsize) <= limit:
-                return Blocks(rows, depth, stages, parts)
+            if (stages - 1) * depth * (rows * itemsize + rank * down_itemsize) <= limit:
+                return Blocks(rows, depth, stages)
         depth //= 2
-    return Blocks(rows, depth, min(most, _LEAST), parts)
+    return Blocks(rows, depth, min(most, _LEAST))
 
 
 @cache
@@ -196,7 +192,6 @@ def _low(
     block: tl.constexpr,
     depth: tl.constexpr,
     stages: tl.constexpr,
-    parts: tl.constexpr,
     even: tl.constexpr,
 ):
     """`scaled` is 0 without scales, 1 with a single one and 2 with one per row; `even` if nothing of a step is outside.
@@ -214,29 +209,17 @@ def _low(
         out += split * rank
     local, r, place = tl.arange(0, block), tl.arange(0, rank), tl.arange(0, depth)
     row = tl.minimum(start + local, rows - 1)  # beyond the last row it is read again, and not written
-    if parts == 1:
-        x += row.to(tl.int64)[:, None] * stride + place[None, :]
-        down += r[None, :] * width + place[:, None]
-        sums = tl.zeros([block, rank], tl.float32)
-    else:
-        part = tl.arange(0, parts)[:, None, None] * depth
-        x += row.to(tl.int64)[None, :, None] * stride + part + place[None, None, :]
-        down += r[None, None, :] * width + part + place[None, :, None]
-        sums = tl.zeros([parts, block, rank], tl.float32)
-    for k in tl.range(0, width, parts * depth, num_stages=stages):
+    x += row.to(tl.int64)[:, None] * stride + place[None, :]
+    down += r[None, :] * width + place[:, None]
+    sums = tl.zeros([block, rank], tl.float32)
+    for k in tl.range(0, width, depth, num_stages=stages):
         if even:
             value, by = tl.load(x + k), tl.load(down + k)
-        elif parts == 1:
+        else:
             inside = k + place < width
             value = tl.load(x + k, mask=inside[None, :], other=0.0)
             by = tl.load(down + k, mask=inside[:, None], other=0.0)
-        else:
-            inside = k + tl.arange(0, parts)[:, None] * depth + place[None, :] < width
-            value = tl.load(x + k, mask=inside[:, None, :], other=0.0)
-            by = tl.load(down + k, mask=inside[:, :, None], other=0.0)
         sums = tl.dot(value.to(by.dtype), by, sums, input_precision="ieee")
-    if parts > 1:
-        sums = tl.sum(sums, 0)
     if scaled == 1:
         sums *= tl.load(scale)
     if scaled == 2:

@@ -213,15 +213,3 @@ def test_blocks_fit_the_shared_memory_of_a_card(itemsize, down_itemsize, rank, k
 def test_blocks_of_smaller_cards(itemsize, down_itemsize, rank, kilobytes, wanted):
     fast = low_rank_kernels._OF_CODES if itemsize == 1 else low_rank_kernels._OF_VALUES
     assert low_rank_kernels.fitting(fast, rank, itemsize, down_itemsize, 1024 * kilobytes)[:3] == wanted
-
-
-@pytest.mark.parametrize("rows", ROWS, ids=str)
-@pytest.mark.parametrize("width", [300, 2432] if GPU else [76, 128])
-def test_down_projections_in_parts_of_a_row(width, rows):
-    down = Down.of(drawn(2, 16, width, dtype=torch.bfloat16) / width**0.5, codes=True)
-    codes = to_codes(drawn(rows.total, width), torch.tensor(0.02, device=DEVICE), "e4m3")
-    scale = 0.01 + drawn(rows.total, 1).abs()
-    text, image = ((codes[part], scale[part]) for part in (slice(rows.split), slice(rows.split, None)))
-    operands = text if len(text[0]) else None, image if len(image[0]) else None, down.halves, down.factor, torch.float32
-    whole, parts = (low_rank_kernels.low(*operands, low_rank_kernels.Blocks(16, 16, 3, parts)) for parts in (1, 4))
-    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2**-14 * float(whole.abs().max()))
