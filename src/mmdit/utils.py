@@ -119,10 +119,11 @@ def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `new`, and there is one.
+        NotADirectoryError: a file is in the place of its folder.
         OSError: the file cannot be written; the error names `path`.
     """
     with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove_stale(path.parent)
         part = path.parent / _temporary_name()
         file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -141,6 +142,19 @@ def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
         finally:
             part.unlink(missing_ok=True)
         _sync_folder(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder with those above it, where they are missing.
+
+    Raises:
+        NotADirectoryError: a file is in its place, or in that of one above it.
+        OSError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # which would say that what is written there exists
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -166,7 +180,7 @@ def replacing_folder(path: Path, *, over: bool = False) -> Iterator[Path]:
         OSError: the folder cannot be written; the error names `path`.
     """
     with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         _remove_stale(path.parent)
         part = path.parent / _temporary_name()
         part.mkdir()

@@ -256,6 +256,10 @@ def test_errors_of_the_system_name_the_file(tmp_path):
         part.write_text("new")
     with pytest.raises(FileNotFoundError) as inside, replacing_folder(target) as folder:
         (folder / "in" / "file").write_text("no such folder")
+    for place in (replacing(path / "file", new=True), replacing_folder(path / "folder")):
+        with pytest.raises(NotADirectoryError) as blocked, place:  # not FileExistsError: no other name is free there
+            pass
+        assert blocked.value.filename == str(path)
     assert (taken.value.filename, taken.value.filename2) == (str(path), None)
     assert inside.value.filename == str(target)
     assert [one.read_text() for one in tmp_path.iterdir()] == ["old"]

@@ -30,7 +30,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.calibration import calibrate, fold, quantize_calibrated
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.hooks import Hook, hooks
-from mmdit.utils import markdown_table, write_text
+from mmdit.utils import make_folder, markdown_table, write_text
 from quant.quantize import linears_of, quantize_, snr
 from quant.recipe import Recipe
 
@@ -312,7 +312,7 @@ def run(
     if not rows or rows[0] != 0 or not all(0 <= row < len(ROWS) for row in rows):
         said = f"the first must be 0, the model that is not quantized, the others at most {len(ROWS) - 1}"
         raise ValueError(f"rows {list(rows)}: {said}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     count = -(-max(pictures, prompts * seeds) // seeds)
     texts = [text for text in make_prompts(count, SEED, held_out=True) for _ in range(seeds)]
     calibrating = make_prompts(calibration, SEED + 7, held_out=False)

@@ -29,7 +29,7 @@ from mmdit.demo.captions import prompts as make_prompts
 from mmdit.demo.evaluate import SEED, Setting, evaluate
 from mmdit.pipeline.passes import Branch
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.utils import markdown_table, write_text
+from mmdit.utils import make_folder, markdown_table, write_text
 from samplers import SOLVERS, Solver, cfg, only_x0, pick, sigmas
 from samplers.convergence import orders_markdown
 from samplers.schedules import SCHEDULES
@@ -93,7 +93,7 @@ def measure(name: str, pipe: Callable[[], Pipeline], plan: Plan, folder: Path) -
     pick(dict.fromkeys(MEASURES), name, "measure")
     if name in ("error", "accuracy", "steps"):
         needs_matplotlib()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if name == "orders":
         return [_text(folder / "orders.md", orders_markdown() + "\n")]
     if name == "graphs":

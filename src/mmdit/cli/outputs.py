@@ -68,14 +68,7 @@ class Output:
             _check_lengths(path, option)
         if not self.keep and (taken := [path for path in self.names() if path.is_dir()]):
             raise ValueError(f"{option}: {taken[0]} is a folder; name a file")
-        above = self.path.absolute().parent
-        folder = next(path for path in (above, *above.parents) if path.exists())  # missing ones are made
-        if not folder.is_dir():
-            raise ValueError(f"{option} {self.path}: {folder} is a file, expected a folder")
-        try:
-            TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(f"{option} {self.path}: nothing can be written to {folder} ({error.strerror})") from error
+        check_folder(self.path.parent, f"{option} {self.path}")
 
     def _longest(self) -> Path:
         """A name of the maximum length of the numbered names."""
@@ -111,6 +104,23 @@ def outputs(output: str | None, grid: str | None, count: int) -> tuple[Output, O
     if sheet.path.absolute() in {name.absolute() for name in itertools.islice(pictures.names(), count)}:
         raise ValueError(f"--grid {sheet.path} is where a picture goes; give another name")
     return pictures, sheet
+
+
+def check_folder(path: Path, named: str) -> None:
+    """Raise ValueError for a folder, which need not be there yet, to which nothing can be written.
+
+    Args:
+        path: the folder.
+        named: what the error begins with: the option and what it gives.
+    """
+    above = path.absolute()
+    folder = next(one for one in (above, *above.parents) if one.exists())  # missing ones are made
+    if not folder.is_dir():
+        raise ValueError(f"{named}: {folder} is a file, expected a folder")
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{named}: nothing can be written to {folder} ({error.strerror})") from error
 
 
 def _check_lengths(path: Path, option: str) -> None:

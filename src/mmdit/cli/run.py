@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mmdit.cli.console import note, say
 from mmdit.cli.usage import DTYPES, dtype_name, usage_errors
@@ -38,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the workflow and say what it wrote."""
     from mmdit.cli.devices import device_of, dtype_of
+    from mmdit.cli.outputs import check_folder
     from mmdit.comfyui.graph import read_graph
     from mmdit.comfyui.limits import WorkflowLimits
     from mmdit.comfyui.run import overridden, run_workflow
@@ -46,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
     with usage_errors():
         limits = WorkflowLimits.from_text(options.limit)
         graph = overridden(graph, options.set)
+        check_folder(Path(options.output), f"--output {options.output}")
     found = run_workflow(
         graph,
         models=options.models,

@@ -22,6 +22,7 @@ from mmdit.inspection.addresses import Label
 from mmdit.inspection.budget import size
 from mmdit.inspection.hooks import plain
 from mmdit.inspection.labelled import Labelled
+from mmdit.utils import make_folder
 
 
 class Entry(NamedTuple):
@@ -229,7 +230,7 @@ class Spool:
             raise ValueError(f"to={str(target)!r} must end in .safetensors")
         if self.target.exists():
             raise FileExistsError(f"{self.target} exists already; give another place, or remove it first")
-        self.target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.target.parent)
         self._file: Any = None  # open inside the `with` alone
 
     def __enter__(self) -> Self:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmdit.utils import write_text
+from mmdit.utils import make_folder, write_text
 
 
 class Journal:
@@ -24,7 +24,7 @@ class Journal:
 
     def __init__(self, folder: Path, *, quiet: bool = False) -> None:
         self.folder, self.start, self.quiet = folder, time.monotonic(), quiet
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def say(self, text: str) -> None:
         """Write one line with the seconds since the start."""

@@ -100,6 +100,7 @@ def test_folders_and_other_files_in_place_of_what_is_wanted(tmp_path, monkeypatc
     folder.mkdir()
     Image.new("RGB", (16, 16)).save(picture)
     save_file({}, empty)
+    (tmp_path / "a.json").write_text('{"1": {"class_type": "SaveImage", "inputs": {}}}')
     (tmp_path / "beside.safetensors").write_bytes(b"broken")
     for arguments, *said in (
         (["generate", "x", "--image", "folder"], "folder is a folder"),
@@ -107,10 +108,11 @@ def test_folders_and_other_files_in_place_of_what_is_wanted(tmp_path, monkeypatc
         (["generate", "x", "--settings", "empty.safetensors"], "empty.safetensors is not a PNG"),
         (["generate", "x", "-m", "a.png"], "a.png is a PNG picture, not safetensors"),
         (["generate", "x", "-m", "empty.safetensors"], "no transformer", "a file without tensors"),
+        (["run", "a.json", "--output", "a.png"], "a.png", "is a file, expected a folder"),
         (["verify", "empty.safetensors"], "no transformer", "a file without tensors"),
         (["train", "init", "a.png", "--model", "demo", "--data", "folder"], "a.png: File exists; give another name"),
     ):
-        assert main(arguments) == 1
+        assert main(arguments) == (2 if arguments[0] == "run" else 1)
         error = capsys.readouterr().err
         assert all(part in error for part in said), error
         assert "beside" not in error

@@ -54,6 +54,15 @@ def test_a_prefix_cannot_leave_the_output_folder(tmp_path, prefix):
     assert list(tmp_path.rglob("*.png")) == []
 
 
+def test_a_file_in_place_of_a_folder_is_an_error(tmp_path):
+    """Not a search for a free name without end."""
+    (tmp_path / "file").touch()
+    for prefix, output in (("x", tmp_path / "file"), ("file/x", tmp_path)):
+        with pytest.raises(NodeError, match="Not a directory"):
+            run_workflow(saving(prefix), output=output)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_files_are_numbered_on_in_the_folders_of_the_prefix(tmp_path):
     for number in (1, 2):
         (path,) = run_workflow(saving("sub/%width%x%height%_%batch_num%"), output=tmp_path).files
