@@ -2,8 +2,12 @@
 
 For each recipe, a copy of the transformer is calibrated: means are folded, weights rounded by the second moments of
 their inputs (`quant.rounding`). Then it learns the velocities of the one in 16 bits, on the latents that this one meets
-when it draws prompts; no pictures are used. `FOLDER/RECIPE` is the quantized model in the library's layout, and
-`FOLDER/RECIPE-calibrated` the one before the training; `mmdit bench quality --tuned NAME=FOLDER` measures them.
+when it draws prompts; no pictures are used. `fp8-static` is trained as `fp8-tensor`, once for both, and gets the scales
+of the trained model's activations. A training that diverges ends with its best weights, and a model that training has
+taken further from the one in 16 bits is not written.
+
+`FOLDER/RECIPE` is the quantized model in the library's layout, and `FOLDER/RECIPE-calibrated` the one before the
+training; `mmdit bench quality --tuned NAME=FOLDER` measures them.
 The state is saved every minute, and an interrupted run resumes from it.
 """
 
@@ -118,10 +122,8 @@ def train(
         students = (plain, start_from, with_activations(tuned, name, scales))
         close = [closeness(base, drawn(pipe, student, recipe)) for student in students]
         journal.say(f"{name}: SNR of latents in dB, plain, calibrated, fine-tuned: {close}")
-        if not close[2] > close[1]:
-            journal.say(f"!!! {name}: THE TRAINING HAS MADE IT WORSE; {folder / name} IS THE CALIBRATED MODEL !!!")
         rows.append((name, *(f"{value:.2f}" for value in close)))
-        found[name] = _written(pipe, students[2] if close[2] > close[1] else start_from, folder / name)
+        found[name] = _written(pipe, students[_closer(name, close, journal)], folder / name)
     titles = ("recipe", "SNR of latents in dB, plain", "calibrated", "fine-tuned")
     table = "\n".join(markdown_table(titles, rows)) + "\n"
     write_text(folder / "float8.md", table)
@@ -152,12 +154,20 @@ def _static(name: str, scales: dict[str, Tensor]) -> dict[str, Tensor] | None:
     return scales if RECIPES[name].activation == "static" else None
 
 
-def dynamic(name: str) -> str:
-    """The recipe that a recipe is trained as: that with a scale for each call, where its own scales are static.
+def _closer(name: str, close: Sequence[float], journal: Journal) -> int:
+    """Which of the plain, calibrated and fine-tuned models is written: the last, unless training made its SNR worse."""
+    if close[2] > close[1]:
+        return 2
+    journal.say(f"!!! {name}: THE TRAINING HAS MADE IT WORSE, AND THE CALIBRATED MODEL IS WRITTEN !!!")
+    return 1
 
-    With fixed scales, an activation that grows beyond its range is cut there, and no gradient brings it back.
+
+def dynamic(name: str) -> str:
+    """The recipe that a recipe is trained as: one with a scale for each call, where its own scales are static.
+
+    One training then serves both, and its activations may outgrow the ranges of before.
     """
-    return "fp8-tensor" if name == "fp8-static" else name
+    return "fp8-tensor" if RECIPES[name].activation == "static" else name
 
 
 @torch.no_grad()
@@ -254,6 +264,7 @@ def _tuned(
     except (DivergedError, FloatingPointError) as error:
         journal.say(f"!!! {name} DIVERGED, ITS BEST WEIGHTS ARE TAKEN: {error} !!!")
         student.load_state_dict(best)
+        save_whole({"student": best, "done": 1.0}, path)
     return student.requires_grad_(False)
 
 

@@ -383,13 +383,13 @@ def _fitted(
 
 
 class _Watch:
-    """Compares the mean loss of the last steps with that of the first ones."""
+    """Compares the mean loss of the last steps with that of the first ones, in which the rate is still low."""
 
-    first, grown = 30, 3.0  # steps, and the factor that ends a training
+    first, last, grown = 10, 30, 3.0  # steps, steps, and the factor that ends a training
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.start = math.inf
+        self.start = 0.0
 
     def __call__(self, step: int, loss: float) -> None:
         """Take the loss of a step.
@@ -397,21 +397,26 @@ class _Watch:
         Raises:
             DivergedError: the mean has grown by the factor.
         """
-        self.losses = [*self.losses[1 - self.first :], loss]
+        self.losses = [*self.losses[1 - self.last :], loss]
         mean = sum(self.losses) / len(self.losses)
-        if step + 1 == self.first:
+        if step < self.first:
             self.start = mean
-        if mean > self.grown * self.start:
+        elif mean > self.grown * self.start:
             raise DivergedError(
-                f"step {step}: the mean loss of the last {self.first} steps, {mean:.4g}, is more than {self.grown:g} "
-                f"times that of the first, {self.start:.4g}: train with a lower rate, from weights of before"
+                f"step {step}: the mean loss of the last {len(self.losses)} steps, {mean:.4g}, is more than "
+                f"{self.grown:g} times that of the first {self.first}, {self.start:.4g}: go on from weights of before "
+                "with a lower rate"
             )
 
 
 def _check_recorded(step: int, loss: float, loss_of: Callable[[StateBatch], Tensor], batch: StateBatch) -> None:
+    """A graph that reads memory which is no longer its own gives numbers, but wrong ones."""
     eager = float(loss_of(batch).detach())  # with gradients, because compiled blocks compile anew without
     if not math.isclose(loss, eager, rel_tol=0.05):
-        raise DivergedError(f"step {step}: the recorded graph gives the loss {loss:.4g}, an eager pass {eager:.4g}")
+        raise DivergedError(
+            f"step {step}: the recorded graph gives the loss {loss:.4g}, the same step without it {eager:.4g}: train "
+            "with recorded=False"
+        )
 
 
 def _not_finite(

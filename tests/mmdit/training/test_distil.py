@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,22 @@ from mmdit.demo import train_float8
 from mmdit.demo.train_float8 import compiled_blocks
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
+from mmdit.training import distil as module
 from mmdit.training import recording
-from mmdit.training.distil import Distilled, States, distil, distil_blocks, guided, guided_loss, states_of, wanted_of
+from mmdit.training.distil import (
+    Distilled,
+    DivergedError,
+    States,
+    distil,
+    distil_blocks,
+    guided,
+    guided_loss,
+    states_of,
+    wanted_of,
+)
 from mmdit.training.journal import Journal
-from quant import is_quantized
+from mmdit.training.recording import eager_gradients
+from quant import is_quantized, quantize_
 from quant.training import fake_quantize_, quantize_trained_
 from skips import SKIPS
 from tiny_training import demo
@@ -173,6 +186,97 @@ def test_the_demo_says_loudly_which_quick_ways_failed_and_goes_on(teacher, state
     assert tried == [(True, True), (False, True), (False, False)]
     assert (tmp_path / "log.txt").read_text().count("!!! NO TRAINING WITH") == 2
     assert all(block._compiled_call_impl is None for block in student.joint_blocks)
+
+
+def test_a_loss_that_grows_ends_the_training(teacher, states):
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    fake_quantize_(student, "fp8-tensor")
+    run = distil(student, teacher, states, steps=99, batch=2)
+    for _ in range(11):
+        next(run)
+    with torch.no_grad():
+        student.final_layer.linear.weight.mul_(20)
+    with pytest.raises(DivergedError, match=r"step 1[1-5]: .* 3 times"):
+        list(run)
+
+
+def test_parts_are_all_states_once_and_in_order(states):
+    parts = list(states.parts(4, prompts=3))
+    assert [len(part.x) for part in parts] == [4, 4, 1]
+    assert torch.equal(torch.cat([part.x for part in parts]), states.x[:3].flatten(0, 1))
+    assert torch.equal(torch.cat([part.timestep for part in parts]), 1000 * states.sigma.repeat(3))
+
+
+def test_a_recorded_step_that_computes_another_loss_ends_the_training(teacher, states, monkeypatch):
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    fake_quantize_(student, "fp8-tensor")
+    calls = []
+
+    def forgetful(loss_of, _, trained):
+        def call(batch):
+            calls.append(eager_gradients(loss_of, trained, batch))
+            return calls[0]  # as a graph whose inputs are not refreshed
+
+        return call
+
+    monkeypatch.setattr(module, "RecordedGradients", forgetful)
+    run = distil(student, teacher, states, steps=9, batch=2, recorded=True)
+    next(run)
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(DivergedError, match="step 1: the recorded graph"):
+        next(run)
+    assert all(torch.equal(before[key], value) for key, value in student.state_dict().items())
+
+
+def test_the_demo_keeps_the_best_weights_of_a_training_that_diverges(teacher, states, tmp_path, monkeypatch):
+    start, bias = copy.deepcopy(teacher), "joint_blocks.0.x_block.mlp.fc1.bias"
+    quantize_(start, "fp8-tensor")
+
+    def diverging(student, *_, **__):
+        for step, loss in enumerate((0.5, 0.4, 0.2, 0.3, 0.9), 1):
+            with torch.no_grad():
+                student.get_parameter(bias).fill_(step)
+            yield Distilled(step, step / 9, torch.tensor(loss), None)
+        raise DivergedError("step 5: worse")
+
+    monkeypatch.setattr(train_float8, "distil", diverging)
+    recipe = replace(train_float8.CPU, log_seconds=0.0)
+    for _ in range(2):  # a run that is called again does not go on from the weights that diverged
+        journal = Journal(tmp_path, quiet=True)
+        student = train_float8._tuned("fp8-tensor", start, teacher, states, 9.0, tmp_path, journal, recipe)
+        assert torch.equal(student.get_parameter(bias), torch.full_like(student.get_parameter(bias), 3))
+        assert not any(parameter.requires_grad for parameter in student.parameters())
+    assert (tmp_path / "log.txt").read_text().count("!!! fp8-tensor DIVERGED") == 1
+
+
+@pytest.mark.parametrize(
+    ("close", "written"), [((17.9, 18.9, 20.3), 2), ((17.9, 18.9, -5.3), 1), ((17.9, 18.9, float("nan")), 1)]
+)
+def test_the_demo_writes_no_model_that_training_made_worse(close, written, tmp_path):
+    assert train_float8._closer("fp8-static", close, Journal(tmp_path, quiet=True)) == written
+    log = tmp_path / "log.txt"
+    assert ("fp8-static" in log.read_text() if log.exists() else False) == (written == 1)
+
+
+def test_a_static_recipe_is_trained_with_a_scale_for_each_call_and_gets_those_of_the_trained_model(teacher, states):
+    assert [train_float8.dynamic(name) for name in ("fp8-static", "fp8-tensor", "fp8")] == [
+        *("fp8-tensor", "fp8-tensor"),
+        "fp8",
+    ]
+    start = copy.deepcopy(teacher)
+    quantize_(start, "fp8-static", input_scales=dict.fromkeys(fake_quantize_(copy.deepcopy(teacher), "fp8"), 1.0))
+    student = train_float8.student_of(train_float8.with_activations(start, "fp8-tensor"), "fp8-tensor")
+    scales = train_float8.seen_scales(student, states, train_float8.CPU)
+    quantize_trained_(student)
+    made = train_float8.with_activations(student, "fp8-static", scales)
+    weight, before = (model.joint_blocks[1].x_block.mlp.fc1.weight for model in (made, start))
+    assert torch.equal(weight.qdata.view(torch.uint8), before.qdata.view(torch.uint8))
+    assert weight.recipe == before.recipe
+    assert weight.snr == student.joint_blocks[1].x_block.mlp.fc1.weight.snr
+    everything = next(states.parts(99))
+    with torch.no_grad():
+        ours, its = (guided(model, everything, GUIDANCE)[2] for model in (made, student))
+    torch.testing.assert_close(ours, its, atol=0.1, rtol=0.1)  # one call saw the largest value of all, so scales agree
 
 
 @pytest.mark.gpu
