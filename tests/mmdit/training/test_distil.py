@@ -284,19 +284,24 @@ def test_a_static_recipe_is_trained_with_a_scale_for_each_call_and_gets_those_of
 # Warnings of torch's compiler, which refuses what checks of signatures note.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.parametrize("recipe", ["fp8-tensor", "fp8-static"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_recorded_step_trains_as_an_eager_one(teacher, states, compiled):
+def test_a_recorded_step_trains_as_an_eager_one(teacher, states, compiled, recipe):
     losses = []
     for recorded in (False, True):
         student = copy.deepcopy(teacher).cuda().requires_grad_(True)
-        fake_quantize_(student, "fp8-tensor")
         some = states.to("cuda").with_velocities(copy.deepcopy(teacher).cuda())
+        fake_quantize_(student, recipe, input_scales=static_scales(student, some) if recipe == "fp8-static" else None)
         with compiled_blocks(student) if compiled and recorded else nullcontext():
-            made = distil(student, teacher, some, steps=20, batch=6, along=3, rate=1e-4, recorded=recorded)
+            made = distil(student, teacher, some, steps=60, batch=6, along=3, rate=1e-4, recorded=recorded)
             losses.append([float(found.loss) for found in made])
     assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.02)  # codes flip where sums have another order
     assert losses[0] == pytest.approx(losses[1], rel=0.3)
     assert losses[1][-1] < losses[1][0]
+
+
+def static_scales(model, states):
+    return train_float8.seen_scales(model, states, train_float8.CPU)
 
 
 class Elsewhere(torch.Tensor):
