@@ -71,6 +71,7 @@ class Kernels:
             for tile in TILES:
                 tasks[f"gelu {kind} with a LoRA {tile}"] = partial(self.gelu, kind, True, tile)
         tasks["gelu token"] = partial(self.gelu, "token", False)
+        tasks["gelu token, 32 values a thread"] = partial(self.gelu_in_fewer_threads, 32)
         for tile in TILES:
             tasks[f"gelu token with a LoRA, twice {tile}"] = partial(self.gelu, "token", True, tile)
         for tile in TILES:
@@ -133,6 +134,13 @@ class Kernels:
         if lora:
             return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, tile), size)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
+
+    def gelu_in_fewer_threads(self, values: int) -> Cells:
+        """GELU under a scale per row, of so many values of a row in a thread."""
+        from mmdit.runtime import kernels
+
+        with replaced(kernels, "_PER_THREAD", values):
+            return self.gelu("token", False)
 
     def largest_gelu(self, tile: tuple[int, int, int]) -> Cells:
         """The first launch of GELU with a LoRA under a scale per row."""
@@ -243,6 +251,9 @@ def ways(rank: int) -> dict[str, Way]:
     if HAS_TRITON:
         from mmdit.runtime import kernels, lora_kernels
 
+        fewer = ((kernels, "_PER_THREAD", 32),)
+        found["without, 32 values a thread"] = Way(None, settings=fewer)
+        found["as it is, 32 values a thread"] = Way(rank, settings=fewer)
         found["GELU before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
         for tile in TILES[:3]:
             twice = (kernels, "TOKEN_GELU", "twice"), (lora_kernels, "_TOKEN_TILE", tile)
