@@ -119,16 +119,15 @@ def code_of(value, scale, largest: tl.constexpr, dtype: tl.constexpr, bounded: t
     code: this takes a third of the instructions less.
 
     A product with the rounded reciprocal and one correction give that quotient (Markstein 1990, theorem 8.3) at a third
-    of a division's instructions. No value is told apart: comparisons would cost more than the rest. The remainder and
-    the reciprocal are both negated, which keeps the sign of a zero; what is far beyond the largest code is corrected
-    from twice that code, which cannot overflow to NaN; and beside an infinite scale the remainder is the value.
+    of a division's instructions; what is far beyond the largest code needs none, and could overflow in it.
     """
     reciprocal = tl.div_rn(1.0, scale)
-    finite = tl.where(scale == float("inf"), 0.0, scale)
     quotient = value * reciprocal
+    corrected = tl.fma(tl.fma(-quotient, scale, value), reciprocal, quotient)
+    inside = quotient != 0  # a zero keeps its sign
     if not bounded:
-        quotient = tl.clamp(quotient, -2 * largest, 2 * largest, propagate_nan=tl.PropagateNan.ALL)
-    quotient = tl.fma(tl.fma(quotient, finite, -value), -reciprocal, quotient)
+        inside = inside & (tl.abs(quotient) < 2 * largest)
+    quotient = tl.where(inside, corrected, quotient)
     if not bounded:
         quotient = tl.clamp(quotient, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
     if dtype == tl.float16:

@@ -25,7 +25,7 @@ from quant.scaling import SMALLEST_SCALE
 low, add_up = lora_kernels.low, lora_kernels.add_up
 # How GELU adds what LoRAs add to values of 16 bits, under a scale per row: "before" it in place, or "twice", where all
 # values are computed again once the scales are found.
-TOKEN_GELU = "twice"
+TOKEN_GELU = "before"
 _PER_THREAD = 16  # values of a row that a thread holds
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
