@@ -1,6 +1,7 @@
 """Signatures are checked while the suite runs, those with shapes and those without; one switch turns it off."""
 
 from importlib import import_module
+from inspect import unwrap
 from pkgutil import iter_modules
 
 import pytest
@@ -9,9 +10,10 @@ from jaxtyping import Float, config
 from torch import Tensor
 
 from mmdit import MMDiTConfig, bench, demo
+from mmdit.demo import score
 from mmdit.models.attention import Attend
 from mmdit.utils import whole
-from typecheck import checked
+from typecheck import checked, typed
 
 Q = torch.zeros(1, 2, 3, 4)
 
@@ -52,6 +54,13 @@ def test_sizes_belong_to_one_call():
     for x in (Q[0, 0], Q[0, 0].T):
         assert same(x, x) is x
         assert outer(x) is x
+
+
+def test_names_in_signatures_are_those_of_the_import(monkeypatch):
+    """A test that replaces a name of a module changes no check of the tests after it."""
+    statement = score.Statement
+    monkeypatch.setattr(score, "Statement", int)
+    assert typed(unwrap(score.check)).__annotations__["statement"] is statement
 
 
 def test_the_switch(monkeypatch):

@@ -33,12 +33,12 @@ as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
 def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Check the call, unless the signature says `Self`, which beartype takes only from classes it decorates itself."""
     try:
-        return as_type_error(_with_types(function))
+        return as_type_error(typed(function))
     except BeartypeDecorHintPep673Exception:
         return function
 
 
-def _with_types(function: Callable[..., Any]) -> Callable[..., Any]:
+def typed(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy whose annotations are types, without those that no running program can read."""
     unknown, names = ONLY_FOR_TYPES.get(function.__module__, set()), AS_IMPORTED.get(function.__module__)
     known = {

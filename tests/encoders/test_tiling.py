@@ -216,7 +216,7 @@ def test_the_computing_device_holds_a_few_tiles():
     The attention holds eight tensors of the latent's size, less than four tiles here.
     """
     with FakeTensorMode(), torch.no_grad():
-        vae, tile = VAE(VAEConfig()), 128
+        vae, tile = VAE(VAEConfig(blocks_per_level=1)), 128
         bound = 4 * max(vae.config.widths) * (tile + 4) ** 2  # a tile and its rim, two cells wide after an upsampling
         for side in (32, 64):
             latent = torch.empty(1, 16, side, side)

@@ -334,7 +334,14 @@ def cache(tmp_path):
 
 
 def drawn(folder):
-    settings = {"num_inference_steps": 2, "seed": 1, "output_type": "pt", "height": 64, "width": 64}
+    settings = {
+        "num_inference_steps": 2,
+        "seed": 1,
+        "output_type": "pt",
+        "height": 64,
+        "width": 64,
+        "max_sequence_length": 32,
+    }
     return Pipeline.from_pretrained(folder)("a star", **settings).images
 
 

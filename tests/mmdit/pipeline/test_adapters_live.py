@@ -26,7 +26,14 @@ MODULES = {  # of the tiny SD3.5-Medium: rows and inputs
     "proj_out": (64, 128),
 }
 TEXT = [f"text_model.encoder.layers.1.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
-DRAWING = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "latent", "guidance_scale": 4.0}
+DRAWING = {
+    "num_inference_steps": 2,
+    "height": 32,
+    "width": 32,
+    "output_type": "latent",
+    "guidance_scale": 4.0,
+    "max_sequence_length": 32,
+}
 PROMPT = "a red circle above a blue square"
 
 

@@ -9,7 +9,7 @@ import tiny
 from mmdit import Pipeline
 from recorded_runs import image
 
-SETTINGS = {"height": 32, "width": 48, "num_inference_steps": 5, "guidance_scale": 5.0}
+SETTINGS = {"height": 32, "width": 48, "num_inference_steps": 5, "guidance_scale": 5.0, "max_sequence_length": 32}
 PROMPTS = ["a red circle above a blue square", "A small star, left of two rings."]
 
 

@@ -18,7 +18,7 @@ from mmdit.runtime.devices import default_dtype, resolve_device, suited_dtype
 from samplers import SOLVERS, Step
 
 PROMPT = "a red circle above a blue square"
-SMALL = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
+SMALL = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent", "max_sequence_length": 32}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,14 @@ from mmdit.checkpoints.write import convert
 from samplers import SamplingDefaults
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # their schedulers' own
-ASKED = {"height": 32, "width": 64, "num_inference_steps": 5, "output_type": "latent", "guidance_scale": 3.0}
+ASKED = {
+    "height": 32,
+    "width": 64,
+    "num_inference_steps": 5,
+    "output_type": "latent",
+    "guidance_scale": 3.0,
+    "max_sequence_length": 32,
+}
 PROMPT = "a red circle above a blue square"
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 EULER, UNI_PC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"

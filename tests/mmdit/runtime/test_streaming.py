@@ -210,7 +210,14 @@ def test_compiled_blocks_are_not_streamed(small):
 
 
 TEXT = "text_encoder.text_model.encoder.layers.1.self_attn.q_proj"
-SETTINGS = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt", "seed": 1}
+SETTINGS = {
+    "num_inference_steps": 2,
+    "height": 32,
+    "width": 32,
+    "output_type": "pt",
+    "seed": 1,
+    "max_sequence_length": 32,
+}
 
 
 def test_loras_of_models_that_take_turns(tiny_folders):
