@@ -10,7 +10,7 @@ from jaxtyping import Float, config
 from torch import Tensor
 
 from mmdit import MMDiTConfig, bench, demo
-from mmdit.demo import score
+from mmdit.bench import localise
 from mmdit.models.attention import Attend
 from mmdit.utils import whole
 from typecheck import checked, typed
@@ -58,9 +58,10 @@ def test_sizes_belong_to_one_call():
 
 def test_names_in_signatures_are_those_of_the_import(monkeypatch):
     """A test that replaces a name of a module changes no check of the tests after it."""
-    statement = score.Statement
-    monkeypatch.setattr(score, "Statement", int)
-    assert typed(unwrap(score.check)).__annotations__["statement"] is statement
+    place = localise.Place
+    assert unwrap(localise.shares_of).__annotations__["place"] == "Place"
+    monkeypatch.setattr(localise, "Place", int)
+    assert typed(unwrap(localise.shares_of)).__annotations__["place"] is place
 
 
 def test_the_switch(monkeypatch):

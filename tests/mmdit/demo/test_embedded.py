@@ -50,7 +50,7 @@ def test_rows_of_guidance_and_of_few_steps_draw(pipe, small_pictures):
 
 def test_other_words_other_picture(pipe):
     """The scorer refuses the picture of another prompt: what it counts is in the picture and not in the prompt."""
-    picture = pipe(PROMPT, seed=1, num_inference_steps=12, output_type="pt").images
+    picture = pipe(PROMPT, seed=1, num_inference_steps=12, max_sequence_length=77, output_type="pt").images
     parsed = parse_batch(picture)[0]
     assert all(check(claim, parsed) for claim in statements(PROMPT))
     assert not any(check(claim, parsed) for claim in statements("a small green ring left of a pink square on navy"))
@@ -59,7 +59,7 @@ def test_other_words_other_picture(pipe):
 def test_diffusers_draws_the_same_picture(pipe, tmp_path):
     folder = convert(EMBEDDED, tmp_path / "diffusers", "diffusers")
     theirs = tiny.load(folder)
-    settings = {"num_inference_steps": 20 if FULL else 6, "guidance_scale": 4.5}
+    settings = {"num_inference_steps": 20 if FULL else 6, "guidance_scale": 4.5, "max_sequence_length": 77}
     a = pipe(PROMPT, "a green ring", seed=5, **settings).images[0]
     generator = torch.Generator().manual_seed(5)
     b = theirs(PROMPT, negative_prompt="a green ring", generator=generator, height=128, width=128, **settings).images[0]

@@ -10,7 +10,7 @@ from mmdit.inspection.float8 import LayerErrors
 from quant import RECIPES, quantize_
 from quant.tensor import Float8Tensor
 
-FEW = {"num_inference_steps": 2, "seed": 1, "guidance_scale": 4.5, "max_sequence_length": 32}
+FEW = {"num_inference_steps": 2, "seed": 1, "guidance_scale": 4.5, "height": 64, "width": 64, "max_sequence_length": 32}
 NAME = "joint_blocks.1.x_block.mlp.fc1"
 
 

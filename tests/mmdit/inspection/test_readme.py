@@ -1,13 +1,18 @@
 """The guide of `mmdit.inspection` runs as it is written, from top to bottom, and names every file of the room."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+
+from mmdit import PROFILES
 
 ROOM = Path(__file__).parents[3] / "src" / "mmdit" / "inspection"
 TEXT = (ROOM / "README.md").read_text(encoding="utf-8")
 
 
-def test_snippets_run(small_pictures):
+def test_snippets_run(small_pictures, monkeypatch):
+    diffusers = PROFILES["diffusers"]
+    monkeypatch.setitem(PROFILES, "diffusers", replace(diffusers, text=replace(diffusers.text, t5_length=77)))
     names = {}
     for snippet in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
         exec(snippet, names)  # our own text

@@ -11,7 +11,7 @@ import tiny
 from mmdit import Guidance, Pipeline
 
 PROMPT = "a red circle above a blue square"
-SMALL = {"num_inference_steps": 4, "height": 32, "width": 48, "output_type": "pt", "max_sequence_length": 32}
+SMALL = {"num_inference_steps": 4, "height": 32, "width": 48, "output_type": "pt"}
 
 
 @pytest.fixture(scope="module")

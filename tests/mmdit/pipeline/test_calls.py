@@ -13,7 +13,7 @@ from mmdit import PROFILES, Pipeline, read_settings, save_png
 from refusals import refuses
 
 PROMPTS = ["a red circle above a blue square", "A small star, left of two rings."]
-SMALL = {"num_inference_steps": 3, "height": 32, "width": 48, "output_type": "pt", "max_sequence_length": 32}
+SMALL = {"num_inference_steps": 3, "height": 32, "width": 48, "output_type": "pt"}
 
 
 @pytest.fixture(scope="module")

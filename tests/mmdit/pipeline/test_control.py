@@ -18,14 +18,7 @@ from mmdit.pipeline.control import spread
 
 MEAN = replace(PROFILES["diffusers"], control_latent="mean")
 HINT = Image.fromarray((np.indices((40, 56)).sum(0)[..., None] * np.array([2, 1, 2]) % 256).astype(np.uint8))
-SETTINGS = {
-    "height": 32,
-    "width": 48,
-    "num_inference_steps": 2,
-    "progress": False,
-    "output_type": "latent",
-    "max_sequence_length": 32,
-}
+SETTINGS = {"height": 32, "width": 48, "num_inference_steps": 2, "progress": False, "output_type": "latent"}
 
 
 @pytest.fixture(scope="module")

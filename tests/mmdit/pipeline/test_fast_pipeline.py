@@ -15,14 +15,7 @@ from mmdit.runtime.fast_vae import FastVAE, plain_norm
 
 PROMPT = "a red circle"
 SIZE = {"height": 64, "width": 64, "max_sequence_length": 77}
-SETTINGS = {
-    "num_inference_steps": 3,
-    "seed": 1,
-    "output_type": "latent",
-    "progress": False,
-    **SIZE,
-    "max_sequence_length": 32,
-}
+SETTINGS = {"num_inference_steps": 3, "seed": 1, "output_type": "latent", "progress": False, **SIZE}
 PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).convert("RGB")
 MASK = Image.new("L", (64, 64))
 MASK.paste(255, (16, 24, 48, 64))

@@ -15,7 +15,7 @@ from refusals import refuses
 from samplers import level_at
 
 PROMPTS = ["a red circle above a blue square", "A small star, left of two rings."]
-SMALL = {"height": 32, "width": 48, "num_inference_steps": 6, "max_sequence_length": 32}
+SMALL = {"height": 32, "width": 48, "num_inference_steps": 6}
 SKIP = {"skip_guidance_layers": [1]}
 
 
