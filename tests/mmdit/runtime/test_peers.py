@@ -168,7 +168,7 @@ def test_shared_memory_is_freed_after_the_graphs_also_where_the_model_was_change
     model = MMDiT(MMDiTConfig(**sizes, head_dim=WIDTH, sample_size=4)).eval().requires_grad_(False)
     one = near(a_team(0, 2), torch.zeros(2, PAGE, dtype=torch.uint8))
     accelerated = Accelerated(model, sequence=SequenceParallel(one.team, one))
-    accelerated._weights = SimpleNamespace(moved=0)  # of a budget: the fast forward is built anew in a step
+    accelerated._weights = SimpleNamespace(moved=0, still=True)  # of a budget: the fast forward is built anew in a step
     assert list(one.graphs) == [accelerated.graphs]
     accelerated.graphs._captured["step"] = None
     model.joint_blocks[0].register_forward_hook(lambda *_: None)
