@@ -127,6 +127,12 @@ class Lora:
         return "\n".join(lines)
 
 
+def check_lora(lora: object) -> None:
+    """Raise TypeError for what is no `Lora`, such as the name of a file."""
+    if not isinstance(lora, Lora):
+        raise TypeError(f"lora is {type(lora).__name__}, expected mmdit.Lora; give mmdit.load_lora(file)")
+
+
 def load_lora(
     file: str | Path | Mapping[str, Tensor],
     profile: str | HasName | None = None,

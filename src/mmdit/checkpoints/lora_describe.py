@@ -18,7 +18,7 @@ from mmdit.checkpoints.components import title
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.load import open_model
 from mmdit.checkpoints.locate import locate
-from mmdit.checkpoints.lora import Lora, load_lora
+from mmdit.checkpoints.lora import Lora, check_lora, load_lora
 from mmdit.checkpoints.lora_merge import Shapes, changed, planned
 from mmdit.checkpoints.lora_modules import Patch
 from mmdit.checkpoints.lora_names import Part
@@ -78,7 +78,9 @@ def lora_norms(lora: Lora, model: Weights) -> dict[str, Norms]:
 
     Raises:
         CheckpointError: the LoRA does not fit.
+        TypeError: it is no LoRA.
     """
+    check_lora(lora)
     found = {}
     for part, shapes, read in _weights(model, lora.parts):
         for key, patches in planned(part, shapes, [lora], [1.0]).items():

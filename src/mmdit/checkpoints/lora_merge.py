@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoints.components import REGISTRY, title
 from mmdit.checkpoints.keymaps import some
-from mmdit.checkpoints.lora import Lora
+from mmdit.checkpoints.lora import Lora, check_lora
 from mmdit.checkpoints.lora_kinds import LowRank
 from mmdit.checkpoints.lora_modules import Patch
 from mmdit.checkpoints.lora_names import PARTS, Part
@@ -105,6 +105,7 @@ def merge_lora(
         CheckpointError: shapes do not fit, or the LoRA changes nothing of this model.
         ValueError: a strength is not finite, the part is unknown or required, the names are not official, or a new
             weight is not finite in its dtype.
+        TypeError: the model is no model, or a LoRA no result of `mmdit.load_lora`.
     """
     loras, strengths = _pairs(lora, strength)
     if part is not None:
@@ -329,7 +330,9 @@ def _mistake(patch: Patch, shapes: Shapes) -> str | None:
 
 def _pairs(lora: Lora | Sequence[Lora], strength: float | Sequence[float]) -> tuple[Sequence[Lora], Sequence[float]]:
     """Return lists of LoRAs and strengths of equal length, after checking that all strengths are finite."""
-    loras = [lora] if isinstance(lora, Lora) else list(lora)
+    loras = list(lora) if isinstance(lora, Sequence) and not isinstance(lora, str) else [lora]
+    for one in loras:
+        check_lora(one)
     given = list(strength) if isinstance(strength, Sequence) else [strength] * len(loras)
     if len(given) != len(loras):
         raise ValueError(f"strength has {len(given)} numbers for {len(loras)} LoRAs; give one, or one for each")
@@ -358,6 +361,9 @@ def _known(model: nn.Module | Mapping[str, Tensor], part: Part | None) -> Iterat
         kinds = [each for each in PARTS if isinstance(model, REGISTRY[each].module)]
         yield kinds, {unwrapped(key): key for key in model.state_dict()}
         return
+    if not isinstance(model, Mapping):
+        hint = ": give one of its models, such as pipe.transformer" if hasattr(model, "transformer") else ""
+        raise TypeError(f"model is {type(model).__name__}, expected an nn.Module or a state dict{hint}")
     _refuse_scales(model)
     models = split(model).models
     if not models and part is not None:

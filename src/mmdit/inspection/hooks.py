@@ -132,7 +132,8 @@ def points_of(model: nn.Module) -> dict[str, Point]:
         return t5_points(model.config)
     if isinstance(model, VAE):
         return vae_points(model.config)
-    refuse_compiled(model, "the model")
+    if isinstance(model, nn.Module):
+        refuse_compiled(model, "the model")
     raise TypeError(
         f"a {type(model).__name__} has no table of points; give an MMDiT, ControlNet, CLIP, T5, VAE or pipeline of ours"
     )

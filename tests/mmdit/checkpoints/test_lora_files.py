@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lora_files as files
 import spellings
 from mmdit import CheckpointError, load_lora, load_mmdit, merge_lora
+from mmdit.checkpoints.lora import check_lora
 from mmdit.checkpoints.lora_kinds import LowRank, Orthogonal
 from quant import Float8Tensor, quantize_
 
@@ -239,7 +240,7 @@ BAD = {
     "model": ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": torch.ones(3)}, "MMDiT"),
     "model with a LoRA": (GOOD | {"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(3)}, "MMDiT"),
     "no module of ours": (pair("lora_unet_something"), "none of its 2 tensors"),
-    "nothing": ({}, "no model known here"),
+    "nothing": ({}, "a file without tensors"),
 }
 
 
@@ -311,6 +312,9 @@ def test_strengths_and_parts_are_checked(bases) -> None:
         load_lora(GOOD, "a1111")
     with pytest.raises(ValueError, match="transformer"):
         merge_lora({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(4, 4)}, lora)
+    check_lora(lora)
+    with pytest.raises(TypeError, match=r"lora is str.*mmdit.load_lora"):
+        check_lora("style.safetensors")
 
 
 def test_two_clips_need_to_be_told_apart() -> None:
