@@ -135,10 +135,10 @@ def test_a_step_that_is_not_finite_names_its_layer(pipe):
 
 def test_models_that_take_turns_draw_the_same():
     wanted = latent_of(mmdit.Pipeline.demo(fast=True))
-    for how, why in (({"offload": "stages"}, "no GPU"), ({"memory": "40MB"}, "blocks move")):
+    for how in ({"offload": "stages"}, {"memory": "40MB"}):
         pipe = mmdit.Pipeline.demo(device="cpu", fast=True, **how)
         assert torch.equal(latent_of(pipe), wanted)
-        assert f"CUDA graphs: {why}" in str(pipe.accelerated.report())
+        assert "CUDA graphs: no GPU" in str(pipe.accelerated.report())
 
 
 def test_it_can_be_asked_for_when_loading(tmp_path, loaded):
