@@ -1,4 +1,7 @@
-"""A form of GELU with a LoRA that the library does not use yet, to be measured: `mmdit.bench.lora_kernels`."""
+"""A form of GELU with a LoRA that the library does not use yet, measured by `mmdit.bench.lora_kernels`.
+
+Under a scale per row it needs the largest value of each row, which the pass that adds the LoRA before could find.
+"""
 
 from __future__ import annotations
 

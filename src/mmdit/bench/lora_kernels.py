@@ -36,7 +36,6 @@ from quant.tensor import Float8Tensor
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
-FORMS = ("before", "twice")  # see `mmdit.runtime.kernels.TOKEN_GELU`
 CUTS = ((64, 64, 8, 1, 4), (64, 64, 8, 3, 4), (64, 128, 4, 1, 4))  # `mmdit.bench.lora_forms.Cut`
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
@@ -72,13 +71,8 @@ class Kernels:
                 tasks[f"gelu {kind} with a LoRA {tile}"] = partial(self.gelu, kind, True, tile)
         tasks["gelu token"] = partial(self.gelu, "token", False)
         tasks["gelu token, 32 values a thread"] = partial(self.gelu_in_fewer_threads, 32)
-        for tile in TILES:
-            tasks[f"gelu token with a LoRA, twice {tile}"] = partial(self.gelu, "token", True, tile)
-        for tile in TILES:
-            tasks[f"largest gelu of rows {tile}"] = partial(self.largest_gelu, tile)
-        for form in FORMS:
-            tasks[f"fp8 {d} to {4 * d}, gelu token {form}"] = partial(self.inner, form)
-        tasks[f"fp8 {d} to {4 * d}, gelu token without"] = partial(self.inner, None)
+        tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
+        tasks[f"fp8 {d} to {4 * d}, gelu token with a LoRA"] = partial(self.inner, True)
         for cut in CUTS:
             for kind in get_args(Kind):
                 tasks[f"gelu {kind} and low of what reads it {cut}"] = partial(self.gelu_and_low, kind, cut)
@@ -124,7 +118,7 @@ class Kernels:
         return self.cells(lambda: low(x.text, x.image, weight, down.factor, self.dtype), size)
 
     def gelu(self, kind: Kind, lora: bool, tile: tuple[int, int, int] = (64, 64, 4)) -> Cells:
-        """GELU of the MLP's inner product; by tiles with a LoRA, also under a scale per row."""
+        """GELU of the MLP's inner product, by tiles with a LoRA."""
         from mmdit.runtime import kernels, lora_kernels
 
         width, scale = 4 * self.d, torch.tensor(0.02, device=self.device)
@@ -142,13 +136,6 @@ class Kernels:
         with replaced(kernels, "_PER_THREAD", values):
             return self.gelu("token", False)
 
-    def largest_gelu(self, tile: tuple[int, int, int]) -> Cells:
-        """The first launch of GELU with a LoRA under a scale per row."""
-        from mmdit.runtime import lora_kernels
-
-        x, added = self.random(self.rows.total, 4 * self.d), self.added(4 * self.d)
-        return self.cells(lambda: lora_kernels.largest_gelu(x, self.rows, added, tile), x.nbytes)
-
     def gelu_and_low(self, kind: Kind, cut: tuple[int, int, int, int, int]) -> Cells:
         """GELU that also multiplies by the next down projections; of token scales the second launch alone."""
         from mmdit.bench.lora_forms import Cut, gelu_and_low
@@ -161,8 +148,8 @@ class Kernels:
         size = self.rows.total * width * (4 if kind == "none" else 3)
         return self.cells(lambda: gelu_and_low(x, self.rows, rounding, added, down, sizes, Cut(*cut)), size)
 
-    def inner(self, form: str | None) -> Cells:
-        """The first product of the image's MLP in float8, and GELU after it, with a LoRA added in a form."""
+    def inner(self, lora: bool) -> Cells:
+        """The first product of the image's MLP in float8, and GELU after it."""
         from mmdit.runtime import kernels
 
         rows, rounding = self.rows.only_image(), Rounding("token")
@@ -173,10 +160,9 @@ class Kernels:
 
         def run() -> None:
             multiply_into(codes, scale, weight.qdata, weight.scale, None, weight.recipe, out=out)
-            kernels.gelu(out, rows, rounding, None if form is None else added)
+            kernels.gelu(out, rows, rounding, added if lora else None)
 
-        with replaced(kernels, "TOKEN_GELU", form or "before"):
-            return self.cells(run, count * wide * (2 if form is None else 3) + count * wide)
+        return self.cells(run, count * wide * (7 if lora else 3))
 
     def pack(self, lora: bool) -> Cells:
         """Norms of queries and keys, and the joint layout."""
@@ -249,15 +235,11 @@ def ways(rank: int) -> dict[str, Way]:
     """What is compared, by name."""
     found = {"without": Way(None), "as it is": Way(rank)}
     if HAS_TRITON:
-        from mmdit.runtime import kernels, lora_kernels
+        from mmdit.runtime import kernels
 
         fewer = ((kernels, "_PER_THREAD", 32),)
         found["without, 32 values a thread"] = Way(None, settings=fewer)
         found["as it is, 32 values a thread"] = Way(rank, settings=fewer)
-        found["GELU before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
-        for tile in TILES[:3]:
-            twice = (kernels, "TOKEN_GELU", "twice"), (lora_kernels, "_TOKEN_TILE", tile)
-            found[f"GELU twice {tile}"] = Way(rank, settings=twice)
     found |= {
         "without again": Way(None),
         "eager without": Way(None, True),
@@ -324,7 +306,7 @@ def steps(
         tasks: dict[str, Callable[[], Cells]] = {
             name: partial(_step, made, way, inputs, repeats)
             for name, way in ways(rank).items()
-            if name.startswith(tuple(only)) and (recipe == "fp8" or "GELU" not in name)
+            if name.startswith(tuple(only))
         }
         for name, *cells in attempted(tasks, len(STEPS) - 1, seconds - time.monotonic() + start):
             yield [recipe or str(dtype).removeprefix("torch."), name, *cells]

@@ -23,9 +23,6 @@ from quant.kernels import code_of, largest_of, row_scale
 from quant.scaling import SMALLEST_SCALE
 
 low, add_up = lora_kernels.low, lora_kernels.add_up
-# How GELU adds what LoRAs add to values of 16 bits, under a scale per row: "before" it in place, or "twice", where all
-# values are computed again once the scales are found.
-TOKEN_GELU = "before"
 _PER_THREAD = 16  # values of a row that a thread holds
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
@@ -75,12 +72,12 @@ def norm_modulate(
 def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
     """`plain_kernels.gelu` and rounding, in one pass.
 
-    Under a scale per row, what LoRAs add takes a pass of its own: a program that has a whole row would read the whole
-    up projection for it. What GELU reads is rounded to the dtype of x there.
+    Under a scale per row, what LoRAs add is added before, in a pass of its own: a program that has a whole row would
+    read the whole up projection for it, and tiles of rows would be computed twice.
     """
     if added is None:
         return _row_by_row(x, rows, rounding, joint=False, gelu=True)
-    if rounding.kind != "token" or (TOKEN_GELU == "twice" and x.itemsize == 2):
+    if rounding.kind != "token":
         return lora_kernels.gelu(x, rows, rounding, added)
     add_up(x, added, rows)
     return _row_by_row(x, rows, rounding, joint=False, gelu=True)

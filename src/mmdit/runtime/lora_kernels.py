@@ -18,12 +18,10 @@ from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
 from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Down, Rounding, Rows
 from quant import low_rank_kernels
 from quant.formats import LARGEST
-from quant.kernels import code_of, row_scale
-from quant.scaling import SMALLEST_SCALE
+from quant.kernels import code_of
 
 _ROWS = 64  # of a tile
-# Of `gelu`, of it under a scale per row, and of `largest_gelu`: rows, columns, and the warps of a program.
-_TILE, _TOKEN_TILE, _FIND_TILE = (_ROWS, 64, 4), (_ROWS, 64, 4), (_ROWS, 128, 4)
+_TILE = (_ROWS, 64, 4)  # of `gelu`: rows, columns, and the warps of a program
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -62,63 +60,34 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
     return q, k, v
 
 
-def gelu(
-    x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] | None = None
-) -> Activation:
-    """`plain_kernels.gelu` and rounding.
-
-    Under a scale per row, `largest_gelu` finds the largest value of each row, and a second launch computes all values
-    again and writes the codes.
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] = _TILE) -> Activation:
+    """`plain_kernels.gelu` and rounding, in one pass.
 
     Args:
-        x, rows, rounding, added: see there.
-        tile: rows and columns of a program, and its warps; None takes the fastest on an H200.
+        x, rows, added: see there.
+        rounding: none or static; a scale per row needs whole rows.
+        tile: rows and columns of a program, and its warps.
     """
-    blank = Blank.of(rows, x.shape[1], rounding, x, x.dtype)
-    token = rounding.kind == "token"
-    sizes = largest_gelu(x, rows, added) if token else x
-    _launch_gelu(x, rows, rounding, added, blank, sizes, tile or (_TOKEN_TILE if token else _TILE), finds=False)
-    return blank.activation(rows, rounding)
-
-
-def largest_gelu(x: Tensor, rows: Rows, added: Added, tile: tuple[int, int, int] | None = None) -> Tensor:
-    """The largest absolute value of each row of `plain_kernels.gelu`, as the bits of float32 in int32 [rows]."""
-    sizes = torch.zeros(rows.total, dtype=torch.int32, device=x.device)
-    _launch_gelu(x, rows, Rounding("token"), added, Blank(x, None, 0), sizes, tile or _FIND_TILE, finds=True)
-    return sizes
-
-
-def _launch_gelu(
-    x: Tensor,
-    rows: Rows,
-    rounding: Rounding,
-    added: Added,
-    blank: Blank,
-    sizes: Tensor,
-    tile: tuple[int, int, int],
-    *,
-    finds: bool,
-) -> None:
-    """`_gelu` over all tiles."""
     width = x.shape[1]
+    blank = Blank.of(rows, width, rounding, x, x.dtype)
+    data, _, text_static, image_static = targets(blank, rounding, x)
     _gelu[(triton.cdiv(width, tile[1]), _tiles(rows.as_one_sample(), tile[0]))](
         x,
-        *targets(blank, rounding, x),
-        sizes,
+        data,
+        text_static,
+        image_static,
         *_factors(added),
         rows.split,
         rows.total - rows.split,
         width,
-        blank.gap,
-        finds,
         KINDS[rounding.kind],
         LARGEST["e4m3"],
-        SMALLEST_SCALE,
         added.up.shape[2],
         *tile[:2],
         width % tile[1] == 0,
         num_warps=tile[2],
     )
+    return blank.activation(rows, rounding)
 
 
 def _tiles(rows: Rows, block: int) -> int:
@@ -210,14 +179,12 @@ def _pack(
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text", "image", "gap"])
+@triton.jit(do_not_specialize=["text", "image"])
 def _gelu(
     x,
     out,
-    scales,
     text_static,
     image_static,
-    sizes,
     low,
     low_stride,
     up,
@@ -225,64 +192,24 @@ def _gelu(
     text,
     image,
     width,
-    gap,
-    finds: tl.constexpr,
     kind: tl.constexpr,
     largest: tl.constexpr,
-    smallest: tl.constexpr,
     rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
     even: tl.constexpr,
 ):
-    """`sizes` has the largest value of each row as its bits; `finds` says that they are found, and nothing is written.
-
-    The last tiles come first, as in `add_up`, and the first ones where the largest values have been found: the last
-    ones that were read are still in the cache. `even` says that tiles have all their columns.
-    """
-    index = tl.program_id(1)
-    if finds or kind != 1:
-        index = tl.num_programs(1) - 1 - index
-    row, count, is_text, _, _ = _tile(index, 1, text, image, block)
+    """The last tiles come first, as in `add_up`. `even` says that tiles have all their columns."""
+    row, count, is_text, _, _ = _tile(tl.num_programs(1) - 1 - tl.program_id(1), 1, text, image, block)
     local, column = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide)
     there, inside = local < count, column < width
     both = there[:, None] if even else there[:, None] & inside[None, :]
     local = tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
     place = row.to(tl.int64) * width + local[:, None] * width + column[None, :]
     a, b = _operands(low, low_stride, up, image_up, row, local, column, inside, is_text, even, rank)
-    sizes += row + local
-    size = tl.load(sizes) if kind == 1 and not finds else local
     value = tl.load(x + place) if even else tl.load(x + place, mask=inside[None, :], other=0.0)
-    value = value.to(tl.float32) + tl.dot(a, b, input_precision="ieee")
-    if finds:
-        tl.atomic_max(sizes, _largest_gelu(value, x.dtype.element_ty), mask=there, sem="relaxed")
-    else:
-        if kind == 1:
-            value = value.to(x.dtype.element_ty).to(tl.float32)
-        value = gelu_of(value)
-        if kind == 1:
-            scale = row_scale(size.to(tl.float32, bitcast=True), largest, smallest)
-            if tl.program_id(0) == 0:
-                tl.store(scales + row + local + tl.where(is_text, 0, gap), scale, mask=there)
-            value = code_of(value, scale[:, None], largest, out.dtype.element_ty, True)
-        if kind == 2:
-            static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
-            value = code_of(value, static, largest, out.dtype.element_ty)
-        tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit
-def _largest_gelu(value, dtype: tl.constexpr):
-    """The largest absolute value of the GELU of each row of values rounded to a dtype, as the bits of float32.
-
-    GELU grows from 0.3 on, and is nowhere below -0.18, which is -gelu(0.3): it is only computed where a row has nothing
-    above. Bits of numbers that are not negative are ordered as they are, and those of NaN come last. Without a sign,
-    those of the lowest number are the last; GELU of minus infinity is NaN.
-    """
-    top = tl.max(value.to(tl.int32, bitcast=True), 1).to(tl.float32, bitcast=True).to(dtype).to(tl.float32)
-    lowest = tl.max(value.to(tl.uint32, bitcast=True), 1).to(tl.float32, bitcast=True).to(dtype).to(tl.float32)
-    size = tl.abs(gelu_of(top)).to(tl.int32, bitcast=True)
-    if tl.min(top, 0) < 0.3:
-        size = tl.max(tl.abs(gelu_of(value.to(dtype).to(tl.float32))).to(tl.int32, bitcast=True), 1)
-    return tl.where(lowest > -float("inf"), size, 0x7FC00000)
+    value = gelu_of(value.to(tl.float32) + tl.dot(a, b, input_precision="ieee"))
+    if kind == 2:
+        static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
+        value = code_of(value, static, largest, out.dtype.element_ty)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=both)

@@ -113,54 +113,6 @@ def test_gelu(rows, rounding, dtype, width):
             torch.testing.assert_close(part.data.float(), codes.float(), rtol=0.13, atol=2**-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gelu_of_a_row_is_largest_at_its_largest_value(dtype):
-    """Of all values of a dtype, where the largest is 0.3 or more: `lora_kernels._largest_gelu` relies on it."""
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).to(DEVICE, torch.float32)
-    found = kernels.gelu(every.view(8, -1), Rows(1, 0, 8), Rounding()).image.data.flatten()
-    assert torch.equal(found.isnan(), every.isnan() | (every == -float("inf")))
-    every, order = every[~found.isnan()].sort()
-    found = found[~found.isnan()][order]
-    above = every >= 0.3
-    assert (found[above].diff() >= 0).all()
-    assert found[~above].abs().max() <= found[above][0]
-
-
-def rows_of_all_kinds(width, dtype):
-    """Rows whose largest GELU is that of a large value, and rows where it may not be; with infinite values and NaN."""
-    plain, small = drawn(width), -0.1 * drawn(width).abs() - 0.01
-    large = [plain, 1e4 * plain, 1e30 + 0 * plain, torch.linspace(-1, 0.31, width, device=DEVICE)]
-    others = [
-        1e-3 * plain,
-        -plain.abs() - 3,
-        small,
-        0 * small,
-        plain - 50,
-        torch.linspace(-1, 0.29, width, device=DEVICE),
-    ]
-    for special in (float("nan"), -float("nan"), float("inf"), -float("inf"), 1e30, -1e30, -0.0):
-        for found, row in ((large, plain.clone()), (others, small.clone())):
-            row[5] = special
-            found.append(row)
-    return torch.stack(large + others).to(dtype), len(large)
-
-
-@pytest.mark.parametrize(("dtype", "strength"), [(torch.bfloat16, 1.0), (torch.float16, 0.0)])
-def test_codes_of_gelu_are_those_of_rounded_sums(dtype, strength, monkeypatch):
-    width = 9728 if GPU else 140
-    x, split = rows_of_all_kinds(width, dtype)
-    rows = Rows(1, split, len(x) - split)
-    added = drawn_added(rows, width, dtype)
-    added = Added(strength * added.low, added.up)
-    found = []
-    for form in ("before", "twice"):
-        monkeypatch.setattr(kernels, "TOKEN_GELU", form)
-        found.append(kernels.gelu(x.clone(), rows, Rounding("token"), added))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one.scale, other.scale, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(one.data.float(), other.data.float(), rtol=0, atol=0, equal_nan=True)
-
-
 def test_not_a_number_reaches_all_codes_of_its_row():
     rows, width = Rows(1, 0, 3), 300
     x, added = drawn(3, width, dtype=torch.bfloat16), drawn_added(Rows(1, 0, 3), width, torch.bfloat16)
