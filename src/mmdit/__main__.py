@@ -1,5 +1,5 @@
 """`python -m mmdit`."""
 
-from mmdit.cli.app import main
+from mmdit.cli.app import run_process
 
-raise SystemExit(main())
+run_process()

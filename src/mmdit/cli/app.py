@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from types import ModuleType
+from typing import NoReturn
 
 from mmdit._version import __version__
 from mmdit.cli import (
@@ -24,6 +25,7 @@ from mmdit.cli import (
     workflow,
 )
 from mmdit.cli.console import Stream, note_of, streams, warnings_shown_by
+from mmdit.cli.process import end
 from mmdit.cli.usage import UsageError
 
 # Errors that users can act on. Any other exception is our bug and shows its traceback.
@@ -56,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         out.flush()
         return code or _code_of(out)
+
+
+def run_process() -> NoReturn:
+    """Run the command of this process's arguments, and end the process with its exit code."""
+    end(main())
 
 
 def _run(arguments: Sequence[str] | None) -> int:
