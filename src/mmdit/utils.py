@@ -88,9 +88,15 @@ def number(name: str, value: SupportsFloat, least: int | float = -math.inf, most
     except (TypeError, ValueError, OverflowError, RuntimeError):
         found = math.nan
     if not math.isfinite(found) or not least <= found <= most:
-        bounds = "" if (least, most) == (-math.inf, math.inf) else f" from {least:g} to {most:g}"
-        raise ValueError(f"{name} must be a finite number{bounds}, got {shortened(value)}")
+        raise ValueError(f"{name} must be a finite number{range_words(least, most)}, got {shortened(value)}")
     return found
+
+
+def range_words(least: int | float, most: int | float) -> str:
+    """A range that a number must be in, in words that follow "number"; empty where there is no bound."""
+    if most == math.inf:
+        return "" if least == -math.inf else f" of at least {least:g}"
+    return f" of at most {most:g}" if least == -math.inf else f" from {least:g} to {most:g}"
 
 
 def is_boolean(value: object) -> bool:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, Self, get_args, get_origin, get_type_hin
 
 from encoders.json_files import described, read_json
 from mmdit.training.rates import Schedule
+from mmdit.utils import range_words
 from quant.recipe import RECIPES
 from samplers.training import MODE_SCALES
 
@@ -248,8 +249,8 @@ def _in_range(key: str, value: int | float) -> int | float:
     at = next(one.metadata for one in dataclasses.fields(TrainingConfig) if one.name == key)
     least, most, above = at["least"], at["most"], at["above"]
     if not math.isfinite(value) or not least <= value <= most or value <= above:
-        ranges = f"above {above:g}" if above > -math.inf else f"from {least:g} to {most:g}"
-        raise ConfigError(f"{key} is {value}, expected a finite number {ranges}")
+        ranges = f" above {above:g}" if above > -math.inf else range_words(least, most)
+        raise ConfigError(f"{key} is {value}, expected a finite number{ranges}")
     return value
 
 

@@ -96,7 +96,7 @@ VALUES = {  # what changes, what is said
     "guidance_scale beyond floats": ({"guidance_scale": 10**400}, "guidance_scale must be a finite number, got 1000"),
     "guidance_scale True": ({"guidance_scale": True}, "guidance_scale must be a finite number, got True"),
     "shift of text": ({"shift": "3"}, "unknown shift '3'"),
-    "shift beyond floats": ({"shift": 10**400}, "must be a finite number from 0 to inf, got 1000"),
+    "shift beyond floats": ({"shift": 10**400}, "must be a finite number of at least 0, got 1000"),
     "tile of a pixel": ({"vae_tile": 1}, "vae_tile must be a whole number of at least 16, got 1"),
     "latents of NaN": ({"latents": zeros(1, 16, 4, 4) / 0}, "256 of 256 values of latents are not finite"),
     "sparse latents": ({"latents": zeros(1, 16, 4, 4).to_sparse()}, "latents is a tensor of torch.float32"),

@@ -386,7 +386,7 @@ def test_guidance_that_cannot_be(silent, settings, said):
     [
         ({"kind": "agp"}, "unknown guidance kind 'agp'; did you mean 'apg'"),
         ({"rescale": 1.1}, "guidance rescale must be a finite number from 0 to 1, got 1.1"),
-        ({"threshold": -1.0}, "guidance threshold must be a finite number from 0 to inf"),
+        ({"threshold": -1.0}, "guidance threshold must be a finite number of at least 0"),
         ({"momentum": float("inf")}, "guidance momentum must be"),
         ({"interval": (0.9, 0.1)}, "guidance interval must be two noise levels 0 <= low < high <= 1, got (0.9, 0.1)"),
         ({"perturbed_interval": (0.5, 0.5)}, "guidance perturbed_interval must be two noise levels"),

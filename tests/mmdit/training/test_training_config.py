@@ -41,7 +41,7 @@ def test_every_setting_is_described_and_its_default_is_valid() -> None:
     ("wrong", "facts"),
     [
         ({"rnak": 4}, "'rnak'.*rank"),
-        ({"rank": 0}, "rank is 0.*1"),
+        ({"rank": 0}, "rank is 0, expected .* number of at least 1"),
         ({"rank": 2.5}, "rank.*2.5.*whole"),
         ({"rank": True}, "rank.*true"),
         ({"learning_rate": 0}, "learning_rate.*above 0"),
