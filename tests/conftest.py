@@ -1,5 +1,6 @@
 """Fixtures and options of the whole suite. Shapes in signatures are checked while it runs."""
 
+import atexit
 import gc
 import os
 from collections.abc import Iterator
@@ -41,8 +42,7 @@ def pytest_collection() -> Iterator[None]:
         gc.enable()
 
 
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # nanobind counts what is left when Python ends
+atexit.register(gc.unfreeze)  # nanobind counts what is left when Python ends; pytest's last collections see none of it
 
 
 # The longest first: one that is left to the end keeps a worker busy alone.
