@@ -153,6 +153,8 @@ class _Recorder:
         wanted = self.address.meant(drawing)
         steps = sorted({label.step for label, _ in wanted})
         self.last_step, self.branches_left = steps[-1], {label.branch for label, _ in wanted if label.step == steps[-1]}
+        if self.budget is None and not self.stop:
+            return
         needed = self.forecast.of_drawing(some, drawing, wanted)
         running = all(name in self.reducers and self.reducers[name].running for name in needed)
         check_drawing(needed, steps, self.kept, self.budget, running=running)

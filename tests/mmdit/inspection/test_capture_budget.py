@@ -54,6 +54,13 @@ def test_the_budget_is_exact_and_comes_before_the_first_pass(demo, case):
     assert len(none) == 0
 
 
+def test_nothing_is_forecast_without_a_budget(demo, monkeypatch):
+    monkeypatch.setattr("mmdit.inspection.budget.rehearse", lambda *_: pytest.fail("a dry run"))
+    with mmdit.capture(demo, POST, budget=None) as seen:
+        drawn(demo)
+    assert len(seen) == 1
+
+
 def test_the_budget_of_a_model_alone_comes_before_its_call():
     small, ran = model(), []
     small.joint_blocks[0].register_forward_hook(lambda *_: ran.append(1))

@@ -68,9 +68,9 @@ def test_capture_of_one_drawing_with_and_without(pipe: Pipeline) -> None:
     pipe.load_lora_weights(tensors())
     drawing = {"seed": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "height": 64, "width": 64}
     points = "joint_blocks.2.x_block.resid_post"
-    with mmdit.capture(pipe, points) as on:
+    with mmdit.capture(pipe, points, budget=None) as on:
         pipe("a red circle", output_type="latent", **drawing)
-    with pipe.without_lora(), mmdit.capture(pipe, points) as off:
+    with pipe.without_lora(), mmdit.capture(pipe, points, budget=None) as off:
         pipe("a red circle", output_type="latent", **drawing)
     assert not torch.equal(torch.as_tensor(on[points]), torch.as_tensor(off[points]))
     pipe.unload_lora_weights()

@@ -34,7 +34,7 @@ def changed(model, points, *, given=None, **operation):
 
 
 def value_of(model, point, given=None, **address):
-    with mmdit.capture(model, point, **address) as seen:
+    with mmdit.capture(model, point, **address, budget=None) as seen:
         model(*(given or inputs()))
     return seen[point][0]
 
@@ -124,7 +124,7 @@ def test_values_of_another_run_lead_to_its_output(small):
     ours, other = inputs(1), inputs(2)
     other = (other[0], ours[1], other[2], ours[3])
     both = ["joint_blocks.1.*.resid_post"]
-    with mmdit.capture(small, both) as seen:
+    with mmdit.capture(small, both, budget=None) as seen:
         wanted = small(*other)
     torch.testing.assert_close(changed(small, both, given=ours, replace=seen), wanted)
     torch.testing.assert_close(changed(small, both, given=ours, ablate="resample", source=seen), wanted)
@@ -139,14 +139,14 @@ def test_values_of_another_run_lead_to_its_output(small):
 
 def test_a_part_is_taken_out_of_a_whole_capture(small):
     ours, other = inputs(1), inputs(2)
-    with mmdit.capture(small, Z) as seen:
+    with mmdit.capture(small, Z, budget=None) as seen:
         small(*other)
     with mmdit.patch(small, Z, replace=seen, heads=1, tokens=[2, 5], samples=1):
         found = value_of(small, Z, given=ours)
     wanted = value_of(small, Z, given=ours)
     wanted[1, 1, [2, 5]] = seen[Z][0, 1, 1, [2, 5]]
     assert torch.equal(found, wanted)
-    with mmdit.capture(small, Z, heads=1, tokens=[2, 5], samples=1) as part:
+    with mmdit.capture(small, Z, heads=1, tokens=[2, 5], samples=1, budget=None) as part:
         small(*other)
     with mmdit.patch(small, Z, replace=part, heads=1, tokens=[2, 5]):
         assert torch.equal(value_of(small, Z, given=ours)[1], wanted[1])
@@ -155,7 +155,7 @@ def test_a_part_is_taken_out_of_a_whole_capture(small):
 def test_a_frozen_pattern(small):
     """Attention's output is the pattern of the other run times the values of this one."""
     ours, other = inputs(1), inputs(2)
-    with mmdit.capture(small, PATTERN) as seen:
+    with mmdit.capture(small, PATTERN, budget=None) as seen:
         small(*other)
     v = value_of(small, "joint_blocks.1.attend.v", given=ours)
     with mmdit.patch(small, PATTERN, replace=seen):
@@ -186,7 +186,7 @@ def test_skipped_blocks(small):
 def test_blocks_of_encoders_and_vae(demo):
     layer = "clip_l.text_model.encoder.layers.1"
     points = [f"{layer}.resid_pre", "clip_l.*layers.2.resid_pre"]
-    with mmdit.capture(demo, points) as seen, mmdit.patch(demo, layer, skip=True):
+    with mmdit.capture(demo, points, budget=None) as seen, mmdit.patch(demo, layer, skip=True):
         demo.encode("a red circle")
     assert torch.equal(seen[f"{layer}.resid_pre"], seen["clip_l.text_model.encoder.layers.2.resid_pre"])
     latent = demo.noise(1)
@@ -201,7 +201,11 @@ def test_branches_and_steps_of_a_drawing(demo):
         "plain": {"scale": 1.0},
         "patched": {"ablate": "zero", "branch": "cond", "steps": 1},
     }.items():
-        with untouched(demo), mmdit.patch(demo, POST, **operation), mmdit.capture(demo, POST) as seen[name]:
+        with (
+            untouched(demo),
+            mmdit.patch(demo, POST, **operation),
+            mmdit.capture(demo, POST, budget=None) as seen[name],
+        ):
             drawn(demo)
     plain, patched = (seen[name].labelled(POST) for name in ("plain", "patched"))
     assert torch.equal(plain.sel(step=0).values, patched.sel(step=0).values)
@@ -214,9 +218,12 @@ def test_words_and_another_prompts_drawing(demo):
     """The tokens of a word, taken from a drawing in which the word is another."""
     settings = {"guidance_scale": 1.0}
     after = "joint_blocks.0.context_block.resid_post"
-    with mmdit.capture(demo, after, tokens="blue", branch="cond") as seen:
+    with mmdit.capture(demo, after, tokens="blue", branch="cond", budget=None) as seen:
         drawn(demo, "a blue circle", **settings)
-    with mmdit.patch(demo, after, replace=seen, tokens="red", branch="cond"), mmdit.capture(demo, after) as found:
+    with (
+        mmdit.patch(demo, after, replace=seen, tokens="red", branch="cond"),
+        mmdit.capture(demo, after, budget=None) as found,
+    ):
         drawn(demo, "a red circle", **settings)
     places = [1 + 1, 77 + 1]  # "a" is first, of CLIP after its start
     assert torch.equal(found[after][:, 0][:, :, places], seen[after])
@@ -253,7 +260,11 @@ def test_order_is_the_order_of_entering(small):
     plain = value_of(small, POST)
     with mmdit.patch(small, POST, scale=2.0), mmdit.patch(small, POST, add=1.0):
         torch.testing.assert_close(value_of(small, POST), 2 * plain + 1)
-    with mmdit.capture(small, POST) as before, mmdit.patch(small, POST, scale=2.0), mmdit.capture(small, POST) as after:
+    with (
+        mmdit.capture(small, POST, budget=None) as before,
+        mmdit.patch(small, POST, scale=2.0),
+        mmdit.capture(small, POST, budget=None) as after,
+    ):
         small(*inputs())
     assert torch.equal(2 * before[POST], after[POST])
 
@@ -270,10 +281,10 @@ def test_wrong_patches_are_explained(small, demo):
     refuse("is computed from z: patch .*attn.z' instead", points=f"{X}.attn.out_by_head", scale=2.0)
     refuse("swap=", swap=(0, 5))
     refuse("the patch was never applied", scale=2.0, steps=[3])
-    with mmdit.capture(small, Z, reduce=mmdit.reducers.norm()) as seen:
+    with mmdit.capture(small, Z, reduce=mmdit.reducers.norm(), budget=None) as seen:
         small(*inputs())
     refuse("was captured with a reducer", replace=seen)
-    with mmdit.capture(small, Z) as seen:
+    with mmdit.capture(small, Z, budget=None) as seen:
         small(*inputs())
         small(*inputs())
     with pytest.raises(ValueError, match=r"holds no .* of step 2"), mmdit.patch(small, Z, replace=seen):

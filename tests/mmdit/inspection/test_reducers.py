@@ -24,9 +24,9 @@ def in_rows(monkeypatch):
 
 
 def reduced(small, point, reducer, **settings):
-    with capture(small, point, reduce=reducer, **settings) as seen:
+    with capture(small, point, reduce=reducer, **settings, budget=None) as seen:
         small(*inputs())
-    with capture(small, point) as whole:
+    with capture(small, point, budget=None) as whole:
         small(*inputs())
     return seen.labelled(point), whole[point][0]
 
@@ -84,10 +84,10 @@ def test_of_a_pattern_row_by_row(small):
 
 @pytest.mark.usefixtures("in_rows")
 def test_narrowed_patterns_are_reduced(small):
-    with capture(small, PATTERN) as whole:
+    with capture(small, PATTERN, budget=None) as whole:
         small(*inputs())
     part = {"queries": [1, TEXT + 2, TEXT], "tokens": [0, TEXT + 1], "heads": 1}
-    with capture(small, PATTERN, reduce=reducers.quadrants(), **part) as seen:
+    with capture(small, PATTERN, reduce=reducers.quadrants(), **part, budget=None) as seen:
         small(*inputs())
     p = whole[PATTERN][0, :, 1:]
     wanted = [p[:, :, 1, 0], p[:, :, 1, TEXT + 1], p[:, :, [TEXT + 2, TEXT], 0].mean(-1)]
@@ -114,7 +114,10 @@ def test_reducers_that_need_all_rows_say_so(small):
 @pytest.mark.parametrize("name", ["max_abs", "moments", "histogram"])
 def test_running_ones_are_those_of_everything(small, name):
     made = {"max_abs": reducers.max_abs, "moments": reducers.moments, "histogram": lambda: reducers.histogram([0.0])}
-    with capture(small, POST, reduce=reducers.running(made[name]())) as seen, capture(small, POST) as whole:
+    with (
+        capture(small, POST, reduce=reducers.running(made[name]())) as seen,
+        capture(small, POST, budget=None) as whole,
+    ):
         for seed in range(3):
             small(*inputs(seed))
     rows = whole[POST].flatten(0, 2)

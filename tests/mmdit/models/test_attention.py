@@ -196,15 +196,15 @@ def test_concepts_leave_perturbed_attention_alone(demo):
 def test_patches_and_captures_of_one_pattern_see_each_other_in_order():
     small = model()
     half, zero = ({"scale": 0.5, "heads": [0]}, {"apply": lambda p: p + 1.0, "heads": [0], "queries": [1, 3]})
-    with mmdit.capture(small, "*1.attend.*") as plain:
+    with mmdit.capture(small, "*1.attend.*", budget=None) as plain:
         small(*inputs())
     with (
-        mmdit.capture(small, PATTERN) as before,
+        mmdit.capture(small, PATTERN, budget=None) as before,
         mmdit.patch(small, PATTERN, **half),
-        mmdit.capture(small, [PATTERN, Z]) as between,
+        mmdit.capture(small, [PATTERN, Z], budget=None) as between,
         mmdit.patch(small, PATTERN, **zero),
-        mmdit.capture(small, [PATTERN, Z]) as after,
-        mmdit.capture(small, PATTERN, heads=[1, 0], queries=[3, 0], samples=[1]) as part,
+        mmdit.capture(small, [PATTERN, Z], budget=None) as after,
+        mmdit.capture(small, PATTERN, heads=[1, 0], queries=[3, 0], samples=[1], budget=None) as part,
     ):
         small(*inputs())
     pattern = plain[PATTERN].clone()
@@ -223,7 +223,7 @@ def test_what_a_random_patch_did_is_what_a_later_capture_sees():
     small = model()
     with (
         mmdit.patch(small, PATTERN, apply=torch.rand_like),
-        mmdit.capture(small, ["*1.attend.v", PATTERN, Z]) as seen,
+        mmdit.capture(small, ["*1.attend.v", PATTERN, Z], budget=None) as seen,
     ):
         small(*inputs())
     torch.testing.assert_close(seen[PATTERN] @ seen["joint_blocks.1.attend.v"], seen[Z])

@@ -65,7 +65,7 @@ def test_captures_are_the_same(demo, draw):
     for branch, steps in (("cond", None), ("uncond", [0, 2])):
         found = []
         for way in (by_call, draw):
-            with mmdit.capture(demo, POINT, branch=branch, steps=steps) as seen:
+            with mmdit.capture(demo, POINT, branch=branch, steps=steps, budget=None) as seen:
                 way(demo)
             found.append(seen)
         wanted, given = found
@@ -123,7 +123,7 @@ def test_a_branch_that_nobody_named_is_refused(demo):
     ):
         with pytest.raises(ValueError, match="predictor"), inspected():
             demo.predict(demo.noise(1), 0.7, [cond, uncond])
-    with mmdit.capture(demo, POINT) as seen:  # without a name, each call is still one step
+    with mmdit.capture(demo, POINT, budget=None) as seen:  # without a name, each call is still one step
         for sigma in (0.9, 0.5):
             demo.predict(demo.noise(1), sigma, [cond, uncond])
     assert [(one.label.step, one.label.call) for one in seen.of(POINT).entries] == [(0, 0), (0, 1), (1, 0), (1, 1)]
