@@ -108,7 +108,7 @@ def test_pattern_in_blocks_of_rows_is_the_dense_one():
 
 def test_a_drawing_is_the_same_and_branches_are_told_apart(demo):
     plain = drawn(demo)
-    with untouched(demo), mmdit.capture(demo, [POST, f"{X}.attn.q"]) as seen:
+    with untouched(demo), mmdit.capture(demo, [POST, f"{X}.attn.q"], budget=None) as seen:
         assert torch.equal(drawn(demo), plain)
     cond, uncond = encoded(demo, "a red circle"), encoded(demo, "")
     levels = demo.sigmas(3).tolist()
@@ -118,7 +118,7 @@ def test_a_drawing_is_the_same_and_branches_are_told_apart(demo):
     assert found.labels("sigma") == tuple(levels[:3])
     noise = demo.noise(1)
     for branch, read in (("cond", cond), ("uncond", uncond)):
-        with mmdit.capture(demo.transformer, POST) as alone, torch.no_grad():
+        with mmdit.capture(demo.transformer, POST, budget=None) as alone, torch.no_grad():
             demo.transformer(noise, torch.tensor([1000.0 * levels[0]]), read.context, read.pooled)
         torch.testing.assert_close(found.sel(step=0, branch=branch).values, alone[POST][0], rtol=1e-4, atol=1e-4)
     difference = found.sel(step=0, branch="cond").values - found.sel(step=0, branch="uncond").values
@@ -126,10 +126,10 @@ def test_a_drawing_is_the_same_and_branches_are_told_apart(demo):
 
 
 def test_addresses_narrow(demo):
-    with untouched(demo), mmdit.capture(demo, [f"{X}.attn.z", "joint_blocks.1.attend.pattern"]) as whole:
+    with untouched(demo), mmdit.capture(demo, [f"{X}.attn.z", "joint_blocks.1.attend.pattern"], budget=None) as whole:
         drawn(demo, ["a red circle", "a blue star"])
     narrow = {"steps": [0, -1], "branch": "cond", "samples": 1, "heads": [3, 1], "tokens": slice(2, 5)}
-    with mmdit.capture(demo, ["transformer." + f"{X}.attn.z", "*1.attend.pattern"], **narrow) as seen:
+    with mmdit.capture(demo, ["transformer." + f"{X}.attn.z", "*1.attend.pattern"], **narrow, budget=None) as seen:
         drawn(demo, ["a red circle", "a blue star"])
     wanted = whole.labelled(f"{X}.attn.z").sel(step=[0, 2], branch="cond", sample=[1], head=[3, 1], token=[2, 3, 4])
     assert torch.equal(seen[f"{X}.attn.z"], wanted.values)
@@ -144,14 +144,16 @@ def test_levels_queries_channels_and_masks_narrow(demo):
     levels = demo.sigmas(3).tolist()
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2, 3] = mask[4, 0] = True
-    with mmdit.capture(demo, POST, branch="cond") as whole:
+    with mmdit.capture(demo, POST, branch="cond", budget=None) as whole:
         drawn(demo)
-    with mmdit.capture(demo, POST, branch="cond", sigmas=(0.0, levels[1]), tokens=mask, channels=[7]) as seen:
+    with mmdit.capture(
+        demo, POST, branch="cond", sigmas=(0.0, levels[1]), tokens=mask, channels=[7], budget=None
+    ) as seen:
         drawn(demo)
     assert torch.equal(seen[POST], whole[POST][1:, :, [19, 32]][..., [7]])
-    with mmdit.capture(demo, "*0.attend.pattern", steps=0, branch="cond", queries=[5, 150]) as rows:
+    with mmdit.capture(demo, "*0.attend.pattern", steps=0, branch="cond", queries=[5, 150], budget=None) as rows:
         drawn(demo)
-    with mmdit.capture(demo, "*0.attend.pattern", steps=0, branch="cond") as every:
+    with mmdit.capture(demo, "*0.attend.pattern", steps=0, branch="cond", budget=None) as every:
         drawn(demo)
     (name,) = every
     torch.testing.assert_close(rows[name], every[name][:, :, :, [5, 150]])
@@ -161,9 +163,9 @@ def test_levels_queries_channels_and_masks_narrow(demo):
 def test_words_are_found_in_each_prompt_and_encoder(demo):
     context = "joint_blocks.1.context_block.resid_post"
     prompts = ["a red circle", "a blue star above a red circle"]
-    with mmdit.capture(demo, context, branch="cond", steps=0) as whole:
+    with mmdit.capture(demo, context, branch="cond", steps=0, budget=None) as whole:
         drawn(demo, prompts)
-    with mmdit.capture(demo, context, branch="cond", steps=0, tokens="circle") as seen:
+    with mmdit.capture(demo, context, branch="cond", steps=0, tokens="circle", budget=None) as seen:
         drawn(demo, prompts)
     read = encoded(demo, prompts)
     for sample, prompt in enumerate(prompts):
@@ -171,7 +173,7 @@ def test_words_are_found_in_each_prompt_and_encoder(demo):
         places = sorted({span.position for span in read.spans[sample] if span.start == start and span.stop > start})
         assert len(places) == 2  # CLIP-L and CLIP-G share one, T5 has its own
         assert torch.equal(seen[context][0, sample], whole[context][0, sample, places])
-    with mmdit.capture(demo, context, branch="cond", steps=0, tokens=Word("circle", "t5")) as one:
+    with mmdit.capture(demo, context, branch="cond", steps=0, tokens=Word("circle", "t5"), budget=None) as one:
         drawn(demo, prompts)
     assert torch.equal(one[context][0, :, 0], seen[context][0, :, 1])
     with pytest.raises(ValueError, match=r"the prompt '' \(branch 'uncond', sample 0\) has no token of 'circle'"):
@@ -185,7 +187,7 @@ def test_words_are_found_in_each_prompt_and_encoder(demo):
 
 
 def test_a_solver_with_several_calls_a_step(demo):
-    with mmdit.capture(demo, POST, branch="cond", reduce=reducers.norm()) as seen:
+    with mmdit.capture(demo, POST, branch="cond", reduce=reducers.norm(), budget=None) as seen:
         drawn(demo, sampler="heun")
     found, levels = seen.labelled(POST), demo.sigmas(3).tolist()
     assert found.labels("step") == (0, 0, 1, 1, 2)
@@ -205,7 +207,7 @@ def test_branches_of_different_lengths_run_apart(demo):
     cond, uncond = encoded(demo, ["a red circle"] * 2), encoded(demo, ["", ""])
     uncond = replace(uncond, context=uncond.context[:, :80])
     name = "joint_blocks.1.context_block.resid_post"
-    with untouched(demo), mmdit.capture(demo, [name, POST]) as seen, torch.no_grad():
+    with untouched(demo), mmdit.capture(demo, [name, POST], budget=None) as seen, torch.no_grad():
         list(demo.sample(cond, uncond, demo.noise(1, count=2), num_inference_steps=2, guidance_scale=3.0))
     assert seen.labelled(name, branch="cond").values.shape == (2, 2, 93, 256)
     assert seen.labelled(name, branch="uncond").values.shape == (2, 2, 80, 256)
@@ -214,7 +216,7 @@ def test_branches_of_different_lengths_run_apart(demo):
     with pytest.raises(ValueError, match=r"does not stack: values have shapes .*branch=\.\.\."):
         seen[name]
     levels = demo.sigmas(2).tolist()
-    with torch.no_grad(), mmdit.capture(demo.transformer, name) as alone:
+    with torch.no_grad(), mmdit.capture(demo.transformer, name, budget=None) as alone:
         time = torch.tensor([1000 * levels[0]] * 2)
         demo.transformer(demo.noise(1, count=2), time, uncond.context, uncond.pooled)
     found, wanted = seen.labelled(name, branch="uncond").values[0], alone[name][0]
@@ -223,7 +225,7 @@ def test_branches_of_different_lengths_run_apart(demo):
 
 def test_predictions_outside_of_a_drawing_are_counted(demo):
     cond = encoded(demo, "a red circle")
-    with torch.no_grad(), mmdit.capture(demo, POST) as seen:
+    with torch.no_grad(), mmdit.capture(demo, POST, budget=None) as seen:
         for sigma in (0.9, 0.5):
             demo.predict(demo.noise(1), sigma, [Branch(cond), Branch(cond, "skip", (2,))])
         demo.transformer(demo.noise(1), torch.tensor([300.0]), cond.context, cond.pooled)
@@ -235,7 +237,10 @@ def test_predictions_outside_of_a_drawing_are_counted(demo):
         (1, 0.5, "skip"),
         (0, None, None),
     ]
-    with pytest.raises(KeyError, match="was never passed"), mmdit.capture(demo, POST, branch="skip") as never:
+    with (
+        pytest.raises(KeyError, match="was never passed"),
+        mmdit.capture(demo, POST, branch="skip", budget=None) as never,
+    ):
         demo.predict(demo.noise(1), 0.5, [Branch(cond)])
         never[POST]
 
@@ -258,12 +263,12 @@ def test_branches_may_differ_by_step(demo):
 
 def test_encoders_and_vae_count_calls(demo):
     names = ["clip_l.text_model.encoder.layers.1.resid_post", "t5.encoder.block.0.layer.1.DenseReluDense.post"]
-    with untouched(demo), mmdit.capture(demo, [*names, "vae.decoder.mid.attn_1.update"]) as seen:
+    with untouched(demo), mmdit.capture(demo, [*names, "vae.decoder.mid.attn_1.update"], budget=None) as seen:
         drawn(demo, output_type="pt")
     assert seen[names[0]].shape == (2, 1, 77, 64)  # the prompt, then the negative prompt
     assert seen[names[1]].shape == (2, 1, 16, 512)
     assert seen["vae.decoder.mid.attn_1.update"].shape == (1, 1, 64, 16, 16)
-    with mmdit.capture(demo.clip_l, "*layers.1.resid_post") as alone:
+    with mmdit.capture(demo.clip_l, "*layers.1.resid_post", budget=None) as alone:
         encoded(demo, "a red circle")
     assert torch.equal(alone["text_model.encoder.layers.1.resid_post"][0], seen[names[0]][0])
     with pytest.raises(ValueError, match="branch= narrows passes of a pipeline's transformer"):
@@ -275,9 +280,9 @@ def test_nested_captures_and_maps_work(demo):
     points = [POST, "joint_blocks.1.attend.z"]
     with (
         untouched(demo),
-        mmdit.capture(demo, POST) as outer,
+        mmdit.capture(demo, POST, budget=None) as outer,
         mmdit.attention_maps(demo, "circle") as maps,
-        mmdit.capture(demo, points, steps=1) as inner,
+        mmdit.capture(demo, points, steps=1, budget=None) as inner,
     ):
         assert torch.equal(drawn(demo), plain)
     assert torch.equal(outer[POST][1:2], inner[POST])
@@ -320,7 +325,7 @@ def test_quantized_models(demo):
     linear = pipe.transformer.joint_blocks[1].x_block.attn.proj
     seen_plainly = []
     handle = linear.register_forward_hook(lambda _, args, output: seen_plainly.append((args[0], output)))
-    with mmdit.capture(pipe, [f"{X}.attn.z", f"{X}.attn.out", f"{X}.attn.out_by_head"], steps=1) as seen:
+    with mmdit.capture(pipe, [f"{X}.attn.z", f"{X}.attn.out", f"{X}.attn.out_by_head"], steps=1, budget=None) as seen:
         assert torch.equal(drawn(pipe), plain)
     handle.remove()
     z, out = seen_plainly[1]
@@ -356,6 +361,6 @@ def test_wrong_addresses_are_explained(demo):
 
 def test_a_module_without_qk_norm_still_fires():
     small = model(replace(CONFIG, qk_norm=None))
-    with mmdit.capture(small, [f"{X}.attn.q", f"{X}.attn.q_normed"]) as seen:
+    with mmdit.capture(small, [f"{X}.attn.q", f"{X}.attn.q_normed"], budget=None) as seen:
         small(*inputs())
     assert torch.equal(seen[f"{X}.attn.q"], seen[f"{X}.attn.q_normed"])

@@ -78,7 +78,7 @@ def test_a_sweep_of_what_is_no_number(small):
 
 
 def test_keys_are_completed(small):
-    with mmdit.capture(small, [POST, Z]) as seen:
+    with mmdit.capture(small, [POST, Z], budget=None) as seen:
         small(*inputs())
     assert seen._ipython_key_completions_() == [Z, POST]
 

@@ -60,12 +60,12 @@ def test_what_looks_inside_does_not_see_the_search_for_the_layer(demo):
     with (
         mmdit.attention_maps(demo, "circle") as maps,
         mmdit.patch(demo, name, scale=float("inf"), branch="cond", steps=[1]),
-        mmdit.capture(demo, name) as seen,
+        mmdit.capture(demo, name, budget=None) as seen,
         pytest.raises(FloatingPointError, match=said),
     ):
         demo("a red circle", **few)
     assert [entry.label[1:3] for entry in seen.of(name).entries] == [(0, 0), (0, 0), (1, 0), (1, 0)]
     assert len(maps.passes) == 2
-    with mmdit.capture(demo, name) as again:
+    with mmdit.capture(demo, name, budget=None) as again:
         demo("a red circle", **few)
     assert again[name].shape[0] == 2
