@@ -40,8 +40,6 @@ class ControlRecipe:
 
 
 GPU = ControlRecipe(
-    depth=2,
-    mlp_dim=256,  # so that two blocks take less than 4 MB
     scenes=49_152,
     captions_per_scene=1,
     full_captions=0.1,

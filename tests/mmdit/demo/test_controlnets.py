@@ -26,10 +26,10 @@ def test_the_files(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NETS)
 def test_drawings_follow_the_hint(kind: str, pipe: Pipeline) -> None:
-    """Both nets gave 14 of 15 shapes and 12 of 14 positions."""
+    """The nets gave 14 (canny) and 15 (depth) of 15 shapes and all 14 positions."""
     found = evaluate_control(pipe, load_controlnet(NETS[kind], dtype=torch.float32), COUNT, **HOW)
-    assert found["shape"][0] >= 0.7
-    assert found["relation"][0] >= 0.6
+    assert found["shape"][0] >= 0.8
+    assert found["relation"][0] >= 0.7
 
 
 def test_without_a_net_they_do_not(pipe: Pipeline) -> None:
