@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from mmdit import MMDiT, Pipeline, load_controlnet
+from mmdit import CANNY_NET, MMDiT, Pipeline, load_controlnet
+from mmdit.demo.bench_control import rows
 from mmdit.demo.control_data import Data, depth_map, hints, make_data, scenes_of, vague_caption
-from mmdit.demo.control_recipe import ControlRecipe
+from mmdit.demo.control_recipe import GPU, ControlRecipe
 from mmdit.demo.control_step import STAGES, Stepper, Trainer, new_net
 from mmdit.demo.evaluate_control import statements_of
 from mmdit.demo.grammar import statements
@@ -162,6 +163,21 @@ def test_a_batch_without_finite_gradients_is_left_out(transformer, canny):
     assert all(torch.isfinite(weight).all() for weight in trainer.net.parameters())
     stepper.data = canny
     assert torch.isfinite(stepper.step(PROFILES["diffusers"], 1e-3))
+
+
+def test_the_recipe_for_a_gpu_is_that_of_the_shipped_nets(transformer):
+    found = new_net("canny", transformer, GPU.depth, GPU.mlp_dim).config
+    assert found == load_controlnet(CANNY_NET).config
+
+
+def test_the_measured_steps_are_those_of_a_training(pipe):
+    """All gradients are finite, and losses are those of a trained net."""
+    found = list(rows(pipe, "canny", dataclasses.replace(GPU, batch=1, recorded=False), ["eager", "recorded"], 1))
+    assert [row[:2] for row in found] == [*(("eager", name) for name in PROFILES), ("recorded", "failed")]
+    for _, _, _, _, loss, left_out, _ in found[:-1]:
+        assert float(loss) < 0.2
+        assert left_out == "0"
+    assert "cpu" in found[-1][2]
 
 
 def test_a_run_and_going_on(tmp_path):
