@@ -33,7 +33,7 @@ from quant import emulation
 from quant.current import on_its_device
 
 T = TypeVar("T")
-_TABLES = 2  # graphs of modulation tables that are kept, one per number of steps and samples
+_TABLES = 4  # graphs of modulation tables that are kept, one per number of steps and samples
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,10 @@ class Accelerated:
             self._pace.clear()  # a step that waits for weights to arrive is no graph
         self.model.check(latent, contexts[0], pooled[0], control, skip_layers)
         text = self._text(contexts, pooled)
+        # Timesteps between the planned ones have tables of many sizes, each of which is asked for once in a drawing.
+        modulated = self._modulated if timestep in self._planned else self.fast
         with self._lock:
-            vectors = text.vectors(self._modulated, timestep, self._planned, self._visiting)
+            vectors = text.vectors(modulated, timestep, self._planned, self._visiting)
         latent = latent.to(self.model.pos_embed.dtype)
         places, residuals = _distinct(control, self.model.pos_embed.dtype)
         acting = [self._nets.prepare(one, latent, contexts, pooled) for one in nets]

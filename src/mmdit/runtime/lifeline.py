@@ -142,7 +142,8 @@ class Lifeline:
             if self._closed:
                 return
             self._closed = True
-        atexit.unregister(self._at_exit)
+        if self._releasing is None:
+            atexit.unregister(self._at_exit)
         self._tell({"left": self.rank, "after": self._entered})
         if self.rank == 0:
             for thread in self._threads:

@@ -59,6 +59,8 @@ class Modulated(Protocol):
 class Recorded:
     """A fast forward of which small tables are a CUDA graph: their many launches take the host longer than the GPU.
 
+    A table is recorded when one of its size is asked for again, so that a single drawing does not wait for a recording.
+
     Args:
         fast: the forward.
         graphs: keep the tables' graphs; whoever calls has them for itself.
@@ -67,6 +69,7 @@ class Recorded:
     def __init__(self, fast: Modulated, graphs: Graphs) -> None:
         self.fast, self.graphs = fast, graphs
         self.vectors, self.width = fast.vectors, fast.width
+        self._seen: set[Hashable] = set()
 
     def tokens(self, context: Tensor) -> Tensor:
         """See `Modulated`."""
@@ -75,9 +78,11 @@ class Recorded:
     def table(self, timesteps: Tensor, pooled: Tensor) -> Tensor:
         """See `Modulated`."""
         nbytes = len(timesteps) * len(pooled) * self.vectors * self.width * pooled.itemsize
-        if nbytes > _RECORDED_BYTES:
+        key = (timesteps.shape, pooled.shape)
+        if nbytes > _RECORDED_BYTES or key not in self._seen:
+            self._seen.add(key)
             return self.fast.table(timesteps, pooled)
-        table: Tensor = self.graphs((timesteps.shape, pooled.shape), self.fast.table, (timesteps, pooled))
+        table: Tensor = self.graphs(key, self.fast.table, (timesteps, pooled))
         return table
 
 

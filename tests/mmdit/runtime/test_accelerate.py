@@ -76,22 +76,32 @@ def test_tables_are_computed_together_and_once(model):
     assert asked[3:] == [[900.0]]
 
 
-def test_small_tables_are_recorded_by_their_sizes(model):
-    class Steps(Graphs):
-        """Keeps steps in place of graphs."""
+class Steps(Graphs):
+    """Keeps steps in place of graphs."""
 
-        def __call__(self, key, step, inputs):
-            return self._captured.setdefault(key, step)(*inputs)
+    def __call__(self, key, step, inputs):
+        return self._captured.setdefault(key, step)(*inputs)
 
+
+def test_small_tables_that_come_again_are_recorded(model):
     fast, steps = Accelerated(model).fast, Steps()
     tables, pooled = Recorded(fast, steps), inputs_of(model, samples=2)[2]
-    for count in (4, 4, 3, 2**15):
+    for count in (4, 3, 4, 4, 2**15, 2**15):
         timesteps = torch.linspace(1000, 1, count, device=DEVICE)
         found = tables.table(timesteps, pooled[:1])
         assert torch.equal(found, fast.table(timesteps, pooled[:1]))
-    assert list(steps._captured) == [((4,), (1, 24)), ((3,), (1, 24))]
+    assert list(steps._captured) == [((4,), (1, 24))]
     text, plain = (Text(one, inputs_of(model)[1], pooled) for one in (tables, fast))
     assert torch.equal(text.vectors(tables, 500.0, [250.0]), plain.vectors(fast, 500.0, [250.0]))
+
+
+def test_tables_of_timesteps_between_the_planned_ones_are_not_recorded(model):
+    fast, inputs, steps = Accelerated(model, graph=False), inputs_of(model), Steps()
+    fast._modulated = Recorded(fast.fast, steps)
+    for _ in range(3):
+        for timestep in fast.drawing([900.0, 750.0, 600.0, 450.0, 300.0], [900.0, 600.0, 300.0]):
+            assert near(model, velocity(fast, inputs, timestep), inputs, timestep)
+    assert list(steps._captured) == [((3,), (1, 24))]
 
 
 def attach(model, scale=1.0):

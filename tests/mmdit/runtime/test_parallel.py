@@ -657,6 +657,7 @@ def test_a_process_exits_after_everything_is_freed(monkeypatch):
     """Torch aborts a process that exits while another thread aborts its collectives."""
     at_exit, done = [], []
     monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setattr(atexit, "unregister", at_exit.remove)
     other, own = socket.socketpair()
     life = Lifeline(1, {0: own}, on_failure=lambda: (time.sleep(0.2), done.append(True)))
     with pytest.raises(ParallelError, match="rank 0 failed: OverflowError"), life.guarded():
@@ -665,6 +666,7 @@ def test_a_process_exits_after_everything_is_freed(monkeypatch):
             life.check()
             time.sleep(0.01)
     other.close()
+    life.close()
     at_exit[0]()
     assert done == [True]
 
