@@ -46,7 +46,8 @@ class Observed:
             x: The input, [..., in].
 
         Raises:
-            ValueError: A value is not finite in float32. On a GPU the statistics raise it when they are read.
+            ValueError: A value is not finite in float32. On a CPU nothing of the input has been counted then; on a GPU
+                it has, and each statistic raises the error when it is read.
         """
         rows = x.detach().reshape(-1, x.shape[-1])
         if not rows.numel():
@@ -54,10 +55,11 @@ class Observed:
         if self._finite.device != x.device:
             self._move(x.device)
         size = rows.abs().float()
-        self.rows += len(rows)
-        self._finite += (size < torch.inf).sum()
+        finite = (size < torch.inf).sum()
         if not x.is_cuda:
-            self.check()
+            _check_finite(rows.numel(), finite)
+        self.rows += len(rows)
+        self._finite += finite
         self._channel_amax = torch.maximum(self._channel_amax, size.amax(0))
         wide = rows.double()
         self._sum += wide.sum(0)
@@ -81,9 +83,7 @@ class Observed:
         Raises:
             ValueError: A value was not finite in float32.
         """
-        values = self.rows * len(self._channel_amax)
-        if bad := values - int(self._finite):
-            raise ValueError(f"{bad} of {values} values are not finite in float32")
+        _check_finite(self.rows * len(self._channel_amax), self._finite)
 
     @property
     def channel_amax(self) -> Tensor:
@@ -145,6 +145,11 @@ class Observed:
         return torch.minimum(self.amax, upper)
 
 
+def _check_finite(values: int, finite: Tensor) -> None:
+    if bad := values - int(finite):
+        raise ValueError(f"{bad} of {values} values are not finite in float32")
+
+
 def check_percentile(share: float) -> None:
     """Raise ValueError unless the percentage is above 0 and at most 100."""
     if not 0 < share <= 100:
@@ -167,8 +172,9 @@ def observe(
 
     Raises:
         ValueError: A part of the module is compiled; a glob matches nothing; or an input has values that are not finite
-            (the error names the layer). On a GPU the latter is raised at the end of the context, also where the body
-            has raised `FloatingPointError`.
+            (the error names the layer). A CPU raises the latter before the layer runs and does not count the input. A
+            GPU counts it, and the error is raised at the end of the context, also where the body has raised
+            `FloatingPointError`.
         TypeError: The module is no nn.Module.
     """
     check_module(module)

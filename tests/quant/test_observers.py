@@ -1,7 +1,7 @@
 """The statistics of `observe` against numpy; it changes no output and leaves no hook."""
 
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from math import ceil
 
@@ -169,21 +169,43 @@ READINGS = {
 }
 
 
-@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
-@DEVICES
-def test_no_statistic_of_what_is_not_finite_is_read(device, value):
-    seen = Observed(6, torch.device(device), second=True)
+NOT_FINITE = pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+ON_A_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
+
+
+def with_a_bad(value, device):
     bad = torch.ones(2, 6, device=device)
     bad[1, 2] = value
-    for x in (torch.ones(1, 6, device=device), bad):
-        with suppress(ValueError):  # a CPU says so at once
-            seen.add(x)
+    return bad
+
+
+@NOT_FINITE
+def test_a_cpu_refuses_what_is_not_finite_and_counts_nothing_of_it(value):
+    seen, wanted = (Observed(6, torch.device("cpu"), second=True) for _ in range(2))
+    good = [torch.ones(1, 6), 2 * torch.ones(3, 6)]
+    for x in good:
+        wanted.add(x)
+    seen.add(good[0])
+    with pytest.raises(ValueError, match="1 of 12 values are not finite"):
+        seen.add(with_a_bad(value, "cpu"))
+    seen.add(good[1])
+    assert seen.rows == 4
+    for read in READINGS.values():
+        torch.testing.assert_close(read(seen), read(wanted), rtol=0, atol=0)
+
+
+@NOT_FINITE
+@ON_A_GPU
+def test_no_statistic_of_what_is_not_finite_is_read(device, value):
+    seen = Observed(6, torch.device(device), second=True)
+    seen.add(torch.ones(1, 6, device=device))
+    seen.add(with_a_bad(value, device))
     for read in READINGS.values():
         with pytest.raises(ValueError, match="1 of 18 values are not finite"):
             read(seen)
 
 
-@DEVICES
+@ON_A_GPU
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_layer_is_named_at_the_end_where_nobody_waits(device, fails):
     net = model().to(device)
@@ -193,3 +215,16 @@ def test_the_layer_is_named_at_the_end_where_nobody_waits(device, fails):
         if fails:
             raise FloatingPointError("a drawing is not finite")
     assert not any(part._forward_pre_hooks for part in net)
+
+
+def test_a_cpu_goes_on_after_a_bad_input_and_another_error_keeps_its_own_words():
+    net, good = model(), torch.ones(2, 6)
+    with observe(net) as seen:
+        for x in (good, with_a_bad(float("nan"), "cpu"), good):
+            with nullcontext() if x is good else pytest.raises(ValueError, match="the input of '0': 1 of 12"):
+                net(x)
+    assert [one.rows for one in seen.values()] == [4, 4]
+    with pytest.raises(FloatingPointError, match="a drawing"), observe(net):
+        with suppress(ValueError):
+            net(with_a_bad(float("nan"), "cpu"))
+        raise FloatingPointError("a drawing is not finite")
