@@ -25,7 +25,6 @@ from mmdit.cli import (
     workflow,
 )
 from mmdit.cli.console import Stream, note_of, streams, warnings_shown_by
-from mmdit.cli.process import end
 from mmdit.cli.usage import UsageError
 
 # Errors that users can act on. Any other exception is our bug and shows its traceback.
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_process() -> NoReturn:
     """Run the command of this process's arguments, and end the process with its exit code."""
-    end(main())
+    raise SystemExit(main())
 
 
 def _run(arguments: Sequence[str] | None) -> int:

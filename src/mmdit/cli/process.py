@@ -1,15 +1,13 @@
-"""The process of a command: settings for the small steps of the embedded model on a CPU, and a quick end."""
+"""The process of a command: settings for the small steps of the embedded model on a CPU."""
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Final, NoReturn
+from contextlib import contextmanager
+from typing import Final
 
 from mmdit.cli.devices import DEMO
 
@@ -56,28 +54,3 @@ def _keep_freed_memory() -> None:
     trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
     mallopt(trim_threshold, _KEPT)
     mallopt(mmap_threshold, _FROM_HEAP)
-
-
-def end(code: int) -> NoReturn:
-    """End the process without freeing its objects one by one, which takes some 0.15 s where torch has been imported.
-
-    Threads are waited for, what is registered by `atexit` runs, and stdout and stderr are flushed. Profilers and
-    debuggers, which print when the module has run, see the usual end.
-    """
-    if "torch" not in sys.modules or _is_watched():
-        raise SystemExit(code)
-    python: Any = threading
-    python._shutdown()
-    exits: Any = atexit
-    exits._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):  # closed or lost, which `main` has reported
-            stream.flush()
-    os._exit(code)
-
-
-def _is_watched() -> bool:
-    """Whether a profiler, a debugger or a coverage tool is active."""
-    tools: Any = getattr(sys, "monitoring", None)  # Python 3.12 and later
-    monitored = tools is not None and any(tools.get_tool(i) is not None for i in range(6))
-    return monitored or sys.getprofile() is not None or sys.gettrace() is not None

@@ -296,36 +296,12 @@ def test_a_process_is_prepared_for_small_steps_before_torch_is_imported(monkeypa
         assert said == [trim, mmap]
 
 
-# What a process does that ends quickly: a thread that writes, an exit function, a stream that is not flushed.
-ENDS = """
-import atexit, sys, threading, time
-from mmdit.cli.process import end
-sys.modules["torch"] = sys.modules["sys"]
-class Freed:
-    def __del__(self): print("freed")
-kept = Freed()
-atexit.register(print, "exit function")
-threading.Thread(target=lambda: (time.sleep(0.1), print("thread"))).start()
-print("last line")
-end(int(sys.argv[1]))
-"""
-
-
-def test_a_process_ends_without_freeing_its_objects(monkeypatch):
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
-
-    def ended(code: str) -> tuple[int, list[str]]:
-        done = subprocess.run([sys.executable, "-c", ENDS, code], stdout=subprocess.PIPE, text=True, check=False)
-        return done.returncode, done.stdout.split("\n")[:-1]
-
-    said = ["last line", "thread", "exit function"]
-    assert ended("0") == (0, said)
-    assert ended("141") == (141, said)
-    monkeypatch.setattr(process.os, "_exit", lambda code: pytest.fail(f"os._exit({code}) under a profiler"))
-    monkeypatch.setattr(process.threading, "_shutdown", lambda: None)
-    monkeypatch.setattr(process.sys, "getprofile", lambda: print)
+def test_a_process_ends_as_python_ends(monkeypatch):
+    """So that `python -i` reaches its prompt, and profilers and destructors of libraries run."""
+    monkeypatch.setattr(app, "main", lambda: 3)
+    monkeypatch.setattr(process.os, "_exit", lambda code: pytest.fail(f"os._exit({code})"))
     with pytest.raises(SystemExit, match="3"):
-        process.end(3)
+        app.run_process()
 
 
 # ---- completion
