@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,16 +14,16 @@ R = TypeVar("R")
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function that launches Triton kernels: the GPU of its first tensor is the current one inside.
+    """Decorate a function that launches Triton kernels: the GPU of its first tensor on one is the current one inside.
 
-    A compiler that traces the function does this by itself.
+    Tensors may be in tuples and lists, and may be given by keyword; those on other devices do not count. A compiler that traces the function does this by itself.
     """
 
     @wraps(launch)
     def launched(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
             return launch(*args, **kwargs)
-        index = _gpu_of(args)
+        index = _gpu_of((*args, *kwargs.values()))
         if index < 0 or index == torch.cuda.current_device():
             return launch(*args, **kwargs)
         with torch.cuda.device(index):
@@ -32,11 +32,11 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     return launched
 
 
-def _gpu_of(args: tuple[Any, ...]) -> int:
-    """The number of the GPU that the first tensor is on, which may be in a tuple; -1 where it is on none."""
-    for one in args:
-        if isinstance(one, Tensor):
-            return one.get_device() if one.is_cuda else -1
-        if isinstance(one, tuple) and (found := _gpu_of(one)) >= 0:
+def _gpu_of(given: Sequence[Any]) -> int:
+    """The number of the GPU that the first tensor on one is on, also in a tuple or list; -1 where none is."""
+    for one in given:
+        if isinstance(one, Tensor) and one.is_cuda:
+            return one.get_device()
+        if isinstance(one, tuple | list) and (found := _gpu_of(one)) >= 0:
             return found
     return -1

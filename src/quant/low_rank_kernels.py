@@ -136,6 +136,7 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
     _write_up(out, None, low, up, split)
 
 
+@on_its_device
 def up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """low [rows, r] times the transposed up projection [out, r], plus the bias [out]: [rows, out], in one pass."""
     out = torch.empty((len(low), len(up)), dtype=up.dtype, device=up.device)

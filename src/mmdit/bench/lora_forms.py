@@ -15,6 +15,7 @@ from torch import Tensor
 from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
 from mmdit.runtime.lora_kernels import _factors, _tile, _tiles
 from mmdit.runtime.rows import Activation, Added, Blank, Down, Rounding, Rows
+from quant.current import on_its_device
 from quant.formats import LARGEST
 from quant.kernels import code_of, row_scale
 from quant.scaling import SMALLEST_SCALE
@@ -30,6 +31,7 @@ class Cut(NamedTuple):
     warps: int
 
 
+@on_its_device
 def gelu_and_low(
     x: Tensor, rows: Rows, rounding: Rounding, added: Added | None, down: Down, sizes: Tensor | None, cut: Cut
 ) -> tuple[Activation, Tensor]:
