@@ -16,7 +16,8 @@ R = TypeVar("R")
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function that launches Triton kernels: the GPU of its first tensor on one is the current one inside.
 
-    Tensors may be in tuples and lists, and may be given by keyword; those on other devices do not count. A compiler that traces the function does this by itself.
+    Tensors may be in tuples and lists, and may be given by keyword; those on other devices do not count. A compiler
+    that traces the function does this by itself.
     """
 
     @wraps(launch)

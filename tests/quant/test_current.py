@@ -1,4 +1,4 @@
-"""Functions that launch Triton kernels run with the GPU of their tensors as the current one, however these are given."""
+"""Functions that launch Triton kernels run on the GPU of their tensors, however these are given."""
 
 from contextlib import contextmanager
 from typing import NamedTuple
