@@ -133,19 +133,6 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
         up: contiguous [streams, out, r], of which the first is for the first `split` rows and the last for the others.
         split: number of rows of the first stream.
     """
-    _write_up(out, None, low, up, split)
-
-
-@on_its_device
-def up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    """low [rows, r] times the transposed up projection [out, r], plus the bias [out]: [rows, out], in one pass."""
-    out = torch.empty((len(low), len(up)), dtype=up.dtype, device=up.device)
-    _write_up(out, bias, low, up.unsqueeze(0), 0)
-    return out
-
-
-def _write_up(out: Tensor, bias: Tensor | None, low: Tensor, up: Tensor, split: int) -> None:
-    """Write the product plus the bias, or plus what is there."""
     rows, columns = out.shape
     block, wide = _ADDED_ROWS, _ADDED_COLUMNS
     grid = triton.cdiv(columns, wide), triton.cdiv(split, block) + triton.cdiv(rows - split, block)
@@ -153,7 +140,6 @@ def _write_up(out: Tensor, bias: Tensor | None, low: Tensor, up: Tensor, split: 
     other = (len(up) - 1) * columns * rank
     _add_up[grid](
         out,
-        out if bias is None else bias,
         low,
         up,
         split,
@@ -162,7 +148,6 @@ def _write_up(out: Tensor, bias: Tensor | None, low: Tensor, up: Tensor, split: 
         out.stride(0),
         low.stride(0),
         other,
-        bias is not None,
         rank,
         block,
         wide,
@@ -235,7 +220,6 @@ def _low(
 @triton.jit(do_not_specialize=["split", "rows"])
 def _add_up(
     out,
-    bias,
     low,
     up,
     split,
@@ -244,7 +228,6 @@ def _add_up(
     stride,
     low_stride,
     other_up,
-    has_bias: tl.constexpr,
     rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
@@ -259,9 +242,6 @@ def _add_up(
     a = tl.load(low + (start + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
     b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
     place = out + start.to(tl.int64) * stride + local[:, None] * stride + column[None, :]
-    if has_bias:
-        value = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    else:
-        value = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    value = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
     value += tl.dot(a, b, input_precision="ieee")
     tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])

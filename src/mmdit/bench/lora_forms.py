@@ -1,6 +1,7 @@
-"""A form of GELU with a LoRA that the library does not use yet, measured by `mmdit.bench.lora_kernels`.
+"""Kernels of LoRAs that the library does not use yet, measured by `mmdit.bench.lora_kernels`.
 
-Under a scale per row it needs the largest value of each row, which the pass that adds the LoRA before could find.
+`gelu_and_low` needs the largest value of each row under a scale per row, which the pass that adds the LoRA before could
+find. `up_and_bias` writes what `quant.low_rank_kernels.add_up` adds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from quant.current import on_its_device
 from quant.formats import LARGEST
 from quant.kernels import code_of, row_scale
 from quant.scaling import SMALLEST_SCALE
+
+_ROWS, _COLUMNS = 64, 128  # of a program of `up_and_bias`
 
 
 class Cut(NamedTuple):
@@ -167,3 +170,41 @@ def _gelu_and_low(
         total *= tl.load(factor + tl.where(is_text, 0, image_factor) + n)[None, :]
     sums += strip * (text + image) * below
     tl.store(sums + (row + local)[:, None] * below + n[None, :], total, mask=there[:, None])
+
+
+@on_its_device
+def up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """low [rows, r] times the transposed up projection [out, r], plus the bias [out]: [rows, out], in one pass.
+
+    r is 16, 32 or 64, and the rows of `low` and `up` are contiguous.
+    """
+    (rows, rank), columns = low.shape, len(up)
+    out = torch.empty((rows, columns), dtype=up.dtype, device=up.device)
+    grid = triton.cdiv(columns, _COLUMNS), triton.cdiv(rows, _ROWS)
+    _up_and_bias[grid](out, bias, low, up, rows, columns, low.stride(0), rank, _ROWS, _COLUMNS, num_warps=4)
+    return out
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["rows"])
+def _up_and_bias(
+    out,
+    bias,
+    low,
+    up,
+    rows,
+    columns,
+    low_stride,
+    rank: tl.constexpr,
+    block: tl.constexpr,
+    wide: tl.constexpr,
+):
+    start, column = tl.program_id(1) * block, tl.program_id(0) * wide + tl.arange(0, wide)
+    local, r = tl.arange(0, block), tl.arange(0, rank)
+    there, inside = start + local < rows, column < columns
+    a = tl.load(low + (start + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
+    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
+    value = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value += tl.dot(a, b, input_precision="ieee")
+    place = out + (start.to(tl.int64) + local)[:, None] * columns + column[None, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])

@@ -204,7 +204,7 @@ class Kernels:
 
     def up_and_bias(self, out: int) -> Cells:
         """The same by our kernel."""
-        from quant.low_rank_kernels import up_and_bias
+        from mmdit.bench.lora_forms import up_and_bias
 
         rows = self.rows.samples * self.rows.image
         bias, low, up = self.random(out), self.random(rows, self.rank), self.random(out, self.rank)
@@ -269,7 +269,7 @@ def _in_one_product(linear: lora.LoraLinear, x: Tensor) -> Tensor:
     """`LoraLinear.in_one_product`, of which our kernel writes the small product where the result is that large."""
     if x.numel() // linear.in_features * linear.out_features * x.itemsize < 2**26:
         return _torch_in_one_product(linear, x)
-    from quant.low_rank_kernels import up_and_bias
+    from mmdit.bench.lora_forms import up_and_bias
 
     assert linear.down is not None, "factors are attached"
     assert linear.up is not None, "factors are attached"
