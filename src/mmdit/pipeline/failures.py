@@ -123,15 +123,18 @@ class ExplainedMemoryError(MemoryError):
     """An allocation failed; the message says what was needed, what there was, and what would do."""
 
 
-def released(error: BaseException) -> str:
+def released(error: BaseException, handled: BaseException | None) -> str:
     """Let everything go that an error holds, and return where it was raised, in words.
+
+    Errors during whose handling it was raised let go too, up to `handled`: the one that the caller was handling when
+    the computation began, which keeps its traceback.
 
     The frames that it has passed hold tensors, also after they were cleared: in the closures of their functions. Who
     handles the error holds its traceback, so that this is cut into pieces.
     """
     where = "".join(traceback.format_tb(error.__traceback__)[-8:])
     found: BaseException | None = error
-    while found is not None:
+    while found is not None and found is not handled:
         traceback.clear_frames(found.__traceback__)
         piece = found.__traceback__
         while piece is not None:

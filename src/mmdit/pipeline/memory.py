@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -257,13 +258,14 @@ class PipelineMemory:
 
         Nothing that the failed computation has made stays in memory.
         """
+        handled = sys.exception()
         try:
             yield
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one
             if not is_out_of_memory(error) or isinstance(error, ExplainedMemoryError | TooLittleMemory):
                 raise
             explained = ExplainedMemoryError(self._explanation(error, what))
-            explained.add_note(released(error))
+            explained.add_note(released(error, handled))
             self._texts.clear()
             if self._turns is not None:
                 self._turns.leave()

@@ -2,6 +2,7 @@
 
 import random
 import re
+import traceback
 import warnings
 
 import numpy as np
@@ -268,6 +269,27 @@ def test_out_of_memory_in_a_model(pipe, monkeypatch):
     monkeypatch.setattr(pipe.transformer, "forward", forward)
     said = ("out of memory while computing a step of latents [1, 16, 4, 4]", "Tried to allocate 2.00 GiB", *HELPS)
     assert "More lines" not in refuses(lambda: pipe("a", **SMALL, seed=0), *said, error=MemoryError)
+
+
+def test_out_of_memory_keeps_the_error_that_the_caller_handles(pipe, monkeypatch):
+    """What was raised within the drawing lets its frames go, however deep it is; the caller's own errors do not."""
+    inner = RuntimeError("inner")
+
+    def full(*args, **kwargs):
+        try:
+            raise inner
+        except RuntimeError:
+            raise MemoryError from None
+
+    monkeypatch.setattr(pipe.transformer, "forward", full)
+    try:
+        raise ValueError("the caller's")
+    except ValueError as handled:
+        refuses(lambda: pipe("a", **SMALL, seed=0), "out of memory", error=MemoryError)
+        assert [frame.name for frame in traceback.extract_tb(handled.__traceback__)] == [
+            "test_out_of_memory_keeps_the_error_that_the_caller_handles"
+        ]
+    assert inner.__traceback__ is None
 
 
 def test_other_errors_in_a_model_are_left_alone(pipe, monkeypatch):
