@@ -275,12 +275,18 @@ def _check_weight(name: str, linear: nn.Linear) -> None:
 def check_ties(module: nn.Module, chosen: Iterable[str], keys: Sequence[str] = ("weight",)) -> None:
     """Refuse parameters of the chosen Linears, such as their weights, that another layer shares.
 
-    A new weight would no longer be shared, and a bias would be changed for the other layer too.
+    A new weight would no longer be shared, and a bias would be changed for the other layer too. A module that has
+    several names is one layer.
 
     Raises:
-        ValueError: A parameter has two names.
+        ValueError: Two modules share a parameter, or one has it twice.
     """
-    every = dict(module.named_parameters(remove_duplicate=False))
+    every = {
+        f"{name}.{key}".lstrip("."): parameter
+        for name, part in module.named_modules()
+        for key, parameter in part._parameters.items()
+        if parameter is not None
+    }
     wanted = [f"{name}.{key}".lstrip(".") for name in chosen for key in keys]
     names = {id(every[key]): key for key in wanted if key in every}
     for name, parameter in every.items():

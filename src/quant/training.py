@@ -248,8 +248,12 @@ def _replaced(
 
 
 def _put(module: nn.Module, name: str, part: nn.Module) -> None:
-    path, _, last = name.rpartition(".")
-    module.get_submodule(path)._modules[last] = part
+    """Put a part where the one of that name is, under all names that it has."""
+    old = module.get_submodule(name)
+    for owner in list(module.modules()):
+        for key, child in owner._modules.items():
+            if child is old:
+                owner._modules[key] = part
 
 
 def _wide(x: Tensor) -> torch.dtype:

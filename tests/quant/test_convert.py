@@ -17,6 +17,7 @@ from mmdit import Pipeline
 from quant.quantize import KEPT, dequantize_, is_quantized, linears_of, quantize_, report, snr
 from quant.recipe import RECIPES, Recipe
 from quant.tensor import Float8Tensor
+from quant.training import FakeQuantizedLinear, fake_quantize_, quantize_trained_
 from refusals import refuses
 
 
@@ -397,3 +398,35 @@ for mistake in {list(MISTAKES)!r}:
     assert len(lines) == len(MISTAKES)
     for line, (mistake, words) in zip(lines, MISTAKES.items(), strict=True):
         assert all(word in line for word in words), (mistake, line)
+
+
+class Twice(nn.Module):
+    """One Linear under three names, of which one is that of a block around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.second = nn.Linear(16, 16)
+        self.block = nn.Sequential(self.first)
+
+    def forward(self, x):
+        return self.block(self.second(self.first(x)))
+
+
+def test_a_linear_with_several_names_is_one_layer():
+    net, x = Twice(), torch.randn(3, 16)
+    with torch.no_grad():
+        assert len(quantize_(net, "fp8-weight-only")) == 1
+        wanted = net(x)
+        dequantize_(net)
+        torch.testing.assert_close(net(x), wanted)
+        assert not is_quantized(net)
+        fake_quantize_(net, "fp8")
+        assert isinstance(net.first, FakeQuantizedLinear)
+        assert net.first is net.second is net.block[0]
+        quantize_trained_(net)
+    assert isinstance(net.first.weight, Float8Tensor)
+    assert net.first is net.second is net.block[0]
+    net.third = nn.Linear(16, 16)
+    net.third.weight = net.first.weight
+    with pytest.raises(ValueError, match=r"first\.weight and third\.weight are one parameter"):
+        dequantize_(net)
