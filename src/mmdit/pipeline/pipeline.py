@@ -315,6 +315,8 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
 
     def _draw(self, request: Request) -> PipelineOutput:
         """The pictures of a request: encode, start, sample, decode."""
+        if request.latents is None:
+            self._check_noise(request.plan.shape)
         source = self._source(request)  # before the noise, because it may draw from the same generators
         length, times = request.max_sequence_length, request.per_prompt
         self._encode_ahead(length, request.prompts, request.negatives)

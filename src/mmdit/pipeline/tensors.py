@@ -334,10 +334,18 @@ class PipelineTensors(PipelineModels):
         """The dtype that latents have between the parts of a drawing."""
         return self.dtype if self.profile.state_dtype == "model" else torch.float32
 
+    def _check_noise(self, shape: Sequence[int]) -> None:
+        """Raise an error of too little memory where the host cannot even hold the noise; nothing is written to it."""
+        torch.empty(shape, dtype=self._noise_dtype)
+
     def _noise(self, shape: Sequence[int], drawn_by: Generators) -> Tensor:
-        dtype = self.dtype if self.profile.noise_dtype == "model" else torch.float32
-        noise = moved(gaussian(shape, drawn_by, dtype), self.device)
+        noise = moved(gaussian(shape, drawn_by, self._noise_dtype), self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
+
+    @property
+    def _noise_dtype(self) -> torch.dtype:
+        """The dtype in which noise is drawn."""
+        return self.dtype if self.profile.noise_dtype == "model" else torch.float32
 
     def _rules(self, max_sequence_length: int | None) -> TextRules:
         rules = self.profile.text

@@ -244,13 +244,13 @@ HELPS = ("a smaller height and width", "num_images_per_prompt", "dtype=torch.bfl
 
 
 @pytest.mark.parametrize("count", [10**12, 10**18], ids=["too much", "beyond 64 bits"])
-def test_noise_for_an_absurd_number_of_pictures(pipe, count):
+def test_noise_for_an_absurd_number_of_pictures(pipe, count, monkeypatch):
+    """It fails before anything is encoded."""
+    monkeypatch.setattr(pipe.clip_l, "forward", lambda *args, **kwargs: pytest.fail("a prompt was encoded"))
     said = ("out of memory while computing", f"{count} pictures at once", "Weights: transformer (MMDiT) 0.0", *HELPS)
     message = refuses(lambda: pipe("a", **SMALL, seed=0, num_images_per_prompt=count), *said, error=MemoryError)
     if count == 10**12:
-        needed = int(re.search(r"tried to allocate (\d+) bytes", message)[1])  # noise, or the repeated conditionings
-        assert needed >= count * 16 * 4 * 4 * 4
-        assert needed % count == 0
+        assert f"{count * 16 * 4 * 4 * 4} bytes" in message  # what was needed
 
 
 def test_python_runs_out_of_memory_too(pipe, monkeypatch):
