@@ -43,6 +43,13 @@ class RecordedGradients(Generic[B]):
         self.graph, (self.loss, self.grads), _ = record(step, device, before=2)
 
     def __call__(self, batch: B) -> Tensor:
+        """The loss of a batch; sets the gradients of the trained parameters.
+
+        Raises:
+            ValueError: a part of the batch has another shape than the recorded one, or one of both is None. Nothing has
+                been computed.
+        """
+        _check_parts(self.batch, batch)
         for into, part in zip(self.batch, batch, strict=True):
             if into is not None and part is not None:
                 into.copy_(part)
@@ -64,3 +71,18 @@ def _gpu(device: torch.device) -> torch.device:
     if device.type != "cuda":
         raise ValueError(f"a step is recorded as a CUDA graph of a GPU; the parameters are on {device}")
     return device
+
+
+def _check_parts(recorded: tuple[Tensor | None, ...], given: tuple[Tensor | None, ...]) -> None:
+    """Raise ValueError unless all parts of two named tuples have the same shapes; a smaller one would be broadcast."""
+    names = getattr(recorded, "_fields", range(len(recorded)))
+    for name, wanted, found in zip(names, map(_shape, recorded), map(_shape, given), strict=True):
+        if found != wanted:
+            raise ValueError(
+                f"{name} of the batch has shape {found}, that of the recorded step has {wanted}: give batches of the "
+                "same shapes, or record a step for this one"
+            )
+
+
+def _shape(part: Tensor | None) -> list[int] | None:
+    return None if part is None else list(part.shape)

@@ -77,6 +77,25 @@ def test_on_a_gpu_too():
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.usefixtures("on_the_cpu")
+def test_a_batch_of_other_shapes_is_refused_and_nothing_of_it_is_copied():
+    weight, recorded = nn.Parameter(torch.ones(3)), Pair(torch.ones(4, 3), torch.ones(4), torch.ones(4))
+    step = RecordedGradients(lambda one: ((one.x @ weight - one.y) * one.weight).sum(), recorded, [weight])
+    before = [part.clone() for part in step.batch]
+    for other, told in (
+        (recorded._replace(x=torch.zeros(1, 3)), r"x .*\[1, 3\].*\[4, 3\]"),
+        (Pair(torch.zeros(4, 3), torch.zeros(()), torch.zeros(4)), r"y .*\[\].*\[4\]"),
+        (Pair(torch.zeros(4, 3), torch.zeros(4)), r"weight .*None.*\[4\]"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            step(other)
+        assert all(map(torch.equal, step.batch, before))
+    without = RecordedGradients(lambda one: (one.x @ weight - one.y).sum(), recorded._replace(weight=None), [weight])
+    with pytest.raises(ValueError, match=r"weight .*\[4\].*None"):
+        without(recorded)
+    assert float(without(recorded._replace(weight=None, x=2 * recorded.x))) == 20
+
+
 def test_nothing_is_recorded_elsewhere():
     weight = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="cpu"):
