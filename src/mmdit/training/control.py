@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from mmdit.models.controlnet import ControlKind, ControlNet, ControlNetConfig
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.control import residuals_of, spread
 from mmdit.pipeline.profiles import Profile
+
+_MLP_WIDTH = {"mlp.fc1.weight": 0, "mlp.fc1.bias": 0, "mlp.fc2.weight": 1}  # of a block: where the hidden layer is
 
 
 class Controlled(nn.Module):
@@ -63,25 +67,50 @@ def grow(given: ControlNet, into: ControlNet) -> None:
         into: see `new_net`; of at least as many blocks, and otherwise the same sizes.
 
     Raises:
-        ValueError: `into` has fewer blocks, or a tensor other than those of the MLPs has another shape.
+        ValueError: a net has joint blocks; `into` has fewer blocks; a net lacks a tensor of the other one; a tensor
+            other than those of the MLPs has another shape; or `head_dim` or `zero_pooled` differ. `into` is then
+            unchanged.
     """
+    for name, net in (("given", given), ("new", into)):
+        if net.config.is_joint:
+            raise ValueError(
+                f"the {name} net has joint blocks (context_dim={net.config.context_dim}); only nets of single-stream "
+                "blocks grow"
+            )
     old, new = given.config.depth, into.config.depth
     if new < old:
         raise ValueError(f"a net of {old} blocks cannot become one of {new}; give at least as many")
     found: dict[str, Tensor] = dict(given.named_parameters())
     wanted: dict[str, Tensor] = dict(into.named_parameters())
+    further = tuple(f"{blocks}.{i}." for blocks in ("transformer_blocks", "controlnet_blocks") for i in range(old, new))
+    _check_same(found, {key: tensor for key, tensor in wanted.items() if not key.startswith(further)})
+    for name in ("head_dim", "zero_pooled"):
+        if (one := getattr(given.config, name)) != (other := getattr(into.config, name)):
+            raise ValueError(f"{name} of the given net is {one}, that of the new net {other}: make it with the same")
+    for i in range(old):
+        _fit_mlp(found, wanted, f"transformer_blocks.{i}.mlp")
     for i in range(old, new):
         for part in ("weight", "bias"):
             rows = wanted[f"transformer_blocks.{i}.adaLN_modulation.1.{part}"]
             rows.unflatten(0, (6, -1))[[2, 5]] = 0
             found[f"controlnet_blocks.{i}.{part}"] = found[f"controlnet_blocks.{old - 1}.{part}"]
-    for i in range(old):
-        _fit_mlp(found, wanted, f"transformer_blocks.{i}.mlp")
     for key, tensor in found.items():
-        if tensor.shape != wanted[key].shape:
-            shapes = f"{list(tensor.shape)}, the new net takes {list(wanted[key].shape)}"
-            raise ValueError(f"{key} of the given net has shape {shapes}")
         wanted[key].copy_(tensor)
+
+
+def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a tensor that a net lacks, or has in another shape, up to the width of its MLPs."""
+    for key in sorted(found.keys() ^ wanted.keys()):
+        one, other = ("given", "new") if key in found else ("new", "given")
+        raise ValueError(f"the {one} net has {key}, which the {other} net has not: make them with the same settings")
+    for key, tensor in found.items():
+        shape, other = list(tensor.shape), list(wanted[key].shape)
+        if (place := _MLP_WIDTH.get(".".join(key.split(".")[2:]))) is not None:
+            shape[place] = other[place]
+        if shape != other:
+            raise ValueError(
+                f"{key} of the given net has shape {list(tensor.shape)}, the new net takes {list(wanted[key].shape)}"
+            )
 
 
 def _fit_mlp(found: dict[str, Tensor], wanted: dict[str, Tensor], mlp: str) -> None:

@@ -121,3 +121,28 @@ def test_a_net_does_not_grow_into_one_of_fewer_blocks_or_another_width() -> None
         grow(new_net(transformer, 2, "canny"), new_net(transformer, 1, "canny"))
     with pytest.raises(ValueError, match=r"pos_embed_input\.proj\.weight"):
         grow(ControlNet(ControlNetConfig(1, 128, 16)), new_net(transformer, 1, None))
+
+
+def test_a_net_that_cannot_grow_leaves_the_new_one_unchanged() -> None:
+    transformer = tiny_model()
+    joint, sizes = ControlNet(NETS["joint"]), transformer.config
+    masked = ControlNet(ControlNetConfig(1, sizes.hidden_size, sizes.pooled_dim, hint_channels=17))
+    other_text = ControlNet(ControlNetConfig(1, sizes.hidden_size, sizes.pooled_dim + 8))
+    normed = ControlNet(ControlNetConfig(1, sizes.hidden_size, sizes.pooled_dim, qk_norm="rms"))
+    heads = ControlNet(ControlNetConfig(1, sizes.hidden_size, sizes.pooled_dim, head_dim=32))
+    for given, told in (
+        (heads, "head_dim .*32.*64"),
+        (joint, r"given net has joint blocks \(context_dim=32\)"),
+        (masked, r"pos_embed_input\.proj\.weight .*17.*16"),
+        (other_text, r"time_text_embed\.text_embedder\.\S+ .*24.*16"),
+        (normed, r"given net has transformer_blocks\.0\.\S*ln_\S*, which the new net has not"),
+    ):
+        into = new_net(transformer, 2, None)
+        before = {key: value.clone() for key, value in into.state_dict().items()}
+        with pytest.raises(ValueError, match=told):
+            grow(given, into)
+        assert all(torch.equal(value, before[key]) for key, value in into.state_dict().items())
+    with pytest.raises(ValueError, match="new net has joint blocks"):
+        grow(new_net(transformer, 1, None), joint)
+    with pytest.raises(ValueError, match=r"new net has transformer_blocks\.0\.\S*ln_"):
+        grow(new_net(transformer, 1, None), normed)
