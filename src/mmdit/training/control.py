@@ -104,13 +104,11 @@ def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
         one, other = ("given", "new") if key in found else ("new", "given")
         raise ValueError(f"the {one} net has {key}, which the {other} net has not: make them with the same settings")
     for key, tensor in found.items():
-        shape, other = list(tensor.shape), list(wanted[key].shape)
+        shape, taken = list(tensor.shape), list(wanted[key].shape)
         if (place := _MLP_WIDTH.get(".".join(key.split(".")[2:]))) is not None:
-            shape[place] = other[place]
-        if shape != other:
-            raise ValueError(
-                f"{key} of the given net has shape {list(tensor.shape)}, the new net takes {list(wanted[key].shape)}"
-            )
+            shape[place] = taken[place]
+        if shape != taken:
+            raise ValueError(f"{key} of the given net has shape {list(tensor.shape)}, the new net takes {taken}")
 
 
 def _fit_mlp(found: dict[str, Tensor], wanted: dict[str, Tensor], mlp: str) -> None:
