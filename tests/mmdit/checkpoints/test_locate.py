@@ -2,6 +2,7 @@
 
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from mmdit import CheckpointError, Pipeline, load_mmdit, load_t5
-from mmdit.checkpoints import files, load_pipeline
+from mmdit.bench.random_models import MODELS
+from mmdit.checkpoints import files, load_pipeline, write
 from mmdit.checkpoints.describe import describe
 from mmdit.checkpoints.locate import locate
 from mmdit.checkpoints.write import convert
@@ -90,6 +92,15 @@ def test_what_a_layout_cannot_carry_is_said(tiny_folders, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Pipeline.from_pretrained(pipe.save_pretrained(tmp_path / "official")).shift == 1.0
+
+
+def test_the_picture_size_of_official_models_is_kept_in_every_layout():
+    """What pyproject.toml ignores are sizes of tiny models; here these warnings are errors."""
+    for config in (MODELS["large"], MODELS["medium"], replace(MODELS["medium"], pos_embed_size=192)):
+        write._warn_of_size(config)
+        for size in (64, 192):
+            with pytest.raises(UserWarning, match=f"{size} latent cells.* 128"):
+                write._warn_of_size(replace(config, sample_size=size))
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny_folders, tmp_path):
