@@ -3,12 +3,14 @@
 Each row is a profile and a way to compute steps: eager, recorded as CUDA graphs, and recorded with compiled blocks.
 Steps are those of `mmdit.demo.train_control`, on scenes of its kind, with drawing of batches, clipping, optimizer and
 averages; they train the shipped net further. All ways begin with the same weights and batches, so that their losses are
-close. The column "left out" counts the batches without finite gradients.
+close. The column "left out" counts the batches without finite gradients, and "peak GiB" is the most memory of the
+device that was allocated since its way began.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -45,16 +47,24 @@ def rows(
     """Cells of the table; a way that fails is reported as failed, with the first line of its error."""
     data = _data(pipe, kind, recipe)
     for way in ways:
-        recorded, compiled = WAYS[way]
-        chosen = replace(recipe, recorded=recorded, compiled=compiled)
-        torch.manual_seed(0)
+        _start_peak(pipe.device)
         try:
-            stepper = Stepper(trainer_of(pipe, kind, chosen, CANNY_NET.parent), "together", data, chosen)
-            for name in dict.fromkeys(recipe.profiles):
-                first, ms, loss, left_out = _timed(stepper, name, steps)
-                yield way, name, f"{first:.1f}", f"{ms:.2f}", f"{loss:.4f}", f"{left_out}", f"{_gib(pipe.device):.1f}"
+            yield from _rows_of(pipe, kind, recipe, way, data, steps)
         except (RuntimeError, ValueError) as error:
             yield way, "failed", str(error).partition("\n")[0], "", "", "", ""
+
+
+def _rows_of(
+    pipe: Pipeline, kind: ControlKind, recipe: ControlRecipe, way: str, data: Data, steps: int
+) -> Iterator[tuple[str, ...]]:
+    """Cells of one way, whose net, states and graphs are freed at the end."""
+    recorded, compiled = WAYS[way]
+    chosen = replace(recipe, recorded=recorded, compiled=compiled)
+    torch.manual_seed(0)
+    stepper = Stepper(trainer_of(pipe, kind, chosen, CANNY_NET.parent), "together", data, chosen)
+    for name in dict.fromkeys(recipe.profiles):
+        first, ms, loss, left_out = _timed(stepper, name, steps)
+        yield way, name, f"{first:.1f}", f"{ms:.2f}", f"{loss:.4f}", f"{left_out}", f"{_gib(pipe.device):.1f}"
 
 
 def _timed(stepper: Stepper, profile: str, steps: int) -> tuple[float, float, float, int]:
@@ -68,8 +78,16 @@ def _timed(stepper: Stepper, profile: str, steps: int) -> tuple[float, float, fl
     return first - started, ms, loss, int(stepper.left_out) - before
 
 
+def _start_peak(device: torch.device) -> None:
+    """Free what the way before has left, and measure the peak of a GPU anew."""
+    gc.collect()  # compiled modules are in reference cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import random
+import weakref
 
 import pytest
 import torch
 
 from mmdit import CANNY_NET, MMDiT, Pipeline, load_controlnet
+from mmdit.demo import bench_control
 from mmdit.demo.bench_control import rows
 from mmdit.demo.control_data import Data, depth_map, hints, make_data, scenes_of, vague_caption
 from mmdit.demo.control_recipe import GPU, ControlRecipe
@@ -170,14 +172,39 @@ def test_the_recipe_for_a_gpu_is_that_of_the_shipped_nets(transformer):
     assert found == load_controlnet(CANNY_NET).config
 
 
-def test_the_measured_steps_are_those_of_a_training(pipe):
-    """All gradients are finite, and losses are those of a trained net."""
+def test_the_measured_steps_are_those_of_a_training(pipe, monkeypatch):
+    """All gradients are finite, losses are those of a trained net, and nothing of a way is left at the next one."""
+    steppers, left = weakref.WeakSet(), []
+
+    def begin(device):
+        start_peak(device)
+        left.append(len(steppers))
+
+    def stepper(*given):
+        made = Stepper(*given)
+        steppers.add(made)
+        return made
+
+    start_peak = bench_control._start_peak
+    monkeypatch.setattr(bench_control, "_start_peak", begin)
+    monkeypatch.setattr(bench_control, "Stepper", stepper)
     found = list(rows(pipe, "canny", dataclasses.replace(GPU, batch=1, recorded=False), ["eager", "recorded"], 1))
     assert [row[:2] for row in found] == [*(("eager", name) for name in PROFILES), ("recorded", "failed")]
     for _, _, _, _, loss, left_out, _ in found[:-1]:
         assert float(loss) < 0.2
         assert left_out == "0"
     assert "cpu" in found[-1][2]
+    assert left == [0, 0]
+
+
+def test_the_peak_is_that_of_the_device_since_the_way_began(monkeypatch):
+    peaks, device = {0: 2**34, 1: 2**31}, torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: peaks[getattr(device, "index", 0)])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peaks.update({device.index: 0}))
+    assert bench_control._gib(device) == 2
+    bench_control._start_peak(device)
+    assert bench_control._gib(device) == 0
 
 
 def test_a_run_and_going_on(tmp_path):
