@@ -1,6 +1,7 @@
 """Distillation into float8: latents of drawings, the guided loss, and two ways of training that lessen the error."""
 
 import copy
+import random
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -188,16 +189,46 @@ def test_the_demo_says_loudly_which_quick_ways_failed_and_goes_on(teacher, state
     assert all(block._compiled_call_impl is None for block in student.joint_blocks)
 
 
-def test_a_loss_that_grows_ends_the_training(teacher, states):
+@pytest.mark.parametrize("grown", [8.0, None])
+def test_a_loss_that_grows_ends_the_training(teacher, states, grown):
     student = copy.deepcopy(teacher).requires_grad_(True)
     fake_quantize_(student, "fp8-tensor")
-    run = distil(student, teacher, states, steps=99, batch=2)
+    run = distil(student, teacher, states, steps=24, batch=2, grown=grown)
     for _ in range(11):
         next(run)
     with torch.no_grad():
         student.final_layer.linear.weight.mul_(20)
-    with pytest.raises(DivergedError, match=r"step 1[1-5]: .* 3 times"):
+    if grown is None:
+        assert len(list(run)) == 13
+        return
+    with pytest.raises(DivergedError, match=r"step 2[1-3]: .* 8 times"):
         list(run)
+
+
+def stopped_at(losses, grown=8.0):
+    """The step at which a training with these losses ends; None where it goes on."""
+    watch = module._Watch(grown)
+    for step, loss in enumerate(losses):
+        try:
+            watch(step, loss)
+        except DivergedError:
+            return step
+    return None
+
+
+def noisy(seed, steps, growth=1.0):
+    """Losses whose logarithms scatter by 1 about a line; they grow by a factor over all steps."""
+    drawn = random.Random(seed)
+    return [0.36 * growth ** (step / steps) * drawn.lognormvariate(0, 1) for step in range(steps)]
+
+
+def test_losses_that_scatter_end_no_training_and_those_of_a_run_that_diverged_do():
+    assert not any(stopped_at(noisy(seed, 400)) for seed in range(25))
+    assert all(stopped_at(noisy(seed, 630, growth=59)) for seed in range(5))  # of fp8-static: 0.36 to 21 in 630 steps
+    assert stopped_at([0.36] * 11 + [20.0] * 40) == 21
+    assert stopped_at([0.0] * 10 + [1e-12] * 60) is None
+    assert stopped_at([0.0] * 10 + [1e-2] * 60) == 19
+    assert stopped_at([0.36] * 11 + [20.0] * 40, None) is None
 
 
 def test_parts_are_all_states_once_and_in_order(states):
@@ -374,6 +405,9 @@ def test_refusals(teacher, states):
         next(distil(teacher, teacher, states, steps=1))
     student = copy.deepcopy(teacher)
     fake_quantize_(student, "fp8")
+    for grown in (1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"grown.*{grown}"):
+            next(distil(student, teacher, states, steps=1, grown=grown))
     with pytest.raises(ValueError, match="on cpu"):
         next(distil(student, teacher, states, steps=1, recorded=True))
     with pytest.raises(ValueError, match="needs prompts"):
