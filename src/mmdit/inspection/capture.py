@@ -22,6 +22,7 @@ from mmdit.inspection.dry_run import Sizes
 from mmdit.inspection.hooks import Inspected, Target, Tracker, check_address, hooked, plain, selected
 from mmdit.inspection.points import DERIVED, Stream
 from mmdit.inspection.reducers import Reducer
+from mmdit.inspection.shapes import check_parts
 from mmdit.inspection.views import Kept, Passing, kept_value, put_back, shown
 from mmdit.models.controlnet import ControlNet
 from mmdit.models.mmdit import MMDiT
@@ -154,6 +155,9 @@ class _Recorder:
         steps = sorted({label.step for label, _ in wanted})
         self.last_step, self.branches_left = steps[-1], {label.branch for label, _ in wanted if label.step == steps[-1]}
         if self.budget is None and not self.stop:
+            assert self.transformer is not None
+            config, reducer_of = self.transformer.config, self.forecast.reducer_of
+            check_parts(some, config, drawing, wanted, self.address, reducer_of)
             return
         needed = self.forecast.of_drawing(some, drawing, wanted)
         running = all(name in self.reducers and self.reducers[name].running for name in needed)

@@ -1,14 +1,20 @@
 """What captures keep and for how long: budgets, files, stopping early, gradients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import mmdit
-from inspected import drawn, drawn_with, encoded, inputs, left_behind, model, untouched
-from mmdit import reducers
+from inspected import CONFIG, drawn, drawn_with, encoded, inputs, left_behind, model, untouched
+from mmdit import MMDiT, reducers
 from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.safetensors_io import write_tensors
 from mmdit.inspection.budget import bytes_of
+from mmdit.inspection.dry_run import Sizes, rehearse
+from mmdit.inspection.hooks import selected
+from mmdit.inspection.shapes import shape_of
+from mmdit.inspection.views import shown
 
 X = "joint_blocks.1.x_block"
 POST = f"{X}.resid_post"
@@ -59,6 +65,56 @@ def test_nothing_is_forecast_without_a_budget(demo, monkeypatch):
     with mmdit.capture(demo, POST, budget=None) as seen:
         drawn(demo)
     assert len(seen) == 1
+
+
+PATTERN = "joint_blocks.1.attend.pattern"
+WRONG_PARTS = {
+    "head": (PATTERN, {"heads": [99]}, r"heads \[99\].* 4"),
+    "key": (PATTERN, {"tokens": [9999]}, r"tokens \[9999\]"),
+    "query": (PATTERN, {"queries": 9999}, r"queries \[9999\]"),
+    "sample": (POST, {"samples": [1]}, r"samples \[1\].* 1"),
+    "channel": (POST, {"channels": [256]}, r"channels \[256\].* 256"),
+    "word": (PATTERN, {"tokens": "circel", "branch": "cond"}, "'circel'"),
+    "mask": (POST, {"tokens": torch.ones(3, 3, dtype=torch.bool)}, r"\[3, 3\].* 64 tokens"),
+    "reducer of a pattern": (POST, {"reduce": reducers.quadrants()}, "quadrants.*pattern"),
+    "size": (POST, {"reduce": reducers.top_k(257)}, "top_k.257. of 256"),
+    "axis": (PATTERN, {"reduce": reducers.mean("channel")}, "'channel'.*head, query, key"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_a_part_that_does_not_exist_is_refused_before_the_first_pass(demo, case):
+    passes, (point, wrong, said) = [], WRONG_PARTS[case]
+    demo.watchers.append(passes.append)
+    try:
+        with pytest.raises(ValueError, match=said), mmdit.capture(demo, point, budget=None, steps=-1, **wrong):
+            drawn(demo)
+    finally:
+        demo.watchers.clear()
+    assert passes == []
+
+
+def test_a_reducer_that_needs_values_runs_without_a_budget(demo):
+    largest = reducers.Reducer("largest", lambda value, _: (torch.tensor([[value.max().item()]]), ("one",)))
+    with mmdit.capture(demo, POST, budget=None, steps=0, branch="cond", reduce=largest) as seen:
+        drawn(demo)
+    assert seen[POST].shape[-1] == 1
+
+
+def test_shapes_are_those_of_a_dry_run():
+    found = {}
+
+    def note(target, passing, tracker):
+        if target.point.layout != "pattern":
+            found[target.name] = shown(target.point, passing).shape[1:]
+            return
+        _, heads, tokens, _ = passing.attention.q.shape
+        found[target.name] = (heads, tokens, tokens)
+
+    for config in (CONFIG, replace(CONFIG, mlp_dim=96, out_channels=8)):
+        some = selected(MMDiT(config), "*")
+        rehearse(some[0].model, some, Sizes(2, 4, 6, text_tokens=5), note)
+        assert {one.name: shape_of(one.point, config, 5, 6) for one in some} == found
 
 
 def test_the_budget_of_a_model_alone_comes_before_its_call():
