@@ -2,10 +2,13 @@
 
 import os
 import time
+from contextlib import contextmanager
+from queue import SimpleQueue
 from threading import Event
 
 import pytest
 import torch
+from jaxtyping import config
 
 from mmdit.bench.cold import cut, read_part
 from mmdit.bench.loading import random_tensors
@@ -175,3 +178,37 @@ def test_a_model_read_in_pieces_is_the_model(tmp_path, monkeypatch, how):
     assert all(type(one) is type(wanted[key]) and torch.equal(one, wanted[key]) for key, one in found.items())
     linears = {key for key, one in wanted.items() if hasattr(one, "qdata")}
     assert taken == [{"cast": set(), "quantized": wanted.keys() - linears}.get(how, set(wanted))]
+
+
+def test_threads_copy_on_streams_of_their_own_after_what_used_the_memory(files, monkeypatch):
+    order, ready, buffers = [], object(), staging.Buffers
+
+    class Stream:
+        def __init__(self, device):
+            order.append(("made", device))
+
+        def wait_event(self, event):
+            order.append(("waits", event))
+
+    @contextmanager
+    def current(stream):
+        order.append(("enters", type(stream)))
+        yield
+        order.append(("leaves", type(stream)))
+
+    class Copied(buffers):
+        def copied(self, i):
+            order.append(("copied", i))
+            super().copied(i)
+
+    monkeypatch.setattr(config, "jaxtyping_disable", True)  # a real event takes a GPU
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    monkeypatch.setattr(staging, "Buffers", Copied)
+    some, work = {key: files[key] for key in "ae"}, SimpleQueue()
+    work.put(pieces(some, 1000))
+    targets = {key: torch.zeros(one.entry.stop - one.entry.start, dtype=torch.uint8) for key, one in some.items()}
+    staging._read(work, targets, CPU, 1000, ready, Event())
+    before, after = [("made", CPU), ("waits", ready), ("enters", Stream)], [("leaves", Stream)]
+    assert order == before + [("copied", i) for i in range(len(pieces(some, 1000)))] + after
+    assert all(target.any() for target in targets.values())
