@@ -2,20 +2,33 @@
 
 from importlib import import_module
 from inspect import unwrap
-from pkgutil import iter_modules
+from pkgutil import iter_modules, walk_packages
 
 import pytest
 import torch
 from jaxtyping import Float, config
 from torch import Tensor
 
+from full import FULL
 from mmdit import MMDiTConfig, bench, demo
 from mmdit.bench import localise
 from mmdit.models.attention import Attend
 from mmdit.utils import whole
-from typecheck import checked, typed
+from skips import SKIPS
+from typecheck import AS_IMPORTED, SIGNATURES, _checked, checked, typed
 
 Q = torch.zeros(1, 2, 3, 4)
+
+
+def unreadable(functions):
+    """The functions whose signatures cannot be read, and the errors."""
+    found = {}
+    for function in functions:
+        try:
+            _checked(function)
+        except Exception as error:
+            found[function.__qualname__] = type(error).__name__
+    return found
 
 
 @checked
@@ -62,6 +75,24 @@ def test_names_in_signatures_are_those_of_the_import(monkeypatch):
     assert unwrap(localise.shares_of).__annotations__["place"] == "Place"
     monkeypatch.setattr(localise, "Place", int)
     assert typed(unwrap(localise.shares_of)).__annotations__["place"] is place
+
+
+@pytest.mark.skipif(not FULL, reason=SKIPS["full"])
+def test_every_signature_can_be_read():
+    """Of functions that no test calls too; the others' are read when they are first called."""
+    for package in map(import_module, ("mmdit", "encoders", "quant", "samplers")):
+        for module in walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                import_module(module.name)
+    assert unreadable(SIGNATURES) == {}
+
+
+def test_a_signature_that_cannot_be_read_is_found(monkeypatch):
+    def lost(x: "Lost") -> None:
+        pass
+
+    monkeypatch.setitem(AS_IMPORTED, __name__, {"Tensor": Tensor})
+    assert unreadable([lost, whole]) == {lost.__qualname__: "NameError"}
 
 
 def test_the_switch(monkeypatch):

@@ -25,6 +25,7 @@ from beartype.roar import BeartypeDecorHintPep673Exception
 from jaxtyping import config, jaxtyped
 
 ONLY_FOR_TYPES: dict[str, set[str]] = {}  # by module: the names that it imports under TYPE_CHECKING
+SIGNATURES: list[Callable[..., Any]] = []  # all functions and methods that are checked
 AS_IMPORTED: dict[str, dict[str, Any]] = {}  # by module: what its names were before any test replaced some
 SHAPES = re.compile(r"\b(Float|Int|Bool)\[")
 as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
@@ -60,6 +61,7 @@ def checked(made: Any) -> Any:
         return made
     if not made.__annotations__:
         return made
+    SIGNATURES.append(made)
     shapes = [text for text in map(str, made.__annotations__.values()) if SHAPES.search(text)]
     if inspect.isgeneratorfunction(made) or any("{" in text for text in shapes):
         return jaxtyped(made, typechecker=_checked)
