@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -109,17 +108,28 @@ def _stages(steps: int, environment: Mapping[str, str]) -> list[Seconds]:
 
 def _run(words: Sequence[str], environment: Mapping[str, str]) -> tuple[Seconds, str]:
     """The seconds of a Python process, from its start to its end, and what it printed."""
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    before, start = _children_cpu(), time.time()
     command = [sys.executable, *words]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT, check=False)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"no picture after {_LIMIT:g} s") from error
-    wall, after = time.time() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    wall, after = time.time() - start, _children_cpu()
     if done.returncode:
         raise RuntimeError(f"the process ended with {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}")
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Seconds(cpu, wall), done.stdout
+    return Seconds(after - before, wall), done.stdout
+
+
+def _children_cpu() -> float:
+    """CPU seconds of all processes that this one has started and that have ended."""
+    try:
+        import resource
+    except ImportError as error:
+        raise ImportError(
+            "this bench counts CPU seconds by Python's module `resource`, which Windows does not have"
+        ) from error
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

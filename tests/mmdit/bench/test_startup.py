@@ -48,3 +48,10 @@ def test_the_code_of_the_processes_draws(monkeypatch, capsys, tmp_path, code, ma
     assert capsys.readouterr().out.count("mark ") == marks
     with Image.open(path) as picture:
         assert picture.size == (128, 128)
+
+
+def test_a_system_without_the_count_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.setattr(startup.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    with pytest.raises(ImportError, match=r"resource.*Windows"):
+        startup.main([])
