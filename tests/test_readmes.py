@@ -89,6 +89,12 @@ def test_command_lines_in_sentences_are_taken(path):
             assert stopped.code == 0, line
 
 
+@pytest.mark.parametrize("path", READMES[1:], ids=name_of)
+def test_every_file_of_a_package_is_named(path):
+    named = set(re.findall(r"(?<![\w/.])\w+\.py\b", path.read_text()))
+    assert {one.name for one in path.parent.glob("*.py")} - {"__init__.py", "__main__.py"} <= named
+
+
 def test_all_links_hold():
     assert list(broken()) == []
 

@@ -64,7 +64,7 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[in
     """`plain_kernels.gelu` and rounding, in one pass.
 
     Args:
-        x, rows, added: see there.
+        x, rows, added: see `plain_kernels.gelu`.
         rounding: none or static; a scale per row needs whole rows.
         tile: rows and columns of a program, and its warps.
     """
