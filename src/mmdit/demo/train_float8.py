@@ -253,6 +253,8 @@ def _tuned(
     try:
         for found in _quickest(student, teacher, states, done, left, journal, recipe) if done < 1 else ():
             losses.append(found.loss)
+            if found.apart is not None:
+                journal.say(f"{name} step {found.step}: recorded gradients {found.apart:.2g} of their norm from eager")
             if log.due() or found.share >= 1 or found.step == 1:
                 loss = mean_of(losses)
                 journal.row(name, step=found.step, done=found.share, loss=loss)

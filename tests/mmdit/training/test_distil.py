@@ -238,7 +238,7 @@ def test_parts_are_all_states_once_and_in_order(states):
     assert torch.equal(torch.cat([part.timestep for part in parts]), 1000 * states.sigma.repeat(3))
 
 
-@pytest.mark.parametrize("stale", ["nothing", "loss", "gradients"])
+@pytest.mark.parametrize("stale", ["nothing", "loss", "gradients", "one gradient"])
 def test_a_recorded_step_that_computes_another_thing_ends_the_training(teacher, states, monkeypatch, stale):
     student = copy.deepcopy(teacher).requires_grad_(True)
     fake_quantize_(student, "fp8-tensor")
@@ -250,18 +250,45 @@ def test_a_recorded_step_that_computes_another_thing_ends_the_training(teacher, 
             kept.append((loss, [one.grad for one in trained]))
             for one, grad in zip(trained, kept[0][1] if stale == "gradients" else kept[-1][1], strict=True):
                 one.grad = None if grad is None else grad.clone()
+            if stale == "one gradient" and len(kept) > 1:
+                next(one for one in reversed(trained) if one.grad is not None and one.grad.any()).grad = None
             return kept[0][0] if stale == "loss" else loss
 
         return call
 
     monkeypatch.setattr(module, "RecordedGradients", forgetful)
     run = distil(student, teacher, states, steps=2, batch=2, recorded=True)
-    next(run)
+    assert next(run).apart == 0
     before = copy.deepcopy(student.state_dict())
     with nullcontext() if stale == "nothing" else pytest.raises(DivergedError, match="step 1: the recorded graph"):
         next(run)
     same = all(torch.equal(before[key], value) for key, value in student.state_dict().items())
     assert same == (stale != "nothing")
+
+
+def test_gradients_are_infinitely_apart_where_one_side_lacks_one():
+    ones, zeros = torch.ones(2), torch.zeros(2)
+    assert module._apart([ones, None], [ones.clone(), torch.full((2,), 100.0)]) == float("inf")
+    assert module._apart([ones, ones], [ones.clone(), None]) == float("inf")
+    assert module._apart([ones, None, zeros], [ones.clone(), zeros, None]) == 0
+    theirs = [torch.tensor([3.0, 0.0]), torch.tensor([4.0]), None]
+    assert module._apart([torch.tensor([3.0, 3.0]), torch.tensor([8.0]), None], theirs) == pytest.approx(1.0)
+    assert theirs == [None, None, None]
+
+
+def test_where_a_rounding_changes_as_much_a_recorded_step_may_differ():
+    """One parameter whose gradient follows the sign of what is left of the latents after a rounding."""
+    weight, x = torch.ones(2, requires_grad=True), torch.tensor([1.0, 1.0])
+    batch = module.StateBatch(x, *(torch.zeros(1) for _ in range(6)))
+
+    def loss_of(given):
+        return (weight * (2 + (given.x - 1).sign())).sum() / 2
+
+    for grad, loss, eps, ends in ((3.0, 2.5, 1e-3, False), (3.0, 2.5, 0.0, True), (9.0, 2.5, 1e-3, True)):
+        weight.grad = torch.tensor([2.0 / 2, grad / 2])
+        with pytest.raises(DivergedError) if ends else nullcontext():
+            module._check_recorded(1, torch.tensor(loss), loss_of, [weight], batch, eps=eps)
+        assert weight.grad.tolist() == [1.0, grad / 2]
 
 
 def test_the_demo_keeps_the_best_weights_of_a_training_that_diverges(teacher, states, tmp_path, monkeypatch):
@@ -272,7 +299,7 @@ def test_the_demo_keeps_the_best_weights_of_a_training_that_diverges(teacher, st
         for step, loss in enumerate((0.5, 0.4, 0.2, 0.3, 0.9), 1):
             with torch.no_grad():
                 student.get_parameter(bias).fill_(step)
-            yield Distilled(step, step / 9, torch.tensor(loss), None)
+            yield Distilled(step, step / 9, torch.tensor(loss), None, 0.25 if step == 1 else None)
         raise DivergedError("step 5: worse")
 
     monkeypatch.setattr(train_float8, "distil", diverging)
@@ -282,7 +309,9 @@ def test_the_demo_keeps_the_best_weights_of_a_training_that_diverges(teacher, st
         student = train_float8._tuned("fp8-tensor", start, teacher, states, 9.0, tmp_path, journal, recipe)
         assert torch.equal(student.get_parameter(bias), torch.full_like(student.get_parameter(bias), 3))
         assert not any(parameter.requires_grad for parameter in student.parameters())
-    assert (tmp_path / "log.txt").read_text().count("!!! fp8-tensor DIVERGED") == 1
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("!!! fp8-tensor DIVERGED") == 1
+    assert log.count("gradients 0.25 of") == 1
 
 
 @pytest.mark.parametrize(
