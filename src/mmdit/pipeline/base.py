@@ -179,7 +179,7 @@ class PipelineModels(PipelineMemory):
     @property
     def digest(self) -> str:
         """The digest of the transformer's weights that settings contain, see `mmdit.pipeline.settings.digest_of`."""
-        state = contents_of(self.transformer)  # what LoRAs attach are buffers
+        state = contents_of(self.transformer, parts=self._turns is None)  # what LoRAs attach are buffers
         if self._digest is None or self._digest[0] != state:
             if self._turns is not None:
                 self._turns.queue.settle()  # weights that are on their way

@@ -29,10 +29,24 @@ def version_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> 
         return tuple(map(_identity, _tensors(modules)))
 
 
-def contents_of(model: nn.Module) -> object:
-    """Equal as long as no parameter or buffer was replaced or written to, wherever its memory lies."""
+def contents_of(model: nn.Module, *, parts: bool = True) -> object:
+    """Equal as long as no parameter or buffer was replaced or written to, wherever its memory lies.
+
+    Args:
+        model: whose parameters and buffers are looked at, before each drawing.
+        parts: whether to see what was written to the codes or scales of a float8 weight directly, such as
+            `weight.qdata`; False where weights move, because copies on the way are written to as well.
+    """
     with torch._C.DisableTorchFunctionSubclass():
-        return tuple((id(tensor), _written(tensor)) for tensor in _tensors(modules_of(model)))
+        return tuple(
+            (id(tensor), _written(tensor), *_of_parts(tensor, parts)) for tensor in _tensors(modules_of(model))
+        )
+
+
+def _of_parts(tensor: Tensor, wanted: bool) -> Iterator[int | None]:
+    """How often each part of a float8 tensor was written to."""
+    flatten = getattr(tensor, "__tensor_flatten__", None) if wanted else None
+    return iter(()) if flatten is None else (_written(getattr(tensor, name)) for name in flatten()[0])
 
 
 def _tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:

@@ -340,7 +340,11 @@ def test_a_digest_tells_weights_apart():
     with torch.no_grad():
         pipe.transformer.joint_blocks[1].x_block.mlp.fc1.weight.mul_(1.01)
     assert pipe.digest != first
-    assert mmdit.Pipeline.demo(quant="fp8").digest != first
+    float8 = mmdit.Pipeline.demo(quant="fp8")
+    second = float8.digest
+    assert second != first
+    float8.transformer.joint_blocks[1].x_block.mlp.fc1.weight.qdata.view(torch.uint8)[0, 0] += 1
+    assert float8.digest != second
 
 
 def test_settings_hold_the_files_of_a_call(tmp_path):

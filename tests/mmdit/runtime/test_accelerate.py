@@ -169,6 +169,17 @@ def test_codes_written_to_are_noticed(model):
     assert contents_of(model) != contents
 
 
+@pytest.mark.parametrize("part", ["qdata", "scale"])
+def test_parts_of_a_float8_weight_written_to_directly_are_noticed(model, part):
+    quantize_(model, "fp8")
+    contents, moving = contents_of(model), contents_of(model, parts=False)
+    written = getattr(model.joint_blocks[0].x_block.mlp.fc1.weight, part)
+    with torch.no_grad():
+        written.view(torch.uint8)[0, 0] += 1
+    assert contents_of(model) != contents
+    assert contents_of(model, parts=False) == moving
+
+
 def test_unchanged_weights_keep_what_was_built(model):
     fast = Accelerated(model)
     built = fast.fast
