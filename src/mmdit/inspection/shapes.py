@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -9,9 +10,7 @@ import torch
 from mmdit.inspection.addresses import Address, Label, Rows
 from mmdit.inspection.hooks import Target
 from mmdit.inspection.points import Point
-from mmdit.inspection.reducers import Reducer
-from mmdit.inspection.views import kept_of_pattern, kept_of_value
-from mmdit.models.attention import Attended, Joint
+from mmdit.inspection.reducers import Reducer, View
 from mmdit.models.config import MMDiTConfig
 from mmdit.pipeline.passes import Branch, Drawing
 
@@ -49,7 +48,7 @@ def check_parts(
         drawing: the drawing that begins.
         wanted: its selected steps and branches.
         address: the part of each point that is kept.
-        reducer_of: returns the reducer of a target, if it has one. It is called with tensors that have no values.
+        reducer_of: returns the reducer of a target, if it has one. It is called with tensors of no samples.
 
     Raises:
         ValueError: see `Address.pick` and the reducers.
@@ -72,17 +71,20 @@ def check_parts(
 def _check_part(
     point: Point, shape: tuple[int, ...], rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
 ) -> None:
-    value = torch.empty(rows.samples, *shape, device="meta")
+    picked = address.pick(point, torch.Size((rows.samples, *shape)), rows)
     if reducer is None:
-        address.pick(point, value.shape, rows)
         return
+    sizes = [size if at is None else at.shape[-1] for size, at in zip(shape, picked.places, strict=True)]
+    view = View(point.axes, text_tokens)
+    if point.layout == "pattern":
+        _, queries, keys = picked.places
+        every = torch.arange(shape[1]) if queries is None else queries
+        view = View(point.axes, text_tokens, every, every, keys)
     try:
-        if point.layout != "pattern":
-            kept_of_value(point, value, rows, text_tokens, address, reducer)
-            return
-        heads, tokens, _ = shape
-        q = torch.empty(rows.samples, heads, tokens, 1, device="meta")
-        kept_of_pattern(point, Attended(Joint(), q, q, q), rows, text_tokens, address, reducer)
-    except RuntimeError as error:  # NotImplementedError is one
-        if "meta" not in str(error):  # else the reducer needs values, and what is wrong shows when it has them
-            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # moments of no samples
+            reducer(torch.empty(0, *sizes), view)
+    except ValueError:
+        raise
+    except Exception:  # it needs values: what is wrong shows when it has them
+        return

@@ -111,16 +111,9 @@ def kept_value(
         address: the part to keep.
         reducer: a reducer whose result is kept instead of the value; None keeps the value.
     """
-    if point.layout != "pattern":
-        return kept_of_value(point, shown(point, passing), rows, text_tokens, address, reducer)
-    assert passing.attention is not None
-    return kept_of_pattern(point, passing.attention, rows, text_tokens, address, reducer)
-
-
-def kept_of_value(
-    point: Point, value: Tensor, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
-) -> Kept:
-    """The part of a value [b, axes] that a capture keeps; the arguments are those of `kept_value`."""
+    if point.layout == "pattern":
+        return _kept_pattern(point, passing, rows, text_tokens, address, reducer)
+    value = shown(point, passing)
     picked = address.pick(point, value.shape, rows)
     value = picked.read(value)
     if reducer is None:
@@ -129,10 +122,11 @@ def kept_of_value(
     return Kept(value, axes, picked.labels, picked.samples)
 
 
-def kept_of_pattern(
-    point: Point, whole: Attended, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
+def _kept_pattern(
+    point: Point, passing: Passing, rows: Rows, text_tokens: int, address: Address, reducer: Reducer | None
 ) -> Kept:
-    """The part of the pattern of one call of attention that a capture keeps; see `kept_value`."""
+    whole = passing.attention
+    assert whole is not None
     picked = address.pick(point, torch.Size((*whole.q.shape[:3], whole.k.shape[2])), rows)
     heads, queries, keys = picked.places
     every = torch.arange(whole.q.shape[2]) if queries is None else queries

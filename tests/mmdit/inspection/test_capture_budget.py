@@ -94,6 +94,14 @@ def test_a_part_that_does_not_exist_is_refused_before_the_first_pass(demo, case)
     assert passes == []
 
 
+def test_reducers_are_checked_without_warnings(demo, recwarn):
+    running = reducers.running(reducers.moments())
+    with mmdit.capture(demo, POST, budget=None, steps=0, branch="cond", reduce=running) as seen:
+        drawn(demo, steps=1)
+    assert seen[POST].shape[-2:] == (3, 256)
+    assert len(recwarn) == 0
+
+
 def test_a_reducer_that_needs_values_runs_without_a_budget(demo):
     largest = reducers.Reducer("largest", lambda value, _: (torch.tensor([[value.max().item()]]), ("one",)))
     with mmdit.capture(demo, POST, budget=None, steps=0, branch="cond", reduce=largest) as seen:
