@@ -1,5 +1,6 @@
 """Host memory by stage: what malloc says, peaks within a stage, and the table."""
 
+import gc
 import time
 from pathlib import Path
 
@@ -13,6 +14,16 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason=S
 SIZE = 80_000_000
 
 
+@pytest.fixture
+def quiet_memory():
+    """Garbage of other tests is collected before the test, and none within it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("quiet_memory")
 def test_malloc_tells_what_is_in_use():
     before, _ = malloc()
     if not before:
