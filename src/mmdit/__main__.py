@@ -1,5 +1,5 @@
 """`python -m mmdit`."""
 
-from mmdit.cli.app import run_process
+from mmdit.cli.app import main
 
-run_process()
+raise SystemExit(main())

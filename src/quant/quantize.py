@@ -71,10 +71,10 @@ def quantize_(
 
     Raises:
         ValueError: A glob matches nothing; a weight is quantized already, not finite, not floating point, computed
-            (`parametrizations`) or shared with another layer, or a bias is that moments would change; a layer has no
-            input scale though the recipe is static,
-            or no moments though others have; its moments are not those of inputs (see `quant.rounding`); or there are
-            input scales or moments for no layer, or input scales for another recipe. The module is then unchanged.
+            (`parametrizations`) or shared with another layer, or with moments its bias is; a layer has no input scale
+            though the recipe is static, or no moments though others have; its moments are not those of inputs (see
+            `quant.rounding`); or there are input scales or moments for no layer, or input scales for another recipe.
+            The module is then unchanged.
         TypeError: The module is no nn.Module, the recipe neither a recipe nor a name, or moments no mapping.
     """
     recipe = as_recipe(recipe)

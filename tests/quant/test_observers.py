@@ -1,7 +1,6 @@
 """The statistics of `observe` against numpy; it changes no output and leaves no hook."""
 
-import warnings
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from fractions import Fraction
 from math import ceil
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from quant.observers import Observed, observe
 from skips import SKIPS
+from waiting import no_waiting
 
 
 def model() -> nn.Sequential:
@@ -122,21 +122,6 @@ def test_what_matches_nothing():
 def test_what_is_no_percentile(share):
     with pytest.raises(ValueError, match="a percentile is above 0 and at most 100"):
         Observed(2, torch.device("cpu")).percentile(share)
-
-
-@contextmanager
-def no_waiting(device):
-    """Whatever makes the host wait for the GPU is an error."""
-    if device == "cpu":
-        yield
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # this mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,6 @@ from quant.tensor import Float8Tensor
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
-CUTS = ((64, 64, 8, 1, 4), (64, 64, 8, 3, 4), (64, 128, 4, 1, 4))  # `mmdit.bench.lora_forms.Cut`
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
 
@@ -73,9 +72,6 @@ class Kernels:
         tasks["gelu token, 32 values a thread"] = partial(self.gelu_in_fewer_threads, 32)
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
         tasks[f"fp8 {d} to {4 * d}, gelu token with a LoRA"] = partial(self.inner, True)
-        for cut in CUTS:
-            for kind in get_args(Kind):
-                tasks[f"gelu {kind} and low of what reads it {cut}"] = partial(self.gelu_and_low, kind, cut)
         tasks["pack"] = partial(self.pack, False)
         tasks["pack with a LoRA"] = partial(self.pack, True)
         for width in (d, 4 * d):
@@ -135,18 +131,6 @@ class Kernels:
 
         with replaced(kernels, "_PER_THREAD", values):
             return self.gelu("token", False)
-
-    def gelu_and_low(self, kind: Kind, cut: tuple[int, int, int, int, int]) -> Cells:
-        """GELU that also multiplies by the next down projections; of token scales the second launch alone."""
-        from mmdit.bench.lora_forms import Cut, gelu_and_low
-
-        width, scale = 4 * self.d, torch.tensor(0.02, device=self.device)
-        rounding = Rounding(kind, scale, scale) if kind == "static" else Rounding(kind)
-        x, down = self.random(self.rows.total, width), Down.of(self.random(2, self.rank, width), kind != "none")
-        sizes = x.float().abs().amax(1).view(torch.int32) if kind == "token" else None
-        added = None if kind == "token" else self.added(width)
-        size = self.rows.total * width * (4 if kind == "none" else 3)
-        return self.cells(lambda: gelu_and_low(x, self.rows, rounding, added, down, sizes, Cut(*cut)), size)
 
     def inner(self, lora: bool) -> Cells:
         """The first product of the image's MLP in float8, and GELU after it."""

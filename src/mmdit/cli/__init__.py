@@ -1,5 +1,5 @@
 """The command line: each command parses its arguments and calls the library."""
 
-from mmdit.cli.app import main, run_process
+from mmdit.cli.app import main
 
-__all__ = ["main", "run_process"]
+__all__ = ["main"]

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from types import ModuleType
-from typing import NoReturn
 
 from mmdit._version import __version__
 from mmdit.cli import (
@@ -57,11 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(arguments)
         out.flush()
         return code or _code_of(out)
-
-
-def run_process() -> NoReturn:
-    """Run the command of this process's arguments, and end the process with its exit code."""
-    raise SystemExit(main())
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -296,14 +296,6 @@ def test_a_process_is_prepared_for_small_steps_before_torch_is_imported(monkeypa
         assert said == [trim, mmap]
 
 
-def test_a_process_ends_as_python_ends(monkeypatch):
-    """So that `python -i` reaches its prompt, and profilers and destructors of libraries run."""
-    monkeypatch.setattr(app, "main", lambda: 3)
-    monkeypatch.setattr(process.os, "_exit", lambda code: pytest.fail(f"os._exit({code})"))
-    with pytest.raises(SystemExit, match="3"):
-        app.run_process()
-
-
 # ---- completion
 
 

@@ -1,7 +1,6 @@
 """Drawing on a GPU: no step waits for it, a bad step is named, and all solvers draw what they draw without graphs."""
 
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import torch
 import mmdit
 from samplers import SOLVERS
 from skips import SKIPS
+from waiting import no_waiting
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])]
 PROMPT = "a red circle"
@@ -40,18 +40,6 @@ def latent_of(pipe, **more):
     with torch.no_grad():
         *_, last = steps_of(pipe, **more)
     return last.x.double()
-
-
-@contextmanager
-def no_waiting():
-    """Whatever makes the host wait for the GPU, an event aside, is an error."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # this mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.no_grad()
