@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -56,6 +57,17 @@ class QKV(NamedTuple):
 Meet = Callable[[QKV], Tensor]  # attention itself: queries, keys and values of a stream -> [b, heads, l, head_dim]
 
 
+class RMSNorm(nn.RMSNorm):
+    """The norm of queries and keys, with its weight in their dtype.
+
+    Under autocast the weight of a Linear has the dtype of 16 bits, and so has this one: torch's own norm would keep it
+    in float32, warn, and compute in four kernels what the model in 16 bits computes in one.
+    """
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class SelfAttention(nn.Module):
     """The projections around attention of one stream; attention itself is the block's `attend` or `attend2`.
 
@@ -66,8 +78,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.ln_q = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.ln_k = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.pre_only = pre_only
         if not pre_only:
             self.proj = nn.Linear(hidden_size, hidden_size)

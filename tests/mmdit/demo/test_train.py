@@ -332,7 +332,6 @@ def test_the_loss_falls_on_a_fixed_batch() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of norms, in eager mode
 def test_bfloat16_autocast_gives_the_same_loss_within_its_precision() -> None:
     model, batch = trainee.trainee_of(trainee.initial_parts(TINY, 0)), batches(dropped=0.0).draw(4)
     randomized(model)

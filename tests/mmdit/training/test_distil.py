@@ -150,7 +150,6 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_layer_and_changes_noth
     assert all(torch.equal(before[key], after[key]) for key in before if "mlp.fc1.bias" not in key)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype:UserWarning")  # CPUs have no fused RMSNorm of two dtypes
 def test_with_autocast_the_loss_is_that_of_float32_up_to_the_narrow_dtype(teacher, states):
     losses = []
     for autocast in (None, torch.bfloat16):
