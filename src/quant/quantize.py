@@ -91,7 +91,7 @@ def quantize_(
         return report(module)
     for name in chosen:  # one by one, so that only one weight is there twice
         weight = quantize_weight(linears[name].weight, recipe, input_scale=scales.get(name))
-        linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        linears[name].weight = weight.as_parameter()
     return report(module)
 
 
@@ -102,7 +102,7 @@ def _round_(
     """Round weights for the outputs, in place; nothing is changed before all weights and biases are found."""
     found = {name: _rounded(name, linear, moments[name], recipe, scales.get(name)) for name, linear in linears.items()}
     for name, (weight, bias) in found.items():
-        linears[name].weight = nn.Parameter(weight, requires_grad=False)
+        linears[name].weight = weight.as_parameter()
         if bias is not None:
             linears[name].bias.copy_(bias)
 

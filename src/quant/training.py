@@ -198,7 +198,7 @@ def quantize_trained_(module: nn.Module) -> Report:
         plain = nn.Linear.__new__(nn.Linear)
         plain.__dict__.update(linear.__dict__)
         plain.__dict__["_parameters"] = {
-            "weight": nn.Parameter(weights[name], requires_grad=False),
+            "weight": weights[name].as_parameter(),
             "bias": linear.bias,
         }
         plain.__dict__["_buffers"] = {}

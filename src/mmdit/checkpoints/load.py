@@ -38,6 +38,7 @@ from quant.quantize import kept as is_kept
 from quant.quantize import linears_of, quantize_weight
 from quant.recipe import Recipe
 from quant.spellings import Scales, unread_quantization
+from quant.tensor import Float8Tensor
 from samplers import pick
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that layers compute in
@@ -412,7 +413,7 @@ def _around(lazy: LazyTensor, values: Tensor, how: _How, key: str) -> Tensor:
     """The weight of these values, which may come later."""
     if key not in how.codes or lazy.codes is None:
         return values
-    return nn.Parameter(lazy.codes.around(values, how.dtype), requires_grad=False)
+    return lazy.codes.around(values, how.dtype).as_parameter()
 
 
 @contextmanager
@@ -440,14 +441,14 @@ def _read_all(stored: StoredModel, keys: Sequence[str], how: _How) -> list[Tenso
 def _read(stored: StoredModel, key: str, how: _How) -> Tensor:
     lazy, device, dtype = stored.tensors[key], how.device, how.dtype
     if lazy.codes is not None and key in how.codes:
-        return nn.Parameter(lazy.codes.read(dtype, device), requires_grad=False)
+        return lazy.codes.read(dtype, device).as_parameter()
     if how.recipe is not None and key in how.rounded:
         with _ONE_AT_A_TIME:
-            return nn.Parameter(_quantized(stored, key, lazy.read(dtype, device), how.recipe), requires_grad=False)
+            return _quantized(stored, key, lazy.read(dtype, device), how.recipe).as_parameter()
     return lazy.read(dtype, device)
 
 
-def _quantized(stored: StoredModel, key: str, values: Tensor, recipe: Recipe) -> Tensor:
+def _quantized(stored: StoredModel, key: str, values: Tensor, recipe: Recipe) -> Float8Tensor:
     try:
         return quantize_weight(values, recipe)
     except ValueError as error:

@@ -188,7 +188,7 @@ def with_activations(model: MMDiT, name: str, scales: dict[str, Tensor] | None =
             scale = None if scales is None else scales[path]
             new = weight._replace(recipe=RECIPES[name], input_scale=scale)
             new.snr = weight.snr
-            linear.weight = nn.Parameter(new, requires_grad=False)
+            linear.weight = new.as_parameter()
     return made
 
 

@@ -13,6 +13,7 @@ from mmdit.pipeline.failures import ExplainedMemoryError
 from mmdit.runtime import device_memory
 from mmdit.runtime.device_memory import DeviceMemory
 from mmdit.runtime.plan import STREAMED, VISITED, TooLittleMemory
+from quant.tensor import Float8Tensor
 
 PROMPT = "a large red circle above a blue star, on a white background"
 SETTINGS = {
@@ -94,6 +95,24 @@ def test_the_device_never_holds_more_than_the_plan_says(quant):
     assert live.peak <= plan.sum + OUTSIDE
     assert live.peak <= plan.budget
     assert live.peak < sum(one.total for one in plan.models.values()), "less than the weights alone"
+
+
+def test_float8_models_are_drawn_with_without_a_dispatched_operation(tmp_path, monkeypatch):
+    """Torch imports 520 modules, 41 MB, when it dispatches the first one to a tensor subclass."""
+
+    def refuse(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func} was dispatched")
+
+    how = {"dtype": torch.float32, "memory": "31MB"}
+    with monkeypatch.context() as patched:
+        patched.setattr(Float8Tensor, "__torch_dispatch__", classmethod(refuse))
+        pipe = mmdit.Pipeline.demo(quant="fp8", **how)
+        pipe(PROMPT, **SETTINGS | {"num_inference_steps": 1, "height": 64, "width": 64})
+    assert pipe.memory_plan.rung >= VISITED
+    pipe.save_pretrained(tmp_path / "float8")
+    monkeypatch.setattr(Float8Tensor, "__torch_dispatch__", classmethod(refuse))
+    again = mmdit.Pipeline.from_pretrained(tmp_path / "float8", **how)
+    assert isinstance(again.transformer.joint_blocks[0].x_block.attn.qkv.weight, Float8Tensor)
 
 
 def test_a_larger_drawing_is_planned_anew_or_refused_before_it_runs(pipes):
