@@ -47,7 +47,7 @@ def refuse_changed(model: nn.Module, name: str) -> list[nn.Module]:
         All modules of the model, for those who look for more.
     """
     modules = modules_of(model)
-    if not any(_is_compiled(one) or _is_hooked(one) or "forward" in vars(one) for one in modules):
+    if all(map(_is_as_built, modules)):
         return modules
     refuse_compiled_parts(model, name)
     for path, module in model.named_modules():
@@ -63,11 +63,20 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     """All modules of a model, in no order; several times faster than `named_modules`. Called before each drawing."""
     found, seen = [model], {id(model)}
     for module in found:  # which grows
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append(child)
+        if children := module._modules:
+            for child in children.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    found.append(child)
     return found
+
+
+def _is_as_built(module: nn.Module) -> bool:
+    """Whether a module is surely neither compiled nor hooked nor replaced; False where a closer look is needed."""
+    own = module.__dict__
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own) and (
+        "_orig_mod" not in own["_modules"] and own.get("_compiled_call_impl") is None
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:

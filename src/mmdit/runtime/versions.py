@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mmdit.models.attention import Attend
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.compiled import modules_of, refuse_changed
+from quant.tensor import Float8Tensor
 
 _SLOTS = ("attend", "attend2")
 
@@ -26,7 +28,7 @@ def version_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> 
     """
     modules = modules_of(model) if modules is None else modules
     with torch._C.DisableTorchFunctionSubclass():  # each attribute of a float8 tensor would call a Python function
-        return tuple(map(_identity, _tensors(modules)))
+        return _states(modules, parts=True, places=True)
 
 
 def contents_of(model: nn.Module, *, parts: bool = True) -> object:
@@ -38,36 +40,51 @@ def contents_of(model: nn.Module, *, parts: bool = True) -> object:
             `weight.qdata`; False where weights move, because copies on the way are written to as well.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        return tuple(
-            (id(tensor), _written(tensor), *_of_parts(tensor, parts)) for tensor in _tensors(modules_of(model))
-        )
+        return _states(modules_of(model), parts=parts, places=False)
 
 
-def _of_parts(tensor: Tensor, wanted: bool) -> Iterator[int | None]:
-    """How often each part of a float8 tensor was written to."""
-    flatten = getattr(tensor, "__tensor_flatten__", None) if wanted else None
-    return iter(()) if flatten is None else (_written(getattr(tensor, name)) for name in flatten()[0])
+def _states(modules: Sequence[nn.Module], *, parts: bool, places: bool) -> list[object]:
+    """Which tensors there are, how often each was written to and, for `places`, where its memory lies.
 
-
-def _tensors(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    A drawing on a fast GPU waits for this: one loop, in which nothing is called that is not needed.
+    """
+    found: list[object] = []
+    add = found.append
     for module in modules:
-        for tensors in (module._parameters, module._buffers):
+        own = module.__dict__
+        for tensors in (own["_parameters"], own["_buffers"]):
             for tensor in tensors.values():
-                if tensor is not None:
-                    yield tensor
+                if tensor is None:
+                    continue
+                add(id(tensor))
+                add(_written(tensor))
+                if type(tensor) in _WITHOUT_PARTS or not hasattr(tensor, "__tensor_flatten__"):
+                    if places:
+                        add(tensor.data_ptr())
+                elif parts:
+                    found += _of_parts(tensor, places)
+    return found
+
+
+_WITHOUT_PARTS = (Tensor, nn.Parameter)
+
+
+def _of_parts(tensor: Any, places: bool) -> list[object]:
+    """The state of the tensors that a tensor subclass, such as a float8 weight, consists of."""
+    names = ("qdata", "scale", "input_scale") if type(tensor) is Float8Tensor else tensor.__tensor_flatten__()[0]
+    found: list[object] = []
+    for part in [getattr(tensor, name) for name in names]:
+        if part is not None:
+            found += (id(part), _written(part), part.data_ptr() if places else 0)
+    return found
 
 
 def _written(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    """Which tensor it is, where its memory lies and how often it was written to; of a float8 one, of its codes too."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is not None:
-        return (id(tensor), _written(tensor), *(_identity(getattr(tensor, name)) for name in flatten()[0]))
-    return (id(tensor), _written(tensor), tensor.data_ptr())
+    """How often a tensor was written to; None where torch does not count, in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return None
 
 
 def kernels_for(weight: Tensor) -> ModuleType:
@@ -91,7 +108,7 @@ def why_no_triton(weight: Tensor) -> str:
 def check_whole(model: nn.Module, called: str = "the model") -> list[nn.Module]:
     """Raise ValueError where the model runs what the fast forward would not; returns all its modules."""
     modules = refuse_changed(model, called)
-    slots = (slot for one in modules for name, slot in one._modules.items() if name.endswith(_SLOTS))
+    slots = (slot for one in modules if one._modules for slot in map(one._modules.get, _SLOTS))
     if all(slot is None or _is_plain(slot) for slot in slots):
         return modules
     for name, module in model.named_modules():
