@@ -13,6 +13,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -38,6 +39,17 @@ _CPU_WORDS = ("tried to allocate", "allocate memory", "size calculation overflow
 Item = TypeVar("Item")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
+
+
+def ahead(run: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin to run a function in a thread; what is returned waits for its end, and gives or raises what it did.
+
+    The thread has torch's default modes: gradients are on, and no stream or device of a context manager is current.
+    """
+    pool = ThreadPoolExecutor(1)
+    found = pool.submit(run)
+    pool.shutdown(wait=False)
+    return found.result
 
 
 def bar(items: Iterable[Item], total: int | None, shown: bool | None) -> Iterator[Item]:

@@ -1,10 +1,11 @@
 """The bar counts what passes and stays out of files; tables line up."""
 
 import sys
+import threading
 
 import pytest
 
-from mmdit.utils import bar, markdown_table
+from mmdit.utils import ahead, bar, markdown_table
 
 
 def test_it_passes_everything_on_and_is_silent_in_a_pipe(capsys):
@@ -26,3 +27,10 @@ def test_a_table_lines_up_and_escapes_bars():
     assert markdown_table(("a",), []) == ["| a   |", "| --- |"]
     with pytest.raises(ValueError, match="a row of 1 cells in a table of 2 columns"):
         markdown_table(("a", "b"), [("c",)])
+
+
+def test_what_runs_ahead_gives_or_raises_what_it_did():
+    own = threading.current_thread()
+    assert ahead(threading.current_thread)() is not own
+    with pytest.raises(ZeroDivisionError):
+        ahead(lambda: 1 / 0)()

@@ -24,12 +24,55 @@ class Call(NamedTuple):
     branches: Sequence[Branch]
 
 
-def check_all_finite(values: Tensor, what: str) -> None:
-    """Raise FloatingPointError, with their number, where values are NaN or infinite."""
-    if bad := int((~torch.isfinite(values)).sum()):
-        raise FloatingPointError(
-            f"{bad} of {values.numel()} values of {what} are not finite; use a wider dtype, such as torch.float32"
-        )
+class BadCount:
+    """How many values are NaN or infinite. A GPU counts them, and the host only waits for it when it reads the number.
+
+    Args:
+        values: any floating-point tensor.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._ready: torch.cuda.Event | None = None
+        self._count = (~torch.isfinite(values)).sum()
+        if not values.is_cuda:
+            return
+        count, self._count = self._count, torch.empty((), dtype=torch.int64, pin_memory=True)
+        with torch.cuda.device(values.device):
+            self._count.copy_(count, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def read(self) -> int:
+        """The number."""
+        if self._ready is not None:
+            self._ready.synchronize()
+            self._ready = None
+        return int(self._count)
+
+
+class AllFinite:
+    """Whether all values are finite; on a GPU the host learns it in `read`, elsewhere at once.
+
+    Args:
+        values: any floating-point tensor.
+        what: what they are, for the error.
+
+    Raises:
+        FloatingPointError: see `read`; on devices other than GPUs.
+    """
+
+    def __init__(self, values: Tensor, what: str) -> None:
+        self._bad, self._total, self._what = BadCount(values), values.numel(), what
+        if not values.is_cuda:
+            self.read()
+
+    def read(self) -> None:
+        """Raise FloatingPointError, with their number, where values are NaN or infinite."""
+        if bad := self._bad.read():
+            raise FloatingPointError(
+                f"{bad} of {self._total} values of {self._what} are not finite; use a wider dtype, such as "
+                "torch.float32"
+            )
 
 
 PredictAgain = Callable[[Tensor, float, Sequence[Branch]], Sequence[Tensor]]
@@ -54,16 +97,9 @@ class FiniteCheck:
     def __init__(self, step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> None:
         self._calls, self._predict, self._transformer = calls, predict, transformer
         self._i, self._sigma, self._values = step.i, step.sigma, step.x.numel()
+        self._bad: BadCount | None = BadCount(step.x)
         if not step.x.is_cuda:
-            if not bool(torch.isfinite(step.x).all()):
-                self._fail(int((~torch.isfinite(step.x)).sum()))
-            self._ready: torch.cuda.Event | None = None
-            return
-        self._bad = torch.empty((), dtype=torch.int64, pin_memory=True)
-        with torch.cuda.device(step.x.device):
-            self._bad.copy_((~torch.isfinite(step.x)).sum(), non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
+            FiniteCheck.read(self)
 
     def read(self) -> None:
         """Wait until the step is done.
@@ -71,11 +107,8 @@ class FiniteCheck:
         Raises:
             FloatingPointError: the latent is not finite; the step, its noise level and the first layer are named.
         """
-        if self._ready is None:
-            return
-        self._ready.synchronize()
-        self._ready = None
-        if bad := int(self._bad):
+        count, self._bad = self._bad, None
+        if count is not None and (bad := count.read()):
             self._fail(bad)
 
     def _fail(self, bad: int) -> NoReturn:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -319,16 +320,19 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             self._check_noise(request.plan.shape)
         source = self._source(request)  # before the noise, because it may draw from the same generators
         length, times = request.max_sequence_length, request.per_prompt
+        noise = self._start(request)
         self._encode_ahead(length, request.prompts, request.negatives)
         cond = self._encoded(request.prompts, length, times, agreed=True)
         uncond = None if request.negatives is None else self._encoded(request.negatives, length, times, agreed=True)
-        noise = self._start(request)  # while a GPU still encodes
-        latent = self._latent(request, self._controlled(request, request.plan, cond, uncond), noise, source)
+        run = self._controlled(request, request.plan, cond, uncond)
+        run.reads_last = request.second is not None or request.output_type == "latent"
+        settings = cache(lambda: self._settings(request) if request.has_settings else ())
+        latent = self._latent(request, run, noise, source, meanwhile=settings if self._turns is None else None)
         if request.second is not None:
             latent = self._second_pass(request, request.second, latent, (cond, uncond))
-        pictures = latent if request.output_type == "latent" else self._decoded(request, latent)
+        pictures = latent if request.output_type == "latent" else self._decoded(request, latent, run.read_check)
         images = convert_output(pictures, request.output_type, self.profile.to_uint8)
-        return PipelineOutput(images, self._settings(request) if request.has_settings else ())
+        return PipelineOutput(images, settings())
 
     def _fit_request(self, request: Request) -> None:
         """Plan the memory of a drawing; TooLittleMemory, before anything runs, where no plan keeps the budget."""
@@ -406,11 +410,18 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             uncond = None if uncond is None else [replace(one, control=controls) for one in uncond]
         return self._run(plan, cond, uncond)
 
-    def _start(self, request: Request) -> Tensor:
-        """The initial latents of a drawing: those of the caller, or noise."""
+    def _start(self, request: Request) -> Callable[[], Tensor]:
+        """The initial latents of a drawing: those of the caller, or noise, which is drawn while encoders run.
+
+        Hints of ControlNets draw from torch's global state, which may be the generator of the noise too.
+        """
         if request.latents is not None:
-            return request.latents.to(self.device)
-        return self._noise(request.plan.shape, request.plan.generator)
+            return partial(request.latents.to, self.device)
+        shape, drawn_by = request.plan.shape, request.plan.generator
+        if request.controls:
+            noise = self._noise(shape, drawn_by)
+            return lambda: noise
+        return self._noise_ahead(shape, drawn_by)
 
     def _source(self, request: Request) -> Source | None:
         """The picture that a drawing starts from, encoded, and its mask."""
@@ -424,14 +435,14 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             latents, None if mask is None else repeated(mask, request.count).to(latents.device), given.differential
         )
 
-    def _decoded(self, request: Request, latent: Tensor) -> Tensor:
-        """The pictures of the last latents, [b, 3, h, w] in [0, 1]."""
+    def _decoded(self, request: Request, latent: Tensor, read_check: Callable[[], None]) -> Tensor:
+        """The pictures of the last latents, [b, 3, h, w] in [0, 1]; the check of the last step is read meanwhile."""
         given = request.images
         if given is None or not given.masks:
-            return self.decode(latent, tile=request.vae_tile)
+            return self._pictures(latent, request.vae_tile, before=read_check)
         if not self.profile.inpaint_shift:
             latent = latent - self.vae.config.shift * self.vae.config.scale
-        found = self.decode(latent, tile=request.vae_tile)
+        found = self._pictures(latent, request.vae_tile, before=read_check)
         if given.pastes:
             return self._pasted(given, found)
         if not given.keep_outside:
@@ -468,7 +479,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             larger = hires.enlarged_picture(pictures, self.vae.config.downscale * self._unit)
             start = self._encoded_pixels(larger.movedim(-1, 1), len(latent), plan.generator, tile)
         noise = self._noise(plan.shape, plan.generator)
-        return self._latent(request, self._controlled(request, plan, *pair), noise, Source(start))
+        return self._latent(request, self._controlled(request, plan, *pair), lambda: noise, Source(start))
 
     def _encoded(self, prompts: Prompts, length: int | None, times: int, *, agreed: bool = False) -> list[Ranged]:
         """The conditionings of prompts, each prompt `times` in a row; `agreed`: all ranks have the same ones."""
@@ -478,15 +489,33 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             found = (Ranged(self._encode(texts, length) if agreed else self.encode(texts, max_sequence_length=length)),)
         return [one.to(self.device, self.dtype).repeat(times) for one in found]
 
-    def _latent(self, request: Request, run: Run, noise: Tensor, source: Source | None = None) -> Tensor:
-        """Run the steps of a drawing; the last latent, in the transformer's dtype."""
+    def _latent(
+        self,
+        request: Request,
+        run: Run,
+        noise: Callable[[], Tensor],
+        source: Source | None = None,
+        *,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Run the steps of a drawing; the last latent, in the transformer's dtype.
+
+        Args:
+            request: the request.
+            run: the running plan.
+            noise: gives the noise, before the first step.
+            source: the picture to start from.
+            meanwhile: called after every step has been launched, while a GPU computes it.
+        """
         call = self._here.call = CallState(run.plan.guidance_scale)
         call.begin(run)
         dtype = self.dtype if run.plan.profile.state_dtype == "model" else torch.float32
         sigma = float(run.plan.sigmas[0])
         total = None if run.plan.solver.own_steps else call.num_timesteps
         try:
-            for step in bar(self._steps(run, noise, source), total, request.progress):
+            for step in bar(self._late_steps(run, noise, source), total, request.progress):
+                if meanwhile is not None:
+                    meanwhile()
                 if request.callback is not None:
                     after_step(request.callback, request.tensor_inputs, self, run, step, sigma, dtype)
                 if call.interrupt:

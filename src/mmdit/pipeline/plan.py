@@ -193,6 +193,7 @@ class Run:
         self.step = 0  # number of steps that the solver has finished
         self.calls: list[Call] = []  # calls of the model in this step
         self.check: FiniteCheck | None = None  # of the last step, unless it has been read
+        self.reads_last = True  # whether that of the drawing's last step is read before the step is given out
         self._predict_in_step = predict
         self.rebuild()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Unpack
@@ -290,6 +290,20 @@ class PipelineSteps(PipelineTensors):
             source: the picture to start from.
             x: the latents at the first sigma; None computes them from noise and source.
         """
+        return self._guarded(run, self._solved(run, noise, source, x=x), run.plan.sigmas)
+
+    def _late_steps(self, run: Run, noise: Callable[[], Tensor], source: Source | None) -> Iterator[Step]:
+        """`_steps` of noise that is asked for as late as possible, after the fast path has looked at the weights."""
+
+        def solved() -> Iterator[Step]:
+            yield from self._solved(run, noise(), source)
+
+        return self._guarded(run, solved(), run.plan.sigmas)
+
+    def _solved(
+        self, run: Run, noise: Tensor, source: Source | None = None, *, x: Tensor | None = None
+    ) -> Iterator[Step]:
+        """What the solver of a drawing yields; it is set up before this returns. For the arguments see `_steps`."""
         if self.parallel is not None:
             first = self.parallel.first
             noise, x = first(noise), None if x is None else first(x)
@@ -297,7 +311,7 @@ class PipelineSteps(PipelineTensors):
         if x is None:
             x = run.plan.start(noise, source)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self._guarded(run, run.plan.steps(run, x, noise, source), run.plan.sigmas)
+        return run.plan.steps(run, x, noise, source)
 
     def _guarded(self, run: Run, steps: Iterator[Step], levels: Tensor) -> Iterator[Step]:
         """The steps along these levels, on the fast path where there is one, and checked."""
@@ -313,7 +327,7 @@ class PipelineSteps(PipelineTensors):
         """The steps, each finite, with latents in the dtype that the profile keeps (diffusers: the model's).
 
         On a GPU a step is given out before it is done. It is checked once the next one is launched, the last one before
-        it is given out; whoever leaves the loop before that calls `run.read_check`.
+        it is given out; whoever leaves the loop before that, or sets `run.reads_last` to False, calls `run.read_check`.
         """
         last = len(run.plan.sigmas) - 2
         try:
@@ -323,11 +337,12 @@ class PipelineSteps(PipelineTensors):
                     step.x = step.x.to(self.dtype).to(step.x.dtype)
                 again = partial(self._predict, step=run.step, profile=run.plan.profile, plain=True)
                 run.check = FiniteCheck(step, run.calls, again, self.transformer)
-                if step.i == last:
+                if step.i == last and run.reads_last:
                     run.read_check()
                 yield step
                 run.finished(step)
-            run.read_check()
+            if run.reads_last:
+                run.read_check()
         except Exception:  # a step fails where the one before it was not finite, which is what should be said
             run.read_check()
             raise

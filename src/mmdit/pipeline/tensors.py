@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -24,14 +25,14 @@ from mmdit.pipeline.control_inputs import (
     make_control,
     takes_shift,
 )
-from mmdit.pipeline.failures import check_all_finite
+from mmdit.pipeline.failures import AllFinite
 from mmdit.pipeline.image_inputs import ImageInputs, PictureSize, image_inputs, masks_of
 from mmdit.pipeline.images import to_unit
 from mmdit.pipeline.masks import repeated
 from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
 from mmdit.pipeline.settings import MAX_T5_TOKENS
 from mmdit.runtime.fast_vae import FastVAE
-from mmdit.utils import whole
+from mmdit.utils import ahead, whole
 from samplers import gaussian
 from samplers.noise import moved
 
@@ -212,19 +213,32 @@ class PipelineTensors(PipelineModels):
         channels = self.vae.config.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(f"latent has shape {list(latent.shape)}, expected [b, {channels}, h, w] in model space")
-        tile = None if tile is None else whole("tile", tile, LEAST_TILE)
+        return self._pictures(latent, None if tile is None else whole("tile", tile, LEAST_TILE), finite=finite)
+
+    def _pictures(
+        self, latent: Tensor, tile: int | None, *, finite: bool = True, before: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """What `decode` returns. No check is waited for before the decoding is launched, so that a GPU has no pause.
+
+        Args:
+            latent, tile, finite: as `decode` takes them.
+            before: reads the checks of what was computed before; it is called once the decoding is launched.
+        """
         tile = self._fit_vae(latent, tile)
         with self._computing(f"the pictures of latents {list(latent.shape)}"):
             self._enter("vae")
             first = next(self.vae.parameters())
             latent = latent.to(first.device, first.dtype)
-            if finite:
-                check_all_finite(latent, "the latent to decode")
+            checks = [AllFinite(latent, "the latent to decode")] if finite else []
             decoded = self._decoded_latent(latent, tile)
             if finite:
                 word = str(first.dtype).removeprefix("torch.")
-                check_all_finite(decoded, f"the picture that the VAE decoded in {word}")
-            return to_unit(decoded)
+                checks.append(AllFinite(decoded, f"the picture that the VAE decoded in {word}"))
+            found = to_unit(decoded)
+            before()
+            for check in checks:
+                check.read()
+            return found
 
     def _decoded_latent(self, latent: Tensor, tile: int | None) -> Tensor:
         """The VAE's pictures, about in [-1, 1]: in tiles, on several ranks, or by the fast forward."""
@@ -326,7 +340,7 @@ class PipelineTensors(PipelineModels):
         if self.profile.image_latent != "mean" and not mean:
             sampled_by = drawn_by if self.profile.image_latent == "sampled" else None
             latents = latents + std * gaussian(latents.shape, sampled_by, latents.dtype).to(latents.device)
-        check_all_finite(latents, f"the VAE's latent of the picture in {str(first.dtype).removeprefix('torch.')}")
+        AllFinite(latents, f"the VAE's latent of the picture in {str(first.dtype).removeprefix('torch.')}").read()
         return repeated(latents, count).to(self.device, self._latent_dtype)
 
     @property
@@ -339,8 +353,21 @@ class PipelineTensors(PipelineModels):
         torch.empty(shape, dtype=self._noise_dtype)
 
     def _noise(self, shape: Sequence[int], drawn_by: Generators) -> Tensor:
-        noise = moved(gaussian(shape, drawn_by, self._noise_dtype), self.device)
+        return self._on_device(gaussian(shape, drawn_by, self._noise_dtype))
+
+    def _on_device(self, noise: Tensor) -> Tensor:
+        """Noise from the CPU as a drawing starts from it."""
+        noise = moved(noise, self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
+
+    def _noise_ahead(self, shape: Sequence[int], drawn_by: Generators) -> Callable[[], Tensor]:
+        """Draw noise, by a thread where the CPU draws it for a GPU; what is returned waits for it and gives it."""
+        each = drawn_by if isinstance(drawn_by, Sequence) else [drawn_by]
+        if self.device.type != "cuda" or any(one is not None and one.device.type != "cpu" for one in each):
+            noise = self._noise(shape, drawn_by)
+            return lambda: noise
+        drawn = ahead(partial(gaussian, shape, drawn_by, self._noise_dtype))
+        return lambda: self._on_device(drawn())
 
     @property
     def _noise_dtype(self) -> torch.dtype:

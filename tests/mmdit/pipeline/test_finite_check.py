@@ -42,7 +42,7 @@ def late(monkeypatch):
 
 
 def draw(pipe, **more):
-    return pipe("a red circle", output_type="latent", **SETTINGS | more).images
+    return pipe("a red circle", **{"output_type": "latent"} | SETTINGS | more).images
 
 
 def test_a_step_is_read_after_the_next_is_launched(pipe, late):
@@ -69,6 +69,26 @@ def test_the_last_step_is_read_before_it_is_given_out(pipe, late):
     assert [next(drawing).i for _ in range(3)] == [0, 1, 2]
     with pytest.raises(FloatingPointError, match="step 3"):
         next(drawing)
+
+
+def test_the_last_step_of_a_picture_is_read_once_decoding_is_launched(pipe, late, monkeypatch):
+    failing, log = late
+    decoded = type(pipe)._decoded_latent
+    monkeypatch.setattr(type(pipe), "_decoded_latent", lambda *given: (log.append("decode"), decoded(*given))[1])
+    draw(pipe, output_type="pt")
+    assert log[-3:] == ["read 2", "decode", "read 3"]
+    failing.add(3)
+    with pytest.raises(FloatingPointError, match="step 3"):
+        draw(pipe, output_type="pt")
+
+
+def test_settings_are_made_while_steps_run(pipe, late, monkeypatch):
+    log, made = late[1], type(pipe)._settings
+    monkeypatch.setattr(type(pipe), "_settings", lambda *given: (log.append("settings"), made(*given))[1])
+    found = pipe("a red circle", output_type="latent", **SETTINGS)
+    assert log[:3] == ["launch 0", "settings", "launch 1"]
+    assert log.count("settings") == 1
+    assert found.settings[0].seed == 1
 
 
 def test_a_solver_with_its_own_steps_is_read_at_its_end(pipe, late):
