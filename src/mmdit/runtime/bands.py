@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -33,13 +34,8 @@ WORTH_GRAPH = 768 * 768
 class Layers(NamedTuple):
     """How the layers of a band are computed."""
 
-    moments: Callable[[Tensor, int], Moments]  # of activations, for a number of groups
-    norm: Callable[[nn.GroupNorm, Tensor, Moments], Tensor]  # and SiLU; may overwrite its input
     run: Callable[[nn.Module, Tensor], Tensor]  # a convolution, or an `Upsample`
-
-
-def _plain_norm(norm: nn.GroupNorm, x: Tensor, moments: Moments) -> Tensor:
-    return F.silu(normed(norm, x, moments), inplace=True)
+    kernels: ModuleType | None = None  # `mmdit.runtime.vae_kernels`; None norms in plain torch
 
 
 def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
@@ -49,7 +45,7 @@ def _channels_last(layer: nn.Module, x: Tensor) -> Tensor:
     return conv(layer, x)
 
 
-PLAIN = Layers(Moments.of, _plain_norm, lambda layer, x: layer(x))
+PLAIN = Layers(lambda layer, x: layer(x))
 
 
 def layers_of(fast: FastVAE | None) -> Layers:
@@ -57,10 +53,10 @@ def layers_of(fast: FastVAE | None) -> Layers:
     if fast is None:
         return PLAIN
     if fast.norm is plain_norm:
-        return PLAIN._replace(run=_channels_last)
+        return Layers(_channels_last)
     from mmdit.runtime import vae_kernels
 
-    return Layers(vae_kernels.group_moments, vae_kernels.norm_by, _channels_last)
+    return Layers(_channels_last, vae_kernels)
 
 
 class BandDecoder:
@@ -128,7 +124,7 @@ def decode_in_bands(
 ) -> Float[Tensor, "b 3 h8 w8"]:
     """Compute `vae.decode(latent)` on all ranks of a team; each gets the whole picture.
 
-    The middle of the decoder, whose attention sees all cells, runs on every rank; it is a small part of the work.
+    What comes before the attention in the middle of the decoder runs on every rank; it is a small part of the work.
 
     Args:
         vae: the VAE, equal on all ranks.
@@ -147,11 +143,12 @@ def decode_in_bands(
 
 
 def _decoded(vae: VAE, latent: Tensor, team: Team, rows: list[int], fast: FastVAE | None) -> Tensor:
-    decoder = vae.decoder
-    x = decoder.mid(decoder.conv_in(vae.from_model(latent))) if fast is None else fast.middle(latent)
-    start = starts(rows)[team.rank]
-    band = Band(team, rows, layers_of(fast))
-    x = x[:, :, start : start + rows[team.rank]]
+    decoder, band = vae.decoder, Band(team, rows, layers_of(fast))
+    first, count = starts(rows)[team.rank], rows[team.rank]
+    if fast is None:
+        x = decoder.mid(decoder.conv_in(vae.from_model(latent)))[:, :, first : first + count]
+    else:
+        x = band.resnet(decoder.mid.block_2, fast.attended(latent, first, count))
     for layer in (layer for level in reversed(decoder.up) for layer in level.modules()):
         if isinstance(layer, ResnetBlock):
             x = band.resnet(layer, x)
@@ -187,14 +184,28 @@ class Band(NamedTuple):
             norm: the norm before the layer.
             up: the factor by which the layer enlarges the sides.
         """
+        if norm is not None and self.layers.kernels is not None:
+            rows, above = self._normed(self.layers.kernels, norm, x), min(self.team.rank, 1)
+        else:
+            rows, above = self._with_neighbours(x)
+            if norm is not None:
+                rows = F.silu(normed(norm, rows, self._moments(x, norm.num_groups)), inplace=True)
+        first = up * above
+        return self.layers.run(layer, rows)[:, :, first : first + up * x.shape[2]]
+
+    def _normed(self, kernels: ModuleType, norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        """These rows and the adjacent ones, normed and after SiLU; the ranks exchange one message."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        messages = self.team.gathered(kernels.band_message(x, norm.num_groups))
+        found: Tensor = kernels.norm_band(norm, x, messages, self.team.rank, self.rows)
+        return found
+
+    def _with_neighbours(self, x: Tensor) -> tuple[Tensor, int]:
+        """These rows and the adjacent ones, and how many of those are above."""
         above, below = self._neighbours(x)
         order = torch.contiguous_format if self.layers is PLAIN else torch.channels_last
         parts = [one.contiguous(memory_format=order) for one in (above, x, below) if one.shape[2]]
-        rows = torch.cat(parts, dim=2).contiguous(memory_format=order)
-        if norm is not None:
-            rows = self.layers.norm(norm, rows, self._moments(x, norm.num_groups))
-        first = up * above.shape[2]
-        return self.layers.run(layer, rows)[:, :, first : first + up * x.shape[2]]
+        return torch.cat(parts, dim=2).contiguous(memory_format=order), above.shape[2]
 
     def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The row above and the row below, [b, c, 1, w]; empty at the border of the picture."""
@@ -205,7 +216,7 @@ class Band(NamedTuple):
 
     def _moments(self, x: Tensor, groups: int) -> Moments:
         """The moments of the whole activations."""
-        own = self.layers.moments(x, groups)
+        own = Moments.of(x, groups)
         found = self.team.gathered(torch.stack([own.mean, own.squares]))
         each = own.total // x.shape[2]
         parts = (Moments(each * rows, *one.unbind(0)) for rows, one in zip(self.rows, found, strict=True))

@@ -80,15 +80,20 @@ class FastVAE:
 
     @torch.no_grad()
     @on_its_device
-    def middle(self, latent: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c h w"]:
-        """The decoder's activations before its levels, channels last.
+    def attended(self, latent: Float[Tensor, "b z h w"], first: int, count: int) -> Float[Tensor, "b c n w"]:
+        """Rows of the decoder's activations after the attention of its middle; a resnet block of it is still to come.
+
+        Args:
+            latent: in model space.
+            first, count: the rows, of which each attends to all others.
 
         Raises:
             ValueError: see the class.
         """
         refuse_changed(self.vae, "the VAE")
         decoder = self.vae.decoder
-        return self._through(_middle(decoder.mid), conv(decoder.conv_in, self.vae.from_model(latent)))
+        x = self._through([decoder.mid.block_1], conv(decoder.conv_in, self.vae.from_model(latent)))
+        return self._attention(decoder.mid.attn_1, x, slice(first, first + count))
 
     def _decoded(self, latent: Tensor) -> Tensor:
         decoder = self.vae.decoder
@@ -128,12 +133,16 @@ class FastVAE:
                 x = conv(layer.conv, x)
         return x
 
-    def _attention(self, layer: AttnBlock, x: Tensor) -> Tensor:
-        sides = x.shape[2:]
-        tokens = self.norm(x, layer.norm, silu=False).permute(0, 2, 3, 1).flatten(1, 2)  # b n c
-        q, k, v = (F.linear(tokens, part.weight.flatten(1), part.bias) for part in (layer.q, layer.k, layer.v))
+    def _attention(self, layer: AttnBlock, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Some rows after the attention, in which they attend to all; overwrites them in `x`."""
+        tokens = self.norm(x, layer.norm, silu=False).permute(0, 2, 3, 1)  # b h w c
+        x, own, tokens = x[:, :, rows], tokens[:, rows].flatten(1, 2), tokens.flatten(1, 2)
+        q, k, v = (
+            F.linear(one, part.weight.flatten(1), part.bias)
+            for one, part in ((own, layer.q), (tokens, layer.k), (tokens, layer.v))
+        )
         z = F.linear(attention(q, k, v), layer.proj_out.weight.flatten(1), layer.proj_out.bias)
-        return x.add_(z.unflatten(1, tuple(sides)).permute(0, 3, 1, 2))
+        return x.add_(z.unflatten(1, tuple(x.shape[2:])).permute(0, 3, 1, 2))
 
 
 def attention(

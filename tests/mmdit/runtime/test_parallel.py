@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 import mmdit
 from encoders import VAE, Conditioning
-from encoders.tiling import Moments
 from encoders.vae import VAEConfig
 from full import FULL
 from mmdit.checkpoints.load_pipeline import Components
@@ -41,7 +40,7 @@ from skips import SKIPS
 from triton_device import HAS_TRITON, quiet
 
 if HAS_TRITON:
-    from mmdit.runtime.vae_kernels import group_moments, norm_by
+    from mmdit.runtime.vae_kernels import band_message, norm_band
 
 CAPTURE = mmdit.capture  # imported here once, not in every process
 HEADS, WIDTH = 5, 16
@@ -356,20 +355,20 @@ def test_bands_are_recorded_the_second_time_and_anew_after_a_change(monkeypatch)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason=SKIPS["triton"])
-def test_kernels_of_bands():
-    """The Triton kernels give the moments of plain torch, and norm a part under the moments of the whole."""
-    norm = torch.nn.GroupNorm(4, 8, eps=1e-6)
-    randomized(norm)
-    norm.float()
-    x = (3 + torch.randn(2, 8, 6, 5)).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("rows", [(3, 2, 2), (1, 1), (4, 4)], ids=str)
+def test_kernels_of_bands(rows):
+    """Ranks norm their rows and the adjacent ones under the moments of all, by what they tell each other."""
+    norm = randomized(torch.nn.GroupNorm(4, 8, eps=1e-6)).float()
+    x = 30 + torch.randn(2, 8, sum(rows), 5, generator=torch.Generator().manual_seed(5))
+    x = x.contiguous(memory_format=torch.channels_last)
+    wanted, starts = torch.nn.functional.silu(norm(x)), mesh.starts(rows)
+    parts = [one.contiguous(memory_format=torch.channels_last) for one in x.split(rows, dim=2)]
     with quiet():
-        found, wanted = group_moments(x, 4), Moments.of(x, 4)
-        part = x[:, :, 2:5].contiguous(memory_format=torch.channels_last)
-        normed = norm_by(norm, part, found)
-    assert found.total == wanted.total
-    torch.testing.assert_close(found.mean, wanted.mean, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.squares, wanted.squares, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(normed, torch.nn.functional.silu(norm(x))[:, :, 2:5], rtol=1e-5, atol=1e-5)
+        messages = torch.stack([band_message(one, 4) for one in parts])
+        for rank, (part, start, count) in enumerate(zip(parts, starts, rows, strict=True)):
+            found = norm_band(norm, part, messages, rank, rows)
+            there = wanted[:, :, max(start - 1, 0) : start + count + 1]
+            torch.testing.assert_close(found, there, rtol=1e-5, atol=1e-4)
 
 
 def test_branches_of_guidance_are_split_to_the_last_bit(pipes, texts):
