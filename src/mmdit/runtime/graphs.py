@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from functools import cache
-from threading import RLock
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +14,39 @@ from torch.utils._pytree import tree_map
 
 T = TypeVar("T")
 Step = Callable[..., Any]  # tensors -> a tensor, or a tuple of tensors
-_RECORDING = RLock()  # threads record one after the other, because all recordings share a stream
+_RECORDING = threading.RLock()  # threads record one after the other, because all recordings share a stream
+
+
+class _Beside(threading.local):
+    """By thread, the second stream of the recording that it makes."""
+
+    stream: torch.cuda.Stream | None = None
+
+
+_BESIDE = _Beside()
+
+
+def beside(run: Callable[[], object]) -> Callable[[], None]:
+    """Run something at the same time as what is launched after it, where a step is being recorded; else run it now.
+
+    Small products take the multiprocessors that large ones leave idle at their end. Launched one by one they would wait
+    for the host.
+
+    Args:
+        run: launches work on the current GPU; it reads what was launched before, and nothing that follows writes it.
+
+    Returns:
+        What makes all that is launched later wait for the end of `run`; to be called once.
+    """
+    stream = _BESIDE.stream
+    if stream is None:
+        run()
+        return lambda: None
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        run()
+    return partial(here.wait_stream, stream)
 
 
 class Captured(NamedTuple):
@@ -107,9 +139,9 @@ def _copied(leaf: object) -> object:
 
 
 @cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """One stream for all recordings on a GPU: cuBLAS keeps 32 MB for each stream that it has ever run on."""
-    return torch.cuda.Stream(device)
+def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """Those of all recordings on a GPU, the second for `beside`: cuBLAS keeps 32 MB for each stream that it ran on."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _capture(step: Step, inputs: Sequence[Tensor], before: int) -> Captured:
@@ -127,16 +159,21 @@ def record(step: Callable[[], T], device: torch.device, *, before: int = 1) -> t
         before: how often it runs before it is recorded, so that libraries and compilers set themselves up.
     """
     with _RECORDING, torch.cuda.device(device):
-        beside = _stream(torch.cuda.current_device())
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(before):
-                step()
-        torch.cuda.current_stream().wait_stream(beside)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        reserved = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
-            output = step()
+        first, second = _streams(torch.cuda.current_device())
+        # Libraries set themselves up on the second stream as well, which they must not do while a graph is recorded.
+        _BESIDE.stream = second if before else None
+        try:
+            first.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(first):
+                for _ in range(before):
+                    step()
+            torch.cuda.current_stream().wait_stream(first)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            reserved = torch.cuda.memory_reserved()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=first, capture_error_mode="thread_local"):
+                output = step()
+        finally:
+            _BESIDE.stream = None
         return graph, output, torch.cuda.memory_reserved() - reserved

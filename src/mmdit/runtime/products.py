@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.models.lora import LoraLinear
+from mmdit.runtime.graphs import beside
 from mmdit.runtime.rows import Activation, Added, Down, Part, Result, Rounding, Rows
 from quant.matmul import arithmetic_of, backend_of, multiplies_by_half, multiply_into
 from quant.quantize import linears_of
@@ -175,11 +177,14 @@ class Pair:
             down, up = self.factors
             added = Added(kernels.low(x, down, dtype), up)
         out = torch.empty((rows.total, like.out_features), dtype=dtype, device=like.weight.device)
+        joins = []
         if x.text is not None:
             assert self.text is not None, "the text stream has ended here"
-            self.text(x.text, out[: rows.split])
+            joins.append(beside(partial(self.text, x.text, out[: rows.split])))
         if x.image is not None:
             self.image(x.image, out[rows.split :])
+        for join in joins:
+            join()
         if added is not None and not self.leaves:
             kernels.add_up(out, added, rows)
             added = None
