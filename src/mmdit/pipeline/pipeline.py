@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -186,7 +185,8 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             FloatingPointError: values are not finite; the step and the first such layer are named.
             MemoryError: the device has too little memory; the message says what helps.
         """
-        with self._together():
+
+        def make() -> Request:
             request = make_request(
                 self,
                 Prompts.of("prompt", prompt, prompt_embeds, pooled_prompt_embeds),
@@ -237,7 +237,9 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
                 ),
             )
             self._fit_request(request)
-        self._agree(request)
+            return request
+
+        request = self._agreed(make)
         with self._drawing(f"{request.count} pictures at once"):
             return self._draw(request)
 
@@ -305,14 +307,15 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             found = [step.x for step in bar(steps, len(levels) - 1, progress)]
         return Inversion(found[-1], latents, (x, *found), levels)
 
-    def _together(self) -> AbstractContextManager[None]:
-        """Within the context, arguments are checked; where one rank of a parallel run refuses them, no rank draws."""
-        return nullcontext() if self.parallel is None else self.parallel.together()
+    def _agreed(self, make: Callable[[], Request]) -> Request:
+        """The request of a call; where ranks of a parallel run refuse theirs, or are given other ones, no rank draws.
 
-    def _agree(self, request: Request) -> None:
-        """Raise RanksDifferError, on every rank, where the ranks of a parallel run are to draw different pictures."""
-        if self.parallel is not None:
-            self.parallel.agree("the pictures to draw", **request.facts)
+        Raises:
+            RanksDifferError: the ranks are to draw different pictures, on every rank.
+        """
+        if self.parallel is None:
+            return make()
+        return self.parallel.agreed(make, "the pictures to draw", lambda request: request.facts)
 
     def _draw(self, request: Request) -> PipelineOutput:
         """The pictures of a request: encode, start, sample, decode."""
@@ -421,6 +424,10 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         if request.controls:
             noise = self._noise(shape, drawn_by)
             return lambda: noise
+        if self.parallel is not None and self.parallel.rank and request.draws_once:
+            return lambda: self._on_device(
+                torch.empty(shape, dtype=self._noise_dtype)
+            )  # that of rank 0 takes its place
         return self._noise_ahead(shape, drawn_by)
 
     def _source(self, request: Request) -> Source | None:

@@ -76,6 +76,12 @@ class Request:
         }
 
     @property
+    def draws_once(self) -> bool:
+        """Whether the starting noise is all that generators draw, and nobody else has these generators."""
+        stochastic = self.plan.solver.is_stochastic or self.plan.is_own
+        return self.seeds is not None and self.images is None and self.second is None and not stochastic
+
+    @property
     def has_settings(self) -> bool:
         """Whether `mmdit.Settings` can describe the drawing."""
         given = self.latents is not None or self.callback is not None or self.plan.schedule is None

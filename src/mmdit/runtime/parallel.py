@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -130,29 +130,44 @@ class Parallel:
         with self.lifeline.guarded():
             mesh.check_equal(facts, what)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Within the context each rank checks its arguments; if some ranks refuse theirs, the others do not go on.
+    def agreed(self, make: Callable[[], T], what: str, facts_of: Callable[[T], dict[str, object]]) -> T:
+        """What a function that checks arguments gives on this rank, where all ranks accept theirs and agree.
 
-        Torch's global generator gets the state of rank 0 first, so that random seeds are equal. The ranks can draw
-        again afterwards.
+        Torch's global generator has the state of rank 0 before, so that random seeds are equal: where another rank's
+        differs, all of them call the function again. The ranks can draw again after an error.
+
+        Args:
+            make: checks arguments.
+            what: what the facts are of, for the error.
+            facts_of: what must be equal on all ranks, by name; see `mesh.check_equal`.
 
         Raises:
             ParallelError: another rank has refused its arguments.
+            RanksDifferError: the ranks were given different ones.
         """
-        with self.lifeline.guarded():
-            mesh.same_random_state()
+        state, made, error = torch.get_rng_state(), list[T](), None
         try:
-            yield
-        except Exception as error:
-            with self.lifeline.guarded():
-                mesh.of_all(f"{type(error).__name__}: {error}")
-            raise
+            made.append(make())
+        except Exception as found:  # of which the others must hear, so that none of them goes on
+            error = found
+        said = "" if error is None else f"{type(error).__name__}: {error}"
+        facts = facts_of(made[0]) if made else {}
         with self.lifeline.guarded():
-            refused = mesh.of_all(None)
+            alike = mesh.all_equal(said, state, *facts.items())
+            refused = [said] if alike else mesh.of_all(said)
+        if error is not None:
+            raise error
         for rank, why in enumerate(refused):
-            if why is not None:
+            if why:
                 raise ParallelError(f"rank {rank} refused its arguments: {why}. Nothing was drawn on rank {self.rank}")
+        if alike:
+            return made[0]
+        with self.lifeline.guarded():
+            if mesh.all_equal(state):
+                mesh.check_equal(facts, what)
+                return made[0]
+            mesh.same_random_state(state)
+        return self.agreed(make, what, facts_of)
 
     def close(self) -> None:
         """Leave the run."""

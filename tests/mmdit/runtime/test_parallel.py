@@ -552,18 +552,21 @@ def test_calls_that_differ_are_refused_on_every_rank_which_can_then_draw(pipes, 
 
 
 def test_random_seeds_and_noise_are_those_of_the_first_rank(pipes, texts):
-    pipe = pipes["large"]
+    pipe = copy(pipes["large"])
+    draws = []
+    pipe._noise_ahead = lambda *given: (draws.append(given), type(pipe)._noise_ahead(pipe, *given))[1]
 
     def work(rank):
         torch.manual_seed(rank)
         with parallel([pipe], Layout(2, 1)):
             first = pipe([mmdit.Ranged(texts[0])], **(ANY | {"seed": None, "guidance_scale": 1.0}))
             *_, last = pipe.sample(texts[0], None, pipe.noise(), num_inference_steps=2, guidance_scale=1.0)
-            return first.images, last.x
+            return first.images, last.x, len(draws)
 
     one, two = values(in_processes(2, work))
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])
+    assert (one[2], two[2]) == (1, 0)
 
 
 @pytest.mark.parametrize(
