@@ -13,10 +13,13 @@ from torch import Tensor, nn
 
 from quant.quantize import _selected, check_module, linears_of
 from quant.rounding import Moments
+from quant.scaling import all_finite
 
 # Bins of the histogram of |x| are ranges of float32 patterns: 64 to an octave, so that a percentile is right to 1.6 %.
 _BIN: Final = 2**17  # bit patterns in one bin
 _BINS: Final = 0x7F800000 // _BIN + 1  # to infinity; the first holds zero and nothing else
+PIECE: Final = 2**23  # values of an input that are counted at a time
+ADDING: Final = 24  # bytes for each of them meanwhile: sizes in float32, squares in float64, and bins
 
 
 class Observed:
@@ -54,12 +57,16 @@ class Observed:
             return
         if self._finite.device != x.device:
             self._move(x.device)
+        pieces = rows.split(max(1, PIECE // rows.shape[-1]))
+        if not x.is_cuda and not all(all_finite(piece.float()) for piece in pieces):
+            _check_finite(rows.numel(), sum(int(piece.float().isfinite().sum()) for piece in pieces))
+        for piece in pieces:
+            self._add(piece)
+
+    def _add(self, rows: Tensor) -> None:
         size = rows.abs().float()
-        finite = (size < torch.inf).sum()
-        if not x.is_cuda:
-            _check_finite(rows.numel(), finite)
         self.rows += len(rows)
-        self._finite += finite
+        self._finite += (size < torch.inf).sum()
         self._channel_amax = torch.maximum(self._channel_amax, size.amax(0))
         wide = rows.double()
         self._sum += wide.sum(0)
@@ -76,6 +83,11 @@ class Observed:
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the statistics."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     def check(self) -> None:
         """Wait for the device.
@@ -145,7 +157,7 @@ class Observed:
         return torch.minimum(self.amax, upper)
 
 
-def _check_finite(values: int, finite: Tensor) -> None:
+def _check_finite(values: int, finite: Tensor | int) -> None:
     if bad := values - int(finite):
         raise ValueError(f"{bad} of {values} values are not finite in float32")
 

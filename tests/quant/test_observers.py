@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from quant import observers
 from quant.observers import Observed, observe
 from skips import SKIPS
 from waiting import no_waiting
@@ -30,6 +31,24 @@ def test_statistics_are_those_of_all_rows_together():
     np.testing.assert_allclose(seen.rms, np.sqrt((rows**2).mean(0)), rtol=1e-6)
     np.testing.assert_array_equal(seen.channel_amax, np.abs(rows).max(0).astype(np.float32))
     assert float(seen.amax) == np.abs(rows).max().astype(np.float32)
+
+
+def test_pieces_of_an_input_are_counted_like_all_of_it(monkeypatch):
+    x = torch.randn(3, 7, 6)
+    whole, parts = (Observed(6, torch.device("cpu"), second=True) for _ in range(2))
+    whole.add(x)
+    monkeypatch.setattr(observers, "PIECE", 25)  # four rows at a time
+    parts.add(x)
+    assert parts.rows == whole.rows == 21
+    assert torch.equal(parts.channel_amax, whole.channel_amax)
+    assert torch.equal(parts._counts, whole._counts)
+    torch.testing.assert_close(parts.mean, whole.mean)
+    for one, other in zip(parts.moments, whole.moments, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    x[2, 6, 5] = torch.nan
+    with pytest.raises(ValueError, match="1 of 126 "):
+        parts.add(x)
+    assert parts.rows == 21
 
 
 @pytest.mark.parametrize("large", [1e4, 1e38])

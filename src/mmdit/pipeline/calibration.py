@@ -76,11 +76,15 @@ def calibrate(
 
     Raises:
         ValueError: the transformer is quantized already or compiled, or the input of a Linear is not finite.
+        TooLittleMemory: the budget of the pipeline (memory=) is too small for a drawing and the statistics.
     """
     prompts = checked_prompts(prompts)
     refuse_quantized(pipe.transformer, "the transformer", _BEFORE)
     refuse_compiled(pipe.transformer, "the transformer")
-    with observe(pipe.transformer, second=second) as observed:
+    with (
+        observe(pipe.transformer, second=second) as observed,
+        pipe._observing(sum(one.nbytes for one in observed.values())),
+    ):
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
             seeds = [seed + first + k for k in range(len(some))]

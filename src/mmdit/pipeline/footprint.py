@@ -21,6 +21,7 @@ from mmdit.runtime.device_memory import context_of
 from mmdit.runtime.devices import suited_dtype
 from mmdit.runtime.plan import Activations, ModelBytes, plan
 from mmdit.runtime.streaming import model_bytes
+from quant import observers
 from quant.emulation import HAS_TRITON
 from quant.matmul import Runs, backend_of, multiplies_by_half
 from quant.quantize import kept, linears_of
@@ -80,6 +81,7 @@ class Setting:
         fast, graph: whether the fast forward runs, and in CUDA graphs where blocks stay in place.
         residuals: bytes of a ControlNet's residuals per sample and image token; 0 without one.
         context: what the process takes of a GPU and torch does not count.
+        observed: bytes of the statistics that `quant.observe` keeps of the transformer's inputs; 0 where none are made.
     """
 
     configs: Mapping[Component, Any]
@@ -91,6 +93,7 @@ class Setting:
     graph: bool = False
     residuals: int = 0
     context: int = count.CONTEXT
+    observed: int = 0
 
     def activations(self, sizes: Sizes) -> Activations:
         """Bytes of a drawing of these sizes, beside the weights."""
@@ -112,6 +115,9 @@ class Setting:
         )
         if self.device.type == "cuda":
             step = int(count.FRAGMENTS * step)
+        if self.observed:
+            made = {"piece": observers.PIECE, "each": observers.ADDING}
+            step += count.observing_bytes(config, samples=sizes.samples, tokens=max(image, sizes.tokens), **made)
         cells = sizes.height * sizes.width
         latents = count.latent_bytes(samples=sizes.samples, channels=config.in_channels, cells=cells)
         texts = 2 * sizes.samples * sizes.tokens * config.context_dim * size
@@ -122,7 +128,7 @@ class Setting:
             tiles={tile: self._vae(sizes, cells, tile) for tile in _TILES if not sizes.tile or tile < sizes.tile},
             table=count.table_bytes(config, samples=sizes.samples, steps=sizes.steps, itemsize=size),
             graph=step if self.graph else 0,
-            kept=texts + latents,
+            kept=texts + latents + self.observed,
             reserve=self.context + count.WORKSPACE if self.device.type == "cuda" else 0,
         )
 

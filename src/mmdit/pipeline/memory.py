@@ -58,7 +58,7 @@ class PipelineMemory:
         self._budget, self._sizes = budget, default_sizes(self.transformer.config, self.profile)
         self._nets: tuple[nn.Module, ...] = ()
         self._texts: OrderedDict[Hashable, Any] = OrderedDict()
-        self._context = count.CONTEXT
+        self._context, self._observed = count.CONTEXT, 0
         self._weight_bytes: dict[Component, ModelBytes] | None = None
         self._turns = None
         if offload is not None or budget is not None:
@@ -90,6 +90,7 @@ class PipelineMemory:
             self.accelerated is not None and device.type == "cuda",
             residuals,
             self._context,
+            self._observed,
         )
 
     def _context_now(self) -> int:
@@ -150,6 +151,22 @@ class PipelineMemory:
         """Plan anew for the same sizes, because something else has changed."""
         if self.memory_plan is not None:
             self.memory_plan = None
+            self._fit(self._sizes, anew=True)
+
+    @contextmanager
+    def _observing(self, size: int) -> Iterator[None]:
+        """Inside, statistics of the transformer's inputs take so many bytes of the device, for which plans leave room.
+
+        Raises:
+            TooLittleMemory: no plan keeps the budget with them.
+        """
+        self._observed += size
+        try:
+            self._replan()
+            yield
+        finally:
+            self._observed -= size
+            self.memory_plan = None  # also where there was no plan with them
             self._fit(self._sizes, anew=True)
 
     def _sizes_now(self, **changes: Any) -> Sizes:

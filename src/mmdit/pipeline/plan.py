@@ -176,6 +176,23 @@ class SamplingPlan:
         return noise.to(x)
 
 
+class _Progress:
+    """How far a solver is, noted where it calls the model.
+
+    A guide calls this and not the run, which has the guide: in a cycle they would keep the models in memory, after the
+    pipeline is dropped, until a garbage collection.
+    """
+
+    def __init__(self, predict: PredictInStep) -> None:
+        self.step = 0  # number of steps that the solver has finished
+        self.calls: list[Call] = []  # calls of the model in this step
+        self._predict_in_step = predict
+
+    def __call__(self, x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
+        self.calls.append(Call(x, sigma, branches))
+        return self._predict_in_step(x, sigma, branches, self.step)
+
+
 class Run:
     """A running plan: the progress of its solver, and the changes that callbacks have made.
 
@@ -190,20 +207,28 @@ class Run:
         self, plan: SamplingPlan, predict: PredictInStep, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None
     ) -> None:
         self.plan, self.cond, self.uncond = plan, cond, uncond
-        self.step = 0  # number of steps that the solver has finished
-        self.calls: list[Call] = []  # calls of the model in this step
         self.check: FiniteCheck | None = None  # of the last step, unless it has been read
         self.reads_last = True  # whether that of the drawing's last step is read before the step is given out
-        self._predict_in_step = predict
+        self._progress = _Progress(predict)
         self.rebuild()
 
     def __call__(self, x: Tensor, sigma: float) -> Guided:
         """The combined prediction at a noise level, for the solver."""
         return self._guide(x, sigma)
 
+    @property
+    def step(self) -> int:
+        """The number of steps that the solver has finished."""
+        return self._progress.step
+
+    @property
+    def calls(self) -> list[Call]:
+        """The calls of the model in this step."""
+        return self._progress.calls
+
     def rebuild(self) -> None:
         """Continue with the present plan and conditionings."""
-        self._guide = self.plan.guide(self._predict, self.cond, self.uncond if self.plan.uses_uncond else None)
+        self._guide = self.plan.guide(self._progress, self.cond, self.uncond if self.plan.uses_uncond else None)
 
     def scale(self, guidance_scale: float) -> None:
         """Continue with another guidance scale; the unconditional branch stops where the scale needs none."""
@@ -220,11 +245,7 @@ class Run:
 
     def finished(self, step: Step) -> None:
         """Note that this step is finished and the next one begins."""
-        self.step, self.calls = step.i + 1, []
-
-    def _predict(self, x: Tensor, sigma: float, branches: Sequence[Branch]) -> list[Tensor]:
-        self.calls.append(Call(x, sigma, branches))
-        return self._predict_in_step(x, sigma, branches, self.step)
+        self._progress.step, self._progress.calls = step.i + 1, []
 
 
 def make_plan(

@@ -87,6 +87,20 @@ def residual_bytes(*, layers: int, width: int, itemsize: int) -> int:
     return layers * width * itemsize
 
 
+def observing_bytes(config: MMDiTConfig, *, samples: int, tokens: int, piece: int, each: int) -> int:
+    """Bytes that statistics of the inputs of Linears take while they are made, at most.
+
+    Args:
+        config: the transformer's, whose widest input is that of the MLP's second Linear.
+        samples: of a batch.
+        tokens: of a sample, of the longer stream.
+        piece: values that are counted at a time.
+        each: bytes for each of them.
+    """
+    hidden = config.mlp_dim or 4 * config.hidden_size
+    return each * min(piece, samples * tokens * hidden)
+
+
 def table_bytes(config: MMDiTConfig, *, samples: int, steps: int, itemsize: int) -> int:
     """Bytes of the modulation vectors of all blocks and steps; longer tables are computed in several parts."""
     vectors = 12 * config.depth + 3 * len(config.dual_attention_blocks) - 4 + 2

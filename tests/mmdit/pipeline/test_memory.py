@@ -1,6 +1,8 @@
 """Drawing within a memory budget: the same pictures, the plan kept, nothing left behind."""
 
 import gc
+from contextlib import suppress
+from weakref import ref
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from mmdit.pipeline import memory
 from mmdit.pipeline.failures import ExplainedMemoryError
 from mmdit.runtime import device_memory
 from mmdit.runtime.device_memory import DeviceMemory
-from mmdit.runtime.plan import STREAMED, VISITED, TooLittleMemory
+from mmdit.runtime.plan import STREAMED, VISITED, TooLittleMemory, smallest
 from quant.tensor import Float8Tensor
 
 PROMPT = "a large red circle above a blue star, on a white background"
@@ -113,6 +115,43 @@ def test_float8_models_are_drawn_with_without_a_dispatched_operation(tmp_path, m
     monkeypatch.setattr(Float8Tensor, "__torch_dispatch__", classmethod(refuse))
     again = mmdit.Pipeline.from_pretrained(tmp_path / "float8", **how)
     assert isinstance(again.transformer.joint_blocks[0].x_block.attn.qkv.weight, Float8Tensor)
+
+
+def test_a_calibration_is_planned_with_its_statistics():
+    pipe, how = mmdit.Pipeline.demo(memory="52MB"), {"height": 128, "width": 128, "guidance_scale": 4.5}
+    mmdit.calibrate(pipe, PROMPT, 1, **how)
+    pipe._leave()
+    gc.collect()
+    with LiveBytes() as live:
+        mmdit.calibrate(pipe, "two green triangles", 1, **how)
+    assert live.peak <= pipe.memory_plan.budget
+    pipe._set_budget(smallest(pipe.memory_plan.models, pipe.memory_plan.activations).sum)
+    before = pipe.memory_plan
+    with pytest.raises(TooLittleMemory):
+        mmdit.calibrate(pipe, PROMPT, 1, **how)
+    assert pipe.memory_plan == before
+
+
+def test_a_dropped_pipeline_is_freed_at_once():
+    """No drawing leaves a cycle that keeps the models until a garbage collection."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    how = SETTINGS | {"num_inference_steps": 1, "height": 64, "width": 64}
+    gc.collect()
+    gc.disable()
+    try:
+        for options in ({}, {"memory": "31MB"}):
+            pipe = mmdit.Pipeline.demo(**options)
+            pipe.decode(pipe(PROMPT, **how, skip_guidance_layers=[1]).images)
+            with suppress(KeyboardInterrupt):
+                pipe(PROMPT, callback_on_step_end=stop, **how)
+            models = [ref(pipe.transformer), ref(pipe.vae)]
+            del pipe
+            assert [model() for model in models] == [None, None], options
+    finally:
+        gc.enable()
 
 
 def test_a_larger_drawing_is_planned_anew_or_refused_before_it_runs(pipes):
