@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Self
@@ -278,6 +279,7 @@ class _PerThread(threading.local):
         self.planners: list[Planner] = []
         self.predictions = 0  # number of calls of `predict` so far
         self.call: CallState | None = None  # the values that callbacks read and write
+        self.pending: Callable[[], None] | None = None  # reads the check of the last step, once decoding is launched
 
     def __reduce__(self) -> tuple[type[_PerThread], tuple[()]]:
         return type(self), ()

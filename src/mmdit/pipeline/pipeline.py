@@ -333,7 +333,12 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         latent = self._latent(request, run, noise, source, meanwhile=settings if self._turns is None else None)
         if request.second is not None:
             latent = self._second_pass(request, request.second, latent, (cond, uncond))
-        pictures = latent if request.output_type == "latent" else self._decoded(request, latent, run.read_check)
+        try:
+            self._here.pending = run.read_check
+            pictures = latent if request.output_type == "latent" else self._decoded(request, latent)
+        finally:
+            self._here.pending = None
+        run.read_check()
         images = convert_output(pictures, request.output_type, self.profile.to_uint8)
         return PipelineOutput(images, settings())
 
@@ -442,14 +447,14 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             latents, None if mask is None else repeated(mask, request.count).to(latents.device), given.differential
         )
 
-    def _decoded(self, request: Request, latent: Tensor, read_check: Callable[[], None]) -> Tensor:
-        """The pictures of the last latents, [b, 3, h, w] in [0, 1]; the check of the last step is read meanwhile."""
+    def _decoded(self, request: Request, latent: Tensor) -> Tensor:
+        """The pictures of the last latents, [b, 3, h, w] in [0, 1]."""
         given = request.images
         if given is None or not given.masks:
-            return self._pictures(latent, request.vae_tile, before=read_check)
+            return self.decode(latent, tile=request.vae_tile)
         if not self.profile.inpaint_shift:
             latent = latent - self.vae.config.shift * self.vae.config.scale
-        found = self._pictures(latent, request.vae_tile, before=read_check)
+        found = self.decode(latent, tile=request.vae_tile)
         if given.pastes:
             return self._pasted(given, found)
         if not given.keep_outside:

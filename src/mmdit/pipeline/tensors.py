@@ -213,17 +213,7 @@ class PipelineTensors(PipelineModels):
         channels = self.vae.config.latent_channels
         if latent.ndim != 4 or latent.shape[1] != channels:
             raise ValueError(f"latent has shape {list(latent.shape)}, expected [b, {channels}, h, w] in model space")
-        return self._pictures(latent, None if tile is None else whole("tile", tile, LEAST_TILE), finite=finite)
-
-    def _pictures(
-        self, latent: Tensor, tile: int | None, *, finite: bool = True, before: Callable[[], None] = lambda: None
-    ) -> Tensor:
-        """What `decode` returns. No check is waited for before the decoding is launched, so that a GPU has no pause.
-
-        Args:
-            latent, tile, finite: as `decode` takes them.
-            before: reads the checks of what was computed before; it is called once the decoding is launched.
-        """
+        tile = None if tile is None else whole("tile", tile, LEAST_TILE)
         tile = self._fit_vae(latent, tile)
         with self._computing(f"the pictures of latents {list(latent.shape)}"):
             self._enter("vae")
@@ -235,8 +225,9 @@ class PipelineTensors(PipelineModels):
                 word = str(first.dtype).removeprefix("torch.")
                 checks.append(AllFinite(decoded, f"the picture that the VAE decoded in {word}"))
             found = to_unit(decoded)
-            before()
-            for check in checks:
+            if self._here.pending is not None:
+                self._here.pending()
+            for check in checks:  # no check is waited for before all is launched, so that a GPU has no pause
                 check.read()
             return found
 
