@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdit.models.attention import Attend
 from mmdit.runtime import plain_kernels
-from mmdit.runtime.compiled import modules_of, refuse_changed
+from mmdit.runtime.compiled import is_as_built, modules_of, refuse_changed
 from quant.tensor import Float8Tensor
 
 _SLOTS = ("attend", "attend2")
@@ -108,13 +108,22 @@ def why_no_triton(weight: Tensor) -> str:
 def check_whole(model: nn.Module, called: str = "the model") -> list[nn.Module]:
     """Raise ValueError where the model runs what the fast forward would not; returns all its modules."""
     modules = refuse_changed(model, called)
-    slots = (slot for one in modules if one._modules for slot in map(one._modules.get, _SLOTS))
-    if all(slot is None or _is_plain(slot) for slot in slots):
+    if _have_plain_slots(modules):
         return modules
     for name, module in model.named_modules():
         if name.endswith(_SLOTS) and not _is_plain(module):
             raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
     return modules
+
+
+def is_whole(modules: Sequence[nn.Module]) -> bool:
+    """Whether `check_whole` surely accepts the model that consists of these modules."""
+    return all(map(is_as_built, modules)) and _have_plain_slots(modules)
+
+
+def _have_plain_slots(modules: Sequence[nn.Module]) -> bool:
+    slots = (slot for one in modules if one._modules for slot in map(one._modules.get, _SLOTS))
+    return all(slot is None or _is_plain(slot) for slot in slots)
 
 
 def _is_plain(slot: nn.Module) -> bool:
