@@ -1,5 +1,9 @@
 """Which stage takes the memory of the process: before there is a model, while it loads, while it draws, afterwards.
 
+Nothing is done on the device but what loading and drawing do: random weights are made in host memory, where reading a
+file would leave them. Each kernel that is used for the first time costs host memory, because the driver keeps the code
+of its library; weights that are drawn and quantized on the device take 0.24 GB in this way.
+
 "RssAnon" are pages that no file backs. Of these, what `malloc` has given out is in use; what it keeps was freed, and
 goes back to the system when `malloc_trim` is called. Pages that CUDA pins are no part of what `malloc` counts, and
 neither are the weights, which lie in pages of their own (`mmdit.runtime.host_memory`).
@@ -19,15 +23,25 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
+from encoders import Tokenizers
 from mmdit.bench import memory as bench_memory
+from mmdit.bench.random_models import recipe_of
 from mmdit.bench.rows import FAILURES, said_of
+from mmdit.checkpoints.load_pipeline import Components
+from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.runtime.device_memory import memory_of
 from mmdit.runtime.host_memory import give_back
-from mmdit.utils import markdown_table
+from mmdit.utils import markdown_table, weight_bytes
+from quant.quantize import kept, linears_of
+from quant.recipe import Recipe
+from quant.tensor import Float8Tensor
 
 T = TypeVar("T")
 _PAUSE = 0.01  # seconds between two readings of a peak
+_SIDE = 1024  # of the piece of random numbers that weights are copies of
 
 
 @dataclass
@@ -79,7 +93,7 @@ def stages(
     device: torch.device | str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Stage]:
-    """Load and draw as `mmdit.bench.memory.budgets` does, and read the memory of the process after each stage.
+    """Have models in host memory, draw with them within a budget, and read the memory of the process after each stage.
 
     Args:
         model: of `mmdit.bench.random_models.MODELS`.
@@ -94,14 +108,9 @@ def stages(
     watch = _Watch()
     yield watch("imports", lambda: None)
     try:
-        yield watch("a first kernel (CUDA context)", lambda: torch.ones(16, device=device).sum().item())
-        yield watch("a product and a convolution", lambda: bench_memory._base(device, dtype))
-        encoders = watch.result(lambda: bench_memory._encoders(model, recipe, device, dtype))
-        yield watch.row("text encoders and VAE on the device")
-        pipe = watch.result(lambda: bench_memory._pipeline(model, recipe, encoders, device, dtype, None))
-        watch.pipe = pipe
-        yield watch.row("the transformer on the device")
-        yield watch("weights to pinned host memory", lambda: _home(pipe, budget))
+        yield watch("CUDA context", lambda: memory_of(device))
+        watch.pipe = pipe = watch.result(lambda: _pipeline(model, recipe, budget, device, dtype))
+        yield watch.row("weights in host memory")
         if fast:
             yield watch("accelerate()", pipe.accelerate)
         how: dict[str, Any] = {"height": size, "width": size, "guidance_scale": 4.5, "seed": 0, "progress": False}
@@ -124,12 +133,54 @@ def _frames(error: BaseException) -> traceback.StackSummary:
     return traceback.extract_tb(error.__traceback__)
 
 
-def _home(pipe: Pipeline, budget: str) -> None:
-    """Have all weights on the host, in the pages of the units that visit the device; they were on the device before."""
-    pipe._set_budget(bench_memory._bytes_of("resident"))
-    pipe._enter("transformer")  # all models, with a budget that holds them
-    pipe._set_budget(bench_memory._bytes_of(budget))
-    bench_memory._emptied(pipe.device)
+def _pipeline(model: str, recipe: str, budget: str, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """A pipeline as `Pipeline.load` returns it, with random weights."""
+    parts = {"transformer": bench_memory.transformer_of(model), **bench_memory.encoders_of(model, dtype)}
+    for name, part in parts.items():
+        as_if_read(part, None if recipe == "16" or name not in ("transformer", "t5") else recipe_of(recipe), dtype)
+    memory: dict[str, Any] = {"offload": "stages"} if budget == bench_memory.STAGES else {"memory": budget}
+    found: Any = {"tokenizers": Tokenizers.from_folder(EMBEDDED), "shift": 3.0, **parts}
+    return Pipeline(Components(**found), device=device, name="random weights", **memory)
+
+
+@torch.no_grad()
+def as_if_read(part: nn.Module, recipe: Recipe | None, dtype: torch.dtype) -> None:
+    """Give a model random weights in host memory, float8 ones with a recipe, without a kernel of the device.
+
+    All are copies of one small piece of random numbers: to draw 8 billion takes a CPU minutes.
+    """
+    if next(part.parameters()).is_meta:
+        bench_memory.make_empty(part, dtype)
+    part.requires_grad_(False).eval()
+    values = 0.02 * torch.randn(_SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
+    for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
+        if tensor.ndim > 1:
+            _repeat(values.to(tensor.dtype), tensor)
+        elif tensor.is_floating_point():
+            tensor.fill_(1.0 if name.endswith("weight") else 0.0)
+    if recipe is None:
+        return
+    codes = Float8Tensor.quantize(values, recipe=recipe)
+    for name, linear in linears_of(part):
+        if kept(name) is None:
+            linear.weight = _float8(linear.weight, codes).as_parameter()
+
+
+def _float8(weight: Tensor, codes: Float8Tensor) -> Float8Tensor:
+    """A weight of this shape with these codes again and again, under their largest scale."""
+    qdata = torch.empty(weight.shape, dtype=codes.qdata.dtype)
+    _repeat(codes.qdata.view(torch.uint8), qdata.view(torch.uint8))
+    scale = codes.scale.max().expand(len(weight), 1).contiguous() if codes.scale.ndim else codes.scale.clone()
+    static = torch.tensor(6 / 448) if codes.recipe.activation == "static" else None
+    return Float8Tensor(qdata, scale, static, codes.recipe, weight.dtype)
+
+
+def _repeat(values: Tensor, into: Tensor) -> None:
+    """Fill a contiguous tensor with these values, again and again."""
+    values, into = values.reshape(-1), into.reshape(-1)
+    whole = len(into) // len(values) * len(values)
+    into[:whole].view(-1, len(values)).copy_(values)
+    into[whole:].copy_(values[: len(into) - whole])
 
 
 def _left(pipe: Pipeline) -> None:
@@ -183,10 +234,14 @@ class _Watch:
         )
 
     def _weights(self) -> int:
-        """Bytes of pages that units own."""
-        turns = None if self.pipe is None else self.pipe._turns
-        units = [] if turns is None else [unit for each in turns._units.values() for unit in each.values()]
-        return sum(len(unit.memory) for unit in units)
+        """Bytes of the weights, all of which are in host memory, with the gaps of those that have visited the device."""
+        if self.pipe is None or self.pipe._turns is None:
+            return 0
+        units = self.pipe._turns._units
+        return sum(
+            sum(len(unit.memory) for unit in units[model].values()) if units.get(model) else weight_bytes(model)
+            for model in self.pipe.models.values()
+        )
 
 
 def _pinned() -> int:

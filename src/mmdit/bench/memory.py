@@ -308,21 +308,29 @@ def _base(device: torch.device, dtype: torch.dtype) -> float:
     return host_bytes() / 1e9
 
 
-def _encoders(model: str, recipe: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """Text encoders and VAE of official size; of the embedded model's size for "demo"."""
+def encoders_of(model: str, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Text encoders and VAE of official size on the meta device; those of the embedded model, loaded, for "demo"."""
     if model == "demo":
         pipe = Pipeline.demo(dtype=dtype)
         assert pipe.clip_l is not None and pipe.clip_g is not None and pipe.t5 is not None
-        parts: dict[str, torch.nn.Module] = {"clip_l": pipe.clip_l, "clip_g": pipe.clip_g, "t5": pipe.t5}
-        parts["vae"] = pipe.vae
-    else:
-        with torch.device("meta"), NoInitialValues():
-            parts = {
-                "clip_l": CLIPText(CLIPConfig(768, 12, 3072, "quick_gelu", 12)),
-                "clip_g": CLIPText(CLIPConfig(1280, 32, 5120, "gelu", 20, projection_dim=1280)),
-                "t5": T5Encoder(T5Config(4096, 24, 64, 64, 10240)),
-                "vae": VAE(VAEConfig()),
-            }
+        return {"clip_l": pipe.clip_l, "clip_g": pipe.clip_g, "t5": pipe.t5, "vae": pipe.vae}
+    with torch.device("meta"), NoInitialValues():
+        return {
+            "clip_l": CLIPText(CLIPConfig(768, 12, 3072, "quick_gelu", 12)),
+            "clip_g": CLIPText(CLIPConfig(1280, 32, 5120, "gelu", 20, projection_dim=1280)),
+            "t5": T5Encoder(T5Config(4096, 24, 64, 64, 10240)),
+            "vae": VAE(VAEConfig()),
+        }
+
+
+def transformer_of(model: str) -> MMDiT:
+    """The transformer on the meta device."""
+    with torch.device("meta"), NoInitialValues():
+        return MMDiT(MODELS[model])
+
+
+def _encoders(model: str, recipe: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    parts = encoders_of(model, dtype)
     return {name: _random(part, recipe if name == "t5" else "16", device, dtype) for name, part in parts.items()}
 
 
@@ -335,10 +343,8 @@ def _pipeline(
     before: Pipeline | None,
 ) -> Pipeline:
     """A pipeline whose weights go to pinned host memory; those of encoders may be there for the one before."""
-    with torch.device("meta"), NoInitialValues():
-        transformer = MMDiT(MODELS[model])
     parts = Components(
-        _random(transformer, recipe, device, dtype),  # type: ignore[arg-type]
+        _random(transformer_of(model), recipe, device, dtype),  # type: ignore[arg-type]
         tokenizers=Tokenizers.from_folder(EMBEDDED),
         shift=3.0,
         **encoders,  # type: ignore[arg-type]
@@ -356,14 +362,14 @@ def _random(part: torch.nn.Module, recipe: str, device: torch.device, dtype: tor
     """Random weights, made and quantized on the device."""
     if next(part.parameters()).is_meta:
         with torch.device(device):
-            _empty(part, dtype)
+            make_empty(part, dtype)
         fill(part.requires_grad_(False).eval())
     if recipe != "16":
         quantized(part, recipe)
     return part
 
 
-def _empty(part: torch.nn.Module, dtype: torch.dtype) -> None:
+def make_empty(part: torch.nn.Module, dtype: torch.dtype) -> None:
     """As `to_empty`, without the compiler that it loads for models on the meta device: 80 MB of host memory."""
     made: dict[int, Any] = {}
     for module in part.modules():

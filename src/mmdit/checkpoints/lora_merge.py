@@ -359,7 +359,7 @@ def _known(model: nn.Module | Mapping[str, Tensor], part: Part | None) -> Iterat
     """The available models: for each, the parts that it could be, and its tensor names."""
     if isinstance(model, nn.Module):
         kinds = [each for each in PARTS if isinstance(model, REGISTRY[each].module)]
-        yield kinds, {unwrapped(key): key for key in model.state_dict()}
+        yield kinds, {unwrapped(key): key for key in model.state_dict(keep_vars=True)}
         return
     if not isinstance(model, Mapping):
         hint = ": give one of its models, such as pipe.transformer" if hasattr(model, "transformer") else ""

@@ -153,7 +153,7 @@ def _values(weight: Tensor) -> Tensor:
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     """The shape of every tensor of a model, by name."""
-    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+    return {key: tensor.shape for key, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _get(model: nn.Module, key: str) -> Tensor:

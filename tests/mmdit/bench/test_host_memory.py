@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdit.bench.host_memory import Stage, _Watch, malloc, table
+from mmdit.bench.host_memory import Stage, _Watch, as_if_read, malloc, table
+from mmdit.checkpoints.load import NoInitialValues
+from mmdit.models.config import MMDiTConfig
+from mmdit.models.mmdit import MMDiT
+from quant.quantize import kept, linears_of
+from quant.recipe import RECIPES
+from quant.tensor import Float8Tensor
 from skips import SKIPS
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason=SKIPS["memory"])
@@ -47,6 +53,20 @@ def test_a_stage_has_its_peak():
     assert row.peak - row.anon > 0.9 * SIZE / 1e9
     assert row.modules > 100
     assert row.weights == 0
+
+
+@pytest.mark.parametrize("recipe", [None, *RECIPES])
+def test_weights_as_if_a_file_was_read(recipe):
+    config = MMDiTConfig(depth=2, hidden_size=32, head_dim=16, context_dim=48, pooled_dim=24, pos_embed_size=16)
+    with torch.device("meta"), NoInitialValues():
+        model = MMDiT(config)
+    as_if_read(model, None if recipe is None else RECIPES[recipe], torch.float32)
+    weights = {kept(name): linear.weight for name, linear in linears_of(model)}
+    assert isinstance(weights[None], Float8Tensor) == (recipe is not None)
+    assert {weight.recipe for weight in weights.values() if isinstance(weight, Float8Tensor)} <= {RECIPES.get(recipe)}
+    latent, timestep, context, pooled = torch.randn(1, 16, 8, 8), torch.ones(1), torch.randn(1, 5, 48), torch.ones(1, 24)
+    assert float(model(latent, timestep, context, pooled).std()) > 0.001
+    assert not any(one.requires_grad for one in model.parameters())
 
 
 def test_a_failed_stage_is_said_above_the_table():

@@ -110,6 +110,7 @@ def test_float8_models_are_drawn_with_without_a_dispatched_operation(tmp_path, m
         patched.setattr(Float8Tensor, "__torch_dispatch__", classmethod(refuse))
         pipe = mmdit.Pipeline.demo(quant="fp8", **how)
         pipe(PROMPT, **SETTINGS | {"num_inference_steps": 1, "height": 64, "width": 64})
+        assert "fp8" in repr(pipe)
     assert pipe.memory_plan.rung >= VISITED
     pipe.save_pretrained(tmp_path / "float8")
     monkeypatch.setattr(Float8Tensor, "__torch_dispatch__", classmethod(refuse))
