@@ -372,7 +372,7 @@ def weight_bytes(model: nn.Module) -> int:
 
     A tensor subclass counts by the tensors that it holds, because it may report the bytes of what it stands for.
     """
-    # Without `keep_vars` each tensor is detached, which is dear for the first float8 weight: `Float8Tensor.as_parameter`.
+    # Without `keep_vars` each tensor is detached, which is dear for float8 weights: see `Float8Tensor.as_parameter`.
     return sum(map(_stored_bytes, model.state_dict(keep_vars=True).values()))
 
 

@@ -234,7 +234,7 @@ class _Watch:
         )
 
     def _weights(self) -> int:
-        """Bytes of the weights, all of which are in host memory, with the gaps of those that have visited the device."""
+        """Bytes of the weights, which are all in host memory; of those that travel in one piece, with its gaps."""
         if self.pipe is None or self.pipe._turns is None:
             return 0
         units = self.pipe._turns._units
