@@ -1,5 +1,5 @@
 """`python -m mmdit`."""
 
-from mmdit.cli.app import main
+from mmdit.cli.app import command
 
-raise SystemExit(main())
+raise SystemExit(command())

@@ -296,6 +296,42 @@ def test_a_process_is_prepared_for_small_steps_before_torch_is_imported(monkeypa
         assert said == [trim, mmap]
 
 
+ENDING = """
+import atexit, sys
+from types import SimpleNamespace
+from mmdit.cli.process import Ending
+class Freed:
+    def __del__(self):
+        print("freed")
+before, torch, gpu, code = map(int, sys.argv[1:])
+if before:
+    atexit.register(print, "before")
+if torch:
+    sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: bool(gpu)))
+ending, kept = Ending(), Freed()
+atexit.register(print, "after")
+print("said")
+if code:
+    ending.code = code
+raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("0 1 0 3", "said after"),
+        ("1 1 0 3", "said after before freed"),
+        ("0 0 0 3", "said after freed"),
+        ("0 1 1 3", "said after freed"),
+        ("0 1 0 0", "said after freed"),
+    ],
+)
+def test_a_process_with_torch_ends_without_freeing_each_object(how, said):
+    done = subprocess.run([sys.executable, "-c", ENDING, *how.split()], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr, done.returncode) == (said.split(), "", 3)
+
+
 # ---- completion
 
 
