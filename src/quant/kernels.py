@@ -81,7 +81,8 @@ def _long_rows(x, codes, scales, columns, stride, largest: tl.constexpr, smalles
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
+    """The larger one; NaN if either is NaN."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -89,7 +90,7 @@ def _larger(a, b):
 @triton.jit
 def largest_of(size):
     """The largest of a vector of absolute values; NaN if any of them is NaN."""
-    return tl.reduce(size, 0, _larger)
+    return tl.reduce(size, 0, larger)
 
 
 @no_type_check  # annotations have Triton's meaning here
@@ -123,7 +124,7 @@ def code_of(value, scale, largest: tl.constexpr, dtype: tl.constexpr, bounded: t
     """
     reciprocal = tl.div_rn(1.0, scale)
     quotient = value * reciprocal
-    corrected = tl.fma(tl.fma(-quotient, scale, value), reciprocal, quotient)
+    corrected = tl.fma(tl.fma(quotient, -scale, value), reciprocal, quotient)
     inside = quotient != 0  # a zero keeps its sign
     if not bounded:
         inside = inside & (tl.abs(quotient) < 2 * largest)

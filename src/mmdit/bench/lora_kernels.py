@@ -36,6 +36,10 @@ from quant.tensor import Float8Tensor
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
+CUTS = (
+    *((64, 32, 8, 1, 4, 8), (64, 32, 8, 1, 4, 4), (64, 32, 8, 1, 4, 16), (64, 32, 16, 1, 4, 4), (64, 32, 16, 1, 4, 8)),
+    *((64, 32, 4, 1, 4, 8), (64, 64, 8, 1, 4, 4), (64, 64, 4, 1, 4, 8), (32, 32, 16, 1, 2, 8), (128, 32, 8, 1, 8, 4)),
+)  # `mmdit.runtime.lora_kernels.Cut`
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
 
@@ -69,7 +73,11 @@ class Kernels:
             for tile in TILES:
                 tasks[f"gelu {kind} with a LoRA {tile}"] = partial(self.gelu, kind, True, tile)
         tasks["gelu token"] = partial(self.gelu, "token", False)
-        tasks["gelu token, 32 values a thread"] = partial(self.gelu_in_fewer_threads, 32)
+        tasks["gelu token, 16 values a thread"] = partial(self.gelu_of_values_per_thread, 16)
+        tasks["gelu token with a LoRA, and low"] = partial(self.gelu_to_codes, None, True)
+        tasks["gelu token with a LoRA"] = partial(self.gelu_to_codes, None, False)
+        for cut in CUTS:
+            tasks[f"gelu token with a LoRA, and low {cut}"] = partial(self.gelu_to_codes, cut, True)
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
         tasks[f"fp8 {d} to {4 * d}, gelu token with a LoRA"] = partial(self.inner, True)
         tasks["pack"] = partial(self.pack, False)
@@ -125,7 +133,18 @@ class Kernels:
             return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, tile), size)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
 
-    def gelu_in_fewer_threads(self, values: int) -> Cells:
+    def gelu_to_codes(self, cut: tuple[int, int, int, int, int, int] | None, with_low: bool) -> Cells:
+        """GELU under a scale per row with a LoRA, and the products of its codes with the next down projections."""
+        from mmdit.runtime.lora_kernels import Cut, gelu_to_codes
+
+        width = 4 * self.d
+        x, added = self.random(self.rows.total, width), self.added(width)
+        down = Down.of(self.random(2, self.rank, width), codes=True) if with_low else None
+        chosen = None if cut is None else Cut(*cut)
+        size = self.rows.total * width * 3
+        return self.cells(lambda: gelu_to_codes(x, self.rows, Rounding("token"), added, down, chosen), size)
+
+    def gelu_of_values_per_thread(self, values: int) -> Cells:
         """GELU under a scale per row, of so many values of a row in a thread."""
         from mmdit.runtime import kernels
 
@@ -219,11 +238,13 @@ def ways(rank: int) -> dict[str, Way]:
     """What is compared, by name."""
     found = {"without": Way(None), "as it is": Way(rank)}
     if HAS_TRITON:
-        from mmdit.runtime import kernels
+        from mmdit.runtime import kernels, lora_kernels
 
-        fewer = ((kernels, "_PER_THREAD", 32),)
-        found["without, 32 values a thread"] = Way(None, settings=fewer)
-        found["as it is, 32 values a thread"] = Way(rank, settings=fewer)
+        for cut in CUTS[1:4]:
+            found[f"codes behind {cut}"] = Way(rank, settings=((lora_kernels, "_CUT", lora_kernels.Cut(*cut)),))
+        found["codes behind, low apart"] = Way(rank, settings=((kernels, "TOKEN_GELU", "behind"),))
+        found["sums before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
+        found["without, 16 values a thread"] = Way(None, settings=((kernels, "_PER_THREAD", 16),))
     found |= {
         "without again": Way(None),
         "eager without": Way(None, True),

@@ -17,13 +17,26 @@ from torch import Tensor
 
 from mmdit.runtime import lora_kernels
 from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
-from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Columns, Output, Rounding, Rows, Update
+from mmdit.runtime.rows import (
+    EPS,
+    Activation,
+    Added,
+    AttentionInputs,
+    Blank,
+    Columns,
+    Down,
+    Output,
+    Rounding,
+    Rows,
+    Update,
+)
 from quant.formats import LARGEST
 from quant.kernels import code_of, largest_of, row_scale
 from quant.scaling import SMALLEST_SCALE
 
 low, add_up = lora_kernels.low, lora_kernels.add_up
-_PER_THREAD = 16  # values of a row that a thread holds
+_PER_THREAD = 32  # values of a row that a thread holds where they are rounded; half as many where they are not
+TOKEN_GELU = "with low"  # or "before" or "behind"
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
 
@@ -64,23 +77,21 @@ def norm_modulate(
         KINDS[kind],
         LARGEST["e4m3"],
         SMALLEST_SCALE,
-        **_pieces(width),
+        **_pieces(width, kind),
     )
     return [blank.activation(rows, one.rounding) for blank, one in zip(blanks, outputs, strict=True)]
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
-    """`plain_kernels.gelu` and rounding, in one pass.
-
-    Under a scale per row, what LoRAs add is added before, in a pass of its own: a program that has a whole row would
-    read the whole up projection for it, and tiles of rows would be computed twice.
-    """
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None, down: Down | None = None) -> Activation:
+    """`plain_kernels.gelu` and rounding, in one pass."""
     if added is None:
         return _row_by_row(x, rows, rounding, joint=False, gelu=True)
     if rounding.kind != "token":
         return lora_kernels.gelu(x, rows, rounding, added)
-    add_up(x, added, rows)
-    return _row_by_row(x, rows, rounding, joint=False, gelu=True)
+    if TOKEN_GELU == "before":
+        add_up(x, added, rows)
+        return _row_by_row(x, rows, rounding, joint=False, gelu=True)
+    return lora_kernels.gelu_to_codes(x, rows, rounding, added, down if TOKEN_GELU == "with low" else None)
 
 
 def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:
@@ -146,16 +157,17 @@ def _row_by_row(x: Tensor, rows: Rows, rounding: Rounding, *, joint: bool, gelu:
         KINDS[rounding.kind],
         LARGEST["e4m3"],
         SMALLEST_SCALE,
-        **_pieces(width),
+        **_pieces(width, rounding.kind),
     )
     return blank.activation(wanted, rounding)
 
 
-def _pieces(width: int) -> dict[str, Any]:
+def _pieces(width: int, kind: str) -> dict[str, Any]:
     """Two powers of two that hold a row, and the warps of a program."""
+    values = _PER_THREAD // 2 if kind == "none" else _PER_THREAD
     head = triton.next_power_of_2(width) // 2
     tail = triton.next_power_of_2(max(width - head, 1))
-    warps = min(max(triton.next_power_of_2(width) // (32 * _PER_THREAD) // 2, 1), 16)
+    warps = min(max(triton.next_power_of_2(width) // (32 * values) // 2, 1), 16)
     return {"head": head, "tail": tail, "num_warps": warps}
 
 

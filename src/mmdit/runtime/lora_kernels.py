@@ -7,7 +7,7 @@ kernels compute.
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -18,10 +18,33 @@ from mmdit.runtime.kernel_parts import KINDS, gelu_of, targets
 from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, Down, Rounding, Rows
 from quant import low_rank_kernels
 from quant.formats import LARGEST
-from quant.kernels import code_of
+from quant.kernels import code_of, larger, row_scale
+from quant.scaling import SMALLEST_SCALE
 
 _ROWS = 64  # of a tile
 _TILE = (_ROWS, 64, 4)  # of `gelu`: rows, columns, and the warps of a program
+
+
+class Cut(NamedTuple):
+    """How `gelu_to_codes` cuts the values.
+
+    Args:
+        rows, columns: of a step.
+        steps: of a program, along its rows.
+        stages: of the pipeline of steps; 1 is none.
+        warps: of a program.
+        behind: by how many tiles of rows the programs that write codes come after those that find the largest values.
+    """
+
+    rows: int
+    columns: int
+    steps: int
+    stages: int
+    warps: int
+    behind: int
+
+
+_CUT = Cut(64, 32, 8, 1, 4, 8)
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -65,7 +88,7 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[in
 
     Args:
         x, rows, added: see `plain_kernels.gelu`.
-        rounding: none or static; a scale per row needs whole rows.
+        rounding: none or static; `gelu_to_codes` has a scale per row.
         tile: rows and columns of a program, and its warps.
     """
     width = x.shape[1]
@@ -88,6 +111,56 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[in
         num_warps=tile[2],
     )
     return blank.activation(rows, rounding)
+
+
+def gelu_to_codes(
+    x: Tensor, rows: Rows, rounding: Rounding, added: Added, down: Down | None = None, cut: Cut | None = None
+) -> Activation:
+    """`plain_kernels.gelu` and rounding under a scale per row, and what reads the codes times `down`, in one launch.
+
+    Args:
+        x, rows, rounding, added, down: see `plain_kernels.gelu`.
+        cut: how the values are cut; None takes the fastest on an H200.
+    """
+    width, alone, cut = x.shape[1], rows.as_one_sample(), cut or _CUT
+    tiles, strips = _tiles(alone, cut.rows), triton.cdiv(width, cut.columns * cut.steps)
+    blank = Blank.of(rows, width, rounding, x, x.dtype)
+    rank = 0
+    below = low = sums = x  # which are not read
+    factor = None
+    if down is not None:
+        assert down.halves is not None, "the down projections are for codes"
+        below, factor, rank = down.halves, down.factor, down.halves.shape[1]
+        low = torch.empty((rows.total, rank), dtype=x.dtype, device=x.device)
+        sums = torch.empty((strips, rows.total, rank), dtype=torch.float32, device=x.device)
+    found = torch.zeros(2 * tiles + rows.total, dtype=torch.int32, device=x.device)
+    _gelu_to_codes[((tiles + cut.behind) * 2 * strips,)](
+        x,
+        blank.data,
+        blank.scales,
+        found,
+        *_factors(added),
+        below,
+        x if factor is None else factor,
+        low,
+        sums,
+        len(below) - 1 if rank else 0,
+        alone.text,
+        alone.image,
+        width,
+        blank.gap,
+        tiles,
+        strips,
+        LARGEST["e4m3"],
+        SMALLEST_SCALE,
+        added.up.shape[2],
+        rank,
+        *cut[:4],
+        cut.behind,
+        width == strips * cut.columns * cut.steps,
+        num_warps=cut.warps,
+    )
+    return blank.activation(rows, rounding)._replace(low=low if rank else None)
 
 
 def _tiles(rows: Rows, block: int) -> int:
@@ -213,3 +286,185 @@ def _gelu(
         static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
         value = code_of(value, static, largest, out.dtype.element_ty)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["text", "image", "gap", "tiles"])
+def _gelu_to_codes(
+    x,
+    out,
+    scales,
+    found,
+    low,
+    low_stride,
+    up,
+    image_up,
+    below,
+    factor,
+    below_low,
+    below_sums,
+    last,
+    text,
+    image,
+    width,
+    gap,
+    tiles,
+    strips,
+    largest: tl.constexpr,
+    smallest: tl.constexpr,
+    rank: tl.constexpr,
+    below_rank: tl.constexpr,
+    block: tl.constexpr,
+    wide: tl.constexpr,
+    steps: tl.constexpr,
+    stages: tl.constexpr,
+    behind: tl.constexpr,
+    even: tl.constexpr,
+):
+    """Programs of two kinds by turns: the first ones find the largest value of each row, the others write codes.
+
+    The programs that write the codes of a tile of rows come `behind` tiles after those that find its largest values,
+    which are known by then, or soon, and the values are still in the cache. Programs start in the order of their
+    numbers; they wait for smaller numbers of the first kind only, and these never wait. `found` has the number of
+    programs of each kind that are done with each tile, and then the largest values, as bits of float32.
+
+    The last rows come first: after the product that has written them, they are still in the cache.
+    """
+    number = tl.program_id(0)
+    turn, strip = number // (2 * strips), number % (2 * strips)
+    writes = strip >= strips
+    if writes:
+        turn -= behind
+        strip -= strips
+    if (turn >= 0) & (turn < tiles):
+        tile = tiles - 1 - turn
+        row, count, is_text, _, _ = _tile(tile, 1, text, image, block)
+        local = tl.arange(0, block)
+        there = local < count
+        row += tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
+        a = tl.load(low + row[:, None] * low_stride + tl.arange(0, rank)[None, :])
+        up += tl.where(is_text, 0, image_up)
+        place = row.to(tl.int64)[:, None] * width
+        done, size, start = found + tile, found + 2 * tiles + row, strip * (steps * wide)
+        if writes:
+            while tl.atomic_add(done, 0, sem="acquire") < strips:
+                pass
+            scale = row_scale(tl.load(size, volatile=True).to(tl.float32, bitcast=True), largest, smallest)
+            if strip == 0:
+                tl.store(scales + row + tl.where(is_text, 0, gap), scale, mask=there)
+            below += tl.where(is_text, 0, last * below_rank) * width
+            total = _codes(
+                x + place,
+                out + place,
+                a,
+                up,
+                below,
+                scale,
+                there,
+                start,
+                width,
+                largest,
+                rank,
+                below_rank,
+                block,
+                wide,
+                steps,
+                stages,
+                even,
+            )
+            if below_rank > 0:
+                n = tl.arange(0, below_rank)[None, :]
+                at, every = row[:, None] * below_rank + n, (text + image) * below_rank
+                tl.store(below_sums + strip * every + at, total, mask=there[:, None])
+                tl.debug_barrier()
+                if tl.atomic_add(done + tiles, 1, sem="acq_rel") == strips - 1:  # the last one adds up in their order
+                    total = tl.zeros([block, below_rank], tl.float32)
+                    for other in range(strips):
+                        total += tl.load(below_sums + other * every + at, volatile=True)
+                    total *= scale[:, None] * tl.load(factor + tl.where(is_text, 0, last * below_rank) + n)
+                    tl.store(below_low + at, total.to(below_low.dtype.element_ty), mask=there[:, None])
+        else:
+            value = _largest(x + place, a, up, start, width, rank, block, wide, steps, stages, even)
+            tl.atomic_max(size, value.to(tl.int32, bitcast=True), mask=there, sem="relaxed")
+            tl.debug_barrier()
+            tl.atomic_add(done, 1, sem="release")
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _largest(
+    x,
+    a,
+    up,
+    start,
+    width,
+    rank: tl.constexpr,
+    block: tl.constexpr,
+    wide: tl.constexpr,
+    steps: tl.constexpr,
+    stages: tl.constexpr,
+    even: tl.constexpr,
+):
+    """The largest absolute value of GELU in each row of a strip, [block].
+
+    GELU rises from -0.75 on, is above -0.171 below zero, and above 0.26 from 0.4 on. So where the largest sum is above
+    0.4, its GELU is the largest. (The GELU of minus infinity is not a number, and stays alone in its row.)
+    """
+    most = tl.full([block], float("-inf"), tl.float32)
+    for k in tl.range(0, steps, num_stages=stages):
+        value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
+        most = larger(most, tl.reduce(value, 1, larger))
+    size = tl.abs(gelu_of(most))
+    if not (tl.min(most, 0) > 0.4):
+        for k in tl.range(0, steps, num_stages=1):
+            value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
+            size = larger(size, tl.reduce(tl.abs(gelu_of(value)), 1, larger))
+    return size
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _codes(
+    x,
+    out,
+    a,
+    up,
+    below,
+    scale,
+    there,
+    start,
+    width,
+    largest: tl.constexpr,
+    rank: tl.constexpr,
+    below_rank: tl.constexpr,
+    block: tl.constexpr,
+    wide: tl.constexpr,
+    steps: tl.constexpr,
+    stages: tl.constexpr,
+    even: tl.constexpr,
+):
+    """Write the codes of a strip; the sums of their products with `below`, [block, below_rank]."""
+    n = tl.arange(0, below_rank if below_rank > 0 else 1)
+    total = tl.zeros([block, below_rank if below_rank > 0 else 1], tl.float32)
+    for k in tl.range(0, steps, num_stages=stages):
+        column = start + k * wide + tl.arange(0, wide)
+        value = gelu_of(_sum(x, a, up, column, width, rank, even))
+        code = code_of(value, scale[:, None], largest, out.dtype.element_ty, True)
+        inside = there[:, None] if even else there[:, None] & (column < width)[None, :]
+        tl.store(out + column[None, :], code, mask=inside)
+        if below_rank > 0:
+            by = below + n[None, :] * width + column[:, None]
+            by = tl.load(by) if even else tl.load(by, mask=(column < width)[:, None], other=0.0)
+            total = tl.dot(code.to(by.dtype), by, total, input_precision="ieee")
+    return total
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _sum(x, a, up, column, width, rank: tl.constexpr, even: tl.constexpr):
+    """Some columns of x and what LoRAs add to them, in float32."""
+    up += column[None, :] * rank + tl.arange(0, rank)[:, None]
+    inside = (column < width)[None, :]
+    b = tl.load(up) if even else tl.load(up, mask=inside, other=0.0)
+    value = tl.load(x + column[None, :]) if even else tl.load(x + column[None, :], mask=inside, other=0.0)
+    return value.to(tl.float32) + tl.dot(a, b, input_precision="ieee")
