@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from reprlib import repr as shorten
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.chunks import Rows, read, shortened, to_the_shorter
-from encoders.clip import CLIPText
+from encoders.clip import CLIPOutput, CLIPText
 from encoders.rules import TextRules
 from encoders.t5 import T5Encoder
 from encoders.tokenize import CLIPTokenizer, T5Tokenizer, Tokenizers
@@ -32,6 +33,22 @@ _FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 RunEncoder: TypeAlias = Callable[[CLIPText | T5Encoder, list[list[int]], torch.dtype | None], Any]
 """(model, rows of token ids, dtype to compute in or None) -> the output of the model."""
+
+
+EncoderOutput: TypeAlias = CLIPOutput | Tensor
+
+
+class EncoderCall(NamedTuple):
+    """What is to be computed by an encoder, and the function that does."""
+
+    model: CLIPText | T5Encoder
+    rows: int  # of token ids
+    length: int  # tokens of a row
+    dtype: torch.dtype  # of the output
+    run: Callable[[], Any]  # -> EncoderOutput
+
+
+RunAll: TypeAlias = Callable[[Mapping[EncoderName, EncoderCall]], Mapping[EncoderName, Any]]
 
 
 class TokenSpan(NamedTuple):
@@ -111,6 +128,7 @@ class Conditioner:
             missing: the width of its zeros is `pooled_dim` less the pooled width of the other tower.
         faster: Functions `(ids, dtype)` that compute what the encoders of these names compute, and run instead.
         run: Computes the output of an encoder for token ids, as `run_encoder` does.
+        run_all: Gives the outputs of all encoders of a batch, from what computes each; None runs one after the other.
 
     Raises:
         ValueError: an encoder is missing and the rules call that an error, or an encoder has no tokenizer.
@@ -128,8 +146,9 @@ class Conditioner:
         pooled_dim: int = 2048,
         faster: Mapping[EncoderName, Callable[..., Any]] | None = None,
         run: RunEncoder | None = None,
+        run_all: RunAll | None = None,
     ) -> None:
-        self.faster = faster or {}
+        self.faster, self._run_all = faster or {}, _in_turn if run_all is None else run_all
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
         self.rules, self.context_dim, self.pooled_dim = rules or TextRules(), context_dim, pooled_dim
         self._run_encoder = run_encoder if run is None else run
@@ -154,7 +173,9 @@ class Conditioner:
         """
         prompts = checked_prompts(prompts)
         batch, rows = len(prompts), self._rows(prompts)
-        clip, t5 = self._clip(rows), self._t5(rows)
+        outputs = self._run_all({name: self._call(name, rows[name]) for name in rows})
+        clip = self._clip(rows, outputs)
+        t5 = _joined(outputs["t5"], rows["t5"]) if "t5" in rows else None
         if clip is None:
             like = torch.empty(0) if t5 is None else t5
             clip = _Tower(like.new_zeros(batch, 0, self.context_dim), like.new_zeros(batch, self.pooled_dim))
@@ -210,10 +231,11 @@ class Conditioner:
             found[name] = Rows.of(of_prompts, *self._tokenizer(name), length)
         return found
 
-    def _clip(self, rows: Mapping[EncoderName, Rows]) -> _Tower | None:
+    def _clip(self, rows: Mapping[EncoderName, Rows], outputs: Mapping[EncoderName, Any]) -> _Tower | None:
         """Both towers side by side, their channels padded to `context_dim`; None where both are missing."""
-        one = self._tower("clip_l", rows, project=self.rules.project_clip_l)
-        other = self._tower("clip_g", rows, project=True)
+        project_l = self.rules.project_clip_l
+        one = _tower(outputs["clip_l"], rows["clip_l"], project=project_l) if "clip_l" in rows else None
+        other = _tower(outputs["clip_g"], rows["clip_g"], project=True) if "clip_g" in rows else None
         present = one or other
         if present is None:
             return None
@@ -233,16 +255,10 @@ class Conditioner:
             )
         return _Tower(*(part.new_zeros(*part.shape[:-1], width) for part in present))
 
-    def _tower(self, name: EncoderName, of_names: Mapping[EncoderName, Rows], *, project: bool) -> _Tower | None:
-        if name not in of_names:
-            return None
-        rows = of_names[name]
-        out = self._run(name, rows)
-        pooled = out.projected if project and out.projected is not None else out.pooled
-        return _Tower(_joined(out.penultimate, rows), pooled[: len(rows.tokens) : rows.chunks])
-
-    def _t5(self, rows: Mapping[EncoderName, Rows]) -> Tensor | None:
-        return _joined(self._run("t5", rows["t5"]), rows["t5"]) if "t5" in rows else None
+    def _call(self, name: EncoderName, rows: Rows) -> EncoderCall:
+        model, ids = self.models[name], rows.ids()
+        dtype = torch.float32 if self.rules.encoder_dtype == "float32" else next(model.parameters()).dtype
+        return EncoderCall(model, len(ids), len(ids[0]), dtype, partial(self._run, name, rows))
 
     def _run(self, name: EncoderName, rows: Rows) -> Any:
         model, ids = self.models[name], rows.ids()
@@ -259,6 +275,15 @@ class Conditioner:
         for name in self.models:
             for one in rows:
                 self._run(name, one[name])
+
+
+def _in_turn(calls: Mapping[EncoderName, EncoderCall]) -> dict[EncoderName, Any]:
+    return {name: call.run() for name, call in calls.items()}
+
+
+def _tower(out: CLIPOutput, rows: Rows, *, project: bool) -> _Tower:
+    pooled = out.projected if project and out.projected is not None else out.pooled
+    return _Tower(_joined(out.penultimate, rows), pooled[: len(rows.tokens) : rows.chunks])
 
 
 def run_encoder(

@@ -51,10 +51,11 @@ class PipelineTensors(PipelineModels):
             ValueError, TypeError: no prompt, or one that is not a string.
         """
         prompts = checked_prompts(prompts)
-        found = self._encode(prompts, max_sequence_length)
-        if self.parallel is not None:  # while a GPU still encodes
-            self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
-        return found
+        if self.parallel is None:
+            return self._encode(prompts, max_sequence_length)
+        self.parallel.agree("encode", prompts=prompts, max_sequence_length=max_sequence_length)
+        with self.parallel.guarded():
+            return self._encode(prompts, max_sequence_length)
 
     def _encode(self, prompts: Sequence[str], max_sequence_length: int | None) -> Conditioning:
         """What `encode` returns, of prompts on which the ranks of a parallel run agree."""
@@ -72,6 +73,7 @@ class PipelineTensors(PipelineModels):
             pooled_dim=self.transformer.config.pooled_dim,
             faster=None if self._beside is None else self._beside.encoders(self._text_encoders),
             run=self._run_encoder,
+            run_all=None if self.parallel is None or self._turns is not None else self.parallel.texts,
         )
 
     def noise(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmdit.models.blocks import JointBlock
 from mmdit.models.layers import SelfAttention
 from mmdit.models.mmdit import MMDiT
+from mmdit.runtime.mesh import shares, starts
 from mmdit.runtime.products import Pair, Product, common_kind
 from mmdit.runtime.rows import Activation, Attention, Columns, Output, Result, Rounding, Rows, Update
 from mmdit.runtime.sequence import SequenceParallel
@@ -54,23 +55,24 @@ class FastMMDiT:
     def table(self, timesteps: Float[Tensor, " s"], pooled: Float[Tensor, "b p"]) -> Float[Tensor, "s b v d"]:
         """The modulation vectors of all blocks and of the final layer at each timestep.
 
+        Ranks that share the image tokens share this work too: each computes the vectors of some blocks.
+
         Args:
             timesteps: 1000 x sigma.
             pooled: pooled text vector of each sample.
         """
         model = self.model
         c = model.t_embedder(timesteps)[:, None] + model.y_embedder(pooled)  # s b d
-        table = c.new_empty(*c.shape[:2], self.vectors, c.shape[2])
-        place = 0
-        for block in self.blocks:
-            for stream in block.streams:
-                arrive(stream.adaLN_modulation)
-                table[:, :, place : place + stream.chunks] = stream.adaLN_modulation(c).unflatten(
-                    -1, (stream.chunks, -1)
-                )
-                place += stream.chunks
-        table[:, :, place:] = model.final_layer.adaLN_modulation(c).unflatten(-1, (2, -1))
-        return table
+        layers = [stream.adaLN_modulation for block in self.blocks for stream in block.streams]
+        layers.append(model.final_layer.adaLN_modulation)
+        chunks = [stream.chunks for block in self.blocks for stream in block.streams] + [2]
+        if self.sequence is None:
+            return _vectors(c, layers, chunks, range(len(layers)))
+        team = self.sequence.team
+        counts = shares(len(layers), team.size)
+        parts = [range(start, start + count) for start, count in zip(starts(counts), counts, strict=True)]
+        own = _vectors(c, layers, chunks, parts[team.rank])
+        return team.joined(own, [sum(chunks[i] for i in part) for part in parts], 2)
 
     def tokens(self, context: Float[Tensor, "b n k"]) -> Float[Tensor, "b n d"]:
         """The text tokens as the first block reads them."""
@@ -222,6 +224,19 @@ class FastBlock:
 
     def _output(self, chunk: int, rounding: Rounding) -> Output:
         return Output(self._columns(chunk), self._columns(chunk + 1), rounding)
+
+
+def _vectors(
+    c: Float[Tensor, "s b d"], layers: Sequence[nn.Module], chunks: Sequence[int], wanted: range
+) -> Float[Tensor, "s b v d"]:
+    """What the wanted ones of these modulation layers give, each so many vectors, side by side."""
+    table, place = c.new_empty(*c.shape[:2], sum(chunks[i] for i in wanted), c.shape[2]), 0
+    for i, (layer, count) in enumerate(zip(layers, chunks, strict=True)):
+        arrive(layer)  # also where it is not wanted: the weights come one after the other
+        if i in wanted:
+            table[:, :, place : place + count] = layer(c).unflatten(-1, (count, -1))
+            place += count
+    return table
 
 
 def _image_of(x: Tensor, updates: Sequence[Update], rows: Rows) -> tuple[Tensor, list[Update], Rows]:

@@ -25,6 +25,7 @@ from mmdit.runtime.lifeline import Lifeline, ParallelError
 from mmdit.runtime.mesh import Layout, Mesh
 from mmdit.runtime.peers import Exchange
 from mmdit.runtime.sequence import SequenceParallel
+from mmdit.runtime.shared_text import SharedText
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class Parallel:
         head_dim, dtype: of the model.
 
     Attributes:
+        texts: text encoders over all ranks.
         sequence: forwards over the ranks that share the tokens; None where each rank computes whole forwards.
         exchange: what was chosen, and why; empty where no tokens are split.
 
@@ -64,7 +66,7 @@ class Parallel:
                 self.mesh.sequence, device, exchange, head_dim=head_dim, dtype=dtype
             )
             self.sequence = SequenceParallel(self.mesh.sequence, exchanges)
-        self.decoder = BandDecoder(self.mesh.world)
+        self.decoder, self.texts = BandDecoder(self.mesh.world), SharedText(self.mesh.world)
         self.lifeline = connected(self._free)
 
     def __str__(self) -> str:

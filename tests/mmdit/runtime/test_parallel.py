@@ -7,6 +7,7 @@ import socket
 import time
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -567,6 +568,37 @@ def test_random_seeds_and_noise_are_those_of_the_first_rank(pipes, texts):
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])
     assert (one[2], two[2]) == (1, 0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_each_encoder_runs_on_one_rank(world):
+    """Both dtypes of the rules, prompts with weights, and a missing encoder."""
+    pipe, prompts = mmdit.Pipeline.demo(), ["a (red:1.3) circle", "a blue square left of a green triangle"]
+    wide = replace(pipe.profile, text=replace(pipe.profile.text, encoder_dtype="float32", missing_clip="zeros"))
+    without = copy(pipe)
+    without.clip_g = None
+    cases = [(pipe, pipe.profile), (pipe, wide), (without, wide)]
+
+    def encoded():
+        found = []
+        for one, profile in cases:
+            one.profile = profile
+            found.append(one.encode(prompts, max_sequence_length=16))
+        return found
+
+    wanted = encoded()
+
+    def work(rank):
+        ran = []
+        for name in ("clip_l", "clip_g", "t5"):
+            getattr(pipe, name).register_forward_hook(lambda *_, name=name: ran.append(name))
+        with parallel([pipe, without], Layout(world, 1)):
+            pairs = zip(encoded(), wanted, strict=True)
+            equal = [torch.equal(a.context, b.context) and torch.equal(a.pooled, b.pooled) for a, b in pairs]
+        return equal, sorted(set(ran))
+
+    owned = [["t5"], ["clip_g", "clip_l"]] if world == 2 else [["t5"], ["clip_g", "clip_l"], ["clip_l"]]
+    assert values(in_processes(world, work)) == [([True] * 3, names) for names in owned]
 
 
 @pytest.mark.parametrize(
