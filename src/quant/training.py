@@ -55,7 +55,8 @@ class _Codes(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-        return from_codes(to_codes(x, scale.to(_wide(x)), format), format, x.dtype)
+        # Through 32 bits: torch 2.13 compiles the direct conversion to bfloat16 wrongly for CPUs, whose values are NaN.
+        return from_codes(to_codes(x, scale.to(_wide(x)), format), format, _wide(x)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

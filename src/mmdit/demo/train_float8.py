@@ -36,6 +36,7 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.calibration import Calibration, calibrate, fold
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
+from mmdit.training.blocks import compile_blocks
 from mmdit.training.distil import Distilled, DivergedError, States, distil, guided, states_of
 from mmdit.training.journal import Journal, mean_of
 from mmdit.training.rates import Every
@@ -304,8 +305,7 @@ def _quickest(
 @contextmanager
 def compiled_blocks(model: MMDiT) -> Iterator[None]:
     """Inside, the blocks of the model are compiled, with static shapes."""
-    for block in model.joint_blocks:
-        block.compile(dynamic=False)
+    compile_blocks(model.joint_blocks)
     try:
         yield
     finally:

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from mmdit.training.barriers import SETTINGS, add_barriers
+
 aten = torch.ops.aten
 # What computes attention: its output is as large as the residual stream, and costs more than a product to make again.
 _ATTENTION = (
@@ -55,13 +57,19 @@ def keep_all(blocks: Iterable[nn.Module]) -> None:
 def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compile each block, with what `recompute` made of it, for static shapes.
 
+    Kernels get the barriers of `mmdit.training.barriers`, without which gradients on GPUs are wrong now and then.
+
     Sets `torch._dynamo.config.recompile_limit`, which counts kinds of blocks times shapes times modes of gradients, of
     all blocks together: beyond torch's own limit, 8, a step would fail.
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
+    given: dict[str, Any] = {"backend": backend}
+    if backend == "inductor":
+        add_barriers()
+        given["options"] = SETTINGS
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
+        block.compile(fullgraph=True, dynamic=False, **given)
 
 
 def _checkpointed(forward: Callable[..., Any], contexts: Contexts, *args: Any) -> Any:
