@@ -16,9 +16,8 @@ from quant.training import fake_quantize_
 from skips import SKIPS
 
 CPU = pytest.param("cpu", marks=pytest.mark.skipif(not FULL, reason=SKIPS["full"]))  # compiling takes a minute
-GPU = pytest.param(
-    "cuda", marks=(pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"]))
-)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason=SKIPS["gpu"])
+GPU = pytest.param("cuda", marks=(pytest.mark.gpu, NEEDS_GPU))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones(embedded, device, reci
     plain = gradients(model, device, recipe is not None)
     compile_blocks(model.joint_blocks)
     # Codes flip where sums have another order, by 6 to 12 % of a value each.
-    bound = 1e-4 if recipe is None else 0.5
+    bound = 1e-3 if recipe is None else 0.5
     for _ in range(1 if device == "cpu" else 3):
         for ours, wanted in zip(gradients(model, device, recipe is not None), plain, strict=True):
             assert torch.linalg.vector_norm(ours - wanted) <= bound * torch.linalg.vector_norm(wanted)
