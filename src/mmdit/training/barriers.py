@@ -34,8 +34,8 @@ def add_barriers() -> None:
         return
     if not hasattr(CSE(), "invalidated_stores"):
         raise RuntimeError(
-            f"torch {torch.__version__} compiles kernels in another way than 2.11 to 2.13, so that the barriers cannot be "
-            "added, without which gradients were wrong there: train without compile, or with one of these versions"
+            f"torch {torch.__version__} compiles kernels in another way than 2.11 to 2.13: the barriers without which "
+            "gradients were wrong there cannot be added. Train without compile, or with one of these versions"
         )
 
     def load(self: Any, name: str, index: Any) -> Any:
