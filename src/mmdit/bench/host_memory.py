@@ -149,30 +149,28 @@ def as_if_read(part: nn.Module, recipe: Recipe | None, dtype: torch.dtype) -> No
 
     All are copies of one small piece of random numbers: to draw 8 billion takes a CPU minutes.
     """
-    if next(part.parameters()).is_meta:
-        bench_memory.make_empty(part, dtype)
-    part.requires_grad_(False).eval()
     values = 0.02 * torch.randn(_SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
+    if recipe is not None:
+        codes = Float8Tensor.quantize(values.to(dtype), recipe=recipe)
+        for name, linear in linears_of(part):
+            if kept(name) is None:
+                linear.weight = _float8(linear.weight.shape, codes).as_parameter()
+    bench_memory.make_empty(part, dtype)
+    part.requires_grad_(False).eval()
     for name, tensor in [*part.named_parameters(), *part.named_buffers()]:
-        if tensor.ndim > 1:
+        if tensor.ndim > 1 and not isinstance(tensor, Float8Tensor):
             _repeat(values.to(tensor.dtype), tensor)
-        elif tensor.is_floating_point():
+        elif tensor.ndim < 2 and tensor.is_floating_point():
             tensor.fill_(1.0 if name.endswith("weight") else 0.0)
-    if recipe is None:
-        return
-    codes = Float8Tensor.quantize(values, recipe=recipe)
-    for name, linear in linears_of(part):
-        if kept(name) is None:
-            linear.weight = _float8(linear.weight, codes).as_parameter()
 
 
-def _float8(weight: Tensor, codes: Float8Tensor) -> Float8Tensor:
+def _float8(shape: torch.Size, codes: Float8Tensor) -> Float8Tensor:
     """A weight of this shape with these codes again and again, under their largest scale."""
-    qdata = torch.empty(weight.shape, dtype=codes.qdata.dtype)
+    qdata = torch.empty(shape, dtype=codes.qdata.dtype)
     _repeat(codes.qdata.view(torch.uint8), qdata.view(torch.uint8))
-    scale = codes.scale.max().expand(len(weight), 1).contiguous() if codes.scale.ndim else codes.scale.clone()
+    scale = codes.scale.max().expand(shape[0], 1).contiguous() if codes.scale.ndim else codes.scale.clone()
     static = torch.tensor(6 / 448) if codes.recipe.activation == "static" else None
-    return Float8Tensor(qdata, scale, static, codes.recipe, weight.dtype)
+    return Float8Tensor(qdata, scale, static, codes.recipe, codes.dtype)
 
 
 def _repeat(values: Tensor, into: Tensor) -> None:
@@ -254,9 +252,9 @@ _TITLES = (
     "after",
     "seconds",
     "RssAnon GB",
-    "its peak meanwhile",
     "weights on the host",
     "RssAnon above them",
+    "its peak meanwhile",
     "malloc in use",
     "malloc keeps freed",
     "pinned by torch",
@@ -270,7 +268,8 @@ def table(found: Sequence[Stage]) -> str:
     rows = []
     for one in found:
         numbers = [f"{one.seconds:.1f}"]
-        parts = (one.anon, one.peak, one.weights, one.anon - one.weights, one.used, one.kept, one.pinned)
+        above = (one.anon - one.weights, one.peak - one.weights)
+        parts = (one.anon, one.weights, *above, one.used, one.kept, one.pinned)
         numbers += [f"{part:.2f}" for part in parts]
         numbers += [f"{one.objects}", f"{one.modules}"]
         rows.append((one.name, *(["-"] * len(numbers) if one.failed else numbers)))

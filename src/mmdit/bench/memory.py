@@ -370,16 +370,17 @@ def _random(part: torch.nn.Module, recipe: str, device: torch.device, dtype: tor
 
 
 def make_empty(part: torch.nn.Module, dtype: torch.dtype) -> None:
-    """As `to_empty`, without the compiler that it loads for models on the meta device: 80 MB of host memory."""
+    """Memory for the tensors on the meta device, as `to_empty` makes it without 80 MB of host memory for a compiler."""
     made: dict[int, Any] = {}
     for module in part.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
                     new = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
                     made[id(tensor)] = torch.nn.Parameter(new) if isinstance(tensor, torch.nn.Parameter) else new
-                if tensor is not None:
-                    tensors[name] = made[id(tensor)]
+                tensors[name] = made[id(tensor)]
 
 
 def _emptied(device: torch.device) -> None:

@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -27,7 +27,9 @@ class _Pages(mmap.mmap):
                 torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
-def host_memory(size: int, pinned_for: torch.device | None = None) -> Tensor:
+def host_memory(
+    size: int, pinned_for: torch.device | None = None, fill: Callable[[Tensor], None] | None = None
+) -> Tensor:
     """Bytes of host memory, uint8 [size].
 
     Pages are pinned where they are. torch's own pinned memory is rounded up to a power of two, which would be half as
@@ -36,6 +38,8 @@ def host_memory(size: int, pinned_for: torch.device | None = None) -> Tensor:
     Args:
         size: number of bytes.
         pinned_for: pin the pages for this GPU; where the system refuses, a warning says so, and copies are slower.
+        fill: writes to the memory before it is pinned. A page takes memory once it is written to, and pinning takes all
+            of them at once.
     """
     if sys.platform == "win32":
         pages = _Pages(-1, max(size, 1))
@@ -44,6 +48,8 @@ def host_memory(size: int, pinned_for: torch.device | None = None) -> Tensor:
     with suppress(AttributeError, OSError):  # large pages are made and pinned sooner, where the system has them
         pages.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(pages, dtype=torch.uint8, count=max(size, 1))[:size]
+    if fill is not None:
+        fill(memory)
     if pinned_for is not None and size:
         with torch.cuda.device(pinned_for):  # pinning makes a context on the current GPU
             _pin(pages, memory)

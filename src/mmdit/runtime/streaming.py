@@ -169,12 +169,20 @@ class Unit:
     def __init__(self, tensors: Sequence[Tensor], pinned_for: torch.device | None = None) -> None:
         self.tensors = list(tensors)
         self.layout = Layout(self.tensors)
-        self.memory = host_memory(self.layout.size, pinned_for)
-        self.home = self.layout.placed(self.tensors, self.memory)
+        self.home: list[Tensor] = []
+        if any(part.is_cuda for tensor in self.tensors for part in parts_of(tensor)):
+            self.memory = host_memory(self.layout.size, pinned_for)  # a GPU writes to pinned memory several times faster
+            self._settle(self.memory)
+        else:  # one tensor at a time is on the host twice
+            self.memory = host_memory(self.layout.size, pinned_for, self._settle)
         self.ready: torch.cuda.Event | None = None
         self.here: Tensor | None = None  # its memory on the device
         self._bound: list[Tensor] | None = None
         self._versions: list[int] = []
+
+    def _settle(self, memory: Tensor) -> None:
+        """Let the tensors have their values in this memory, and free what had them."""
+        self.home = self.layout.placed(self.tensors, memory)
         for tensor, home in zip(self.tensors, self.home, strict=True):
             copy_parts(home, tensor)
             tensor.data = home

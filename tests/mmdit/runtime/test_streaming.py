@@ -1,5 +1,7 @@
 """Weights that visit a device: nothing is lost, nothing stays, and streamed blocks are where they should be."""
 
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from mmdit import Pipeline
 from mmdit.bench.memory import host_bytes
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.arguments import checked_offload
-from mmdit.runtime.host_memory import Layout, give_back, host_memory
+from mmdit.runtime import host_memory, streaming
+from mmdit.runtime.host_memory import Layout, give_back
 from mmdit.runtime.streaming import WHOLE, Presence, Residency, model_bytes, tensors_of
 from skips import SKIPS
 
@@ -161,7 +164,7 @@ def test_memory_keeps_shapes_strides_and_parts():
     weight.snr = 30.0
     tensors = [torch.randn(3, 5).t(), torch.tensor(2.0), torch.zeros(0, 4), torch.randn(4).expand(3, 4), weight]
     layout = Layout(tensors)
-    memory = host_memory(layout.size)
+    memory = host_memory.host_memory(layout.size)
     placed = layout.placed(tensors, memory)
     for one, other in zip(placed, tensors, strict=True):
         assert one.shape == other.shape
@@ -170,6 +173,28 @@ def test_memory_keeps_shapes_strides_and_parts():
     assert placed[4].snr == 30.0
     assert placed[4].recipe == weight.recipe
     assert layout.size < 256 * 8
+
+
+def test_weights_that_get_memory_of_their_own_are_there_twice_one_by_one(monkeypatch):
+    """Each is freed before the next one is copied, and all are before the whole is pinned, which takes all its pages."""
+    tensors = [torch.randn(2**18) for _ in range(6)]
+    wanted = [tensor.clone() for tensor in tensors]
+    before, alive, pinned = [weakref.ref(tensor.untyped_storage()) for tensor in tensors], [], []
+
+    def count(into, source):
+        alive.append(sum(one() is not None for one in before))
+        host_memory.copy_parts(into, source)
+
+    def pin(pages, memory):
+        pinned.append((len(memory), sum(one() is not None for one in before)))
+
+    monkeypatch.setattr(streaming, "copy_parts", count)
+    monkeypatch.setattr(host_memory, "_pin", pin)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    unit = streaming.Unit(tensors, torch.device("cuda"))
+    assert alive == [6, 5, 4, 3, 2, 1]
+    assert pinned == [(len(unit.memory), 0)]
+    assert all(torch.equal(one, other) for one, other in zip(unit.tensors, wanted, strict=True))
 
 
 def test_an_interrupt_at_any_line_leaves_nothing(small):
