@@ -171,7 +171,7 @@ class Unit:
         self.layout = Layout(self.tensors)
         self.home: list[Tensor] = []
         if any(part.is_cuda for tensor in self.tensors for part in parts_of(tensor)):
-            self.memory = host_memory(self.layout.size, pinned_for)  # a GPU writes to pinned memory several times faster
+            self.memory = host_memory(self.layout.size, pinned_for)  # a GPU writes to pinned pages several times faster
             self._settle(self.memory)
         else:  # one tensor at a time is on the host twice
             self.memory = host_memory(self.layout.size, pinned_for, self._settle)

@@ -176,7 +176,7 @@ def test_memory_keeps_shapes_strides_and_parts():
 
 
 def test_weights_that_get_memory_of_their_own_are_there_twice_one_by_one(monkeypatch):
-    """Each is freed before the next one is copied, and all are before the whole is pinned, which takes all its pages."""
+    """Each is freed before the next one is copied, and all before the whole is pinned, which takes all its pages."""
     tensors = [torch.randn(2**18) for _ in range(6)]
     wanted = [tensor.clone() for tensor in tensors]
     before, alive, pinned = [weakref.ref(tensor.untyped_storage()) for tensor in tensors], [], []
