@@ -30,8 +30,11 @@ class LoraLinear(nn.Linear):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether only factors are attached, to a weight that is no tensor subclass, and no gradient is recorded."""
-        operands = (x, self.weight, self.bias, self.down, self.up)
-        if self.delta is not None or not all(type(one) in (Tensor, nn.Parameter) for one in operands):
+        weight = self.weight
+        if type(weight) not in (Tensor, nn.Parameter) or self.delta is not None:
+            return False
+        operands = (x, weight, self.bias, self.down, self.up)
+        if not all(type(one) in (Tensor, nn.Parameter) for one in operands):
             return False
         recorded = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
         same = all(one is not None and one.dtype == x.dtype for one in operands)
@@ -48,14 +51,16 @@ class LoraLinear(nn.Linear):
     @property
     def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None:
         """down and up; None where only a full matrix is attached."""
-        return None if self.down is None or self.up is None else (self.down, self.up)
+        down, up = self.down, self.up
+        return None if down is None or up is None else (down, up)
 
     def add_to(self, output: Float[Tensor, "... o"], x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         """Add up (down x) + delta x to an output of the Linear, in place where the dtypes allow it."""
-        if self.factors is not None:
-            down, up = self.factors
+        if (factors := self.factors) is not None:
+            down, up = factors
             output = add_product(output, F.linear(x, down), up)
-        return output if self.delta is None else add_product(output, x, self.delta)
+        delta = self.delta
+        return output if delta is None else add_product(output, x, delta)
 
 
 def add_product(

@@ -8,6 +8,7 @@ forms. The original tensors are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -25,6 +26,7 @@ from mmdit.runtime.host import HostCopies
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
 
+_WAITING = 2  # originals on a GPU that wait for their copies
 Form = Literal["attached", "merged"]
 Weight: TypeAlias = float | Mapping[str, float]
 """The strength of a LoRA: a number, or numbers by globs over official names, `{"joint_blocks.1?.*": 0.5}`."""
@@ -60,18 +62,20 @@ class PatchedWeights:
     def apply(self, models: Mapping[Part, nn.Module], acting: Sequence[Adapter]) -> None:
         """Restore the weights, then merge and attach the active LoRAs, in their order."""
         self.restore(models)
-        to_host = HostCopies()
-        for part, model in models.items():
-            for form in ("merged", "attached"):
-                adapters = [one for one in acting if one.form == form]
-                strengths = [one.strength(part) for one in adapters]
-                plan = planned(part, shapes_of(model), [one.lora for one in adapters], strengths, warn=False)
-                linears = {f"{name}.weight" for name, _ in linears_of(model)} if form == "attached" else set()
-                for key, patches in plan.items():
-                    if key in linears:
-                        _attach(part, model, key, patches, self.before.get((part, key)))
-                    else:
-                        self._replace(part, model, key, patches, to_host)
+        with _Kept(self.before) as kept:
+            for part, model in models.items():
+                for form in ("merged", "attached"):
+                    adapters = [one for one in acting if one.form == form]
+                    strengths = [one.strength(part) for one in adapters]
+                    plan = planned(part, shapes_of(model), [one.lora for one in adapters], strengths, warn=False)
+                    linears = {f"{name}.weight" for name, _ in linears_of(model)} if form == "attached" else set()
+                    for key, patches in plan.items():
+                        if key in linears:
+                            _attach(part, model, key, patches, kept.get((part, key)))
+                        else:
+                            old = _get(model, key)
+                            kept.add((part, key), old)
+                            replace_tensor(model, key, merged(old, key, part, patches).detach())
 
     def restore(self, models: Mapping[Part, nn.Module]) -> None:
         """Restore the original weights."""
@@ -82,13 +86,53 @@ class PatchedWeights:
             replace_tensor(models[part], key, as_stored_now(tensor, _get(models[part], key)))
         self.before.clear()
 
-    def _replace(
-        self, part: Part, model: nn.Module, key: str, patches: Sequence[Weighted], to_host: HostCopies
-    ) -> None:
-        """Replace a tensor with the patched one, and keep the original; originals from a GPU are kept on the CPU."""
-        old = _get(model, key)
-        self.before.setdefault((part, key), to_host(old) if old.is_cuda else old)
-        replace_tensor(model, key, merged(old, key, part, patches).detach())
+
+class _Kept:
+    """Keeps the originals of a GPU on the CPU: a thread copies them while the next weights are changed.
+
+    Args:
+        before: gets the originals when this context ends, however it ends.
+
+    Raises:
+        RuntimeError, MemoryError, OSError: a tensor could not be copied, and is kept where it is.
+    """
+
+    def __init__(self, before: dict[tuple[Part, str], Tensor]) -> None:
+        self._before, self._copies = before, HostCopies()
+        self._found: dict[tuple[Part, str], Future[Tensor]] = {}
+        self._error: Exception | None = None
+        self._worker = ThreadPoolExecutor(1)
+
+    def add(self, key: tuple[Part, str], tensor: Tensor) -> None:
+        """Keep a tensor, unless one of this name is kept already."""
+        if key in self._found:
+            return
+        waiting = [one for one in self._found.values() if not one.done()]
+        if len(waiting) >= _WAITING:  # each one holds memory of the GPU
+            waiting[0].result()
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        self._found[key] = self._worker.submit(self._copied, tensor, stream)
+
+    def get(self, key: tuple[Part, str]) -> Tensor | None:
+        """The tensor that is kept by this name."""
+        return self._found[key].result() if key in self._found else None
+
+    def _copied(self, tensor: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
+        try:
+            with torch.cuda.stream(stream):  # type: ignore[arg-type]  # None changes nothing
+                return self._copies(tensor)
+        except (RuntimeError, MemoryError, OSError) as error:
+            self._error = error
+            return tensor
+
+    def __enter__(self) -> _Kept:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._worker.shutdown()
+        self._before.update({key: copy.result() for key, copy in self._found.items()})
+        if kind is None and self._error is not None:
+            raise self._error
 
 
 def _attach(part: Part, model: nn.Module, key: str, patches: Sequence[Weighted], original: Tensor | None) -> None:

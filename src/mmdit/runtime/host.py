@@ -25,9 +25,9 @@ class HostCopies:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """A copy of the tensor; subclasses of tensors made of others (`Float8Tensor`) are copied part by part."""
-        tensor = tensor.detach()
         if not tensor.is_cuda:
             return tensor
+        tensor = tensor.detach()
         flatten = getattr(tensor, "__tensor_flatten__", None)
         if flatten is None:
             return self._copied(tensor)

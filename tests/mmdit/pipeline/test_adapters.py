@@ -15,7 +15,9 @@ from inspected import model as tiny
 from mmdit import Pipeline, load_lora
 from mmdit.checkpoints.load import load_mmdit
 from mmdit.models.lora import LoraLinear, all_beside, beside
+from mmdit.pipeline import patched_weights
 from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
+from mmdit.runtime.host import HostCopies
 from quant import Float8Tensor, dequantize_, quantize_
 from quant.quantize import linears_of
 
@@ -394,6 +396,33 @@ def test_a_lora_that_cannot_be_merged_leaves_the_pipeline_as_it_was():
         (adapter,) = pipe.lora_report().adapters.values()
         assert (adapter.weight, adapter.form, adapter.scale, adapter.text_encoder_weight) == (0.5, "merged", 1.0, None)
         assert torch.equal(effective(pipe.transformer.get_submodule(LINEARS[0])), before)
+
+
+@torch.no_grad()
+def test_an_original_that_cannot_be_copied_is_not_lost(monkeypatch):
+    """Copies run in a thread; an error there is raised here, and the weights come back all the same."""
+    model, weights, copied = tiny(), PatchedWeights(), []
+
+    class Failing(HostCopies):
+        def __call__(self, tensor: Tensor) -> Tensor:
+            copied.append(tensor)
+            if len(copied) == 2:
+                raise MemoryError("the second one")
+            return super().__call__(tensor)
+
+    monkeypatch.setattr(patched_weights, "HostCopies", Failing)
+    names = [f"joint_blocks_{block}_x_block_mlp_fc{i}" for block in (0, 1) for i in (1, 2)]
+    sides = [(512, 128), (128, 512)] * 2
+    lora = load_lora(
+        {f"lora_unet_{name}.diff": noise(1, *side).double() for name, side in zip(names, sides, strict=True)}
+    )
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(MemoryError, match="the second one"):
+        weights.apply({"transformer": model}, [Adapter(lora, "merged")])
+    assert len(copied) == 4
+    assert not all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    weights.restore({"transformer": model})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 @torch.no_grad()
