@@ -119,7 +119,7 @@ class _Kept:
 
     def _copied(self, tensor: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
         try:
-            with torch.cuda.stream(stream):  # type: ignore[arg-type]  # None changes nothing
+            with torch.cuda.stream(stream):  # None changes nothing
                 return self._copies(tensor)
         except (RuntimeError, MemoryError, OSError) as error:
             self._error = error
