@@ -4,7 +4,7 @@ import pytest
 
 import mmdit
 from mmdit.pipeline import failures, steps
-from mmdit.pipeline.plan import Run
+from mmdit.pipeline.plan import _Progress
 
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32, "progress": False, "seed": 1}
 SETTINGS |= {"max_sequence_length": 8}
@@ -30,14 +30,14 @@ def late(monkeypatch):
             if self.i in failing:
                 self._fail(3)
 
-    predict = Run._predict
+    predict = _Progress.__call__
 
     def noted(self, *given):
         log.append(f"launch {self.step}")
         return predict(self, *given)
 
     monkeypatch.setattr(steps, "FiniteCheck", Late)
-    monkeypatch.setattr(Run, "_predict", noted)
+    monkeypatch.setattr(_Progress, "__call__", noted)
     return failing, log
 
 
