@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from device_double import LiveBytes
 from quant import observers
 from quant.observers import Observed, observe
 from skips import SKIPS
@@ -49,6 +50,19 @@ def test_pieces_of_an_input_are_counted_like_all_of_it(monkeypatch):
     with pytest.raises(ValueError, match="1 of 126 "):
         parts.add(x)
     assert parts.rows == 21
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_counting_takes(monkeypatch, dtype):
+    """Plans of memory rely on both numbers: what is kept, and what is taken meanwhile, however large the input is."""
+    monkeypatch.setattr(observers, "PIECE", 2**16)
+    x = torch.randn(2**9, 2**9).to(dtype)
+    with LiveBytes() as live:
+        seen = Observed(2**9, x.device)
+        kept = live.live
+        seen.add(x)
+    assert kept == seen.nbytes
+    assert 0.7 * observers.ADDING * 2**16 < live.peak - kept <= observers.ADDING * 2**16
 
 
 @pytest.mark.parametrize("large", [1e4, 1e38])

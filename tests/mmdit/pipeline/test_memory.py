@@ -119,17 +119,18 @@ def test_float8_models_are_drawn_with_without_a_dispatched_operation(tmp_path, m
 
 
 def test_a_calibration_is_planned_with_its_statistics():
-    pipe, how = mmdit.Pipeline.demo(memory="52MB"), {"height": 128, "width": 128, "guidance_scale": 4.5}
-    mmdit.calibrate(pipe, PROMPT, 1, **how)
-    pipe._leave()
-    gc.collect()
-    with LiveBytes() as live:
-        mmdit.calibrate(pipe, "two green triangles", 1, **how)
-    assert live.peak <= pipe.memory_plan.budget
+    pipe = mmdit.Pipeline.demo(memory="90MB")
+    before = pipe.memory_plan
+    with pipe._observing(5_000_000):
+        inside = pipe.memory_plan
+    assert inside.sum <= inside.budget
+    assert inside.activations.kept == before.activations.kept + 5_000_000
+    assert inside.activations.step - before.activations.step == 24 * 2 * 333 * 1024, "values of the widest input"
+    assert pipe.memory_plan == before
     pipe._set_budget(smallest(pipe.memory_plan.models, pipe.memory_plan.activations).sum)
     before = pipe.memory_plan
     with pytest.raises(TooLittleMemory):
-        mmdit.calibrate(pipe, PROMPT, 1, **how)
+        mmdit.calibrate(pipe, PROMPT, 1)
     assert pipe.memory_plan == before
 
 
