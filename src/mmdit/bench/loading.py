@@ -125,7 +125,7 @@ def _first_cells(task: Callable[[], Cells]) -> Cells:
 
 
 def _warmed(device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the first model with float8 weights; torch imports a large part of itself for a tensor subclass."""
+    """Seconds of the first model with float8 weights, after one without."""
     load_mmdit(EMBEDDED, device=device, dtype=dtype)
     start = time.perf_counter()
     build(open_model(locate(EMBEDDED), "transformer"), device, dtype, recipe=RECIPES[_RECIPE])
