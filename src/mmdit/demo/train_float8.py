@@ -2,7 +2,7 @@
 
 For each recipe, a copy of the transformer is calibrated: means are folded, weights rounded by the second moments of
 their inputs (`quant.rounding`). Then it learns the velocities of the one in 16 bits, on the latents that this one meets
-when it draws prompts; no pictures are used. `fp8-static` is trained as `fp8-tensor`, once for both, and gets the scales
+when it draws prompts; errors count as much as the VAE's decoder shows them, and no pictures are used. `fp8-static` is trained as `fp8-tensor`, once for both, and gets the scales
 of the trained model's activations. A training that diverges ends with its best weights, and a model that training has
 taken further from the one in 16 bits is not written.
 
@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from mmdit.pipeline.calibration import Calibration, calibrate, fold
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
 from mmdit.training.blocks import compile_blocks
-from mmdit.training.distil import Distilled, DivergedError, States, distil, guided, states_of
+from mmdit.training.distil import Distilled, DivergedError, States, distil, guided, picture_channels, states_of
 from mmdit.training.journal import Journal, mean_of
 from mmdit.training.rates import Every
 from mmdit.utils import markdown_table, write_text
@@ -53,6 +54,9 @@ __all__ = ["Float8Recipe", "main", "train"]
 _TRAINED, _CALIBRATED, _CHECKED = SEED + 31, SEED + 7, SEED + 47  # seeds of prompts; those of the table have `SEED`
 
 
+_STAGES = ("plain", "calibrated", "fine-tuned")
+
+
 @dataclass(frozen=True)
 class Float8Recipe:
     """Every number of a run."""
@@ -60,6 +64,7 @@ class Float8Recipe:
     prompts: int = 3072  # whose drawings give the latents
     calibration: int = 128  # prompts for static scales and second moments
     checked: int = 256  # held-out prompts whose drawings are compared at the end
+    decoded: int = 32  # pictures that tell how much each channel of the latents counts
     batch: int = 120  # latents in a step, each with and without its prompt
     along: int = 10  # of them of each drawing
     drawn: int = 256  # drawings at a time
@@ -70,7 +75,7 @@ class Float8Recipe:
     save_seconds: float = 60.0
 
 
-CPU = Float8Recipe(prompts=96, calibration=16, checked=16, batch=8, along=4, drawn=16)
+CPU = Float8Recipe(prompts=96, calibration=16, checked=16, decoded=2, batch=8, along=4, drawn=16)
 
 
 def train(
@@ -105,6 +110,7 @@ def train(
     drawing = pipe if device == "cpu" else Pipeline.from_pretrained(model, device=device, dtype=torch.bfloat16)
     states = states_of(drawing, texts, **given, seed=10_000, batch=recipe.drawn)
     states = states.with_velocities(drawing.transformer, recipe.drawn)
+    states = states._replace(channels=picture_channels(partial(pictures, pipe), states.ends(recipe.decoded)))
     del drawing
     journal.say(f"{recipe.prompts} prompts drawn; first {texts[0]!r}")
     left = max(1.0, seconds - (time.monotonic() - start)) / len({dynamic(name) for name in recipes})
@@ -121,11 +127,12 @@ def train(
         scales = _static(name, seen_scales(tuned, states, recipe))
         quantize_trained_(tuned)
         students = (plain, start_from, with_activations(tuned, name, scales))
-        close = [closeness(base, drawn(pipe, student, recipe)) for student in students]
-        journal.say(f"{name}: SNR of latents in dB, plain, calibrated, fine-tuned: {close}")
-        rows.append((name, *(f"{value:.2f}" for value in close)))
+        made = [drawn(pipe, student, recipe) for student in students]
+        latents, close = [closeness(base, one) for one in made], [picture_psnr(pipe, base, one) for one in made]
+        journal.say(f"{name}, plain, calibrated, fine-tuned: SNR of latents {latents} dB, PSNR of pictures {close} dB")
+        rows.append((name, *(f"{value:.2f}" for value in (*close, *latents))))
         found[name] = _written(pipe, students[_closer(name, close, journal)], folder / name)
-    titles = ("recipe", "SNR of latents in dB, plain", "calibrated", "fine-tuned")
+    titles = ("recipe", *(f"{what}, {of}" for what in ("PSNR, dB", "SNR of latents, dB") for of in _STAGES))
     table = "\n".join(markdown_table(titles, rows)) + "\n"
     write_text(folder / "float8.md", table)
     journal.say("finished\n" + table)
@@ -156,7 +163,7 @@ def _static(name: str, scales: dict[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def _closer(name: str, close: Sequence[float], journal: Journal) -> int:
-    """Which of the plain, calibrated and fine-tuned models is written: the last, unless training made its SNR worse."""
+    """Which of the plain, calibrated and fine-tuned models is written: the last, unless training made it worse."""
     if close[2] > close[1]:
         return 2
     journal.say(f"!!! {name}: THE TRAINING HAS MADE IT WORSE, AND THE CALIBRATED MODEL IS WRITTEN !!!")
@@ -215,6 +222,19 @@ def drawn(pipe: Pipeline, model: MMDiT, recipe: Float8Recipe) -> Tensor:
 def closeness(base: Tensor, other: Tensor) -> float:
     """The median over drawings of the SNR of the latents, in dB."""
     return float(torch.tensor([snr(a, b) for a, b in zip(base, other, strict=True)]).median())
+
+
+@torch.no_grad()
+def pictures(pipe: Pipeline, latents: Tensor) -> Tensor:
+    """The pictures of latents, [b, 3, h, w] in -1 to 1."""
+    return pipe.vae.decode(latents).clamp(-1, 1)
+
+
+def picture_psnr(pipe: Pipeline, base: Tensor, other: Tensor, batch: int = 32) -> float:
+    """The median over drawings of the PSNR of the pictures, in dB; from latents of both."""
+    pairs = zip(base.split(batch), other.split(batch), strict=True)
+    errors = [(pictures(pipe, a) - pictures(pipe, b)).square().mean((1, 2, 3)) / 4 for a, b in pairs]
+    return float((-10 * torch.cat(errors).log10()).median())
 
 
 def student_of(quantized: MMDiT, name: str) -> MMDiT:

@@ -20,7 +20,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latent: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
-        # Laid out by tokens, as the text stream is: torch 2.13 compiles wrong gradients of blocks for CPUs otherwise.
+        # Laid out by tokens, as the text is: torch compiles wrong gradients of blocks for other layouts, also for CPUs.
         return self.proj(latent).flatten(2).transpose(1, 2).contiguous()  # b l d
 
 

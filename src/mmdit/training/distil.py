@@ -111,6 +111,17 @@ class States(NamedTuple):
         places = torch.cartesian_prod(*(torch.arange(n, device=self.x.device) for n in sizes))
         return (self._batch(*part.T) for part in places.split(batch))
 
+    def ends(self, prompts: int) -> Tensor:
+        """The latents in which the first drawings end, by a step of Euler's from their last states: [b, c, h, w].
+
+        Raises:
+            ValueError: the states lack the teacher's velocities, see `with_velocities`.
+        """
+        if self.velocities is None:
+            raise ValueError("the ends of drawings are known by the teacher's velocities: call with_velocities first")
+        *_, both = _three(*self.velocities[:, :prompts, -1].float(), self.guidance)
+        return self.x[:prompts, -1].float() - self.sigma[-1] * both
+
     def to(self, device: torch.device | str) -> Self:
         """The same states on a device."""
         parts: dict[str, Any] = {key: part.to(device) for key, part in self._asdict().items() if hasattr(part, "to")}

@@ -23,6 +23,7 @@ from mmdit.training.distil import (
     distil_blocks,
     guided,
     guided_loss,
+    picture_channels,
     states_of,
     wanted_of,
 )
@@ -133,6 +134,54 @@ def test_errors_that_persist_along_a_drawing_count_most(teacher, states):
     single = sum(batch.weight[i] * (a[i] ** 2 + b[i] ** 2).mean() for i in range(6)) / 6
     summed = [sum(batch.weight[3 * k + i] * both[3 * k + i] for i in range(3)) / 3 for k in range(2)]
     assert ours == pytest.approx(float(single + 3 * sum((one**2).mean() for one in summed) / 2), rel=1e-5)
+
+
+def test_errors_of_channels_count_as_much_as_they_change_the_picture():
+    """A linear decoder W: the mean square of the mixed error is that of the picture, up to the factor c / tr(W^T W)."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 5, generator=g) * torch.tensor([3.0, 1, 0, 2, 0.1])
+
+    def decode(x):
+        return torch.einsum("oc,bchw->bohw", weight, x)
+
+    latents, error = (torch.randn(64, 5, 16, 16, generator=g) for _ in range(2))
+    mixed = module._mixed(error, picture_channels(decode, latents, floor=0.0))
+    scale = 5 / float((weight.T @ weight).trace())
+    assert float(mixed.square().mean()) == pytest.approx(3 / 5 * scale * float(decode(error).square().mean()), rel=1e-2)
+    for floor in (0.25, 1.0):
+        found = picture_channels(decode, latents, floor=floor)
+        wanted = (1 - floor) * scale * weight.T @ weight + floor * torch.eye(5)
+        torch.testing.assert_close(found @ found, wanted, atol=1e-2, rtol=1e-2)
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        picture_channels(decode, latents, floor=1.5)
+    with pytest.raises(ValueError, match="no channel"):
+        picture_channels(lambda x: x[:, :1] * 0, latents)
+
+
+def test_the_loss_of_mixed_channels_is_that_of_mixed_errors(teacher, states):
+    batch = states.draw(6, torch.Generator().manual_seed(5), along=3)
+    own = guided(teacher, batch, GUIDANCE)
+    g = torch.Generator().manual_seed(6)
+    mix = torch.randn(16, 16, generator=g)
+    errors = [torch.randn(one.shape, generator=g) for one in own]
+    with torch.no_grad():
+        for along in (1, 3):
+            wanted = tuple(one - other for one, other in zip(own, errors, strict=True))
+            ours = guided_loss(teacher, wanted, batch, GUIDANCE, along, channels=mix)
+            moved = tuple(
+                one - torch.einsum("ij,bjhw->bihw", mix, other) for one, other in zip(own, errors, strict=True)
+            )
+            torch.testing.assert_close(ours, guided_loss(teacher, moved, batch, GUIDANCE, along), rtol=1e-4, atol=0)
+
+
+def test_drawings_end_a_step_after_their_last_state(teacher, states):
+    with pytest.raises(ValueError, match="with_velocities"):
+        states.ends(2)
+    last = states._replace(x=states.x[:, [2]], sigma=states.sigma[[2]], weight=states.weight[[2]])
+    with torch.no_grad():
+        *_, both = guided(teacher, next(last.parts(6)), GUIDANCE)
+    found = states.with_velocities(teacher).ends(4)
+    torch.testing.assert_close(found, (states.x[:, 2] - 0.3 * both)[:4], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("known", [False, True])
