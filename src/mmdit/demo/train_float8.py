@@ -2,9 +2,9 @@
 
 For each recipe, a copy of the transformer is calibrated: means are folded, weights rounded by the second moments of
 their inputs (`quant.rounding`). Then it learns the velocities of the one in 16 bits, on the latents that this one meets
-when it draws prompts; errors count as much as the VAE's decoder shows them, and no pictures are used. `fp8-static` is trained as `fp8-tensor`, once for both, and gets the scales
-of the trained model's activations. A training that diverges ends with its best weights, and a model that training has
-taken further from the one in 16 bits is not written.
+when it draws prompts; errors count as much as the VAE's decoder shows them, and no pictures are used. `fp8-static` is
+trained as `fp8-tensor`, once for both, and gets the scales of the trained model's activations. A training that diverges
+ends with its best weights, and a model that training has taken further from the one in 16 bits is not written.
 
 `FOLDER/RECIPE` is the quantized model in the library's layout, and `FOLDER/RECIPE-calibrated` the one before the
 training; `mmdit bench quality --tuned NAME=FOLDER` measures them.
