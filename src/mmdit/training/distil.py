@@ -119,7 +119,8 @@ class States(NamedTuple):
         """
         if self.velocities is None:
             raise ValueError("the ends of drawings are known by the teacher's velocities: call with_velocities first")
-        *_, both = _three(*self.velocities[:, :prompts, -1].float(), self.guidance)
+        with_prompt, without = self.velocities[:, :prompts, -1].float()
+        *_, both = _three(with_prompt, without, self.guidance)
         return self.x[:prompts, -1].float() - self.sigma[-1] * both
 
     def to(self, device: torch.device | str) -> Self:
