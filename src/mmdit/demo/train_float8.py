@@ -17,7 +17,7 @@ import argparse
 import copy
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -306,10 +306,12 @@ def _quickest(
     start = time.monotonic()
     ways = ((True, True), (False, True), (False, False)) if states.x.is_cuda else ((False, False),)
     for compiled, recorded in ways:
-        with compiled_blocks(student) if compiled else nullcontext():
+        with ExitStack() as stack:
             left = max(1.0, seconds - (time.monotonic() - start))
             found = distil(student, teacher, states, seconds=left, done=done, recorded=recorded, **given)
             try:
+                if compiled:
+                    stack.enter_context(compiled_blocks(student))
                 first = next(found)
             except (RuntimeError, TorchDynamoException) as error:
                 if (compiled, recorded) == ways[-1]:
