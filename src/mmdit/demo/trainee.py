@@ -24,6 +24,7 @@ from mmdit.demo.data import TokenTable, own_tokenizers
 from mmdit.demo.recipe import Architecture
 from mmdit.models.blocks import JointBlock
 from mmdit.models.mmdit import MMDiT
+from mmdit.training.barriers import with_barriers
 from mmdit.utils import replacing_folder
 
 __all__ = [
@@ -178,7 +179,7 @@ def compile_regions(module: nn.Module, kinds: Iterable[str], backend: str = "ind
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for child in found:
-        child.__dict__["forward"] = torch.compile(child.forward, dynamic=False, backend=backend)
+        child.__dict__["forward"] = torch.compile(child.forward, dynamic=False, **with_barriers(backend))
     return len(found)
 
 

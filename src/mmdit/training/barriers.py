@@ -17,6 +17,18 @@ import torch
 SETTINGS: Final[dict[str, str | int | bool]] = {"triton.unique_user_kernel_names": True}
 
 
+def with_barriers(backend: str = "inductor") -> dict[str, Any]:
+    """The arguments of torch.compile that name the backend; kernels of "inductor" then have the barriers.
+
+    Raises:
+        RuntimeError: see `add_barriers`.
+    """
+    if backend != "inductor":
+        return {"backend": backend}
+    add_barriers()
+    return {"backend": backend, "options": SETTINGS}
+
+
 def add_barriers() -> None:
     """Give the barriers to all kernels that torch compiles for GPUs in this process from now on.
 

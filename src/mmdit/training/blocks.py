@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from mmdit.training.barriers import SETTINGS, add_barriers
+from mmdit.training.barriers import with_barriers
 
 aten = torch.ops.aten
 # What computes attention: its output is as large as the residual stream, and costs more than a product to make again.
@@ -64,12 +64,8 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     """
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
-    given: dict[str, Any] = {"backend": backend}
-    if backend == "inductor":
-        add_barriers()
-        given["options"] = SETTINGS
     for block in blocks:
-        block.compile(fullgraph=True, dynamic=False, **given)
+        block.compile(fullgraph=True, dynamic=False, **with_barriers(backend))
 
 
 def _checkpointed(forward: Callable[..., Any], contexts: Contexts, *args: Any) -> Any:

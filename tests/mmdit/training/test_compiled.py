@@ -10,7 +10,7 @@ import torch
 from full import FULL
 from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.pipeline import Pipeline
-from mmdit.training.barriers import SETTINGS, add_barriers
+from mmdit.training.barriers import add_barriers, with_barriers
 from mmdit.training.blocks import compile_blocks
 from quant.training import fake_quantize_
 from skips import SKIPS
@@ -108,16 +108,15 @@ def test_on_a_gpu_tensors_that_are_read_back_have_a_barrier_between():
         y = torch.nn.functional.layer_norm(x, x.shape[-1:]) * scale
         return (y, torch.nn.functional.layer_norm(y + x, x.shape[-1:]))
 
-    add_barriers()
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(64, 4096, 300, generator=g, device="cuda").transpose(1, 2)
     scale = torch.randn(4096, generator=g, device="cuda")
     wanted = step(x.double(), scale.double())
-    found, code = run_and_get_code(torch.compile(step, dynamic=False, options=SETTINGS), x, scale)
+    found, code = run_and_get_code(torch.compile(step, dynamic=False, **with_barriers()), x, scale)
     for _ in range(3):
         for ours, its in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours.double(), its, atol=1e-4, rtol=1e-4)
-        found = torch.compile(step, dynamic=False, options=SETTINGS)(x, scale)
+        found = torch.compile(step, dynamic=False, **with_barriers())(x, scale)
     for kernel in "\n".join(code).split("@triton.jit")[1:]:
         stored = set()
         for line in kernel.split("async_compile")[0].splitlines():
