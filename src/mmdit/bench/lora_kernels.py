@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,9 @@ from quant.tensor import Float8Tensor
 
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
-TILES = ((64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 32, 4), (128, 64, 8))  # of GELU: rows, columns and warps
 CUTS = (
-    *((64, 32, 8, 1, 4, 8), (64, 32, 8, 1, 4, 4), (64, 32, 8, 1, 4, 16), (64, 32, 16, 1, 4, 4), (64, 32, 16, 1, 4, 8)),
-    *((64, 32, 4, 1, 4, 8), (64, 64, 8, 1, 4, 4), (64, 64, 4, 1, 4, 8), (32, 32, 16, 1, 2, 8), (128, 32, 8, 1, 8, 4)),
+    *((64, 32, 8, 1, 4, 8), (64, 32, 16, 1, 4, 4), (64, 64, 8, 1, 4, 4), (64, 64, 4, 1, 4, 8), (32, 32, 16, 1, 2, 8)),
+    *((64, 32, 8, 1, 4, 4), (64, 32, 8, 1, 4, 16), (64, 32, 4, 1, 4, 8), (128, 32, 8, 1, 8, 4)),
 )  # `mmdit.runtime.lora_kernels.Cut`
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
@@ -68,16 +67,13 @@ class Kernels:
                 tasks[f"addmm of a bias {out}, rank {rank}"] = partial(self.addmm, out, rank)
             tasks[f"up_and_bias {out}"] = partial(self.up_and_bias, out)
             tasks[f"add_up {out}"] = partial(self.add_up, out)
-        for kind in ("none", "static"):
-            tasks[f"gelu {kind}"] = partial(self.gelu, kind, False)
-            for tile in TILES:
-                tasks[f"gelu {kind} with a LoRA {tile}"] = partial(self.gelu, kind, True, tile)
-        tasks["gelu token"] = partial(self.gelu, "token", False)
+        for kind in get_args(Kind):
+            tasks[f"gelu {kind}"] = partial(self.gelu, kind)
+            tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu_with_lora, kind, False)
+            tasks[f"gelu {kind} with a LoRA, and low"] = partial(self.gelu_with_lora, kind, True)
+            for cut in CUTS[: None if kind == "token" else 5]:
+                tasks[f"gelu {kind} with a LoRA, and low {cut}"] = partial(self.gelu_with_lora, kind, True, cut)
         tasks["gelu token, 16 values a thread"] = partial(self.gelu_of_values_per_thread, 16)
-        tasks["gelu token with a LoRA, and low"] = partial(self.gelu_to_codes, None, True)
-        tasks["gelu token with a LoRA"] = partial(self.gelu_to_codes, None, False)
-        for cut in CUTS:
-            tasks[f"gelu token with a LoRA, and low {cut}"] = partial(self.gelu_to_codes, cut, True)
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
         tasks[f"fp8 {d} to {4 * d}, gelu token with a LoRA"] = partial(self.inner, True)
         tasks["pack"] = partial(self.pack, False)
@@ -121,35 +117,36 @@ class Kernels:
         size = self.rows.total * (width * (1 if codes else 2) + 2 * self.rank)
         return self.cells(lambda: low(x.text, x.image, weight, down.factor, self.dtype), size)
 
-    def gelu(self, kind: Kind, lora: bool, tile: tuple[int, int, int] = (64, 64, 4)) -> Cells:
-        """GELU of the MLP's inner product, by tiles with a LoRA."""
-        from mmdit.runtime import kernels, lora_kernels
+    def gelu(self, kind: Kind) -> Cells:
+        """GELU of the MLP's inner product."""
+        from mmdit.runtime import kernels
 
-        width, scale = 4 * self.d, torch.tensor(0.02, device=self.device)
-        rounding = Rounding(kind, scale, scale) if kind == "static" else Rounding(kind)
-        x, added = self.random(self.rows.total, width), self.added(width)
-        size = self.rows.total * width * (4 if kind == "none" else 3)
-        if lora:
-            return self.cells(lambda: lora_kernels.gelu(x, self.rows, rounding, added, tile), size)
+        x, rounding = self.random(self.rows.total, 4 * self.d), self.rounding(kind)
+        size = x.numel() * (4 if kind == "none" else 3)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
 
-    def gelu_to_codes(self, cut: tuple[int, int, int, int, int, int] | None, with_low: bool) -> Cells:
-        """GELU under a scale per row with a LoRA, and the products of its codes with the next down projections."""
-        from mmdit.runtime.lora_kernels import Cut, gelu_to_codes
+    def gelu_with_lora(self, kind: Kind, with_low: bool, cut: Sequence[int] | None = None) -> Cells:
+        """GELU with a LoRA, and the products of what it gives with the next down projections."""
+        from mmdit.runtime.lora_kernels import Cut, gelu
 
         width = 4 * self.d
-        x, added = self.random(self.rows.total, width), self.added(width)
-        down = Down.of(self.random(2, self.rank, width), codes=True) if with_low else None
+        x, added, rounding = self.random(self.rows.total, width), self.added(width), self.rounding(kind)
+        down = Down.of(self.random(2, self.rank, width), codes=kind != "none") if with_low else None
         chosen = None if cut is None else Cut(*cut)
-        size = self.rows.total * width * 3
-        return self.cells(lambda: gelu_to_codes(x, self.rows, Rounding("token"), added, down, chosen), size)
+        size = x.numel() * (4 if kind == "none" else 3)
+        return self.cells(lambda: gelu(x, self.rows, rounding, added, down, chosen), size)
+
+    def rounding(self, kind: Kind) -> Rounding:
+        """The rounding of a kind, under some scale where that is static."""
+        scale = torch.tensor(0.02, device=self.device)
+        return Rounding(kind, scale, scale) if kind == "static" else Rounding(kind)
 
     def gelu_of_values_per_thread(self, values: int) -> Cells:
         """GELU under a scale per row, of so many values of a row in a thread."""
         from mmdit.runtime import kernels
 
         with replaced(kernels, "_PER_THREAD", values):
-            return self.gelu("token", False)
+            return self.gelu("token")
 
     def inner(self, lora: bool) -> Cells:
         """The first product of the image's MLP in float8, and GELU after it."""
@@ -240,7 +237,7 @@ def ways(rank: int) -> dict[str, Way]:
     if HAS_TRITON:
         from mmdit.runtime import kernels, lora_kernels
 
-        for cut in CUTS[1:4]:
+        for cut in (CUTS[1], CUTS[2], CUTS[5]):
             found[f"codes behind {cut}"] = Way(rank, settings=((lora_kernels, "_CUT", lora_kernels.Cut(*cut)),))
         found["codes behind, low apart"] = Way(rank, settings=((kernels, "TOKEN_GELU", "behind"),))
         found["sums before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))

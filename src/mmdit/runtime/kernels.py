@@ -86,12 +86,10 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None, 
     """`plain_kernels.gelu` and rounding, in one pass."""
     if added is None:
         return _row_by_row(x, rows, rounding, joint=False, gelu=True)
-    if rounding.kind != "token":
-        return lora_kernels.gelu(x, rows, rounding, added)
-    if TOKEN_GELU == "before":
+    if rounding.kind == "token" and TOKEN_GELU == "before":
         add_up(x, added, rows)
         return _row_by_row(x, rows, rounding, joint=False, gelu=True)
-    return lora_kernels.gelu_to_codes(x, rows, rounding, added, down if TOKEN_GELU == "with low" else None)
+    return lora_kernels.gelu(x, rows, rounding, added, down if TOKEN_GELU == "with low" else None)
 
 
 def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:

@@ -21,12 +21,11 @@ from quant.formats import LARGEST
 from quant.kernels import code_of, larger, row_scale
 from quant.scaling import SMALLEST_SCALE
 
-_ROWS = 64  # of a tile
-_TILE = (_ROWS, 64, 4)  # of `gelu`: rows, columns, and the warps of a program
+_ROWS = 64  # of a tile of `pack`
 
 
 class Cut(NamedTuple):
-    """How `gelu_to_codes` cuts the values.
+    """How `gelu` cuts the values.
 
     Args:
         rows, columns: of a step.
@@ -83,84 +82,52 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
     return q, k, v
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, tile: tuple[int, int, int] = _TILE) -> Activation:
-    """`plain_kernels.gelu` and rounding, in one pass.
-
-    Args:
-        x, rows, added: see `plain_kernels.gelu`.
-        rounding: none or static; `gelu_to_codes` has a scale per row.
-        tile: rows and columns of a program, and its warps.
-    """
-    width = x.shape[1]
-    blank = Blank.of(rows, width, rounding, x, x.dtype)
-    data, _, text_static, image_static = targets(blank, rounding, x)
-    _gelu[(triton.cdiv(width, tile[1]), _tiles(rows.as_one_sample(), tile[0]))](
-        x,
-        data,
-        text_static,
-        image_static,
-        *_factors(added),
-        rows.split,
-        rows.total - rows.split,
-        width,
-        KINDS[rounding.kind],
-        LARGEST["e4m3"],
-        added.up.shape[2],
-        *tile[:2],
-        width % tile[1] == 0,
-        num_warps=tile[2],
-    )
-    return blank.activation(rows, rounding)
-
-
-def gelu_to_codes(
+def gelu(
     x: Tensor, rows: Rows, rounding: Rounding, added: Added, down: Down | None = None, cut: Cut | None = None
 ) -> Activation:
-    """`plain_kernels.gelu` and rounding under a scale per row, and what reads the codes times `down`, in one launch.
+    """`plain_kernels.gelu` and rounding, and the products of the result with the next down projections, in one launch.
 
     Args:
         x, rows, rounding, added, down: see `plain_kernels.gelu`.
         cut: how the values are cut; None takes the fastest on an H200.
     """
-    width, alone, cut = x.shape[1], rows.as_one_sample(), cut or _CUT
+    width, alone, cut, token = x.shape[1], rows.as_one_sample(), cut or _CUT, rounding.kind == "token"
     tiles, strips = _tiles(alone, cut.rows), triton.cdiv(width, cut.columns * cut.steps)
     blank = Blank.of(rows, width, rounding, x, x.dtype)
-    rank = 0
-    below = low = sums = x  # which are not read
-    factor = None
+    low, sums, weight, rank = None, x, x, 0
     if down is not None:
-        assert down.halves is not None, "the down projections are for codes"
-        below, factor, rank = down.halves, down.factor, down.halves.shape[1]
+        weight = down.exact if down.halves is None else down.halves
+        rank = weight.shape[1]
         low = torch.empty((rows.total, rank), dtype=x.dtype, device=x.device)
         sums = torch.empty((strips, rows.total, rank), dtype=torch.float32, device=x.device)
-    found = torch.zeros(2 * tiles + rows.total, dtype=torch.int32, device=x.device)
-    _gelu_to_codes[((tiles + cut.behind) * 2 * strips,)](
+    found = torch.zeros(2 * tiles + rows.total, dtype=torch.int32, device=x.device) if rank or token else x
+    _gelu[((tiles + cut.behind) * 2 * strips if token else tiles * strips,)](
         x,
-        blank.data,
-        blank.scales,
+        *targets(blank, rounding, x),
         found,
         *_factors(added),
-        below,
-        x if factor is None else factor,
-        low,
+        weight,
+        x if down is None or down.factor is None else down.factor,
+        x if low is None else low,
         sums,
-        len(below) - 1 if rank else 0,
+        len(weight) - 1 if rank else 0,
         alone.text,
         alone.image,
         width,
         blank.gap,
         tiles,
         strips,
+        KINDS[rounding.kind],
         LARGEST["e4m3"],
         SMALLEST_SCALE,
         added.up.shape[2],
         rank,
         *cut[:4],
-        cut.behind,
+        cut.behind if token else 0,
         width == strips * cut.columns * cut.steps,
         num_warps=cut.warps,
     )
-    return blank.activation(rows, rounding)._replace(low=low if rank else None)
+    return blank.activation(rows, rounding)._replace(low=low)
 
 
 def _tiles(rows: Rows, block: int) -> int:
@@ -252,57 +219,22 @@ def _pack(
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text", "image"])
+@triton.jit(do_not_specialize=["text", "image", "gap", "tiles"])
 def _gelu(
     x,
     out,
+    scales,
     text_static,
     image_static,
-    low,
-    low_stride,
-    up,
-    image_up,
-    text,
-    image,
-    width,
-    kind: tl.constexpr,
-    largest: tl.constexpr,
-    rank: tl.constexpr,
-    block: tl.constexpr,
-    wide: tl.constexpr,
-    even: tl.constexpr,
-):
-    """The last tiles come first, as in `add_up`. `even` says that tiles have all their columns."""
-    row, count, is_text, _, _ = _tile(tl.num_programs(1) - 1 - tl.program_id(1), 1, text, image, block)
-    local, column = tl.arange(0, block), tl.program_id(0) * wide + tl.arange(0, wide)
-    there, inside = local < count, column < width
-    both = there[:, None] if even else there[:, None] & inside[None, :]
-    local = tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
-    place = row.to(tl.int64) * width + local[:, None] * width + column[None, :]
-    a, b = _operands(low, low_stride, up, image_up, row, local, column, inside, is_text, even, rank)
-    value = tl.load(x + place) if even else tl.load(x + place, mask=inside[None, :], other=0.0)
-    value = gelu_of(value.to(tl.float32) + tl.dot(a, b, input_precision="ieee"))
-    if kind == 2:
-        static = tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
-        value = code_of(value, static, largest, out.dtype.element_ty)
-    tl.store(out + place, value.to(out.dtype.element_ty), mask=both)
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text", "image", "gap", "tiles"])
-def _gelu_to_codes(
-    x,
-    out,
-    scales,
     found,
     low,
     low_stride,
     up,
     image_up,
-    below,
+    down,
     factor,
-    below_low,
-    below_sums,
+    down_low,
+    down_sums,
     last,
     text,
     image,
@@ -310,10 +242,11 @@ def _gelu_to_codes(
     gap,
     tiles,
     strips,
+    kind: tl.constexpr,
     largest: tl.constexpr,
     smallest: tl.constexpr,
     rank: tl.constexpr,
-    below_rank: tl.constexpr,
+    down_rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
     steps: tl.constexpr,
@@ -321,21 +254,24 @@ def _gelu_to_codes(
     behind: tl.constexpr,
     even: tl.constexpr,
 ):
-    """Programs of two kinds by turns: the first ones find the largest value of each row, the others write codes.
+    """A program handles a strip of a tile of rows. The last rows come first: after the product that has written them,
+    they are still in the cache.
 
-    The programs that write the codes of a tile of rows come `behind` tiles after those that find its largest values,
-    which are known by then, or soon, and the values are still in the cache. Programs start in the order of their
-    numbers; they wait for smaller numbers of the first kind only, and these never wait. `found` has the number of
-    programs of each kind that are done with each tile, and then the largest values, as bits of float32.
+    Under a scale per row (kind 1) there are programs of two kinds by turns: the first ones find the largest value of
+    each row, the others write codes. Those that write the codes of a tile come `behind` tiles after those that find its
+    largest values, which are known by then, or soon, and the values are still in the cache. Programs start in the order
+    of their numbers; they wait for smaller numbers of the first kind only, and these never wait.
 
-    The last rows come first: after the product that has written them, they are still in the cache.
+    `found` has, for each tile, the number of strips whose largest values are found, then that of strips that are
+    written, and then, for each row, the largest value, as the bits of float32.
     """
     number = tl.program_id(0)
-    turn, strip = number // (2 * strips), number % (2 * strips)
-    writes = strip >= strips
-    if writes:
-        turn -= behind
-        strip -= strips
+    each: tl.constexpr = 2 if kind == 1 else 1
+    turn, strip = number // (each * strips), number % (each * strips)
+    finds = strip < strips
+    if kind == 1:
+        turn -= tl.where(finds, 0, behind)
+        strip -= tl.where(finds, 0, strips)
     if (turn >= 0) & (turn < tiles):
         tile = tiles - 1 - turn
         row, count, is_text, _, _ = _tile(tile, 1, text, image, block)
@@ -346,48 +282,55 @@ def _gelu_to_codes(
         up += tl.where(is_text, 0, image_up)
         place = row.to(tl.int64)[:, None] * width
         done, size, start = found + tile, found + 2 * tiles + row, strip * (steps * wide)
-        if writes:
-            while tl.atomic_add(done, 0, sem="acquire") < strips:
-                pass
-            scale = row_scale(tl.load(size, volatile=True).to(tl.float32, bitcast=True), largest, smallest)
-            if strip == 0:
-                tl.store(scales + row + tl.where(is_text, 0, gap), scale, mask=there)
-            below += tl.where(is_text, 0, last * below_rank) * width
-            total = _codes(
+        if kind == 1 and finds:
+            value = _largest(x + place, a, up, start, width, rank, block, wide, steps, stages, even)
+            tl.atomic_max(size, value.to(tl.int32, bitcast=True), mask=there, sem="relaxed")
+            tl.debug_barrier()
+            tl.atomic_add(done, 1, sem="release")
+        else:
+            scale = tl.full([block], 1.0, tl.float32)
+            if kind == 1:
+                while tl.atomic_add(done, 0, sem="acquire") < strips:
+                    pass
+                scale = row_scale(tl.load(size, volatile=True).to(tl.float32, bitcast=True), largest, smallest)
+                if strip == 0:
+                    tl.store(scales + row + tl.where(is_text, 0, gap), scale, mask=there)
+            if kind == 2:
+                scale *= tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
+            part = tl.where(is_text, 0, last * down_rank)
+            down += part * width
+            total = _values(
                 x + place,
                 out + place,
                 a,
                 up,
-                below,
+                down,
                 scale,
                 there,
                 start,
                 width,
+                kind,
                 largest,
                 rank,
-                below_rank,
+                down_rank,
                 block,
                 wide,
                 steps,
                 stages,
                 even,
             )
-            if below_rank > 0:
-                n = tl.arange(0, below_rank)[None, :]
-                at, every = row[:, None] * below_rank + n, (text + image) * below_rank
-                tl.store(below_sums + strip * every + at, total, mask=there[:, None])
+            if down_rank > 0:
+                n = tl.arange(0, down_rank)[None, :]
+                at, every = row[:, None] * down_rank + n, (text + image) * down_rank
+                tl.store(down_sums + strip * every + at, total, mask=there[:, None])
                 tl.debug_barrier()
                 if tl.atomic_add(done + tiles, 1, sem="acq_rel") == strips - 1:  # the last one adds up in their order
-                    total = tl.zeros([block, below_rank], tl.float32)
+                    total = tl.zeros([block, down_rank], tl.float32)
                     for other in range(strips):
-                        total += tl.load(below_sums + other * every + at, volatile=True)
-                    total *= scale[:, None] * tl.load(factor + tl.where(is_text, 0, last * below_rank) + n)
-                    tl.store(below_low + at, total.to(below_low.dtype.element_ty), mask=there[:, None])
-        else:
-            value = _largest(x + place, a, up, start, width, rank, block, wide, steps, stages, even)
-            tl.atomic_max(size, value.to(tl.int32, bitcast=True), mask=there, sem="relaxed")
-            tl.debug_barrier()
-            tl.atomic_add(done, 1, sem="release")
+                        total += tl.load(down_sums + other * every + at, volatile=True)
+                    if kind != 0:
+                        total *= scale[:, None] * tl.load(factor + part + n)
+                    tl.store(down_low + at, total.to(down_low.dtype.element_ty), mask=there[:, None])
 
 
 @no_type_check  # annotations have Triton's meaning here
@@ -424,38 +367,42 @@ def _largest(
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit
-def _codes(
+def _values(
     x,
     out,
     a,
     up,
-    below,
+    down,
     scale,
     there,
     start,
     width,
+    kind: tl.constexpr,
     largest: tl.constexpr,
     rank: tl.constexpr,
-    below_rank: tl.constexpr,
+    down_rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
     steps: tl.constexpr,
     stages: tl.constexpr,
     even: tl.constexpr,
 ):
-    """Write the codes of a strip; the sums of their products with `below`, [block, below_rank]."""
-    n = tl.arange(0, below_rank if below_rank > 0 else 1)
-    total = tl.zeros([block, below_rank if below_rank > 0 else 1], tl.float32)
+    """Write the values or codes of a strip; the sums of their products with `down`, [block, down_rank]."""
+    n = tl.arange(0, down_rank if down_rank > 0 else 1)
+    total = tl.zeros([block, down_rank if down_rank > 0 else 1], tl.float32)
     for k in tl.range(0, steps, num_stages=stages):
         column = start + k * wide + tl.arange(0, wide)
         value = gelu_of(_sum(x, a, up, column, width, rank, even))
-        code = code_of(value, scale[:, None], largest, out.dtype.element_ty, True)
+        if kind == 0:
+            value = value.to(out.dtype.element_ty)
+        else:
+            value = code_of(value, scale[:, None], largest, out.dtype.element_ty, kind == 1)
         inside = there[:, None] if even else there[:, None] & (column < width)[None, :]
-        tl.store(out + column[None, :], code, mask=inside)
-        if below_rank > 0:
-            by = below + n[None, :] * width + column[:, None]
+        tl.store(out + column[None, :], value, mask=inside)
+        if down_rank > 0:
+            by = down + n[None, :] * width + column[:, None]
             by = tl.load(by) if even else tl.load(by, mask=(column < width)[:, None], other=0.0)
-            total = tl.dot(code.to(by.dtype), by, total, input_precision="ieee")
+            total = tl.dot(value.to(by.dtype), by, total, input_precision="ieee")
     return total
 
 
