@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options, unknown = parser().parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, unknown = parser(arguments[0] if arguments else "").parse_known_args(arguments)
     if unknown:
         options.own_parser.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(options.own_parser, unknown)}")
     try:
@@ -127,8 +128,13 @@ def _is_for_users(error: Exception) -> bool:
     return isinstance(error, HubError)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; it needs no torch."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands; it needs no torch.
+
+    Args:
+        command: the one command whose options are added, which saves the time of the others'; None adds those of all,
+            as "completion" does, which prints them.
+    """
     top = argparse.ArgumentParser(
         prog="mmdit",
         description="Stable Diffusion 3 / 3.5 for research.",
@@ -144,5 +150,6 @@ def parser() -> argparse.ArgumentParser:
         name = module.__name__.rpartition(".")[2]
         one = commands.add_parser(name, parents=[common], help=said, description=words, **layout)
         one.set_defaults(run=module.run, parser=top, own_parser=one)
-        module.add_options(one)
+        if command in (None, name, "completion"):
+            module.add_options(one)
     return top

@@ -17,6 +17,7 @@ import torch
 from mmdit import PROFILES, ControlNet, ControlNetConfig, Hires, Pipeline, read_settings
 from mmdit.cli import app, devices, drawing, process
 from mmdit.cli.app import main
+from mmdit.cli.completion import commands_of
 from mmdit.cli.console import Stream
 from mmdit.cli.long_runs import passes_of
 from mmdit.cli.usage import dtype_name, sampler_name, schedule_name
@@ -268,6 +269,15 @@ def test_threads_are_chosen_for_the_embedded_model(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     devices.choose_threads(None, None, cpu)
     assert asked == [2, 2, 5, 1]
+
+
+@pytest.mark.parametrize("command", ["generate", "bench"])
+def test_only_the_command_that_is_called_gets_its_options(command):
+    every, one = ({each.words: each for each in commands_of(app.parser(name))} for name in (None, command))
+    assert {*one} == {words for words in every if words[:1] == (command,) or len(words) < 2}
+    assert one[command,] == every[command,]
+    others = [each for words, each in one.items() if words and words[0] != command]
+    assert {option for each in others for option in each.options} == {"-h", "--help", "--debug"}
 
 
 class Glibc:
