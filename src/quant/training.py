@@ -47,6 +47,8 @@ def fake_codes(x: Tensor, scale: Tensor, format: Format) -> Tensor:
         scale: Positive, broadcasts to x.
         format: The format of the codes.
     """
+    if torch.compiler.is_compiling():
+        return _opaque_codes(x, scale, format)
     return _Codes.apply(x, scale, format)  # type: ignore[no-untyped-call]
 
 
@@ -55,8 +57,7 @@ class _Codes(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, format: Format) -> Tensor:
-        # Through 32 bits: torch 2.13 compiles the direct conversion to bfloat16 wrongly for CPUs, whose values are NaN.
-        return from_codes(to_codes(x, scale.to(_wide(x)), format), format, _wide(x)).to(x.dtype)
+        return from_codes(to_codes(x, scale.to(_wide(x)), format), format, x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -66,12 +67,53 @@ class _Codes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, scale = ctx.saved_tensors
-        wide = _wide(x)
-        quotient = x.to(wide) / scale.to(wide)
-        passed = grads[0].to(wide) * (quotient.abs() <= ctx.largest) / scale.to(wide)
-        of_scale = (-passed * quotient).sum_to_size(scale.shape).to(scale.dtype) if ctx.needs_input_grad[1] else None
-        return passed.to(x.dtype) if ctx.needs_input_grad[0] else None, of_scale, None
+        of_x, of_scale = _gradients(grads[0], *ctx.saved_tensors, ctx.largest, ctx.needs_input_grad[1])
+        return of_x if ctx.needs_input_grad[0] else None, of_scale, None
+
+
+def _gradients(grad: Tensor, x: Tensor, scale: Tensor, largest: float, of_scale: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and, where it is asked for, of the scale."""
+    wide = _wide(x)
+    quotient = x.to(wide) / scale.to(wide)
+    passed = grad.to(wide) * (quotient.abs() <= largest) / scale.to(wide)
+    total = (-passed * quotient).sum_to_size(scale.shape).to(scale.dtype) if of_scale else None
+    return passed.to(x.dtype), total
+
+
+# For torch.compile the rule is an operation that it does not look into: torch 2.11 loses the gradients of the function
+# above where the codes pass through 32 bits, and 2.13 compiles their direct conversion to bfloat16 wrongly for CPUs.
+@torch.library.custom_op("quant::fake_codes", mutates_args=(), schema="(Tensor x, Tensor scale, str format) -> Tensor")
+def _opaque_codes(x: Tensor, scale: Tensor, format: Any) -> Tensor:
+    return _Codes.forward(x, scale, format).contiguous()
+
+
+@torch.library.custom_op(
+    "quant::fake_codes_gradients",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor scale, float largest, bool of_scale) -> (Tensor, Tensor)",
+)
+def _opaque_gradients(grad: Tensor, x: Tensor, scale: Tensor, largest: float, of_scale: bool) -> tuple[Tensor, Tensor]:
+    of_x, total = _gradients(grad, x, scale, largest, of_scale)
+    return of_x.contiguous(), torch.zeros_like(scale) if total is None else total.clone()
+
+
+@_opaque_codes.register_fake
+def _(x: Tensor, scale: Tensor, format: str) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_opaque_gradients.register_fake
+def _(grad: Tensor, x: Tensor, scale: Tensor, largest: float, of_scale: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(scale)
+
+
+def _opaque_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    of_scale = ctx.needs_input_grad[1]
+    made, total = _opaque_gradients(grad, *ctx.saved_tensors, ctx.largest, of_scale)
+    return made if ctx.needs_input_grad[0] else None, total if of_scale else None, None
+
+
+_opaque_codes.register_autograd(_opaque_backward, setup_context=_Codes.setup_context)
 
 
 class FakeQuantizedLinear(nn.Linear):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from float8_recipes import RECIPES_OF_ALL
 from quant import Float8Tensor, quantize_
@@ -99,6 +100,26 @@ def test_gradcheck_where_codes_do_not_move():
     x = torch.tensor([500.0, -700.0, 1e4], dtype=torch.float64, requires_grad=True)
     scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, s: s * fake_codes(x, s, "e4m3"), (x, scale))
+
+
+def test_codes_for_a_compiler_and_their_gradients_are_the_plain_ones(monkeypatch):
+    for shape, dtype in (((), torch.float32), ((4, 1), torch.bfloat16)):
+        g = torch.Generator().manual_seed(0)
+        x = (300 * torch.randn(6, 4, generator=g)).to(dtype).T.requires_grad_(True)
+        scale = (0.5 + torch.rand(shape, generator=g)).requires_grad_(True)
+        grad = torch.randn(4, 6, generator=g).to(dtype)
+        found = []
+        for compiling in (False, True):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+            codes = fake_codes(x, scale, "e4m3")
+            found.append((codes, *torch.autograd.grad(codes, (x, scale), grad)))
+            assert ("quant_fake_codes" in type(codes.grad_fn).__name__) == compiling
+        for ours, wanted in zip(*found, strict=True):
+            assert wanted.any()
+            torch.testing.assert_close(ours, wanted)
+        with FakeTensorMode() as mode:
+            told = torch.ops.quant.fake_codes(mode.from_tensor(x), mode.from_tensor(scale), "e4m3")
+        assert (told.dtype, told.stride()) == (found[1][0].dtype, found[1][0].stride())
 
 
 @pytest.mark.parametrize(

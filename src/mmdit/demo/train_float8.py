@@ -65,6 +65,8 @@ class Float8Recipe:
     calibration: int = 128  # prompts for static scales and second moments
     checked: int = 256  # held-out prompts whose drawings are compared at the end
     decoded: int = 32  # pictures that tell how much each channel of the latents counts
+    followed: int = 64  # drawings that tell how much each step counts
+    compiled: bool = False  # blocks, on a GPU
     batch: int = 120  # latents in a step, each with and without its prompt
     along: int = 10  # of them of each drawing
     drawn: int = 256  # drawings at a time
@@ -75,7 +77,7 @@ class Float8Recipe:
     save_seconds: float = 60.0
 
 
-CPU = Float8Recipe(prompts=96, calibration=16, checked=16, decoded=2, batch=8, along=4, drawn=16)
+CPU = Float8Recipe(prompts=96, calibration=16, checked=16, decoded=2, followed=1, batch=8, along=4, drawn=16)
 
 
 def train(
@@ -111,7 +113,11 @@ def train(
     states = states_of(drawing, texts, **given, seed=10_000, batch=recipe.drawn)
     states = states.with_velocities(drawing.transformer, recipe.drawn)
     states = states._replace(channels=picture_channels(partial(pictures, pipe), states.ends(recipe.decoded)))
-    del drawing
+    rounded = copy.deepcopy(teacher)
+    quantize_(rounded, dynamic(recipes[0]))
+    states = states.with_growth(teacher, rounded, recipe.followed)
+    del drawing, rounded
+    journal.say(f"weights of the steps: {[round(float(one), 2) for one in states.weight]}")
     journal.say(f"{recipe.prompts} prompts drawn; first {texts[0]!r}")
     left = max(1.0, seconds - (time.monotonic() - start)) / len({dynamic(name) for name in recipes})
     found, rows, base = {}, [], drawn(pipe, teacher, recipe)
@@ -303,9 +309,9 @@ def _quickest(
     """The training, on a GPU with compiled blocks in a CUDA graph; the log says loudly what could not be had."""
     given: dict[str, Any] = {"rate": recipe.rate, "batch": recipe.batch, "along": recipe.along, "seed": recipe.seed}
     given["autocast"] = torch.bfloat16 if states.x.is_cuda else None
-    start = time.monotonic()
+    start, first_weights = time.monotonic(), copy.deepcopy(student.state_dict())
     ways = ((True, True), (False, True), (False, False)) if states.x.is_cuda else ((False, False),)
-    for compiled, recorded in ways:
+    for compiled, recorded in ways[0 if recipe.compiled else -2 :]:
         with ExitStack() as stack:
             left = max(1.0, seconds - (time.monotonic() - start))
             found = distil(student, teacher, states, seconds=left, done=done, recorded=recorded, **given)
@@ -313,15 +319,15 @@ def _quickest(
                 if compiled:
                     stack.enter_context(compiled_blocks(student))
                 first = next(found)
+                journal.say(f"{compiled=}, {recorded=}; first step after {time.monotonic() - start:.1f} s")
+                yield first
+                yield from found
+                return
             except (RuntimeError, TorchDynamoException) as error:
-                if (compiled, recorded) == ways[-1]:
+                if (compiled, recorded) == ways[-1] or type(error) is DivergedError:
                     raise
                 journal.say(f"!!! NO TRAINING WITH {compiled=}, {recorded=}, GOING ON WITHOUT: {error} !!!")
-                continue
-            journal.say(f"{compiled=}, {recorded=}; first step after {time.monotonic() - start:.1f} s")
-            yield first
-            yield from found
-            return
+                student.load_state_dict(first_weights)
 
 
 @contextmanager
@@ -350,10 +356,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="in 16 bits (default: %(default)s)")
     parser.add_argument("--rate", type=float, help="of Adam (default: that of the recipe)")
+    parser.add_argument("--batch", type=int, help="latents in a step (default: that of the recipe)")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, on a GPU")
     options = parser.parse_args(arguments)
+    given = {"rate": options.rate, "batch": options.batch, "compiled": options.compile or None}
     recipe = CPU if options.device == "cpu" else Float8Recipe()
-    if options.rate is not None:
-        recipe = replace(recipe, rate=options.rate)
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     torch.set_float32_matmul_precision("high")  # the mantissa of TF32 holds every float8 code
     train(options.out, options.seconds, options.recipes, recipe=recipe, device=options.device, model=options.model)
     return 0

@@ -18,6 +18,7 @@ from mmdit.training import recording
 from mmdit.training.distil import (
     Distilled,
     DivergedError,
+    RecordedError,
     States,
     distil,
     distil_blocks,
@@ -184,6 +185,25 @@ def test_drawings_end_a_step_after_their_last_state(teacher, states):
     torch.testing.assert_close(found, (states.x[:, 2] - 0.3 * both)[:4], atol=1e-4, rtol=1e-4)
 
 
+def test_steps_count_as_much_as_their_errors_change_the_end(states):
+    """A velocity k(t) x: an error after a step is multiplied by the rest of Euler's factors, whatever its size."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self, extra):
+            super().__init__()
+            self.extra = torch.nn.Parameter(torch.tensor(extra))
+
+        def forward(self, x, timestep, context, pooled):
+            return x * (timestep / 1000 + self.extra).view(-1, 1, 1, 1)
+
+    some = states._replace(channels=torch.eye(16) * 3)
+    found = some.with_growth(Linear(0.0), Linear(0.01), 4).weight
+    second, third = 0.6, 0.3  # sigma, which is also k, and falls by 0.3 in each step
+    factors = torch.tensor([(1 - 0.3 * second) * (1 - 0.3 * third), 1 - 0.3 * third, 1.0])
+    wanted = states.weight * factors
+    torch.testing.assert_close(found, wanted / wanted.mean(), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_a_loss_that_is_not_finite_names_the_step_and_the_layer_and_changes_nothing(teacher, states, known):
     student = copy.deepcopy(teacher).requires_grad_(True)
@@ -230,7 +250,8 @@ def test_the_demo_says_loudly_which_quick_ways_failed_and_goes_on(teacher, state
         )
     on_gpu = states._replace(x=SimpleNamespace(is_cuda=True))
     journal = Journal(tmp_path, quiet=True)
-    found = train_float8._quickest(student, teacher, on_gpu, 0.0, 1.0, journal, train_float8.CPU)
+    recipe = replace(train_float8.CPU, compiled=True)
+    found = train_float8._quickest(student, teacher, on_gpu, 0.0, 1.0, journal, recipe)
     assert [one.share for one in found] == [0.5, 1.0]
     assert tried == [(True, True), (False, True), (False, False)]
     assert (tmp_path / "log.txt").read_text().count("!!! NO TRAINING WITH") == 2
@@ -337,6 +358,41 @@ def test_where_a_rounding_changes_as_much_a_recorded_step_may_differ():
         with pytest.raises(DivergedError) if ends else nullcontext():
             module._check_recorded(1, torch.tensor(loss), loss_of, [weight], batch, eps=eps)
         assert weight.grad.tolist() == [1.0, grad / 2]
+
+
+def test_where_a_rounding_changes_all_gradients_of_another_size_are_still_wrong():
+    """Gradients whose signs follow a rounding: the other sign is no fault, and none at all is one."""
+    weight, x = torch.ones(2, requires_grad=True), torch.tensor([1.0, 1.0])
+    batch = module.StateBatch(x, *(torch.zeros(1) for _ in range(6)))
+
+    def loss_of(given):
+        return (weight * (given.x - 1 - 1e-4).sign()).sum() / 2
+
+    for grads, ends in (([-0.5, 0.5], False), ([0.0, 0.0], True), ([-1.6, -1.6], True)):
+        weight.grad = torch.tensor(grads)
+        with pytest.raises(RecordedError, match="times as large") if ends else nullcontext():
+            module._check_recorded(1, torch.tensor(-1.0), loss_of, [weight], batch, eps=1e-3)
+
+
+def test_a_compiled_training_that_is_found_wrong_starts_anew_without_compiling(teacher, states, tmp_path, monkeypatch):
+    student, bias = copy.deepcopy(teacher), "joint_blocks.0.x_block.mlp.fc1.bias"
+    first, seen = student.get_parameter(bias).clone(), []
+
+    def wrong(model, *_, **__):
+        seen.append(model.get_parameter(bias).clone())
+        with torch.no_grad():
+            model.get_parameter(bias).fill_(7.0)
+        yield Distilled(1, 0.5, torch.zeros(()), None)
+        if len(seen) == 1:
+            raise RecordedError("step 1: wrong")
+
+    monkeypatch.setattr(train_float8, "distil", wrong)
+    monkeypatch.setattr(train_float8, "compiled_blocks", lambda _: nullcontext())
+    on_gpu = states._replace(x=SimpleNamespace(is_cuda=True))
+    recipe = replace(train_float8.CPU, compiled=True)
+    given = (student, teacher, on_gpu, 0.0, 1.0, Journal(tmp_path, quiet=True), recipe)
+    assert len(list(train_float8._quickest(*given))) == 2
+    assert all(torch.equal(one, first) for one in seen)
 
 
 def test_the_demo_keeps_the_best_weights_of_a_training_that_diverges(teacher, states, tmp_path, monkeypatch):
