@@ -67,7 +67,8 @@ class _Codes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        of_x, of_scale = _gradients(grads[0], *ctx.saved_tensors, ctx.largest, ctx.needs_input_grad[1])
+        x, scale = ctx.saved_tensors
+        of_x, of_scale = _gradients(grads[0], x, scale, ctx.largest, ctx.needs_input_grad[1])
         return of_x if ctx.needs_input_grad[0] else None, of_scale, None
 
 
@@ -109,7 +110,8 @@ def _(grad: Tensor, x: Tensor, scale: Tensor, largest: float, of_scale: bool) ->
 
 def _opaque_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     of_scale = ctx.needs_input_grad[1]
-    made, total = _opaque_gradients(grad, *ctx.saved_tensors, ctx.largest, of_scale)
+    x, scale = ctx.saved_tensors
+    made, total = _opaque_gradients(grad, x, scale, ctx.largest, of_scale)
     return made if ctx.needs_input_grad[0] else None, total if of_scale else None, None
 
 
