@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import mmap
 import os
 import sys
 from collections.abc import Iterator
@@ -17,8 +16,6 @@ _WAITING: Final = "GOMP_SPINCOUNT"  # GNU's OpenMP reads it when it is loaded, w
 _SPINS: Final = "1000"  # some 50 microseconds; without it 300,000, milliseconds
 _KEPT: Final = 256 * 2**20  # bytes of freed memory that the process keeps
 _FROM_HEAP: Final = 32 * 2**20  # bytes of an allocation, the most that glibc allows
-_HEAP: Final = 192 * 2**20  # bytes by which the heap grows at once, less than _KEPT
-_USUAL_PAD: Final = 128 * 2**10  # glibc's
 
 
 class Ending:
@@ -52,9 +49,8 @@ def small_steps(model: str | None) -> Iterator[None]:
 
     Text encoders and VAE, and steps without guidance, are hundreds of parallel regions of some microseconds. By default
     a thread that waits for another one spins for milliseconds, which on a machine with other work takes the core that
-    the other one needs. By default glibc returns the memory of each step to the system, which makes 5000 page faults a
-    step; and pages of 4 kB need 512 times as many faults, and places in the processor's table of pages, as those of
-    2 MB.
+    the other one needs. And by default glibc returns the memory of each step to the system, which makes 5000 page
+    faults a step.
 
     Settings that the environment holds are kept. Where torch is imported already, nothing changes.
 
@@ -64,7 +60,7 @@ def small_steps(model: str | None) -> Iterator[None]:
     if model not in (None, DEMO) or "torch" in sys.modules:
         yield
         return
-    _prepare_malloc()
+    _keep_freed_memory()
     if any(name in os.environ for name in (_WAITING, "OMP_WAIT_POLICY")):
         yield
         return
@@ -75,23 +71,13 @@ def small_steps(model: str | None) -> Iterator[None]:
         os.environ.pop(_WAITING, None)
 
 
-def _prepare_malloc() -> None:
-    """Let malloc keep freed memory, in pages of 2 MB, where it is glibc's."""
+def _keep_freed_memory() -> None:
+    """Let malloc keep freed memory, where it is glibc's."""
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):  # another C library
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
         return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of malloc.h
-    libc.mallopt(trim_threshold, _KEPT)
-    libc.mallopt(mmap_threshold, _FROM_HEAP)
-    libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
-    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    before = libc.sbrk(0)
-    libc.mallopt(top_pad, _HEAP)  # of addresses; memory is taken when it is written to
-    libc.free(libc.malloc(_FROM_HEAP // 2))  # more than is free makes the heap grow
-    libc.mallopt(top_pad, _USUAL_PAD)
-    start, stop = -(-before // mmap.PAGESIZE) * mmap.PAGESIZE, libc.sbrk(0)
-    if stop > start:  # a process whose addresses are limited has its heap elsewhere
-        libc.madvise(start, stop - start, mmap.MADV_HUGEPAGE)  # advice, which the kernel need not follow
+    trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+    mallopt(trim_threshold, _KEPT)
+    mallopt(mmap_threshold, _FROM_HEAP)
