@@ -89,6 +89,9 @@ def differences() -> dict[str, object]:
 def budgets() -> dict[str, object]:
     """By case, the relative error against one float32 rank with its limit, and gigabytes of the GPU with the budget."""
     found: dict[str, object] = {}
+    if CUDA:  # which a parallel run takes for its own
+        free, total = torch.cuda.mem_get_info()
+        found["GB of this GPU that other processes hold, beside a context"] = (total - free) / 1e9, 2.0
     exact = draw(pipeline(None, torch.float32, 12))
     for fast in (False, True):
         whole = pipeline(None, torch.bfloat16 if CUDA else torch.float32, 12)

@@ -48,7 +48,8 @@ class EncoderCall(NamedTuple):
     run: Callable[[], Any]  # -> EncoderOutput
 
 
-RunAll: TypeAlias = Callable[[Mapping[EncoderName, EncoderCall]], Mapping[EncoderName, Any]]
+Place: TypeAlias = tuple[int, EncoderName]  # the number of a batch of prompts, and an encoder
+RunAll: TypeAlias = Callable[[Mapping[Place, EncoderCall]], Mapping[Place, Any]]
 
 
 class TokenSpan(NamedTuple):
@@ -128,7 +129,7 @@ class Conditioner:
             missing: the width of its zeros is `pooled_dim` less the pooled width of the other tower.
         faster: Functions `(ids, dtype)` that compute what the encoders of these names compute, and run instead.
         run: Computes the output of an encoder for token ids, as `run_encoder` does.
-        run_all: Gives the outputs of all encoders of a batch, from what computes each; None runs one after the other.
+        run_all: Gives the outputs of all encoders, from what computes each of them; None runs one after the other.
 
     Raises:
         ValueError: an encoder is missing and the rules call that an error, or an encoder has no tokenizer.
@@ -171,10 +172,27 @@ class Conditioner:
             ValueError: the batch is empty, or a weight in a prompt is out of range or overflows the context.
             TypeError: a prompt is not a string.
         """
-        prompts = checked_prompts(prompts)
-        batch, rows = len(prompts), self._rows(prompts)
-        outputs = self._run_all({name: self._call(name, rows[name]) for name in rows})
-        clip = self._clip(rows, outputs)
+        return self.each([prompts])[0]
+
+    def each(self, batches: Sequence[Sequence[str]]) -> list[Conditioning]:
+        """Encode several batches of prompts, each as a call does; `run_all` gets the encoders of all of them at once.
+
+        Raises:
+            ValueError, TypeError: see `__call__`.
+        """
+        checked = [checked_prompts(batch) for batch in batches]
+        rows = [self._rows(batch) for batch in checked]
+        calls = {(i, name): self._call(name, one) for i, of_batch in enumerate(rows) for name, one in of_batch.items()}
+        found = self._run_all(calls)
+        return [
+            self._conditioning(batch, of_batch, {name: found[i, name] for name in of_batch})
+            for i, (batch, of_batch) in enumerate(zip(checked, rows, strict=True))
+        ]
+
+    def _conditioning(
+        self, prompts: Sequence[str], rows: Mapping[EncoderName, Rows], outputs: Mapping[EncoderName, Any]
+    ) -> Conditioning:
+        batch, clip = len(prompts), self._clip(rows, outputs)
         t5 = _joined(outputs["t5"], rows["t5"]) if "t5" in rows else None
         if clip is None:
             like = torch.empty(0) if t5 is None else t5
@@ -277,8 +295,8 @@ class Conditioner:
                 self._run(name, one[name])
 
 
-def _in_turn(calls: Mapping[EncoderName, EncoderCall]) -> dict[EncoderName, Any]:
-    return {name: call.run() for name, call in calls.items()}
+def _in_turn(calls: Mapping[Place, EncoderCall]) -> dict[Place, Any]:
+    return {place: call.run() for place, call in calls.items()}
 
 
 def _tower(out: CLIPOutput, rows: Rows, *, project: bool) -> _Tower:

@@ -322,11 +322,9 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         if request.latents is None:
             self._check_noise(request.plan.shape)
         source = self._source(request)  # before the noise, because it may draw from the same generators
-        length, times = request.max_sequence_length, request.per_prompt
         noise = self._start(request)
-        self._encode_ahead(length, request.prompts, request.negatives)
-        cond = self._encoded(request.prompts, length, times, agreed=True)
-        uncond = None if request.negatives is None else self._encoded(request.negatives, length, times, agreed=True)
+        self._encode_ahead(request.max_sequence_length, request.prompts, request.negatives)
+        cond, uncond = self._encoded_both(request)
         run = self._controlled(request, request.plan, cond, uncond)
         run.reads_last = request.second is not None or request.output_type == "latent"
         settings = cache(lambda: self._settings(request) if request.has_settings else ())
@@ -493,13 +491,23 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         noise = self._noise(plan.shape, plan.generator)
         return self._latent(request, self._controlled(request, plan, *pair), lambda: noise, Source(start))
 
-    def _encoded(self, prompts: Prompts, length: int | None, times: int, *, agreed: bool = False) -> list[Ranged]:
-        """The conditionings of prompts, each prompt `times` in a row; `agreed`: all ranks have the same ones."""
+    def _encoded(self, prompts: Prompts, length: int | None, times: int) -> list[Ranged]:
+        """The conditionings of prompts, each prompt `times` in a row."""
         found = prompts.conditionings
         if prompts.texts is not None:
-            texts = prompts.texts
-            found = (Ranged(self._encode(texts, length) if agreed else self.encode(texts, max_sequence_length=length)),)
+            found = (Ranged(self.encode(prompts.texts, max_sequence_length=length)),)
         return [one.to(self.device, self.dtype).repeat(times) for one in found]
+
+    def _encoded_both(self, request: Request) -> tuple[list[Ranged], list[Ranged] | None]:
+        """The conditionings of prompts and negative prompts, of which all ranks have the same ones."""
+        both = [one for one in (request.prompts, request.negatives) if one is not None]
+        texts = [one.texts for one in both if one.texts is not None]
+        encoded = iter(self._encode_each(texts, request.max_sequence_length) if texts else ())
+        found = []
+        for one in both:
+            ranges = one.conditionings if one.texts is None else (Ranged(next(encoded)),)
+            found.append([each.to(self.device, self.dtype).repeat(request.per_prompt) for each in ranges])
+        return found[0], found[1] if len(found) > 1 else None
 
     def _latent(
         self,

@@ -59,8 +59,13 @@ class PipelineTensors(PipelineModels):
 
     def _encode(self, prompts: Sequence[str], max_sequence_length: int | None) -> Conditioning:
         """What `encode` returns, of prompts on which the ranks of a parallel run agree."""
-        with self._explained(f"{len(prompts)} prompts"):
-            return self._conditioner(max_sequence_length)(prompts).to(self.device, self.dtype)
+        return self._encode_each([prompts], max_sequence_length)[0]
+
+    def _encode_each(self, batches: Sequence[Sequence[str]], max_sequence_length: int | None) -> list[Conditioning]:
+        """Several batches of prompts, which several ranks share."""
+        with self._explained(f"{sum(map(len, batches))} prompts"):
+            found = self._conditioner(max_sequence_length).each(batches)
+            return [one.to(self.device, self.dtype) for one in found]
 
     def _conditioner(self, max_sequence_length: int | None) -> Conditioner:
         return Conditioner(

@@ -1,4 +1,4 @@
-"""Text encoders over several ranks: each of them runs on one rank, and one message gives its output to all others."""
+"""Text encoders over several ranks: each runs for a batch of prompts on one rank, and all get the outputs at once."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from encoders import CLIPOutput, CLIPText
-from encoders.conditioning import EncoderCall, EncoderName, EncoderOutput
+from encoders.conditioning import EncoderCall, EncoderOutput, Place
 from mmdit.runtime.mesh import Team
 
-_ORDER: tuple[EncoderName, ...] = ("t5", "clip_g", "clip_l")  # the largest one first
 _ALIGNED = 16  # bytes: where each tensor of a message begins is a multiple
 
 
 class SharedText:
-    """Runs encoders on the ranks of a team, the largest one on the first rank; all ranks call this together.
+    """Runs encoders on the ranks of a team, so that each rank has about as much to do; all ranks call this together.
 
     Args:
         team: the ranks, all with the same encoders and the same prompts.
@@ -26,32 +25,42 @@ class SharedText:
     def __init__(self, team: Team) -> None:
         self.team = team
 
-    def __call__(self, calls: Mapping[EncoderName, EncoderCall]) -> dict[EncoderName, EncoderOutput]:
-        """The output of each encoder, bit-equal to that of one rank."""
+    def __call__(self, calls: Mapping[Place, EncoderCall]) -> dict[Place, EncoderOutput]:
+        """The outputs of encoders, bit-equal to those of one rank."""
         if self.team.size == 1 or not calls:
-            return {name: call.run() for name, call in calls.items()}
-        owners = {name: min(i, self.team.size - 1) for i, name in enumerate(name for name in _ORDER if name in calls)}
-        layouts = {name: _shapes(call) for name, call in calls.items()}
-        places, ends = dict[EncoderName, list[int]](), [0] * self.team.size
-        for name, owner in owners.items():
-            places[name] = []
-            for shape in layouts[name]:
-                places[name].append(ends[owner])
-                ends[owner] += -(-prod(shape) * calls[name].dtype.itemsize // _ALIGNED) * _ALIGNED
-        first = next(iter(calls.values()))
-        message = torch.empty(max(ends), dtype=torch.uint8, device=next(first.model.parameters()).device)
-        for name, owner in owners.items():
-            if owner == self.team.rank:
-                for tensor, view in zip(
-                    _tensors(calls[name].run()), _views(message, calls[name], places[name]), strict=True
-                ):
-                    assert tensor.dtype == view.dtype, f"{name} computes in {tensor.dtype}, expected {view.dtype}"
-                    view.copy_(tensor)
+            return {place: call.run() for place, call in calls.items()}
+        owners, begins, ends = _owners(calls, self.team.size), dict[Place, list[int]](), [0] * self.team.size
+        for place, call in calls.items():
+            begins[place] = []
+            for shape in _shapes(call):
+                begins[place].append(ends[owners[place]])
+                ends[owners[place]] += -(-prod(shape) * call.dtype.itemsize // _ALIGNED) * _ALIGNED
+        device = next(next(iter(calls.values())).model.parameters()).device
+        message = torch.empty(max(ends), dtype=torch.uint8, device=device)
+        for place, call in calls.items():
+            if owners[place] == self.team.rank:
+                _put(call.run(), _views(message, call, begins[place]))
         found = self.team.gathered(message)
         return {
-            name: _output(calls[name], _views(found[owner], calls[name], places[name]))
-            for name, owner in owners.items()
+            place: _output(call, _views(found[owners[place]], call, begins[place])) for place, call in calls.items()
         }
+
+
+def _owners(calls: Mapping[Place, EncoderCall], ranks: int) -> dict[Place, int]:
+    """The rank that runs each encoder: the largest ones first, each on the rank with the least to do."""
+    costs = {place: call.model.config.layers * call.model.config.width**2 for place, call in calls.items()}
+    found, loads = dict[Place, int](), [0] * ranks
+    for place in sorted(calls, key=lambda place: -costs[place]):
+        found[place] = loads.index(min(loads))
+        loads[found[place]] += costs[place]
+    return found
+
+
+def _put(output: EncoderOutput, views: list[Tensor]) -> None:
+    tensors = [output] if isinstance(output, Tensor) else [one for one in output if one is not None]
+    for tensor, view in zip(tensors, views, strict=True):
+        assert tensor.dtype == view.dtype, f"an encoder computes in {tensor.dtype}, expected {view.dtype}"
+        view.copy_(tensor)
 
 
 def _shapes(call: EncoderCall) -> list[tuple[int, ...]]:
@@ -70,10 +79,6 @@ def _views(message: Tensor, call: EncoderCall, places: list[int]) -> list[Tensor
     ends = [place + prod(shape) * call.dtype.itemsize for place, shape in zip(places, shapes, strict=True)]
     parts = zip(places, ends, shapes, strict=True)
     return [message[place:end].view(call.dtype).view(shape) for place, end, shape in parts]
-
-
-def _tensors(output: EncoderOutput) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else [one for one in output if one is not None]
 
 
 def _output(call: EncoderCall, tensors: list[Tensor]) -> EncoderOutput:

@@ -570,20 +570,18 @@ def test_random_seeds_and_noise_are_those_of_the_first_rank(pipes, texts):
     assert (one[2], two[2]) == (1, 0)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_each_encoder_runs_on_one_rank(world):
-    """Both dtypes of the rules, prompts with weights, and a missing encoder."""
+def test_each_encoder_runs_on_one_rank():
+    """Both dtypes of the rules, prompts with weights, a missing encoder, and two batches of prompts at once."""
     pipe, prompts = mmdit.Pipeline.demo(), ["a (red:1.3) circle", "a blue square left of a green triangle"]
     wide = replace(pipe.profile, text=replace(pipe.profile.text, encoder_dtype="float32", missing_clip="zeros"))
     without = copy(pipe)
     without.clip_g = None
-    cases = [(pipe, pipe.profile), (pipe, wide), (without, wide)]
 
     def encoded():
         found = []
-        for one, profile in cases:
+        for one, profile in ((pipe, pipe.profile), (pipe, wide), (without, wide)):
             one.profile = profile
-            found.append(one.encode(prompts, max_sequence_length=16))
+            found += [one.encode(prompts, max_sequence_length=16), *one._encode_each([prompts[:1], [""]], 16)]
         return found
 
     wanted = encoded()
@@ -592,13 +590,16 @@ def test_each_encoder_runs_on_one_rank(world):
         ran = []
         for name in ("clip_l", "clip_g", "t5"):
             getattr(pipe, name).register_forward_hook(lambda *_, name=name: ran.append(name))
-        with parallel([pipe, without], Layout(world, 1)):
+        with parallel([pipe, without], Layout(3, 1)):
             pairs = zip(encoded(), wanted, strict=True)
             equal = [torch.equal(a.context, b.context) and torch.equal(a.pooled, b.pooled) for a, b in pairs]
-        return equal, sorted(set(ran))
+            pipe.encode(prompts, max_sequence_length=16)
+        return equal, ran[-1], len(ran)
 
-    owned = [["t5"], ["clip_g", "clip_l"]] if world == 2 else [["t5"], ["clip_g", "clip_l"], ["clip_l"]]
-    assert values(in_processes(world, work)) == [([True] * 3, names) for names in owned]
+    equal, last, counts = zip(*values(in_processes(3, work)), strict=True)
+    assert all(map(all, equal))
+    assert {*last} == {"clip_l", "clip_g", "t5"}
+    assert sum(counts) == 3 * (3 + 3 + 2) + 3, "each encoder once for each of three batches, and three at the end"
 
 
 @pytest.mark.parametrize(
