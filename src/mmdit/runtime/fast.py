@@ -227,14 +227,17 @@ class FastBlock:
 
 
 def _vectors(
-    c: Float[Tensor, "s b d"], layers: Sequence[nn.Module], chunks: Sequence[int], wanted: range
+    c: Float[Tensor, "s b d"], layers: Sequence[nn.Sequential], chunks: Sequence[int], wanted: range
 ) -> Float[Tensor, "s b v d"]:
     """What the wanted ones of these modulation layers give, each so many vectors, side by side."""
     table, place = c.new_empty(*c.shape[:2], sum(chunks[i] for i in wanted), c.shape[2]), 0
+    activation, _ = layers[0]  # of all of them, computed once
+    c = activation(c)
     for i, (layer, count) in enumerate(zip(layers, chunks, strict=True)):
         arrive(layer)  # also where it is not wanted: the weights come one after the other
         if i in wanted:
-            table[:, :, place : place + count] = layer(c).unflatten(-1, (count, -1))
+            _, linear = layer
+            table[:, :, place : place + count] = linear(c).unflatten(-1, (count, -1))
             place += count
     return table
 

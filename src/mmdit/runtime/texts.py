@@ -13,7 +13,7 @@ from mmdit.runtime.activations import TABLE_BYTES
 from mmdit.runtime.graphs import Graphs
 
 T = TypeVar("T")
-_RECORDED_BYTES = 2**25  # of a table that is recorded, because the graph keeps one of its own
+_RECORDED_BYTES = 2**27  # of a table that is recorded, because the graph keeps one of its own; 28 guided steps: 125 MB
 Visiting = Callable[[], AbstractContextManager[None]]
 
 
