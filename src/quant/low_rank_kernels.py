@@ -1,7 +1,8 @@
 """Triton kernels for low-rank factors beside a weight.
 
 `low` multiplies activations, also as float8 codes, by the down projection; `add_up` adds the product of that result and
-the up projection to the output of the weight. The sums are in float32. Loaded only where Triton is.
+the up projection to the output of the weight, and `up_and_bias` to the bias. The sums are in float32. Loaded only where
+Triton is.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ class Blocks(NamedTuple):
 # The fastest on an H200. Codes are converted to 16 bits between memory and product; up to 32 rows, Triton goes on with
 # the next codes meanwhile.
 _OF_CODES, _OF_VALUES = Blocks(32, 256, 4), Blocks(64, 128, 4)
+_SHORT = 4096  # codes in a row, up to which three stages are quicker
 _LEAST = 3  # stages; with two, nothing is loaded during a product
-_ADDED_ROWS, _ADDED_COLUMNS = 64, 128
+_ADDED_ROWS, _ADDED_COLUMNS = 32, 128
+_BIAS_ROWS, _BIAS_COLUMNS = 64, 128
 
 
 @on_its_device
@@ -60,6 +63,8 @@ def low(
     rank, width = down.shape[1:]
     out = torch.empty((split + rest, rank), dtype=dtype, device=down.device)
     chosen = blocks or (_OF_VALUES if factor is None else _OF_CODES)
+    if blocks is None and factor is not None and width <= _SHORT:
+        chosen = chosen._replace(stages=_LEAST)
     chosen = chosen._replace(depth=min(chosen.depth, max(triton.next_power_of_2(width), 16)))
     if blocks is None:
         chosen = fitting(chosen, rank, text.itemsize, down.itemsize, _shared_memory(down.device))
@@ -155,6 +160,19 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
     )
 
 
+@on_its_device
+def up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    """low [rows, r] times the transposed up projection [out, r], plus the bias [out]: [rows, out], in one pass.
+
+    r is 16, 32 or 64, and the rows of `low` and `up` are contiguous.
+    """
+    (rows, rank), columns = low.shape, len(up)
+    out = torch.empty((rows, columns), dtype=up.dtype, device=up.device)
+    grid = triton.cdiv(columns, _BIAS_COLUMNS), triton.cdiv(rows, _BIAS_ROWS)
+    _up_and_bias[grid](out, bias, low, up, rows, columns, low.stride(0), rank, _BIAS_ROWS, _BIAS_COLUMNS, num_warps=4)
+    return out
+
+
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit(do_not_specialize=["split", "rest"])
 def _low(
@@ -244,4 +262,29 @@ def _add_up(
     place = out + start.to(tl.int64) * stride + local[:, None] * stride + column[None, :]
     value = tl.load(place, mask=there[:, None] & inside[None, :], other=0.0).to(tl.float32)
     value += tl.dot(a, b, input_precision="ieee")
+    tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit(do_not_specialize=["rows"])
+def _up_and_bias(
+    out,
+    bias,
+    low,
+    up,
+    rows,
+    columns,
+    low_stride,
+    rank: tl.constexpr,
+    block: tl.constexpr,
+    wide: tl.constexpr,
+):
+    start, column = tl.program_id(1) * block, tl.program_id(0) * wide + tl.arange(0, wide)
+    local, r = tl.arange(0, block), tl.arange(0, rank)
+    there, inside = start + local < rows, column < columns
+    a = tl.load(low + (start + local)[:, None] * low_stride + r[None, :], mask=there[:, None], other=0.0)
+    b = tl.load(up + column[None, :] * rank + r[:, None], mask=inside[None, :], other=0.0)
+    value = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    value += tl.dot(a, b, input_precision="ieee")
+    place = out + (start.to(tl.int64) + local)[:, None] * columns + column[None, :]
     tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])

@@ -20,7 +20,7 @@ from mmdit.bench.rows import Cells, attempted, step_time
 from mmdit.checkpoints.lora import load_lora
 from mmdit.models.lora import beside
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
+from mmdit.pipeline.patched_weights import PRODUCTS, Adapter, PatchedWeights
 from mmdit.runtime.accelerate import Accelerated
 from quant.quantize import linears_of
 from quant.recipe import RECIPES
@@ -116,7 +116,7 @@ def attach(model: MMDiT, rank: int) -> None:
     table = model.pos_embed
     for name, linear in _targets(model):
         down, up = table.new_empty(rank, linear.in_features), table.new_empty(linear.out_features, rank)
-        beside(model, name, factors=(down.normal_(std=0.02), up.normal_(std=0.02)))
+        beside(model, name, factors=(down.normal_(std=0.02), up.normal_(std=0.02)), products=PRODUCTS)
 
 
 @torch.no_grad()

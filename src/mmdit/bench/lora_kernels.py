@@ -19,8 +19,6 @@ from mmdit.bench.layers import timed
 from mmdit.bench.lora import attach, model_of
 from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_size
 from mmdit.bench.rows import Cells, attempted, step_time
-from mmdit.models import lora
-from mmdit.models.lora import add_product as lora_product
 from mmdit.models.lora import all_beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime import products
@@ -28,6 +26,7 @@ from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.products import Kind
 from mmdit.runtime.rows import Activation, Added, Columns, Down, Output, Part, Rounding, Rows, Update
 from mmdit.utils import markdown_table
+from quant import low_rank
 from quant.emulation import HAS_TRITON
 from quant.matmul import multiply_into, quantize_activation
 from quant.recipe import RECIPES
@@ -35,10 +34,8 @@ from quant.tensor import Float8Tensor
 
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
-CUTS = (
-    *((64, 32, 8, 1, 4, 8), (64, 32, 16, 1, 4, 4), (64, 64, 8, 1, 4, 4), (64, 64, 4, 1, 4, 8), (32, 32, 16, 1, 2, 8)),
-    *((64, 32, 8, 1, 4, 4), (64, 32, 8, 1, 4, 16), (64, 32, 4, 1, 4, 8), (128, 32, 8, 1, 8, 4)),
-)  # `mmdit.runtime.lora_kernels.Cut`
+LARGEST = ((64, 128, 1, 1, 4), (64, 64, 8, 3, 4), (64, 32, 19, 4, 4), (32, 128, 4, 3, 4))  # `Cut`s of `largest_gelu`
+CODES = ((64, 64, 8, 2, 4), (64, 64, 19, 3, 4), (64, 32, 8, 3, 4), (64, 32, 19, 3, 4), (32, 64, 8, 3, 2))  # of `gelu`
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
 
@@ -69,10 +66,12 @@ class Kernels:
             tasks[f"add_up {out}"] = partial(self.add_up, out)
         for kind in get_args(Kind):
             tasks[f"gelu {kind}"] = partial(self.gelu, kind)
-            tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu_with_lora, kind, False)
-            tasks[f"gelu {kind} with a LoRA, and low"] = partial(self.gelu_with_lora, kind, True)
-            for cut in CUTS[: None if kind == "token" else 5]:
-                tasks[f"gelu {kind} with a LoRA, and low {cut}"] = partial(self.gelu_with_lora, kind, True, cut)
+            tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu_with_lora, kind)
+        for cut in LARGEST:
+            tasks[f"largest gelu {cut}"] = partial(self.largest_gelu, cut)
+        for cut in CODES:
+            tasks[f"gelu token with a LoRA {cut}"] = partial(self.gelu_with_lora, "token", cut)
+            tasks[f"gelu static with a LoRA {cut}"] = partial(self.gelu_with_lora, "static", cut)
         tasks["gelu token, 16 values a thread"] = partial(self.gelu_of_values_per_thread, 16)
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
         tasks[f"fp8 {d} to {4 * d}, gelu token with a LoRA"] = partial(self.inner, True)
@@ -125,16 +124,22 @@ class Kernels:
         size = x.numel() * (4 if kind == "none" else 3)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
 
-    def gelu_with_lora(self, kind: Kind, with_low: bool, cut: Sequence[int] | None = None) -> Cells:
-        """GELU with a LoRA, and the products of what it gives with the next down projections."""
+    def gelu_with_lora(self, kind: Kind, cut: Sequence[int] | None = None) -> Cells:
+        """GELU with a LoRA."""
         from mmdit.runtime.lora_kernels import Cut, gelu
 
         width = 4 * self.d
         x, added, rounding = self.random(self.rows.total, width), self.added(width), self.rounding(kind)
-        down = Down.of(self.random(2, self.rank, width), codes=kind != "none") if with_low else None
         chosen = None if cut is None else Cut(*cut)
-        size = x.numel() * (4 if kind == "none" else 3)
-        return self.cells(lambda: gelu(x, self.rows, rounding, added, down, chosen), size)
+        size = x.numel() * {"none": 4, "token": 5, "static": 3}[kind]
+        return self.cells(lambda: gelu(x, self.rows, rounding, added, chosen), size)
+
+    def largest_gelu(self, cut: Sequence[int]) -> Cells:
+        """The pass before it, under a scale per row."""
+        from mmdit.runtime.lora_kernels import Cut, largest_gelu
+
+        x, added = self.random(self.rows.total, 4 * self.d), self.added(4 * self.d)
+        return self.cells(lambda: largest_gelu(x, self.rows, added, Cut(*cut)), x.nbytes)
 
     def rounding(self, kind: Kind) -> Rounding:
         """The rounding of a kind, under some scale where that is static."""
@@ -204,7 +209,7 @@ class Kernels:
 
     def up_and_bias(self, out: int) -> Cells:
         """The same by our kernel."""
-        from mmdit.bench.lora_forms import up_and_bias
+        from quant.low_rank_kernels import up_and_bias
 
         rows = self.rows.samples * self.rows.image
         bias, low, up = self.random(out), self.random(rows, self.rank), self.random(out, self.rank)
@@ -237,53 +242,26 @@ def ways(rank: int) -> dict[str, Way]:
     if HAS_TRITON:
         from mmdit.runtime import kernels, lora_kernels
 
-        for cut in (CUTS[1], CUTS[2], CUTS[5]):
-            found[f"codes behind {cut}"] = Way(rank, settings=((lora_kernels, "_CUT", lora_kernels.Cut(*cut)),))
-        found["codes behind, low apart"] = Way(rank, settings=((kernels, "TOKEN_GELU", "behind"),))
+        cut = lora_kernels.Cut
+        for one in LARGEST[1:]:
+            found[f"largest {one}"] = Way(rank, settings=((lora_kernels, "_LARGEST", cut(*one)),))
+        for one in CODES[1:]:
+            found[f"codes {one}"] = Way(rank, settings=((lora_kernels, "_CODES", cut(*one)),))
         found["sums before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
-        found["without, 16 values a thread"] = Way(None, settings=((kernels, "_PER_THREAD", 16),))
     found |= {
         "without again": Way(None),
         "eager without": Way(None, True),
         "eager": Way(rank, True),
         "eager, rank 64": Way(64, True),
     }
-    if HAS_TRITON:
-        wide = (lora, "add_product", _add_wide_product), (lora.LoraLinear, "in_one_product", _in_one_product)
-        found["eager, wide ones by our kernels"] = Way(rank, True, wide)
+    found["eager, by torch"] = Way(rank, True, ((low_rank, "LARGE", sys.maxsize),))
     return found | {"by products": Way(rank, settings=((products, "MOST_RANK", 0),))}
-
-
-def _add_wide_product(output: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`mmdit.models.lora.add_product` by our kernel where a result is larger than 64 MiB."""
-    if output.nbytes < 2**26:
-        return lora_product(output, x, weight)
-    from quant.low_rank_kernels import add_up
-
-    add_up(output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1]), weight.unsqueeze(0))
-    return output
-
-
-_torch_in_one_product = lora.LoraLinear.in_one_product
-
-
-def _in_one_product(linear: lora.LoraLinear, x: Tensor) -> Tensor:
-    """`LoraLinear.in_one_product`, of which our kernel writes the small product where the result is that large."""
-    if x.numel() // linear.in_features * linear.out_features * x.itemsize < 2**26:
-        return _torch_in_one_product(linear, x)
-    from mmdit.bench.lora_forms import up_and_bias
-
-    assert linear.down is not None, "factors are attached"
-    assert linear.up is not None, "factors are attached"
-    rows = x.reshape(-1, x.shape[-1])
-    output = up_and_bias(rows @ linear.down.t(), linear.up, linear.bias)
-    return output.addmm_(rows, linear.weight.t()).view(*x.shape[:-1], linear.out_features)
 
 
 def steps(
     model: str = "large",
     *,
-    recipes: Sequence[str] = ("fp8",),
+    recipes: Sequence[str | None] = ("fp8", None),
     rank: int = 16,
     size: int | None = None,
     text: int = 333,
@@ -297,13 +275,14 @@ def steps(
     """Rows of `STEPS`: a step with a LoRA beside every Linear, added in each of the ways there are.
 
     Args:
-        model, recipes, rank, size, text, batch, repeats, device, dtype: see `mmdit.bench.lora.steps`.
+        recipes: of the weights; None keeps `dtype`.
+        model, rank, size, text, batch, repeats, device, dtype: see `mmdit.bench.lora.steps`.
         seconds: time limit, after which no further row is started.
         only: what the names of the ways start with that are measured.
     """
     device, start = torch.device(device), time.monotonic()
     inputs = Inputs.random(MODELS[model], check_size(model, size), text, batch, device, dtype)
-    for recipe in (*recipes, None):
+    for recipe in recipes:
         made = model_of(model, recipe, device, dtype)
         tasks: dict[str, Callable[[], Cells]] = {
             name: partial(_step, made, way, inputs, repeats)
@@ -381,11 +360,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--only", nargs="+", default=[""], metavar="START", help="rows whose names start so")
+    parser.add_argument("--recipes", nargs="+", default=["fp8", "none"], help="of steps; none is 16 bits")
     parser.add_argument("--steps", action="store_true", help="whole steps, with the LoRA added in each way")
     options = parser.parse_args()
     common = {"rank": options.rank, "device": options.device, "seconds": options.seconds}
     if options.steps:
-        found, header = steps(options.model, only=options.only, **common), STEPS
+        recipes = [None if one == "none" else one for one in options.recipes]
+        found, header = steps(options.model, recipes=recipes, only=options.only, **common), STEPS
     else:
         found, header = rows_of(options.model, rows=Rows(*options.rows), only=options.only, **common), HEADERS
     rows = []

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)  # no tensor subclass
+
+
+class UpProducts(NamedTuple):
+    """What multiplies by up projections [out, r] on a GPU where no gradient is recorded."""
+
+    add_up: Callable[[Tensor, Tensor, Tensor], None]  # output [rows, out], low [rows, r], up: changes the output
+    up_and_bias: Callable[[Tensor, Tensor, Tensor], Tensor]  # low [rows, r], up, bias [out]: [rows, out]
+
+
+def _add_up(output: Tensor, low: Tensor, up: Tensor) -> None:
+    output.addmm_(low, up.t())
+
+
+def _up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, low, up.t())
 
 
 class LoraLinear(nn.Linear):
@@ -21,6 +39,7 @@ class LoraLinear(nn.Linear):
     down: Tensor | None
     up: Tensor | None
     delta: Tensor | None
+    products: UpProducts = UpProducts(_add_up, _up_and_bias)
     plain: tuple[nn.Linear]  # the Linear that this module replaces; a tuple keeps it from being a submodule
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
@@ -30,22 +49,22 @@ class LoraLinear(nn.Linear):
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether only factors are attached, to a weight that is no tensor subclass, and no gradient is recorded."""
-        weight = self.weight
-        if type(weight) not in (Tensor, nn.Parameter) or self.delta is not None:
+        weight, bias, down, up = self.weight, self.bias, self.down, self.up
+        if type(weight) not in _PLAIN or bias is None or down is None or up is None or self.delta is not None:
             return False
-        operands = (x, weight, self.bias, self.down, self.up)
-        if not all(type(one) in (Tensor, nn.Parameter) for one in operands):
+        operands = (x, weight, bias, down, up)
+        if not weight.dtype == bias.dtype == down.dtype == up.dtype == x.dtype:
             return False
-        recorded = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in operands)
-        same = all(one is not None and one.dtype == x.dtype for one in operands)
-        return same and not recorded and not torch.is_autocast_enabled(x.device.type)
+        if torch.is_grad_enabled() and any(one.requires_grad for one in operands):
+            return False
+        return all(type(one) in _PLAIN for one in operands) and not torch.is_autocast_enabled(x.device.type)
 
     def in_one_product(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         """The output, with the small products first: the large one adds itself to them while it is written."""
         assert self.down is not None, "factors are attached"
         assert self.up is not None, "factors are attached"
         rows = x.reshape(-1, x.shape[-1])
-        output = torch.addmm(self.bias, rows @ self.down.t(), self.up.t())
+        output = self.products.up_and_bias(rows @ self.down.t(), self.up, self.bias)
         return output.addmm_(rows, self.weight.t()).view(*x.shape[:-1], self.out_features)
 
     @property
@@ -57,10 +76,27 @@ class LoraLinear(nn.Linear):
     def add_to(self, output: Float[Tensor, "... o"], x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         """Add up (down x) + delta x to an output of the Linear, in place where the dtypes allow it."""
         if (factors := self.factors) is not None:
-            down, up = factors
-            output = add_product(output, F.linear(x, down), up)
+            output = add_factors(output, x, *factors, self.products)
         delta = self.delta
         return output if delta is None else add_product(output, x, delta)
+
+
+def add_factors(
+    output: Float[Tensor, "... o"],
+    x: Float[Tensor, "... i"],
+    down: Float[Tensor, "r i"],
+    up: Float[Tensor, "o r"],
+    products: UpProducts,
+) -> Float[Tensor, "... o"]:
+    """Add up (down x) to an output, see `add_product`.
+
+    On a GPU by as few operations as there can be, because the host launches each of them.
+    """
+    few = x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    if few and output.dtype == x.dtype == down.dtype == up.dtype and output.is_contiguous() and x.is_contiguous():
+        products.add_up(output.view(-1, output.shape[-1]), torch.mm(x.view(-1, x.shape[-1]), down.t()), up)
+        return output
+    return add_product(output, F.linear(x, down), up)
 
 
 def add_product(
@@ -87,6 +123,7 @@ def beside(
     *,
     factors: tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None = None,
     delta: Float[Tensor, "o i"] | None = None,
+    products: UpProducts | None = None,
 ) -> LoraLinear:
     """Attach low-rank factors or a full matrix to a Linear of a model; they replace anything attached before.
 
@@ -95,6 +132,7 @@ def beside(
         name: the name of the Linear in the model.
         factors: down [r, in] and up [out, r].
         delta: a matrix [out, in] whose product with the input is added to the output.
+        products: what multiplies by `up`; None is torch.
 
     Raises:
         ValueError: neither factors nor a delta are given.
@@ -106,6 +144,8 @@ def beside(
     down, up = (None, None) if factors is None else factors
     for key, tensor in (("down", down), ("up", up), ("delta", delta)):
         new.register_buffer(key, tensor, persistent=False)
+    if products is not None:
+        new.products = products
     return new
 
 

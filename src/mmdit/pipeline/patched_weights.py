@@ -21,11 +21,13 @@ from mmdit.checkpoints.lora import Lora
 from mmdit.checkpoints.lora_kinds import LowRank
 from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, check_finite, merged, planned, replace_tensor
 from mmdit.checkpoints.lora_names import Part
-from mmdit.models.lora import all_beside, beside, without
+from mmdit.models.lora import UpProducts, all_beside, beside, without
 from mmdit.runtime.host import HostCopies
+from quant import low_rank
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
 
+PRODUCTS = UpProducts(low_rank.add_up, low_rank.up_and_bias)  # of attached LoRAs
 _WAITING = 2  # originals on a GPU that wait for their copies
 Form = Literal["attached", "merged"]
 Weight: TypeAlias = float | Mapping[str, float]
@@ -144,7 +146,7 @@ def _attach(part: Part, model: nn.Module, key: str, patches: Sequence[Weighted],
     if all(map(_is_low_rank, patches)):
         down, up = factors_of(weight, patches)
         factors = check_finite(down, key, part, patches), check_finite(up, key, part, patches)
-        beside(model, name, factors=factors)
+        beside(model, name, factors=factors, products=PRODUCTS)
     else:
         values = _values(weight)
         base = values if original is None else _values(original).to(values)

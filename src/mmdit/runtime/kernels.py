@@ -24,7 +24,6 @@ from mmdit.runtime.rows import (
     AttentionInputs,
     Blank,
     Columns,
-    Down,
     Output,
     Rounding,
     Rows,
@@ -36,7 +35,7 @@ from quant.scaling import SMALLEST_SCALE
 
 low, add_up = lora_kernels.low, lora_kernels.add_up
 _PER_THREAD = 32  # values of a row that a thread holds where they are rounded; half as many where they are not
-TOKEN_GELU = "with low"  # or "before" or "behind"
+TOKEN_GELU = "twice"  # or "before"
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
 
@@ -82,14 +81,14 @@ def norm_modulate(
     return [blank.activation(rows, one.rounding) for blank, one in zip(blanks, outputs, strict=True)]
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None, down: Down | None = None) -> Activation:
-    """`plain_kernels.gelu` and rounding, in one pass."""
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
+    """`plain_kernels.gelu` and rounding, in one pass; with a LoRA under a scale per row in two."""
     if added is None:
         return _row_by_row(x, rows, rounding, joint=False, gelu=True)
     if rounding.kind == "token" and TOKEN_GELU == "before":
         add_up(x, added, rows)
         return _row_by_row(x, rows, rounding, joint=False, gelu=True)
-    return lora_kernels.gelu(x, rows, rounding, added, down if TOKEN_GELU == "with low" else None)
+    return lora_kernels.gelu(x, rows, rounding, added)
 
 
 def rounded(x: Tensor, rows: Rows, rounding: Rounding) -> Activation:

@@ -25,14 +25,13 @@ _ROWS = 64  # of a tile of `pack`
 
 
 class Cut(NamedTuple):
-    """How `gelu` cuts the values.
+    """How the programs of `gelu` cut the values.
 
     Args:
         rows, columns: of a step.
         steps: of a program, along its rows.
         stages: of the pipeline of steps; 1 is none.
         warps: of a program.
-        behind: by how many tiles of rows the programs that write codes come after those that find the largest values.
     """
 
     rows: int
@@ -40,10 +39,9 @@ class Cut(NamedTuple):
     steps: int
     stages: int
     warps: int
-    behind: int
 
 
-_CUT = Cut(64, 32, 8, 1, 4, 8)
+_VALUES, _CODES, _LARGEST = Cut(64, 64, 1, 1, 4), Cut(64, 64, 8, 2, 4), Cut(64, 128, 1, 1, 4)
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -82,52 +80,59 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
     return q, k, v
 
 
-def gelu(
-    x: Tensor, rows: Rows, rounding: Rounding, added: Added, down: Down | None = None, cut: Cut | None = None
-) -> Activation:
-    """`plain_kernels.gelu` and rounding, and the products of the result with the next down projections, in one launch.
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, cut: Cut | None = None) -> Activation:
+    """`plain_kernels.gelu` and rounding, in one pass; a scale per row is found in a pass before.
 
     Args:
-        x, rows, rounding, added, down: see `plain_kernels.gelu`.
+        x, rows, rounding, added: see `plain_kernels.gelu`.
         cut: how the values are cut; None takes the fastest on an H200.
     """
-    width, alone, cut, token = x.shape[1], rows.as_one_sample(), cut or _CUT, rounding.kind == "token"
-    tiles, strips = _tiles(alone, cut.rows), triton.cdiv(width, cut.columns * cut.steps)
+    width, alone = x.shape[1], rows.as_one_sample()
+    cut = cut or (_VALUES if rounding.kind == "none" else _CODES)
     blank = Blank.of(rows, width, rounding, x, x.dtype)
-    low, sums, weight, rank = None, x, x, 0
-    if down is not None:
-        weight = down.exact if down.halves is None else down.halves
-        rank = weight.shape[1]
-        low = torch.empty((rows.total, rank), dtype=x.dtype, device=x.device)
-        sums = torch.empty((strips, rows.total, rank), dtype=torch.float32, device=x.device)
-    found = torch.zeros(2 * tiles + rows.total, dtype=torch.int32, device=x.device) if rank or token else x
-    _gelu[((tiles + cut.behind) * 2 * strips if token else tiles * strips,)](
+    sizes = largest_gelu(x, rows, added) if rounding.kind == "token" else x
+    _gelu[_grid(alone, width, cut)](
         x,
         *targets(blank, rounding, x),
-        found,
+        sizes,
         *_factors(added),
-        weight,
-        x if down is None or down.factor is None else down.factor,
-        x if low is None else low,
-        sums,
-        len(weight) - 1 if rank else 0,
         alone.text,
         alone.image,
         width,
         blank.gap,
-        tiles,
-        strips,
         KINDS[rounding.kind],
         LARGEST["e4m3"],
         SMALLEST_SCALE,
         added.up.shape[2],
-        rank,
         *cut[:4],
-        cut.behind if token else 0,
-        width == strips * cut.columns * cut.steps,
+        width % (cut.columns * cut.steps) == 0,
         num_warps=cut.warps,
     )
-    return blank.activation(rows, rounding)._replace(low=low)
+    return blank.activation(rows, rounding)
+
+
+def largest_gelu(x: Tensor, rows: Rows, added: Added, cut: Cut | None = None) -> Tensor:
+    """The largest absolute value of `plain_kernels.gelu` in each row, as the bits of float32 in int32 [rows]."""
+    width, alone, cut = x.shape[1], rows.as_one_sample(), cut or _LARGEST
+    sizes = torch.zeros(rows.total, dtype=torch.int32, device=x.device)
+    _largest_gelu[_grid(alone, width, cut)](
+        x,
+        sizes,
+        *_factors(added),
+        alone.text,
+        alone.image,
+        width,
+        added.up.shape[2],
+        *cut[:4],
+        width % (cut.columns * cut.steps) == 0,
+        num_warps=cut.warps,
+    )
+    return sizes
+
+
+def _grid(rows: Rows, width: int, cut: Cut) -> tuple[int, int]:
+    """Strips of columns, and tiles of rows."""
+    return triton.cdiv(width, cut.columns * cut.steps), _tiles(rows, cut.rows)
 
 
 def _tiles(rows: Rows, block: int) -> int:
@@ -219,128 +224,17 @@ def _pack(
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text", "image", "gap", "tiles"])
-def _gelu(
+@triton.jit(do_not_specialize=["text", "image"])
+def _largest_gelu(
     x,
-    out,
-    scales,
-    text_static,
-    image_static,
-    found,
+    sizes,
     low,
     low_stride,
     up,
     image_up,
-    down,
-    factor,
-    down_low,
-    down_sums,
-    last,
     text,
     image,
     width,
-    gap,
-    tiles,
-    strips,
-    kind: tl.constexpr,
-    largest: tl.constexpr,
-    smallest: tl.constexpr,
-    rank: tl.constexpr,
-    down_rank: tl.constexpr,
-    block: tl.constexpr,
-    wide: tl.constexpr,
-    steps: tl.constexpr,
-    stages: tl.constexpr,
-    behind: tl.constexpr,
-    even: tl.constexpr,
-):
-    """A program handles a strip of a tile of rows. The last rows come first: after the product that has written them,
-    they are still in the cache.
-
-    Under a scale per row (kind 1) there are programs of two kinds by turns: the first ones find the largest value of
-    each row, the others write codes. Those that write the codes of a tile come `behind` tiles after those that find its
-    largest values, which are known by then, or soon, and the values are still in the cache. Programs start in the order
-    of their numbers; they wait for smaller numbers of the first kind only, and these never wait.
-
-    `found` has, for each tile, the number of strips whose largest values are found, then that of strips that are
-    written, and then, for each row, the largest value, as the bits of float32.
-    """
-    number = tl.program_id(0)
-    each: tl.constexpr = 2 if kind == 1 else 1
-    turn, strip = number // (each * strips), number % (each * strips)
-    finds = strip < strips
-    if kind == 1:
-        turn -= tl.where(finds, 0, behind)
-        strip -= tl.where(finds, 0, strips)
-    if (turn >= 0) & (turn < tiles):
-        tile = tiles - 1 - turn
-        row, count, is_text, _, _ = _tile(tile, 1, text, image, block)
-        local = tl.arange(0, block)
-        there = local < count
-        row += tl.minimum(local, count - 1)  # beyond the last row it is read again, and not written
-        a = tl.load(low + row[:, None] * low_stride + tl.arange(0, rank)[None, :])
-        up += tl.where(is_text, 0, image_up)
-        place = row.to(tl.int64)[:, None] * width
-        done, size, start = found + tile, found + 2 * tiles + row, strip * (steps * wide)
-        if kind == 1 and finds:
-            value = _largest(x + place, a, up, start, width, rank, block, wide, steps, stages, even)
-            tl.atomic_max(size, value.to(tl.int32, bitcast=True), mask=there, sem="relaxed")
-            tl.debug_barrier()
-            tl.atomic_add(done, 1, sem="release")
-        else:
-            scale = tl.full([block], 1.0, tl.float32)
-            if kind == 1:
-                while tl.atomic_add(done, 0, sem="acquire") < strips:
-                    pass
-                scale = row_scale(tl.load(size, volatile=True).to(tl.float32, bitcast=True), largest, smallest)
-                if strip == 0:
-                    tl.store(scales + row + tl.where(is_text, 0, gap), scale, mask=there)
-            if kind == 2:
-                scale *= tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
-            part = tl.where(is_text, 0, last * down_rank)
-            down += part * width
-            total = _values(
-                x + place,
-                out + place,
-                a,
-                up,
-                down,
-                scale,
-                there,
-                start,
-                width,
-                kind,
-                largest,
-                rank,
-                down_rank,
-                block,
-                wide,
-                steps,
-                stages,
-                even,
-            )
-            if down_rank > 0:
-                n = tl.arange(0, down_rank)[None, :]
-                at, every = row[:, None] * down_rank + n, (text + image) * down_rank
-                tl.store(down_sums + strip * every + at, total, mask=there[:, None])
-                tl.debug_barrier()
-                if tl.atomic_add(done + tiles, 1, sem="acq_rel") == strips - 1:  # the last one adds up in their order
-                    total = tl.zeros([block, down_rank], tl.float32)
-                    for other in range(strips):
-                        total += tl.load(down_sums + other * every + at, volatile=True)
-                    if kind != 0:
-                        total *= scale[:, None] * tl.load(factor + part + n)
-                    tl.store(down_low + at, total.to(down_low.dtype.element_ty), mask=there[:, None])
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit
-def _largest(
-    x,
-    a,
-    up,
-    start,
-    width,
     rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
@@ -348,11 +242,16 @@ def _largest(
     stages: tl.constexpr,
     even: tl.constexpr,
 ):
-    """The largest absolute value of GELU in each row of a strip, [block].
+    """The last tiles come first, as in `add_up`.
 
     GELU rises from -0.75 on, is above -0.171 below zero, and above 0.26 from 0.4 on. So where the largest sum is above
     0.4, its GELU is the largest. (The GELU of minus infinity is not a number, and stays alone in its row.)
     """
+    row, there, is_text = _rows_of(tl.num_programs(1) - 1 - tl.program_id(1), text, image, block)
+    a = tl.load(low + row[:, None] * low_stride + tl.arange(0, rank)[None, :])
+    x += row.to(tl.int64)[:, None] * width
+    up += tl.where(is_text, 0, image_up)
+    start = tl.program_id(0) * (steps * wide)
     most = tl.full([block], float("-inf"), tl.float32)
     for k in tl.range(0, steps, num_stages=stages):
         value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
@@ -362,48 +261,68 @@ def _largest(
         for k in tl.range(0, steps, num_stages=1):
             value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
             size = larger(size, tl.reduce(tl.abs(gelu_of(value)), 1, larger))
-    return size
+    tl.atomic_max(sizes + row, size.to(tl.int32, bitcast=True), mask=there, sem="relaxed")
 
 
 @no_type_check  # annotations have Triton's meaning here
-@triton.jit
-def _values(
+@triton.jit(do_not_specialize=["text", "image", "gap"])
+def _gelu(
     x,
     out,
-    a,
+    scales,
+    text_static,
+    image_static,
+    sizes,
+    low,
+    low_stride,
     up,
-    down,
-    scale,
-    there,
-    start,
+    image_up,
+    text,
+    image,
     width,
+    gap,
     kind: tl.constexpr,
     largest: tl.constexpr,
+    smallest: tl.constexpr,
     rank: tl.constexpr,
-    down_rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
     steps: tl.constexpr,
     stages: tl.constexpr,
     even: tl.constexpr,
 ):
-    """Write the values or codes of a strip; the sums of their products with `down`, [block, down_rank]."""
-    n = tl.arange(0, down_rank if down_rank > 0 else 1)
-    total = tl.zeros([block, down_rank if down_rank > 0 else 1], tl.float32)
+    """Under a scale per row (kind 1) the first tiles come first, which `_largest_gelu` has read last; else the last
+    ones, as in `add_up`. `even` says that programs have all their columns.
+    """
+    tile = tl.program_id(1) if kind == 1 else tl.num_programs(1) - 1 - tl.program_id(1)
+    row, there, is_text = _rows_of(tile, text, image, block)
+    a = tl.load(low + row[:, None] * low_stride + tl.arange(0, rank)[None, :])
+    place = row.to(tl.int64)[:, None] * width
+    up += tl.where(is_text, 0, image_up)
+    scale = tl.full([block], 1.0, tl.float32)
+    if kind == 1:
+        scale = row_scale(tl.load(sizes + row).to(tl.float32, bitcast=True), largest, smallest)
+        if tl.program_id(0) == 0:
+            tl.store(scales + row + tl.where(is_text, 0, gap), scale, mask=there)
+    if kind == 2:
+        scale *= tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
+    start = tl.program_id(0) * (steps * wide)
     for k in tl.range(0, steps, num_stages=stages):
         column = start + k * wide + tl.arange(0, wide)
-        value = gelu_of(_sum(x, a, up, column, width, rank, even))
-        if kind == 0:
-            value = value.to(out.dtype.element_ty)
-        else:
+        value = gelu_of(_sum(x + place, a, up, column, width, rank, even))
+        if kind != 0:
             value = code_of(value, scale[:, None], largest, out.dtype.element_ty, kind == 1)
-        inside = there[:, None] if even else there[:, None] & (column < width)[None, :]
-        tl.store(out + column[None, :], value, mask=inside)
-        if down_rank > 0:
-            by = down + n[None, :] * width + column[:, None]
-            by = tl.load(by) if even else tl.load(by, mask=(column < width)[:, None], other=0.0)
-            total = tl.dot(value.to(by.dtype), by, total, input_precision="ieee")
-    return total
+        both = there[:, None] if even else there[:, None] & (column < width)[None, :]
+        tl.store(out + place + column[None, :], value.to(out.dtype.element_ty), mask=both)
+
+
+@no_type_check  # annotations have Triton's meaning here
+@triton.jit
+def _rows_of(tile, text, image, block: tl.constexpr):
+    """The rows of a tile, [block], and which of them exist (the last one is repeated); whether they are text."""
+    row, count, is_text, _, _ = _tile(tile, 1, text, image, block)
+    local = tl.arange(0, block)
+    return row + tl.minimum(local, count - 1), local < count, is_text
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mmdit.models.lora import beside
+from mmdit.pipeline.patched_weights import PRODUCTS
 from mmdit.runtime import plain_kernels
 from mmdit.runtime.rows import Activation, Added, Down, Part, Rounding, Rows
 from quant.scaling import scale_of, to_codes
@@ -12,9 +14,8 @@ from triton_device import DEVICE, HAS_TRITON, quiet
 if not HAS_TRITON:
     pytest.skip(SKIPS["triton"], allow_module_level=True)
 
-from mmdit.bench import lora_forms
 from mmdit.runtime import kernels, lora_kernels
-from quant import low_rank_kernels
+from quant import low_rank, low_rank_kernels
 
 GPU = DEVICE == "cuda"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if GPU else [torch.bfloat16]
@@ -25,7 +26,7 @@ ROUNDINGS = [
     Rounding("token"),
     Rounding("static", torch.tensor(0.05, device=DEVICE), torch.tensor(0.02, device=DEVICE)),
 ]
-CUTS = [lora_kernels._CUT, lora_kernels.Cut(16, 16, 2, 1, 1, 1), lora_kernels.Cut(32, 32, 1, 1, 2, 40)]
+CUTS = [lora_kernels._LARGEST, lora_kernels._CODES, lora_kernels.Cut(16, 16, 2, 1, 1)]
 EPSILON = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-23}
 
 
@@ -108,7 +109,7 @@ def test_gelu(rows, rounding, dtype, width):
     x, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype)
     wanted = plain_kernels.gelu(x.double(), rows, Rounding(), in_float64(added))
     found = kernels.gelu(x, rows, rounding, added)
-    for part, exact in zip(found.parts, wanted.parts, strict=True):
+    for part, exact in zip(found, wanted, strict=True):
         if part is None:
             assert exact is None
         elif rounding.kind == "none":
@@ -127,27 +128,17 @@ def near_scale(scale, exact):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: one.kind)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_gelu_with_the_next_down_projections(rows, rounding, cut, dtype):
-    """Also in rows whose largest GELU is that of a value below zero, and where codes follow at once or long after."""
+def test_largest_gelu_of_rows(rows, cut, dtype):
+    """Also in rows where that is the GELU of a value below zero."""
     width = 300 if GPU else 76
     x, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype)
     added.low[::3] = 0
     x[::3] = -x[::3].abs() - 0.3
-    down = Down.of(drawn(2, 16, width, dtype=dtype), codes=rounding.kind != "none")
-    wanted = plain_kernels.gelu(x.double(), rows, Rounding(), in_float64(added))
-    found = lora_kernels.gelu(x, rows, rounding, added, down, cut)
-    for part, exact in zip(found.parts, wanted.parts, strict=True):
-        assert (part is None) == (exact is None)
-        if part is not None and rounding.kind == "none":
-            near(part.data, exact.data, dtype)
-        elif part is not None:
-            near_codes(part, exact.data)
-            if rounding.kind == "token":
-                near_scale(part.scale, exact.data)
-    again = kernels.low(found, down, torch.float32 if rounding.kind != "none" else dtype)
-    torch.testing.assert_close(found.low.double(), again.double(), rtol=2 * EPSILON[dtype], atol=2**-14)
+    exact = plain_kernels.gelu(x.double(), rows, Rounding(), in_float64(added))
+    wanted = torch.cat([part.data for part in exact if part is not None]).abs().amax(1)
+    found = lora_kernels.largest_gelu(x, rows, added, cut).view(torch.float32)
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-15, atol=0)
 
 
 def test_not_a_number_reaches_all_codes_of_its_row():
@@ -173,7 +164,23 @@ def test_added_in_place(rank, width, rows, dtype):
     near(out, wanted, dtype, sums)
     bias, up = drawn(width, dtype=dtype), added.up[0]
     exact = bias.double() + added.low.double() @ up.double().t()
-    near(lora_forms.up_and_bias(added.low, up, bias), exact, dtype, sums)  # a form that only benches measure
+    near(low_rank_kernels.up_and_bias(added.low, up, bias), exact, dtype, sums)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("large", [0, 2**40], ids=["kernels on a GPU", "torch"])
+def test_products_of_an_attached_lora(large, monkeypatch):
+    monkeypatch.setattr(low_rank, "LARGE", large)
+    module = torch.nn.Sequential(torch.nn.Linear(40, 140, device=DEVICE, dtype=torch.bfloat16))
+    factors = drawn(16, 40, dtype=torch.bfloat16), 0.3 * drawn(140, 16, dtype=torch.bfloat16)
+    linear, x = module[0], drawn(2, 35, 40, dtype=torch.bfloat16)
+    wanted = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    wanted += (x.double() @ factors[0].double().t()).bfloat16().double() @ factors[1].double().t()
+    attached = beside(module, "0", factors=factors, products=PRODUCTS)
+    assert attached.products is PRODUCTS
+    size = wanted.abs().amax()
+    for found in (module(x), attached.add_to(linear(x), x)):  # each rounds its sums twice
+        near(found / size, wanted / size, torch.bfloat16, 2**-8)
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
