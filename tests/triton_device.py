@@ -45,6 +45,13 @@ def _interpreted() -> None:
         left, right = (np.asarray(one.data).view(types[str(one.dtype)]).astype(np.float32) for one in (a, b))
         return interpreter.TensorHandle(left @ right + d.data, d.dtype.scalar)
 
+    patched = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):  # Triton 3.6 gives `int` an array of one value, which numpy refuses since 2.5
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpreterBuilder.create_maxnumf = maxnum

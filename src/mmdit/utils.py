@@ -241,6 +241,11 @@ def _aside(path: Path) -> Iterator[None]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder. It loses its name first, so that a process that is killed leaves no part of it under the name."""
+    shutil.rmtree(path.rename(path.parent / _temporary_name()))
+
+
 def _temporary_name() -> str:
     return f"{_TEMPORARY}{secrets.token_hex(8)}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -206,10 +206,6 @@ def _autocast(x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tenso
     return x.to(lower), None if bias is None else bias.to(lower), lower
 
 
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
-
-
 def _check_operands(x: Tensor, qdata: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
     if x.dtype != dtype:
         raise ValueError(f"the input is {x.dtype}, but the float8 weight's logical dtype is {dtype}; cast one of them")
@@ -373,7 +369,8 @@ def _emulated(
 ) -> Tensor:
     """The products of codes are exact in float32 (and in TF32); their sum and the scaled result are rounded."""
     wide = torch.promote_types(dtype, torch.float32)
-    with _no_autocast(codes.device.type):  # in float16 the sums would overflow
+    device = codes.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # float16 sums would overflow
         factor = from_codes(codes, recipe.activation_format, wide)
         if _at_once(qdata):
             sums = factor @ from_codes(qdata, recipe.format, wide).t()

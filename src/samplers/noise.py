@@ -22,7 +22,8 @@ def gaussian(
     Args:
         shape: [b, c, h, w]; any number of dimensions, of which the first counts the samples.
         generators: one for the whole batch, or one per sample; None draws from torch's global state on the CPU.
-        dtype: the dtype of the draw; a float64 draw gives other numbers than a float32 draw.
+        dtype: the dtype of the draw; a float64 draw gives other numbers than a float32 draw, and so does one of 16 bits
+            on a CPU under torch 2.11 (under 2.13 these are rounded float32 numbers).
 
     Raises:
         ValueError: the number of generators is not the number of samples.

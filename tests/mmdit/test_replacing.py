@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all: links, threads, kills, permissions, and what was made meanwhile."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,26 @@ def test_a_folder_has_no_name_before_it_is_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "folder") as part:
         (part / "a").write_text("x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_removed_loses_its_name_first(tmp_path, monkeypatch):
+    """So that a process that is killed meanwhile leaves no checkpoint of which a part is gone."""
+    folder, left = tmp_path / "step-00000004", []
+
+    def killed(path):
+        left.append(path)
+        raise KeyboardInterrupt
+
+    folder.mkdir()
+    (folder / "state.json").write_text("{}")
+    with monkeypatch.context() as patched:
+        patched.setattr(utils.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            utils.remove_folder(folder)
+    assert [*tmp_path.iterdir()] == left
+    assert re.fullmatch(r"\.mmdit-[0-9a-f]{16}", left[0].name)
+    utils.remove_folder(left[0])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):

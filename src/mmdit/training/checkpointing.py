@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from mmdit.checkpoints.lazy import LazyTensor
 from mmdit.checkpoints.safetensors_io import CheckpointError, open_tensors, write_tensors
 from mmdit.training.config import TrainingConfig
 from mmdit.training.loop import Training
-from mmdit.utils import replacing_folder
+from mmdit.utils import remove_folder, replacing_folder
 
 FORMAT: Final = 1
 _PREFIX: Final = "step-"
@@ -56,7 +55,7 @@ def checkpoints(output: str | Path) -> list[Place]:
 def save(run: Training) -> Path:
     """Write a checkpoint, then remove the oldest ones beyond `config.keep`; returns its folder.
 
-    A process that is killed leaves the new checkpoint whole or none, and the others as they were.
+    A process that is killed leaves the new checkpoint whole or none, and each of the others whole or removed.
     """
     folder = Path(run.config.output) / "checkpoints" / f"{_PREFIX}{run.step:08}"
     tensors, numbers = optimizer_state(run)
@@ -82,7 +81,7 @@ def save(run: Training) -> Path:
         write_tensors(part / "random.safetensors", {"torch": LazyTensor.of(torch.get_rng_state())})
         (part / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     for old in checkpoints(run.config.output)[: -run.config.keep]:
-        shutil.rmtree(old.folder)
+        remove_folder(old.folder)
     return folder
 
 

@@ -78,6 +78,7 @@ def float8_base(case: dict) -> dict[str, Tensor]:
     return {key: tensor.clamp(-largest, largest).to(dtype) for key, tensor in weights.items()}
 
 
+@pytest.mark.usefixtures("rounded_draws")
 @named(FLOAT8)
 def test_float8_codes_are_comfyuis(case: dict, run: dict) -> None:
     before = float8_base(case)

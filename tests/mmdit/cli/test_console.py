@@ -308,6 +308,7 @@ def test_a_process_is_prepared_for_small_steps_before_torch_is_imported(monkeypa
 
 ENDING = """
 import atexit, sys
+atexit._clear()  # of what an environment registers when Python starts
 from types import SimpleNamespace
 from mmdit.cli.process import Ending
 class Freed:

@@ -75,6 +75,7 @@ def test_ours_equals_live_diffusers(tiny_folders, variant, first):
     assert "mmdit Pipeline" in str(comparison) and "diffusers StableDiffusion3Pipeline" in str(comparison)
 
 
+@pytest.mark.usefixtures("rounded_draws")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_within_their_rounding(right, reference, dtype):
     low = deepcopy(right).to(dtype=dtype)
@@ -85,6 +86,7 @@ def test_16_bits_are_within_their_rounding(right, reference, dtype):
     assert "bfloat16" in str(check(right, low)) or dtype == torch.float16
 
 
+@pytest.mark.usefixtures("rounded_draws")
 def test_trained_weights_in_bfloat16():
     ours, settings = Pipeline.demo(), {"num_inference_steps": 2, "steps": (0, -1), "height": 64, "width": 64}
     low = deepcopy(ours).to(dtype=torch.bfloat16)

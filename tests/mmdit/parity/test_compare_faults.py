@@ -114,6 +114,7 @@ IN_BFLOAT16 = [
 ]
 
 
+@pytest.mark.usefixtures("rounded_draws")
 @pytest.mark.parametrize(("plant", "first"), IN_BFLOAT16, ids=[fault[0].__name__ for fault in IN_BFLOAT16])
 def test_bfloat16_hides_no_large_fault(right, plant, first):
     low = deepcopy(right).to(dtype=torch.bfloat16)

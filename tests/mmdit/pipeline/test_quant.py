@@ -37,6 +37,7 @@ def test_one_word_quantizes_transformer_and_t5(plain, name):
     assert drawn.settings[0].quant == name
 
 
+@pytest.mark.usefixtures("rounded_draws")
 @pytest.mark.parametrize("t5", [None, "fp8", "fp8-e5m2"])
 @pytest.mark.parametrize("transformer", [None, "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
