@@ -4,7 +4,9 @@ import atexit
 import gc
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 gc.disable()  # until everything is collected: what imports and collection make, millions of objects, stays to the end
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: more threads only get in each other's way
@@ -80,19 +82,19 @@ def as_users_run_it() -> Iterator[None]:
 def rounded_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU draws numbers of 16 bits as float32 ones, rounded, as the torch of these tests does.
 
-    Torch 2.11 draws others from the same seed, and coarse ones (pytorch issue 166853). What it makes of them is right,
-    but neither what was recorded with another torch nor what is drawn in float32.
+    Torch 2.11 draws others from the same seed. What is made of them is right, but it is neither what was recorded with
+    another torch nor what is drawn in float32.
     """
-    rand = torch.rand
-    for name in ("rand", "randn"):
+    rand, randn = torch.rand, torch.randn
 
-        def drawn(*size, dtype=None, _draw=getattr(torch, name), **how):  # type: ignore[no-untyped-def]
-            if dtype in (torch.float16, torch.bfloat16):
-                found = _draw(*size, dtype=torch.float32, **how).to(dtype)
-                return found.masked_fill_(found == 1, 0) if _draw is rand else found  # which is below 1
-            return _draw(*size, dtype=dtype, **how)
+    def rounded(draw: Any, *size: Any, dtype: torch.dtype | None = None, **how: Any) -> torch.Tensor:
+        if dtype not in (torch.float16, torch.bfloat16):
+            return draw(*size, dtype=dtype, **how)
+        found = draw(*size, dtype=torch.float32, **how).to(dtype)
+        return found.masked_fill_(found == 1, 0) if draw is rand else found  # which is below 1
 
-        monkeypatch.setattr(torch, name, drawn)
+    monkeypatch.setattr(torch, "rand", partial(rounded, rand))
+    monkeypatch.setattr(torch, "randn", partial(rounded, randn))
 
 
 @pytest.fixture

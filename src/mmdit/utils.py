@@ -242,7 +242,7 @@ def _aside(path: Path) -> Iterator[None]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder. It loses its name first, so that a process that is killed leaves no part of it under the name."""
+    """Remove a folder. It loses its name first, so that a killed process leaves no part of it under the name."""
     shutil.rmtree(path.rename(path.parent / _temporary_name()))
 
 
