@@ -10,11 +10,11 @@ from half_units import pretend_half
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
-from mmdit.runtime import plain_kernels
+from mmdit.runtime import plain_kernels, products
 from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.products import Float8Factors, Pair, Product, stacked_bytes
-from mmdit.runtime.rows import Part
+from mmdit.runtime.rows import Activation, Part, Rows
 from quant import emulation, matmul
 from quant.quantize import linears_of, quantize_
 from quant.recipe import RECIPES, as_recipe
@@ -204,6 +204,23 @@ def test_static_scales_repeated_per_row_give_the_same_product():
     for _ in range(2):
         product(Part(codes, product.static), repeated)
         assert torch.equal(repeated, alone)
+
+
+def test_products_of_both_streams_run_at_once_and_are_waited_for(monkeypatch):
+    """The text's product may run beside the image's; what reads both comes after both."""
+    log, linears = [], [nn.Linear(4, 3), nn.Linear(4, 3)]
+    pair, rows = Pair(*map(Product, linears)), Rows(1, 2, 5)
+    x = Activation(Part(torch.randn(2, 4)), Part(torch.randn(5, 4)))
+
+    def late(run):
+        log.append("begun")
+        return lambda: (run(), log.append("waited for"))
+
+    monkeypatch.setattr(products, "beside", late)
+    with torch.no_grad():
+        found = pair(x, rows, plain_kernels).value
+        assert torch.equal(found, torch.cat([linears[0](x.text.data), linears[1](x.image.data)]))
+    assert log == ["begun", "waited for"]
 
 
 def test_weights_are_read_where_they_lie():
