@@ -65,7 +65,7 @@ class Float8Recipe:
     calibration: int = 128  # prompts for static scales and second moments
     checked: int = 256  # held-out prompts whose drawings are compared at the end
     decoded: int = 32  # pictures that tell how much each channel of the latents counts
-    followed: int = 64  # drawings that tell how much each step counts
+    followed: int = 32  # drawings that tell how much each step counts
     compiled: bool = False  # blocks, on a GPU
     batch: int = 120  # latents in a step, each with and without its prompt
     along: int = 10  # of them of each drawing
