@@ -36,6 +36,10 @@ STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 LARGEST = ((64, 128, 1, 1, 4), (64, 64, 8, 3, 4), (64, 32, 19, 4, 4), (32, 128, 4, 3, 4))  # `Cut`s of `largest_gelu`
 CODES = ((64, 64, 8, 2, 4), (64, 64, 19, 3, 4), (64, 32, 8, 3, 4), (64, 32, 19, 3, 4), (32, 64, 8, 3, 2))  # of `gelu`
+PAIRS = (
+    *((LARGEST[1], CODES[2]), (LARGEST[2], CODES[3]), (LARGEST[0], CODES[2])),
+    *((LARGEST[1], CODES[4]), (LARGEST[0], CODES[3])),
+)
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
 
@@ -243,10 +247,12 @@ def ways(rank: int) -> dict[str, Way]:
         from mmdit.runtime import kernels, lora_kernels
 
         cut = lora_kernels.Cut
-        for one in LARGEST[1:]:
-            found[f"largest {one}"] = Way(rank, settings=((lora_kernels, "_LARGEST", cut(*one)),))
-        for one in CODES[1:]:
-            found[f"codes {one}"] = Way(rank, settings=((lora_kernels, "_CODES", cut(*one)),))
+        for one, other in PAIRS:
+            pair = ((lora_kernels, "_LARGEST", cut(*one)), (lora_kernels, "_CODES", cut(*other)))
+            found[f"twice {one}, {other}"] = Way(rank, settings=pair)
+        for one, behind in (((64, 32, 19, 3, 4), 8), ((64, 32, 8, 3, 4), 8), ((64, 64, 19, 3, 4), 4)):
+            turns = ((lora_kernels, "_TURNS", cut(*one)), (lora_kernels, "_BEHIND", behind))
+            found[f"turns {one}, {behind}"] = Way(rank, settings=((kernels, "TOKEN_GELU", "in turns"), *turns))
         found["sums before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
     found |= {
         "without again": Way(None),

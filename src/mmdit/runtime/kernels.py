@@ -35,7 +35,7 @@ from quant.scaling import SMALLEST_SCALE
 
 low, add_up = lora_kernels.low, lora_kernels.add_up
 _PER_THREAD = 32  # values of a row that a thread holds where they are rounded; half as many where they are not
-TOKEN_GELU = "twice"  # or "before"
+TOKEN_GELU = "twice"  # or "before" or "in turns"
 _UNITS = 32  # heads of tokens that a program of `_pack` moves
 
 
@@ -88,6 +88,8 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) 
     if rounding.kind == "token" and TOKEN_GELU == "before":
         add_up(x, added, rows)
         return _row_by_row(x, rows, rounding, joint=False, gelu=True)
+    if rounding.kind == "token" and TOKEN_GELU == "in turns":
+        return lora_kernels.gelu_in_turns(x, rows, rounding, added)
     return lora_kernels.gelu(x, rows, rounding, added)
 
 
