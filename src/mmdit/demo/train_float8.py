@@ -117,7 +117,8 @@ def train(
     quantize_(rounded, dynamic(recipes[0]))
     states = states.with_growth(teacher, rounded, recipe.followed)
     del drawing, rounded
-    journal.say(f"weights of the steps: {[round(float(one), 2) for one in states.weight]}")
+    for what, of in (("weights", states.weight), ("chances", states.chance)):
+        journal.say(f"{what} of the steps: {[] if of is None else [round(float(one), 2) for one in of]}")
     journal.say(f"{recipe.prompts} prompts drawn; first {texts[0]!r}")
     left = max(1.0, seconds - (time.monotonic() - start)) / len({dynamic(name) for name in recipes})
     found, rows, base = {}, [], drawn(pipe, teacher, recipe)
@@ -357,9 +358,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="in 16 bits (default: %(default)s)")
     parser.add_argument("--rate", type=float, help="of Adam (default: that of the recipe)")
     parser.add_argument("--batch", type=int, help="latents in a step (default: that of the recipe)")
+    parser.add_argument("--along", type=int, help="of them of each drawing (default: that of the recipe)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, on a GPU")
     options = parser.parse_args(arguments)
-    given = {"rate": options.rate, "batch": options.batch, "compiled": options.compile or None}
+    given = {"rate": options.rate, "batch": options.batch, "along": options.along, "compiled": options.compile or None}
     recipe = CPU if options.device == "cpu" else Float8Recipe()
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     torch.set_float32_matmul_precision("high")  # the mantissa of TF32 holds every float8 code

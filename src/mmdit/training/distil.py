@@ -62,6 +62,7 @@ class States(NamedTuple):
         velocities: of the teacher with the prompt and without it, [2, prompts, steps, c, h, w]; see `with_velocities`.
         channels: [c, c], by which errors are multiplied before they are squared; see `picture_channels`. None leaves
             them as they are.
+        chance: [steps], how often `draw` takes each step along a drawing, relative to each other; None is alike.
     """
 
     x: Tensor
@@ -74,9 +75,13 @@ class States(NamedTuple):
     guidance: float
     velocities: Tensor | None = None
     channels: Tensor | None = None
+    chance: Tensor | None = None
 
     def draw(self, size: int, generator: torch.Generator, along: int = 1) -> StateBatch:
         """Random prompts, each at `along` random steps, none of them twice; the generator is on the latents' device.
+
+        Where steps have different chances and `along` is above 1, weights are corrected so that the squares of their
+        errors add up on average to what they would be with equal chances.
 
         Raises:
             ValueError: `along` does not divide `size`, or is above the number of steps.
@@ -89,9 +94,14 @@ class States(NamedTuple):
         which = torch.randint(prompts, (size // along,), generator=generator, device=device).repeat_interleave(along)
         if along == 1:
             step = torch.randint(steps, (size,), generator=generator, device=device)
-        else:
-            step = torch.rand(size // along, steps, generator=generator, device=device).argsort(1)[:, :along].flatten()
-        return self._batch(which, step)
+            return self._batch(which, step)
+        step = _steps_along(self.chance, steps, size // along, along, generator, device).flatten()
+        batch = self._batch(which, step)
+        if self.chance is None:
+            return batch
+        taken = _steps_along(self.chance, steps, 4096, along, torch.Generator(device).manual_seed(0), device)
+        share = torch.bincount(taken.flatten(), minlength=steps).clamp(min=1) / len(taken)
+        return batch._replace(weight=batch.weight * (along / (steps * share[step])).sqrt())
 
     def _batch(self, which: Tensor, step: Tensor) -> StateBatch:
         text = self.context[which], self.pooled[which]
@@ -114,7 +124,7 @@ class States(NamedTuple):
 
     @torch.no_grad()
     def with_growth(self, teacher: nn.Module, rounded: nn.Module, prompts: int) -> Self:
-        """The same states, in whose weights the errors of each step count as much as they change the end of a drawing.
+        """The same states: errors of each step count, and are drawn, as much as they change the end of a drawing.
 
         An error grows where a drawing settles what goes where, and shrinks where later steps denoise it: white noise
         that is added to drawings of the embedded model becomes 2.5 times as large after the first step, and 0.3 times
@@ -139,7 +149,7 @@ class States(NamedTuple):
             mixed = error if self.channels is None else _mixed(error, self.channels)
             return mixed.square().mean((1, 2, 3)).sqrt()
 
-        path, growths = [self.x[:prompts, 0].float()], []
+        path, growths, changes = [self.x[:prompts, 0].float()], list[Tensor](), list[Tensor]()
         for i in range(len(self.sigma)):
             path.append(after(teacher, path[i], i))
         for i in range(len(self.sigma)):
@@ -147,9 +157,10 @@ class States(NamedTuple):
             error = change(moved - path[i + 1])
             for later in range(i + 1, len(self.sigma)):
                 moved = after(teacher, moved, later)
+            changes.append(change(moved - path[-1]).median())
             growths.append((change(moved - path[-1]) / error).median())
-        weight = self.weight * torch.stack(growths)
-        return self._replace(weight=weight / weight.mean())
+        weight, chance = self.weight * torch.stack(growths), torch.stack(changes)
+        return self._replace(weight=weight / weight.mean(), chance=chance / chance.mean())
 
     def ends(self, prompts: int) -> Tensor:
         """The latents in which the first drawings end, by a step of Euler's from their last states: [b, c, h, w].
@@ -167,6 +178,16 @@ class States(NamedTuple):
         """The same states on a device."""
         parts: dict[str, Any] = {key: part.to(device) for key, part in self._asdict().items() if hasattr(part, "to")}
         return self._replace(**parts)
+
+
+def _steps_along(
+    chance: Tensor | None, steps: int, count: int, along: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """`count` sets of `along` different steps, [count, along] (Efraimidis and Spirakis 2006: the largest u^(1/p))."""
+    keys = torch.rand(count, steps, generator=generator, device=device)
+    if chance is None:
+        return keys.argsort(1)[:, :along]
+    return (keys.log() / chance).argsort(1, descending=True)[:, :along]
 
 
 class StateBatch(NamedTuple):

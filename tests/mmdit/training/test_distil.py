@@ -197,11 +197,23 @@ def test_steps_count_as_much_as_their_errors_change_the_end(states):
             return x * (timestep / 1000 + self.extra).view(-1, 1, 1, 1)
 
     some = states._replace(channels=torch.eye(16) * 3)
-    found = some.with_growth(Linear(0.0), Linear(0.01), 4).weight
+    found = some.with_growth(Linear(0.0), Linear(0.01), 4)
     second, third = 0.6, 0.3  # sigma, which is also k, and falls by 0.3 in each step
     factors = torch.tensor([(1 - 0.3 * second) * (1 - 0.3 * third), 1 - 0.3 * third, 1.0])
     wanted = states.weight * factors
-    torch.testing.assert_close(found, wanted / wanted.mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(found.weight, wanted / wanted.mean(), rtol=1e-4, atol=0)
+    assert found.chance.mean() == pytest.approx(1)
+    assert found.chance.argmax() == 0  # where latents are largest here
+
+
+def test_steps_with_a_larger_chance_are_drawn_more_often_and_count_as_much(states):
+    some = states._replace(chance=torch.tensor([8.0, 1.0, 1.0]))
+    batch = some.draw(6000, torch.Generator().manual_seed(0), along=2)
+    steps = [(batch.timestep - time).abs() < 1 for time in (900, 600, 300)]
+    assert all(batch.timestep[i] != batch.timestep[i + 1] for i in range(0, 6000, 2))
+    assert 2 * steps[0].float().mean() > 0.95
+    squares = torch.stack([batch.weight[which].square().sum() for which in steps]) / 6000
+    torch.testing.assert_close(squares, states.weight.square() / 3, rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("known", [False, True])
