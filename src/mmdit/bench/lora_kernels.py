@@ -37,8 +37,10 @@ ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 LARGEST = ((64, 128, 1, 1, 4), (64, 64, 8, 3, 4), (64, 32, 19, 4, 4), (32, 128, 4, 3, 4))  # `Cut`s of `largest_gelu`
 CODES = ((64, 64, 8, 2, 4), (64, 64, 19, 3, 4), (64, 32, 8, 3, 4), (64, 32, 19, 3, 4), (32, 64, 8, 3, 2))  # of `gelu`
 PAIRS = (
-    *((LARGEST[1], CODES[2]), (LARGEST[2], CODES[3]), (LARGEST[0], CODES[2])),
-    *((LARGEST[1], CODES[4]), (LARGEST[0], CODES[3])),
+    (LARGEST[0], CODES[2]),
+    (LARGEST[1], CODES[2]),
+    (LARGEST[2], CODES[3]),
+    (LARGEST[1], CODES[4]),
 )
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
@@ -75,6 +77,7 @@ class Kernels:
             tasks[f"largest gelu {cut}"] = partial(self.largest_gelu, cut)
         for cut in CODES:
             tasks[f"gelu token with a LoRA {cut}"] = partial(self.gelu_with_lora, "token", cut)
+            tasks[f"gelu token with a LoRA, and low {cut}"] = partial(self.gelu_with_lora, "token", cut, with_low=True)
             tasks[f"gelu static with a LoRA {cut}"] = partial(self.gelu_with_lora, "static", cut)
         tasks["gelu token, 16 values a thread"] = partial(self.gelu_of_values_per_thread, 16)
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
@@ -128,15 +131,16 @@ class Kernels:
         size = x.numel() * (4 if kind == "none" else 3)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
 
-    def gelu_with_lora(self, kind: Kind, cut: Sequence[int] | None = None) -> Cells:
-        """GELU with a LoRA."""
+    def gelu_with_lora(self, kind: Kind, cut: Sequence[int] | None = None, *, with_low: bool = False) -> Cells:
+        """GELU with a LoRA, and the products of what it gives with the next down projections."""
         from mmdit.runtime.lora_kernels import Cut, gelu
 
         width = 4 * self.d
         x, added, rounding = self.random(self.rows.total, width), self.added(width), self.rounding(kind)
+        down = Down.of(self.random(2, self.rank, width), codes=kind != "none") if with_low else None
         chosen = None if cut is None else Cut(*cut)
         size = x.numel() * {"none": 4, "token": 5, "static": 3}[kind]
-        return self.cells(lambda: gelu(x, self.rows, rounding, added, chosen), size)
+        return self.cells(lambda: gelu(x, self.rows, rounding, added, chosen, down), size)
 
     def largest_gelu(self, cut: Sequence[int]) -> Cells:
         """The pass before it, under a scale per row."""
@@ -247,13 +251,16 @@ def ways(rank: int) -> dict[str, Way]:
         from mmdit.runtime import kernels, lora_kernels
 
         cut = lora_kernels.Cut
+        found["sums before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
+        for one in (CODES[1], CODES[3], (32, 64, 19, 3, 2)):
+            pair = ((lora_kernels, "_LARGEST", cut(*LARGEST[1])), (lora_kernels, "_CODES", cut(*one)))
+            found[f"twice with low {one}"] = Way(rank, settings=((kernels, "TOKEN_GELU", "with low"), *pair))
         for one, other in PAIRS:
             pair = ((lora_kernels, "_LARGEST", cut(*one)), (lora_kernels, "_CODES", cut(*other)))
             found[f"twice {one}, {other}"] = Way(rank, settings=pair)
-        for one, behind in (((64, 32, 19, 3, 4), 8), ((64, 32, 8, 3, 4), 8), ((64, 64, 19, 3, 4), 4)):
+        for one, behind in (((64, 32, 8, 3, 4), 8), ((64, 64, 19, 3, 4), 4)):
             turns = ((lora_kernels, "_TURNS", cut(*one)), (lora_kernels, "_BEHIND", behind))
             found[f"turns {one}, {behind}"] = Way(rank, settings=((kernels, "TOKEN_GELU", "in turns"), *turns))
-        found["sums before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
     found |= {
         "without again": Way(None),
         "eager without": Way(None, True),

@@ -187,7 +187,7 @@ class FastBlock:
             second = self._update(8, self.proj2(of_second, alone, kernels))
             mlp_reads = self._second_norm(x, rows, vectors, updates[0], second, kernels)
         inner = self.fc1(mlp_reads, rows, kernels)
-        activation = kernels.gelu(inner.value, rows, self.fc2.rounding, inner.added)
+        activation = kernels.gelu(inner.value, rows, self.fc2.rounding, inner.added, self.fc2.down)
         return rows, x, [self._update(5, self.fc2(activation, rows, kernels))]
 
     def _first_norm(

@@ -157,7 +157,7 @@ class FastSingleBlock:
         update = self._update(2, self.proj(kernels.unpack(z, rows, self.proj.rounding), rows, kernels))
         (read,) = kernels.norm_modulate(x, vectors, rows, [self._output(3, self.fc1.rounding)], [update])
         inner = self.fc1(read, rows, kernels)
-        activation = kernels.gelu(inner.value, rows, self.fc2.rounding, inner.added)
+        activation = kernels.gelu(inner.value, rows, self.fc2.rounding, inner.added, self.fc2.down)
         return rows, x, [self._update(5, self.fc2(activation, rows, kernels))]
 
     def _update(self, chunk: int, result: Result) -> Update:

@@ -81,22 +81,34 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
     return q, k, v
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, cut: Cut | None = None) -> Activation:
+def gelu(
+    x: Tensor, rows: Rows, rounding: Rounding, added: Added, cut: Cut | None = None, down: Down | None = None
+) -> Activation:
     """`plain_kernels.gelu` and rounding, in one pass; a scale per row is found in a pass before.
 
     Args:
-        x, rows, rounding, added: see `plain_kernels.gelu`.
+        x, rows, rounding, added, down: see `plain_kernels.gelu`.
         cut: how the values are cut; None takes the fastest on an H200.
     """
     width, alone = x.shape[1], rows.as_one_sample()
     cut = cut or (_VALUES if rounding.kind == "none" else _CODES)
+    grid = _grid(alone, width, cut)
     blank = Blank.of(rows, width, rounding, x, x.dtype)
     sizes = largest_gelu(x, rows, added) if rounding.kind == "token" else x
-    _gelu[_grid(alone, width, cut)](
+    weight, rank, low, sums = x, 0, None, x
+    if down is not None:
+        weight = down.exact if down.halves is None else down.halves
+        rank = weight.shape[1]
+        sums = torch.empty((grid[0], rows.total, rank), dtype=torch.float32, device=x.device)
+    _gelu[grid](
         x,
         *targets(blank, rounding, x),
         sizes,
         *_factors(added),
+        weight,
+        x if down is None or down.factor is None else down.factor,
+        sums,
+        len(weight) - 1 if rank else 0,
         alone.text,
         alone.image,
         width,
@@ -105,11 +117,13 @@ def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added, cut: Cut | Non
         LARGEST["e4m3"],
         SMALLEST_SCALE,
         added.up.shape[2],
+        rank,
         *cut[:4],
         width % (cut.columns * cut.steps) == 0,
         num_warps=cut.warps,
     )
-    return blank.activation(rows, rounding)
+    low = sums.sum(0).to(x.dtype) if rank else None
+    return blank.activation(rows, rounding)._replace(low=low)
 
 
 def gelu_in_turns(x: Tensor, rows: Rows, rounding: Rounding, added: Added) -> Activation:
@@ -295,6 +309,10 @@ def _gelu(
     low_stride,
     up,
     image_up,
+    down,
+    factor,
+    sums,
+    last,
     text,
     image,
     width,
@@ -303,6 +321,7 @@ def _gelu(
     largest: tl.constexpr,
     smallest: tl.constexpr,
     rank: tl.constexpr,
+    down_rank: tl.constexpr,
     block: tl.constexpr,
     wide: tl.constexpr,
     steps: tl.constexpr,
@@ -325,13 +344,27 @@ def _gelu(
     if kind == 2:
         scale *= tl.where(is_text, tl.load(text_static), tl.load(image_static)).to(tl.float32)
     start = tl.program_id(0) * (steps * wide)
+    n = tl.arange(0, down_rank if down_rank > 0 else 1)
+    total = tl.zeros([block, down_rank if down_rank > 0 else 1], tl.float32)
+    part = tl.where(is_text, 0, last * down_rank)
+    down += part * width
     for k in tl.range(0, steps, num_stages=stages):
         column = start + k * wide + tl.arange(0, wide)
         value = gelu_of(_sum(x + place, a, up, column, width, rank, even))
         if kind != 0:
             value = code_of(value, scale[:, None], largest, out.dtype.element_ty, kind == 1)
+        value = value.to(out.dtype.element_ty)
         both = there[:, None] if even else there[:, None] & (column < width)[None, :]
-        tl.store(out + place + column[None, :], value.to(out.dtype.element_ty), mask=both)
+        tl.store(out + place + column[None, :], value, mask=both)
+        if down_rank > 0:
+            by = down + n[None, :] * width + column[:, None]
+            by = tl.load(by) if even else tl.load(by, mask=(column < width)[:, None], other=0.0)
+            total = tl.dot(value.to(by.dtype), by, total, input_precision="ieee")
+    if down_rank > 0:
+        if kind != 0:
+            total *= scale[:, None] * tl.load(factor + part + n)[None, :]
+        sums += tl.program_id(0) * (text + image) * down_rank
+        tl.store(sums + row[:, None] * down_rank + n[None, :], total, mask=there[:, None])
 
 
 @no_type_check  # annotations have Triton's meaning here

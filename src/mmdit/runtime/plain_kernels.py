@@ -71,8 +71,16 @@ def norm_modulate(
     return found
 
 
-def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None) -> Activation:
-    """GELU in its tanh approximation, [rows, k], of x and what LoRAs add to it; that may be added in place."""
+def gelu(x: Tensor, rows: Rows, rounding: Rounding, added: Added | None = None, down: Down | None = None) -> Activation:
+    """GELU in its tanh approximation, [rows, k], of x and what LoRAs add to it.
+
+    Args:
+        x: the values, [rows, k], to which may be added in place.
+        rows: the stream and sample of each row.
+        rounding: what the result is rounded to.
+        added: what LoRAs add.
+        down: the down projections that the result is multiplied by next; a kernel may do so (`Activation.low`).
+    """
     if added is not None:
         add_up(x, added, rows)
     return _rounded(F.gelu(x, approximate="tanh"), rows, rounding)

@@ -169,13 +169,18 @@ class Pair:
         """The Linears that exist."""
         return [one for one in (self.text, self.image) if one is not None]
 
+    @property
+    def down(self) -> Down | None:
+        """The down projections of the LoRAs beside the Linears; None where there are none."""
+        return None if self.factors is None else self.factors[0]
+
     def __call__(self, x: Activation, rows: Rows, kernels: ModuleType) -> Result:
         """The products of both streams as rows of one matrix, and what is left to be added to them."""
         like, added = self.image.linear, None
         dtype = like.weight.dtype
         if self.factors is not None:  # before the products, while the activations are in the cache
             down, up = self.factors
-            added = Added(kernels.low(x, down, dtype), up)
+            added = Added(kernels.low(x, down, dtype) if x.low is None else x.low, up)
         out = torch.empty((rows.total, like.out_features), dtype=dtype, device=like.weight.device)
         joins = []
         if x.text is not None:

@@ -78,6 +78,12 @@ class Activation(NamedTuple):
 
     text: Part | None
     image: Part | None
+    low: Tensor | None = None  # [rows, r]: `plain_kernels.low` of it, where the kernel that made it has computed that
+
+    @property
+    def parts(self) -> tuple[Part | None, Part | None]:
+        """The rows of text and image."""
+        return self.text, self.image
 
 
 class Added(NamedTuple):

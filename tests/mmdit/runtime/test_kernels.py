@@ -61,7 +61,7 @@ def same(found, wanted):
 
 def obeys_law(found, values, rounding):
     """Whether an activation is what `quant.scaling` makes of these values."""
-    for part, wide, static in zip(found, values, (rounding.text, rounding.image), strict=True):
+    for part, wide, static in zip(found.parts, values.parts, (rounding.text, rounding.image), strict=True):
         if part is None:
             assert wide is None
             continue
@@ -82,7 +82,7 @@ def test_unpacked_rows_are_rounded_bit_for_bit(rows, rounding, width, dtype):
     for text in (True, False):
         found = kernels.unpack(x, rows, rounding, text=text)
         wanted = plain_kernels.unpack(x, rows, rounding, text=text)
-        for one, other in zip(found, wanted, strict=True):
+        for one, other in zip(found.parts, wanted.parts, strict=True):
             assert (one is None) == (other is None)
             if one is not None:
                 assert same(one.data, other.data)
@@ -106,10 +106,12 @@ def test_gelu(rounding, dtype):
     x = hard_rows(rows, width, dtype)
     wanted = torch.nn.functional.gelu(x.double(), approximate="tanh")
     wide = kernels.gelu(x.float(), rows, Rounding())
-    assert close(torch.cat([part.data for part in wide]), wanted, 1e-6)
+    assert close(torch.cat([part.data for part in wide.parts]), wanted, 1e-6)
     found = kernels.gelu(x, rows, rounding)
     if rounding.kind == "none":
-        assert same(torch.cat([part.data for part in found]), torch.cat([part.data for part in wide]).to(dtype))
+        assert same(
+            torch.cat([part.data for part in found.parts]), torch.cat([part.data for part in wide.parts]).to(dtype)
+        )
     else:
         obeys_law(found, wide, rounding)
 
@@ -141,9 +143,9 @@ def test_norm_modulate(width, outputs, updates, rounding, dtype):
     found = kernels.norm_modulate(stream, table, rows, asked, added)
     assert close(stream, exact_stream, max(torch.finfo(dtype).eps, 1e-6))
     for one, output, other in zip(found, asked, exact, strict=True):
-        assert close(output.wide, torch.cat([part.data for part in other]), 3e-6)
+        assert close(output.wide, torch.cat([part.data for part in other.parts]), 3e-6)
         if rounding.kind == "none":
-            assert same(torch.cat([part.data for part in one]), output.wide.to(dtype))
+            assert same(torch.cat([part.data for part in one.parts]), output.wide.to(dtype))
         else:
             values = Activation(Part(output.wide[: rows.split]), Part(output.wide[rows.split :]))
             obeys_law(one, values, rounding)

@@ -111,10 +111,10 @@ def test_gelu(rows, rounding, dtype, width):
     found = kernels.gelu(x, rows, rounding, added)
     if rounding.kind == "token":
         turns = lora_kernels.gelu_in_turns(x, rows, rounding, added)
-        for one, other in zip(turns, found, strict=True):
+        for one, other in zip(turns.parts, found.parts, strict=True):
             assert (one is None) == (other is None)
             assert one is None or torch.equal(one.data.view(torch.uint8), other.data.view(torch.uint8))
-    for part, exact in zip(found, wanted, strict=True):
+    for part, exact in zip(found.parts, wanted.parts, strict=True):
         if part is None:
             assert exact is None
         elif rounding.kind == "none":
@@ -123,6 +123,18 @@ def test_gelu(rows, rounding, dtype, width):
             near_codes(part, exact.data)
             if rounding.kind == "token":
                 near_scale(part.scale, exact.data)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: one.kind)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_gelu_with_the_next_down_projections(rows, rounding, dtype):
+    width = 300 if GPU else 76
+    x, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype)
+    down = Down.of(drawn(2, 16, width, dtype=dtype), codes=rounding.kind != "none")
+    found = lora_kernels.gelu(x, rows, rounding, added, down=down)
+    again = kernels.low(found, down, torch.float32 if rounding.kind != "none" else dtype)
+    torch.testing.assert_close(found.low.double(), again.double(), rtol=2 * EPSILON[dtype], atol=2**-14)
 
 
 def near_scale(scale, exact):
@@ -141,7 +153,7 @@ def test_largest_gelu_of_rows(rows, cut, dtype):
     added.low[::3] = 0
     x[::3] = -x[::3].abs() - 0.3
     exact = plain_kernels.gelu(x.double(), rows, Rounding(), in_float64(added))
-    wanted = torch.cat([part.data for part in exact if part is not None]).abs().amax(1)
+    wanted = torch.cat([part.data for part in exact.parts if part is not None]).abs().amax(1)
     found = lora_kernels.largest_gelu(x, rows, added, cut).view(torch.float32)
     torch.testing.assert_close(found.double(), wanted, rtol=2**-15, atol=0)
 
