@@ -43,7 +43,9 @@ def suits(model: nn.Module, latent: Tensor) -> bool:
     """
     if type(model) is not MMDiT or model.config.hidden_size > _WIDEST or model.pos_embed.dtype != torch.float32:
         return False
-    return latent.device.type == "cpu" and 2 <= torch.get_num_threads() <= len(latent)
+    if latent.device.type != "cpu" or not 2 <= torch.get_num_threads() <= len(latent):
+        return False
+    return all(type(one) in (nn.Parameter, Tensor) for one in _weights(modules_of(model)))  # float8 ones are others
 
 
 def velocity(
@@ -58,9 +60,9 @@ def velocity(
 ) -> Float[Tensor, "b o h w"]:
     """What `MMDiT.forward` computes, by as many threads as torch has, each of which computes some rows alone.
 
-    This thread computes all rows where gradients are needed, weights are float8, or where hooks, modes or a profiler
-    would see the operations of this thread only. Steps of several callers run one after the other. A thread of yours
-    that uses torch for the first time during a step is left with one OpenMP thread: their number is the process's.
+    This thread computes all rows where gradients are needed, and where hooks, modes or a profiler would see the
+    operations of this thread only. Steps of several callers run one after the other. A thread of yours that uses torch
+    for the first time during a step is left with one OpenMP thread: their number is the process's.
 
     Args:
         model: see `suits`.
@@ -151,9 +153,12 @@ def _is_alone(model: MMDiT, latent: Tensor) -> bool:
     modules = modules_of(model)
     if not is_whole(modules):
         return False
-    weights = [one for module in modules for one in module._parameters.values() if one is not None]
-    needs_grad = torch.is_grad_enabled() and (latent.requires_grad or any(one.requires_grad for one in weights))
-    return not needs_grad and not any(type(one) not in (nn.Parameter, Tensor) for one in weights)
+    grads = torch.is_grad_enabled()
+    return not (grads and (latent.requires_grad or any(one.requires_grad for one in _weights(modules))))
+
+
+def _weights(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
+    return (one for module in modules for one in module._parameters.values() if one is not None)
 
 
 def _slices(total: int, parts: int) -> list[slice]:

@@ -78,6 +78,9 @@ def test_only_small_models_with_a_row_for_each_thread_suit(model, two_threads, m
     assert not row_threads.suits(model, latent.to("meta"))
     assert not row_threads.suits(MMDiT(CONFIG).double(), latent)
     assert not row_threads.suits(torch.nn.Sequential(model), latent)
+    quantized = MMDiT(CONFIG)
+    quantize_(quantized, "fp8", select=["joint_blocks.2.x_block.mlp.fc2"])
+    assert not row_threads.suits(quantized, latent)
     monkeypatch.setattr(row_threads, "_WIDEST", 127)
     assert not row_threads.suits(model, latent)
     monkeypatch.undo()
@@ -121,15 +124,12 @@ def test_one_thread_computes_all_rows_where_it_is_watched(model, two_threads, ra
     assert torch.get_num_threads() == 2
 
 
-def test_one_thread_computes_all_rows_of_gradients_and_float8_weights(ran):
-    trained, quantized = MMDiT(CONFIG), MMDiT(CONFIG).requires_grad_(False)
-    quantize_(quantized, "fp8")
-    for model in (trained, quantized):
-        given = inputs(2)
-        torch.set_num_threads(2)
-        row_threads.velocity(model, *given)
-        torch.set_num_threads(1)
+def test_one_thread_computes_all_rows_where_gradients_are_needed(two_threads, ran):
+    row_threads.velocity(MMDiT(CONFIG), *inputs(2)).sum().backward()
+    latent, *others = inputs(2)
+    row_threads.velocity(MMDiT(CONFIG).requires_grad_(False), latent.requires_grad_(), *others).sum().backward()
     assert {*ran} == {(2, get_ident())}
+    assert latent.grad is not None
 
 
 def test_an_error_leaves_the_number_of_threads_as_it_was(model, two_threads, monkeypatch):
