@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
+from math import ceil
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from quant.tensor import Float8Tensor
 
 Kind = Literal["none", "token", "static"]
 MOST_RANK = 64  # of the LoRAs that `Pair` takes; the ranks of several adapters add up
+_TILE = 128  # rows and columns of a tile, as `saves_waves` assumes of cuBLAS's kernels
 
 
 class Product:
@@ -185,7 +187,11 @@ class Pair:
         joins = []
         if x.text is not None:
             assert self.text is not None, "the text stream has ended here"
-            joins.append(beside(partial(self.text, x.text, out[: rows.split])))
+            run = partial(self.text, x.text, out[: rows.split])
+            if saves_waves(rows.split, rows.total - rows.split, like.out_features, multiprocessors(out.device)):
+                joins.append(beside(run))
+            else:
+                run()
         if x.image is not None:
             self.image(x.image, out[rows.split :])
         for join in joins:
@@ -194,6 +200,28 @@ class Pair:
             kernels.add_up(out, added, rows)
             added = None
         return Result(out, added)
+
+
+def saves_waves(text: int, image: int, columns: int, units: int) -> bool:
+    """Whether two products at once take fewer waves than one after the other.
+
+    A product is cut into tiles. A wave is one tile on each multiprocessor; the last wave of a product may leave some of
+    them idle, on which tiles of the other product can run. Where no wave was saved, products at once made steps slower
+    (measured on H200).
+
+    Args:
+        text, image: rows of each product.
+        columns: of both products.
+        units: multiprocessors of the GPU.
+    """
+    first, second = (ceil(rows / _TILE) * ceil(columns / _TILE) for rows in (text, image))
+    return ceil((first + second) / units) < ceil(first / units) + ceil(second / units)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a GPU; 1 for other devices, which run one product at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _factors_beside(linear: nn.Linear) -> tuple[Tensor, Tensor] | None:

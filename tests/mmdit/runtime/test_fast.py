@@ -206,7 +206,8 @@ def test_static_scales_repeated_per_row_give_the_same_product():
         assert torch.equal(repeated, alone)
 
 
-def test_products_of_both_streams_run_at_once_and_are_waited_for(monkeypatch):
+@pytest.mark.parametrize(("units", "wanted"), [(2, ["begun", "waited for"]), (1, [])])
+def test_products_of_both_streams_run_at_once_where_that_saves_a_wave(monkeypatch, units, wanted):
     """The text's product may run beside the image's; what reads both comes after both."""
     log, linears = [], [nn.Linear(4, 3), nn.Linear(4, 3)]
     pair, rows = Pair(*map(Product, linears)), Rows(1, 2, 5)
@@ -217,10 +218,28 @@ def test_products_of_both_streams_run_at_once_and_are_waited_for(monkeypatch):
         return lambda: (run(), log.append("waited for"))
 
     monkeypatch.setattr(products, "beside", late)
+    monkeypatch.setattr(products, "multiprocessors", lambda device: units)
     with torch.no_grad():
         found = pair(x, rows, plain_kernels).value
         assert torch.equal(found, torch.cat([linears[0](x.text.data), linears[1](x.image.data)]))
-    assert log == ["begun", "waited for"]
+    assert log == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "columns", "apart", "together"),
+    [
+        (167, 2048, 2432, (1, 3), 3),  # tiles: 2 x 19 = 38, 16 x 19 = 304, both 342
+        (167, 2048, 7296, (1, 7), 8),  # 2 x 57 = 114, 16 x 57 = 912, both 1026
+        (167, 2048, 9728, (2, 10), 11),  # 2 x 76 = 152, 16 x 76 = 1216, both 1368
+        (333, 4096, 2432, (1, 5), 6),  # 3 x 19 = 57, 32 x 19 = 608, both 665
+        (333, 4096, 7296, (2, 14), 16),  # 3 x 57 = 171, 32 x 57 = 1824, both 1995
+        (333, 4096, 9728, (2, 19), 21),  # 3 x 76 = 228, 32 x 76 = 2432, both 2660
+        (333, 0, 2432, (1, 0), 1),
+    ],
+)
+def test_waves_that_products_at_once_save(text, image, columns, apart, together):
+    """On the 132 multiprocessors of an H200; waves of tiles of 128 x 128, counted by hand."""
+    assert products.saves_waves(text, image, columns, 132) == (together < sum(apart))
 
 
 def test_weights_are_read_where_they_lie():
