@@ -27,21 +27,12 @@ from mmdit.runtime.products import Kind
 from mmdit.runtime.rows import Activation, Added, Columns, Down, Output, Part, Rounding, Rows, Update
 from mmdit.utils import markdown_table
 from quant import low_rank
-from quant.emulation import HAS_TRITON
 from quant.matmul import multiply_into, quantize_activation
 from quant.recipe import RECIPES
 from quant.tensor import Float8Tensor
 
 STEPS = ["step", "LoRA", "ms", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
-LARGEST = ((64, 128, 1, 1, 4), (64, 64, 8, 3, 4), (64, 32, 19, 4, 4), (32, 128, 4, 3, 4))  # `Cut`s of `largest_gelu`
-CODES = ((64, 64, 8, 2, 4), (64, 64, 19, 3, 4), (64, 32, 8, 3, 4), (64, 32, 19, 3, 4), (32, 64, 8, 3, 2))  # of `gelu`
-PAIRS = (
-    (LARGEST[0], CODES[2]),
-    (LARGEST[1], CODES[2]),
-    (LARGEST[2], CODES[3]),
-    (LARGEST[1], CODES[4]),
-)
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
 
@@ -73,13 +64,8 @@ class Kernels:
         for kind in get_args(Kind):
             tasks[f"gelu {kind}"] = partial(self.gelu, kind)
             tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu_with_lora, kind)
-        for cut in LARGEST:
-            tasks[f"largest gelu {cut}"] = partial(self.largest_gelu, cut)
-        for cut in CODES:
-            tasks[f"gelu token with a LoRA {cut}"] = partial(self.gelu_with_lora, "token", cut)
-            tasks[f"gelu token with a LoRA, and low {cut}"] = partial(self.gelu_with_lora, "token", cut, with_low=True)
-            tasks[f"gelu static with a LoRA {cut}"] = partial(self.gelu_with_lora, "static", cut)
-        tasks["gelu token, 16 values a thread"] = partial(self.gelu_of_values_per_thread, 16)
+            tasks[f"gelu {kind} with a LoRA, and low"] = partial(self.gelu_with_lora, kind, with_low=True)
+        tasks["largest gelu"] = self.largest_gelu
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
         tasks[f"fp8 {d} to {4 * d}, gelu token with a LoRA"] = partial(self.inner, True)
         tasks["pack"] = partial(self.pack, False)
@@ -131,35 +117,27 @@ class Kernels:
         size = x.numel() * (4 if kind == "none" else 3)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
 
-    def gelu_with_lora(self, kind: Kind, cut: Sequence[int] | None = None, *, with_low: bool = False) -> Cells:
+    def gelu_with_lora(self, kind: Kind, *, with_low: bool = False) -> Cells:
         """GELU with a LoRA, and the products of what it gives with the next down projections."""
-        from mmdit.runtime.lora_kernels import Cut, gelu
+        from mmdit.runtime.lora_kernels import gelu
 
         width = 4 * self.d
         x, added, rounding = self.random(self.rows.total, width), self.added(width), self.rounding(kind)
         down = Down.of(self.random(2, self.rank, width), codes=kind != "none") if with_low else None
-        chosen = None if cut is None else Cut(*cut)
         size = x.numel() * {"none": 4, "token": 5, "static": 3}[kind]
-        return self.cells(lambda: gelu(x, self.rows, rounding, added, chosen, down), size)
+        return self.cells(lambda: gelu(x, self.rows, rounding, added, down), size)
 
-    def largest_gelu(self, cut: Sequence[int]) -> Cells:
+    def largest_gelu(self) -> Cells:
         """The pass before it, under a scale per row."""
-        from mmdit.runtime.lora_kernels import Cut, largest_gelu
+        from mmdit.runtime.lora_kernels import largest_gelu
 
         x, added = self.random(self.rows.total, 4 * self.d), self.added(4 * self.d)
-        return self.cells(lambda: largest_gelu(x, self.rows, added, Cut(*cut)), x.nbytes)
+        return self.cells(lambda: largest_gelu(x, self.rows, added), x.nbytes)
 
     def rounding(self, kind: Kind) -> Rounding:
         """The rounding of a kind, under some scale where that is static."""
         scale = torch.tensor(0.02, device=self.device)
         return Rounding(kind, scale, scale) if kind == "static" else Rounding(kind)
-
-    def gelu_of_values_per_thread(self, values: int) -> Cells:
-        """GELU under a scale per row, of so many values of a row in a thread."""
-        from mmdit.runtime import kernels
-
-        with replaced(kernels, "_PER_THREAD", values):
-            return self.gelu("token")
 
     def inner(self, lora: bool) -> Cells:
         """The first product of the image's MLP in float8, and GELU after it."""
@@ -175,7 +153,7 @@ class Kernels:
             multiply_into(codes, scale, weight.qdata, weight.scale, None, weight.recipe, out=out)
             kernels.gelu(out, rows, rounding, added if lora else None)
 
-        return self.cells(run, count * wide * (7 if lora else 3))
+        return self.cells(run, count * wide * (5 if lora else 3))
 
     def pack(self, lora: bool) -> Cells:
         """Norms of queries and keys, and the joint layout."""
@@ -247,20 +225,6 @@ class Way(NamedTuple):
 def ways(rank: int) -> dict[str, Way]:
     """What is compared, by name."""
     found = {"without": Way(None), "as it is": Way(rank)}
-    if HAS_TRITON:
-        from mmdit.runtime import kernels, lora_kernels
-
-        cut = lora_kernels.Cut
-        found["sums before"] = Way(rank, settings=((kernels, "TOKEN_GELU", "before"),))
-        for one in (CODES[1], CODES[3], (32, 64, 19, 3, 2)):
-            pair = ((lora_kernels, "_LARGEST", cut(*LARGEST[1])), (lora_kernels, "_CODES", cut(*one)))
-            found[f"twice with low {one}"] = Way(rank, settings=((kernels, "TOKEN_GELU", "with low"), *pair))
-        for one, other in PAIRS:
-            pair = ((lora_kernels, "_LARGEST", cut(*one)), (lora_kernels, "_CODES", cut(*other)))
-            found[f"twice {one}, {other}"] = Way(rank, settings=pair)
-        for one, behind in (((64, 32, 8, 3, 4), 8), ((64, 64, 19, 3, 4), 4)):
-            turns = ((lora_kernels, "_TURNS", cut(*one)), (lora_kernels, "_BEHIND", behind))
-            found[f"turns {one}, {behind}"] = Way(rank, settings=((kernels, "TOKEN_GELU", "in turns"), *turns))
     found |= {
         "without again": Way(None),
         "eager without": Way(None, True),

@@ -14,7 +14,7 @@ _PLAIN = (Tensor, nn.Parameter)  # no tensor subclass
 
 
 class UpProducts(NamedTuple):
-    """What multiplies by up projections [out, r] on a GPU where no gradient is recorded."""
+    """What multiplies by up projections [out, r] where no gradient is recorded."""
 
     add_up: Callable[[Tensor, Tensor, Tensor], None]  # output [rows, out], low [rows, r], up: changes the output
     up_and_bias: Callable[[Tensor, Tensor, Tensor], Tensor]  # low [rows, r], up, bias [out]: [rows, out]

@@ -8,7 +8,7 @@ forms. The original tensors are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -73,7 +73,7 @@ class PatchedWeights:
                     linears = {f"{name}.weight" for name, _ in linears_of(model)} if form == "attached" else set()
                     for key, patches in plan.items():
                         if key in linears:
-                            _attach(part, model, key, patches, kept.get((part, key)))
+                            _attach(part, model, key, patches, self.before.get((part, key)))
                         else:
                             old = _get(model, key)
                             kept.add((part, key), old)
@@ -90,51 +90,49 @@ class PatchedWeights:
 
 
 class _Kept:
-    """Keeps the originals of a GPU on the CPU: a thread copies them while the next weights are changed.
+    """Keeps originals; a thread copies those of a GPU to the CPU while the next weights are changed.
 
     Args:
-        before: gets the originals when this context ends, however it ends.
+        before: gets each original at once, and its copy in its place as soon as there is one, so that no interrupt and
+            no error loses an original.
 
     Raises:
-        RuntimeError, MemoryError, OSError: a tensor could not be copied, and is kept where it is.
+        Exception: an original could not be copied, and is kept where it is.
     """
 
     def __init__(self, before: dict[tuple[Part, str], Tensor]) -> None:
         self._before, self._copies = before, HostCopies()
-        self._found: dict[tuple[Part, str], Future[Tensor]] = {}
-        self._error: Exception | None = None
+        self._waiting: list[Future[None]] = []
         self._worker = ThreadPoolExecutor(1)
 
     def add(self, key: tuple[Part, str], tensor: Tensor) -> None:
         """Keep a tensor, unless one of this name is kept already."""
-        if key in self._found:
+        if key in self._before:
             return
-        waiting = [one for one in self._found.values() if not one.done()]
-        if len(waiting) >= _WAITING:  # each one holds memory of the GPU
-            waiting[0].result()
+        self._before[key] = tensor
+        if len(self._waiting) >= _WAITING:  # each one holds memory of the GPU
+            wait(self._waiting[: -_WAITING + 1])
         stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
-        self._found[key] = self._worker.submit(self._copied, tensor, stream)
+        self._waiting.append(self._worker.submit(self._copy, key, tensor, stream))
 
-    def get(self, key: tuple[Part, str]) -> Tensor | None:
-        """The tensor that is kept by this name."""
-        return self._found[key].result() if key in self._found else None
-
-    def _copied(self, tensor: Tensor, stream: torch.cuda.Stream | None) -> Tensor:
-        try:
-            with torch.cuda.stream(stream):  # None changes nothing
-                return self._copies(tensor)
-        except (RuntimeError, MemoryError, OSError) as error:
-            self._error = error
-            return tensor
+    def _copy(self, key: tuple[Part, str], tensor: Tensor, stream: torch.cuda.Stream | None) -> None:
+        with torch.cuda.stream(stream):  # None changes nothing
+            copy = self._copies(tensor)
+        if self._before.get(key) is tensor:  # after an interrupt, it may have been given back meanwhile
+            self._before[key] = copy
 
     def __enter__(self) -> _Kept:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._worker.shutdown()
-        self._before.update({key: copy.result() for key, copy in self._found.items()})
-        if kind is None and self._error is not None:
-            raise self._error
+        failed = next((found for one in self._waiting if (found := one.exception()) is not None), None)
+        self._waiting.clear()
+        try:
+            if kind is None and failed is not None:
+                raise failed
+        finally:
+            del failed  # an error that this frame refers to would keep the frame, and with it the weights
 
 
 def _attach(part: Part, model: nn.Module, key: str, patches: Sequence[Weighted], original: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -231,13 +232,13 @@ def _vectors(
 ) -> Float[Tensor, "s b v d"]:
     """What the wanted ones of these modulation layers give, each so many vectors, side by side."""
     table, place = c.new_empty(*c.shape[:2], sum(chunks[i] for i in wanted), c.shape[2]), 0
-    activation, _ = layers[0]  # of all of them, computed once
-    c = activation(c)
+    once = F.silu(c)  # of all layers but those whose activation somebody has replaced
     for i, (layer, count) in enumerate(zip(layers, chunks, strict=True)):
         arrive(layer)  # also where it is not wanted: the weights come one after the other
         if i in wanted:
-            _, linear = layer
-            table[:, :, place : place + count] = linear(c).unflatten(-1, (count, -1))
+            usual = type(layer) is nn.Sequential and len(layer) == 2 and type(layer[0]) is nn.SiLU
+            found = layer[1](once) if usual else layer(c)
+            table[:, :, place : place + count] = found.unflatten(-1, (count, -1))
             place += count
     return table
 

@@ -41,8 +41,7 @@ class Cut(NamedTuple):
     warps: int
 
 
-_TURNS, _BEHIND = Cut(64, 32, 19, 3, 4), 8  # tiles by which programs that write codes come after those before them
-_VALUES, _CODES, _LARGEST = Cut(64, 64, 1, 1, 4), Cut(64, 64, 8, 2, 4), Cut(64, 128, 1, 1, 4)
+_VALUES, _CODES, _LARGEST = Cut(64, 64, 1, 1, 4), Cut(64, 32, 19, 3, 4), Cut(64, 64, 8, 3, 4)
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:
@@ -82,7 +81,7 @@ def pack(qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, added: Ad
 
 
 def gelu(
-    x: Tensor, rows: Rows, rounding: Rounding, added: Added, cut: Cut | None = None, down: Down | None = None
+    x: Tensor, rows: Rows, rounding: Rounding, added: Added, down: Down | None = None, cut: Cut | None = None
 ) -> Activation:
     """`plain_kernels.gelu` and rounding, in one pass; a scale per row is found in a pass before.
 
@@ -95,7 +94,7 @@ def gelu(
     grid = _grid(alone, width, cut)
     blank = Blank.of(rows, width, rounding, x, x.dtype)
     sizes = largest_gelu(x, rows, added) if rounding.kind == "token" else x
-    weight, rank, low, sums = x, 0, None, x
+    weight, rank, sums = x, 0, x  # which are not read
     if down is not None:
         weight = down.exact if down.halves is None else down.halves
         rank = weight.shape[1]
@@ -122,37 +121,8 @@ def gelu(
         width % (cut.columns * cut.steps) == 0,
         num_warps=cut.warps,
     )
-    low = sums.sum(0).to(x.dtype) if rank else None
+    low = sums.sum(0).to(x.dtype) if rank else None  # of all strips of columns, in one order
     return blank.activation(rows, rounding)._replace(low=low)
-
-
-def gelu_in_turns(x: Tensor, rows: Rows, rounding: Rounding, added: Added) -> Activation:
-    """`gelu` under a scale per row, in one launch."""
-    width, alone, cut = x.shape[1], rows.as_one_sample(), _TURNS
-    strips, tiles = _grid(alone, width, cut)
-    blank = Blank.of(rows, width, rounding, x, x.dtype)
-    found = torch.zeros(tiles + rows.total, dtype=torch.int32, device=x.device)
-    _gelu_in_turns[((tiles + _BEHIND) * 2 * strips,)](
-        x,
-        blank.data,
-        blank.scales,
-        found,
-        *_factors(added),
-        alone.text,
-        alone.image,
-        width,
-        blank.gap,
-        tiles,
-        strips,
-        LARGEST["e4m3"],
-        SMALLEST_SCALE,
-        added.up.shape[2],
-        *cut[:4],
-        _BEHIND,
-        width % (cut.columns * cut.steps) == 0,
-        num_warps=cut.warps,
-    )
-    return blank.activation(rows, rounding)
 
 
 def largest_gelu(x: Tensor, rows: Rows, added: Added, cut: Cut | None = None) -> Tensor:
@@ -286,13 +256,25 @@ def _largest_gelu(
     stages: tl.constexpr,
     even: tl.constexpr,
 ):
-    """The last tiles come first, as in `add_up`."""
+    """The last tiles come first, as in `add_up`.
+
+    GELU rises from -0.75 on, is above -0.171 below zero, and above 0.26 from 0.4 on. So where the largest sum is above
+    0.4, its GELU is the largest. (The GELU of minus infinity is not a number, and stays alone in its row.)
+    """
     row, there, is_text = _rows_of(tl.num_programs(1) - 1 - tl.program_id(1), text, image, block)
     a = tl.load(low + row[:, None] * low_stride + tl.arange(0, rank)[None, :])
     x += row.to(tl.int64)[:, None] * width
     up += tl.where(is_text, 0, image_up)
     start = tl.program_id(0) * (steps * wide)
-    size = _largest(x, a, up, start, width, rank, block, wide, steps, stages, even)
+    most = tl.full([block], float("-inf"), tl.float32)
+    for k in tl.range(0, steps, num_stages=stages):
+        value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
+        most = larger(most, tl.reduce(value, 1, larger))
+    size = tl.abs(gelu_of(most))
+    if not (tl.min(most, 0) > 0.4):
+        for k in tl.range(0, steps, num_stages=1):
+            value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
+            size = larger(size, tl.reduce(tl.abs(gelu_of(value)), 1, larger))
     tl.atomic_max(sizes + row, size.to(tl.int32, bitcast=True), mask=there, sem="relaxed")
 
 
@@ -328,8 +310,10 @@ def _gelu(
     stages: tl.constexpr,
     even: tl.constexpr,
 ):
-    """Under a scale per row (kind 1) the first tiles come first, which `_largest_gelu` has read last; else the last
-    ones, as in `add_up`. `even` says that programs have all their columns.
+    """GELU, rounding, and the sums of the products of a strip's values or codes with the next down projections.
+
+    Under a scale per row (kind 1) the first tiles come first, which `_largest_gelu` has read last; else the last ones,
+    as in `add_up`. `even` says that programs have all their columns.
     """
     tile = tl.program_id(1) if kind == 1 else tl.num_programs(1) - 1 - tl.program_id(1)
     row, there, is_text = _rows_of(tile, text, image, block)
@@ -365,104 +349,6 @@ def _gelu(
             total *= scale[:, None] * tl.load(factor + part + n)[None, :]
         sums += tl.program_id(0) * (text + image) * down_rank
         tl.store(sums + row[:, None] * down_rank + n[None, :], total, mask=there[:, None])
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit(do_not_specialize=["text", "image", "gap", "tiles"])
-def _gelu_in_turns(
-    x,
-    out,
-    scales,
-    found,
-    low,
-    low_stride,
-    up,
-    image_up,
-    text,
-    image,
-    width,
-    gap,
-    tiles,
-    strips,
-    largest: tl.constexpr,
-    smallest: tl.constexpr,
-    rank: tl.constexpr,
-    block: tl.constexpr,
-    wide: tl.constexpr,
-    steps: tl.constexpr,
-    stages: tl.constexpr,
-    behind: tl.constexpr,
-    even: tl.constexpr,
-):
-    """Programs of two kinds by turns: the first ones find the largest value of each row, the others write codes.
-
-    The programs that write the codes of a tile of rows come `behind` tiles after those that find its largest values,
-    which are known by then, or soon, and the values are still in the cache. Programs start in the order of their
-    numbers; they wait for smaller numbers of the first kind only, and these never wait. `found` has the number of
-    strips whose largest values are found, for each tile, and then these values, as bits of float32.
-    """
-    number = tl.program_id(0)
-    turn, strip = number // (2 * strips), number % (2 * strips)
-    writes = strip >= strips
-    if writes:
-        turn -= behind
-        strip -= strips
-    if (turn >= 0) & (turn < tiles):
-        tile = tiles - 1 - turn
-        row, there, is_text = _rows_of(tile, text, image, block)
-        a = tl.load(low + row[:, None] * low_stride + tl.arange(0, rank)[None, :])
-        up += tl.where(is_text, 0, image_up)
-        place = row.to(tl.int64)[:, None] * width
-        done, size, start = found + tile, found + tiles + row, strip * (steps * wide)
-        if writes:
-            while tl.atomic_add(done, 0, sem="acquire") < strips:
-                pass
-            scale = row_scale(tl.load(size, volatile=True).to(tl.float32, bitcast=True), largest, smallest)
-            if strip == 0:
-                tl.store(scales + row + tl.where(is_text, 0, gap), scale, mask=there)
-            for k in tl.range(0, steps, num_stages=stages):
-                column = start + k * wide + tl.arange(0, wide)
-                value = gelu_of(_sum(x + place, a, up, column, width, rank, even))
-                value = code_of(value, scale[:, None], largest, out.dtype.element_ty, True)
-                both = there[:, None] if even else there[:, None] & (column < width)[None, :]
-                tl.store(out + place + column[None, :], value, mask=both)
-        else:
-            value = _largest(x + place, a, up, start, width, rank, block, wide, steps, stages, even)
-            tl.atomic_max(size, value.to(tl.int32, bitcast=True), mask=there, sem="relaxed")
-            tl.debug_barrier()
-            tl.atomic_add(done, 1, sem="release")
-
-
-@no_type_check  # annotations have Triton's meaning here
-@triton.jit
-def _largest(
-    x,
-    a,
-    up,
-    start,
-    width,
-    rank: tl.constexpr,
-    block: tl.constexpr,
-    wide: tl.constexpr,
-    steps: tl.constexpr,
-    stages: tl.constexpr,
-    even: tl.constexpr,
-):
-    """The largest absolute value of GELU in each row of a strip, [block].
-
-    GELU rises from -0.75 on, is above -0.171 below zero, and above 0.26 from 0.4 on. So where the largest sum is above
-    0.4, its GELU is the largest. (The GELU of minus infinity is not a number, and stays alone in its row.)
-    """
-    most = tl.full([block], float("-inf"), tl.float32)
-    for k in tl.range(0, steps, num_stages=stages):
-        value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
-        most = larger(most, tl.reduce(value, 1, larger))
-    size = tl.abs(gelu_of(most))
-    if not (tl.min(most, 0) > 0.4):
-        for k in tl.range(0, steps, num_stages=1):
-            value = _sum(x, a, up, start + k * wide + tl.arange(0, wide), width, rank, even)
-            size = larger(size, tl.reduce(tl.abs(gelu_of(value)), 1, larger))
-    return size
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -399,27 +400,35 @@ def test_a_lora_that_cannot_be_merged_leaves_the_pipeline_as_it_was():
 
 
 @torch.no_grad()
-def test_an_original_that_cannot_be_copied_is_not_lost(monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError, LookupError, KeyboardInterrupt])
+def test_no_error_and_no_interrupt_loses_an_original(error, monkeypatch):
     """Copies run in a thread; an error there is raised here, and the weights come back all the same."""
     model, weights, copied = tiny(), PatchedWeights(), []
 
     class Failing(HostCopies):
         def __call__(self, tensor: Tensor) -> Tensor:
             copied.append(tensor)
-            if len(copied) == 2:
-                raise MemoryError("the second one")
-            return super().__call__(tensor)
+            if len(copied) == 2 and error is not KeyboardInterrupt:
+                raise error("the second one")
+            return super().__call__(tensor).clone()
+
+    class Interrupted(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait, cancel_futures=cancel_futures)
+            if error is KeyboardInterrupt:
+                raise KeyboardInterrupt("the second one")
 
     monkeypatch.setattr(patched_weights, "HostCopies", Failing)
+    monkeypatch.setattr(patched_weights, "ThreadPoolExecutor", Interrupted)
     names = [f"joint_blocks_{block}_x_block_mlp_fc{i}" for block in (0, 1) for i in (1, 2)]
     sides = [(512, 128), (128, 512)] * 2
     lora = load_lora(
         {f"lora_unet_{name}.diff": noise(1, *side).double() for name, side in zip(names, sides, strict=True)}
     )
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    with pytest.raises(MemoryError, match="the second one"):
+    with pytest.raises(error, match="the second one"):
         weights.apply({"transformer": model}, [Adapter(lora, "merged")])
-    assert len(copied) == 4
+    assert (len(copied), len(weights.before)) == (4, 4)
     assert not all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     weights.restore({"transformer": model})
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())

@@ -76,6 +76,18 @@ def test_it_is_the_model(name, skip_layers, samples):
     assert error(fast_of(model, inputs, skip_layers=skip_layers), wanted) < 1e-12
 
 
+@pytest.mark.parametrize("first", [False, True], ids=["one layer", "the first layer"])
+def test_a_replaced_activation_of_modulation_acts_where_it_is(first):
+    model = model_of("sd3.5-large")
+    inputs = inputs_of(model)
+    before = model(*inputs)
+    stream = model.joint_blocks[0].context_block if first else model.joint_blocks[1].x_block
+    stream.adaLN_modulation[0] = nn.Identity()
+    wanted = model(*inputs)
+    assert error(wanted, before) > 1e-3
+    assert error(fast_of(model, inputs), wanted) < 1e-12
+
+
 @pytest.mark.parametrize("skip_layers", [(), (1,)], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_control_residuals_are_added(name, skip_layers):
