@@ -122,12 +122,13 @@ def test_gelu(rows, rounding, dtype, width):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: one.kind)
+@pytest.mark.parametrize("cut", [None, lora_kernels.Cut(16, 16, 2, 1, 1)], ids=["usual", "several strips"])
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_gelu_with_the_next_down_projections(rows, rounding, dtype):
+def test_gelu_with_the_next_down_projections(rows, cut, rounding, dtype):
     width = 300 if GPU else 76
     x, added = drawn(rows.total, width, dtype=dtype), drawn_added(rows, width, dtype)
     down = Down.of(drawn(2, 16, width, dtype=dtype), codes=rounding.kind != "none")
-    found = lora_kernels.gelu(x, rows, rounding, added, down)
+    found = lora_kernels.gelu(x, rows, rounding, added, down, cut)
     again = kernels.low(found, down, torch.float32 if rounding.kind != "none" else dtype)
     torch.testing.assert_close(found.low.double(), again.double(), rtol=2 * EPSILON[dtype], atol=2**-14)
 
