@@ -104,9 +104,7 @@ class CLIPText(nn.Module):
         penultimate, last = self.text_model(ids, dtype)
         # The official end-of-text id is the largest of the vocabulary; argmax finds the first place of the largest.
         ranks = ids if self.config.eos_id is None else (ids == self.config.eos_id).int()
-        # Rows are taken as embeddings are: indexing by two tensors would load 24 MB of further kernels.
-        first = ids.shape[1] * torch.arange(len(ids), device=ids.device)
-        pooled = last.flatten(0, 1).index_select(0, first + ranks.argmax(dim=-1))
+        pooled = last[torch.arange(len(ids), device=ids.device), ranks.argmax(dim=-1)]
         projected = None if self.config.projection_dim is None else self.text_projection(pooled)
         return CLIPOutput(penultimate, last, pooled, projected)
 
