@@ -38,7 +38,16 @@ from mmdit.pipeline.calibration import Calibration, calibrate, fold
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.pipeline.seeds import generators
 from mmdit.training.blocks import compile_blocks
-from mmdit.training.distil import Distilled, DivergedError, States, distil, guided, picture_channels, states_of
+from mmdit.training.distil import (
+    Distilled,
+    DivergedError,
+    RecordedError,
+    States,
+    distil,
+    guided,
+    picture_channels,
+    states_of,
+)
 from mmdit.training.journal import Journal, mean_of
 from mmdit.training.rates import Every
 from mmdit.utils import markdown_table, write_text
@@ -276,10 +285,14 @@ def _tuned(
         done = state["done"]
         journal.say(f"{name}: going on, {done:.0%} done")
     log, save, losses = Every(recipe.log_seconds), Every(recipe.save_seconds), list[Tensor]()
-    best, least = copy.deepcopy(student.state_dict()), float("inf")
+    first = copy.deepcopy(student.state_dict())
+    best, least = first, float("inf")
     left = max(1.0, (1 - done) * seconds)
     try:
         for found in _quickest(student, teacher, states, done, left, journal, recipe) if done < 1 else ():
+            if found.step == 1:  # also of an attempt that follows one with wrong gradients, of which nothing is kept
+                losses, best, least = [], first, float("inf")
+                save_whole({"student": first, "done": done}, path)
             losses.append(found.loss)
             if found.apart is not None:
                 journal.say(f"{name} step {found.step}: recorded gradients {found.apart:.2g} of their norm from eager")
@@ -307,7 +320,11 @@ def _quickest(
     journal: Journal,
     recipe: Float8Recipe,
 ) -> Iterator[Distilled]:
-    """The training, on a GPU with compiled blocks in a CUDA graph; the log says loudly what could not be had."""
+    """The training, on a GPU in a CUDA graph, with compiled blocks if the recipe says so.
+
+    The log says loudly what could not be had. A recorded step that is found wrong gives the attempt up: the next one
+    starts from the first weights, with step 1.
+    """
     given: dict[str, Any] = {"rate": recipe.rate, "batch": recipe.batch, "along": recipe.along, "seed": recipe.seed}
     given["autocast"] = torch.bfloat16 if states.x.is_cuda else None
     start, first_weights = time.monotonic(), copy.deepcopy(student.state_dict())
@@ -316,16 +333,19 @@ def _quickest(
         with ExitStack() as stack:
             left = max(1.0, seconds - (time.monotonic() - start))
             found = distil(student, teacher, states, seconds=left, done=done, recorded=recorded, **given)
+            begun = False
             try:
                 if compiled:
                     stack.enter_context(compiled_blocks(student))
-                first = next(found)
-                journal.say(f"{compiled=}, {recorded=}; first step after {time.monotonic() - start:.1f} s")
-                yield first
-                yield from found
+                for one in found:
+                    if not begun:
+                        journal.say(f"{compiled=}, {recorded=}; first step after {time.monotonic() - start:.1f} s")
+                    begun = True
+                    yield one
                 return
             except (RuntimeError, TorchDynamoException) as error:
-                if (compiled, recorded) == ways[-1] or type(error) is DivergedError:
+                refused = isinstance(error, RecordedError) or (not begun and not isinstance(error, DivergedError))
+                if (compiled, recorded) == ways[-1] or not refused:
                     raise
                 journal.say(f"!!! NO TRAINING WITH {compiled=}, {recorded=}, GOING ON WITHOUT: {error} !!!")
                 student.load_state_dict(first_weights)

@@ -205,15 +205,37 @@ def test_steps_count_as_much_as_their_errors_change_the_end(states):
     assert found.chance.mean() == pytest.approx(1)
     assert found.chance.argmax() == 0  # where latents are largest here
 
+    still = states.with_growth(Linear(0.0), Linear(0.0), 4)  # a model without any error
+    torch.testing.assert_close(still.weight, states.weight / states.weight.mean())
+
+
+class Silent(torch.nn.Module):
+    """Velocities of 0, so that the errors are those that are wanted."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtype = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, timestep, context, pooled):
+        return torch.zeros_like(x)
+
 
 def test_steps_with_a_larger_chance_are_drawn_more_often_and_count_as_much(states):
     some = states._replace(chance=torch.tensor([8.0, 1.0, 1.0]))
     batch = some.draw(6000, torch.Generator().manual_seed(0), along=2)
-    steps = [(batch.timestep - time).abs() < 1 for time in (900, 600, 300)]
+    steps = torch.stack([(batch.timestep - time).abs() < 1 for time in (900, 600, 300)])
     assert all(batch.timestep[i] != batch.timestep[i + 1] for i in range(0, 6000, 2))
     assert 2 * steps[0].float().mean() > 0.95
-    squares = torch.stack([batch.weight[which].square().sum() for which in steps]) / 6000
-    torch.testing.assert_close(squares, states.weight.square() / 3, rtol=0.06, atol=0)
+    signs = torch.randn(2, 6000, 1, 1, 1, generator=torch.Generator().manual_seed(1)).sign()
+    for k in range(3):  # errors in one step alone, of random sign, so that those of two steps do not add up
+        single, both = signs * steps[k].float().view(-1, 1, 1, 1)
+        none = torch.zeros_like(single)
+        for wanted, squared in (((single, none, none), 1), ((none, none, both), 2)):
+            loss = float(guided_loss(Silent(), tuple(-one for one in wanted), batch, GUIDANCE, along=2))
+            assert loss == pytest.approx(float(states.weight[k]) ** squared / 3, rel=0.05)
+    given = some.draw(6, torch.Generator().manual_seed(3), along=2, shares=some.shares(2))
+    for ours, its in zip(given, some.draw(6, torch.Generator().manual_seed(3), along=2), strict=True):
+        assert (ours is None and its is None) or torch.equal(ours, its)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -400,11 +422,50 @@ def test_a_compiled_training_that_is_found_wrong_starts_anew_without_compiling(t
 
     monkeypatch.setattr(train_float8, "distil", wrong)
     monkeypatch.setattr(train_float8, "compiled_blocks", lambda _: nullcontext())
-    on_gpu = states._replace(x=SimpleNamespace(is_cuda=True))
+    on_gpu = states._replace(x=SimpleNamespace(is_cuda=True, device="cpu"))
     recipe = replace(train_float8.CPU, compiled=True)
     given = (student, teacher, on_gpu, 0.0, 1.0, Journal(tmp_path, quiet=True), recipe)
     assert len(list(train_float8._quickest(*given))) == 2
     assert all(torch.equal(one, first) for one in seen)
+
+
+def test_of_an_attempt_with_wrong_gradients_nothing_is_kept(teacher, states, tmp_path, monkeypatch):
+    start, bias = copy.deepcopy(teacher), "joint_blocks.0.x_block.mlp.fc1.bias"
+    quantize_(start, "fp8-tensor")
+    attempts = []
+
+    def diverging(student, *_, **__):
+        attempts.append(student.get_parameter(bias).clone())
+        for step, loss in ((1, 0.9), (2, 0.1 if len(attempts) == 1 else 0.8), (3, 0.9)):
+            with torch.no_grad():
+                student.get_parameter(bias).fill_(10 * len(attempts) + step)
+            yield Distilled(step, step / 9, torch.tensor(loss), None)
+        raise RecordedError("wrong") if len(attempts) == 1 else DivergedError("worse")
+
+    monkeypatch.setattr(train_float8, "distil", diverging)
+    monkeypatch.setattr(train_float8, "compiled_blocks", lambda _: nullcontext())
+    on_gpu = states._replace(x=SimpleNamespace(is_cuda=True, device="cpu"))
+    recipe = replace(train_float8.CPU, log_seconds=0.0, compiled=True)
+    given = (start, teacher, on_gpu, 9.0, tmp_path, Journal(tmp_path, quiet=True), recipe)
+    student = train_float8._tuned("fp8-tensor", *given)
+    assert torch.equal(attempts[0], attempts[1])
+    assert torch.equal(student.get_parameter(bias), torch.full_like(student.get_parameter(bias), 22))
+
+
+def test_an_error_late_in_a_training_is_an_error(teacher, states, tmp_path, monkeypatch):
+    tried = []
+
+    def failing(*_, **__):
+        tried.append(1)
+        yield Distilled(1, 0.5, torch.zeros(()), None)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(train_float8, "distil", failing)
+    on_gpu = states._replace(x=SimpleNamespace(is_cuda=True))
+    given = (copy.deepcopy(teacher), teacher, on_gpu, 0.0, 1.0, Journal(tmp_path, quiet=True), train_float8.CPU)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(train_float8._quickest(*given))
+    assert len(tried) == 1
 
 
 def test_the_demo_keeps_the_best_weights_of_a_training_that_diverges(teacher, states, tmp_path, monkeypatch):
@@ -473,10 +534,13 @@ def test_a_recorded_step_trains_as_an_eager_one(teacher, states, compiled, recip
         student = copy.deepcopy(teacher).cuda().requires_grad_(True)
         some = states.to("cuda").with_velocities(copy.deepcopy(teacher).cuda())
         fake_quantize_(student, recipe, input_scales=static_scales(student, some) if recipe == "fp8-static" else None)
+        # Compiled as the demo does it: torch 2.11 finds no kernel for compiled attention of this model in float32.
+        given = {"recorded": recorded, "autocast": torch.bfloat16 if compiled else None}
         with compiled_blocks(student) if compiled and recorded else nullcontext():
-            made = distil(student, teacher, some, steps=60, batch=6, along=3, rate=1e-4, recorded=recorded)
+            made = distil(student, teacher, some, steps=60, batch=6, along=3, rate=1e-4, **given)
             losses.append([float(found.loss) for found in made])
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.02)  # codes flip where sums have another order
+    # Codes flip where sums have another order, and more of them where values are rounded less often.
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.15 if compiled else 0.02)
     assert losses[0] == pytest.approx(losses[1], rel=0.3)
     assert losses[1][-1] < losses[1][0]
 
