@@ -224,15 +224,16 @@ class Way(NamedTuple):
 
 def ways(rank: int) -> dict[str, Way]:
     """What is compared, by name."""
-    found = {"without": Way(None), "as it is": Way(rank)}
-    found |= {
+    return {
+        "without": Way(None),
+        "as it is": Way(rank),
         "without again": Way(None),
         "eager without": Way(None, True),
         "eager": Way(rank, True),
         "eager, rank 64": Way(64, True),
+        "eager, by torch": Way(rank, True, ((low_rank, "LARGE", sys.maxsize),)),
+        "by products": Way(rank, settings=((products, "MOST_RANK", 0),)),
     }
-    found["eager, by torch"] = Way(rank, True, ((low_rank, "LARGE", sys.maxsize),))
-    return found | {"by products": Way(rank, settings=((products, "MOST_RANK", 0),))}
 
 
 def steps(
