@@ -41,15 +41,15 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def ahead(run: Callable[[], Result]) -> Callable[[], Result]:
-    """Begin to run a function in a thread; what is returned waits for its end, and gives or raises what it did.
+@contextmanager
+def ahead(run: Callable[[], Result]) -> Iterator[Callable[[], Result]]:
+    """Run a function in a thread within the context; what it gives waits for the end and returns or raises the result.
 
-    The thread has torch's default modes: gradients are on, and no stream or device of a context manager is current.
+    The thread has ended where the context has, also by an error. It has torch's default modes: gradients are on, and no
+    stream or device of a context manager is current.
     """
-    pool = ThreadPoolExecutor(1)
-    found = pool.submit(run)
-    pool.shutdown(wait=False)
-    return found.result
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run).result
 
 
 def bar(items: Iterable[Item], total: int | None, shown: bool | None) -> Iterator[Item]:

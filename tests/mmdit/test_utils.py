@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 
 import pytest
 
@@ -31,6 +32,21 @@ def test_a_table_lines_up_and_escapes_bars():
 
 def test_what_runs_ahead_gives_or_raises_what_it_did():
     own = threading.current_thread()
-    assert ahead(threading.current_thread)() is not own
-    with pytest.raises(ZeroDivisionError):
-        ahead(lambda: 1 / 0)()
+    with ahead(threading.current_thread) as found:
+        assert found() is not own
+    with ahead(lambda: 1 / 0) as found, pytest.raises(ZeroDivisionError):
+        found()
+
+
+def test_what_runs_ahead_has_ended_after_an_error():
+    begun, ended = threading.Event(), []
+
+    def run():
+        begun.wait()
+        time.sleep(0.02)
+        ended.append(True)
+
+    with pytest.raises(ZeroDivisionError), ahead(run):
+        begun.set()
+        raise ZeroDivisionError
+    assert ended

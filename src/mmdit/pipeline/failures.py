@@ -82,24 +82,19 @@ class FiniteCheck:
     """Whether the latent after a step is finite; `read` raises where it is not.
 
     A GPU counts the values that are not finite behind the step, and the host need not wait: it reads their number once
-    the next step is launched. Elsewhere, the check is made at once.
+    the next step is launched. See `begin_check` for other devices.
 
     Args:
         step: the step that was just made.
         calls: the calls of the model in this step; their inputs are kept until the check is read.
         predict: repeats the predictions of a call; captures and attention maps ignore these.
         transformer: the model, whose layers are checked while the predictions are repeated.
-
-    Raises:
-        FloatingPointError: see `read`; on devices other than GPUs.
     """
 
     def __init__(self, step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> None:
         self._calls, self._predict, self._transformer = calls, predict, transformer
         self._i, self._sigma, self._values = step.i, step.sigma, step.x.numel()
         self._bad: BadCount | None = BadCount(step.x)
-        if not step.x.is_cuda:
-            FiniteCheck.read(self)
 
     def read(self) -> None:
         """Wait until the step is done.
@@ -117,6 +112,18 @@ class FiniteCheck:
             f"step {self._i} {level} {self._sigma:g} gave {bad} of {self._values} values that are not finite: "
             f"{_reason(self._calls, self._predict, self._transformer)}"
         )
+
+
+def begin_check(step: Step, calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> FiniteCheck:
+    """The check of a step, which is to be read later; on devices other than GPUs it is read at once.
+
+    Raises:
+        FloatingPointError: see `FiniteCheck.read`; on devices other than GPUs.
+    """
+    check = FiniteCheck(step, calls, predict, transformer)
+    if not step.x.is_cuda:
+        check.read()
+    return check
 
 
 def _reason(calls: Sequence[Call], predict: PredictAgain, transformer: nn.Module) -> str:

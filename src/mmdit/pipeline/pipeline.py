@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -322,13 +323,16 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         if request.latents is None:
             self._check_noise(request.plan.shape)
         source = self._source(request)  # before the noise, because it may draw from the same generators
-        noise = self._start(request)
-        self._encode_ahead(request.max_sequence_length, request.prompts, request.negatives)
-        cond, uncond = self._encoded_both(request)
-        run = self._controlled(request, request.plan, cond, uncond)
-        run.reads_last = request.second is not None or request.output_type == "latent"
         settings = cache(lambda: self._settings(request) if request.has_settings else ())
-        latent = self._latent(request, run, noise, source, meanwhile=settings if self._turns is None else None)
+        with self._start(request) as start:
+            self._encode_ahead(request.max_sequence_length, request.prompts, request.negatives)
+            cond, uncond = self._encoded_both(request)
+            noise = cache(start)
+            if request.controls:  # hints draw from torch's global state, which a caller may give as generator
+                noise()
+            run = self._controlled(request, request.plan, cond, uncond)
+            run.reads_last = request.reads_last_latent
+            latent = self._latent(request, run, noise, source, meanwhile=settings if self._turns is None else None)
         if request.second is not None:
             latent = self._second_pass(request, request.second, latent, (cond, uncond))
         try:
@@ -416,21 +420,19 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             uncond = None if uncond is None else [replace(one, control=controls) for one in uncond]
         return self._run(plan, cond, uncond)
 
-    def _start(self, request: Request) -> Callable[[], Tensor]:
-        """The initial latents of a drawing: those of the caller, or noise, which is drawn while encoders run.
+    def _start(self, request: Request) -> AbstractContextManager[Callable[[], Tensor]]:
+        """Within the context, what gives the initial latents of a drawing: those of the caller, or noise.
 
-        Hints of ControlNets draw from torch's global state, which may be the generator of the noise too.
+        Noise from generators that the library has made is drawn while encoders run. A caller's generators are drawn
+        from when the noise is asked for, after encoding, so that an error in encoding leaves them as they were.
         """
         if request.latents is not None:
-            return partial(request.latents.to, self.device)
+            return nullcontext(partial(request.latents.to, self.device))
         shape, drawn_by = request.plan.shape, request.plan.generator
-        if request.controls:
-            noise = self._noise(shape, drawn_by)
-            return lambda: noise
-        if self.parallel is not None and self.parallel.rank and request.draws_once:
-            return lambda: self._on_device(
-                torch.empty(shape, dtype=self._noise_dtype)
-            )  # that of rank 0 takes its place
+        if request.seeds is None:
+            return nullcontext(partial(self._noise, shape, drawn_by))
+        if self.parallel is not None and self.parallel.rank and request.draws_once:  # the noise of rank 0 replaces it
+            return nullcontext(lambda: self._on_device(torch.empty(shape, dtype=self._noise_dtype)))
         return self._noise_ahead(shape, drawn_by)
 
     def _source(self, request: Request) -> Source | None:

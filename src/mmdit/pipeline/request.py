@@ -82,6 +82,11 @@ class Request:
         return self.seeds is not None and self.images is None and self.second is None and not stochastic
 
     @property
+    def reads_last_latent(self) -> bool:
+        """Whether anything but the decoder is given the latent of the last step, which must be known to be finite."""
+        return self.callback is not None or self.second is not None or self.output_type == "latent"
+
+    @property
     def has_settings(self) -> bool:
         """Whether `mmdit.Settings` can describe the drawing."""
         given = self.latents is not None or self.callback is not None or self.plan.schedule is None

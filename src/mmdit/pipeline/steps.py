@@ -13,7 +13,7 @@ from torch import Tensor
 from encoders import Conditioning
 from mmdit.models.controlnet import ControlNet
 from mmdit.pipeline.arguments import Shift, check_tensor
-from mmdit.pipeline.failures import FiniteCheck
+from mmdit.pipeline.failures import begin_check
 from mmdit.pipeline.guidance import GuidanceLike
 from mmdit.pipeline.masks import Source, checked_source
 from mmdit.pipeline.passes import Branch, Pass
@@ -336,7 +336,7 @@ class PipelineSteps(PipelineTensors):
                 if run.plan.profile.state_dtype == "model":
                     step.x = step.x.to(self.dtype).to(step.x.dtype)
                 again = partial(self._predict, step=run.step, profile=run.plan.profile, plain=True)
-                run.check = FiniteCheck(step, run.calls, again, self.transformer)
+                run.check = begin_check(step, run.calls, again, self.transformer)
                 if step.i == last and run.reads_last:
                     run.read_check()
                 yield step

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -358,14 +359,19 @@ class PipelineTensors(PipelineModels):
         noise = moved(noise, self.device)
         return noise.half() if self.profile.noise_dtype == "float16" else noise
 
-    def _noise_ahead(self, shape: Sequence[int], drawn_by: Generators) -> Callable[[], Tensor]:
-        """Draw noise, by a thread where the CPU draws it for a GPU; what is returned waits for it and gives it."""
-        each = drawn_by if isinstance(drawn_by, Sequence) else [drawn_by]
-        if self.device.type != "cuda" or any(one is not None and one.device.type != "cpu" for one in each):
-            noise = self._noise(shape, drawn_by)
-            return lambda: noise
-        drawn = ahead(partial(gaussian, shape, drawn_by, self._noise_dtype))
-        return lambda: self._on_device(drawn())
+    @contextmanager
+    def _noise_ahead(self, shape: Sequence[int], drawn_by: Generators) -> Iterator[Callable[[], Tensor]]:
+        """Draw noise for a GPU by a thread within the context; what it gives waits for the noise and returns it.
+
+        Args:
+            shape: of the noise.
+            drawn_by: generators on the CPU that nobody else draws from.
+        """
+        if self.device.type != "cuda":
+            yield partial(self._noise, shape, drawn_by)
+            return
+        with ahead(partial(gaussian, shape, drawn_by, self._noise_dtype)) as drawn:
+            yield lambda: self._on_device(drawn())
 
     @property
     def _noise_dtype(self) -> torch.dtype:

@@ -30,7 +30,7 @@ def beside(run: Callable[[], object]) -> Callable[[], None]:
     """Run something at the same time as what is launched after it, where a step is being recorded; else run it now.
 
     Small products take the multiprocessors that large ones leave idle at their end. Launched one by one they would wait
-    for the host.
+    for the host. A recording with before=0 (see `record`) runs them one after the other too.
 
     Args:
         run: launches work on the current GPU; it reads what was launched before, and nothing that follows writes it.
@@ -79,7 +79,7 @@ class Graphs:
             step: recorded when it is new.
             inputs: on one GPU, which need not be the current one; copied into the graph's own memory.
             before: how often the step runs before it is recorded, so that libraries and compilers set themselves up
-                outside of the graph; 0 where it has run already.
+                outside of the graph; 0 where it has run already, which records `beside` in turn (see `record`).
         """
         if key not in self._captured:
             while len(self._captured) >= self.limit:
@@ -156,7 +156,8 @@ def record(step: Callable[[], T], device: torch.device, *, before: int = 1) -> t
     Args:
         step: reads and writes tensors of one GPU only.
         device: that GPU, which need not be the current one.
-        before: how often it runs before it is recorded, so that libraries and compilers set themselves up.
+        before: how often it runs before it is recorded, so that libraries and compilers set themselves up. With 0, what
+            is given to `beside` is recorded in turn, because libraries may not have set up the second stream.
     """
     with _RECORDING, torch.cuda.device(device):
         first, second = _streams(torch.cuda.current_device())

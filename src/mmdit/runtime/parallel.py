@@ -149,16 +149,19 @@ class Parallel:
         """
         state, made, error = torch.get_rng_state(), list[T](), None
         try:
-            made.append(make())
-        except Exception as found:  # of which the others must hear, so that none of them goes on
-            error = found
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        facts = facts_of(made[0]) if made else {}
-        with self.lifeline.guarded():
-            alike = mesh.all_equal(said, state, *facts.items())
-            refused = [said] if alike else mesh.of_all(said)
-        if error is not None:
-            raise error
+            with self.lifeline.guarded():
+                try:
+                    made.append(make())
+                except Exception as found:  # of which the others must hear, so that none of them goes on
+                    error = found
+                said = "" if error is None else f"{type(error).__name__}: {error}"
+                facts = facts_of(made[0]) if made else {}
+                alike = mesh.all_equal(said, state, *facts.items())
+                refused = [said] if alike else mesh.of_all(said)
+            if error is not None:
+                raise error
+        finally:
+            del error  # whose traceback holds this frame: a cycle would keep what `make` has used
         for rank, why in enumerate(refused):
             if why:
                 raise ParallelError(f"rank {rank} refused its arguments: {why}. Nothing was drawn on rank {self.rank}")

@@ -30,6 +30,20 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_an_error_in_an_encoder_leaves_the_generator_as_it_was():
+    pipe, settings = Pipeline.demo(), SMALL | {"num_inference_steps": 1, "height": 32, "width": 32}
+    wanted, generator = pipe("a ring", seed=3, **settings).images, seeded(3)
+
+    def fail(*_):
+        raise OverflowError("in an encoder")
+
+    hook = pipe.t5.register_forward_hook(fail)
+    with pytest.raises(OverflowError, match="in an encoder"):
+        pipe("a ring", generator=generator, **settings)
+    hook.remove()
+    assert torch.equal(pipe("a ring", generator=generator, **settings).images, wanted)
+
+
 def embeds(pipe: Pipeline, prompts, negatives) -> dict[str, torch.Tensor]:
     cond, uncond = pipe.encode(prompts), pipe.encode(negatives)
     return {

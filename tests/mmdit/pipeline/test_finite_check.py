@@ -25,7 +25,7 @@ def late(monkeypatch):
             super().__init__(step, *rest)
             self.i = step.i
 
-        def read(self):
+        def read(self):  # of a check that `begin_check` would read at once on a CPU
             log.append(f"read {self.i}")
             if self.i in failing:
                 self._fail(3)
@@ -36,7 +36,7 @@ def late(monkeypatch):
         log.append(f"launch {self.step}")
         return predict(self, *given)
 
-    monkeypatch.setattr(steps, "FiniteCheck", Late)
+    monkeypatch.setattr(steps, "begin_check", Late)
     monkeypatch.setattr(_Progress, "__call__", noted)
     return failing, log
 
@@ -80,6 +80,14 @@ def test_the_last_step_of_a_picture_is_read_once_decoding_is_launched(pipe, late
     failing.add(3)
     with pytest.raises(FloatingPointError, match="step 3"):
         draw(pipe, output_type="pt")
+
+
+def test_a_callback_is_given_the_last_latent_once_it_is_read(pipe, late):
+    late[0].add(3)
+    seen = []
+    with pytest.raises(FloatingPointError, match="step 3"):
+        draw(pipe, output_type="pt", callback_on_step_end=lambda pipe, step, *_: seen.append(step))
+    assert seen == [0, 1, 2]
 
 
 def test_settings_are_made_while_steps_run(pipe, late, monkeypatch):

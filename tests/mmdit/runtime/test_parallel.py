@@ -1,10 +1,12 @@
 """Several ranks compute what one computes, and a fault on one of them ends all. CPU processes over gloo, forked."""
 
 import atexit
+import gc
 import os
 import signal
 import socket
 import time
+import weakref
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -550,6 +552,42 @@ def test_calls_that_differ_are_refused_on_every_rank_which_can_then_draw(pipes, 
         names = "prompt differs", "seed differs", "sigmas differs", "81" if rank else "rank 1 refused its arguments"
         assert all(name in one for name, one in zip(names, said, strict=True)), said
         assert error < 1e-10
+
+
+def test_arguments_that_every_rank_refuses_are_let_go_of(pipes):
+    class Held:
+        pass
+
+    def work(rank):
+        held, gone = Held(), []
+        weakref.finalize(held, gone.append, True)
+
+        def make(held=held):
+            raise ValueError("refused")
+
+        with parallel([pipes["large"]], Layout(1, 1)):
+            gc.disable()
+            with pytest.raises(ValueError, match="refused"):
+                pipes["large"].parallel.agreed(make, "nothing", dict)
+            del make, held
+        return gone
+
+    assert values(in_processes(1, work)) == [[True]]
+
+
+def test_an_interrupt_before_ranks_agree_ends_every_rank(pipes):
+    def work(rank):
+        def facts_of(made):
+            if rank == 1:
+                raise KeyboardInterrupt
+            return {}
+
+        mmdit.parallelize(pipes["large"], 2, 1)
+        pipes["large"].parallel.agreed(int, "numbers", facts_of)
+
+    first, second = in_processes(2, work, limit=10)
+    assert "rank 1 failed: KeyboardInterrupt" in first.error
+    assert second.error.startswith("KeyboardInterrupt")
 
 
 def test_random_seeds_and_noise_are_those_of_the_first_rank(pipes, texts):
