@@ -195,7 +195,7 @@ class Conditioner:
         batch, clip = len(prompts), self._clip(rows, outputs)
         t5 = _joined(outputs["t5"], rows["t5"]) if "t5" in rows else None
         if clip is None:
-            like = torch.empty(0) if t5 is None else t5
+            like = torch.empty(0, device="cpu") if t5 is None else t5
             clip = _Tower(like.new_zeros(batch, 0, self.context_dim), like.new_zeros(batch, self.pooled_dim))
         if t5 is None:
             length = self.rules.t5_length if self.rules.missing_t5 == "zeros" else 0
@@ -319,7 +319,8 @@ def run_encoder(
         forward: what computes the same and runs in place of the model.
     """
     device = next(model.parameters()).device
-    tokens = torch.tensor(ids, pin_memory=device.type == "cuda").to(device, non_blocking=True)  # the host runs ahead
+    tokens = torch.tensor(ids, device="cpu", pin_memory=device.type == "cuda")
+    tokens = tokens.to(device, non_blocking=True)  # the host runs ahead
     run = model if forward is None else forward
     return run(tokens) if dtype is None else run(tokens, dtype)
 
@@ -353,7 +354,7 @@ def _joined(z: Tensor, rows: Rows) -> Tensor:
         ValueError: a weight makes the output overflow its dtype.
     """
     if rows.has_weights:
-        plain, z = z, weighted(z[:-1], z[-1], torch.tensor(rows.weights(), dtype=torch.float64))
+        plain, z = z, weighted(z[:-1], z[-1], torch.tensor(rows.weights(), dtype=torch.float64, device="cpu"))
         if not z.is_meta and not z.isfinite().all() and plain.isfinite().all():
             largest = max((token.weight for row in rows.tokens for token in row), key=abs)
             raise ValueError(f"the largest weight in the prompt, {largest:g}, overflows {z.dtype}; use a smaller one")

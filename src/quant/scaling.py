@@ -143,7 +143,7 @@ def checked_input_scale(scale: Tensor | float, name: str = "input_scale") -> Ten
         TypeError: The scale is neither a tensor nor a number.
     """
     if isinstance(scale, int | float) and not isinstance(scale, bool):
-        scale = torch.tensor(float(scale))
+        scale = torch.tensor(float(scale), device="cpu")
     if not isinstance(scale, Tensor):
         raise TypeError(
             f"{printable(name)}: an input scale is one positive number or tensor; got {type(scale).__name__}"

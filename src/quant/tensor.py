@@ -354,7 +354,7 @@ def _rows(tensor: Tensor, like: Tensor | None = None) -> Iterator[Tensor]:
 
 def _given_scale(scale: Tensor | float, tensor: Tensor, granularity: Granularity) -> Tensor:
     """A scale from outside as float32, () or [..., out, 1], on the tensor's device."""
-    scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
+    scale = scale if isinstance(scale, Tensor) else torch.tensor(float(scale), device="cpu")
     scale = positive(scale, "quantize", "a scale").to(tensor.device)
     rows = [*tensor.shape[:-1], 1]
     if scale.numel() == 1:

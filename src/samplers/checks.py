@@ -115,7 +115,7 @@ def as_levels(levels: Any) -> Tensor:
         given = levels.tolist() if isinstance(levels, np.ndarray) else levels
         if isinstance(given, str | bytes) or not isinstance(given, Sequence):
             raise ValueError(f"sigmas must be a sequence of numbers or a tensor, got {shown(levels)}")
-        found = torch.tensor([_level(i, level) for i, level in enumerate(given)], dtype=torch.float64)
+        found = torch.tensor([_level(i, level) for i, level in enumerate(given)], dtype=torch.float64, device="cpu")
     check_falls(found)
     return found
 

@@ -70,13 +70,14 @@ def solution(x: Tensor, start: float, end: float) -> Tensor:
 
 def levels(solver: Solver, steps: int) -> Tensor:
     """Return levels from `START` to `END`, evenly spaced in the variable in which the solver steps."""
-    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64).tolist()
+    even = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device="cpu").tolist()
     if solver.steps_in == "sigma":
-        return torch.tensor([START + (END - START) * share for share in even], dtype=torch.float64)
+        return torch.tensor([START + (END - START) * share for share in even], dtype=torch.float64, device="cpu")
     if solver.steps_in == "variance_exploding":
-        return torch.tensor([exp(log(START) + log(END / START) * share) for share in even], dtype=torch.float64)
+        levels = [exp(log(START) + log(END / START) * share) for share in even]
+        return torch.tensor(levels, dtype=torch.float64, device="cpu")
     a, b = half_log_snr(START), half_log_snr(END)
-    return torch.tensor([at_half_log_snr(a + (b - a) * share) for share in even], dtype=torch.float64)
+    return torch.tensor([at_half_log_snr(a + (b - a) * share) for share in even], dtype=torch.float64, device="cpu")
 
 
 def observed(name: str, steps: tuple[int, ...] = (48, 96, 192)) -> Row:
@@ -92,7 +93,7 @@ def observed(name: str, steps: tuple[int, ...] = (48, 96, 192)) -> Row:
     solver = SOLVERS[name]
     if solver.is_stochastic and not solver.eta:
         raise ValueError(f"{name} always adds noise: it has no order as a solver of the ODE")
-    x = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    x = torch.linspace(-1, 1, 7, dtype=torch.float64, device="cpu")
     wanted, made, calls, errors = solution(x, START, END), [], [], []
     for count in steps:
         last, used = _run(solver, x, count, name == "dpm_adaptive")

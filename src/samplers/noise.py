@@ -73,13 +73,13 @@ class BrownianTree:
         if isinstance(seeds, Sequence) and len(seeds) != len(x):
             raise ValueError(f"{len(seeds)} seeds for {len(x)} samples; give one, or one per sample")
         self.like, self.batched = x, isinstance(seeds, Sequence)
-        zero = torch.zeros(x.shape[1:] if self.batched else x.shape, dtype=x.dtype)
-        low, high = (torch.tensor(level, dtype=torch.float32) for level in (sigma_min, sigma_max))
+        zero = torch.zeros(x.shape[1:] if self.batched else x.shape, dtype=x.dtype, device="cpu")
+        low, high = (torch.tensor(level, dtype=torch.float32, device="cpu") for level in (sigma_min, sigma_max))
         each = seeds if isinstance(seeds, Sequence) else [seeds]
         self.trees = [tree(low, zero, high, entropy=seed) for seed in each]
 
     def __call__(self, sigma: float, sigma_next: float) -> Tensor:
-        ends = [torch.tensor(level, dtype=torch.float32) for level in (sigma, sigma_next)]
+        ends = [torch.tensor(level, dtype=torch.float32, device="cpu") for level in (sigma, sigma_next)]
         with (
             warnings.catch_warnings()
         ):  # torchsde rounds the ends of its path and warns of ours, which may lie 1e-6 beyond

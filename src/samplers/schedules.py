@@ -72,7 +72,7 @@ def sgm_uniform(steps: int, shift: float) -> Tensor:
 
 def simple(steps: int, shift: float) -> Tensor:
     """Every 1000 / steps-th timestep of the table from the top, rounded down, shifted once; then 0 (ComfyUI)."""
-    back = (torch.arange(steps, dtype=torch.float64) * (TRAIN_STEPS / steps)).long()
+    back = (torch.arange(steps, dtype=torch.float64, device="cpu") * (TRAIN_STEPS / steps)).long()
     return _to_zero(_table(shift)[TRAIN_STEPS - 1 - back])
 
 
@@ -89,7 +89,7 @@ def beta(steps: int, shift: float) -> Tensor:
 
     Lee et al. 2024, arXiv 2407.12173. With many steps timesteps repeat, which leaves fewer steps (ComfyUI).
     """
-    at = (TRAIN_STEPS - 1) * beta_quantile(1 - torch.arange(steps, dtype=torch.float64) / steps)
+    at = (TRAIN_STEPS - 1) * beta_quantile(1 - torch.arange(steps, dtype=torch.float64, device="cpu") / steps)
     return _to_zero(_table(shift)[at.round().long().unique_consecutive()])
 
 
@@ -109,13 +109,14 @@ def linear_quadratic(steps: int, shift: float) -> Tensor:
     Polyak et al. 2024 (Movie Gen), arXiv 2410.13720, section 3.4.2, with ComfyUI's threshold of 0.025.
     """
     if steps == 1:
-        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+        return torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu")
     linear, threshold = steps // 2, 0.025
     left, slow = steps - linear, threshold / linear
     square = (1 - threshold - slow * left) / left**2  # the parabola starts with the line's slope and ends at 1
-    even, later = torch.arange(linear + 1, dtype=torch.float64), torch.arange(1, left + 1, dtype=torch.float64)
+    even = torch.arange(linear + 1, dtype=torch.float64, device="cpu")
+    later = torch.arange(1, left + 1, dtype=torch.float64, device="cpu")
     done = torch.cat([slow * even, threshold + slow * later + square * later**2])
-    return torch.cat([1 - done[:-1], torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([1 - done[:-1], torch.zeros(1, dtype=torch.float64, device="cpu")])
 
 
 def kl_optimal(steps: int, shift: float) -> Tensor:
@@ -295,22 +296,22 @@ def _beta_below(x: Tensor, a: float = 0.6) -> Tensor:
 
 def _table(shift: float) -> Tensor:
     """Return the levels of all timesteps that the models were trained with, rising."""
-    return shifted(torch.arange(1, TRAIN_STEPS + 1, dtype=torch.float64) / TRAIN_STEPS, shift)
+    return shifted(torch.arange(1, TRAIN_STEPS + 1, dtype=torch.float64, device="cpu") / TRAIN_STEPS, shift)
 
 
 def _lowest(shift: float) -> float:
     """Return the first level of the table, rounded to float32 as in the references."""
-    return float(np.float32(shifted(torch.tensor(1 / TRAIN_STEPS, dtype=torch.float64), shift).item()))
+    return float(np.float32(shifted(torch.tensor(1 / TRAIN_STEPS, dtype=torch.float64, device="cpu"), shift).item()))
 
 
 def _even(steps: int) -> Tensor:
     """Return `steps` even values from 0 to 1; [0] for one."""
-    return torch.linspace(0, 1, steps, dtype=torch.float64)
+    return torch.linspace(0, 1, steps, dtype=torch.float64, device="cpu")
 
 
 def _even_shifted(steps: int, shift: float) -> Tensor:
     lowest = _lowest(shift) * TRAIN_STEPS
-    return shifted(torch.linspace(TRAIN_STEPS, lowest, steps, dtype=torch.float64) / TRAIN_STEPS, shift)
+    return shifted(torch.linspace(TRAIN_STEPS, lowest, steps, dtype=torch.float64, device="cpu") / TRAIN_STEPS, shift)
 
 
 def _last(levels: Tensor) -> float:
@@ -336,4 +337,4 @@ def _beta(steps: int, lowest: float) -> Tensor:
 
 
 def _to_zero(levels: Tensor) -> Tensor:
-    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64, device="cpu")])

@@ -75,7 +75,7 @@ def percents(start: float, stop: float, shift: float) -> Window:
 
 def level_at(percent: float, shift: float) -> float:
     """Return the level at this share of the timesteps: 1 - percent, shifted (ComfyUI `ModelSamplingDiscreteFlow`)."""
-    rest = torch.tensor(min(max(1 - number("percent", percent), 0), 1), dtype=torch.float64)
+    rest = torch.tensor(min(max(1 - number("percent", percent), 0), 1), dtype=torch.float64, device="cpu")
     return float(shifted(rest, number("shift", shift, 0, above=True)))
 
 

@@ -98,7 +98,7 @@ def read_part(path: Path, part: tuple[int, int], *, locked: bool) -> None:
     begin, end = part
     buffer = memoryview(bytearray(PIECE))
     if locked:
-        into: Any = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True).numpy()
+        into: Any = torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
         buffer = memoryview(into)
     with path.open("rb", buffering=0) as file:
         file.seek(begin)

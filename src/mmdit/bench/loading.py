@@ -233,7 +233,7 @@ class _Bench:
 
     def link(self) -> Cells:
         """Copies of one buffer to the device."""
-        source = torch.empty(PIECE, dtype=torch.uint8, pin_memory=True)
+        source = torch.empty(PIECE, dtype=torch.uint8, device="cpu", pin_memory=True)
         target = torch.empty_like(source, device=self.device)
         target.copy_(source)
         torch.cuda.synchronize(self.device)

@@ -380,7 +380,9 @@ class Buffers:
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.device, self.size, self.on_gpu = device, size, device.type == "cuda"
-        self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self.on_gpu) for _ in range(1 + self.on_gpu)]
+        self._buffers = [
+            torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self.on_gpu) for _ in range(1 + self.on_gpu)
+        ]
         self._copies: list[torch.cuda.Event | None] = [None] * len(self._buffers)
 
     def free(self, i: int) -> Tensor:

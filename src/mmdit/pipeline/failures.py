@@ -36,7 +36,7 @@ class BadCount:
         self._count = (~torch.isfinite(values)).sum()
         if not values.is_cuda:
             return
-        count, self._count = self._count, torch.empty((), dtype=torch.int64, pin_memory=True)
+        count, self._count = self._count, torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
         with torch.cuda.device(values.device):
             self._count.copy_(count, non_blocking=True)
             self._ready = torch.cuda.Event()

@@ -98,7 +98,7 @@ class Blend:
         """Make the blend of a source for a drawing with these sigmas; None if the source has no mask."""
         if source.mask is None:
             return None
-        lowest = float(shifted(torch.tensor(1e-3, dtype=torch.float64), shift))
+        lowest = float(shifted(torch.tensor(1e-3, dtype=torch.float64, device="cpu"), shift))
         first, last = float(sigmas[0]), max(lowest, float(sigmas[-1]))
         return cls(source.latents, noise, source.mask, source.differential, first, last)
 

@@ -162,7 +162,7 @@ def factors_of(weight: Tensor, patches: Sequence[Weighted]) -> tuple[Tensor, Ten
         assert isinstance(patch.change, LowRank), "all others are no products"
         up, down = patch.change.factors()
         up = up.roll(len(up) // 2, dims=0) if exchanged else up
-        whole = torch.zeros(weight.shape[0], up.shape[1])
+        whole = torch.zeros(weight.shape[0], up.shape[1], dtype=torch.float32, device=up.device)
         whole[patch.target.rows(weight.shape[0])] = strength * up
         downs.append(down)
         ups.append(whole)

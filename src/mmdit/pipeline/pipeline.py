@@ -432,7 +432,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
         if request.seeds is None:
             return nullcontext(partial(self._noise, shape, drawn_by))
         if self.parallel is not None and self.parallel.rank and request.draws_once:  # the noise of rank 0 replaces it
-            return nullcontext(lambda: self._on_device(torch.empty(shape, dtype=self._noise_dtype)))
+            return nullcontext(lambda: self._on_device(torch.empty(shape, dtype=self._noise_dtype, device="cpu")))
         return self._noise_ahead(shape, drawn_by)
 
     def _source(self, request: Request) -> Source | None:

@@ -127,7 +127,7 @@ class SamplingPlan:
 
         def branches_at(guide: Guide, sigma: float) -> tuple[Branch, ...]:
             asked.clear()
-            guide(torch.ones(1, 1, 1, 1), sigma)
+            guide(torch.ones(1, 1, 1, 1, device="cpu"), sigma)
             return tuple(asked)
 
         # A separate guide, because guidance with momentum has a state; a function of the caller is not called.

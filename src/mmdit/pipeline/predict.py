@@ -81,7 +81,7 @@ def timestep_of(profile: Profile, sigma: float) -> float:
 
 
 def _seen(profile: Profile, sigma: float) -> Tensor:
-    return torch.tensor(sigma, dtype=_SIGMA_DTYPES[profile.sigma_dtype])
+    return torch.tensor(sigma, dtype=_SIGMA_DTYPES[profile.sigma_dtype], device="cpu")
 
 
 def _predict_batch(

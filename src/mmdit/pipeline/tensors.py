@@ -349,7 +349,7 @@ class PipelineTensors(PipelineModels):
 
     def _check_noise(self, shape: Sequence[int]) -> None:
         """Raise an error of too little memory where the host cannot even hold the noise; nothing is written to it."""
-        torch.empty(shape, dtype=self._noise_dtype)
+        torch.empty(shape, dtype=self._noise_dtype, device="cpu")
 
     def _noise(self, shape: Sequence[int], drawn_by: Generators) -> Tensor:
         return self._on_device(gaussian(shape, drawn_by, self._noise_dtype))

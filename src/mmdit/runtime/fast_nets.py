@@ -209,5 +209,5 @@ def residuals_of(prepared: Prepared, model: MMDiT, latent: Tensor, inputs: Seque
 
 
 def _rounded(timesteps: Sequence[float], dtype: torch.dtype) -> list[float]:
-    found: list[float] = torch.tensor(timesteps, dtype=torch.float32).to(dtype).double().tolist()
+    found: list[float] = torch.tensor(timesteps, dtype=torch.float32, device="cpu").to(dtype).double().tolist()
     return found

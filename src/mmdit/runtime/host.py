@@ -40,7 +40,9 @@ class HostCopies:
         if tensor.nbytes < _SMALL:
             return tensor.to("cpu")
         if not self._buffers:
-            self._buffers = tuple(torch.empty(_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+            self._buffers = tuple(
+                torch.empty(_PIECE, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)
+            )
         return through(self._buffers, tensor)
 
 
@@ -72,7 +74,7 @@ def _fresh(like: Tensor) -> Tensor:
     under the usual setting "madvise".
     """
     if like.nbytes < _SMALL or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(like.shape, dtype=like.dtype)
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
     memory = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel that was built without them
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -238,7 +238,7 @@ class _Exchanged(Strategy):
         text = self.part.text if counts is not self.part.sizes else [0] * len(counts)
         first = [range(start, start + size) for start, size in zip(starts(counts), text, strict=True)]
         rest = [range(start + own, start + size) for start, own, size in zip(starts(counts), text, counts, strict=True)]
-        return torch.tensor([place for part in (*first, *rest) for place in part])
+        return torch.tensor([place for part in (*first, *rest) for place in part], device="cpu")
 
 
 class _Kernels(ModuleType):

@@ -107,7 +107,7 @@ class Text:
             per_step = fast.vectors * fast.width * self.pooled.nbytes // self.pooled.shape[1]
             most = max(TABLE_BYTES // max(per_step, 1), 1)
             wanted = list(dict.fromkeys([timestep, *(one for one in planned if one < timestep)]))[:most]
-            timesteps = torch.tensor(wanted, dtype=torch.float32, pin_memory=self.pooled.is_cuda)
+            timesteps = torch.tensor(wanted, dtype=torch.float32, device="cpu", pin_memory=self.pooled.is_cuda)
             with visiting():
                 table = fast.table(timesteps.to(self.pooled.device, non_blocking=True), self.pooled)
             self._rows = dict(zip(wanted, table.unbind(0), strict=True))

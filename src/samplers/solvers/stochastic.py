@@ -68,7 +68,7 @@ def _er_phi(ratio: float) -> float:
 def _er_integrals(here: float, to: float) -> tuple[float, float]:
     """Return the integrals of 1 / phi(l) and (l - here) / phi(l) from `to` to `here`, as ComfyUI sums them."""
     width = (here - to) / POINTS
-    points = to + torch.arange(POINTS, dtype=torch.float32) * width
+    points = to + torch.arange(POINTS, dtype=torch.float32, device="cpu") * width
     shares = 1 / (points * (torch.exp(points**0.3) + 10))
     return float(shares.sum()) * width, float(((points - here) * shares).sum()) * width
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from mmdit import PROFILES, Pipeline, read_settings, save_png
+from mmdit import PROFILES, Guidance, Pipeline, read_settings, save_png
 from refusals import refuses
 
 PROMPTS = ["a red circle above a blue square", "A small star, left of two rings."]
@@ -65,6 +65,27 @@ def test_embeddings_draw_what_their_prompts_draw_here_and_in_diffusers(pipe, the
     assert torch.equal(pipe(seed=3, **positive, **SMALL).images, pipe(PROMPTS, seed=3, **SMALL).images)
     twice = pipe(seed=[1, 2, 3, 4], num_images_per_prompt=2, **positive, **SMALL).images
     torch.testing.assert_close(twice[3:], pipe(PROMPTS[1], seed=4, **SMALL).images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"sampler": "heun", "schedule": "beta"},
+        {"schedule": "linear_quadratic", "image": torch.full((1, 3, 32, 48), 0.5), "strength": 0.7},
+        {"sampler": "dpmpp_2m", "schedule": "kl_optimal", "guidance": Guidance(kind="apg")},
+    ],
+    ids=["plain", "heun", "picture", "apg"],
+)
+def test_torchs_default_device_is_not_ours(pipe, how):
+    """Without values on the meta device: whatever is made without a device of its own would end the drawing."""
+    wanted = pipe(PROMPTS, seed=3, **how, **SMALL).images
+    torch.set_default_device("meta")
+    try:
+        found = pipe(PROMPTS, seed=3, **how, **SMALL).images
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, wanted)
 
 
 def test_wrong_embeddings(pipe):
