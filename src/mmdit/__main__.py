@@ -1,5 +1,5 @@
 """`python -m mmdit`."""
 
-from mmdit.cli.app import command
+from mmdit.cli.app import main
 
-raise SystemExit(command())
+raise SystemExit(main())

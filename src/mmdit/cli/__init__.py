@@ -1,5 +1,5 @@
 """The command line: each command parses its arguments and calls the library."""
 
-from mmdit.cli.app import command, main
+from mmdit.cli.app import main
 
-__all__ = ["command", "main"]
+__all__ = ["main"]

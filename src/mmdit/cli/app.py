@@ -24,7 +24,6 @@ from mmdit.cli import (
     workflow,
 )
 from mmdit.cli.console import Stream, note_of, streams, warnings_shown_by
-from mmdit.cli.process import Ending
 from mmdit.cli.usage import UsageError
 
 # Errors that users can act on. Any other exception is our bug and shows its traceback.
@@ -44,13 +43,6 @@ COMMANDS: dict[ModuleType, str] = {
     bench: "measure speed, memory and quality, also against diffusers and torchao",
     completion: "print a script for the shell that completes commands and options",
 }
-
-
-def command() -> int:
-    """`main` of the arguments of this process, which ends once the exit code is returned to Python."""
-    ending = Ending()
-    ending.code = main()
-    return ending.code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,7 @@
-"""The process of a command: settings for the small steps of the embedded model on a CPU, and the end."""
+"""The process of a command: settings for the small steps of the embedded model on a CPU."""
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import os
 import sys
@@ -16,31 +15,6 @@ _WAITING: Final = "GOMP_SPINCOUNT"  # GNU's OpenMP reads it when it is loaded, w
 _SPINS: Final = "1000"  # some 50 microseconds; without it 300,000, milliseconds
 _KEPT: Final = 256 * 2**20  # bytes of freed memory that the process keeps
 _FROM_HEAP: Final = 32 * 2**20  # bytes of an allocation, the most that glibc allows
-
-
-class Ending:
-    """The end of a process that has imported torch: at once, because freeing each object takes a tenth of a second.
-
-    The last function of `atexit` ends the process. It ends as any other where `code` stays None, where a GPU was used,
-    or where something registered a function before this, such as a measurement of coverage, which would not run.
-
-    Attributes:
-        code: the exit code.
-    """
-
-    def __init__(self) -> None:
-        self.code: int | None = None
-        if not atexit._ncallbacks():
-            atexit.register(self._end)
-
-    def _end(self) -> None:
-        torch = sys.modules.get("torch")
-        if self.code is None or torch is None or torch.cuda.is_initialized():
-            return
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
-        os._exit(self.code)
 
 
 @contextmanager
