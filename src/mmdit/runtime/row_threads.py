@@ -3,7 +3,7 @@
 A step of the embedded model is 350 operations of some microseconds to milliseconds. Where OpenMP splits each of them,
 its threads meet at the end of each; threads with rows of their own meet once a step. What depends on the number of rows
 is computed for all of them together, so that the result is that of one thread, bit for bit where a row of a matrix
-product does not depend on the rows below it (MKL's do not).
+product does not depend on the rows below it. MKL's do not on CPUs of Intel with AVX-512; those for AVX2 do by roundings.
 """
 
 from __future__ import annotations
@@ -22,8 +22,17 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.nn.modules.module import _has_any_global_hook
 
+from mmdit.models.attention import Attend
 from mmdit.models.blocks import JointBlock, StreamBlock
-from mmdit.models.layers import FinalLayer
+from mmdit.models.layers import (
+    FinalLayer,
+    Mlp,
+    PatchEmbed,
+    RMSNorm,
+    SelfAttention,
+    TimestepEmbedder,
+    VectorEmbedder,
+)
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.compiled import modules_of
 from mmdit.runtime.mesh import shares, starts
@@ -32,6 +41,12 @@ from mmdit.runtime.versions import is_whole
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 _WIDEST = 512  # hidden size; operations of wider models take long enough for OpenMP
+# What an MMDiT is built of. Any other module may use the rows of a batch together.
+_PARTS = frozenset(
+    (MMDiT, JointBlock, StreamBlock, FinalLayer, PatchEmbed, TimestepEmbedder, VectorEmbedder)
+    + (SelfAttention, Attend, Mlp, RMSNorm, nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU, nn.SiLU, nn.Identity)
+    + (nn.ModuleList, nn.Sequential)
+)
 
 
 def suits(model: nn.Module, latent: Tensor) -> bool:
@@ -45,7 +60,7 @@ def suits(model: nn.Module, latent: Tensor) -> bool:
         return False
     if latent.device.type != "cpu" or not 2 <= torch.get_num_threads() <= len(latent):
         return False
-    return all(type(one) in (nn.Parameter, Tensor) for one in _weights(modules_of(model)))  # float8 ones are others
+    return all(map(_is_plain, _weights(modules_of(model))))  # float8 ones are not
 
 
 def velocity(
@@ -60,25 +75,30 @@ def velocity(
 ) -> Float[Tensor, "b o h w"]:
     """What `MMDiT.forward` computes, by as many threads as torch has, each of which computes some rows alone.
 
-    This thread computes all rows where gradients are needed, and where hooks, modes or a profiler would see the
-    operations of this thread only. Steps of several callers run one after the other. A thread of yours that uses torch
-    for the first time during a step is left with one OpenMP thread: their number is the process's.
+    The model's own forward computes all rows where gradients are needed, where hooks, modes, a profiler or a transform
+    of `torch.func` would see the operations of this thread only, and where a module is none that an MMDiT is built of.
+    Its operations are split by OpenMP, so that a step that is watched differs by roundings from one that is not; with
+    `torch.set_num_threads(1)` both have the same bits.
+
+    Other steps of several callers run one after the other. A thread of yours that uses torch for the first time during
+    such a step is left with one OpenMP thread: their number is the process's.
 
     Args:
         model: see `suits`.
         latent, timestep, context, pooled, control, skip_layers: see `MMDiT.forward`.
     """
+    given = latent, timestep, context, pooled
+    if not _is_alone(model, given, control or ()):
+        found: Tensor = model(*given, control=control, skip_layers=skip_layers)
+        return found
     with _one_thread_each() as threads:
-        if not _is_alone(model, latent):
-            found: Tensor = model(latent, timestep, context, pooled, control=control, skip_layers=skip_layers)
-            return found
         model.check(latent, context, pooled, control, skip_layers)
         known = _Known(model, latent, timestep, pooled, threads)
 
         def run(rows: slice) -> Tensor:
-            own = None if control is None else [None if one is None else one[rows] for one in control]
-            given = latent[rows], timestep[rows], context[rows], pooled[rows]
-            predicted: Tensor = known.part(rows)(*given, control=own, skip_layers=skip_layers)
+            residuals = None if control is None else [_rows_of(one, rows, len(latent)) for one in control]
+            own = (one[rows] for one in given)
+            predicted: Tensor = known.part(rows)(*own, control=residuals, skip_layers=skip_layers)
             return predicted
 
         return torch.cat(_together(run, _slices(len(latent), threads)))
@@ -145,16 +165,40 @@ def _with(module: M, **children: nn.Module) -> M:
     return other
 
 
-def _is_alone(model: MMDiT, latent: Tensor) -> bool:
-    """Whether nothing sees or changes what this thread computes, and no gradient is needed."""
-    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
-    if modes or _profiler_enabled() or torch.is_autocast_enabled("cpu") or _has_any_global_hook():
+def _rows_of(residual: Tensor | None, rows: slice, batch: int) -> Tensor | None:
+    """The residual of some rows of the batch; one that is the same for all rows stays as it is."""
+    is_batch = residual is not None and residual.ndim == 3 and len(residual) == batch
+    return residual[rows] if residual is not None and is_batch else residual
+
+
+def _is_alone(model: MMDiT, given: Sequence[Tensor], control: Sequence[Tensor | None]) -> bool:
+    """Whether nothing sees or changes what this thread computes, no gradient is needed, and each row is one's own."""
+    if _is_seen() or len({one.shape[:1] for one in given}) > 1:
         return False
     modules = modules_of(model)
-    if not is_whole(modules):
+    if not (all(map(_is_part, modules)) and is_whole(modules)):
         return False
-    grads = torch.is_grad_enabled()
-    return not (grads and (latent.requires_grad or any(one.requires_grad for one in _weights(modules))))
+    inputs = [*given, *(one for one in control if one is not None)]
+    if not all(map(_is_plain, inputs)):
+        return False
+    return not (torch.is_grad_enabled() and any(one.requires_grad for one in chain(inputs, _weights(modules))))
+
+
+def _is_seen() -> bool:
+    """Whether something that acts in this thread alone sees or changes each operation."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    recast = torch.is_autocast_enabled("cpu")
+    return bool(modes or transformed or recast or _profiler_enabled() or _has_any_global_hook())
+
+
+def _is_part(module: nn.Module) -> bool:
+    """Whether an MMDiT is built of such modules, and no method of this one is replaced."""
+    return type(module) in _PARTS and vars(type(module)).keys().isdisjoint(vars(module))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
 
 
 def _weights(modules: Sequence[nn.Module]) -> Iterator[Tensor]:
