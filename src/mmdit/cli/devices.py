@@ -97,8 +97,8 @@ def choose_threads(threads: int | None, model: str | None, device: torch.device)
     """Set the number of CPU threads: what is asked for, else at most two for the embedded model.
 
     Without `threads`, the environment decides where it says a number. With two, each branch of guidance has a thread of
-    its own (`mmdit.runtime.row_threads`), so that the latents are those of one thread, but for roundings on CPUs without
-    AVX-512.
+    its own (`mmdit.runtime.row_threads`), so that the latents are those of one thread, on CPUs without AVX-512 but for
+    roundings.
     """
     import torch
 

@@ -3,7 +3,7 @@
 A step of the embedded model is 350 operations of some microseconds to milliseconds. Where OpenMP splits each of them,
 its threads meet at the end of each; threads with rows of their own meet once a step. What depends on the number of rows
 is computed for all of them together, so that the result is that of one thread, bit for bit where a row of a matrix
-product does not depend on the rows below it. MKL's do not on CPUs of Intel with AVX-512; those for AVX2 do by roundings.
+product does not depend on the rows below it. MKL's do not on Intel's CPUs with AVX-512; those for AVX2 do.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ M = TypeVar("M", bound=nn.Module)
 _WIDEST = 512  # hidden size; operations of wider models take long enough for OpenMP
 # What an MMDiT is built of. Any other module may use the rows of a batch together.
 _PARTS = frozenset(
-    (MMDiT, JointBlock, StreamBlock, FinalLayer, PatchEmbed, TimestepEmbedder, VectorEmbedder)
-    + (SelfAttention, Attend, Mlp, RMSNorm, nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU, nn.SiLU, nn.Identity)
-    + (nn.ModuleList, nn.Sequential)
+    {
+        *(MMDiT, JointBlock, StreamBlock, FinalLayer, PatchEmbed, TimestepEmbedder, VectorEmbedder),
+        *(SelfAttention, Attend, Mlp, RMSNorm, nn.LayerNorm, nn.Linear, nn.Conv2d, nn.GELU, nn.SiLU, nn.Identity),
+        *(nn.ModuleList, nn.Sequential),
+    }
 )
 
 
