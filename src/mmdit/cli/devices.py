@@ -96,9 +96,7 @@ def is_file(model: str | None) -> bool:
 def choose_threads(threads: int | None, model: str | None, device: torch.device) -> None:
     """Set the number of CPU threads: what is asked for, else at most two for the embedded model.
 
-    Without `threads`, the environment decides where it says a number. With two, each branch of guidance has a thread of
-    its own (`mmdit.runtime.row_threads`), so that the latents are those of one thread, on CPUs without AVX-512 but for
-    roundings.
+    Without `threads`, the environment decides where it says a number.
     """
     import torch
 

@@ -1,7 +1,9 @@
 """The rows of a batch in threads of their own, for small models on a CPU.
 
 A step of the embedded model is 350 operations of some microseconds to milliseconds. Where OpenMP splits each of them,
-its threads meet at the end of each; threads with rows of their own meet once a step. What depends on the number of rows
+its threads meet at the end of each; threads with rows of their own meet twice a step. `mmdit generate` asks for them by
+`use`; a drawing in a script does not, so that it has the same bits whether something watches its steps or not. What
+depends on the number of rows
 is computed for all of them together, so that the result is that of one thread, bit for bit where a row of a matrix
 product does not depend on the rows below it. MKL's do not on Intel's CPUs with AVX-512; those for AVX2 do.
 """
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from itertools import chain
 from threading import Lock
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -51,14 +54,29 @@ _PARTS = frozenset(
 )
 
 
+_using: WeakSet[nn.Module] = WeakSet()
+
+
+def use(model: nn.Module) -> None:
+    """From now on, compute the steps of this model by `velocity` where they suit."""
+    _using.add(model)
+
+
 def suits(model: nn.Module, latent: Tensor) -> bool:
     """Whether a step is computed by `velocity`: of a small float32 model on a CPU, with a row or more for each thread.
+
+    Never without `use`.
 
     Args:
         model: the transformer.
         latent: the rows, [b, c, h, w].
     """
-    if type(model) is not MMDiT or model.config.hidden_size > _WIDEST or model.pos_embed.dtype != torch.float32:
+    if (
+        model not in _using
+        or type(model) is not MMDiT
+        or model.config.hidden_size > _WIDEST
+        or model.pos_embed.dtype != torch.float32
+    ):
         return False
     if latent.device.type != "cpu" or not 2 <= torch.get_num_threads() <= len(latent):
         return False

@@ -1,5 +1,6 @@
 """Rows of a batch in threads of their own: the results of one thread, who computes what, and what is left behind."""
 
+import copy
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ def model():
     model = MMDiT(CONFIG).requires_grad_(False)
     for one in model.parameters():
         one.normal_(std=0.1)
+    row_threads.use(model)
     return model
 
 
@@ -91,14 +93,17 @@ def test_only_small_models_with_a_row_for_each_thread_suit(model, two_threads, m
     assert row_threads.suits(model, latent)
     assert not row_threads.suits(model, latent[:1])
     assert not row_threads.suits(model, latent.to("meta"))
-    assert not row_threads.suits(MMDiT(CONFIG).double(), latent)
-    assert not row_threads.suits(torch.nn.Sequential(model), latent)
-    quantized = MMDiT(CONFIG)
+    double, several, quantized = MMDiT(CONFIG).double(), torch.nn.Sequential(model), MMDiT(CONFIG)
+    for one in (double, several, quantized):
+        row_threads.use(one)
+    assert not row_threads.suits(double, latent)
+    assert not row_threads.suits(several, latent)
     quantize_(quantized, "fp8", select=["joint_blocks.2.x_block.mlp.fc2"])
     assert not row_threads.suits(quantized, latent)
     monkeypatch.setattr(row_threads, "_WIDEST", 127)
     assert not row_threads.suits(model, latent)
     monkeypatch.undo()
+    assert not row_threads.suits(copy.deepcopy(model), latent)  # nobody has asked for it
     for count in (1, 3):
         torch.set_num_threads(count)
         assert not row_threads.suits(model, latent)
@@ -225,7 +230,7 @@ def test_an_error_leaves_the_number_of_threads_as_it_was(model, two_threads, mon
 
 
 @pytest.mark.usefixtures("small_pictures")
-def test_drawings_have_the_bits_of_one_thread_and_watched_ones_but_for_roundings(ran):
+def test_drawings_have_the_bits_of_watched_ones_unless_threads_are_asked_for(ran):
     pipe = mmdit.Pipeline.demo()
     cond, uncond = (pipe.encode(text, max_sequence_length=32) for text in ("a red circle", ""))
 
@@ -237,11 +242,14 @@ def test_drawings_have_the_bits_of_one_thread_and_watched_ones_but_for_roundings
             torch.set_num_threads(1)
         return last.x
 
-    found = latent(2)
-    assert len({thread for _, thread in ran}) == 2
+    plain = latent(2)
+    assert len({thread for _, thread in ran}) == 1
     with mmdit.capture(pipe, ["joint_blocks.3.x_block.mlp.pre"], budget=None) as captured:
         watched = latent(2)
     assert len(captured)
+    assert torch.equal(plain, watched)
     wanted = latent(1)
-    assert (watched - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    row_threads.use(pipe.transformer)
+    found = latent(2)
+    assert len({thread for _, thread in ran}) == 2
     assert_bits_of_one_thread(found, wanted, 1e-5)
