@@ -96,7 +96,9 @@ def is_file(model: str | None) -> bool:
 def choose_threads(threads: int | None, model: str | None, device: torch.device) -> None:
     """Set the number of CPU threads: what is asked for, else at most two for the embedded model.
 
-    Without `threads`, the environment decides where it says a number.
+    Without `threads`, the environment decides where it says a number. A step of the embedded model is hundreds of
+    parallel regions of some microseconds, too small for many threads. The order of sums depends on the number of
+    threads, so that with two, its pictures are the same on all machines with that many cores.
     """
     import torch
 

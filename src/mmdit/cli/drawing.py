@@ -41,7 +41,6 @@ from mmdit.pipeline.settings import (
     read_settings,
     text_chunks,
 )
-from mmdit.runtime import row_threads
 from mmdit.utils import whole
 from samplers import SCHEDULES, SOLVERS, pick
 from samplers.checks import MAX_STEPS
@@ -317,7 +316,6 @@ def _pipeline(ask: Namespace, profile: Profile, device: torch.device, note: Note
         memory=ask.memory,
         quant=ask.quant,
     )
-    row_threads.use(pipe.transformer)
     if ask.device in (None, "auto") or ask.dtype is None:
         note(computing_on(device, dtype))
     return pipe

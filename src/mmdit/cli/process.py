@@ -21,10 +21,9 @@ _FROM_HEAP: Final = 32 * 2**20  # bytes of an allocation, the most that glibc al
 def small_steps(model: str | None) -> Iterator[None]:
     """Import torch for the embedded model: waiting threads soon sleep, and freed memory stays with the process.
 
-    Text encoders and VAE, and steps without guidance, are hundreds of parallel regions of some microseconds. By default
-    a thread that waits for another one spins for milliseconds, which on a machine with other work takes the core that
-    the other one needs. And by default glibc returns the memory of each step to the system, which makes 5000 page
-    faults a step.
+    A step of the embedded model is 350 parallel regions of some microseconds. By default a thread that waits for
+    another one spins for milliseconds, which on a machine with other work takes the core that the other one needs. And
+    by default glibc returns the memory of each step to the system, which makes 5000 page faults a step.
 
     Settings that the environment holds are kept. Where torch is imported already, nothing changes.
 

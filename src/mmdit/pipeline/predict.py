@@ -15,7 +15,6 @@ from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.control import acting_nets, residuals
 from mmdit.pipeline.passes import Branch, perturbed
 from mmdit.pipeline.profiles import Profile
-from mmdit.runtime import row_threads
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.fast_nets import ActingNet
 from mmdit.runtime.modulation import ModulationTable
@@ -126,8 +125,9 @@ def _velocity(
     control: Sequence[Tensor | None] | None,
     sequence: SequenceParallel | None,
 ) -> Tensor:
-    """The velocity by the transformer's own forward, in one or more threads, or by that over several ranks."""
-    first, forward = branches[0], _forward(transformer, latents, sequence)
+    """The velocity by the transformer's own forward, or by that over several ranks."""
+    first = branches[0]
+    forward = transformer if sequence is None else partial(sequence.velocity, transformer)
     with perturbed(transformer, first.perturbed_layers, first.conditioning.context.shape[1]):
         return forward(
             latents,
@@ -137,13 +137,6 @@ def _velocity(
             control=control,
             skip_layers=first.skip_layers,
         )
-
-
-def _forward(transformer: MMDiT, latents: Tensor, sequence: SequenceParallel | None) -> Callable[..., Tensor]:
-    """What computes the velocity of these latents."""
-    if sequence is not None:
-        return partial(sequence.velocity, transformer)
-    return partial(row_threads.velocity, transformer) if row_threads.suits(transformer, latents) else transformer
 
 
 def _fast(

@@ -47,7 +47,7 @@ def refuse_changed(model: nn.Module, name: str) -> list[nn.Module]:
         All modules of the model, for those who look for more.
     """
     modules = modules_of(model)
-    if all(map(is_as_built, modules)):
+    if all(map(_is_as_built, modules)):
         return modules
     refuse_compiled_parts(model, name)
     for path, module in model.named_modules():
@@ -71,7 +71,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def is_as_built(module: nn.Module) -> bool:
+def _is_as_built(module: nn.Module) -> bool:
     """Whether a module is surely neither compiled nor hooked nor replaced; False where a closer look is needed."""
     own = module.__dict__
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own) and (

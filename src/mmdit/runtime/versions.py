@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdit.models.attention import Attend
 from mmdit.runtime import plain_kernels
-from mmdit.runtime.compiled import is_as_built, modules_of, refuse_changed
+from mmdit.runtime.compiled import modules_of, refuse_changed
 from quant.tensor import Float8Tensor
 
 _SLOTS = ("attend", "attend2")
@@ -114,11 +114,6 @@ def check_whole(model: nn.Module, called: str = "the model") -> list[nn.Module]:
         if name.endswith(_SLOTS) and not _is_plain(module):
             raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
     return modules
-
-
-def is_whole(modules: Sequence[nn.Module]) -> bool:
-    """Whether `check_whole` surely accepts the model that consists of these modules."""
-    return all(map(is_as_built, modules)) and _have_plain_slots(modules)
 
 
 def _have_plain_slots(modules: Sequence[nn.Module]) -> bool:

@@ -22,7 +22,6 @@ from mmdit.cli.generate import EXAMPLES
 from mmdit.cli.outputs import Output
 from mmdit.pipeline.profiles import PRESETS
 from mmdit.pipeline.settings import Settings
-from mmdit.runtime import row_threads
 from samplers import SCHEDULES, SOLVERS, resolution_shift
 
 RED, BLUE = "a red circle", "a blue star"
@@ -209,14 +208,11 @@ def test_the_embedded_model_draws_a_picture_again_bit_by_bit(here, capsys, optio
     assert found["profile"] == wanted.get("--profile", "diffusers")
 
 
-def test_the_command_draws_what_the_pipeline_draws_and_asks_for_threads_of_rows(here, monkeypatch):
-    asked = []
-    monkeypatch.setattr(row_threads, "use", asked.append)
+def test_the_command_draws_what_the_pipeline_draws(here):
     assert main(["generate", EMBEDDED_PROMPT, "--steps", "1", "--seed", "5", "-o", "x.png", "--device", "cpu"]) == 0
     drawn = Pipeline.demo()(EMBEDDED_PROMPT, num_inference_steps=1, seed=5)
     assert np.array_equal(pixels("x.png"), np.asarray(drawn.images[0]))
     assert read_settings("x.png") == drawn.settings[0].to_json()
-    assert [type(one).__name__ for one in asked] == ["MMDiT"]
 
 
 def test_a_shift_that_came_from_a_preset_comes_back(tiny_folders, here):
