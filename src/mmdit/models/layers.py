@@ -61,8 +61,8 @@ Meet = Callable[[QKV], Tensor]  # attention itself: queries, keys and values of 
 class RMSNorm(nn.RMSNorm):
     """The norm of queries and keys, with its weight in their dtype.
 
-    Under autocast the weight of a Linear has the dtype of 16 bits, and so has this one: torch's own norm would keep it
-    in float32, warn, and compute in four kernels what the model in 16 bits computes in one.
+    Under autocast the weight of a Linear is cast to 16 bits, and so is this one. Torch's own norm would keep it in
+    float32, warn, and compute by several operations what the model in 16 bits computes by one.
     """
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:

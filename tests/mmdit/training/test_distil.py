@@ -30,6 +30,7 @@ from mmdit.training.distil import (
 )
 from mmdit.training.journal import Journal
 from mmdit.training.recording import eager_gradients
+from mmdit.training.states import StateBatch, mix_channels
 from quant import is_quantized, quantize_
 from quant.training import fake_quantize_, quantize_trained_
 from skips import SKIPS
@@ -146,7 +147,7 @@ def test_errors_of_channels_count_as_much_as_they_change_the_picture():
         return torch.einsum("oc,bchw->bohw", weight, x)
 
     latents, error = (torch.randn(64, 5, 16, 16, generator=g) for _ in range(2))
-    mixed = module._mixed(error, picture_channels(decode, latents, floor=0.0))
+    mixed = mix_channels(error, picture_channels(decode, latents, floor=0.0))
     scale = 5 / float((weight.T @ weight).trace())
     assert float(mixed.square().mean()) == pytest.approx(3 / 5 * scale * float(decode(error).square().mean()), rel=1e-2)
     for floor in (0.25, 1.0):
@@ -382,7 +383,7 @@ def test_gradients_are_infinitely_apart_where_one_side_lacks_one():
 def test_where_a_rounding_changes_as_much_a_recorded_step_may_differ():
     """One parameter whose gradient follows the sign of what is left of the latents after a rounding."""
     weight, x = torch.ones(2, requires_grad=True), torch.tensor([1.0, 1.0])
-    batch = module.StateBatch(x, *(torch.zeros(1) for _ in range(6)))
+    batch = StateBatch(x, *(torch.zeros(1) for _ in range(6)))
 
     def loss_of(given):
         return (weight * (2 + (given.x - 1).sign())).sum() / 2
@@ -397,7 +398,7 @@ def test_where_a_rounding_changes_as_much_a_recorded_step_may_differ():
 def test_where_a_rounding_changes_all_gradients_of_another_size_are_still_wrong():
     """Gradients whose signs follow a rounding: the other sign is no fault, and none at all is one."""
     weight, x = torch.ones(2, requires_grad=True), torch.tensor([1.0, 1.0])
-    batch = module.StateBatch(x, *(torch.zeros(1) for _ in range(6)))
+    batch = StateBatch(x, *(torch.zeros(1) for _ in range(6)))
 
     def loss_of(given):
         return (weight * (given.x - 1 - 1e-4).sign()).sum() / 2
