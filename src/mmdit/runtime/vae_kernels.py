@@ -34,7 +34,13 @@ def norm(x: Tensor, norm: nn.GroupNorm, *, silu: bool, in_place: bool = False) -
     centre, factor = torch.empty((2, samples, width), dtype=torch.float32, device=x.device).unbind(0)
     out = x if in_place else torch.empty_like(x)
     _affine[(norm.num_groups, samples)](
-        *parts.moments, norm.weight, centre, factor, *parts.sizes(norm.num_groups), norm.eps, **parts.blocks(norm)
+        *parts.moments,
+        norm.weight,
+        centre,
+        factor,
+        *parts.sizes(norm.num_groups),
+        norm.eps,
+        **parts.blocks(norm.num_groups),
     )
     _applied(x, out, centre, factor, norm, silu=silu)
     return out
@@ -131,9 +137,8 @@ class _Parts(NamedTuple):
         parts, width = self.moments[0].shape[1:]
         return self.cells, width, self.each, parts, width // groups
 
-    def blocks(self, norm: nn.GroupNorm | int) -> dict[str, int]:
+    def blocks(self, groups: int) -> dict[str, int]:
         """Arguments of their launches."""
-        groups = norm if isinstance(norm, int) else norm.num_groups
         parts, width = self.moments[0].shape[1:]
         found = {"part_block": parts, "channel_block": width // groups}
         return {key: triton.next_power_of_2(one) for key, one in found.items()} | {"num_warps": 8 if parts > 64 else 1}
