@@ -169,6 +169,15 @@ class SamplingPlan:
         found = self.solver(guide if self.solver.guided else only_x0(guide), x, self.sigmas, **options)
         return found if blend is None or self.profile.mask_acts == "around_model" else blend.after(found)
 
+    def may_end(self, step: Step) -> bool:
+        """Whether the solver may end with this step. Of a solver of the caller nobody knows, so that it always may."""
+        if self.solver not in SOLVERS.values():
+            return True
+        if not self.solver.own_steps:
+            return step.i == len(self.sigmas) - 2
+        end = min(sigma for sigma in self.sigmas.tolist() if sigma > 0)
+        return step.sigma <= end * (1 + 1e-4)  # the solvers stop within 1e-5 of it
+
     def _mask_noise(self, x: Tensor, noise: Tensor) -> Tensor:
         """The noise for the picture outside of a mask, with the shape, device and dtype of x."""
         if self.sampler == "ddim" and self.profile.ddim_mask_noise == "of_the_next_seed":
@@ -208,7 +217,7 @@ class Run:
     ) -> None:
         self.plan, self.cond, self.uncond = plan, cond, uncond
         self.check: FiniteCheck | None = None  # of the last step, unless it has been read
-        self.reads_last = True  # whether that of the drawing's last step is read before the step is given out
+        self.reads_last = True  # whether the check of the drawing's last step is read before the step is given out
         self._progress = _Progress(predict)
         self.rebuild()
 

@@ -155,7 +155,8 @@ class PipelineSteps(PipelineTensors):
             ImportError: the sampler's noise needs torchsde, which is not installed.
             FloatingPointError: a step gave values that are not finite; its sigma and the first such layer are named. On
                 a GPU, where the host does not wait for a step, this is raised when the step after it is asked for; the
-                last step is checked before it is given out. If you leave the loop earlier, `decode` checks its latent.
+                last step, and each step of a sampler of your own, is checked before it is given out. If you leave the
+                loop earlier, `decode` checks its latent.
         """
         noise, source = self._begun(noise, image, mask, differential, add_noise)
         if source is not None and strength is None and start is not None:
@@ -326,10 +327,10 @@ class PipelineSteps(PipelineTensors):
     def _checked(self, run: Run, steps: Iterator[Step]) -> Iterator[Step]:
         """The steps, each finite, with latents in the dtype that the profile keeps (diffusers: the model's).
 
-        On a GPU a step is given out before it is done. It is checked once the next one is launched, the last one before
-        it is given out; whoever leaves the loop before that, or sets `run.reads_last` to False, calls `run.read_check`.
+        On a GPU a step is given out before it is done. It is checked once the next one is launched, the last one, and
+        each that may be the last, before it is given out; whoever leaves the loop before that, or sets `run.reads_last`
+        to False, calls `run.read_check`.
         """
-        last = len(run.plan.sigmas) - 2
         try:
             for step in steps:
                 run.read_check()
@@ -337,7 +338,7 @@ class PipelineSteps(PipelineTensors):
                     step.x = step.x.to(self.dtype).to(step.x.dtype)
                 again = partial(self._predict, step=run.step, profile=run.plan.profile, plain=True)
                 run.check = begin_check(step, run.calls, again, self.transformer)
-                if step.i == last and run.reads_last:
+                if run.reads_last and run.plan.may_end(step):
                     run.read_check()
                 yield step
                 run.finished(step)

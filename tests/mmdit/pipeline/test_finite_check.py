@@ -5,6 +5,7 @@ import pytest
 import mmdit
 from mmdit.pipeline import failures, steps
 from mmdit.pipeline.plan import _Progress
+from samplers import SOLVERS, Solver, euler
 
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32, "progress": False, "seed": 1}
 SETTINGS |= {"max_sequence_length": 8}
@@ -88,6 +89,28 @@ def test_a_callback_is_given_the_last_latent_once_it_is_read(pipe, late):
     with pytest.raises(FloatingPointError, match="step 3"):
         draw(pipe, output_type="pt", callback_on_step_end=lambda pipe, step, *_: seen.append(step))
     assert seen == [0, 1, 2]
+
+
+def short(denoise, x, sigmas):
+    """A solver of a caller, which ends where it likes."""
+    yield from euler(denoise, x, sigmas[:3])
+
+
+@pytest.fixture(scope="module")
+def encoded(pipe):
+    found = pipe.encode("a red circle", max_sequence_length=8)
+    return {"prompt_embeds": found.context, "pooled_prompt_embeds": found.pooled}
+
+
+@pytest.mark.parametrize("sampler", [*SOLVERS, short, Solver(short, 1, own_steps=True)])
+def test_no_solver_s_last_latent_reaches_a_callback_before_it_is_read(pipe, late, encoded, monkeypatch, sampler):
+    log = late[1]
+    monkeypatch.setattr(_Progress, "__call__", lambda self, x, sigma, branches: [x / 2] * len(branches))
+    given = {"sampler": sampler, "output_type": "latent"} | encoded | SETTINGS
+    pipe(**given, callback_on_step_end=lambda _, step, *__: log.append(f"callback {step}"))
+    last = int(log[-1].split()[1])
+    assert log[-2:] == [f"read {last}", f"callback {last}"]
+    assert [line for line in log if line.startswith("read")] == [f"read {i}" for i in range(last + 1)]
 
 
 def test_settings_are_made_while_steps_run(pipe, late, monkeypatch):
