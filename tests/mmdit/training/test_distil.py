@@ -39,14 +39,18 @@ from tiny_training import demo
 GUIDANCE = 4.5
 
 
-@pytest.fixture(scope="module")
-def teacher():
+def random_model(width):
     torch.manual_seed(0)
-    config = MMDiTConfig(depth=2, hidden_size=64, context_dim=32, pooled_dim=24, pos_embed_size=8, sample_size=4)
+    config = MMDiTConfig(depth=2, hidden_size=width, context_dim=32, pooled_dim=24, pos_embed_size=8, sample_size=4)
     model = MMDiT(config).requires_grad_(False)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape) / max(1, parameter[0].numel()) ** 0.5)
     return model
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return random_model(64)
 
 
 @pytest.fixture(scope="module")
@@ -529,21 +533,26 @@ def test_a_static_recipe_is_trained_with_a_scale_for_each_call_and_gets_those_of
 @pytest.mark.usefixtures("as_users_run_it")
 @pytest.mark.parametrize("recipe", ["fp8-tensor", "fp8-static"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_recorded_step_trains_as_an_eager_one(teacher, states, compiled, recipe):
-    losses = []
+def test_a_recorded_step_trains_as_an_eager_one(states, compiled, recipe):
+    """Sums of compiled blocks have another order, and after a few steps of Adam the weights are other ones: there,
+    gradients of the same weights are compared."""
+    # Compiled, torch 2.11 has no kernel for attention of one head in float32.
+    teacher, runs = random_model(128 if compiled else 64), []
     for recorded in (False, True):
         student = copy.deepcopy(teacher).cuda().requires_grad_(True)
         some = states.to("cuda").with_velocities(copy.deepcopy(teacher).cuda())
         fake_quantize_(student, recipe, input_scales=static_scales(student, some) if recipe == "fp8-static" else None)
-        # Compiled as the demo does it: torch 2.11 finds no kernel for compiled attention of this model in float32.
-        given = {"recorded": recorded, "autocast": torch.bfloat16 if compiled else None}
         with compiled_blocks(student) if compiled and recorded else nullcontext():
-            made = distil(student, teacher, some, steps=60, batch=6, along=3, rate=1e-4, **given)
-            losses.append([float(found.loss) for found in made])
-    # Codes flip where sums have another order, and more of them where values are rounded less often.
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.15 if compiled else 0.02)
-    assert losses[0] == pytest.approx(losses[1], rel=0.3)
-    assert losses[1][-1] < losses[1][0]
+            runs.append([*distil(student, teacher, some, steps=60, batch=6, along=3, rate=1e-4, recorded=recorded)])
+    losses = [[float(found.loss) for found in run] for run in runs]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=0.05)
+    if not compiled:
+        assert losses[0][:3] == pytest.approx(losses[1][:3], rel=0.02)
+        assert losses[0] == pytest.approx(losses[1], rel=0.3)
+    apart = [found.apart for found in runs[1] if found.apart is not None]
+    assert len(apart) == 6  # steps 1, 2, 4 ... 32
+    assert sorted(apart)[4] < 0.2  # codes flip where sums have another order
+    assert sum(losses[1][-20:]) < sum(losses[1][:20])
 
 
 def static_scales(model, states):
