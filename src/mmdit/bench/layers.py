@@ -138,7 +138,7 @@ def timed(run: Callable[[], object], device: torch.device, repeats: int = 20) ->
 def _replayed(run: Callable[[], object], repeats: int) -> float:
     run()  # outside of the graph: libraries set themselves up
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # torch's own is on the GPU of its first recording
         for _ in range(repeats):
             run()
     times = []

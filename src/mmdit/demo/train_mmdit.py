@@ -202,7 +202,9 @@ class Engine:
             self._run(self._batch, form)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.device(self.run.device), torch.cuda.graph(graph, pool=self._pool):
+            # A stream of its own: torch's is on the GPU that was the current one at the first recording of the process.
+            stream = torch.cuda.Stream(self.run.device)
+            with torch.cuda.device(self.run.device), torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 loss, grads = self._run(self._batch, form)
         except RuntimeError as error:
             self.captures = False

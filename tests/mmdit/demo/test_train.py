@@ -246,14 +246,18 @@ def test_a_step_is_recorded_on_a_gpu_that_is_not_the_current_one(tmp_path: Path)
     parts, batch, device = trainee.initial_parts(TINY, 2), batches(dropped=0.0).draw(4), torch.device("cuda:1")
     x0, noise, t = (one.to(device) for one in (batch.x0, batch.noise, batch.t))
     batch = Batch(x0, noise, t, batch.tokens.to(device))
-    trainee.trainee_of(parts).to(device)
+    model = trainee.trainee_of(parts)
+    randomized(model)
+    model.to(device)
     run = replace(run_of(FULL, tmp_path), device=device)
     plain, recorded = Engine(run, deepcopy(parts)), Engine(replace(run, quick=("graphs",)), deepcopy(parts))
     for _ in range(2):  # recorded, then replayed
         losses = [engine.gradients(batch, "short") for engine in (plain, recorded)]
-        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
         for master, same in zip(plain.masters, recorded.masters, strict=True):
-            torch.testing.assert_close(master.grad, same.grad, rtol=0.01, atol=1e-5)
+            assert (master.grad is None) == (same.grad is None)
+            if master.grad is not None and same.grad is not None:
+                assert (same.grad - master.grad).norm() <= 0.02 * master.grad.norm()
     assert recorded.captures, "it went on without a graph"
     assert torch.cuda.current_device() == 0
 
