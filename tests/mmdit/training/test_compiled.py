@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from full import FULL
+from mmdit.demo import trainee
+from mmdit.demo.bench_control import WAYS
+from mmdit.demo.control_recipe import ControlRecipe
+from mmdit.demo.control_step import trainer_of
 from mmdit.embedded import EMBEDDED
 from mmdit.pipeline.pipeline import Pipeline
+from mmdit.training import blocks
 from mmdit.training.barriers import add_barriers, with_barriers
 from mmdit.training.blocks import compile_blocks
 from quant import Float8Tensor, quantize_
@@ -22,8 +27,13 @@ GPU = pytest.param("cuda", marks=(pytest.mark.gpu, NEEDS_GPU))
 
 
 @pytest.fixture(scope="module")
-def embedded():
-    return Pipeline.from_pretrained(EMBEDDED, dtype=torch.float32).transformer
+def pipe():
+    return Pipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def embedded(pipe):
+    return pipe.transformer
 
 
 def fill_free_memory():
@@ -92,6 +102,19 @@ def test_a_kernel_waits_before_it_reads_what_an_earlier_loop_has_stored(monkeypa
     for name in ("buf0", "buf1"):
         TritonKernel.load(kernel, name, 7)
     assert kernel.lines == ["buf0[7]", "tl.debug_barrier()", "buf1[7]"]
+
+
+def test_every_training_that_compiles_has_the_barriers(pipe, monkeypatch):
+    asked = []
+    for module in (blocks, trainee):
+        monkeypatch.setattr(module, "with_barriers", lambda backend: asked.append(backend) or {"backend": "eager"})
+    for recorded, compiled in WAYS.values():  # of the bench of ControlNets
+        asked.clear()
+        trainer_of(pipe, "canny", ControlRecipe(recorded=recorded, compiled=compiled))
+        assert asked == ["inductor"] * (len(pipe.transformer.joint_blocks) + 1) * compiled
+    asked.clear()
+    assert trainee.compile_regions(copy.deepcopy(pipe.transformer), ["blocks"]) == len(asked)
+    assert len(asked) == len(pipe.transformer.joint_blocks)
 
 
 def test_a_torch_that_compiles_in_another_way_is_refused(monkeypatch):
