@@ -2,9 +2,10 @@
 
 For each recipe, a copy of the transformer is calibrated: means are folded, weights rounded by the second moments of
 their inputs (`quant.rounding`). Then it learns the velocities of the one in 16 bits, on the latents that this one meets
-when it draws prompts; errors count as much as the VAE's decoder shows them, and no pictures are used. `fp8-static` is
-trained as `fp8-tensor`, once for both, and gets the scales of the trained model's activations. A training that diverges
-ends with its best weights, and a model that training has taken further from the one in 16 bits is not written.
+when it draws prompts; errors count as much as the VAE's decoder shows them, relative to those that rounding alone makes
+in the same drawing, and no pictures are used. `fp8-static` is trained as `fp8-tensor`, once for both, and gets the
+scales of the trained model's activations. A training that diverges ends with its best weights, and a model that
+training has taken further from the one in 16 bits is not written.
 
 `FOLDER/RECIPE` is the quantized model in the library's layout, and `FOLDER/RECIPE-calibrated` the one before the
 training; `mmdit bench quality --tuned NAME=FOLDER` measures them.
@@ -45,8 +46,10 @@ from mmdit.training.distil import (
     States,
     distil,
     guided,
+    guided_loss,
     picture_channels,
     states_of,
+    wanted_of,
 )
 from mmdit.training.journal import Journal, mean_of
 from mmdit.training.rates import Every
@@ -70,7 +73,8 @@ _STAGES = ("plain", "calibrated", "fine-tuned")
 class Float8Recipe:
     """Every number of a run."""
 
-    prompts: int = 3072  # whose drawings give the latents
+    prompts: int = 4608  # whose drawings give the latents
+    held: int = 96  # of them, which are not trained on: their loss stands beside the other in the log
     calibration: int = 128  # prompts for static scales and second moments
     checked: int = 256  # held-out prompts whose drawings are compared at the end
     decoded: int = 32  # pictures that tell how much each channel of the latents counts
@@ -86,7 +90,7 @@ class Float8Recipe:
     save_seconds: float = 60.0
 
 
-CPU = Float8Recipe(prompts=96, calibration=16, checked=16, decoded=2, followed=1, batch=8, along=4, drawn=16)
+CPU = Float8Recipe(prompts=96, held=8, calibration=16, checked=16, decoded=2, followed=1, batch=8, along=4, drawn=16)
 
 
 def train(
@@ -124,11 +128,15 @@ def train(
     states = states._replace(channels=picture_channels(partial(pictures, pipe), states.ends(recipe.decoded)))
     rounded = copy.deepcopy(teacher)
     quantize_(rounded, dynamic(recipes[0]))
-    states = states.with_growth(teacher, rounded, recipe.followed)
+    states = states.with_growth(teacher, rounded, recipe.followed).with_drawings(rounded, recipe.drawn)
     del drawing, rounded
     for what, of in (("weights", states.weight), ("chances", states.chance)):
         journal.say(f"{what} of the steps: {[] if of is None else [round(float(one), 2) for one in of]}")
+    if states.drawings is not None:
+        tenths = states.drawings.quantile(torch.tensor([0.1, 0.5, 0.9], device=states.drawings.device)).tolist()
+        journal.say(f"what a drawing counts, 10 %, 50 % and 90 % of them: {[round(one, 2) for one in tenths]}")
     journal.say(f"{recipe.prompts} prompts drawn; first {texts[0]!r}")
+    states, held = states.split(recipe.held)
     left = max(1.0, seconds - (time.monotonic() - start)) / len({dynamic(name) for name in recipes})
     found, rows, base = {}, [], drawn(pipe, teacher, recipe)
     trained: dict[str, MMDiT] = {}
@@ -138,7 +146,8 @@ def train(
         quantize_(start_from, name, input_scales=_static(name, input_scales(seen)), moments=seen.moments())
         _written(pipe, start_from, folder / f"{name}-calibrated")
         if (by := dynamic(name)) not in trained:
-            trained[by] = _tuned(by, with_activations(start_from, by), teacher, states, left, folder, journal, recipe)
+            begin = with_activations(start_from, by)
+            trained[by] = _tuned(by, begin, teacher, states, left, folder, journal, recipe, held)
         tuned = copy.deepcopy(trained[by])
         scales = _static(name, seen_scales(tuned, states, recipe))
         quantize_trained_(tuned)
@@ -272,6 +281,7 @@ def _tuned(
     folder: Path,
     journal: Journal,
     recipe: Float8Recipe,
+    held: States | None = None,
 ) -> MMDiT:
     """The student after its training, not yet in float8; a state in the folder is where it goes on.
 
@@ -298,7 +308,8 @@ def _tuned(
                 journal.say(f"{name} step {found.step}: recorded gradients {found.apart:.2g} of their norm from eager")
             if log.due() or found.share >= 1 or found.step == 1:
                 loss = mean_of(losses)
-                journal.row(name, step=found.step, done=found.share, loss=loss)
+                apart = {} if held is None else {"held": held_loss(student, teacher, held, recipe)}
+                journal.row(name, step=found.step, done=found.share, loss=loss, **apart)
                 losses = []
                 if found.step > 1 and loss < least:
                     best, least = copy.deepcopy(student.state_dict()), loss
@@ -309,6 +320,19 @@ def _tuned(
         student.load_state_dict(best)
         save_whole({"student": best, "done": 1.0}, path)
     return student.requires_grad_(False)
+
+
+@torch.no_grad()
+def held_loss(student: MMDiT, teacher: MMDiT, held: States, recipe: Float8Recipe) -> float:
+    """The loss over the same few batches of drawings that are not trained on, computed as in the training."""
+    generator, found = torch.Generator(held.x.device).manual_seed(recipe.seed), list[Tensor]()
+    shares, autocast = held.shares(recipe.along), torch.autocast(held.x.device.type, torch.bfloat16, held.x.is_cuda)
+    with autocast, torch.compiler.set_stance("force_eager"):
+        for _ in range(max(1, len(held.x) * len(held.sigma) // (2 * recipe.batch))):
+            batch = held.draw(recipe.batch, generator, recipe.along, shares)
+            wanted = wanted_of(teacher, batch, held.guidance)
+            found.append(guided_loss(student, wanted, batch, held.guidance, recipe.along, held.channels))
+    return float(torch.stack(found).mean())
 
 
 def _quickest(

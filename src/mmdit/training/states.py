@@ -1,7 +1,8 @@
 """The states that a distillation learns from: the latents of drawings, and how much an error in each of them counts.
 
-`states_of` draws prompts by the teacher. An error counts as much as the VAE's decoder shows it (`picture_channels`)
-and as much as it grows until the end of a drawing (`States.with_growth`).
+`states_of` draws prompts by the teacher. An error counts as much as the VAE's decoder shows it (`picture_channels`),
+as much as it grows until the end of a drawing (`States.with_growth`), and relative to what rounding makes of that
+drawing (`States.with_drawings`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class StateBatch(NamedTuple):
     """Latents [b, c, h, w] with a timestep, a weight, a prompt and a negative prompt each.
 
     `velocities` are the teacher's with the prompt and without it, [2, b, c, h, w], or None. `share` [b] is how often
-    the step of each state is drawn, relative to equal chances; None is equal chances.
+    the step of each state is drawn, relative to equal chances; None is equal chances. `drawing` [b] is how much the
+    squared errors of its drawing count; None is alike.
     """
 
     x: Tensor
@@ -32,6 +34,7 @@ class StateBatch(NamedTuple):
     no_pooled: Tensor
     velocities: Tensor | None = None
     share: Tensor | None = None
+    drawing: Tensor | None = None
 
 
 class States(NamedTuple):
@@ -48,6 +51,7 @@ class States(NamedTuple):
         channels: [c, c], by which errors are multiplied before they are squared; see `picture_channels`. None leaves
             them as they are.
         chance: [steps], how often `draw` takes each step along a drawing, relative to each other; None is alike.
+        drawings: [prompts], how much the squared errors of each drawing count; see `with_drawings`. None is alike.
     """
 
     x: Tensor
@@ -61,6 +65,7 @@ class States(NamedTuple):
     velocities: Tensor | None = None
     channels: Tensor | None = None
     chance: Tensor | None = None
+    drawings: Tensor | None = None
 
     def draw(self, size: int, generator: torch.Generator, along: int = 1, shares: Tensor | None = None) -> StateBatch:
         """Random prompts, each at `along` random steps, none of them twice; the generator is on the latents' device.
@@ -103,8 +108,8 @@ class States(NamedTuple):
         text = self.context[which], self.pooled[which]
         nothing = self.no_context.expand(len(which), -1, -1), self.no_pooled.expand(len(which), -1)
         wanted = None if self.velocities is None else self.velocities[:, which, step].float()
-        x = self.x[which, step].float()
-        return StateBatch(x, 1000 * self.sigma[step], self.weight[step], *text, *nothing, wanted)
+        x, drawing = self.x[which, step].float(), None if self.drawings is None else self.drawings[which]
+        return StateBatch(x, 1000 * self.sigma[step], self.weight[step], *text, *nothing, wanted, drawing=drawing)
 
     @torch.no_grad()
     def with_velocities(self, teacher: nn.Module, batch: int = 256) -> Self:
@@ -159,6 +164,53 @@ class States(NamedTuple):
             growths.append(torch.where(error > 0, growth, torch.ones_like(growth)).median())
         weight, chance = self.weight * torch.stack(growths), torch.stack(changes)
         return self._replace(weight=weight / weight.mean(), chance=chance / chance.mean())
+
+    @torch.no_grad()
+    def with_drawings(self, rounded: nn.Module, batch: int = 256) -> Self:
+        """The same states: squared errors of a drawing count relative to those of a rounded model in it.
+
+        PSNR is a logarithm: a tenth less error counts as much in a drawing that rounding hardly changes as in one that
+        it changes much, while a plain mean of squares follows the few that it changes most.
+
+        Args:
+            rounded: a model whose errors are typical.
+            batch: states at a time.
+
+        Raises:
+            ValueError: the states lack the teacher's velocities, see `with_velocities`; or the rounded model makes no
+                error in a drawing, or one that is not finite.
+        """
+        if self.velocities is None:
+            raise ValueError(
+                "errors are measured against the teacher's velocities: call with_velocities before with_drawings"
+            )
+        found = [squared_errors(rounded, part, self.guidance, self.channels) for part in self.parts(batch)]
+        errors = (torch.cat(found).unflatten(0, self.x.shape[:2]) * self.weight).mean(1)
+        if not bool((errors > 0).all()) or not bool(errors.isfinite().all()):
+            least, most = float(errors.min()), float(errors.max())
+            raise ValueError(
+                f"with_drawings compares with the errors of a rounded model: expected finite ones above 0 in every "
+                f"drawing, got {least:.3g} to {most:.3g}; give a model in float8"
+            )
+        return self._replace(drawings=errors.reciprocal() / errors.reciprocal().mean())
+
+    def split(self, prompts: int) -> tuple[Self, Self]:
+        """The states of the first drawings, and those of the last `prompts`.
+
+        Raises:
+            ValueError: one of the two would have no drawings.
+        """
+        count = len(self.x)
+        if not 0 < prompts < count:
+            raise ValueError(f"a split of {count} drawings needs 1 to {count - 1} in its second part, got {prompts}")
+
+        def part(of: slice) -> Self:
+            velocities = None if self.velocities is None else self.velocities[:, of]
+            drawings = None if self.drawings is None else self.drawings[of]
+            texts = {"context": self.context[of], "pooled": self.pooled[of]}
+            return self._replace(x=self.x[of], **texts, velocities=velocities, drawings=drawings)
+
+        return part(slice(None, count - prompts)), part(slice(count - prompts, None))
 
     def ends(self, prompts: int) -> Tensor:
         """The latents in which the first drawings end, by a step of Euler's from their last states: [b, c, h, w].
@@ -252,6 +304,23 @@ def wanted_of(teacher: nn.Module, batch: StateBatch, guidance: float) -> tuple[T
     if batch.velocities is None:
         return guided(teacher, batch, guidance)
     return _three(batch.velocities[0], batch.velocities[1], guidance)
+
+
+def squared_errors(model: nn.Module, batch: StateBatch, guidance: float, channels: Tensor | None = None) -> Tensor:
+    """Mean squares of the errors of a model's three velocities against the batch's, summed, [b], in float32.
+
+    Args:
+        model: gives the velocities.
+        batch: with the teacher's velocities.
+        guidance: the scale of the guidance.
+        channels: [c, c], by which errors are multiplied, see `picture_channels`.
+    """
+    errors = (
+        one - other
+        for one, other in zip(guided(model, batch, guidance), wanted_of(model, batch, guidance), strict=True)
+    )
+    mixed = (error if channels is None else mix_channels(error, channels) for error in errors)
+    return torch.stack([error.square().mean((1, 2, 3)) for error in mixed]).sum(0)
 
 
 def mix_channels(error: Tensor, channels: Tensor) -> Tensor:
