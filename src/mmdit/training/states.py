@@ -194,7 +194,7 @@ class States(NamedTuple):
             )
         return self._replace(drawings=errors.reciprocal() / errors.reciprocal().mean())
 
-    def split(self, prompts: int) -> tuple[Self, Self]:
+    def split(self, prompts: int) -> tuple[States, States]:
         """The states of the first drawings, and those of the last `prompts`.
 
         Raises:
@@ -204,11 +204,11 @@ class States(NamedTuple):
         if not 0 < prompts < count:
             raise ValueError(f"a split of {count} drawings needs 1 to {count - 1} in its second part, got {prompts}")
 
-        def part(of: slice) -> Self:
+        def part(of: slice) -> States:
             velocities = None if self.velocities is None else self.velocities[:, of]
             drawings = None if self.drawings is None else self.drawings[of]
-            texts = {"context": self.context[of], "pooled": self.pooled[of]}
-            return self._replace(x=self.x[of], **texts, velocities=velocities, drawings=drawings)
+            some = self._replace(x=self.x[of], context=self.context[of], pooled=self.pooled[of])
+            return some._replace(velocities=velocities, drawings=drawings)
 
         return part(slice(None, count - prompts)), part(slice(count - prompts, None))
 
