@@ -30,9 +30,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         input = input.dequantize()
     if not isinstance(weight, Float8Tensor):
         return torch.nn.functional.linear(input, weight, bias)
-    if weight.ndim != 2:
+    with torch._C.DisableTorchFunctionSubclass():  # else each attribute of a tensor comes here as a call of Python
+        dims, dtype = weight.ndim, weight.dtype
+    if dims != 2:
         raise ValueError(f"a float8 weight to multiply with is a matrix, got shape {list(weight.shape)}")
-    return linear(input, weight.qdata, weight.scale, weight.input_scale, bias, weight.recipe, weight.dtype)
+    return linear(input, weight.qdata, weight.scale, weight.input_scale, bias, weight.recipe, dtype)
 
 
 def _matmul(input: Tensor, other: Tensor) -> Tensor:

@@ -1,14 +1,17 @@
 """What an attached LoRA costs in a step, and how long merging one takes: `mmdit bench lora`.
 
-Weights, inputs and LoRAs are random. A LoRA changes every Linear of the blocks.
+Weights, inputs and LoRAs are random. A LoRA changes every Linear of the blocks. A step of the model's own forward takes
+as long as the host launches or as the GPU computes, whichever is longer, so that both are measured as well.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -17,15 +20,17 @@ from torch import Tensor, nn
 
 from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_names, check_size, fill, quantized
 from mmdit.bench.rows import Cells, attempted, step_time
+from mmdit.bench.step import kernels_of
 from mmdit.checkpoints.lora import load_lora
 from mmdit.models.lora import beside
 from mmdit.models.mmdit import MMDiT
-from mmdit.pipeline.patched_weights import PRODUCTS, Adapter, PatchedWeights
+from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
 from mmdit.runtime.accelerate import Accelerated
+from mmdit.runtime.lora_products import PRODUCTS
 from quant.quantize import linears_of
 from quant.recipe import RECIPES
 
-STEPS = ["step", "ms without", "ms with the LoRA", "more", "CUDA graph"]
+STEPS = ["step", "ms without", "ms with the LoRA", "more", "host", "kernels", "CUDA graph"]
 MERGES = ["merge", "file", "s to load", "s to merge", "s to restore", "restored"]
 
 
@@ -43,6 +48,9 @@ def steps(
     seconds: float = float("inf"),
 ) -> Iterator[Cells]:
     """Rows of `STEPS`: a step of the model's own forward and of the accelerated one, in 16 bits and by each recipe.
+
+    "host" and "kernels" are milliseconds of the model's own forward on a GPU, without and with the LoRA: the time in
+    which the host launches the blocks while nothing waits for the GPU, and the sum of all kernels.
 
     Args:
         model: one of `MODELS`.
@@ -127,9 +135,46 @@ def _eager(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, d
         found: Tensor = model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
         return found
 
-    before = step_time(step, device, repeats)
-    attach(model, rank)
-    return _cells(before, step_time(step, device, repeats), "no graph")
+    found = []
+    for beside_it in (False, True):
+        if beside_it:
+            attach(model, rank)
+        found.append((step_time(step, device, repeats), host_time(model, step, repeats), kernel_time(step, device)))
+    (before, *parts), (after, *with_lora) = found
+    shown = [f"{one:.1f}, {other:.1f}" if one else "-" for one, other in zip(parts, with_lora, strict=True)]
+    return _cells(before, after, *shown, "no graph")
+
+
+def host_time(model: MMDiT, step: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds in which the host launches the blocks of a step; 0 on a CPU, which does the work too.
+
+    Before each block the host waits for the GPU, outside of this time, so that it never waits for a full queue in it.
+    """
+    device = model.pos_embed.device
+    if device.type != "cuda":
+        return 0.0
+    times: list[float] = []
+
+    def begin(*_: object) -> None:
+        torch.cuda.synchronize(device)
+        times[-1] -= time.perf_counter()
+
+    def end(*_: object) -> None:
+        times[-1] += time.perf_counter()
+
+    with ExitStack() as stack:
+        for block in model.joint_blocks:
+            for handle in (block.register_forward_pre_hook(begin), block.register_forward_hook(end)):
+                stack.callback(handle.remove)
+        for _ in range(repeats):
+            times.append(0.0)
+            step()
+    return 1000 * median(times)
+
+
+def kernel_time(step: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of all kernels of a step, by the profiler; 0 on a CPU."""
+    return sum(took for _, _, took in kernels_of(step, device)) if device.type == "cuda" else 0.0
 
 
 @torch.no_grad()
@@ -151,11 +196,11 @@ def _fast(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, de
     if fast.graph:
         said = "bit-equal" if torch.equal(found, velocity(fast.without_graphs())) else "DIFFERS"
     fast.close()
-    return _cells(before, after, said)
+    return _cells(before, after, "-", "-", said)
 
 
-def _cells(before: float, after: float, graph: str) -> Cells:
-    return [f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}", graph]
+def _cells(before: float, after: float, *others: str) -> Cells:
+    return [f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}", *others]
 
 
 @torch.no_grad()

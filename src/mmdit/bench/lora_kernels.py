@@ -16,12 +16,13 @@ from torch import Tensor
 
 from mmdit.bench.floor import copy_rate
 from mmdit.bench.layers import timed
-from mmdit.bench.lora import attach, model_of
+from mmdit.bench.lora import attach, host_time, kernel_time, model_of
 from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_size
 from mmdit.bench.rows import Cells, attempted, step_time
-from mmdit.models.lora import all_beside, without
+from mmdit.models.layers import Mlp
+from mmdit.models.lora import LoraMlp, all_beside, without
 from mmdit.models.mmdit import MMDiT
-from mmdit.runtime import products
+from mmdit.runtime import lora_products, products
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.products import Kind
 from mmdit.runtime.rows import Activation, Added, Columns, Down, Output, Part, Rounding, Rows, Update
@@ -31,7 +32,7 @@ from quant.matmul import multiply_into, quantize_activation
 from quant.recipe import RECIPES
 from quant.tensor import Float8Tensor
 
-STEPS = ["step", "LoRA", "ms", "norm of the result"]
+STEPS = ["step", "LoRA", "ms", "host", "kernels", "norm of the result"]
 ROWS = Rows(2, 333, 4096)  # of both branches at 1024 x 1024
 HEADERS = ["kernel", "us", "us at copy speed", "GB/s"]
 
@@ -65,6 +66,11 @@ class Kernels:
             tasks[f"gelu {kind}"] = partial(self.gelu, kind)
             tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu_with_lora, kind)
             tasks[f"gelu {kind} with a LoRA, and low"] = partial(self.gelu_with_lora, kind, with_low=True)
+        for cut in ((64, 32, 19, 3, 4), (64, 64, 19, 3, 4), (32, 64, 19, 3, 4), (64, 64, 8, 3, 4), (128, 32, 19, 3, 8)):
+            tasks[f"gelu none with a LoRA, and low {cut}"] = partial(
+                self.gelu_with_lora, "none", with_low=True, cut=cut
+            )
+        tasks["torch's gelu"] = self.torch_gelu
         tasks["largest gelu"] = self.largest_gelu
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
         tasks[f"fp8 {d} to {4 * d}, gelu token with a LoRA"] = partial(self.inner, True)
@@ -117,15 +123,23 @@ class Kernels:
         size = x.numel() * (4 if kind == "none" else 3)
         return self.cells(lambda: kernels.gelu(x, self.rows, rounding), size)
 
-    def gelu_with_lora(self, kind: Kind, *, with_low: bool = False) -> Cells:
+    def torch_gelu(self) -> Cells:
+        """GELU of the eager model."""
+        x = self.random(self.rows.total, 4 * self.d)
+        return self.cells(lambda: F.gelu(x, approximate="tanh"), 4 * x.numel())
+
+    def gelu_with_lora(
+        self, kind: Kind, *, with_low: bool = False, cut: tuple[int, int, int, int, int] | None = None
+    ) -> Cells:
         """GELU with a LoRA, and the products of what it gives with the next down projections."""
-        from mmdit.runtime.lora_kernels import gelu
+        from mmdit.runtime.lora_kernels import Cut, gelu
 
         width = 4 * self.d
         x, added, rounding = self.random(self.rows.total, width), self.added(width), self.rounding(kind)
         down = Down.of(self.random(2, self.rank, width), codes=kind != "none") if with_low else None
         size = x.numel() * {"none": 4, "token": 5, "static": 3}[kind]
-        return self.cells(lambda: gelu(x, self.rows, rounding, added, down), size)
+        chosen = None if cut is None else Cut(*cut)
+        return self.cells(lambda: gelu(x, self.rows, rounding, added, down, chosen), size)
 
     def largest_gelu(self) -> Cells:
         """The pass before it, under a scale per row."""
@@ -231,7 +245,10 @@ def ways(rank: int) -> dict[str, Way]:
         "eager without": Way(None, True),
         "eager": Way(rank, True),
         "eager, rank 64": Way(64, True),
+        "eager, next down product apart": Way(rank, True, ((lora_products, "GOES_ON", False),)),
+        "eager, sums before GELU": Way(rank, True, ((LoraMlp, "forward", Mlp.forward),)),
         "eager, by torch": Way(rank, True, ((low_rank, "LARGE", sys.maxsize),)),
+        "eager without again": Way(None, True),
         "by products": Way(rank, settings=((products, "MOST_RANK", 0),)),
     }
 
@@ -272,7 +289,7 @@ def steps(
 
 
 def _step(model: MMDiT, way: Way, inputs: Inputs, repeats: int) -> Cells:
-    """The time of a step, and the norm of what it gives."""
+    """The time of a step, of the host and of the kernels in the model's own, and the norm of what it gives."""
     for name in all_beside(model):
         without(model, name)
     if way.rank is not None:
@@ -288,8 +305,10 @@ def _step(model: MMDiT, way: Way, inputs: Inputs, repeats: int) -> Cells:
             stack.callback(fast.close)
             fast.begin([TIMESTEP])
             run = partial(fast.velocity, inputs.latent, TIMESTEP, [inputs.context], [inputs.pooled])
-        found = step_time(run, inputs.latent.device, repeats)
-        return [f"{found:.2f}", f"{float(run().double().norm()):.6g}"]
+        found, device = step_time(run, inputs.latent.device, repeats), inputs.latent.device
+        parts = (host_time(model, run, repeats), kernel_time(run, device)) if way.eager else (0.0, 0.0)
+        shown = (f"{part:.1f}" if part else "-" for part in parts)
+        return [f"{found:.2f}", *shown, f"{float(run().double().norm()):.6g}"]
 
 
 @contextmanager

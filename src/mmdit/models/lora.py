@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmdit.models.layers import Mlp
+
 _PLAIN = (Tensor, nn.Parameter)  # no tensor subclass
 
 
-class UpProducts(NamedTuple):
-    """What multiplies by up projections [out, r] where no gradient is recorded."""
+class Gelu(Protocol):
+    """GELU of what `LoraProducts.add_up` gives, [rows, out], which may change the output that it is given.
 
+    The second result is the product of the first one and the down projection of the next Linear, [rows, r]; None where
+    there is no such projection, or where it is as quick to multiply by it afterwards.
+    """
+
+    def __call__(
+        self, output: Tensor, low: Tensor, up: Tensor, next_down: Tensor | None, /
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+class LoraProducts(NamedTuple):
+    """The products with low-rank factors where no gradient is recorded, and all operands have one dtype."""
+
+    low: Callable[[Tensor, Tensor], Tensor]  # x [rows, in], down [r, in]: [rows, r]
     add_up: Callable[[Tensor, Tensor, Tensor], None]  # output [rows, out], low [rows, r], up: changes the output
     up_and_bias: Callable[[Tensor, Tensor, Tensor], Tensor]  # low [rows, r], up, bias [out]: [rows, out]
+    gelu: Gelu
 
 
 def _add_up(output: Tensor, low: Tensor, up: Tensor) -> None:
@@ -28,44 +44,78 @@ def _up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, low, up.t())
 
 
+def _gelu(output: Tensor, low: Tensor, up: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
+    return F.gelu(output.addmm_(low, up.t()), approximate="tanh"), None
+
+
+Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor]
+"""What a Linear with attached factors multiplies by: weight, bias, down and up."""
+
+
 class LoraLinear(nn.Linear):
     """A Linear that computes W x + b + up (down x) + delta x; the weight and the bias are unchanged.
 
     It replaces a Linear and shares its parameters and hooks, so that code that looks up the Linear, its weight or its
     name still finds them. `beside` attaches it, and `without` removes it. `down` [r, in], `up` [out, r] and `delta`
     [out, in] are non-persistent buffers; each pair or matrix that is absent is None.
+
+    The host launches each operation, and in a step on a fast GPU it may be the slower one. So where only factors are
+    attached and no gradient is recorded, they cost two operations of the device, and few calls of Python.
     """
 
     down: Tensor | None
     up: Tensor | None
     delta: Tensor | None
-    products: UpProducts = UpProducts(_add_up, _up_and_bias)
+    products: LoraProducts = LoraProducts(F.linear, _add_up, _up_and_bias, _gelu)
     plain: tuple[nn.Linear]  # the Linear that this module replaces; a tuple keeps it from being a submodule
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        if x.is_cuda and self._is_plain(x):
-            return self.in_one_product(x)
-        return self.add_to(super().forward(x), x)
+        if (operands := self.operands(x)) is None:
+            return self.add_to(super().forward(x), x)
+        if x.ndim == 2:
+            return self.of_rows(x, operands)
+        return self.of_rows(x.reshape(-1, self.in_features), operands).view(*x.shape[:-1], self.out_features)
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether only factors are attached, to a weight that is no tensor subclass, and no gradient is recorded."""
-        weight, bias, down, up = self.weight, self.bias, self.down, self.up
-        if type(weight) not in _PLAIN or bias is None or down is None or up is None or self.delta is not None:
-            return False
-        operands = (x, weight, bias, down, up)
-        if not weight.dtype == bias.dtype == down.dtype == up.dtype == x.dtype:
-            return False
-        if torch.is_grad_enabled() and any(one.requires_grad for one in operands):
-            return False
-        return all(type(one) in _PLAIN for one in operands) and not torch.is_autocast_enabled(x.device.type)
+    def operands(self, x: Float[Tensor, "... i"]) -> Operands | None:
+        """What few operations multiply by; None where a matrix is attached, a gradient is recorded, or dtypes differ.
 
-    def in_one_product(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        """The output, with the small products first: the large one adds itself to them while it is written."""
-        assert self.down is not None, "factors are attached"
-        assert self.up is not None, "factors are attached"
-        rows = x.reshape(-1, x.shape[-1])
-        output = self.products.up_and_bias(rows @ self.down.t(), self.up, self.bias)
-        return output.addmm_(rows, self.weight.t()).view(*x.shape[:-1], self.out_features)
+        Tensors are looked up in the dicts of the module: an attribute of a module takes the host longer than all checks
+        here, and one of a float8 tensor takes several times as long again.
+        """
+        parameters, buffers = self._parameters, self._buffers
+        down, up, weight = buffers.get("down"), buffers.get("up"), parameters.get("weight")
+        if down is None or up is None or weight is None or len(parameters) != 2 or buffers["delta"] is not None:
+            return None
+        if not x.dtype == down.dtype == up.dtype:
+            return None
+        bias = parameters["bias"]
+        if torch.is_grad_enabled() and any(
+            one is not None and one.requires_grad for one in (x, weight, bias, down, up)
+        ):
+            return None
+        return weight, bias, down, up
+
+    def of_rows(
+        self, rows: Float[Tensor, "n i"], operands: Operands, low: Float[Tensor, "n r"] | None = None
+    ) -> Float[Tensor, "n o"]:
+        """The output, where `operands` gives something; `low` is the down product, if there is one already.
+
+        The down product comes first, while the rows are in the cache.
+        """
+        weight, bias, down, up = operands
+        if low is None:
+            low = self.products.low(rows, down)
+        if low.dtype != up.dtype:  # under autocast
+            return F.linear(rows, weight, bias) + F.linear(low, up)
+        if rows.is_cuda and bias is not None and type(weight) in _PLAIN and weight.dtype == bias.dtype == up.dtype:
+            return self._in_one_product(rows, low, weight, bias, up)
+        output = F.linear(rows, weight, bias)
+        self.products.add_up(output, low, up)
+        return output
+
+    def _in_one_product(self, rows: Tensor, low: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
+        """The output: the large product adds itself to the small one while it is written."""
+        return self.products.up_and_bias(low, up, bias).addmm_(rows, weight.t())
 
     @property
     def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None:
@@ -76,27 +126,10 @@ class LoraLinear(nn.Linear):
     def add_to(self, output: Float[Tensor, "... o"], x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         """Add up (down x) + delta x to an output of the Linear, in place where the dtypes allow it."""
         if (factors := self.factors) is not None:
-            output = add_factors(output, x, *factors, self.products)
+            down, up = factors
+            output = add_product(output, F.linear(x, down), up)
         delta = self.delta
         return output if delta is None else add_product(output, x, delta)
-
-
-def add_factors(
-    output: Float[Tensor, "... o"],
-    x: Float[Tensor, "... i"],
-    down: Float[Tensor, "r i"],
-    up: Float[Tensor, "o r"],
-    products: UpProducts,
-) -> Float[Tensor, "... o"]:
-    """Add up (down x) to an output, see `add_product`.
-
-    On a GPU by as few operations as there can be, because the host launches each of them.
-    """
-    few = x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    if few and output.dtype == x.dtype == down.dtype == up.dtype and output.is_contiguous() and x.is_contiguous():
-        products.add_up(output.view(-1, output.shape[-1]), torch.mm(x.view(-1, x.shape[-1]), down.t()), up)
-        return output
-    return add_product(output, F.linear(x, down), up)
 
 
 def add_product(
@@ -114,6 +147,49 @@ def add_product(
     return output
 
 
+class LoraMlp(Mlp):
+    """An MLP with factors beside its first Linear, which GELU adds while it reads that Linear's output.
+
+    Where anybody looks at a Linear or at GELU (hooks), or has replaced one, they are called as in `Mlp`.
+    """
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        if torch.compiler.is_compiling():  # compilers fuse by themselves
+            return super().forward(x)
+        first, act, second = self.fc1, self.act, self.fc2
+        if not isinstance(first, LoraLinear) or not _is_gelu(act) or not _are_unseen(first, act):
+            return super().forward(x)
+        if (operands := first.operands(x)) is None:
+            return super().forward(x)
+        weight, bias, down, up = operands
+        rows = x.reshape(-1, first.in_features)
+        low = first.products.low(rows, down)
+        if low.dtype != up.dtype:  # under autocast
+            return super().forward(x)
+        others = second.operands(x) if isinstance(second, LoraLinear) and _are_unseen(second) else None
+        next_down = None if others is None else others[2]
+        hidden, low_of_next = first.products.gelu(F.linear(rows, weight, bias), low, up, next_down)
+        if others is None or low_of_next is None or not isinstance(second, LoraLinear):
+            return second(hidden.view(*x.shape[:-1], first.out_features))
+        return second.of_rows(hidden, others, low_of_next).view(*x.shape[:-1], second.out_features)
+
+
+def _is_gelu(act: nn.Module) -> bool:
+    """Whether it is GELU in the approximation of the model."""
+    return type(act) is nn.GELU and act.approximate == "tanh"
+
+
+def _are_unseen(*modules: nn.Module) -> bool:
+    """Whether modules have no hooks, are not compiled, and have the forward of their class."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return False
+    for own in (module.__dict__ for module in modules):
+        before, after = own["_forward_pre_hooks"] or own["_backward_pre_hooks"], own["_forward_hooks"]
+        if before or after or own["_backward_hooks"] or "forward" in own or own.get("_compiled_call_impl") is not None:
+            return False
+    return True
+
+
 Kind = TypeVar("Kind", bound=LoraLinear)
 
 
@@ -123,7 +199,7 @@ def beside(
     *,
     factors: tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None = None,
     delta: Float[Tensor, "o i"] | None = None,
-    products: UpProducts | None = None,
+    products: LoraProducts | None = None,
 ) -> LoraLinear:
     """Attach low-rank factors or a full matrix to a Linear of a model; they replace anything attached before.
 
@@ -132,7 +208,7 @@ def beside(
         name: the name of the Linear in the model.
         factors: down [r, in] and up [out, r].
         delta: a matrix [out, in] whose product with the input is added to the output.
-        products: what multiplies by `up`; None is torch.
+        products: what multiplies by the factors; None is torch.
 
     Raises:
         ValueError: neither factors nor a delta are given.
@@ -146,6 +222,9 @@ def beside(
         new.register_buffer(key, tensor, persistent=False)
     if products is not None:
         new.products = products
+    mlp = _mlp_of(model, name)
+    if mlp is not None:
+        mlp.__class__ = LoraMlp  # the same module, with its hooks and parameters
     return new
 
 
@@ -179,11 +258,21 @@ def without(model: nn.Module, name: str) -> None:
     found = model.get_submodule(name)
     if isinstance(found, LoraLinear):
         _put(model, name, found.plain[0])
+        mlp = _mlp_of(model, name)
+        if mlp is not None:
+            mlp.__class__ = Mlp
 
 
 def all_beside(model: nn.Module) -> dict[str, LoraLinear]:
     """The Linears of a model that have something attached, by name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, LoraLinear)}
+
+
+def _mlp_of(model: nn.Module, name: str) -> Mlp | None:
+    """The MLP whose first Linear has this name, if the model has it."""
+    path, _, last = name.rpartition(".")
+    owner = model.get_submodule(path)
+    return owner if last == "fc1" and isinstance(owner, Mlp) else None
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -21,13 +21,12 @@ from mmdit.checkpoints.lora import Lora
 from mmdit.checkpoints.lora_kinds import LowRank
 from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, check_finite, merged, planned, replace_tensor
 from mmdit.checkpoints.lora_names import Part
-from mmdit.models.lora import UpProducts, all_beside, beside, without
+from mmdit.models.lora import all_beside, beside, without
 from mmdit.runtime.host import HostCopies
-from quant import low_rank
+from mmdit.runtime.lora_products import PRODUCTS
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
 
-PRODUCTS = UpProducts(low_rank.add_up, low_rank.up_and_bias)  # of attached LoRAs
 _WAITING = 2  # originals on a GPU that wait for their copies
 Form = Literal["attached", "merged"]
 Weight: TypeAlias = float | Mapping[str, float]

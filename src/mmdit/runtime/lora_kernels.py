@@ -42,6 +42,7 @@ class Cut(NamedTuple):
 
 
 _VALUES, _CODES, _LARGEST = Cut(64, 64, 1, 1, 4), Cut(64, 32, 19, 3, 4), Cut(64, 64, 8, 3, 4)
+VALUES_AND_LOW = _CODES  # of values that are multiplied by the next down projection too
 
 
 def low(x: Activation, down: Down, dtype: torch.dtype) -> Tensor:

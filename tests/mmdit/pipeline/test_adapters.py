@@ -107,7 +107,7 @@ def test_a_linear_with_factors_takes_no_rows_as_a_plain_one_does(shape: tuple[in
     model = nn.Sequential(nn.Linear(6, 5)).requires_grad_(False)
     linear = beside(model, "0", factors=(torch.randn(2, 6), torch.randn(5, 2)))
     x = torch.randn(shape)
-    torch.testing.assert_close(linear.in_one_product(x), linear(x))
+    torch.testing.assert_close(linear(x), linear.add_to(linear.plain[0](x), x))
 
 
 @pytest.mark.parametrize("tensors", [low_rank(1), other_kinds(1)], ids=["low rank", "other kinds"])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from mmdit.models.lora import beside
-from mmdit.pipeline.patched_weights import PRODUCTS
-from mmdit.runtime import plain_kernels
+from mmdit.models.layers import Mlp
+from mmdit.models.lora import beside, without
+from mmdit.runtime import lora_products, plain_kernels
+from mmdit.runtime.lora_products import PRODUCTS
 from mmdit.runtime.rows import Activation, Added, Down, Part, Rounding, Rows
 from quant.scaling import scale_of, to_codes
 from skips import SKIPS
@@ -194,6 +195,55 @@ def test_products_of_an_attached_lora(large, monkeypatch):
     size = wanted.abs().amax()
     for found in (module(x), attached.add_to(linear(x), x)):  # each rounds its sums twice
         near(found / size, wanted / size, torch.bfloat16, 2**-8)
+
+
+def mlp_with_loras(width, inner):
+    """An MLP in 16 bits with a LoRA beside both Linears, and its result in float64 for x [2, 35, width]."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(Mlp(width, inner)).to(DEVICE, torch.bfloat16).requires_grad_(False)
+    x = drawn(2, 9, width, dtype=torch.bfloat16)
+    wanted = x.double()
+    for name in ("0.fc1", "0.fc2"):
+        linear = module.get_submodule(name)
+        rows, columns = linear.weight.shape
+        down, up = drawn(16, columns, dtype=torch.bfloat16), 0.03 * drawn(rows, 16, dtype=torch.bfloat16)
+        wanted = wanted @ (linear.weight.double() + up.double() @ down.double()).t() + linear.bias.double()
+        wanted = torch.nn.functional.gelu(wanted, approximate="tanh") if name == "0.fc1" else wanted
+        beside(module, name, factors=(down, up), products=PRODUCTS)
+    return module, x, wanted
+
+
+def error(found, wanted):
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("goes_on", [True, False], ids=["with the next product", "alone"])
+def test_gelu_of_an_mlp_adds_what_its_lora_adds(goes_on, monkeypatch):
+    """The sum is rounded once less; whoever looks at a part of the MLP sees what `Mlp` computes."""
+    launched = []
+    monkeypatch.setattr(low_rank, "LARGE", 0)
+    monkeypatch.setattr(low_rank, "by_kernels", lambda *_: True)
+    monkeypatch.setattr(lora_products, "GOES_ON", goes_on)
+    gelu = lora_kernels.gelu
+    monkeypatch.setattr(lora_kernels, "gelu", lambda *given: launched.append(given[4]) or gelu(*given))
+    module, x, wanted = mlp_with_loras(24, 76)
+    fused = module(x)
+    assert [down is not None for down in launched] == [goes_on]
+    seen = []
+    for part in ("fc1", "act"):
+        handle = module[0].get_submodule(part).register_forward_hook(lambda *given: seen.append(given[2]))
+        apart = module(x)
+        handle.remove()
+    assert len(launched) == 1, "hooks are called"
+    hidden = torch.nn.functional.gelu(seen[0], approximate="tanh")
+    assert torch.equal(hidden, seen[1])
+    assert error(fused, wanted) <= 1.05 * error(apart, wanted)
+    assert error(fused, wanted) < 2**-8
+    without(module, "0.fc1")
+    assert type(module[0]) is Mlp
+    module(x)
+    assert len(launched) == 1
 
 
 @pytest.mark.parametrize("kilobytes", [64, 99, 163, 227])
