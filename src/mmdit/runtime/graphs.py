@@ -56,6 +56,7 @@ class Captured(NamedTuple):
     inputs: tuple[Tensor, ...]
     output: Any
     nbytes: int  # bytes of device memory that the recording took
+    done: torch.cuda.Event  # the last call has read the output
 
 
 class Graphs:
@@ -86,11 +87,14 @@ class Graphs:
                 self._captured.popitem(last=False)
             self._captured[key] = _capture(step, inputs, before)
         self._captured.move_to_end(key)
-        captured = self._captured[key]
+        captured, here = self._captured[key], torch.cuda.current_stream(inputs[0].device)
+        here.wait_event(captured.done)  # of a call on the stream of another thread
         for own, given in zip(captured.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         captured.graph.replay()
-        return tree_map(_copied, captured.output)
+        found = tree_map(_copied, captured.output)
+        captured.done.record(here)
+        return found
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._captured
@@ -147,7 +151,7 @@ def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
 def _capture(step: Step, inputs: Sequence[Tensor], before: int) -> Captured:
     own = tuple(one.clone() for one in inputs)
     graph, output, taken = record(lambda: step(*own), own[0].device, before=before)
-    return Captured(graph, own, output, taken + sum(one.nbytes for one in own))
+    return Captured(graph, own, output, taken + sum(one.nbytes for one in own), torch.cuda.Event())
 
 
 def record(step: Callable[[], T], device: torch.device, *, before: int = 1) -> tuple[torch.cuda.CUDAGraph, T, int]:

@@ -417,3 +417,28 @@ def test_graphs_are_bit_equal_and_few(model):
     assert len(fast.graphs) == 2
     fast.graphs.clear()
     assert fast.graphs.nbytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason=SKIPS["gpu"])
+def test_a_graph_that_streams_share_gives_each_its_own_result():
+    """Threads may have streams of their own: a call must not write what the call before still reads."""
+    weight = torch.randn(2048, 2048, device=DEVICE) / 2048**0.5
+
+    def step(x):
+        y = x
+        for _ in range(30):
+            y = y @ weight
+        return x + 0.01 * y
+
+    graphs, streams = Graphs(), [torch.cuda.Stream() for _ in range(2)]
+    given = [torch.full((2048, 2048), float(value), device=DEVICE) for value in range(1, 7)]
+    wanted, found = [step(x) for x in given], []
+    graphs("a step", step, given[:1])
+    torch.cuda.synchronize()
+    for i, x in enumerate(given):
+        with torch.cuda.stream(streams[i % 2]):
+            found.append(graphs("a step", step, [x]))
+    torch.cuda.synchronize()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=0.05)
