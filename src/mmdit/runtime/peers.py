@@ -3,6 +3,9 @@
 The kernel that norms queries and keys writes each head straight to the GPU that attends with it, and another one writes
 the results back. Nothing is copied before or after, and all tokens lie in the order that they have on one GPU. The
 memory is torch's symmetric memory; its multicast is not used.
+
+Where much is sent, heads go in two groups, each with meetings of its own. The second group is sent while the attention
+of the first one runs, and its attention hides the way back of the first one's results.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
@@ -20,13 +23,17 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from mmdit.runtime.graphs import Graphs
+from mmdit.runtime.graphs import Graphs, beside
 from mmdit.runtime.mesh import Team, of_all, shares, starts
 from mmdit.runtime.rows import Added, Attention, AttentionInputs, Rows
 
 Exchange = Literal["auto", "peers", "nccl"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 
+_LANES = 2  # groups of heads that meet independently
+_APART = 2**24  # bytes of a rank's heads from which they go in two groups
+_FIRST = 3 / 8  # share of a rank's heads in the first group: all wait for them
+_PROGRAMS = 24  # multiprocessors that send the second group, while the others attend
 _LAST = 2**31 - 1  # a flag that lets every meeting pass
 _ROUND = 2**21  # bytes; memory is mapped in pages of this size
 _PATIENCE = 30.0  # seconds for the first exchange, for which all ranks compile
@@ -44,12 +51,24 @@ class Arena(NamedTuple):
 Allocate = Callable[[int], Arena]  # of so many bytes on every rank; all ranks call it together
 
 
+class Group(NamedTuple):
+    """Heads that are exchanged together, some of each rank.
+
+    Attributes:
+        heads: see `peer_kernels.send_heads`.
+        own: which of this rank's heads.
+    """
+
+    heads: Tensor
+    own: slice
+
+
 class Places(NamedTuple):
     """Where the heads and tokens of one attention go; see `peer_kernels`."""
 
     joint: Tensor
     back: Tensor
-    heads: Tensor
+    groups: tuple[Group, ...]
     tokens: Tensor
     starts: tuple[int, int]
     first: int
@@ -70,10 +89,10 @@ class Peers:
 
     def __init__(self, team: Team, device: torch.device, allocate: Allocate) -> None:
         self.team, self.device, self._allocate = team, device, allocate
-        self._flags = self._allocate(4 * team.size)
-        self.flags = self._flags.own[: 4 * team.size].view(torch.int32)
+        self._flags = self._allocate(4 * _LANES * team.size)
+        self.flags = self._flags.own[: 4 * _LANES * team.size].view(torch.int32).view(_LANES, team.size)
         self.distances = torch.tensor([one // 4 for one in self._flags.distances], device=device)
-        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self.counter = torch.zeros((_LANES, 1), dtype=torch.int32, device=device)
         self._release()  # so that its kernel is loaded when it is needed
         self.flags.zero_()
         # Heads and results are in separate memory, also those of attentions of different sizes. A rank may store heads
@@ -97,42 +116,73 @@ class Peers:
     ) -> AttentionInputs:
         """Queries, keys and values of all tokens with this rank's heads, [samples, tokens, own heads, head_dim].
 
-        Tokens are in the order of one GPU: all text, then all of the image. What is returned lasts until the next call.
+        Tokens are in the order of one GPU: all text, then all of the image. What is returned lasts until the next call,
+        and is for `attended`: heads of a second group may still be on their way.
 
         Args:
             qkv, norms, rows, head_dim: see `kernels.pack`; of this rank's tokens.
             text, image: the number of text and image tokens of each rank.
         """
-        from mmdit.runtime import peer_kernels
-
         places = self.places(rows.samples, qkv.shape[1] // (3 * head_dim), head_dim, qkv.dtype, text, image)
-        peer_kernels.send_heads(qkv, norms, rows, places.joint, places.heads, places.starts)
-        self.team.sent += qkv.nbytes // qkv.shape[1] * 3 * head_dim * (len(places.heads) - places.joint.shape[3])
-        self.meet()
+
+        def send(group: Group, programs: int | None = None) -> None:
+            from mmdit.runtime import peer_kernels
+
+            peer_kernels.send_heads(qkv, norms, rows, places.joint, group.heads, places.starts, programs)
+            leaving = len(group.heads) - len(range(*group.own.indices(places.joint.shape[3])))
+            self.team.sent += qkv.nbytes // qkv.shape[1] * 3 * head_dim * leaving
+
+        def follow(lane: int) -> None:
+            send(places.groups[lane], _PROGRAMS)
+            self.meet(lane)
+
+        send(places.groups[0])
+        for lane in range(1, len(places.groups)):
+            beside(partial(follow, lane))
+        self.meet(0)
         q, k, v = places.joint.unbind(0)
         return q, k, v
 
-    def send_back(self, z: Tensor, heads: int, text: Sequence[int], image: Sequence[int]) -> Tensor:
-        """This rank's tokens of all heads, [samples, own tokens, heads, head_dim], until the next call.
+    def attended(
+        self, inputs: AttentionInputs, inner: Attention, heads: int, text: Sequence[int], image: Sequence[int]
+    ) -> Tensor:
+        """This rank's tokens of all heads after the attention, [samples, own tokens, heads, head_dim].
+
+        They last until the next call.
 
         Args:
-            z: results of all tokens with this rank's heads, as `send` ordered them.
+            inputs: what `send` gave.
+            inner: attention of all tokens with some of this rank's heads.
             heads: the number of all heads.
             text, image: as in `send`.
         """
-        from mmdit.runtime import peer_kernels
+        like = inputs[0]
+        places = self.places(len(like), heads, like.shape[3], like.dtype, text, image)
 
-        places = self.places(len(z), heads, z.shape[3], z.dtype, text, image)
-        peer_kernels.send_tokens(z.contiguous(), places.back, places.tokens, places.first)
-        self.team.sent += z.nbytes // z.shape[1] * (z.shape[1] - places.back.shape[1])
-        self.meet()
+        def attend(lane: int) -> None:
+            own = places.groups[lane].own
+            q, k, v = (one[:, :, own] for one in inputs)
+            self._send_back(inner(q, k, v), places, own.start)
+            self.meet(lane)
+
+        joins = [beside(partial(attend, lane)) for lane in range(1, len(places.groups))]
+        attend(0)
+        for join in joins:
+            join()
         return places.back
 
-    def meet(self) -> None:
-        """Wait on the GPU until all ranks are here."""
+    def _send_back(self, z: Tensor, places: Places, first: int) -> None:
+        """Store results of all tokens, with this rank's heads from number `first` on, where their tokens are."""
         from mmdit.runtime import peer_kernels
 
-        peer_kernels.meet(self.flags, self.distances, self.counter, self.team.rank)
+        peer_kernels.send_tokens(z.contiguous(), places.back, places.tokens, places.first + first)
+        self.team.sent += z.nbytes // z.shape[1] * (z.shape[1] - places.back.shape[1])
+
+    def meet(self, lane: int) -> None:
+        """Wait on the GPU until all ranks are here, in one of the lanes, which do not wait for each other."""
+        from mmdit.runtime import peer_kernels
+
+        peer_kernels.meet(self.flags[lane], self.distances, self.counter[lane], self.team.rank)
 
     def places(
         self, samples: int, heads: int, head_dim: int, dtype: torch.dtype, text: Sequence[int], image: Sequence[int]
@@ -150,7 +200,8 @@ class Peers:
         by_rank, both = shares(heads, self.team.size), [sum(pair) for pair in zip(text, image, strict=True)]
         joint = (3, samples, sum(both), by_rank[rank], head_dim)
         back = (samples, both[rank], heads, head_dim)
-        forth = self._arena("heads", _rounded(3 * samples * sum(both) * max(by_rank) * unit))
+        most = 3 * samples * sum(both) * max(by_rank) * unit  # bytes of a rank's heads
+        forth = self._arena("heads", _rounded(most))
         home = self._arena("results", _rounded(samples * max(both) * heads * unit))
 
         def of(arena: Arena, shape: tuple[int, ...]) -> Tensor:
@@ -162,7 +213,10 @@ class Peers:
         return Places(
             of(forth, joint),
             of(home, back),
-            torch.tensor(head_places(distances(forth), by_rank), device=self.device),
+            tuple(
+                Group(torch.tensor(head_places(distances(forth), by_rank, own), device=self.device), own[rank])
+                for own in head_groups(by_rank, most)
+            ),
             torch.tensor(token_places(distances(home), text, image), device=self.device),
             (starts(text)[rank], sum(text) + starts(image)[rank]),
             starts(by_rank)[rank],
@@ -234,7 +288,7 @@ class Peers:
             return q + 2 * k + 4 * v
 
         own = qkv.view(2, 3, heads, size)
-        found = self.send_back(attended(*self.send(qkv, None, rows, size, counts, counts)), heads, counts, counts)
+        found = self.attended(self.send(qkv, None, rows, size, counts, counts), attended, heads, counts, counts)
         self._arrived()
         if not torch.equal(found[0], attended(*own.unbind(1))):
             raise RuntimeError("numbers stored into the memory of other GPUs came back wrong")
@@ -281,21 +335,41 @@ class Exchanging(NamedTuple):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of what `pack` gave; this rank's tokens of all heads."""
-        z = self.inner(q, k, v)
-        return self.peers.send_back(z, self.heads, self._text(z.shape[1] > sum(self.image)), self.image)
+        text = self._text(q.shape[1] > sum(self.image))
+        return self.peers.attended((q, k, v), self.inner, self.heads, text, self.image)
 
     def _text(self, there: bool) -> Sequence[int]:
         return self.text if there else [0] * len(self.text)
 
 
-def head_places(distances: Sequence[int], heads: Sequence[int]) -> list[list[int]]:
-    """By head: the distance to its rank, and there the number of heads and the place among them.
+def head_groups(heads: Sequence[int], nbytes: int) -> list[list[slice]]:
+    """The heads that are exchanged together: of each group, which heads of each rank.
+
+    Args:
+        heads: the number of heads of each rank.
+        nbytes: of queries, keys and values of all tokens, on the rank with the most heads.
+    """
+    if nbytes < _APART or min(heads) < 2:
+        return [[slice(0, count) for count in heads]]
+    firsts = [max(int(_FIRST * count), 1) for count in heads]
+    return [
+        [slice(0, first) for first in firsts],
+        [slice(first, count) for first, count in zip(firsts, heads, strict=True)],
+    ]
+
+
+def head_places(distances: Sequence[int], heads: Sequence[int], group: Sequence[slice]) -> list[list[int]]:
+    """By head of a group: its number, the distance to its rank, and there the number of heads and the place among them.
 
     Args:
         distances: to the memory of each rank, in heads.
         heads: the number of heads of each rank.
+        group: which heads of each rank.
     """
-    return [[there, count, place] for there, count in zip(distances, heads, strict=True) for place in range(count)]
+    ranks = zip(distances, heads, starts(heads), group, strict=True)
+    return [
+        [start + place, there, count, place] for there, count, start, some in ranks for place in range(count)[some]
+    ]
 
 
 def token_places(distances: Sequence[int], text: Sequence[int], image: Sequence[int]) -> list[list[int]]:

@@ -25,13 +25,13 @@ if HAS_TRITON:
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason=SKIPS["triton"])
 CPU, PAGE = torch.device("cpu"), 2**12
-HEADS, WIDTH = 5, 16
+HEADS, WIDTH = 7, 16
 
 
 class Near(Peers):
     """Ranks whose memories are pieces of one tensor; they meet by gloo, or run one after the other."""
 
-    def meet(self):
+    def meet(self, lane):
         if dist.is_initialized():
             dist.barrier()
 
@@ -62,9 +62,19 @@ def small_pages(monkeypatch):
     monkeypatch.setattr(peers, "_ROUND", PAGE)
 
 
+@pytest.fixture(params=[1, 2], ids=["one group", "two groups"])
+def groups(request, monkeypatch):
+    """The number of groups of heads; some of the second one are moved by fewer programs than there are blocks."""
+    if request.param == 2:
+        monkeypatch.setattr(peers, "_APART", 0)
+        monkeypatch.setattr(peers, "_PROGRAMS", 2)
+        monkeypatch.setattr(peer_kernels, "_WIDE", 2)
+    return request.param
+
+
 @pytest.mark.parametrize("text", [[1, 2, 2], [0, 0, 0]], ids=["joint", "image"])
-def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(text, small_pages):
-    """Three ranks with 2 + 2 + 1 heads, uneven tokens and two samples; to the last bit."""
+def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(text, groups, small_pages):
+    """Three ranks with 3 + 2 + 2 heads, uneven tokens and two samples; to the last bit."""
     image, samples, draw = [3, 2, 2], 2, torch.Generator().manual_seed(0)
     memory = torch.zeros(3, 2**17, dtype=torch.uint8)
     ranks = [near(a_team(rank, 3), memory) for rank in range(3)]
@@ -93,7 +103,8 @@ def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(t
             joint = one.places(*sizes).joint
             mine = slice(starts(by_rank)[rank], starts(by_rank)[rank] + by_rank[rank])
             assert all(torch.equal(found, whole[:, :, mine]) for found, whole in zip(joint, wanted, strict=True))
-            one.send_back(attended(*joint), HEADS, text, image)
+            assert len(one.places(*sizes).groups) == groups
+            one.attended(tuple(joint), attended, HEADS, text, image)
     for rank, one in enumerate(ranks):
         assert torch.equal(one.places(*sizes).back, torch.cat(part(attended(*wanted), rank), dim=1))
         own, unit = text[rank] + image[rank], samples * WIDTH * 4
@@ -203,7 +214,7 @@ def test_the_check_of_the_exchange(small_pages):
                 one.check()
             except RuntimeError as error:
                 said.append(str(error))
-            one.meet()
+            one.meet(0)
         return said
 
     with quiet():
@@ -212,7 +223,7 @@ def test_the_check_of_the_exchange(small_pages):
     assert second == []
 
 
-def test_a_fast_forward(small_pages):
+def test_a_fast_forward(small_pages, groups):
     """Two processes compute what one does, without the collective; the other kernels are plain torch."""
     torch.manual_seed(0)
     sizes = {"depth": 2, "hidden_size": HEADS * WIDTH, "context_dim": 24, "pooled_dim": 16, "pos_embed_size": 8}
