@@ -23,9 +23,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from mmdit.runtime.graphs import Graphs, beside
+from mmdit.runtime.graphs import Graphs, beside, nothing
 from mmdit.runtime.mesh import Team, of_all, shares, starts
-from mmdit.runtime.rows import Added, Attention, AttentionInputs, Rows
+from mmdit.runtime.products import Pair
+from mmdit.runtime.rows import Activation, Added, Attention, AttentionInputs, Rows
 
 Exchange = Literal["auto", "peers", "nccl"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
@@ -101,6 +102,7 @@ class Peers:
         self.graphs = WeakSet[Graphs]()
         self.refused: dict[str, None] = {}
         self._places: dict[tuple[object, ...], Places] = {}
+        self._leaving: Tensor | None = None
 
     def takes(self, like: Tensor, head_dim: int) -> bool:
         """Whether heads of this dtype and size can be exchanged; `refused` keeps why not."""
@@ -112,7 +114,15 @@ class Peers:
         return not why
 
     def send(
-        self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, text: Sequence[int], image: Sequence[int]
+        self,
+        qkv: Tensor,
+        norms: Tensor | None,
+        rows: Rows,
+        head_dim: int,
+        text: Sequence[int],
+        image: Sequence[int],
+        *,
+        text_last: bool = False,
     ) -> AttentionInputs:
         """Queries, keys and values of all tokens with this rank's heads, [samples, tokens, own heads, head_dim].
 
@@ -122,26 +132,45 @@ class Peers:
         Args:
             qkv, norms, rows, head_dim: see `kernels.pack`; of this rank's tokens.
             text, image: the number of text and image tokens of each rank.
+            text_last: whether the rows of the text are still being computed; see `Pair`.
         """
         places = self.places(rows.samples, qkv.shape[1] // (3 * head_dim), head_dim, qkv.dtype, text, image)
-
-        def send(group: Group, programs: int | None = None) -> None:
-            from mmdit.runtime import peer_kernels
-
-            peer_kernels.send_heads(qkv, norms, rows, places.joint, group.heads, places.starts, programs)
-            leaving = len(group.heads) - len(range(*group.own.indices(places.joint.shape[3])))
-            self.team.sent += qkv.nbytes // qkv.shape[1] * 3 * head_dim * leaving
+        self._leaving = qkv  # lives until `attended` has waited for all that reads it
+        send, join = partial(self._send, norms, head_dim, places), nothing
+        if text_last:
+            of_text = qkv[: rows.split], rows.only_text()
+            qkv, rows = qkv[rows.split :], rows.only_image()
+            join = beside(lambda: send(*of_text, *places.groups))
+        send(qkv, rows, places.groups[0])
+        join()
 
         def follow(lane: int) -> None:
-            send(places.groups[lane], _PROGRAMS)
+            send(qkv, rows, places.groups[lane], programs=_PROGRAMS)
             self.meet(lane)
 
-        send(places.groups[0])
         for lane in range(1, len(places.groups)):
             beside(partial(follow, lane))
         self.meet(0)
         q, k, v = places.joint.unbind(0)
         return q, k, v
+
+    def _send(
+        self,
+        norms: Tensor | None,
+        head_dim: int,
+        places: Places,
+        qkv: Tensor,
+        rows: Rows,
+        *groups: Group,
+        programs: int | None = None,
+    ) -> None:
+        """Store the heads of groups, of some rows of this rank, where they belong."""
+        from mmdit.runtime import peer_kernels
+
+        for group in groups:
+            peer_kernels.send_heads(qkv, norms, rows, places.joint, group.heads, places.starts, programs)
+            leaving = len(group.heads) - (group.own.stop - group.own.start)
+            self.team.sent += qkv.nbytes // qkv.shape[1] * 3 * head_dim * leaving
 
     def attended(
         self, inputs: AttentionInputs, inner: Attention, heads: int, text: Sequence[int], image: Sequence[int]
@@ -162,21 +191,33 @@ class Peers:
         def attend(lane: int) -> None:
             own = places.groups[lane].own
             q, k, v = (one[:, :, own] for one in inputs)
-            self._send_back(inner(q, k, v), places, own.start)
-            self.meet(lane)
+            self.send_back(inner(q, k, v), heads, text, image, first=own.start, lane=lane)
 
         joins = [beside(partial(attend, lane)) for lane in range(1, len(places.groups))]
         attend(0)
         for join in joins:
             join()
+        self._leaving = None
         return places.back
 
-    def _send_back(self, z: Tensor, places: Places, first: int) -> None:
-        """Store results of all tokens, with this rank's heads from number `first` on, where their tokens are."""
+    def send_back(
+        self, z: Tensor, heads: int, text: Sequence[int], image: Sequence[int], *, first: int = 0, lane: int = 0
+    ) -> Tensor:
+        """This rank's tokens of all heads whose results have come back, [samples, own tokens, heads, head_dim].
+
+        Args:
+            z: results of all tokens with some of this rank's heads, as `send` ordered them.
+            heads, text, image: as in `attended`.
+            first: the first of these heads among those of this rank.
+            lane: where the ranks meet.
+        """
         from mmdit.runtime import peer_kernels
 
+        places = self.places(len(z), heads, z.shape[3], z.dtype, text, image)
         peer_kernels.send_tokens(z.contiguous(), places.back, places.tokens, places.first + first)
         self.team.sent += z.nbytes // z.shape[1] * (z.shape[1] - places.back.shape[1])
+        self.meet(lane)
+        return places.back
 
     def meet(self, lane: int) -> None:
         """Wait on the GPU until all ranks are here, in one of the lanes, which do not wait for each other."""
@@ -333,6 +374,16 @@ class Exchanging(NamedTuple):
             self.kernels.add_up(qkv, added, rows)
         return self.peers.send(qkv, norms, rows, head_dim, self._text(bool(rows.text)), self.image)
 
+    def project_and_pack(
+        self, qkv: Pair, x: Activation, rows: Rows, norms: Tensor | None, head_dim: int
+    ) -> AttentionInputs:
+        """`pack` of the products of x; those of the text are computed while those of the image are sent."""
+        if x.text is None or qkv.factors is not None:
+            found = qkv(x, rows, self.kernels)
+            return self.pack(found.value, norms, rows, head_dim, found.added)
+        value = qkv(x, rows, self.kernels, text_last=True).value
+        return self.peers.send(value, norms, rows, head_dim, self.text, self.image, text_last=True)
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of what `pack` gave; this rank's tokens of all heads."""
         text = self._text(q.shape[1] > sum(self.image))
@@ -367,9 +418,7 @@ def head_places(distances: Sequence[int], heads: Sequence[int], group: Sequence[
         group: which heads of each rank.
     """
     ranks = zip(distances, heads, starts(heads), group, strict=True)
-    return [
-        [start + place, there, count, place] for there, count, start, some in ranks for place in range(count)[some]
-    ]
+    return [[start + place, there, count, place] for there, count, start, some in ranks for place in range(count)[some]]
 
 
 def token_places(distances: Sequence[int], text: Sequence[int], image: Sequence[int]) -> list[list[int]]:

@@ -97,7 +97,7 @@ def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(t
     with quiet():
         wanted = kernels.pack(*packed(qkv.split([sum(text), sum(image)], dim=1)))
         for rank, one in enumerate(ranks):
-            one.send(*packed(part(qkv, rank)), text, image)
+            one.send(*packed(part(qkv, rank)), text, image, text_last=groups > 1 and any(text))
         sizes = (samples, HEADS, WIDTH, torch.float32, text, image)
         for rank, one in enumerate(ranks):
             joint = one.places(*sizes).joint
