@@ -10,7 +10,7 @@ from half_units import pretend_half
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
-from mmdit.runtime import plain_kernels, products
+from mmdit.runtime import graphs, plain_kernels, products
 from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.products import Float8Factors, Pair, Product, stacked_bytes
@@ -252,6 +252,43 @@ def test_products_of_both_streams_run_at_once_where_that_saves_a_wave(monkeypatc
 def test_waves_that_products_at_once_save(text, image, columns, apart, together):
     """On the 132 multiprocessors of an H200; waves of tiles of 128 x 128, counted by hand."""
     assert products.saves_waves(text, image, columns, 132) == (together < sum(apart))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason=SKIPS["gpu"])
+@pytest.mark.parametrize("recipe", [None, "fp8"])
+@pytest.mark.parametrize("columns", [2432, 7296, 9728])
+def test_products_at_once_have_the_bits_of_launched_ones(monkeypatch, recipe, columns):
+    """In the sizes of one of two GPUs at 1024 x 1024: the text's product beside the image's, and after it."""
+    log, linears = [], nn.ModuleList(nn.Linear(2432, columns) for _ in range(2)).to(DEVICE, torch.bfloat16)
+    linears.requires_grad_(False)
+    if recipe is not None:
+        quantize_(linears, recipe)
+    pair, rows = Pair(*map(Product, linears)), Rows(1, 167, 2048)
+
+    def part(count):
+        data = torch.randn(count, 2432, device=DEVICE, dtype=torch.bfloat16)
+        if recipe is None:
+            return Part(data)
+        return Part(data.to(torch.float8_e4m3fn), torch.rand(count, 1, device=DEVICE) + 0.5)
+
+    x = Activation(part(rows.text), part(rows.image))
+    assert pair.rounding.kind == ("none" if recipe is None else "token")
+    launched = pair(x, rows, plain_kernels).value
+    monkeypatch.setattr(products, "saves_waves", lambda *_: log.append("at once") or True)
+    for text_last in (False, True):
+
+        def step(text_last=text_last):
+            found = pair(x, rows, plain_kernels, text_last=text_last).value
+            graphs.beside(graphs.nothing)()
+            return found
+
+        graph, found, _ = graphs.record(step, torch.device(DEVICE))
+        for _ in range(3):
+            found.zero_()
+            graph.replay()
+            assert torch.equal(found, launched), text_last
+    assert log == ["at once"] * 2, "run and recorded"
 
 
 def test_weights_are_read_where_they_lie():
