@@ -7,6 +7,7 @@ import torch
 import torchsde
 
 import samplers
+from samplers import noise
 
 
 def generator(seed):
@@ -20,6 +21,40 @@ def test_noise_of_each_picture_is_that_of_its_seed_alone():
         assert torch.equal(batch[row : row + 1], samplers.gaussian((1, 4, 2, 2), generator(seed), torch.float32))
     half = samplers.gaussian((1, 4, 2, 2), generator(5), torch.bfloat16)
     assert torch.equal(half, batch[:1].bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 4, 128, 128), (1, 1, 257, 257)], ids=["even", "odd"])
+def test_threads_draw_what_one_draws(dtype, shape, monkeypatch):
+    """And leave the generator, from which something was drawn before, where one leaves it."""
+    monkeypatch.setattr(noise, "_pays", lambda dtype: True)
+    assert noise._shareable(dtype)
+    one, many = generator(3), generator(3)
+    for _ in range(2):
+        assert torch.equal(
+            samplers.gaussian_by_threads(shape, many, dtype), torch.randn(shape, generator=one, dtype=dtype)
+        )
+        assert torch.equal(one.get_state(), many.get_state())
+
+
+def test_threads_draw_where_normal_numbers_take_long(monkeypatch):
+    times = {"uniform": 1.0, "normal": 3.9}
+    monkeypatch.setattr(noise, "_seconds", lambda draw: times["normal" if draw.func is torch.randn else "uniform"])
+    assert not noise._pays.__wrapped__(torch.float32)
+    times["normal"] = 4.1
+    assert noise._pays.__wrapped__(torch.float32)
+
+
+def test_one_thread_draws_what_threads_would_draw_otherwise(monkeypatch):
+    monkeypatch.setattr(noise, "_pays", lambda dtype: True)
+    monkeypatch.setattr(noise, "_BLOCK", 3)  # as if torch made its numbers in other blocks
+    noise._shareable.cache_clear()
+    try:
+        assert not noise._shareable(torch.float32)
+        found = samplers.gaussian_by_threads((1, 1, 257, 257), generator(3), torch.float32)
+    finally:
+        noise._shareable.cache_clear()
+    assert torch.equal(found, torch.randn(1, 1, 257, 257, generator=generator(3)))
 
 
 def test_fresh_noise_goes_on_with_its_generator():
