@@ -634,15 +634,16 @@ def test_a_step_is_recorded_on_the_device_of_the_student(states, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason=SKIPS["two gpus"])
 def test_a_student_on_the_second_gpu_trains_in_a_graph(teacher, states):
-    student = copy.deepcopy(teacher).to("cuda:1").requires_grad_(True)
-    fake_quantize_(student, "fp8-tensor")
-    some = states.to("cuda:1").with_velocities(copy.deepcopy(teacher).to("cuda:1"))
+    some, runs = states.to("cuda:1").with_velocities(copy.deepcopy(teacher).to("cuda:1")), []
     with torch.cuda.device(0):
-        losses = [
-            float(one.loss) for one in distil(student, teacher, some, steps=20, batch=6, rate=1e-4, recorded=True)
-        ]
-    assert losses[-1] < losses[0]
-    assert len(set(losses)) > 10  # an empty graph gives one loss again and again
+        for recorded in (False, True):
+            student = copy.deepcopy(teacher).to("cuda:1").requires_grad_(True)
+            fake_quantize_(student, "fp8-tensor")
+            made = distil(student, teacher, some, steps=20, batch=6, rate=1e-4, recorded=recorded)
+            runs.append([float(one.loss) for one in made])
+    assert runs[0][:3] == pytest.approx(runs[1][:3], rel=0.02)
+    assert runs[0] == pytest.approx(runs[1], rel=0.3)
+    assert len(set(runs[1])) > 10  # an empty graph gives one loss again and again
 
 
 def test_block_by_block_trains_one_block_at_a_time(teacher, states):
