@@ -2,10 +2,9 @@
 
 For each recipe, a copy of the transformer is calibrated: means are folded, weights rounded by the second moments of
 their inputs (`quant.rounding`). Then it learns the velocities of the one in 16 bits, on the latents that this one meets
-when it draws prompts; errors count as much as the VAE's decoder shows them, relative to those that rounding alone makes
-in the same drawing, and no pictures are used. `fp8-static` is trained as `fp8-tensor`, once for both, and gets the
-scales of the trained model's activations. A training that diverges ends with its best weights, and a model that
-training has taken further from the one in 16 bits is not written.
+when it draws prompts; errors count as much as the VAE's decoder shows them, and no pictures are used. `fp8-static` is
+trained as `fp8-tensor`, once for both, and gets the scales of the trained model's activations. A training that diverges
+ends with its best weights, and a model that training has taken further from the one in 16 bits is not written.
 
 `FOLDER/RECIPE` is the quantized model in the library's layout, and `FOLDER/RECIPE-calibrated` the one before the
 training; `mmdit bench quality --tuned NAME=FOLDER` measures them.
@@ -17,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -118,6 +117,7 @@ def train(
     journal, start = Journal(folder), time.monotonic()
     pipe = Pipeline.from_pretrained(model, device=device, dtype=torch.float32)
     teacher = pipe.transformer.requires_grad_(False)
+    decode = partial(pictures, pipe)
     plain_seen, (folded, seen) = calibrated(pipe, recipe)
     journal.say(f"calibrated with {recipe.calibration} prompts")
     given: dict[str, Any] = {"num_inference_steps": recipe.steps, "guidance_scale": MAIN.guidance}
@@ -125,16 +125,13 @@ def train(
     drawing = pipe if device == "cpu" else Pipeline.from_pretrained(model, device=device, dtype=torch.bfloat16)
     states = states_of(drawing, texts, **given, seed=10_000, batch=recipe.drawn)
     states = states.with_velocities(drawing.transformer, recipe.drawn)
-    states = states._replace(channels=picture_channels(partial(pictures, pipe), states.ends(recipe.decoded)))
+    states = states._replace(channels=picture_channels(decode, states.ends(recipe.decoded)))
     rounded = copy.deepcopy(teacher)
     quantize_(rounded, dynamic(recipes[0]))
-    states = states.with_growth(teacher, rounded, recipe.followed).with_drawings(rounded, recipe.drawn)
+    states = states.with_growth(teacher, rounded, recipe.followed)
     del drawing, rounded
     for what, of in (("weights", states.weight), ("chances", states.chance)):
         journal.say(f"{what} of the steps: {[] if of is None else [round(float(one), 2) for one in of]}")
-    if states.drawings is not None:
-        tenths = states.drawings.quantile(torch.tensor([0.1, 0.5, 0.9], device=states.drawings.device)).tolist()
-        journal.say(f"what a drawing counts, 10 %, 50 % and 90 % of them: {[round(one, 2) for one in tenths]}")
     journal.say(f"{recipe.prompts} prompts drawn; first {texts[0]!r}")
     states, held = states.split(recipe.held)
     left = max(1.0, seconds - (time.monotonic() - start)) / len({dynamic(name) for name in recipes})
@@ -147,13 +144,14 @@ def train(
         _written(pipe, start_from, folder / f"{name}-calibrated")
         if (by := dynamic(name)) not in trained:
             begin = with_activations(start_from, by)
-            trained[by] = _tuned(by, begin, teacher, states, left, folder, journal, recipe, held)
+            told = partial(held_out, teacher, decode, held, recipe)
+            trained[by] = _tuned(by, begin, teacher, states, left, folder, journal, recipe, told)
         tuned = copy.deepcopy(trained[by])
         scales = _static(name, seen_scales(tuned, states, recipe))
         quantize_trained_(tuned)
         students = (plain, start_from, with_activations(tuned, name, scales))
         made = [drawn(pipe, student, recipe) for student in students]
-        latents, close = [closeness(base, one) for one in made], [picture_psnr(pipe, base, one) for one in made]
+        latents, close = [closeness(base, one) for one in made], [picture_psnr(decode, base, one) for one in made]
         journal.say(f"{name}, plain, calibrated, fine-tuned: SNR of latents {latents} dB, PSNR of pictures {close} dB")
         rows.append((name, *(f"{value:.2f}" for value in (*close, *latents))))
         found[name] = _written(pipe, students[_closer(name, close, journal)], folder / name)
@@ -255,10 +253,10 @@ def pictures(pipe: Pipeline, latents: Tensor) -> Tensor:
     return pipe.vae.decode(latents).clamp(-1, 1)
 
 
-def picture_psnr(pipe: Pipeline, base: Tensor, other: Tensor, batch: int = 32) -> float:
+def picture_psnr(decode: Callable[[Tensor], Tensor], base: Tensor, other: Tensor, batch: int = 32) -> float:
     """The median over drawings of the PSNR of the pictures, in dB; from latents of both."""
     pairs = zip(base.split(batch), other.split(batch), strict=True)
-    errors = [(pictures(pipe, a) - pictures(pipe, b)).square().mean((1, 2, 3)) / 4 for a, b in pairs]
+    errors = [(decode(a) - decode(b)).square().mean((1, 2, 3)) / 4 for a, b in pairs]
     return float((-10 * torch.cat(errors).log10()).median())
 
 
@@ -281,7 +279,7 @@ def _tuned(
     folder: Path,
     journal: Journal,
     recipe: Float8Recipe,
-    held: States | None = None,
+    held: Callable[[MMDiT], dict[str, float]] = lambda _: {},
 ) -> MMDiT:
     """The student after its training, not yet in float8; a state in the folder is where it goes on.
 
@@ -308,8 +306,7 @@ def _tuned(
                 journal.say(f"{name} step {found.step}: recorded gradients {found.apart:.2g} of their norm from eager")
             if log.due() or found.share >= 1 or found.step == 1:
                 loss = mean_of(losses)
-                apart = {} if held is None else {"held": held_loss(student, teacher, held, recipe)}
-                journal.row(name, step=found.step, done=found.share, loss=loss, **apart)
+                journal.row(name, step=found.step, done=found.share, loss=loss, **held(student))
                 losses = []
                 if found.step > 1 and loss < least:
                     best, least = copy.deepcopy(student.state_dict()), loss
@@ -323,16 +320,20 @@ def _tuned(
 
 
 @torch.no_grad()
-def held_loss(student: MMDiT, teacher: MMDiT, held: States, recipe: Float8Recipe) -> float:
-    """The loss over the same few batches of drawings that are not trained on, computed as in the training."""
+def held_out(
+    teacher: MMDiT, decode: Callable[[Tensor], Tensor], held: States, recipe: Float8Recipe, student: MMDiT
+) -> dict[str, float]:
+    """What a student does with drawings that are not trained on: the loss, and the PSNR of its own pictures, in dB."""
     generator, found = torch.Generator(held.x.device).manual_seed(recipe.seed), list[Tensor]()
-    shares, autocast = held.shares(recipe.along), torch.autocast(held.x.device.type, torch.bfloat16, held.x.is_cuda)
-    with autocast, torch.compiler.set_stance("force_eager"):
+    shares, narrow = held.shares(recipe.along), torch.autocast(held.x.device.type, torch.bfloat16, held.x.is_cuda)
+    with narrow, torch.compiler.set_stance("force_eager"):
         for _ in range(max(1, len(held.x) * len(held.sigma) // (2 * recipe.batch))):
             batch = held.draw(recipe.batch, generator, recipe.along, shares)
             wanted = wanted_of(teacher, batch, held.guidance)
             found.append(guided_loss(student, wanted, batch, held.guidance, recipe.along, held.channels))
-    return float(torch.stack(found).mean())
+        own = held.drawn(student)
+    loss, close = torch.stack(found).mean(), picture_psnr(decode, held.ends(len(held.x)), own)
+    return {"held_out_loss": float(loss), "held_out_psnr": close}
 
 
 def _quickest(

@@ -88,21 +88,19 @@ def guided_loss(
             drawing, which is the plain mean square where errors of different steps are independent.
         channels: [c, c], by which all errors are multiplied, see `picture_channels`.
 
-    States whose steps are drawn more often than others count less, so that the mean is that of equal chances; where the
-    batch says how much each drawing counts, its squares are multiplied by that.
+    States whose steps are drawn more often than others count less, so that the mean is that of equal chances.
     """
     errors = (one - other for one, other in zip(guided(student, batch, guidance), wanted, strict=True))
     *single, both = (error if channels is None else mix_channels(error, channels) for error in errors)
     each = torch.stack([error.square() for error in single]).sum(0)
-    drawing = torch.ones_like(batch.weight) if batch.drawing is None else batch.drawing
     if along == 1:
-        return (drawing * batch.weight * (each + both.square()).mean((1, 2, 3))).mean()
+        return (batch.weight * (each + both.square()).mean((1, 2, 3))).mean()
     once, squared = batch.weight, batch.weight  # what a weight becomes whose term has it once, and squared
     if batch.share is not None:
         once, squared = batch.weight / batch.share, batch.weight / batch.share.sqrt()
     steps = (both * squared.view(-1, 1, 1, 1)).unflatten(0, (-1, along))
-    of_each: Tensor = (drawing * once * each.mean((1, 2, 3))).mean()
-    return of_each + along * (drawing[::along] * steps.mean(1).square().mean((1, 2, 3))).mean()
+    of_each: Tensor = (once * each.mean((1, 2, 3))).mean()
+    return of_each + along * steps.mean(1).square().mean()
 
 
 def distil(

@@ -1,8 +1,7 @@
 """The states that a distillation learns from: the latents of drawings, and how much an error in each of them counts.
 
-`states_of` draws prompts by the teacher. An error counts as much as the VAE's decoder shows it (`picture_channels`),
-as much as it grows until the end of a drawing (`States.with_growth`), and relative to what rounding makes of that
-drawing (`States.with_drawings`).
+`states_of` draws prompts by the teacher. An error counts as much as the VAE's decoder shows it (`picture_channels`)
+and as much as it grows until the end of a drawing (`States.with_growth`).
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ class StateBatch(NamedTuple):
     """Latents [b, c, h, w] with a timestep, a weight, a prompt and a negative prompt each.
 
     `velocities` are the teacher's with the prompt and without it, [2, b, c, h, w], or None. `share` [b] is how often
-    the step of each state is drawn, relative to equal chances; None is equal chances. `drawing` [b] is how much the
-    squared errors of its drawing count; None is alike.
+    the step of each state is drawn, relative to equal chances; None is equal chances.
     """
 
     x: Tensor
@@ -34,7 +32,6 @@ class StateBatch(NamedTuple):
     no_pooled: Tensor
     velocities: Tensor | None = None
     share: Tensor | None = None
-    drawing: Tensor | None = None
 
 
 class States(NamedTuple):
@@ -51,7 +48,6 @@ class States(NamedTuple):
         channels: [c, c], by which errors are multiplied before they are squared; see `picture_channels`. None leaves
             them as they are.
         chance: [steps], how often `draw` takes each step along a drawing, relative to each other; None is alike.
-        drawings: [prompts], how much the squared errors of each drawing count; see `with_drawings`. None is alike.
     """
 
     x: Tensor
@@ -65,7 +61,6 @@ class States(NamedTuple):
     velocities: Tensor | None = None
     channels: Tensor | None = None
     chance: Tensor | None = None
-    drawings: Tensor | None = None
 
     def draw(self, size: int, generator: torch.Generator, along: int = 1, shares: Tensor | None = None) -> StateBatch:
         """Random prompts, each at `along` random steps, none of them twice; the generator is on the latents' device.
@@ -108,8 +103,8 @@ class States(NamedTuple):
         text = self.context[which], self.pooled[which]
         nothing = self.no_context.expand(len(which), -1, -1), self.no_pooled.expand(len(which), -1)
         wanted = None if self.velocities is None else self.velocities[:, which, step].float()
-        x, drawing = self.x[which, step].float(), None if self.drawings is None else self.drawings[which]
-        return StateBatch(x, 1000 * self.sigma[step], self.weight[step], *text, *nothing, wanted, drawing=drawing)
+        x = self.x[which, step].float()
+        return StateBatch(x, 1000 * self.sigma[step], self.weight[step], *text, *nothing, wanted)
 
     @torch.no_grad()
     def with_velocities(self, teacher: nn.Module, batch: int = 256) -> Self:
@@ -137,14 +132,7 @@ class States(NamedTuple):
             rounded: a model whose errors are typical.
             prompts: the number of drawings, of whose growths the median is taken.
         """
-        sigma = torch.cat([self.sigma, self.sigma.new_zeros(1)])
-        text = self.context[:prompts], self.pooled[:prompts]
-        count = len(text[0])
-        nothing = self.no_context.expand(count, -1, -1), self.no_pooled.expand(count, -1)
-
-        def after(model: nn.Module, x: Tensor, i: int) -> Tensor:
-            batch = StateBatch(x, 1000 * sigma[i].expand(count), self.weight[i].expand(count), *text, *nothing)
-            return x + (sigma[i + 1] - sigma[i]) * guided(model, batch, self.guidance)[2]
+        some = self._replace(context=self.context[:prompts], pooled=self.pooled[:prompts])
 
         def change(error: Tensor) -> Tensor:
             weighed = error if self.channels is None else mix_channels(error, self.channels)
@@ -152,12 +140,12 @@ class States(NamedTuple):
 
         path, growths, changes = [self.x[:prompts, 0].float()], list[Tensor](), list[Tensor]()
         for i in range(len(self.sigma)):
-            path.append(after(teacher, path[i], i))
+            path.append(some.after(teacher, path[i], i))
         for i in range(len(self.sigma)):
-            moved = after(rounded, path[i], i)
+            moved = some.after(rounded, path[i], i)
             error = change(moved - path[i + 1])
             for later in range(i + 1, len(self.sigma)):
-                moved = after(teacher, moved, later)
+                moved = some.after(teacher, moved, later)
             changes_of = change(moved - path[-1])
             changes.append(changes_of.median())
             growth = changes_of / error.clamp(min=1e-30)
@@ -166,33 +154,20 @@ class States(NamedTuple):
         return self._replace(weight=weight / weight.mean(), chance=chance / chance.mean())
 
     @torch.no_grad()
-    def with_drawings(self, rounded: nn.Module, batch: int = 256) -> Self:
-        """The same states: squared errors of a drawing count relative to those of a rounded model in it.
+    def after(self, model: nn.Module, x: Tensor, i: int) -> Tensor:
+        """Latents of every prompt, [prompts, c, h, w], after step i of a model, which is Euler's."""
+        count, sigma = len(self.context), torch.cat([self.sigma, self.sigma.new_zeros(1)])
+        nothing = self.no_context.expand(count, -1, -1), self.no_pooled.expand(count, -1)
+        at = (1000 * sigma[i].expand(count), self.weight[i].expand(count))
+        batch = StateBatch(x, *at, self.context, self.pooled, *nothing)
+        return x + (sigma[i + 1] - sigma[i]) * guided(model, batch, self.guidance)[2]
 
-        PSNR is a logarithm: a tenth less error counts as much in a drawing that rounding hardly changes as in one that
-        it changes much, while a plain mean of squares follows the few that it changes most.
-
-        Args:
-            rounded: a model whose errors are typical.
-            batch: states at a time.
-
-        Raises:
-            ValueError: the states lack the teacher's velocities, see `with_velocities`; or the rounded model makes no
-                error in a drawing, or one that is not finite.
-        """
-        if self.velocities is None:
-            raise ValueError(
-                "errors are measured against the teacher's velocities: call with_velocities before with_drawings"
-            )
-        found = [squared_errors(rounded, part, self.guidance, self.channels) for part in self.parts(batch)]
-        errors = (torch.cat(found).unflatten(0, self.x.shape[:2]) * self.weight).mean(1)
-        if not bool((errors > 0).all()) or not bool(errors.isfinite().all()):
-            least, most = float(errors.min()), float(errors.max())
-            raise ValueError(
-                f"with_drawings compares with the errors of a rounded model: expected finite ones above 0 in every "
-                f"drawing, got {least:.3g} to {most:.3g}; give a model in float8"
-            )
-        return self._replace(drawings=errors.reciprocal() / errors.reciprocal().mean())
+    def drawn(self, model: nn.Module) -> Tensor:
+        """The latents in which a model's own drawings of the prompts end, from the same noise: [prompts, c, h, w]."""
+        x = self.x[:, 0].float()
+        for i in range(len(self.sigma)):
+            x = self.after(model, x, i)
+        return x
 
     def split(self, prompts: int) -> tuple[States, States]:
         """The states of the first drawings, and those of the last `prompts`.
@@ -206,9 +181,7 @@ class States(NamedTuple):
 
         def part(of: slice) -> States:
             velocities = None if self.velocities is None else self.velocities[:, of]
-            drawings = None if self.drawings is None else self.drawings[of]
-            some = self._replace(x=self.x[of], context=self.context[of], pooled=self.pooled[of])
-            return some._replace(velocities=velocities, drawings=drawings)
+            return self._replace(x=self.x[of], context=self.context[of], pooled=self.pooled[of], velocities=velocities)
 
         return part(slice(None, count - prompts)), part(slice(count - prompts, None))
 
@@ -304,23 +277,6 @@ def wanted_of(teacher: nn.Module, batch: StateBatch, guidance: float) -> tuple[T
     if batch.velocities is None:
         return guided(teacher, batch, guidance)
     return _three(batch.velocities[0], batch.velocities[1], guidance)
-
-
-def squared_errors(model: nn.Module, batch: StateBatch, guidance: float, channels: Tensor | None = None) -> Tensor:
-    """Mean squares of the errors of a model's three velocities against the batch's, summed, [b], in float32.
-
-    Args:
-        model: gives the velocities.
-        batch: with the teacher's velocities.
-        guidance: the scale of the guidance.
-        channels: [c, c], by which errors are multiplied, see `picture_channels`.
-    """
-    errors = (
-        one - other
-        for one, other in zip(guided(model, batch, guidance), wanted_of(model, batch, guidance), strict=True)
-    )
-    mixed = (error if channels is None else mix_channels(error, channels) for error in errors)
-    return torch.stack([error.square().mean((1, 2, 3)) for error in mixed]).sum(0)
 
 
 def mix_channels(error: Tensor, channels: Tensor) -> Tensor:
