@@ -192,10 +192,10 @@ class Accelerated:
 
     def _refresh(self) -> None:
         """Detect changes of the model since the fast forward was built."""
-        modules = check_whole(self.model)
+        found = check_whole(self.model)
         if self._weights is not None:
             self._moved = self._weights.moved
-        version = (version_of(self.model, modules), self._may_record)
+        version = (version_of(self.model, found), self._may_record)
         if version != self._version:
             device = self.model.pos_embed.device
             if self._asked and device.type != "cuda":

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmdit.runtime.streaming import arriving
 
 PARALLEL: WeakSet[nn.Module] = WeakSet()  # models that compute on several ranks
+SLOTS = ("attend", "attend2")  # names of modules that attend
 ACCELERATED: WeakKeyDictionary[nn.Module, WeakSet[Any]] = WeakKeyDictionary()  # by model, its `Accelerated`s
 
 
@@ -30,7 +31,7 @@ def refuse_compiled(model: nn.Module, name: str) -> None:
 
 def refuse_compiled_parts(model: nn.Module, name: str) -> None:
     """Raise ValueError for a model of which any part is compiled."""
-    if not any(map(_is_compiled, modules_of(model))):
+    if not any(map(_is_compiled, found_in(model).modules)):
         return
     for part, module in model.named_modules():
         if _is_compiled(module):
@@ -40,15 +41,15 @@ def refuse_compiled_parts(model: nn.Module, name: str) -> None:
             )
 
 
-def refuse_changed(model: nn.Module, name: str) -> list[nn.Module]:
+def refuse_changed(model: nn.Module, name: str) -> Found:
     """Raise ValueError where a second forward would not run what the model runs: compiled, hooked, replaced parts.
 
     Returns:
-        All modules of the model, for those who look for more.
+        What the model consists of, for those who look for more.
     """
-    modules = modules_of(model)
-    if all(map(_is_as_built, modules)):
-        return modules
+    found = found_in(model)
+    if found.is_as_built:
+        return found
     refuse_compiled_parts(model, name)
     for path, module in model.named_modules():
         part = path or name
@@ -56,27 +57,50 @@ def refuse_changed(model: nn.Module, name: str) -> list[nn.Module]:
             raise ValueError(f"{part} has hooks, which the fast forward does not run: remove them first")
         if "forward" in vars(module):
             raise ValueError(f"{part} is replaced, and the fast forward would not run it: restore it first")
-    return modules
-
-
-def modules_of(model: nn.Module) -> list[nn.Module]:
-    """All modules of a model, in no order; several times faster than `named_modules`. Called before each drawing."""
-    found, seen = [model], {id(model)}
-    for module in found:  # which grows
-        if children := module._modules:
-            for child in children.values():
-                if child is not None and id(child) not in seen:
-                    seen.add(id(child))
-                    found.append(child)
     return found
 
 
-def _is_as_built(module: nn.Module) -> bool:
-    """Whether a module is surely neither compiled nor hooked nor replaced; False where a closer look is needed."""
-    own = module.__dict__
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own) and (
-        "_orig_mod" not in own["_modules"] and own.get("_compiled_call_impl") is None
-    )
+class Found(NamedTuple):
+    """What a model consists of, each once, in no order.
+
+    Attributes:
+        modules: all modules.
+        tensors: their parameters and buffers; one that several modules share is there several times.
+        slots: what stands in the slots for attention.
+        is_as_built: whether it is sure that nothing is compiled, hooked or replaced; else a closer look is needed.
+    """
+
+    modules: list[nn.Module]
+    tensors: list[Tensor]
+    slots: list[nn.Module]
+    is_as_built: bool
+
+
+def found_in(model: nn.Module) -> Found:
+    """What a model consists of; several times faster than `named_modules`, because each drawing waits for it."""
+    found, seen, tensors, slots, as_built = [model], {id(model)}, list[Any](), list[nn.Module](), True
+    for module in found:  # which grows
+        own = module.__dict__
+        if own["_parameters"]:
+            tensors += own["_parameters"].values()
+        if own["_buffers"]:
+            tensors += own["_buffers"].values()
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            as_built = False
+        if own.get("_compiled_call_impl") is not None:
+            as_built = False
+        if children := own["_modules"]:
+            for name, child in children.items():
+                if child is None:
+                    continue
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    found.append(child)
+                if name in SLOTS:
+                    slots.append(child)
+            if "_orig_mod" in children:
+                as_built = False
+    return Found(found, [one for one in tensors if one is not None], slots, as_built)
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -44,9 +44,9 @@ class GraphedEncoder:
         Raises:
             ValueError: see the class.
         """
-        modules = refuse_changed(self.model, self.name)
+        found = refuse_changed(self.model, self.name)
         with self._lock:
-            version = version_of(self.model, modules)
+            version = version_of(self.model, found)
             if version != self._version:
                 self.graphs.clear()
                 self._version = version

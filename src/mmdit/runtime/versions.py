@@ -13,22 +13,20 @@ from torch import Tensor, nn
 
 from mmdit.models.attention import Attend
 from mmdit.runtime import plain_kernels
-from mmdit.runtime.compiled import modules_of, refuse_changed
+from mmdit.runtime.compiled import SLOTS, Found, found_in, refuse_changed
 from quant.tensor import Float8Tensor
 
-_SLOTS = ("attend", "attend2")
 
-
-def version_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> object:
+def version_of(model: nn.Module, found: Found | None = None) -> object:
     """Equal as long as no parameter was replaced, moved or written to.
 
     Args:
         model: whose parameters and buffers are looked at, before each drawing.
-        modules: all modules of the model, where they are known.
+        found: what the model consists of, where that is known.
     """
-    modules = modules_of(model) if modules is None else modules
+    tensors = (found_in(model) if found is None else found).tensors
     with torch._C.DisableTorchFunctionSubclass():  # each attribute of a float8 tensor would call a Python function
-        return _states(modules, parts=True, places=True)
+        return _states(tensors, parts=True, places=True)
 
 
 def contents_of(model: nn.Module, *, parts: bool = True) -> object:
@@ -40,51 +38,40 @@ def contents_of(model: nn.Module, *, parts: bool = True) -> object:
             `weight.qdata`; False where weights move, because copies on the way are written to as well.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        return _states(modules_of(model), parts=parts, places=False)
+        return _states(found_in(model).tensors, parts=parts, places=False)
 
 
-def _states(modules: Sequence[nn.Module], *, parts: bool, places: bool) -> list[object]:
+def _states(tensors: Sequence[Tensor], *, parts: bool, places: bool) -> list[object]:
     """Which tensors there are, how often each was written to and, for `places`, where its memory lies.
 
-    A drawing on a fast GPU waits for this: one loop, in which nothing is called that is not needed.
+    A drawing on a fast GPU waits for this, so that nothing is called that is not needed.
     """
-    found: list[object] = []
-    add = found.append
-    for module in modules:
-        own = module.__dict__
-        for tensors in (own["_parameters"], own["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is None:
-                    continue
-                add(id(tensor))
-                add(_written(tensor))
-                if type(tensor) in _WITHOUT_PARTS or not hasattr(tensor, "__tensor_flatten__"):
-                    if places:
-                        add(tensor.data_ptr())
-                elif parts:
-                    found += _of_parts(tensor, places)
+    whole = [one for one in tensors if type(one) in _WITHOUT_PARTS or not hasattr(one, "__tensor_flatten__")]
+    found = [list(map(id, tensors)), _written(tensors), [one.data_ptr() for one in whole] if places else []]
+    if parts and len(whole) < len(tensors):
+        inner = [part for one in tensors if type(one) not in _WITHOUT_PARTS for part in _parts_of(one)]
+        found += [list(map(id, inner)), _written(inner), [one.data_ptr() for one in inner] if places else []]
     return found
 
 
 _WITHOUT_PARTS = (Tensor, nn.Parameter)
 
 
-def _of_parts(tensor: Any, places: bool) -> list[object]:
-    """The state of the tensors that a tensor subclass, such as a float8 weight, consists of."""
-    names = ("qdata", "scale", "input_scale") if type(tensor) is Float8Tensor else tensor.__tensor_flatten__()[0]
-    found: list[object] = []
-    for part in [getattr(tensor, name) for name in names]:
-        if part is not None:
-            found += (id(part), _written(part), part.data_ptr() if places else 0)
-    return found
+def _parts_of(tensor: Any) -> list[Tensor]:
+    """The tensors that a tensor subclass, such as a float8 weight, consists of; none where it is one tensor."""
+    if type(tensor) is Float8Tensor:
+        parts = tensor.qdata, tensor.scale, tensor.input_scale
+        return [one for one in parts if one is not None]
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return [one for one in (getattr(tensor, name) for name in names) if one is not None]
 
 
-def _written(tensor: Tensor) -> int | None:
-    """How often a tensor was written to; None where torch does not count, in inference mode."""
+def _written(tensors: Sequence[Tensor]) -> list[int | None]:
+    """How often each tensor was written to; None where torch does not count, in inference mode."""
     try:
-        return tensor._version
+        return [one._version for one in tensors]
     except RuntimeError:
-        return None
+        return [None if one.is_inference() else one._version for one in tensors]
 
 
 def kernels_for(weight: Tensor) -> ModuleType:
@@ -105,20 +92,15 @@ def why_no_triton(weight: Tensor) -> str:
     return f"they compute in float32, the model in {weight.dtype}" if weight.dtype == torch.float64 else ""
 
 
-def check_whole(model: nn.Module, called: str = "the model") -> list[nn.Module]:
-    """Raise ValueError where the model runs what the fast forward would not; returns all its modules."""
-    modules = refuse_changed(model, called)
-    if _have_plain_slots(modules):
-        return modules
+def check_whole(model: nn.Module, called: str = "the model") -> Found:
+    """Raise ValueError where the model runs what the fast forward would not; returns what it consists of."""
+    found = refuse_changed(model, called)
+    if all(map(_is_plain, found.slots)):
+        return found
     for name, module in model.named_modules():
-        if name.endswith(_SLOTS) and not _is_plain(module):
+        if name.endswith(SLOTS) and not _is_plain(module):
             raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
-    return modules
-
-
-def _have_plain_slots(modules: Sequence[nn.Module]) -> bool:
-    slots = (slot for one in modules if one._modules for slot in map(one._modules.get, _SLOTS))
-    return all(slot is None or _is_plain(slot) for slot in slots)
+    return found
 
 
 def _is_plain(slot: nn.Module) -> bool:

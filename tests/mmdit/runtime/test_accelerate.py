@@ -169,6 +169,20 @@ def test_codes_written_to_are_noticed(model):
     assert contents_of(model) != contents
 
 
+def test_writes_are_noticed_beside_a_tensor_that_counts_none():
+    net = torch.nn.Linear(2, 2).requires_grad_(False)
+    with torch.inference_mode():
+        net.register_buffer("uncounted", torch.zeros(2))
+    version = version_of(net)
+    assert version_of(net) == version
+    with torch.no_grad():
+        net.bias.add_(1)
+    assert version_of(net) != version
+    version = version_of(net)
+    net.uncounted = torch.ones(2)
+    assert version_of(net) != version
+
+
 @pytest.mark.parametrize("part", ["qdata", "scale"])
 def test_parts_of_a_float8_weight_written_to_directly_are_noticed(model, part):
     quantize_(model, "fp8")
