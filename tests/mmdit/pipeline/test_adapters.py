@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmdit
 from inspected import inputs
@@ -19,6 +21,7 @@ from mmdit.models.lora import LoraLinear, all_beside, beside
 from mmdit.pipeline import patched_weights
 from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
 from mmdit.runtime.host import HostCopies
+from mmdit.runtime.lora_products import PRODUCTS
 from quant import Float8Tensor, dequantize_, quantize_
 from quant.quantize import linears_of
 
@@ -108,6 +111,87 @@ def test_a_linear_with_factors_takes_no_rows_as_a_plain_one_does(shape: tuple[in
     linear = beside(model, "0", factors=(torch.randn(2, 6), torch.randn(5, 2)))
     x = torch.randn(shape)
     torch.testing.assert_close(linear(x), linear.add_to(linear.plain[0](x), x))
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations of aten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def two(quant: str | None) -> tuple[nn.Sequential, nn.Sequential]:
+    """A Linear in bfloat16 or float8, and the same with factors of rank 4 beside it."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(16, 32)).bfloat16().requires_grad_(False)
+    if quant is not None:
+        quantize_(plain, quant)
+    attached = nn.Sequential(plain[0])
+    factors = noise(1, 4, 16).bfloat16(), noise(2, 32, 4).bfloat16()
+    beside(attached, "0", factors=factors, products=PRODUCTS)
+    return plain, attached
+
+
+@pytest.mark.parametrize("quant", [None, "fp8", "fp8-weight-only"])
+@pytest.mark.parametrize("shape", [(2, 3, 16), (5, 16), (16,)], ids=str)
+def test_factors_cost_two_products_and_views(quant: str | None, shape: tuple[int, ...]) -> None:
+    """The host pays for each operation; it launches no copy, no cast and no multiplication by a strength."""
+    plain, attached = two(quant)
+    x = noise(3, *shape).bfloat16()
+    with torch.no_grad():
+        with Counted() as before:
+            output = plain(x)
+        with Counted() as after:
+            found = attached(x)
+    more = Counter(after.names) - Counter(before.names)
+    assert more.total() - more["view"] - more["t"] - more["_unsafe_view"] == 2, more
+    assert more["addmm_"] == more["mm"] == 1
+    linear = attached[0]
+    wanted = output.double() + x.double() @ linear.down.double().t() @ linear.up.double().t()
+    assert found.shape == output.shape
+    assert error(found.double(), wanted) < 2**-7
+
+
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_factors_beside_rows_with_gaps_and_under_autocast(quant: str | None) -> None:
+    _, attached = two(quant)
+    linear, joint = attached[0], noise(3, 2, 7, 16).bfloat16()
+    x = joint[:, 2:5]
+    with torch.no_grad():
+        torch.testing.assert_close(attached(x), attached(x.contiguous()))
+        with torch.autocast("cpu", torch.float16):
+            found = attached(x)
+            wanted = linear.plain[0](x) + nn.functional.linear(nn.functional.linear(x, linear.down), linear.up)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("quant", [None, "fp8"])
+def test_gradients_of_the_input_pass_through_factors(quant: str | None) -> None:
+    _, attached = two(quant)
+    linear, x = attached[0], noise(3, 2, 5, 16).bfloat16().requires_grad_()
+    (found,) = torch.autograd.grad(attached(x).square().sum(), x)
+    (wanted,) = torch.autograd.grad(linear.add_to(linear.plain[0](x), x).square().sum(), x)
+    assert found.any()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_factors_that_are_parameters_have_gradients() -> None:
+    """They are then no buffers of the module."""
+    _, attached = two(None)
+    linear = attached[0]
+    linear.down, linear.up = nn.Parameter(linear.down), nn.Parameter(linear.up)
+    x = noise(3, 5, 16).bfloat16()
+    attached(x).square().sum().backward()
+    assert linear.down.grad.any()
+    assert linear.up.grad.any()
+    with torch.no_grad():
+        torch.testing.assert_close(attached(x), linear.add_to(linear.plain[0](x), x))
 
 
 @pytest.mark.parametrize("tensors", [low_rank(1), other_kinds(1)], ids=["low rank", "other kinds"])
