@@ -243,7 +243,7 @@ def ways(rank: int) -> dict[str, Way]:
         "as it is": Way(rank),
         "without again": Way(None),
         "eager without": Way(None, True),
-        "eager": Way(rank, True),
+        "eager as it is": Way(rank, True),
         "eager, rank 64": Way(64, True),
         "eager, next down product apart": Way(rank, True, ((lora_products, "GOES_ON", False),)),
         "eager, sums before GELU": Way(rank, True, ((LoraMlp, "forward", Mlp.forward),)),
