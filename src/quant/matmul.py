@@ -20,6 +20,7 @@ from quant.scaling import PIECE, from_codes, scale_of, to_codes, to_values, valu
 LONG = 4096  # values in a row; longer rows are quantized by one operation that a compiler does not split
 # Values of a result; cuBLAS has no fast accumulation for smaller results of long sums under scales per row.
 _SMALL = 2**17
+_CAPABILITIES: dict[int, tuple[int, int]] = {}  # of GPUs, by their number
 Runs = Literal["native", "emulated", "dequantized", "refused"]
 
 
@@ -125,7 +126,17 @@ def why_not_native(recipe: Recipe, device: torch.device, dtype: torch.dtype, sha
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    gpu = torch.cuda.get_device_properties(device)  # torch.compile takes it for a constant
+    """The compute capability of a GPU; torch is asked once for each, because asking takes the host microseconds."""
+    index = device.index
+    if index is None or torch.compiler.is_compiling():  # the compiler takes the answer for a constant
+        return _asked_capability(device)
+    if index not in _CAPABILITIES:
+        _CAPABILITIES[index] = _asked_capability(device)
+    return _CAPABILITIES[index]
+
+
+def _asked_capability(device: torch.device) -> tuple[int, int]:
+    gpu = torch.cuda.get_device_properties(device)
     return gpu.major, gpu.minor
 
 
@@ -349,8 +360,10 @@ def _native(
 ) -> Tensor:
     """The device's own matmul: operands have contiguous rows, and scales are per row for both or for neither."""
     if recipe.granularity == "row":
-        x_scale, scale = x_scale.expand(len(codes), 1).contiguous(), scale.t().contiguous()
-    weight = qdata.view(DTYPES[recipe.format]).contiguous().t()
+        x_scale = x_scale if x_scale.ndim else x_scale.expand(len(codes), 1)
+        x_scale, scale = x_scale.contiguous(), scale.t().contiguous()
+    float8 = DTYPES[recipe.format]
+    weight = (qdata if qdata.dtype == float8 else qdata.view(float8)).contiguous().t()
     rest = bias if dtype == torch.float32 else None  # _scaled_mm takes no bias for float32 results
     fused = None if dtype == torch.float32 else bias
     fast = recipe.fast_accum and len(codes) * len(qdata) >= _SMALL

@@ -32,6 +32,7 @@ E5M2 = "e5m2"
 def pretend(monkeypatch, major, minor):
     gpu = SimpleNamespace(major=major, minor=minor)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(matmul, "_CAPABILITIES", {})
 
 
 @pytest.fixture

@@ -19,10 +19,9 @@ from mmdit.bench.layers import timed
 from mmdit.bench.lora import attach, host_time, kernel_time, model_of
 from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_size
 from mmdit.bench.rows import Cells, attempted, step_time
-from mmdit.models.layers import Mlp
-from mmdit.models.lora import LoraMlp, all_beside, without
+from mmdit.models.lora import all_beside, without
 from mmdit.models.mmdit import MMDiT
-from mmdit.runtime import lora_products, products
+from mmdit.runtime import products
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.products import Kind
 from mmdit.runtime.rows import Activation, Added, Columns, Down, Output, Part, Rounding, Rows, Update
@@ -66,10 +65,6 @@ class Kernels:
             tasks[f"gelu {kind}"] = partial(self.gelu, kind)
             tasks[f"gelu {kind} with a LoRA"] = partial(self.gelu_with_lora, kind)
             tasks[f"gelu {kind} with a LoRA, and low"] = partial(self.gelu_with_lora, kind, with_low=True)
-        for cut in ((64, 32, 19, 3, 4), (64, 64, 19, 3, 4), (32, 64, 19, 3, 4), (64, 64, 8, 3, 4), (128, 32, 19, 3, 8)):
-            tasks[f"gelu none with a LoRA, and low {cut}"] = partial(
-                self.gelu_with_lora, "none", with_low=True, cut=cut
-            )
         tasks["torch's gelu"] = self.torch_gelu
         tasks["largest gelu"] = self.largest_gelu
         tasks[f"fp8 {d} to {4 * d}, gelu token"] = partial(self.inner, False)
@@ -128,18 +123,15 @@ class Kernels:
         x = self.random(self.rows.total, 4 * self.d)
         return self.cells(lambda: F.gelu(x, approximate="tanh"), 4 * x.numel())
 
-    def gelu_with_lora(
-        self, kind: Kind, *, with_low: bool = False, cut: tuple[int, int, int, int, int] | None = None
-    ) -> Cells:
+    def gelu_with_lora(self, kind: Kind, *, with_low: bool = False) -> Cells:
         """GELU with a LoRA, and the products of what it gives with the next down projections."""
-        from mmdit.runtime.lora_kernels import Cut, gelu
+        from mmdit.runtime.lora_kernels import gelu
 
         width = 4 * self.d
         x, added, rounding = self.random(self.rows.total, width), self.added(width), self.rounding(kind)
         down = Down.of(self.random(2, self.rank, width), codes=kind != "none") if with_low else None
         size = x.numel() * {"none": 4, "token": 5, "static": 3}[kind]
-        chosen = None if cut is None else Cut(*cut)
-        return self.cells(lambda: gelu(x, self.rows, rounding, added, down, chosen), size)
+        return self.cells(lambda: gelu(x, self.rows, rounding, added, down), size)
 
     def largest_gelu(self) -> Cells:
         """The pass before it, under a scale per row."""
@@ -245,8 +237,6 @@ def ways(rank: int) -> dict[str, Way]:
         "eager without": Way(None, True),
         "eager as it is": Way(rank, True),
         "eager, rank 64": Way(64, True),
-        "eager, next down product apart": Way(rank, True, ((lora_products, "GOES_ON", False),)),
-        "eager, sums before GELU": Way(rank, True, ((LoraMlp, "forward", Mlp.forward),)),
         "eager, by torch": Way(rank, True, ((low_rank, "LARGE", sys.maxsize),)),
         "eager without again": Way(None, True),
         "by products": Way(rank, settings=((products, "MOST_RANK", 0),)),

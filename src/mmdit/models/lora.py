@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,13 @@ def _gelu(output: Tensor, low: Tensor, up: Tensor, _: Tensor | None) -> tuple[Te
     return F.gelu(output.addmm_(low, up.t()), approximate="tanh"), None
 
 
-Operands: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor]
-"""What a Linear with attached factors multiplies by: weight, bias, down and up."""
+class Operands(NamedTuple):
+    """What a Linear with attached factors multiplies by."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+    down: Tensor  # [r, in]
+    up: Tensor  # [out, r]
 
 
 class LoraLinear(nn.Linear):
@@ -93,7 +98,7 @@ class LoraLinear(nn.Linear):
             one is not None and one.requires_grad for one in (x, weight, bias, down, up)
         ):
             return None
-        return weight, bias, down, up
+        return Operands(weight, bias, down, up)
 
     def of_rows(
         self, rows: Float[Tensor, "n i"], operands: Operands, low: Float[Tensor, "n r"] | None = None
@@ -148,30 +153,34 @@ def add_product(
 
 
 class LoraMlp(Mlp):
-    """An MLP with factors beside its first Linear, which GELU adds while it reads that Linear's output.
+    """An MLP with factors beside its first Linear, whose product GELU adds while it reads that Linear's output.
 
-    Where anybody looks at a Linear or at GELU (hooks), or has replaced one, they are called as in `Mlp`.
+    It has no state of its own: `beside` sets it as the class of an `Mlp`, and `without` sets `Mlp` again, so that
+    whoever holds the module keeps it. Where a hook looks at a Linear or at GELU, or one of them has been replaced, all
+    of them are called as in `Mlp`.
     """
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        if torch.compiler.is_compiling():  # compilers fuse by themselves
-            return super().forward(x)
-        first, act, second = self.fc1, self.act, self.fc2
-        if not isinstance(first, LoraLinear) or not _is_gelu(act) or not _are_unseen(first, act):
-            return super().forward(x)
-        if (operands := first.operands(x)) is None:
-            return super().forward(x)
-        weight, bias, down, up = operands
+        found = None if torch.compiler.is_compiling() else self._fused(x)  # compilers fuse by themselves
+        return super().forward(x) if found is None else found
+
+    def _fused(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"] | None:
+        """The result, with the up product added by GELU; None where each module has to be called by itself."""
+        first, second = self.fc1, self.fc2
+        if not isinstance(first, LoraLinear) or not _is_gelu(self.act) or not _are_unseen(first, self.act):
+            return None
+        if (own := first.operands(x)) is None:
+            return None
         rows = x.reshape(-1, first.in_features)
-        low = first.products.low(rows, down)
-        if low.dtype != up.dtype:  # under autocast
-            return super().forward(x)
+        low = first.products.low(rows, own.down)
+        if low.dtype != own.up.dtype:  # under autocast
+            return None
         others = second.operands(x) if isinstance(second, LoraLinear) and _are_unseen(second) else None
-        next_down = None if others is None else others[2]
-        hidden, low_of_next = first.products.gelu(F.linear(rows, weight, bias), low, up, next_down)
-        if others is None or low_of_next is None or not isinstance(second, LoraLinear):
-            return second(hidden.view(*x.shape[:-1], first.out_features))
-        return second.of_rows(hidden, others, low_of_next).view(*x.shape[:-1], second.out_features)
+        next_down = None if others is None else others.down
+        hidden, next_low = first.products.gelu(F.linear(rows, own.weight, own.bias), low, own.up, next_down)
+        if isinstance(second, LoraLinear) and others is not None and next_low is not None:
+            return second.of_rows(hidden, others, next_low).view(*x.shape[:-1], second.out_features)
+        return second(hidden.view(*x.shape[:-1], first.out_features))
 
 
 def _is_gelu(act: nn.Module) -> bool:
@@ -222,9 +231,7 @@ def beside(
         new.register_buffer(key, tensor, persistent=False)
     if products is not None:
         new.products = products
-    mlp = _mlp_of(model, name)
-    if mlp is not None:
-        mlp.__class__ = LoraMlp  # the same module, with its hooks and parameters
+    _exchange_mlp(model, name, Mlp, LoraMlp)
     return new
 
 
@@ -258,9 +265,7 @@ def without(model: nn.Module, name: str) -> None:
     found = model.get_submodule(name)
     if isinstance(found, LoraLinear):
         _put(model, name, found.plain[0])
-        mlp = _mlp_of(model, name)
-        if mlp is not None:
-            mlp.__class__ = Mlp
+        _exchange_mlp(model, name, LoraMlp, Mlp)
 
 
 def all_beside(model: nn.Module) -> dict[str, LoraLinear]:
@@ -268,11 +273,12 @@ def all_beside(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: part for name, part in model.named_modules() if isinstance(part, LoraLinear)}
 
 
-def _mlp_of(model: nn.Module, name: str) -> Mlp | None:
-    """The MLP whose first Linear has this name, if the model has it."""
+def _exchange_mlp(model: nn.Module, name: str, old: type[Mlp], new: type[Mlp]) -> None:
+    """Set the class of the MLP whose first Linear has this name, if it has the old one, and is of no subclass of it."""
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
-    return owner if last == "fc1" and isinstance(owner, Mlp) else None
+    if last == "fc1" and type(owner) is old:
+        owner.__class__ = new
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

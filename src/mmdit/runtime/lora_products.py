@@ -10,8 +10,6 @@ from mmdit.runtime.rows import Added, Down, Rounding, Rows
 from quant import low_rank
 from quant.current import on_its_device
 
-GOES_ON = True  # whether GELU multiplies by the next down projection too
-
 
 def gelu(output: Tensor, low: Tensor, up: Tensor, next_down: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """GELU in its tanh approximation of output [rows, out] + low [rows, r] times the transposed up [out, r].
@@ -23,7 +21,7 @@ def gelu(output: Tensor, low: Tensor, up: Tensor, next_down: Tensor | None) -> t
         low_rank.add_up(output, low, up)
         return F.gelu(output, approximate="tanh"), None
     can_go_on = next_down is not None and low_rank.by_kernels(low, next_down, len(next_down))
-    return _by_kernel(output, low, up, next_down if can_go_on and GOES_ON else None)
+    return _by_kernel(output, low, up, next_down if can_go_on else None)
 
 
 @on_its_device
@@ -31,9 +29,7 @@ def _by_kernel(output: Tensor, low: Tensor, up: Tensor, next_down: Tensor | None
     from mmdit.runtime import lora_kernels
 
     down = None if next_down is None else Down(next_down.unsqueeze(0))
-    cut = None if down is None else lora_kernels.VALUES_AND_LOW
-    added = Added(low, up.unsqueeze(0))
-    found = lora_kernels.gelu(output, Rows(1, 0, len(output)), Rounding(), added, down, cut)
+    found = lora_kernels.gelu(output, Rows(1, 0, len(output)), Rounding(), Added(low, up.unsqueeze(0)), down)
     assert found.image is not None, "the rows are those of an image"
     return found.image.data, found.low
 

@@ -1,11 +1,15 @@
 """LoRAs of a pipeline: what acts, what is refused, and that nothing is left behind."""
 
 import os
+import pickle
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +21,8 @@ from inspected import inputs
 from inspected import model as tiny
 from mmdit import Pipeline, load_lora
 from mmdit.checkpoints.load import load_mmdit
-from mmdit.models.lora import LoraLinear, all_beside, beside
+from mmdit.models.layers import Mlp
+from mmdit.models.lora import LoraLinear, LoraMlp, all_beside, beside, without
 from mmdit.pipeline import patched_weights
 from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
 from mmdit.runtime.host import HostCopies
@@ -192,6 +197,78 @@ def test_factors_that_are_parameters_have_gradients() -> None:
     assert linear.up.grad.any()
     with torch.no_grad():
         torch.testing.assert_close(attached(x), linear.add_to(linear.plain[0](x), x))
+
+
+class Doubled(Mlp):
+    """An MLP of a user."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def mlp_with(names: Sequence[str], dtype: torch.dtype = torch.bfloat16, kind: type[Mlp] = Mlp) -> nn.Sequential:
+    """An MLP, "0", with factors beside some of its Linears."""
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(16, 32)).to(dtype).requires_grad_(False)
+    for name in names:
+        rows, columns = model.get_submodule(name).weight.shape
+        beside(model, name, factors=(noise(1, 4, columns).to(dtype), noise(2, rows, 4).to(dtype)), products=PRODUCTS)
+    return model
+
+
+@pytest.mark.parametrize("how", [torch.no_grad, torch.enable_grad, partial(torch.autocast, "cpu", torch.float16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("names", [["0.fc1"], ["0.fc2"], ["0.fc1", "0.fc2"]], ids=str)
+def test_an_mlp_computes_what_its_modules_compute(
+    names: list[str], dtype: torch.dtype, how: Callable[[], AbstractContextManager[object]]
+) -> None:
+    trained = how is torch.enable_grad
+    model, x = mlp_with(names, dtype), noise(3, 2, 3, 16).to(dtype).requires_grad_(trained)
+    assert (type(model[0]) is LoraMlp) == ("0.fc1" in names)
+    with how():
+        found = model(x)
+        assert torch.equal(found, Mlp.forward(model[0], x))
+    assert found.requires_grad == trained
+    assert not trained or torch.autograd.grad(found.sum(), x)[0].any()
+
+
+def test_an_mlp_has_its_own_class_again_without_factors() -> None:
+    model, x = mlp_with([]), noise(3, 2, 3, 16).bfloat16()
+    mlp, plain = model[0], model(x)
+    seen: list[Tensor] = []
+    mlp.register_forward_hook(lambda *given: seen.append(given[2]))
+    down, up = noise(1, 4, 16).bfloat16(), noise(2, 32, 4).bfloat16()
+    for _ in range(2):  # the second one replaces the first
+        beside(model, "0.fc1", factors=(down, up), products=PRODUCTS)
+    assert model[0] is mlp
+    assert isinstance(mlp, Mlp)
+    changed = model(x)
+    assert torch.equal(seen[0], changed)
+    assert not torch.equal(changed, plain)
+    mlp._forward_hooks.clear()  # a list of this test cannot be copied
+    for other in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), changed)
+        without(other, "0.fc1")
+        assert type(other[0]) is Mlp
+        assert torch.equal(other(x), plain)
+    assert torch.equal(model(x), changed)
+    without(model, "0.fc1")
+    assert type(mlp) is Mlp
+    assert torch.equal(model(x), plain)
+
+
+def test_an_mlp_of_another_class_keeps_it() -> None:
+    """Also where that class is made of ours after factors are attached, as FSDP does."""
+    model, x = mlp_with(["0.fc1"], kind=Doubled), noise(3, 2, 3, 16).bfloat16()
+    assert type(model[0]) is Doubled
+    assert torch.equal(model(x), 2 * mlp_with(["0.fc1"])(x))
+    without(model, "0.fc1")
+    assert type(model[0]) is Doubled
+    model = mlp_with(["0.fc1"])
+    model[0].__class__ = other = type("FSDPLoraMlp", (LoraMlp,), {})
+    without(model, "0.fc1")
+    assert type(model[0]) is other
+    assert torch.equal(model(x), mlp_with([])(x))
 
 
 @pytest.mark.parametrize("tensors", [low_rank(1), other_kinds(1)], ids=["low rank", "other kinds"])
