@@ -50,7 +50,7 @@ def linear(
     """
     x, bias, dtype = _autocast(x, bias, dtype)
     _check_operands(x, qdata, bias, dtype)
-    if scale.ndim and scale.shape != (len(qdata), 1):
+    if scale.ndim and scale.shape != (qdata.shape[0], 1):
         raise ValueError(
             f"scales of shape {list(scale.shape)} for a weight [out, in] of {list(qdata.shape)}: a product needs one "
             "scale, or one per output channel, and these run along its sum; use dequantize()"
@@ -242,7 +242,7 @@ def _forward(
         as_bytes = qdata.dtype == torch.uint8 and multiply is _emulated
         codes, x_scale = quantize_activation(rows, recipe, input_scale, as_bytes=as_bytes)
         y = multiply(codes, x_scale, qdata, scale, bias, recipe, x.dtype)
-    return y if is_matrix else y.reshape(*x.shape[:-1], len(qdata))
+    return y if is_matrix else y.reshape(*x.shape[:-1], qdata.shape[0])
 
 
 def _dequantized(x: Tensor, qdata: Tensor, scale: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
@@ -303,7 +303,10 @@ def _product(
 
 def _backend(recipe: Recipe, device: torch.device, dtype: torch.dtype, qdata: Tensor) -> Runs:
     """The backend that multiplies by a weight; ValueError where `native` was asked for and cannot run here."""
-    runs, why = backend_of(recipe, device, dtype, (len(qdata), qdata.shape[1]))
+    out, width = (
+        qdata.shape
+    )  # torch's len() of a tensor is a function of Python, and takes the host three times as long
+    runs, why = backend_of(recipe, device, dtype, (out, width))
     if runs == "refused":
         raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
     return runs
@@ -366,7 +369,7 @@ def _native(
     weight = (qdata if qdata.dtype == float8 else qdata.view(float8)).contiguous().t()
     rest = bias if dtype == torch.float32 else None  # _scaled_mm takes no bias for float32 results
     fused = None if dtype == torch.float32 else bias
-    fast = recipe.fast_accum and len(codes) * len(qdata) >= _SMALL
+    fast = recipe.fast_accum and codes.shape[0] * qdata.shape[0] >= _SMALL
     settings: dict[str, Any] = {"out_dtype": dtype, "use_fast_accum": fast} | ({} if out is None else {"out": out})
     y = torch._scaled_mm(codes.contiguous(), weight, x_scale, scale, fused, **settings)
     return y if rest is None else torch.add(y, rest, out=out)
