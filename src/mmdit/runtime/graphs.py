@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 T = TypeVar("T")
 Step = Callable[..., Any]  # tensors -> a tensor, or a tuple of tensors
-_RECORDING = threading.RLock()  # threads record one after the other, because all recordings share a stream
+_TURN = threading.RLock()  # threads record and launch graphs one after the other; see `_last`
 
 
 class _Beside(threading.local):
@@ -60,13 +60,13 @@ class Captured(NamedTuple):
     inputs: tuple[Tensor, ...]
     output: Any
     nbytes: int  # bytes of device memory that the recording took
-    done: torch.cuda.Event  # the last call has read the output
 
 
 class Graphs:
     """A cache with one graph per kind of step; the least recently used graph is evicted first.
 
     A step must read tensors that stay where they are (weights, tables) and its inputs, and must not wait for the GPU.
+    Threads may call with streams of their own: on a GPU, each graph waits for the one that was launched before.
 
     Args:
         limit: how many graphs are kept.
@@ -86,19 +86,13 @@ class Graphs:
             before: how often the step runs before it is recorded, so that libraries and compilers set themselves up
                 outside of the graph; 0 where it has run already, which records `beside` in turn (see `record`).
         """
-        if key not in self._captured:
-            while len(self._captured) >= self.limit:
-                self._captured.popitem(last=False)
-            self._captured[key] = _capture(step, inputs, before)
-        self._captured.move_to_end(key)
-        captured, here = self._captured[key], torch.cuda.current_stream(inputs[0].device)
-        here.wait_event(captured.done)  # of a call on the stream of another thread
-        for own, given in zip(captured.inputs, inputs, strict=True):
-            own.copy_(given, non_blocking=True)
-        captured.graph.replay()
-        found = tree_map(_copied, captured.output)
-        captured.done.record(here)
-        return found
+        with _TURN:
+            if key not in self._captured:
+                while len(self._captured) >= self.limit:
+                    self._captured.popitem(last=False)
+                self._captured[key] = _capture(step, inputs, before)
+            self._captured.move_to_end(key)
+            return _replayed(self._captured[key], inputs)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._captured
@@ -142,8 +136,32 @@ class Pace:
         self.kinds.clear()
 
 
+def _replayed(captured: Captured, inputs: Sequence[Tensor]) -> Any:
+    """Launch a graph on the current stream of its GPU; copies of its output."""
+    device = inputs[0].device
+    here, last = torch.cuda.current_stream(device), _last(device.index)
+    here.wait_event(last)
+    for own, given in zip(captured.inputs, inputs, strict=True):
+        own.copy_(given, non_blocking=True)
+        own.record_stream(here)  # it may be freed, for another stream, while this one reads it
+    captured.graph.replay()
+    found = tree_map(_copied, captured.output)
+    last.record(here)
+    return found
+
+
 def _copied(leaf: object) -> object:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+@cache
+def _last(device: int) -> torch.cuda.Event:
+    """The end of the last graph on a GPU, and of the copies of what it wrote.
+
+    The next one waits for it, on whatever stream: it may be the same graph, and different ones share the memory that
+    cuBLAS keeps for the stream on which they were recorded.
+    """
+    return torch.cuda.Event()
 
 
 @cache
@@ -158,7 +176,7 @@ def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
 def _capture(step: Step, inputs: Sequence[Tensor], before: int) -> Captured:
     own = tuple(one.clone() for one in inputs)
     graph, output, taken = record(lambda: step(*own), own[0].device, before=before)
-    return Captured(graph, own, output, taken + sum(one.nbytes for one in own), torch.cuda.Event())
+    return Captured(graph, own, output, taken + sum(one.nbytes for one in own))
 
 
 def record(step: Callable[[], T], device: torch.device, *, before: int = 1) -> tuple[torch.cuda.CUDAGraph, T, int]:
@@ -170,12 +188,14 @@ def record(step: Callable[[], T], device: torch.device, *, before: int = 1) -> t
         before: how often it runs before it is recorded, so that libraries and compilers set themselves up. With 0, what
             is given to `beside` is recorded in turn, because libraries may not have set up the second stream.
     """
-    with _RECORDING, torch.cuda.device(device):
-        first, second = _streams(torch.cuda.current_device())
+    with _TURN, torch.cuda.device(device):
+        number = torch.cuda.current_device()
+        first, second = _streams(number)
         # Libraries set themselves up on the second stream as well, which they must not do while a graph is recorded.
         _BESIDE.stream = second if before else None
         try:
             first.wait_stream(torch.cuda.current_stream())
+            first.wait_event(_last(number))
             with torch.cuda.stream(first):
                 for _ in range(before):
                     step()
