@@ -19,7 +19,7 @@ Noise = Callable[[float, float], Tensor]
 
 _THREADS = 4  # that draw one large sample
 _LARGE = 2**16  # numbers from which threads pay
-_BLOCK = 16  # torch makes normal numbers from uniform ones in blocks of so many
+_BLOCK = 2**12  # a thread begins at a multiple of so many; torch makes normal numbers from blocks of 16 uniform ones
 
 
 def gaussian(
@@ -45,26 +45,29 @@ def gaussian(
 
 
 def gaussian_by_threads(shape: Sequence[int], generators: Generators, dtype: torch.dtype) -> Tensor:
-    """`gaussian`, to the last bit, where a large draw from one generator on a CPU is shared by several threads.
+    """`gaussian`, to the last bit, where a large draw from a generator on a CPU is shared by several threads.
 
     torch makes each block of normal numbers from as many uniform ones of the same places. So a thread can begin in the
-    middle, once it has drawn the uniform numbers before. Where those take about as long, as in most dtypes under torch
-    2.13, or where this torch makes normal numbers in another way, one thread draws.
+    middle, once it has drawn the uniform numbers before. One thread draws where those take about as long, as in most
+    dtypes under torch 2.13, and where threads would not draw the same numbers: each dtype and size is tried before.
 
     Args:
         shape, generators, dtype: see `gaussian`.
     """
-    alone = not isinstance(generators, torch.Generator) or generators.device.type != "cpu" or prod(shape) < _LARGE
-    if alone or not _pays(dtype) or not _shareable(dtype):
+    if isinstance(generators, Sequence) and len(generators) == shape[0]:
+        return torch.cat([gaussian_by_threads((1, *shape[1:]), one, dtype) for one in generators])
+    count = prod(shape)
+    if not isinstance(generators, torch.Generator) or generators.device.type != "cpu" or count < _LARGE:
         return gaussian(shape, generators, dtype)
-    assert isinstance(generators, torch.Generator)
-    return _shared(prod(shape), generators, dtype).view(tuple(shape))
+    if not _pays(dtype) or not _shareable(dtype, count):
+        return gaussian(shape, generators, dtype)
+    return _shared(count, generators, dtype).view(tuple(shape))
 
 
 def _shared(count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """The next `count` normal numbers of a generator, which is left as one thread would leave it."""
     state, each = generator.get_state(), count // _THREADS // _BLOCK * _BLOCK
-    own = [torch.Generator() for _ in range(_THREADS)]
+    own = [torch.Generator("cpu") for _ in range(_THREADS)]
 
     def draw(place: int) -> Tensor:
         start, stop = place * each, count if place == _THREADS - 1 else (place + 1) * each
@@ -87,7 +90,7 @@ def _pays(dtype: torch.dtype) -> bool:
 
 def _seconds(draw: Callable[..., Tensor]) -> float:
     """Of a draw, the quickest of a few."""
-    times, generator = [], torch.Generator()
+    times, generator = [], torch.Generator("cpu")
     for _ in range(5):
         begin = time.perf_counter()
         draw(2**13, generator=generator, device="cpu")
@@ -96,10 +99,14 @@ def _seconds(draw: Callable[..., Tensor]) -> float:
 
 
 @cache
-def _shareable(dtype: torch.dtype) -> bool:
-    """Whether threads draw in this dtype what one draws, as they do under torch 2.11 and 2.13."""
-    one, many = (torch.Generator().manual_seed(1) for _ in range(2))
-    count = 8 * _THREADS * _BLOCK + 5
+def _shareable(dtype: torch.dtype, count: int) -> bool:
+    """Whether threads draw so many numbers as one thread does, and leave the generator in the same state.
+
+    torch may draw large samples in another way than small ones, so that a smaller sample would prove nothing.
+    """
+    one, many = (torch.Generator("cpu").manual_seed(1) for _ in range(2))
+    for generator in (one, many):  # a state in the middle, with a number that is kept for the next odd draw
+        torch.randn(3, generator=generator, device="cpu")
     same = torch.equal(torch.randn(count, generator=one, dtype=dtype, device="cpu"), _shared(count, many, dtype))
     return same and torch.equal(one.get_state(), many.get_state())
 
