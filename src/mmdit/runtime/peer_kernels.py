@@ -15,7 +15,7 @@ from mmdit.runtime.kernels import normed_heads
 from mmdit.runtime.rows import EPS, Rows
 
 _UNITS, _WARPS = 32, 4  # heads of tokens that a program moves at once, and its warps
-_WIDE = 8  # times as many of both, where few programs move all
+_WIDE = 8  # times as many heads, and up to four times as many warps, where few programs move all
 
 
 def send_heads(

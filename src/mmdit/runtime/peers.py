@@ -301,6 +301,7 @@ class Peers:
         """Free the memory, after the graphs that use it; now, because it cannot be freed while a graph is recorded."""
         self._places.clear()
         self._arenas.clear()
+        self._leaving = None
         self._flags = self._flags._replace(own=torch.empty(0, dtype=torch.uint8))
         self.flags = self._flags.own.view(torch.int32)
 

@@ -64,11 +64,11 @@ def small_pages(monkeypatch):
 
 @pytest.fixture(params=[1, 2], ids=["one group", "two groups"])
 def groups(request, monkeypatch):
-    """The number of groups of heads; some of the second one are moved by fewer programs than there are blocks."""
+    """The number of groups of heads; the second one is moved by two programs, of which one moves two blocks."""
     if request.param == 2:
         monkeypatch.setattr(peers, "_APART", 0)
         monkeypatch.setattr(peers, "_PROGRAMS", 2)
-        monkeypatch.setattr(peer_kernels, "_WIDE", 2)
+        monkeypatch.setattr(peer_kernels, "_WIDE", 1)  # the image's 72 units of the first test are three blocks
     return request.param
 
 
