@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from mmdit.models.mmdit import MMDiT, MMDiTConfig
 from mmdit.pipeline.parallelize import PipelineParallel
-from mmdit.runtime import peers, plain_kernels
+from mmdit.runtime import peers, plain_kernels, products
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
@@ -182,6 +182,7 @@ def test_shared_memory_is_freed_after_the_graphs_also_where_the_model_was_change
     accelerated._weights = SimpleNamespace(moved=0, still=True)  # of a budget: the fast forward is built anew in a step
     assert list(one.graphs) == [accelerated.graphs]
     accelerated.graphs._captured["step"] = None
+    one._leaving = torch.zeros(1)  # of an exchange that has failed
     model.joint_blocks[0].register_forward_hook(lambda *_: None)
     parallel = PipelineParallel.__new__(PipelineParallel)
     parallel.pipe = SimpleNamespace(transformer=model, accelerated=accelerated, parallel=parallel)
@@ -189,7 +190,7 @@ def test_shared_memory_is_freed_after_the_graphs_also_where_the_model_was_change
     parallel.sequence = accelerated.sequence
     with pytest.raises(ValueError, match="hook"):
         parallel.close()
-    assert (one.nbytes, len(accelerated.graphs), parallel.pipe.parallel) == (0, 0, None)
+    assert (one.nbytes, one._leaving, len(accelerated.graphs), parallel.pipe.parallel) == (0, None, 0, None)
 
 
 def test_meeting_tells_all_others_and_counts():
@@ -223,7 +224,25 @@ def test_the_check_of_the_exchange(small_pages):
     assert second == []
 
 
-def test_a_fast_forward(small_pages, groups):
+@pytest.fixture
+def late(groups, monkeypatch):
+    """Where there are two groups, what runs beside the rest is as late as it may be: when something waits for it."""
+    waiting = []
+
+    def join():
+        while waiting:
+            waiting.pop(0)()
+
+    def beside(run):
+        waiting.append(run)
+        return join
+
+    if groups > 1:
+        monkeypatch.setattr(peers, "beside", beside)
+        monkeypatch.setattr(products, "beside", beside)
+
+
+def test_a_fast_forward(small_pages, groups, late):
     """Two processes compute what one does, without the collective; the other kernels are plain torch."""
     torch.manual_seed(0)
     sizes = {"depth": 2, "hidden_size": HEADS * WIDTH, "context_dim": 24, "pooled_dim": 16, "pos_embed_size": 8}
