@@ -183,7 +183,7 @@ class Pair:
             x, rows: what the Linears read.
             kernels: see `mmdit.runtime.fast.FastMMDiT`.
             text_last: launch the text's product after the image's, by `beside`: only what is launched by `beside` after
-                this finds its rows, and what waits for that.
+                this finds its rows, and what waits for that. Until then x must not be freed.
         """
         like, added = self.image.linear, None
         dtype = like.weight.dtype
