@@ -153,9 +153,10 @@ class FastNets:
                 yield f"controlnet.{name}", rounding, product
 
     def _planned_in(self, dtype: torch.dtype) -> tuple[float, ...]:
-        if dtype not in self._rounded:
-            self._rounded[dtype] = _rounded(self._planned, dtype)
-        return tuple(self._rounded[dtype])
+        found = self._rounded.get(dtype)  # which another thread may clear
+        if found is None:
+            self._rounded[dtype] = found = _rounded(self._planned, dtype)
+        return tuple(found)
 
     def _fast(self, net: ControlNet) -> tuple[int, FastControlNet]:
         """The fast forward of a net, built anew where a parameter has changed since.

@@ -8,11 +8,12 @@ from mmdit.models.attention import SelfOnly, attending
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.lora import all_beside, beside, without
 from mmdit.models.mmdit import MMDiT
+from mmdit.runtime import texts
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.attention import BestAttention, Choice, chosen, torch_attention
 from mmdit.runtime.graphs import Graphs, Pace
 from mmdit.runtime.streaming import WHOLE, Residency
-from mmdit.runtime.texts import Recorded, Text
+from mmdit.runtime.texts import Kept, Recorded, Text
 from mmdit.runtime.versions import contents_of, version_of
 from quant.quantize import linears_of, quantize_
 from skips import SKIPS
@@ -456,3 +457,33 @@ def test_a_graph_that_streams_share_gives_each_its_own_result():
     torch.cuda.synchronize()
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=0.05)
+
+
+class Cleared(dict):
+    """What another thread clears, because its drawing ends, as soon as something is there."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.clear()
+
+
+def test_a_drawing_of_another_thread_ends_meanwhile():
+    kept, one = Kept(), torch.zeros(1)
+    kept._found = Cleared()
+    assert kept.of([one], lambda: "made") == "made"
+
+
+def test_each_stream_has_what_was_made_on_it(monkeypatch):
+    """What one stream makes may not be there yet for another one."""
+    kept, one, made = Kept(), torch.zeros(1), []
+
+    def make():
+        made.append(now[-1])
+        return made[-1]
+
+    now = []
+    monkeypatch.setattr(texts, "_stream_for", lambda tensor: now[-1])
+    for stream in ("a", "b", "a", "b"):
+        now.append(stream)
+        assert kept.of([one], make) == stream
+    assert made == ["a", "b"]
