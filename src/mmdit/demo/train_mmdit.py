@@ -159,6 +159,7 @@ class Engine:
         self.weights: list[Tensor] = list(self.working.parameters())
         self._batch: Batch | None = None  # what graphs read
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # of all recordings
         self._captured: dict[T5Form, _Captured] = {}
 
     def gradients(self, batch: Batch, form: T5Form) -> Tensor:
@@ -202,16 +203,17 @@ class Engine:
             self._run(self._batch, form)
         graph = torch.cuda.CUDAGraph()
         try:
-            # A stream of its own: torch's is on the GPU that was the current one at the first recording of the process.
-            stream = torch.cuda.Stream(self.run.device)
-            with torch.cuda.device(self.run.device), torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # Torch's own is on the GPU that was the current one at the first recording of the process.
+            self._stream = self._stream or torch.cuda.Stream(self.run.device)
+            with torch.cuda.device(self.run.device), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 loss, grads = self._run(self._batch, form)
         except RuntimeError as error:
             self.captures = False
             self._captured.clear()
             self.run.journal.say(f"!!! NO CUDA GRAPH OF {form}, GOING ON WITHOUT: {error} !!!")
             return
-        # Graphs run one after the other, so they share memory: what one leaves is read before the next starts.
+        # Graphs run one after the other, so they share memory: what one leaves is read before the next starts. Torch
+        # gives memory of the pool again only to the stream that had it.
         self._pool = graph.pool()
         self._captured[form] = _Captured(graph, loss, grads)
         took, gib = time.monotonic() - started, torch.cuda.max_memory_allocated(self.run.device) / 2**30

@@ -3,9 +3,11 @@
 import random
 from collections import Counter
 from concurrent.futures import Executor, Future
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -238,6 +240,37 @@ def test_narrow_weights_follow_their_masters(tmp_path: Path) -> None:
     assert torch.equal(engine.weights[0], engine.masters[0].bfloat16())
     with pytest.raises(ValueError, match="unknown ways"):
         trainee.hurried(engine.trainee, ["slow"])
+
+
+def test_recordings_of_all_forms_share_their_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives memory of a pool again only to the stream that had it."""
+    given: list[tuple[object, object]] = []
+
+    def recording(graph: object, *, pool: object, stream: object) -> nullcontext[None]:
+        given.append((pool, stream))
+        return nullcontext()
+
+    fakes = {
+        "graph": recording,
+        "CUDAGraph": lambda: SimpleNamespace(pool=lambda: "the pool", replay=lambda: None),
+        "Stream": lambda device: SimpleNamespace(device=device),
+        "device": nullcontext,
+        "max_memory_allocated": lambda device: 0,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(
+        "mmdit.demo.train_mmdit._Captured",
+        lambda *parts: SimpleNamespace(graph=parts[0], loss=parts[1], grads=parts[2]),
+    )
+    monkeypatch.setattr(Engine, "_run", lambda engine, *_: (torch.zeros(()), [None for _ in engine.masters]))
+    engine, batch = Engine(run_of(FULL, tmp_path), trainee.initial_parts(TINY, 2)), batches(dropped=0.0).draw(4)
+    engine.captures = True
+    for form in ("short", "omitted"):
+        engine.gradients(batch, form)
+    (first_pool, first), (pool, stream) = given
+    assert (first_pool, pool) == (None, "the pool")
+    assert stream is first
 
 
 @pytest.mark.gpu
