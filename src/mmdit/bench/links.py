@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mmdit.bench.rows import FAILURES, Cells, said_of
-from mmdit.runtime import mesh, peers
+from mmdit.runtime import mesh, peer_setup
 from mmdit.runtime.mesh import Team, shares
 from mmdit.runtime.peers import Peers
 from mmdit.utils import markdown_table
@@ -46,7 +46,7 @@ def link_of(device: torch.device) -> Link:
     because launched one by one, small ones take the host's time.
     """
     team = _world()
-    direct, way = peers.connected(team, device) if team.size > 1 else (None, "")
+    direct, way = peer_setup.connected(team, device) if team.size > 1 else (None, "")
     small, large = (2**19, 2**25) if device.type == "cuda" else (2**14, 2**20)
     part = torch.zeros(large // 4, device=device)
     graph = device.type == "cuda"
@@ -69,7 +69,7 @@ def links(device: torch.device, seconds: float = 25.0) -> Iterator[list[str]]:
         seconds: no row begins later.
     """
     begin, team = time.monotonic(), _world()
-    direct, way = peers.connected(team, device)
+    direct, way = peer_setup.connected(team, device)
     try:
         yield from _rows(team, direct, way, device, begin + seconds)
     finally:

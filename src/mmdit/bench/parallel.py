@@ -28,7 +28,7 @@ from mmdit.pipeline.parallelize import parallelize
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime import mesh
 from mmdit.runtime.mesh import Layout, shares
-from mmdit.runtime.peers import Exchange
+from mmdit.runtime.peer_setup import Exchange
 from mmdit.runtime.sequence import exchanged_bytes
 from mmdit.utils import markdown_table
 

@@ -85,7 +85,7 @@ class LoraLinear(nn.Linear):
         """What few operations multiply by; None where a matrix is attached, a gradient is recorded, or dtypes differ.
 
         Tensors are looked up in the dicts of the module: an attribute of a module takes the host longer than all checks
-        here, and one of a float8 tensor takes several times as long again.
+        here, and one of a tensor subclass takes several times as long again.
         """
         parameters, buffers = self._parameters, self._buffers
         down, up, weight = buffers.get("down"), buffers.get("up"), parameters.get("weight")

@@ -16,7 +16,7 @@ from mmdit.runtime.compiled import PARALLEL
 from mmdit.runtime.lifeline import RanksDifferError
 from mmdit.runtime.mesh import Layout, layout_of
 from mmdit.runtime.parallel import Parallel
-from mmdit.runtime.peers import EXCHANGES, Exchange
+from mmdit.runtime.peer_setup import EXCHANGES, Exchange
 from quant.tensor import Float8Tensor
 from samplers.names import pick
 

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from encoders.vae import VAE
-from mmdit.runtime import mesh, peers
+from mmdit.runtime import mesh, peer_setup
 from mmdit.runtime.bands import BandDecoder
 from mmdit.runtime.branches import split_branches
 from mmdit.runtime.fast_vae import FastVAE
 from mmdit.runtime.lifeline import Lifeline, ParallelError
 from mmdit.runtime.mesh import Layout, Mesh
-from mmdit.runtime.peers import Exchange
+from mmdit.runtime.peer_setup import Exchange
 from mmdit.runtime.sequence import SequenceParallel
 from mmdit.runtime.shared_text import SharedText
 
@@ -62,7 +62,7 @@ class Parallel:
         self.rank, self.world = self.mesh.world.rank, self.mesh.world.size
         self.sequence, self.exchange = None, ""
         if layout.sequence > 1:
-            exchanges, self.exchange = peers.connected(
+            exchanges, self.exchange = peer_setup.connected(
                 self.mesh.sequence, device, exchange, head_dim=head_dim, dtype=dtype
             )
             self.sequence = SequenceParallel(self.mesh.sequence, exchanges)

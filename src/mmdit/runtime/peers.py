@@ -10,26 +10,20 @@ of the first one runs, and its attention hides the way back of the first one's r
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from mmdit.runtime.graphs import Graphs, beside, nothing
-from mmdit.runtime.mesh import Team, of_all, shares, starts
+from mmdit.runtime.mesh import Team, shares, starts
 from mmdit.runtime.products import Pair
 from mmdit.runtime.rows import Activation, Added, Attention, AttentionInputs, Rows
-
-Exchange = Literal["auto", "peers", "nccl"]
-EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 
 _LANES = 2  # groups of heads that meet independently
 _APART = 2**24  # bytes of a rank's heads from which they go in two groups
@@ -39,7 +33,6 @@ _LAST = 2**31 - 1  # a flag that lets every meeting pass
 _ROUND = 2**21  # bytes; memory is mapped in pages of this size
 _PATIENCE = 30.0  # seconds for the first exchange, for which all ranks compile
 _FREEING = 10.0  # seconds in which waiting kernels are released again and again
-_FAILURES = (RuntimeError, ValueError, ImportError, AttributeError, TypeError)  # of symmetric memory, a young interface
 
 
 class Arena(NamedTuple):
@@ -242,8 +235,8 @@ class Peers:
         joint = (3, samples, sum(both), by_rank[rank], head_dim)
         back = (samples, both[rank], heads, head_dim)
         most = 3 * samples * sum(both) * max(by_rank) * unit  # bytes of a rank's heads
-        forth = self._arena("heads", _rounded(most))
-        home = self._arena("results", _rounded(samples * max(both) * heads * unit))
+        forth = self._arena("heads", rounded(most))
+        home = self._arena("results", rounded(samples * max(both) * heads * unit))
 
         def of(arena: Arena, shape: tuple[int, ...]) -> Tensor:
             return arena.own[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
@@ -443,94 +436,6 @@ def unfit(head_dim: int, dtype: torch.dtype) -> str:
     return ""
 
 
-def connected(
-    team: Team,
-    device: torch.device,
-    exchange: Exchange = "auto",
-    *,
-    head_dim: int = 64,
-    dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Peers | None, str]:
-    """The exchanges of a team by stores into each other's memory, and how it exchanges; all ranks of the run call this.
-
-    Args:
-        team: the ranks of a sequence.
-        device: the device of this rank.
-        exchange: "auto" takes NCCL where stores are not possible, and says why; "nccl" takes it anyway.
-        head_dim, dtype: of the model; the defaults are those of Stable Diffusion 3.
-
-    Returns:
-        The exchanges, None where a collective of torch does them; and a sentence for reports.
-
-    Raises:
-        RuntimeError: "peers" is asked for, and stores are not possible, on every rank.
-    """
-    backend = "NCCL" if device.type == "cuda" else "gloo"
-    if exchange == "nccl":
-        return None, f"{backend}, as asked for"
-    peers, why = None, _agreed(_why_not(team, device, unfit(head_dim, dtype)))
-    if not why:
-        peers, why = _tried(team, device)
-    if why and exchange == "peers":
-        raise RuntimeError(f'exchange="peers": {why}; leave it out')
-    return peers, f"{backend}: {why}" if why else "stores into the memory of the other GPUs"
-
-
-def _tried(team: Team, device: torch.device) -> tuple[Peers | None, str]:
-    """Make the exchanges and check them, on all ranks or on none."""
-    made, why = None, ""
-    try:
-        made = Peers(team, device, lambda nbytes: _symmetric(nbytes, team, device))
-        torch.cuda.synchronize(device)
-    except _FAILURES as error:
-        why = _first_line(error)
-    if why := _agreed(why):
-        return None, why
-    assert made is not None, "it was made without an error"
-    try:
-        made.check()
-    except _FAILURES as error:
-        why = _first_line(error)
-    why = _agreed(why)
-    return (None, why) if why else (made, "")
-
-
-def _symmetric(nbytes: int, team: Team, device: torch.device) -> Arena:
-    """Symmetric memory of torch; all ranks of the team call this."""
-    import torch.distributed._symmetric_memory as symmetric
-
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # which torch would set up, and nothing here uses
-    own = symmetric.empty(_rounded(nbytes), dtype=torch.uint8, device=device)
-    handle = symmetric.rendezvous(own, team.group)
-    each = [handle.get_buffer(rank, own.shape, torch.uint8).data_ptr() for rank in range(team.size)]
-    return Arena(own, tuple(one - each[team.rank] for one in each))
-
-
-def _why_not(team: Team, device: torch.device, why: str) -> str:
-    """Why stores into the memory of the team's other ranks are not possible, as far as this rank can see.
-
-    All ranks call this, and all of them gather the names of the hosts, whatever they find themselves. `why` is what is
-    known of the model.
-    """
-    hosts: list[object] = [None] * team.size
-    torch.distributed.all_gather_object(hosts, socket.gethostname(), group=team.group)
-    if device.type != "cuda":
-        return f"stores into the memory of others need GPUs, this rank is on {device}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if len(set(hosts)) > 1:
-        return f"the ranks are on several hosts: {', '.join(map(str, hosts))}"
-    return why
-
-
-def _agreed(why: str) -> str:
-    """The first reason of any rank, on every rank; all ranks call this."""
-    return next((f"{one} (rank {rank})" for rank, one in enumerate(of_all(why)) if one), "")
-
-
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
+    """Bytes up to whole pages."""
     return -(-nbytes // _ROUND) * _ROUND
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -8,12 +8,13 @@ import torch.distributed as dist
 
 from mmdit.models.mmdit import MMDiT, MMDiTConfig
 from mmdit.pipeline.parallelize import PipelineParallel
-from mmdit.runtime import peers, plain_kernels, products
+from mmdit.runtime import peer_setup, peers, plain_kernels, products
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.mesh import Team, shares, starts
-from mmdit.runtime.peers import Arena, Peers, connected, unfit
+from mmdit.runtime.peer_setup import connected
+from mmdit.runtime.peers import Arena, Peers, unfit
 from mmdit.runtime.rows import Rows
 from mmdit.runtime.sequence import SequenceParallel, _Kernels
 from processes import in_processes, values
@@ -167,7 +168,7 @@ def test_a_reason_of_one_rank_is_that_of_all(monkeypatch):
 
     def work(rank):
         if rank:
-            monkeypatch.setattr(peers, "find_spec", lambda name: None)
+            monkeypatch.setattr(peer_setup, "find_spec", lambda name: None)
         return connected(Team(dist.group.WORLD), torch.device("cuda", 0))
 
     assert values(in_processes(2, work, limit=20)) == [(None, "NCCL: triton is not installed (rank 1)")] * 2
