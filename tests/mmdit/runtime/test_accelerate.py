@@ -459,6 +459,29 @@ def test_a_graph_that_streams_share_gives_each_its_own_result():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=0.05)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason=SKIPS["gpu"])
+def test_different_graphs_on_two_streams_do_not_share_cublas_s_memory_at_once():
+    """Products with a long sum are split over many multiprocessors, which leave their parts in memory of the stream."""
+    right = torch.randn(2**16, 64, device=DEVICE, dtype=torch.bfloat16)
+    given = torch.randn(2, 64, 2**16, device=DEVICE, dtype=torch.bfloat16)
+
+    def step(x):
+        return torch.stack([x @ right for _ in range(20)])
+
+    graphs, streams = Graphs(), [torch.cuda.Stream() for _ in range(2)]
+    wanted, found = [step(x) for x in given], []
+    for i in (0, 1):
+        graphs(i, step, [given[i]])
+    torch.cuda.synchronize()
+    for turn in range(20):
+        with torch.cuda.stream(streams[turn % 2]):
+            found.append(graphs(turn % 2, step, [given[turn % 2]]))
+    torch.cuda.synchronize()
+    for turn, one in enumerate(found):
+        torch.testing.assert_close(one, wanted[turn % 2], rtol=0, atol=8.0)  # a sum has a deviation of 256
+
+
 class Cleared(dict):
     """What another thread clears, because its drawing ends, as soon as something is there."""
 
