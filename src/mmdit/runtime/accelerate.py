@@ -5,10 +5,10 @@ The model is left unchanged: `Accelerated.velocity` computes the same function f
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from threading import Lock
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -86,8 +86,16 @@ class AccelerationReport:
         return "\n".join([*lines, *(f"left out: {one}" for one in self.left_out)])
 
 
+class _Drawing(threading.local):
+    """By thread, the timesteps of its current drawing, descending."""
+
+    planned: tuple[float, ...] = ()
+
+
 class Accelerated:
     """A model's second, faster forward.
+
+    Several threads may draw with it at once, and each drawing computes what it does alone.
 
     Args:
         model: an MMDiT with nothing compiled, replaced or hooked.
@@ -121,10 +129,10 @@ class Accelerated:
         self._tell(sequence)
         self._version: object = None
         self._moved: int | None = None  # of the weights, when they were looked at
-        self._planned: tuple[float, ...] = ()  # timesteps of the current drawing, descending
+        self._drawing, self._built = _Drawing(), 0
         self._texts = Kept[Text]()
         self._nets = FastNets(model, self.attention, self.graphs, sequence)
-        self._lock = Lock()  # guards the buffers that the graphs read and write
+        self._lock = threading.Lock()  # guards the buffers that the graphs read and write
         self._refresh()
         ACCELERATED.setdefault(model, WeakSet()).add(self)
 
@@ -134,7 +142,7 @@ class Accelerated:
         try:
             yield from steps
         finally:
-            self._planned = ()
+            self._drawing.planned = ()
             self._forget()
 
     def begin(self, timesteps: Sequence[float] = (), of_nets: Sequence[float] = ()) -> None:
@@ -147,7 +155,7 @@ class Accelerated:
         Raises:
             ValueError: see the class.
         """
-        self._planned = tuple(timesteps)
+        self._drawing.planned = tuple(timesteps)
         self._forget(of_nets)
         if self._weights is None:
             self._refresh()
@@ -207,6 +215,7 @@ class Accelerated:
                 self.model, kernels=kernels_for(self.model.pos_embed), attention=self.attention, sequence=self.sequence
             )
             recorded = self.graph and self._weights is None
+            self._built += 1
             self._modulated = Recorded(self.fast, self._tables) if recorded else self.fast
             self._version = version
 
@@ -268,16 +277,17 @@ class Accelerated:
         """
         if control is not None and nets:
             raise ValueError("control and nets are both given: add the residuals of `control` up with those of a net")
-        if timestep not in self._planned or (self._weights is not None and self._weights.moved != self._moved):
+        planned = self._drawing.planned
+        if timestep not in planned or (self._weights is not None and self._weights.moved != self._moved):
             self._refresh()
             self._nets.moved()
             self._pace.clear()  # a step that waits for weights to arrive is no graph
         self.model.check(latent, contexts[0], pooled[0], control, skip_layers)
         text = self._text(contexts, pooled)
         # Timesteps between the planned ones have tables of many sizes, each of which is asked for once in a drawing.
-        modulated = self._modulated if timestep in self._planned else self.fast
+        modulated = self._modulated if timestep in planned else self.fast
         with self._lock:
-            vectors = text.vectors(modulated, timestep, self._planned, self._visiting)
+            vectors = text.vectors(modulated, timestep, planned, self._visiting)
         latent = latent.to(self.model.pos_embed.dtype)
         places, residuals = _distinct(control, self.model.pos_embed.dtype)
         acting = [self._nets.prepare(one, latent, contexts, pooled) for one in nets]
@@ -297,7 +307,7 @@ class Accelerated:
         with self._lock:
             if self._keeps_graphs:
                 return self.graphs(key, step, inputs)
-            return self._launched_or_recorded(key, step, inputs, planned=timestep in self._planned)
+            return self._launched_or_recorded(key, step, inputs, planned=timestep in planned)
 
     def _launched_or_recorded(self, key: Hashable, step: Step, inputs: Sequence[Tensor], *, planned: bool) -> Tensor:
         """A step where weights move between drawings: once the GPU waits for the host, a graph of this drawing.
@@ -335,7 +345,7 @@ class Accelerated:
         def make() -> Text:
             return Text(self.fast, torch.cat(list(contexts)), torch.cat(list(pooled)))
 
-        return self._texts.of((*contexts, *pooled), make)
+        return self._texts.of((*contexts, *pooled), make, self._built)
 
 
 def _choice(name: str, rounding: Rounding, product: Product) -> LayerChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -63,6 +64,21 @@ class _Known(NamedTuple):
     fast: FastControlNet
 
 
+class _Drawing(threading.local):
+    """By thread, what is known of its current drawing.
+
+    Attributes:
+        planned: 1000 x sigma of its steps, falling.
+        rounded: the same, by the dtype that they are rounded to.
+        checked: the nets that were looked at.
+    """
+
+    def __init__(self) -> None:
+        self.planned: tuple[float, ...] = ()
+        self.rounded: dict[torch.dtype, tuple[float, ...]] = {}
+        self.checked: WeakSet[ControlNet] = WeakSet()
+
+
 class FastNets:
     """The fast forwards of the nets that have acted, and what is kept of the current drawing.
 
@@ -78,10 +94,8 @@ class FastNets:
     ) -> None:
         self.model, self.attention, self.graphs, self.sequence = model, attention, graphs, sequence
         self._known: WeakKeyDictionary[ControlNet, _Known] = WeakKeyDictionary()
-        self._checked: WeakSet[ControlNet] = WeakSet()  # in this drawing
         self._built = self._alive = 0
-        self._planned: tuple[float, ...] = ()
-        self._rounded: dict[torch.dtype, list[float]] = {}
+        self._drawing = _Drawing()
         self._texts, self._hints = Kept[Text](), Kept[Tensor]()
 
     def begin(self, planned: Sequence[float] = ()) -> None:
@@ -90,8 +104,8 @@ class FastNets:
         Args:
             planned: 1000 x sigma of the steps that are planned, falling.
         """
-        self._planned = tuple(planned)
-        for kept in (self._rounded, self._texts, self._hints, self._checked):
+        self._drawing.planned = tuple(planned)
+        for kept in (self._drawing.rounded, self._drawing.checked, self._texts, self._hints):
             kept.clear()
         if len(self._known) != self._alive:
             self.graphs.clear()
@@ -99,7 +113,7 @@ class FastNets:
 
     def moved(self) -> None:
         """Weights may be elsewhere: look at every net again."""
-        self._checked.clear()
+        self._drawing.checked.clear()
 
     def close(self) -> None:
         """Forget everything; the nets count as plain."""
@@ -139,7 +153,7 @@ class FastNets:
             return Text(fast, torch.cat(list(contexts)), zeros)
 
         kept = self._texts.of((*contexts, *pooled), text, number, acting.zeroes_pooled)
-        timestep, planned = acting.timestep, self._planned
+        timestep, planned = acting.timestep, self._drawing.planned
         if acting.rounds_timestep:
             timestep = _rounded([timestep], fast.dtype)[0]
             planned = self._planned_in(fast.dtype)
@@ -153,10 +167,10 @@ class FastNets:
                 yield f"controlnet.{name}", rounding, product
 
     def _planned_in(self, dtype: torch.dtype) -> tuple[float, ...]:
-        found = self._rounded.get(dtype)  # which another thread may clear
-        if found is None:
-            self._rounded[dtype] = found = _rounded(self._planned, dtype)
-        return tuple(found)
+        known = self._drawing.rounded
+        if dtype not in known:
+            known[dtype] = tuple(_rounded(self._drawing.planned, dtype))
+        return known[dtype]
 
     def _fast(self, net: ControlNet) -> tuple[int, FastControlNet]:
         """The fast forward of a net, built anew where a parameter has changed since.
@@ -164,7 +178,7 @@ class FastNets:
         It is looked at in every call but those of a drawing at planned timesteps, after the first one.
         """
         known = self._known.get(net)
-        if known is not None and net in self._checked:
+        if known is not None and net in self._drawing.checked:
             return known.number, known.fast
         version = version_of(net, check_whole(net, "the ControlNet"))
         if known is None or known.version != version:
@@ -176,8 +190,8 @@ class FastNets:
             known = self._known[net] = _Known(version, self._built, fast)
             self._alive = len(self._known)
             ACCELERATED.setdefault(net, WeakSet()).add(self)
-        if self._planned:
-            self._checked.add(net)
+        if self._drawing.planned:
+            self._drawing.checked.add(net)
         return known.number, known.fast
 
     def _embedded(self, acting: ActingNet, fast: FastControlNet, latent: Tensor) -> Tensor:

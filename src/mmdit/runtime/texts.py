@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from threading import Lock
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -18,11 +18,11 @@ _RECORDED_BYTES = 2**27  # of a table that is recorded, because the graph keeps 
 Visiting = Callable[[], AbstractContextManager[None]]
 
 
-class Kept(Generic[T]):
+class Kept(threading.local, Generic[T]):
     """What was made from some tensors, which are kept alive with it; the oldest one is forgotten first.
 
-    Threads may draw at once. On a GPU, what was made on one stream may not be there yet for another one, so that each
-    stream has its own.
+    Threads may draw at once: each has its own, and clears its own. On a GPU, what was made on one stream may not be
+    there yet for another one, so that each stream has its own too.
 
     Args:
         limit: how many are kept.
@@ -31,24 +31,19 @@ class Kept(Generic[T]):
     def __init__(self, limit: int = 8) -> None:
         self.limit = limit
         self._found: dict[Hashable, tuple[Sequence[Tensor], T]] = {}
-        self._lock = Lock()  # another thread may end its drawing, and clear, at any time
 
     def of(self, sources: Sequence[Tensor], make: Callable[[], T], *more: Hashable) -> T:
         """What was made of these very tensors, or what `make` makes of them now; `more` tells further kinds apart."""
         key = (_stream_for(sources[0]), *more, *map(id, sources))
-        found = self._found.get(key)
-        if found is None:
-            found = sources, make()
-            with self._lock:
-                while len(self._found) >= self.limit:
-                    self._found.pop(next(iter(self._found)))
-                self._found[key] = found
-        return found[1]
+        if key not in self._found:
+            while len(self._found) >= self.limit:
+                self._found.pop(next(iter(self._found)))
+            self._found[key] = sources, make()
+        return self._found[key][1]
 
     def clear(self) -> None:
-        """Forget everything."""
-        with self._lock:
-            self._found.clear()
+        """Forget everything that this thread has made."""
+        self._found.clear()
 
 
 def _stream_for(tensor: Tensor) -> torch.cuda.Stream | None:
@@ -117,13 +112,12 @@ class Text:
         self, fast: Modulated, timestep: float, planned: Sequence[float], visiting: Visiting = nullcontext
     ) -> Tensor:
         """The modulation at a timestep, [b, vectors, width]; computed together with the planned ones below it."""
-        rows = self._rows  # which another thread may replace
-        if timestep not in rows:
+        if timestep not in self._rows:
             per_step = fast.vectors * fast.width * self.pooled.nbytes // self.pooled.shape[1]
             most = max(TABLE_BYTES // max(per_step, 1), 1)
             wanted = list(dict.fromkeys([timestep, *(one for one in planned if one < timestep)]))[:most]
             timesteps = torch.tensor(wanted, dtype=torch.float32, device="cpu", pin_memory=self.pooled.is_cuda)
             with visiting():
                 table = fast.table(timesteps.to(self.pooled.device, non_blocking=True), self.pooled)
-            self._rows = rows = dict(zip(wanted, table.unbind(0), strict=True))
-        return rows[timestep]
+            self._rows = dict(zip(wanted, table.unbind(0), strict=True))
+        return self._rows[timestep]

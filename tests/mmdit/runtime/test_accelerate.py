@@ -1,5 +1,7 @@
 """`Accelerated`: its numbers are the model's, and it notices what changes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -75,6 +77,36 @@ def test_tables_are_computed_together_and_once(model):
     assert asked == [[900.0, 600.0, 300.0, 0.0], [450.0, 300.0, 0.0], [900.0, 600.0, 300.0, 0.0]]
     velocity(fast, inputs, 900.0)
     assert asked[3:] == [[900.0]]
+
+
+def test_drawings_of_several_threads_compute_what_each_does_alone(model):
+    """Tables of other sizes would be rounded otherwise."""
+    fast, inputs, asked = Accelerated(model, graph=False), inputs_of(model), []
+    table = fast.fast.table
+    fast.fast.table = lambda timesteps, pooled: asked.append(timesteps.tolist()) or table(timesteps, pooled)
+
+    def draw(times, meanwhile):
+        for timestep in fast.drawing(times, times):
+            meanwhile()
+            velocity(fast, inputs, timestep)
+
+    other = [700.0, 200.0]
+    with ThreadPoolExecutor(1) as pool:
+        draw([900.0, 600.0, 300.0], lambda: pool.submit(draw, other, lambda: None).result())
+    assert asked == [other, [900.0, 600.0, 300.0], other, other]
+
+
+def test_a_thread_does_not_go_on_with_texts_of_weights_that_another_one_changed(model):
+    fast, inputs = Accelerated(model), inputs_of(model)
+    velocity(fast, inputs)
+
+    def change():
+        model.context_embedder.weight.mul_(2)
+        velocity(fast, inputs_of(model))
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        pool.submit(torch.no_grad()(change)).result()
+    assert near(model, velocity(fast, inputs), inputs)
 
 
 class Steps(Graphs):
@@ -480,20 +512,6 @@ def test_different_graphs_on_two_streams_do_not_share_cublas_s_memory_at_once():
     torch.cuda.synchronize()
     for turn, one in enumerate(found):
         torch.testing.assert_close(one, wanted[turn % 2], rtol=0, atol=8.0)  # a sum has a deviation of 256
-
-
-class Cleared(dict):
-    """What another thread clears, because its drawing ends, as soon as something is there."""
-
-    def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        self.clear()
-
-
-def test_a_drawing_of_another_thread_ends_meanwhile():
-    kept, one = Kept(), torch.zeros(1)
-    kept._found = Cleared()
-    assert kept.of([one], lambda: "made") == "made"
 
 
 def test_each_stream_has_what_was_made_on_it(monkeypatch):

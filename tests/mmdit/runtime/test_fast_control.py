@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from mmdit.runtime.attention import torch_attention
 from mmdit.runtime.compiled import ACCELERATED, refuse_compiled
 from mmdit.runtime.fast_control import FastControlNet, summed
 from mmdit.runtime.fast_nets import ActingNet, FastNets
+from mmdit.runtime.graphs import Graphs
 from quant.quantize import linears_of, quantize_
 from quant.recipe import as_recipe
 from skips import SKIPS
@@ -71,6 +73,17 @@ def error(found, exact):
 def quantized(net, recipe):
     scales = {name: torch.tensor(0.02) for name, _ in linears_of(net)}
     return quantize_(net, recipe, input_scales=scales if as_recipe(recipe).activation == "static" else None)
+
+
+def test_each_thread_has_timesteps_of_its_own_drawing():
+    nets = FastNets(MMDiT(CONFIG), torch_attention, Graphs())
+    nets.begin([900.0, 600.0])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(nets.begin, [300.0]).result()
+        assert nets._planned_in(torch.bfloat16) == (900.0, 600.0)
+        assert pool.submit(nets._planned_in, torch.bfloat16).result() == (300.0,)
+        pool.submit(nets.begin).result()
+    assert nets._planned_in(torch.bfloat16) == (900.0, 600.0)
 
 
 @pytest.mark.parametrize("samples", [1, 2])
