@@ -14,7 +14,7 @@ import torch
 import mmdit
 from mmdit.checkpoints.load_pipeline import Components
 from mmdit.models.mmdit import MMDiT
-from mmdit.runtime import bands, peers
+from mmdit.runtime import bands
 from mmdit.runtime.plan import smallest
 
 START = time.monotonic()
@@ -53,8 +53,7 @@ def near(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def differences() -> dict[str, object]:
     """By case, the relative error against one float32 rank, and twice that of one rank in the same arithmetic.
 
-    `again` draws twice in one layout: from the recorded graphs. `decoded` is in bands, whatever the size. Heads are
-    stored in one group in 16 bits, and in two groups in float8.
+    `again` draws twice in one layout: from the recorded graphs. `decoded` is in bands, whatever the size.
     """
     found: dict[str, object] = {}
     half = torch.bfloat16 if CUDA else torch.float32
@@ -67,7 +66,6 @@ def differences() -> dict[str, object]:
         ("fp8 fast", "fp8", half, True),
     ):
         pipe = pipeline(quant, dtype)
-        peers._APART = 2**60 if quant is None else 0
         if fast:
             pipe.accelerate(attention="flash")  # so that nothing is measured, and less compiled
         alone = draw(pipe)
@@ -131,7 +129,6 @@ def fault() -> None:
 
     `cfg` waits in NCCL's gather, `sequence` in a graph for stores of the other GPU, `kernels` in NCCL's all-to-all.
     """
-    peers._APART = 0  # two groups of heads, which wait in two streams
     pipe = pipeline(None, torch.bfloat16 if CUDA else torch.float32)
     what, layout = CASE.split("-")
     pipe.accelerate(graph=False if layout == "kernels" or not CUDA else None, attention="flash")

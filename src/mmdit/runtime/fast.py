@@ -7,7 +7,7 @@ all blocks is a table that is computed ahead for many steps, and read here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from types import ModuleType
 
 import torch
@@ -20,7 +20,7 @@ from mmdit.models.layers import SelfAttention
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.mesh import shares, starts
 from mmdit.runtime.products import Pair, Product, common_kind
-from mmdit.runtime.rows import Activation, Attention, AttentionInputs, Columns, Output, Result, Rounding, Rows, Update
+from mmdit.runtime.rows import Activation, Attention, Columns, Output, Result, Rounding, Rows, Update
 from mmdit.runtime.sequence import SequenceParallel
 from mmdit.runtime.streaming import arrive
 
@@ -171,7 +171,8 @@ class FastBlock:
     ) -> tuple[Rows, Tensor, list[Update]]:
         """The rows that are left, the residual stream (changed in place), and what is still to be added to it."""
         read, read2 = self._first_norm(x, rows, vectors, updates, kernels)
-        z = attention(*inputs_of(self.qkv, read, rows, self.norms, kernels, self.head_dim))
+        qkv = self.qkv(read, rows, kernels)
+        z = attention(*kernels.pack(qkv.value, self.norms, rows, self.head_dim, qkv.added))
         of_attention = kernels.unpack(z, rows, self.proj.rounding, text=not self.ends_context)
         if self.ends_context:
             x, _, rows = _image_of(x, (), rows)
@@ -181,7 +182,8 @@ class FastBlock:
         else:
             assert read2 is not None
             alone = rows.only_image()
-            z = attention(*inputs_of(self.qkv2, read2, alone, self.norms2, kernels, self.head_dim))
+            qkv = self.qkv2(read2, alone, kernels)
+            z = attention(*kernels.pack(qkv.value, self.norms2, alone, self.head_dim, qkv.added))
             of_second = kernels.unpack(z, alone, self.proj2.rounding)
             second = self._update(8, self.proj2(of_second, alone, kernels))
             mlp_reads = self._second_norm(x, rows, vectors, updates[0], second, kernels)
@@ -245,18 +247,6 @@ def _image_of(x: Tensor, updates: Sequence[Update], rows: Rows) -> tuple[Tensor,
     """The image's rows of the residual stream and of its updates."""
     split = rows.split
     return x[split:], [update.image(split) for update in updates], rows.only_image()
-
-
-def inputs_of(
-    qkv: Pair, x: Activation, rows: Rows, norms: Tensor | None, kernels: ModuleType, head_dim: int
-) -> AttentionInputs:
-    """Queries, keys and values of an attention; see `plain_kernels.pack`. Kernels may do both in another order."""
-    in_turn: Callable[..., AttentionInputs] | None = getattr(kernels, "project_and_pack", None)
-    if in_turn is not None:
-        return in_turn(qkv, x, rows, norms, head_dim)
-    found = qkv(x, rows, kernels)
-    packed: AttentionInputs = kernels.pack(found.value, norms, rows, head_dim, found.added)
-    return packed
 
 
 def norms_of(text: SelfAttention, image: SelfAttention) -> Tensor | None:

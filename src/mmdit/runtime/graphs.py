@@ -26,10 +26,6 @@ class _Beside(threading.local):
 _BESIDE = _Beside()
 
 
-def nothing() -> None:
-    """What waits for nothing."""
-
-
 def beside(run: Callable[[], object]) -> Callable[[], None]:
     """Run something at the same time as what is launched after it, where a step is being recorded; else run it now.
 
@@ -45,7 +41,7 @@ def beside(run: Callable[[], object]) -> Callable[[], None]:
     stream = _BESIDE.stream
     if stream is None:
         run()
-        return nothing
+        return lambda: None
     here = torch.cuda.current_stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
@@ -166,11 +162,8 @@ def _last(device: int) -> torch.cuda.Event:
 
 @cache
 def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
-    """Those of all recordings on a GPU, the second for `beside`: cuBLAS keeps 32 MB for each stream that it ran on.
-
-    The second one goes first where both have work for the same multiprocessors.
-    """
-    return torch.cuda.Stream(device), torch.cuda.Stream(device, priority=-1)
+    """Those of all recordings on a GPU, the second for `beside`: cuBLAS keeps 32 MB for each stream that it ran on."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 def _capture(step: Step, inputs: Sequence[Tensor], before: int) -> Captured:

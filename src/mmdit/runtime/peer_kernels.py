@@ -14,18 +14,11 @@ from torch import Tensor
 from mmdit.runtime.kernels import normed_heads
 from mmdit.runtime.rows import EPS, Rows
 
-_UNITS, _WARPS = 32, 4  # heads of tokens that a program moves at once, and its warps
-_WIDE = 8  # times as many heads, and up to four times as many warps, where few programs move all
+_UNITS = 32  # heads of tokens that a program moves
 
 
 def send_heads(
-    qkv: Tensor,
-    norms: Tensor | None,
-    rows: Rows,
-    joint: Tensor,
-    heads: Tensor,
-    starts: tuple[int, int],
-    programs: int | None = None,
+    qkv: Tensor, norms: Tensor | None, rows: Rows, joint: Tensor, heads: Tensor, starts: tuple[int, int]
 ) -> None:
     """`kernels.pack` over several ranks: each head of this rank's tokens goes to the rank that attends with it.
 
@@ -34,23 +27,19 @@ def send_heads(
         norms: weights of the RMS norms, [2 (text, image), 2 (queries, keys), head_dim]; None leaves the norms out.
         rows: the stream and sample of each row.
         joint: this rank's memory, [3, samples, tokens of all ranks, own heads, head_dim].
-        heads: int64 [heads, 4]: of each head to be sent, its number, the distance to its rank's memory in heads, and
-            there the number of heads and the place among them.
+        heads: int64 [heads, 3]: by head, the distance to its rank's memory in heads, and there the number of heads and
+            the place among them.
         starts: where this rank's text and image tokens begin among those of all ranks.
-        programs: how many send all, one on each of so many multiprocessors, which leaves the others to whatever runs at
-            the same time; None takes all multiprocessors.
     """
-    head_dim = joint.shape[-1]
-    units, wide = rows.total * 3 * len(heads), 1 if programs is None else _WIDE
-    blocks = triton.cdiv(units, _UNITS * wide)
-    _send_heads[(blocks if programs is None else min(programs, blocks),)](
+    head_dim, total = joint.shape[-1], len(heads)
+    units = rows.total * 3 * total
+    _send_heads[(triton.cdiv(units, _UNITS),)](
         qkv,
         qkv if norms is None else norms,
         joint,
         heads,
         units,
-        len(heads),
-        qkv.shape[1] // (3 * head_dim),
+        total,
         head_dim,
         *rows.divisors,
         rows.samples,
@@ -58,9 +47,9 @@ def send_heads(
         *starts,
         EPS,
         norms is not None,
-        _UNITS * wide,
+        _UNITS,
         triton.next_power_of_2(head_dim),
-        num_warps=_WARPS * min(wide, 4),
+        num_warps=4,
     )
 
 
@@ -88,7 +77,7 @@ def send_tokens(z: Tensor, own: Tensor, tokens: Tensor, first: int) -> None:
         head_dim,
         _UNITS,
         triton.next_power_of_2(head_dim),
-        num_warps=_WARPS,
+        num_warps=4,
     )
 
 
@@ -106,7 +95,7 @@ def meet(flags: Tensor, distances: Tensor, counter: Tensor, rank: int) -> None:
 
 @no_type_check  # annotations have Triton's meaning here
 @triton.jit(
-    do_not_specialize=["units", "sent", "split", "text", "image", "samples", "tokens", "text_start", "image_start"],
+    do_not_specialize=["units", "split", "text", "image", "samples", "tokens", "text_start", "image_start"],
 )
 def _send_heads(
     qkv,
@@ -114,7 +103,6 @@ def _send_heads(
     joint,
     places,
     units,
-    sent,
     heads,
     head_dim,
     split,
@@ -129,26 +117,22 @@ def _send_heads(
     block: tl.constexpr,
     wide: tl.constexpr,
 ):
-    """A unit is one of the heads that are sent, of one token's queries, keys or values; these lie in a row in `qkv`."""
-    for first in range(tl.program_id(0) * block, units, tl.num_programs(0) * block):
-        unit = first + tl.arange(0, block)
-        there = unit < units
-        row = unit // (3 * sent)
-        part = unit // sent % 3
-        is_text = row < split
-        sample = tl.where(is_text, row // text, (row - split) // image)
-        token = tl.where(is_text, text_start + row % text, image_start + (row - split) % image)
-        entry = places + unit % sent * 4
-        head = tl.load(entry, mask=there, other=0)
-        distance, count, index = _home(entry + 1, there)
-        place = (distance + ((part * samples + sample) * tokens + token) * count + index) * head_dim
-        lane = tl.arange(0, wide)[None, :]
-        inside = there[:, None] & (lane < head_dim)
-        source = ((row * 3 + part) * heads + head) * head_dim
-        value = tl.load(qkv + source[:, None] + lane, mask=inside, other=0.0)
-        if normed:
-            value = normed_heads(value, norms, is_text, part, lane, inside, head_dim, eps)
-        tl.store(joint + place[:, None] + lane, value, mask=inside)
+    """A unit is one head of one token's queries, keys or values; they lie in a row in `qkv`."""
+    unit = tl.program_id(0) * block + tl.arange(0, block)
+    there = unit < units
+    row = unit // (3 * heads)
+    part = unit // heads % 3
+    is_text = row < split
+    sample = tl.where(is_text, row // text, (row - split) // image)
+    token = tl.where(is_text, text_start + row % text, image_start + (row - split) % image)
+    distance, count, index = _home(places + unit % heads * 3, there)
+    place = (distance + ((part * samples + sample) * tokens + token) * count + index) * head_dim
+    lane = tl.arange(0, wide)[None, :]
+    inside = there[:, None] & (lane < head_dim)
+    value = tl.load(qkv + unit.to(tl.int64)[:, None] * head_dim + lane, mask=inside, other=0.0)
+    if normed:
+        value = normed_heads(value, norms, is_text, part, lane, inside, head_dim, eps)
+    tl.store(joint + place[:, None] + lane, value, mask=inside)
 
 
 @no_type_check  # annotations have Triton's meaning here

@@ -3,16 +3,13 @@
 The kernel that norms queries and keys writes each head straight to the GPU that attends with it, and another one writes
 the results back. Nothing is copied before or after, and all tokens lie in the order that they have on one GPU. The
 memory is torch's symmetric memory; its multicast is not used.
-
-Where much is sent, heads go in two groups, each with meetings of its own. The second group is sent while the attention
-of the first one runs, and its attention hides the way back of the first one's results.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from types import ModuleType
 from typing import Literal, NamedTuple
 from weakref import WeakSet
@@ -20,15 +17,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from mmdit.runtime.graphs import Graphs, beside, nothing
+from mmdit.runtime.graphs import Graphs
 from mmdit.runtime.mesh import Team, shares, starts
-from mmdit.runtime.products import Pair
-from mmdit.runtime.rows import Activation, Added, Attention, AttentionInputs, Rows
+from mmdit.runtime.rows import Added, Attention, AttentionInputs, Rows
 
-_LANES = 2  # groups of heads that meet independently
-_APART = 2**24  # bytes of a rank's heads from which they go in two groups
-_FIRST = 3 / 8  # share of a rank's heads in the first group: all wait for them
-_PROGRAMS = 24  # multiprocessors that send the second group, while the others attend
 _LAST = 2**31 - 1  # a flag that lets every meeting pass
 _ROUND = 2**21  # bytes; memory is mapped in pages of this size
 _PATIENCE = 30.0  # seconds for the first exchange, for which all ranks compile
@@ -45,24 +37,12 @@ class Arena(NamedTuple):
 Allocate = Callable[[int], Arena]  # of so many bytes on every rank; all ranks call it together
 
 
-class Group(NamedTuple):
-    """Heads that are exchanged together, some of each rank.
-
-    Attributes:
-        heads: see `peer_kernels.send_heads`.
-        own: which of this rank's heads.
-    """
-
-    heads: Tensor
-    own: slice
-
-
 class Places(NamedTuple):
     """Where the heads and tokens of one attention go; see `peer_kernels`."""
 
     joint: Tensor
     back: Tensor
-    groups: tuple[Group, ...]
+    heads: Tensor
     tokens: Tensor
     starts: tuple[int, int]
     first: int
@@ -83,10 +63,10 @@ class Peers:
 
     def __init__(self, team: Team, device: torch.device, allocate: Allocate) -> None:
         self.team, self.device, self._allocate = team, device, allocate
-        self._flags = self._allocate(4 * _LANES * team.size)
-        self.flags = self._flags.own[: 4 * _LANES * team.size].view(torch.int32).view(_LANES, team.size)
+        self._flags = self._allocate(4 * team.size)
+        self.flags = self._flags.own[: 4 * team.size].view(torch.int32)
         self.distances = torch.tensor([one // 4 for one in self._flags.distances], device=device)
-        self.counter = torch.zeros((_LANES, 1), dtype=torch.int32, device=device)
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._release()  # so that its kernel is loaded when it is needed
         self.flags.zero_()
         # Heads and results are in separate memory, also those of attentions of different sizes. A rank may store heads
@@ -95,7 +75,6 @@ class Peers:
         self.graphs = WeakSet[Graphs]()
         self.refused: dict[str, None] = {}
         self._places: dict[tuple[object, ...], Places] = {}
-        self._leaving: Tensor | None = None
 
     def takes(self, like: Tensor, head_dim: int) -> bool:
         """Whether heads of this dtype and size can be exchanged; `refused` keeps why not."""
@@ -107,116 +86,46 @@ class Peers:
         return not why
 
     def send(
-        self,
-        qkv: Tensor,
-        norms: Tensor | None,
-        rows: Rows,
-        head_dim: int,
-        text: Sequence[int],
-        image: Sequence[int],
-        *,
-        text_last: bool = False,
+        self, qkv: Tensor, norms: Tensor | None, rows: Rows, head_dim: int, text: Sequence[int], image: Sequence[int]
     ) -> AttentionInputs:
         """Queries, keys and values of all tokens with this rank's heads, [samples, tokens, own heads, head_dim].
 
-        Tokens are in the order of one GPU: all text, then all of the image. What is returned lasts until the next call,
-        and is for `attended`: heads of a second group may still be on their way.
+        Tokens are in the order of one GPU: all text, then all of the image. What is returned lasts until the next call.
 
         Args:
             qkv, norms, rows, head_dim: see `kernels.pack`; of this rank's tokens.
             text, image: the number of text and image tokens of each rank.
-            text_last: whether the rows of the text are still being computed; see `Pair`.
         """
+        from mmdit.runtime import peer_kernels
+
         places = self.places(rows.samples, qkv.shape[1] // (3 * head_dim), head_dim, qkv.dtype, text, image)
-        self._leaving = qkv  # lives until `attended` has waited for all that reads it
-        send, join = partial(self._send, norms, head_dim, places), nothing
-        if text_last:
-            of_text = qkv[: rows.split], rows.only_text()
-            qkv, rows = qkv[rows.split :], rows.only_image()
-            join = beside(lambda: send(*of_text, *places.groups))
-        send(qkv, rows, places.groups[0])
-        join()
-
-        def follow(lane: int) -> None:
-            send(qkv, rows, places.groups[lane], programs=_PROGRAMS)
-            self.meet(lane)
-
-        for lane in range(1, len(places.groups)):
-            beside(partial(follow, lane))
-        self.meet(0)
+        peer_kernels.send_heads(qkv, norms, rows, places.joint, places.heads, places.starts)
+        self.team.sent += qkv.nbytes // qkv.shape[1] * 3 * head_dim * (len(places.heads) - places.joint.shape[3])
+        self.meet()
         q, k, v = places.joint.unbind(0)
         return q, k, v
 
-    def _send(
-        self,
-        norms: Tensor | None,
-        head_dim: int,
-        places: Places,
-        qkv: Tensor,
-        rows: Rows,
-        *groups: Group,
-        programs: int | None = None,
-    ) -> None:
-        """Store the heads of groups, of some rows of this rank, where they belong."""
-        from mmdit.runtime import peer_kernels
-
-        for group in groups:
-            peer_kernels.send_heads(qkv, norms, rows, places.joint, group.heads, places.starts, programs)
-            leaving = len(group.heads) - (group.own.stop - group.own.start)
-            self.team.sent += qkv.nbytes // qkv.shape[1] * 3 * head_dim * leaving
-
-    def attended(
-        self, inputs: AttentionInputs, inner: Attention, heads: int, text: Sequence[int], image: Sequence[int]
-    ) -> Tensor:
-        """This rank's tokens of all heads after the attention, [samples, own tokens, heads, head_dim].
-
-        They last until the next call.
+    def send_back(self, z: Tensor, heads: int, text: Sequence[int], image: Sequence[int]) -> Tensor:
+        """This rank's tokens of all heads, [samples, own tokens, heads, head_dim], until the next call.
 
         Args:
-            inputs: what `send` gave.
-            inner: attention of all tokens with some of this rank's heads.
+            z: results of all tokens with this rank's heads, as `send` ordered them.
             heads: the number of all heads.
             text, image: as in `send`.
-        """
-        like = inputs[0]
-        places = self.places(len(like), heads, like.shape[3], like.dtype, text, image)
-
-        def attend(lane: int) -> None:
-            own = places.groups[lane].own
-            q, k, v = (one[:, :, own] for one in inputs)
-            self.send_back(inner(q, k, v), heads, text, image, first=own.start, lane=lane)
-
-        joins = [beside(partial(attend, lane)) for lane in range(1, len(places.groups))]
-        attend(0)
-        for join in joins:
-            join()
-        self._leaving = None
-        return places.back
-
-    def send_back(
-        self, z: Tensor, heads: int, text: Sequence[int], image: Sequence[int], *, first: int = 0, lane: int = 0
-    ) -> Tensor:
-        """This rank's tokens of all heads whose results have come back, [samples, own tokens, heads, head_dim].
-
-        Args:
-            z: results of all tokens with some of this rank's heads, as `send` ordered them.
-            heads, text, image: as in `attended`.
-            first: the first of these heads among those of this rank.
-            lane: where the ranks meet.
         """
         from mmdit.runtime import peer_kernels
 
         places = self.places(len(z), heads, z.shape[3], z.dtype, text, image)
-        peer_kernels.send_tokens(z.contiguous(), places.back, places.tokens, places.first + first)
+        peer_kernels.send_tokens(z.contiguous(), places.back, places.tokens, places.first)
         self.team.sent += z.nbytes // z.shape[1] * (z.shape[1] - places.back.shape[1])
-        self.meet(lane)
+        self.meet()
         return places.back
 
-    def meet(self, lane: int) -> None:
-        """Wait on the GPU until all ranks are here, in one of the lanes, which do not wait for each other."""
+    def meet(self) -> None:
+        """Wait on the GPU until all ranks are here."""
         from mmdit.runtime import peer_kernels
 
-        peer_kernels.meet(self.flags[lane], self.distances, self.counter[lane], self.team.rank)
+        peer_kernels.meet(self.flags, self.distances, self.counter, self.team.rank)
 
     def places(
         self, samples: int, heads: int, head_dim: int, dtype: torch.dtype, text: Sequence[int], image: Sequence[int]
@@ -234,8 +143,7 @@ class Peers:
         by_rank, both = shares(heads, self.team.size), [sum(pair) for pair in zip(text, image, strict=True)]
         joint = (3, samples, sum(both), by_rank[rank], head_dim)
         back = (samples, both[rank], heads, head_dim)
-        most = 3 * samples * sum(both) * max(by_rank) * unit  # bytes of a rank's heads
-        forth = self._arena("heads", rounded(most))
+        forth = self._arena("heads", rounded(3 * samples * sum(both) * max(by_rank) * unit))
         home = self._arena("results", rounded(samples * max(both) * heads * unit))
 
         def of(arena: Arena, shape: tuple[int, ...]) -> Tensor:
@@ -247,10 +155,7 @@ class Peers:
         return Places(
             of(forth, joint),
             of(home, back),
-            tuple(
-                Group(torch.tensor(head_places(distances(forth), by_rank, own), device=self.device), own[rank])
-                for own in head_groups(by_rank, most)
-            ),
+            torch.tensor(head_places(distances(forth), by_rank), device=self.device),
             torch.tensor(token_places(distances(home), text, image), device=self.device),
             (starts(text)[rank], sum(text) + starts(image)[rank]),
             starts(by_rank)[rank],
@@ -294,7 +199,6 @@ class Peers:
         """Free the memory, after the graphs that use it; now, because it cannot be freed while a graph is recorded."""
         self._places.clear()
         self._arenas.clear()
-        self._leaving = None
         self._flags = self._flags._replace(own=torch.empty(0, dtype=torch.uint8))
         self.flags = self._flags.own.view(torch.int32)
 
@@ -323,7 +227,7 @@ class Peers:
             return q + 2 * k + 4 * v
 
         own = qkv.view(2, 3, heads, size)
-        found = self.attended(self.send(qkv, None, rows, size, counts, counts), attended, heads, counts, counts)
+        found = self.send_back(attended(*self.send(qkv, None, rows, size, counts, counts)), heads, counts, counts)
         self._arrived()
         if not torch.equal(found[0], attended(*own.unbind(1))):
             raise RuntimeError("numbers stored into the memory of other GPUs came back wrong")
@@ -368,51 +272,23 @@ class Exchanging(NamedTuple):
             self.kernels.add_up(qkv, added, rows)
         return self.peers.send(qkv, norms, rows, head_dim, self._text(bool(rows.text)), self.image)
 
-    def project_and_pack(
-        self, qkv: Pair, x: Activation, rows: Rows, norms: Tensor | None, head_dim: int
-    ) -> AttentionInputs:
-        """`pack` of the products of x; those of the text are computed while those of the image are sent."""
-        if x.text is None or qkv.factors is not None:
-            found = qkv(x, rows, self.kernels)
-            return self.pack(found.value, norms, rows, head_dim, found.added)
-        value = qkv(x, rows, self.kernels, text_last=True).value
-        return self.peers.send(value, norms, rows, head_dim, self.text, self.image, text_last=True)
-
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of what `pack` gave; this rank's tokens of all heads."""
-        text = self._text(q.shape[1] > sum(self.image))
-        return self.peers.attended((q, k, v), self.inner, self.heads, text, self.image)
+        z = self.inner(q, k, v)
+        return self.peers.send_back(z, self.heads, self._text(z.shape[1] > sum(self.image)), self.image)
 
     def _text(self, there: bool) -> Sequence[int]:
         return self.text if there else [0] * len(self.text)
 
 
-def head_groups(heads: Sequence[int], nbytes: int) -> list[list[slice]]:
-    """The heads that are exchanged together: of each group, which heads of each rank.
-
-    Args:
-        heads: the number of heads of each rank.
-        nbytes: of queries, keys and values of all tokens, on the rank with the most heads.
-    """
-    if nbytes < _APART or min(heads) < 2:
-        return [[slice(0, count) for count in heads]]
-    firsts = [max(int(_FIRST * count), 1) for count in heads]
-    return [
-        [slice(0, first) for first in firsts],
-        [slice(first, count) for first, count in zip(firsts, heads, strict=True)],
-    ]
-
-
-def head_places(distances: Sequence[int], heads: Sequence[int], group: Sequence[slice]) -> list[list[int]]:
-    """By head of a group: its number, the distance to its rank, and there the number of heads and the place among them.
+def head_places(distances: Sequence[int], heads: Sequence[int]) -> list[list[int]]:
+    """By head: the distance to its rank, and there the number of heads and the place among them.
 
     Args:
         distances: to the memory of each rank, in heads.
         heads: the number of heads of each rank.
-        group: which heads of each rank.
     """
-    ranks = zip(distances, heads, starts(heads), group, strict=True)
-    return [[start + place, there, count, place] for there, count, start, some in ranks for place in range(count)[some]]
+    return [[there, count, place] for there, count in zip(distances, heads, strict=True) for place in range(count)]
 
 
 def token_places(distances: Sequence[int], text: Sequence[int], image: Sequence[int]) -> list[list[int]]:

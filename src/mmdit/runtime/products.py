@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.models.lora import LoraLinear
-from mmdit.runtime.graphs import beside, nothing
+from mmdit.runtime.graphs import beside
 from mmdit.runtime.rows import Activation, Added, Down, Part, Result, Rounding, Rows
 from quant.matmul import arithmetic_of, backend_of, multiplies_by_half, multiply_into
 from quant.quantize import linears_of
@@ -176,45 +176,30 @@ class Pair:
         """The down projections of the LoRAs beside the Linears; None where there are none."""
         return None if self.factors is None else self.factors[0]
 
-    def __call__(self, x: Activation, rows: Rows, kernels: ModuleType, *, text_last: bool = False) -> Result:
-        """The products of both streams as rows of one matrix, and what is left to be added to them.
-
-        Args:
-            x, rows: what the Linears read.
-            kernels: see `mmdit.runtime.fast.FastMMDiT`.
-            text_last: launch the text's product after the image's, by `beside`: only what is launched by `beside` after
-                this finds its rows, and what waits for that. Until then x must not be freed.
-        """
+    def __call__(self, x: Activation, rows: Rows, kernels: ModuleType) -> Result:
+        """The products of both streams as rows of one matrix, and what is left to be added to them."""
         like, added = self.image.linear, None
         dtype = like.weight.dtype
         if self.factors is not None:  # before the products, while the activations are in the cache
             down, up = self.factors
             added = Added(kernels.low(x, down, dtype) if x.low is None else x.low, up)
         out = torch.empty((rows.total, like.out_features), dtype=dtype, device=like.weight.device)
-        self._multiply(x, rows, out, text_last=text_last)
+        joins = []
+        if x.text is not None:
+            assert self.text is not None, "the text stream has ended here"
+            run = partial(self.text, x.text, out[: rows.split])
+            if saves_waves(rows.split, rows.total - rows.split, like.out_features, multiprocessors(out.device)):
+                joins.append(beside(run))
+            else:
+                run()
+        if x.image is not None:
+            self.image(x.image, out[rows.split :])
+        for join in joins:
+            join()
         if added is not None and not self.leaves:
             kernels.add_up(out, added, rows)
             added = None
         return Result(out, added)
-
-    def _multiply(self, x: Activation, rows: Rows, out: Tensor, *, text_last: bool) -> None:
-        """Write the products of both streams into `out`."""
-        of_text, of_image, join = nothing, nothing, nothing
-        if x.text is not None:
-            assert self.text is not None, "the text stream has ended here"
-            of_text = partial(self.text, x.text, out[: rows.split])
-        if x.image is not None:
-            of_image = partial(self.image, x.image, out[rows.split :])
-        if text_last:
-            of_image()
-            beside(of_text)
-            return
-        if saves_waves(rows.split, rows.total - rows.split, out.shape[1], multiprocessors(out.device)):
-            join = beside(of_text)
-        else:
-            of_text()
-        of_image()
-        join()
 
 
 def saves_waves(text: int, image: int, columns: int, units: int) -> bool:

@@ -157,7 +157,7 @@ class Part:
         if direct is None or not direct.takes(like, like.shape[-1] // heads) or kernels is plain_kernels:
             return kernels, lambda q, k, v: self.attend(q, k, v, inner)
         over = Exchanging(kernels, direct, inner, heads, self.text, self.sizes)
-        return _Kernels(kernels, over.pack, over.project_and_pack), over.attention
+        return _Kernels(kernels, over.pack), over.attention
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inner: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """Exchange tokens for heads, attend, and exchange back.
@@ -242,17 +242,12 @@ class _Exchanged(Strategy):
 
 
 class _Kernels(ModuleType):
-    """The kernels of a fast forward, with another `pack`, and one that computes what it packs."""
+    """The kernels of a fast forward, with another `pack`."""
 
-    def __init__(
-        self,
-        kernels: ModuleType,
-        pack: Callable[..., AttentionInputs],
-        project_and_pack: Callable[..., AttentionInputs] | None = None,
-    ) -> None:
+    def __init__(self, kernels: ModuleType, pack: Callable[..., AttentionInputs]) -> None:
         super().__init__(kernels.__name__)
         self.__dict__.update(vars(kernels))
-        self.pack, self.project_and_pack = pack, project_and_pack
+        self.pack = pack
 
 
 def _turned(x: Tensor) -> Tensor:

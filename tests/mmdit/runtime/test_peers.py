@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from mmdit.models.mmdit import MMDiT, MMDiTConfig
 from mmdit.pipeline.parallelize import PipelineParallel
-from mmdit.runtime import peer_setup, peers, plain_kernels, products
+from mmdit.runtime import peer_setup, peers, plain_kernels
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.fast import FastMMDiT
 from mmdit.runtime.graphs import Graphs
@@ -26,13 +26,13 @@ if HAS_TRITON:
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON or torch.cuda.is_available(), reason=SKIPS["triton"])
 CPU, PAGE = torch.device("cpu"), 2**12
-HEADS, WIDTH = 7, 16
+HEADS, WIDTH = 5, 16
 
 
 class Near(Peers):
     """Ranks whose memories are pieces of one tensor; they meet by gloo, or run one after the other."""
 
-    def meet(self, lane):
+    def meet(self):
         if dist.is_initialized():
             dist.barrier()
 
@@ -63,19 +63,9 @@ def small_pages(monkeypatch):
     monkeypatch.setattr(peers, "_ROUND", PAGE)
 
 
-@pytest.fixture(params=[1, 2], ids=["one group", "two groups"])
-def groups(request, monkeypatch):
-    """The number of groups of heads; the second one is moved by two programs, of which one moves two blocks."""
-    if request.param == 2:
-        monkeypatch.setattr(peers, "_APART", 0)
-        monkeypatch.setattr(peers, "_PROGRAMS", 2)
-        monkeypatch.setattr(peer_kernels, "_WIDE", 1)  # the image's 72 units of the first test are three blocks
-    return request.param
-
-
 @pytest.mark.parametrize("text", [[1, 2, 2], [0, 0, 0]], ids=["joint", "image"])
-def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(text, groups, small_pages):
-    """Three ranks with 3 + 2 + 2 heads, uneven tokens and two samples; to the last bit."""
+def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(text, small_pages):
+    """Three ranks with 2 + 2 + 1 heads, uneven tokens and two samples; to the last bit."""
     image, samples, draw = [3, 2, 2], 2, torch.Generator().manual_seed(0)
     memory = torch.zeros(3, 2**17, dtype=torch.uint8)
     ranks = [near(a_team(rank, 3), memory) for rank in range(3)]
@@ -98,14 +88,13 @@ def test_each_rank_gets_its_heads_and_its_tokens_back_in_the_order_of_one_rank(t
     with quiet():
         wanted = kernels.pack(*packed(qkv.split([sum(text), sum(image)], dim=1)))
         for rank, one in enumerate(ranks):
-            one.send(*packed(part(qkv, rank)), text, image, text_last=groups > 1 and any(text))
+            one.send(*packed(part(qkv, rank)), text, image)
         sizes = (samples, HEADS, WIDTH, torch.float32, text, image)
         for rank, one in enumerate(ranks):
             joint = one.places(*sizes).joint
             mine = slice(starts(by_rank)[rank], starts(by_rank)[rank] + by_rank[rank])
             assert all(torch.equal(found, whole[:, :, mine]) for found, whole in zip(joint, wanted, strict=True))
-            assert len(one.places(*sizes).groups) == groups
-            one.attended(tuple(joint), attended, HEADS, text, image)
+            one.send_back(attended(*joint), HEADS, text, image)
     for rank, one in enumerate(ranks):
         assert torch.equal(one.places(*sizes).back, torch.cat(part(attended(*wanted), rank), dim=1))
         own, unit = text[rank] + image[rank], samples * WIDTH * 4
@@ -183,7 +172,6 @@ def test_shared_memory_is_freed_after_the_graphs_also_where_the_model_was_change
     accelerated._weights = SimpleNamespace(moved=0, still=True)  # of a budget: the fast forward is built anew in a step
     assert list(one.graphs) == [accelerated.graphs]
     accelerated.graphs._captured["step"] = None
-    one._leaving = torch.zeros(1)  # of an exchange that has failed
     model.joint_blocks[0].register_forward_hook(lambda *_: None)
     parallel = PipelineParallel.__new__(PipelineParallel)
     parallel.pipe = SimpleNamespace(transformer=model, accelerated=accelerated, parallel=parallel)
@@ -191,7 +179,7 @@ def test_shared_memory_is_freed_after_the_graphs_also_where_the_model_was_change
     parallel.sequence = accelerated.sequence
     with pytest.raises(ValueError, match="hook"):
         parallel.close()
-    assert (one.nbytes, one._leaving, len(accelerated.graphs), parallel.pipe.parallel) == (0, None, 0, None)
+    assert (one.nbytes, len(accelerated.graphs), parallel.pipe.parallel) == (0, 0, None)
 
 
 def test_meeting_tells_all_others_and_counts():
@@ -216,7 +204,7 @@ def test_the_check_of_the_exchange(small_pages):
                 one.check()
             except RuntimeError as error:
                 said.append(str(error))
-            one.meet(0)
+            one.meet()
         return said
 
     with quiet():
@@ -225,25 +213,7 @@ def test_the_check_of_the_exchange(small_pages):
     assert second == []
 
 
-@pytest.fixture
-def late(groups, monkeypatch):
-    """Where there are two groups, what runs beside the rest is as late as it may be: when something waits for it."""
-    waiting = []
-
-    def join():
-        while waiting:
-            waiting.pop(0)()
-
-    def beside(run):
-        waiting.append(run)
-        return join
-
-    if groups > 1:
-        monkeypatch.setattr(peers, "beside", beside)
-        monkeypatch.setattr(products, "beside", beside)
-
-
-def test_a_fast_forward(small_pages, groups, late):
+def test_a_fast_forward(small_pages):
     """Two processes compute what one does, without the collective; the other kernels are plain torch."""
     torch.manual_seed(0)
     sizes = {"depth": 2, "hidden_size": HEADS * WIDTH, "context_dim": 24, "pooled_dim": 16, "pos_embed_size": 8}
