@@ -79,10 +79,10 @@ class Float8Recipe:
     decoded: int = 32  # pictures that tell how much each channel of the latents counts
     followed: int = 32  # drawings that tell how much each step counts
     compiled: bool = False  # blocks, on a GPU
-    batch: int = 120  # latents in a step, each with and without its prompt
-    along: int = 10  # of them of each drawing
+    batch: int = 60  # latents in a step, each with and without its prompt
+    along: int = 5  # of them of each drawing
     drawn: int = 256  # drawings at a time
-    rate: float = 2e-5  # small: weights start at codes that were chosen together, and noise should not move them
+    rate: float = 1e-5  # small: codes that flip make most of a gradient chance, over which many small steps average
     steps: int = MAIN.steps  # of a drawing
     seed: int = 0
     log_seconds: float = 20.0
