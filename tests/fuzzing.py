@@ -10,7 +10,7 @@ import pytest
 
 from full import FULL
 
-SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "8" if FULL else "1"))  # of each fuzzer
+SECONDS = float(os.environ.get("MMDIT_FUZZ_SECONDS", "8" if FULL else "0.25"))  # of each fuzzer
 SLOW = 5.0  # seconds that one small input may take, on a machine with other work
 
 NUMBERS: tuple[Any, ...] = (

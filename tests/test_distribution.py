@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -45,8 +46,17 @@ def imports(file: Path) -> tuple[list[ast.stmt], list[ast.stmt]]:
     """The imports of a file: those at its top, and all."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     kinds = (ast.Import, ast.ImportFrom)
-    top, every = tree.body, ast.walk(tree)
+    top, every = tree.body, statements(tree)
     return [one for one in top if isinstance(one, kinds)], [one for one in every if isinstance(one, kinds)]
+
+
+def statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """All statements inside, however deep, as `ast.walk` finds them, without a look at expressions."""
+    for inner in ast.iter_child_nodes(node):
+        if isinstance(inner, ast.stmt):
+            yield inner
+        if isinstance(inner, ast.stmt | ast.excepthandler | ast.match_case):
+            yield from statements(inner)
 
 
 def imported(file: Path, *, top_level_only: bool = False) -> set[str]:

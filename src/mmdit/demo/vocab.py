@@ -82,7 +82,7 @@ def _learn_merges(words: dict[tuple[str, ...], int], limit: int) -> list[tuple[s
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
         merges.append(best)
-        words = {_merged(word, best): weight for word, weight in words.items()}
+        words = {_merged(word, best) if best[0] in word else word: weight for word, weight in words.items()}
     return merges
 
 
