@@ -41,6 +41,7 @@ def pytest_collection() -> Iterator[None]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(700, 10, 40)  # a look at all objects finds hardly more than one at the young ones
         gc.enable()
 
 

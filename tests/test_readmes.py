@@ -54,7 +54,7 @@ def test_python_blocks_run(path, tmp_path, monkeypatch, small_pictures):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     diffusers = PROFILES["diffusers"]
-    quick = replace(diffusers, steps=2, text=replace(diffusers.text, t5_length=77))
+    quick = replace(diffusers, steps=2, text=replace(diffusers.text, t5_length=32))
     monkeypatch.setitem(PROFILES, "diffusers", quick)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(fenced(path.read_text(), "python")):

@@ -10,13 +10,20 @@ these are let be. `jaxtyping_disable` of jaxtyping's config turns all of it off.
 
 import ast
 import dataclasses
+import hashlib
 import inspect
+import marshal
+import os
 import re
+import struct
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import cache_from_source
+from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -27,6 +34,7 @@ from jaxtyping import config, jaxtyped
 ONLY_FOR_TYPES: dict[str, set[str]] = {}  # by module: the names that it imports under TYPE_CHECKING
 SIGNATURES: list[Callable[..., Any]] = []  # all functions and methods that are checked
 AS_IMPORTED: dict[str, dict[str, Any]] = {}  # by module: what its names were before any test replaced some
+CACHED = "checked" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]  # what is in the names of its files
 SHAPES = re.compile(r"\b(Float|Int|Bool)\[")
 as_type_error = beartype(conf=BeartypeConf(violation_type=TypeError))
 
@@ -127,20 +135,36 @@ def _decorator(node: ast.stmt) -> ast.expr:
 
 class _Loader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
-        """From the source, never from a cache, which holds the code without checks."""
+        """From the source, or from a cache of our own: Python's holds the code without checks."""
         path = self.get_filename(fullname)
+        cache, source = Path(cache_from_source(path, optimization=CACHED)), Path(path).stat()
+        stamp = struct.pack("<qq", source.st_mtime_ns, source.st_size)
+        with suppress(OSError):
+            if (kept := cache.read_bytes()).startswith(stamp):
+                return self._known(fullname, *marshal.loads(kept[len(stamp) :]))
         tree = ast.parse(self.get_data(path), path)
         guarded = (
             one.body for one in tree.body if isinstance(one, ast.If) and ast.unparse(one.test) == "TYPE_CHECKING"
         )
-        ONLY_FOR_TYPES[fullname] = {
+        names = {
             alias.asname or alias.name
             for body in guarded
             for one in body
             if isinstance(one, ast.Import | ast.ImportFrom)
             for alias in one.names
         }
-        return compile(_Decorate().visit(tree), path, "exec", dont_inherit=True)
+        code = compile(_Decorate().visit(tree), path, "exec", dont_inherit=True)
+        if not sys.dont_write_bytecode:
+            with suppress(OSError):  # of a folder that cannot be written to
+                cache.parent.mkdir(exist_ok=True)
+                part = cache.with_suffix(f".{os.getpid()}")
+                part.write_bytes(stamp + marshal.dumps((names, code)))
+                part.replace(cache)
+        return self._known(fullname, names, code)
+
+    def _known(self, fullname: str, names: set[str], code: CodeType) -> CodeType:
+        ONLY_FOR_TYPES[fullname] = names
+        return code
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)

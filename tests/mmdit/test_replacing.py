@@ -251,7 +251,7 @@ def test_kills_leave_whole_files_or_none(tmp_path):
     """Processes that write without an end are killed, each at a random moment after its first file."""
     command, moments = [sys.executable, "-c", PARENT], Random(0)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as parent:
-        for number in range(30 if FULL else 12):
+        for number in range(30 if FULL else 8):
             place = tmp_path / str(number)
             place.mkdir()
             killed_while_it_writes(parent, place, moments.uniform(0.0, 0.06))

@@ -106,9 +106,7 @@ BOTH = [(name, dtype) for dtype in (torch.float32, torch.bfloat16) for name in R
 TRAINED = ("fp8", "fp8-weight-only", "fp8-static", "fp8-tensor")  # compiled in float32 by the next test
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), in_full(BOTH, [one for one in BOTH if one[1] == torch.bfloat16])
-)
+@pytest.mark.parametrize(("name", "dtype"), in_full(BOTH, [one for one in BOTH if one[1] == torch.bfloat16]))
 def test_a_compiled_module_is_the_module(compiled, name, dtype):
     net = Net(RECIPES_OF_ALL[name], dtype)
     fast = compiled(net)

@@ -32,7 +32,7 @@ def test_the_folder_is_small_enough_to_commit():
 
 def test_held_out_prompts(pipe):
     """At least 90 % of what they state, as a mean over the kinds of statements."""
-    prompts = 64 if FULL else 12
+    prompts = 64 if FULL else 8
     result = evaluate(pipe, Setting("fixed prompts", steps=12 if FULL else 8, t5="77"), prompts, 1, batch=16)
     assert sum(count for _, count in result.by_kind.values()) > 7 * prompts
     assert result.macro >= 0.90, result.by_kind

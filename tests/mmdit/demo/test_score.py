@@ -16,7 +16,7 @@ from mmdit.demo.grammar import KINDS, Statement, What
 from mmdit.demo.scenes import Scene, SceneObject
 from mmdit.demo.shapes import BACKGROUNDS, COLOURS, SHAPES
 
-COUNT = 300 if FULL else 150
+COUNT = 300 if FULL else 100
 
 
 @cache

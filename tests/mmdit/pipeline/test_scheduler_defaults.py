@@ -11,7 +11,7 @@ import torch
 
 import samplers
 import tiny
-from full import in_full
+from full import FULL, in_full
 from mmdit import PROFILES, Pipeline
 from mmdit.checkpoints.safetensors_io import CheckpointError
 from mmdit.checkpoints.write import convert
@@ -87,13 +87,16 @@ def test_a_folder_draws_what_diffusers_draws(folder_of, base, name):
 def test_what_the_scheduler_says_is_written_back(folder_of, tmp_path, name):
     ours = Pipeline.from_pretrained(folder_of(name))
     assert ours.sampling is not None
-    for layout in ("diffusers", "official"):
+    whole = FULL or name in ("dpm++", "unipc dynamic")
+    for layout in ("diffusers", "official") if whole else ("diffusers",):
         again = Pipeline.from_pretrained(ours.save_pretrained(tmp_path / layout, layout=layout))
         assert again.sampling == ours.sampling
         assert again.shift == ours.shift
     written = convert(tmp_path / "diffusers", tmp_path / "converted", "diffusers")
     assert Pipeline.from_pretrained(written).sampling == ours.sampling
     tiny.load(written)  # the class in model_index.json is the scheduler's
+    if not whole:
+        return
     with pytest.warns(UserWarning, match=f"sampler {ours.sampling.sampler} and schedule {ours.sampling.schedule}"):
         ours.save_pretrained(tmp_path / "comfyui", layout="comfyui")
 
