@@ -4,6 +4,7 @@ import atexit
 import gc
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ check_signatures(["mmdit", "encoders", "quant", "samplers"])
 import pytest
 import torch
 
+from full import FULL
 from own_process import ALONE, alone
 from skips import SKIPS
 
@@ -108,6 +110,16 @@ def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         PipelineModels, "_cells", lambda self, pixels, name: cells(self, 64 if pixels is None else pixels, name)
     )
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default profile reads 32 T5 tokens, not 256: three quarters of the tokens of a small picture are text."""
+    from mmdit import PROFILES
+
+    diffusers = PROFILES["diffusers"]
+    text = replace(diffusers.text, t5_length=diffusers.text.t5_length if FULL else 32)
+    monkeypatch.setitem(PROFILES, "diffusers", replace(diffusers, text=text))
 
 
 @pytest.fixture(scope="session")

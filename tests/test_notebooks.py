@@ -4,14 +4,12 @@ import os
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from full import FULL
-from mmdit import PROFILES
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
@@ -35,11 +33,8 @@ def in_a_process(path, folder):
 
 
 def here(path, monkeypatch, folder):
-    """In this process, which has everything imported already, with as few T5 tokens as the prompts need."""
+    """In this process, which has everything imported already."""
     import matplotlib.pyplot as plt
-
-    diffusers = PROFILES["diffusers"]
-    monkeypatch.setitem(PROFILES, "diffusers", replace(diffusers, text=replace(diffusers.text, t5_length=32)))
 
     monkeypatch.setenv("MMDIT_QUICK", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -59,6 +54,7 @@ def test_notebook(path, tmp_path, monkeypatch, request):
         in_a_process(path, tmp_path)
     else:
         request.getfixturevalue("small_pictures")
+        request.getfixturevalue("few_tokens")
         here(path, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir()), "a notebook leaves files behind"
 

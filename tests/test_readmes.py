@@ -48,14 +48,12 @@ WITH_PYTHON = [path for path in READMES if fenced(path.read_text(), "python") an
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=name_of)  # that of inspection runs in its own test_readme.py
-def test_python_blocks_run(path, tmp_path, monkeypatch, small_pictures):
+def test_python_blocks_run(path, tmp_path, monkeypatch, small_pictures, few_tokens):
     """All blocks of a file in one namespace, in their order."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    diffusers = PROFILES["diffusers"]
-    quick = replace(diffusers, steps=2, text=replace(diffusers.text, t5_length=32))
-    monkeypatch.setitem(PROFILES, "diffusers", quick)
+    monkeypatch.setitem(PROFILES, "diffusers", replace(PROFILES["diffusers"], steps=2))
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, block in enumerate(fenced(path.read_text(), "python")):
         if ELSEWHERE.search(re.sub(r"#.*", "", block)):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import samplers
+from full import FULL
 from mmdit import PROFILES, Pipeline
 from mmdit.bench import sampler_plots
 from mmdit.bench import samplers as bench_samplers
@@ -20,9 +21,9 @@ from mmdit.cli.app import main
 
 @pytest.fixture(scope="module")
 def pipe():
-    """With the 77 T5 tokens of the other profiles."""
+    """With fewer T5 tokens than the 256 of the profile."""
     profile = PROFILES["diffusers"]
-    return Pipeline.demo(profile=replace(profile, text=replace(profile.text, t5_length=77)))
+    return Pipeline.demo(profile=replace(profile, text=replace(profile.text, t5_length=77 if FULL else 32)))
 
 
 def test_errors_fall_with_steps_and_calls_are_counted(pipe):

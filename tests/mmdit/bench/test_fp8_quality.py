@@ -8,7 +8,7 @@ import torch
 from mmdit.bench import fp8_quality
 
 
-def test_rows_of_the_fast_forward(tmp_path, monkeypatch):
+def test_rows_of_the_fast_forward(tmp_path, monkeypatch, few_tokens):
     monkeypatch.setattr(fp8_quality, "workers", lambda count: ThreadPoolExecutor(1))
     monkeypatch.setattr(fp8_quality, "bootstrap", lambda *_, **__: (0.5, 2.0))
     monkeypatch.setattr(fp8_quality, "inner_snr", lambda *_: (120.0, {}))

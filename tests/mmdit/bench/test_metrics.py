@@ -90,7 +90,7 @@ class AsInAProcess(Executor):
         return done
 
 
-def test_the_table_of_recipes(tmp_path, capsys, monkeypatch):
+def test_the_table_of_recipes(tmp_path, capsys, monkeypatch, few_tokens):
     """Small numbers, every kind of column: what is not quantized is equal to itself, float8 is near and not equal."""
     monkeypatch.setattr(fp8_quality, "MAIN", replace(fp8_quality.MAIN, t5="77"))
     monkeypatch.setattr(fp8_quality, "workers", lambda count: nullcontext(AsInAProcess()) if count == 1 else None)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from full import FULL
 from mmdit import MMDiT, MMDiTConfig, Pipeline, attention_maps
 from mmdit.bench.maps import Loop
 from mmdit.bench.random_models import Inputs
@@ -17,7 +18,8 @@ from refusals import refuses
 PROMPTS = ["a red circle above a blue star", "a small ring, on white"]
 WORDS = ["circle", "blue star", "a", "a#2", "ring", "<pad>"]
 SIZES = {"height": 96, "width": 128}
-TEXT = 333
+LENGTH = {"max_sequence_length": 256 if FULL else 77}  # of the T5 tokens
+TEXT = 77 + LENGTH["max_sequence_length"]
 DIRECTIONS = ("i2t", "t2i")
 
 
@@ -33,7 +35,7 @@ def demo():
 
 def draw(pipe, prompts=PROMPTS, steps=2, **settings):
     seeds = list(range(len(prompts)))
-    settings = {"num_inference_steps": steps, "output_type": "latent", **SIZES} | settings
+    settings = {"num_inference_steps": steps, "output_type": "latent", **SIZES, **LENGTH} | settings
     return pipe(prompts, seed=seeds, **settings).images
 
 
@@ -61,7 +63,7 @@ def both(wide):
     with patterns(wide) as dense, attention_maps(wide, WORDS, **settings) as maps:
         draw(wide)
     pattern = torch.stack(dense).unflatten(0, (2, 4))[:, :, 2:]  # the rows of cond
-    return maps, pattern, wide.encode(PROMPTS)
+    return maps, pattern, wide.encode(PROMPTS, **LENGTH)
 
 
 @pytest.mark.parametrize("encoder", ["all", "clip", "t5"])
@@ -153,7 +155,7 @@ def test_low_precision_maps_are_those_of_its_own_queries_and_keys():
         draw(pipe, PROMPTS[:1], steps=1)
         handle.remove()
     q, k, _ = (part[1].double() for part in dense[0])
-    places = token_positions(pipe.encode(PROMPTS[0]), 0, "circle")
+    places = token_positions(pipe.encode(PROMPTS[0], **LENGTH), 0, "circle")
     expected = (q @ k.mT / 8).softmax(-1)[:, TEXT:, places].sum(-1).mean(0)
     torch.testing.assert_close(maps.words["circle"][0, 0, 0].flatten().double(), expected, rtol=1e-4, atol=0)
 
