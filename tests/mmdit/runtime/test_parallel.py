@@ -77,7 +77,7 @@ SPLIT_BRANCHES = [
 ON_FOUR = {
     Layout(2, 2): (
         "large, an odd size",
-        "large, single-stream ControlNet",
+        *(["large, single-stream ControlNet"] if FULL else []),  # two ranks draw it in either layout
         "mmdit-x, skipped and perturbed",
         "mmdit-x, joint ControlNet",
         "mmdit-x, fast, several pictures",
@@ -87,8 +87,7 @@ ON_FOUR = {
         "large, guided",
         "sd3-medium, perturbed attention",
         "mmdit-x, an odd size",
-        "mmdit-x, several pictures",
-        "mmdit-x, joint ControlNet",
+        *(["mmdit-x, several pictures", "mmdit-x, joint ControlNet"] if FULL else []),  # the same
         "sd3-medium, fast, an odd size",
     ),
     Layout(4, 1): ("mmdit-x, skipped and perturbed", "mmdit-x, random steps"),
