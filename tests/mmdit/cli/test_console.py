@@ -24,7 +24,7 @@ from mmdit.cli.usage import dtype_name, sampler_name, schedule_name
 from mmdit.embedded import EMBEDDED
 from skips import SKIPS
 
-FEW = ["--steps", "1", "--height", "16", "--width", "16", "--device", "cpu"]
+FEW = ["--steps", "1", "--height", "16", "--width", "16", "--max-sequence-length", "32", "--device", "cpu"]
 
 
 @pytest.fixture
