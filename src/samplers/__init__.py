@@ -19,7 +19,6 @@ from samplers.noise import BrownianTree as BrownianTree
 from samplers.noise import Fresh as Fresh
 from samplers.noise import Noise as Noise
 from samplers.noise import gaussian as gaussian
-from samplers.noise import gaussian_by_threads as gaussian_by_threads
 from samplers.scheduler_config import ResolutionShift as ResolutionShift
 from samplers.scheduler_config import SamplingDefaults as SamplingDefaults
 from samplers.scheduler_config import from_scheduler_config as from_scheduler_config

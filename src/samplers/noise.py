@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from math import prod
 from typing import Any
 
 import torch
@@ -16,10 +12,6 @@ from torch import Tensor
 Generators = torch.Generator | Sequence[torch.Generator] | None
 # (level before the step, level after it) -> noise of unit variance, of the latent's shape
 Noise = Callable[[float, float], Tensor]
-
-_THREADS = 4  # that draw one large sample
-_LARGE = 2**16  # numbers from which threads pay
-_BLOCK = 2**12  # a thread begins at a multiple of so many; torch makes normal numbers from blocks of 16 uniform ones
 
 
 def gaussian(
@@ -42,73 +34,6 @@ def gaussian(
     if len(generators) != shape[0]:
         raise ValueError(f"{len(generators)} generators for {shape[0]} samples; give one, or one per sample")
     return torch.cat([gaussian((1, *shape[1:]), generator, dtype) for generator in generators])
-
-
-def gaussian_by_threads(shape: Sequence[int], generators: Generators, dtype: torch.dtype) -> Tensor:
-    """`gaussian`, to the last bit, where a large draw from a generator on a CPU is shared by several threads.
-
-    torch makes each block of normal numbers from as many uniform ones of the same places. So a thread can begin in the
-    middle, once it has drawn the uniform numbers before. One thread draws where those take about as long, as in most
-    dtypes under torch 2.13, and where threads would not draw the same numbers: each dtype and size is tried before.
-
-    Args:
-        shape, generators, dtype: see `gaussian`.
-    """
-    if isinstance(generators, Sequence) and len(generators) == shape[0]:
-        return torch.cat([gaussian_by_threads((1, *shape[1:]), one, dtype) for one in generators])
-    count = prod(shape)
-    if not isinstance(generators, torch.Generator) or generators.device.type != "cpu" or count < _LARGE:
-        return gaussian(shape, generators, dtype)
-    if not _pays(dtype) or not _shareable(dtype, count):
-        return gaussian(shape, generators, dtype)
-    return _shared(count, generators, dtype).view(tuple(shape))
-
-
-def _shared(count: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """The next `count` normal numbers of a generator, which is left as one thread would leave it."""
-    state, each = generator.get_state(), count // _THREADS // _BLOCK * _BLOCK
-    own = [torch.Generator("cpu") for _ in range(_THREADS)]
-
-    def draw(place: int) -> Tensor:
-        start, stop = place * each, count if place == _THREADS - 1 else (place + 1) * each
-        own[place].set_state(state)
-        wide = torch.promote_types(dtype, torch.float32)
-        torch.empty(start, dtype=wide, device="cpu").uniform_(generator=own[place])
-        return torch.randn(stop - start, generator=own[place], dtype=dtype, device="cpu")
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        parts = list(pool.map(draw, range(_THREADS)))
-    generator.set_state(own[-1].get_state())
-    return torch.cat(parts)
-
-
-@cache
-def _pays(dtype: torch.dtype) -> bool:
-    """Whether normal numbers take several times as long as uniform ones, as those of 16 bits do under torch 2.11."""
-    return _seconds(partial(torch.randn, dtype=dtype)) > _THREADS * _seconds(partial(torch.rand, dtype=torch.float32))
-
-
-def _seconds(draw: Callable[..., Tensor]) -> float:
-    """Of a draw, the quickest of a few."""
-    times, generator = [], torch.Generator("cpu")
-    for _ in range(5):
-        begin = time.perf_counter()
-        draw(2**13, generator=generator, device="cpu")
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-@cache
-def _shareable(dtype: torch.dtype, count: int) -> bool:
-    """Whether threads draw so many numbers as one thread does, and leave the generator in the same state.
-
-    torch may draw large samples in another way than small ones, so that a smaller sample would prove nothing.
-    """
-    one, many = (torch.Generator("cpu").manual_seed(1) for _ in range(2))
-    for generator in (one, many):  # a state in the middle, with a number that is kept for the next odd draw
-        torch.randn(3, generator=generator, device="cpu")
-    same = torch.equal(torch.randn(count, generator=one, dtype=dtype, device="cpu"), _shared(count, many, dtype))
-    return same and torch.equal(one.get_state(), many.get_state())
 
 
 class Fresh:

@@ -34,7 +34,7 @@ from mmdit.pipeline.seeds import Generators, SeedLike, checked_seeds, generators
 from mmdit.pipeline.settings import MAX_T5_TOKENS
 from mmdit.runtime.fast_vae import FastVAE
 from mmdit.utils import ahead, whole
-from samplers import gaussian, gaussian_by_threads
+from samplers import gaussian
 from samplers.noise import moved
 
 
@@ -361,7 +361,7 @@ class PipelineTensors(PipelineModels):
 
     @contextmanager
     def _noise_ahead(self, shape: Sequence[int], drawn_by: Generators) -> Iterator[Callable[[], Tensor]]:
-        """Draw noise for a GPU by threads within the context; what it gives waits for the noise and returns it.
+        """Draw noise for a GPU by a thread within the context; what it gives waits for the noise and returns it.
 
         Args:
             shape: of the noise.
@@ -370,7 +370,7 @@ class PipelineTensors(PipelineModels):
         if self.device.type != "cuda":
             yield partial(self._noise, shape, drawn_by)
             return
-        with ahead(partial(gaussian_by_threads, shape, drawn_by, self._noise_dtype)) as drawn:
+        with ahead(partial(gaussian, shape, drawn_by, self._noise_dtype)) as drawn:
             yield lambda: self._on_device(drawn())
 
     @property
