@@ -30,6 +30,7 @@ from typing import Any
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep673Exception
 from jaxtyping import config, jaxtyped
+from torch.compiler import is_compiling
 
 ONLY_FOR_TYPES: dict[str, set[str]] = {}  # by module: the names that it imports under TYPE_CHECKING
 SIGNATURES: list[Callable[..., Any]] = []  # all functions and methods that are checked
@@ -88,7 +89,7 @@ def _without_sizes(made: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal inner
-        if config.jaxtyping_disable:
+        if config.jaxtyping_disable or (inner is None and is_compiling()):  # torch cannot trace how a check is made
             return made(*args, **kwargs)
         if inner is None:
             inner = _checked(made)
@@ -104,7 +105,7 @@ def _with_sizes(made: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(made)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal inner
-        if config.jaxtyping_disable:
+        if config.jaxtyping_disable or (inner is None and is_compiling()):  # torch cannot trace how a check is made
             return made(*args, **kwargs)
         if inner is None:
             inner = _checked(made)
