@@ -303,9 +303,7 @@ def _product(
 
 def _backend(recipe: Recipe, device: torch.device, dtype: torch.dtype, qdata: Tensor) -> Runs:
     """The backend that multiplies by a weight; ValueError where `native` was asked for and cannot run here."""
-    out, width = (
-        qdata.shape
-    )  # torch's len() of a tensor is a function of Python, and takes the host three times as long
+    out, width = qdata.shape  # not `len`, which torch answers by a function of Python: three times the host's time
     runs, why = backend_of(recipe, device, dtype, (out, width))
     if runs == "refused":
         raise ValueError(f"backend='native' cannot run this matmul: {why}; use 'auto' or 'emulated'")
