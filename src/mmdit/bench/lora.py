@@ -22,7 +22,7 @@ from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_names, che
 from mmdit.bench.rows import Cells, attempted, step_time
 from mmdit.bench.step import kernels_of
 from mmdit.checkpoints.lora import load_lora
-from mmdit.models.lora import beside
+from mmdit.models.lora import beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
 from mmdit.runtime.accelerate import Accelerated
@@ -31,6 +31,7 @@ from quant.quantize import linears_of
 from quant.recipe import RECIPES
 
 STEPS = ["step", "ms without", "ms with the LoRA", "more", "host", "kernels", "CUDA graph"]
+TURNS = 4  # without and with the LoRA
 MERGES = ["merge", "file", "s to load", "s to merge", "s to restore", "restored"]
 
 
@@ -57,7 +58,7 @@ def steps(
         recipes: names of `quant.RECIPES`.
         rank: rank of the LoRA.
         size, text, batch: see `mmdit.bench.step.bench`.
-        repeats: steps of which the median is taken.
+        repeats: steps without the LoRA and with it, a quarter of them in each of four turns.
         device, dtype: the device and dtype of the model.
         seconds: time limit, after which no further row is started.
 
@@ -127,20 +128,39 @@ def attach(model: MMDiT, rank: int) -> None:
         beside(model, name, factors=(down.normal_(std=0.02), up.normal_(std=0.02)), products=PRODUCTS)
 
 
+def detach(model: MMDiT) -> None:
+    """Take away what `attach` has attached."""
+    for name, _ in _targets(model):
+        without(model, name)
+
+
+def in_turns(*sides: Callable[[], Sequence[float]], turns: int = TURNS) -> list[list[float]]:
+    """The medians of the numbers that each side measures, one side after the other and `turns` times over.
+
+    Clocks of GPUs and the speed of hosts drift by more than a LoRA costs, so that what is measured once before it and
+    once with it compares minutes as well.
+    """
+    found: list[list[Sequence[float]]] = [[] for _ in sides]
+    for _ in range(turns):
+        for side, measured in zip(sides, found, strict=True):
+            measured.append(side())
+    return [[median(numbers) for numbers in zip(*measured, strict=True)] for measured in found]
+
+
 @torch.no_grad()
 def _eager(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, device: torch.device) -> Cells:
-    model = make()
+    model, each = make(), max(1, repeats // TURNS)
 
     def step() -> Tensor:
         found: Tensor = model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
         return found
 
-    found = []
-    for beside_it in (False, True):
-        if beside_it:
-            attach(model, rank)
-        found.append((step_time(step, device, repeats), host_time(model, step, repeats), kernel_time(step, device)))
-    (before, *parts), (after, *with_lora) = found
+    def measured(prepare: Callable[[], None]) -> tuple[float, ...]:
+        prepare()
+        return step_time(step, device, each), host_time(model, step, each), kernel_time(step, device)
+
+    sides = (partial(measured, partial(detach, model)), partial(measured, partial(attach, model, rank)))
+    (before, *parts), (after, *with_lora) = in_turns(*sides)
     shown = [f"{one:.1f}, {other:.1f}" if one else "-" for one, other in zip(parts, with_lora, strict=True)]
     return _cells(before, after, *shown, "no graph")
 
@@ -185,12 +205,20 @@ def _fast(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, de
     def velocity(of: Accelerated) -> Tensor:
         return of.velocity(inputs.latent, TIMESTEP, [inputs.context], [inputs.pooled])
 
-    fast.begin([TIMESTEP])
-    before, plain = step_time(lambda: velocity(fast), device, repeats), velocity(fast)
-    attach(model, rank)
-    fast.begin([TIMESTEP])
-    after, found = step_time(lambda: velocity(fast), device, repeats), velocity(fast)
-    if torch.equal(found, plain):
+    def measured(prepare: Callable[[], None]) -> list[float]:
+        prepare()
+        fast.begin([TIMESTEP])
+        return [step_time(lambda: velocity(fast), device, max(1, repeats // TURNS))]
+
+    def plain() -> list[float]:
+        found = measured(partial(detach, model))
+        outputs["plain"] = velocity(fast)
+        return found
+
+    outputs: dict[str, Tensor] = {}
+    (before,), (after,) = in_turns(plain, partial(measured, partial(attach, model, rank)))
+    found = velocity(fast)
+    if torch.equal(found, outputs["plain"]):
         raise AssertionError("the LoRA changes nothing: the graph of the model without it was replayed")
     said = "no graph"
     if fast.graph:
