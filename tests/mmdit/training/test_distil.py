@@ -415,6 +415,31 @@ def test_a_recorded_step_that_computes_another_thing_ends_the_training(teacher, 
     assert same == (stale != "nothing")
 
 
+@pytest.mark.parametrize("refusals", [1, 2])
+def test_a_recorded_step_is_refused_by_two_batches(teacher, states, monkeypatch, refusals):
+    """Roundings may take one batch far from its eager pass; the batch that replaces it is the one that is trained on."""
+    student, asked = copy.deepcopy(teacher).requires_grad_(True), []
+    fake_quantize_(student, "fp8-tensor")
+
+    def check(step, loss, loss_of, trained, batch, **_):
+        asked.append(batch)
+        assert loss == eager_gradients(loss_of, trained, batch)
+        if len(asked) <= refusals:
+            raise RecordedError(f"step {step}: by chance")
+        return 0.25
+
+    monkeypatch.setattr(module, "RecordedGradients", lambda loss_of, _, some: partial(eager_gradients, loss_of, some))
+    monkeypatch.setattr(module, "_check_recorded", check)
+    run = distil(student, teacher, states, steps=2, batch=2, recorded=True)
+    if refusals == 2:
+        with pytest.raises(RecordedError, match="by chance"):
+            next(run)
+    else:
+        assert next(run).apart == 0.25
+    assert len(asked) == 2
+    assert not torch.equal(asked[0].x, asked[1].x)
+
+
 def test_gradients_are_infinitely_apart_where_one_side_lacks_one():
     ones, zeros = torch.ones(2), torch.zeros(2)
     assert module._apart([ones, None], [ones.clone(), torch.full((2,), 100.0)]) == float("inf")
