@@ -417,7 +417,7 @@ def test_a_recorded_step_that_computes_another_thing_ends_the_training(teacher, 
 
 @pytest.mark.parametrize("refusals", [1, 2])
 def test_a_recorded_step_is_refused_by_two_batches(teacher, states, monkeypatch, refusals):
-    """Roundings may take one batch far from its eager pass; the batch that replaces it is the one that is trained on."""
+    """Roundings may take one batch far from its eager pass; the batch after it is trained on."""
     student, asked = copy.deepcopy(teacher).requires_grad_(True), []
     fake_quantize_(student, "fp8-tensor")
 
