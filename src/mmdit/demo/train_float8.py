@@ -82,14 +82,16 @@ class Float8Recipe:
     batch: int = 60  # latents in a step, each with and without its prompt
     along: int = 5  # of them of each drawing
     drawn: int = 256  # drawings at a time
-    rate: float = 1e-5  # small: codes that flip make most of a gradient chance, over which many small steps average
+    rate: float = 5e-6  # small: codes that flip make most of a gradient chance, over which many small steps average
     steps: int = MAIN.steps  # of a drawing
     seed: int = 0
     log_seconds: float = 20.0
     save_seconds: float = 60.0
 
 
-CPU = Float8Recipe(prompts=96, held=8, calibration=16, checked=16, decoded=2, followed=1, batch=8, along=4, drawn=16)
+CPU = Float8Recipe(
+    rate=1e-5, prompts=96, held=8, calibration=16, checked=16, decoded=2, followed=1, batch=8, along=4, drawn=16
+)
 
 
 def train(
