@@ -83,6 +83,7 @@ class Quality:
 
     name: str
     accuracy: float
+    accuracy_interval: tuple[float, float]
     accuracy_ratio: tuple[float, float, float]  # to the model that is not quantized: value, low, high
     psnr: float  # median over pictures, dB
     ssim: float  # mean
@@ -204,9 +205,13 @@ def quality(
 
     counts = [tally(one.verdicts) for one in (drawn, base)]
 
+    def accuracy(indices: Tensor, which: int = 0) -> float:
+        right, said = counts[which]
+        return float((right[indices].sum(0) / said[indices].sum(0)).nanmean())
+
     def accuracy_ratio(indices: Tensor) -> float:
-        ours, its = (float((right[indices].sum(0) / said[indices].sum(0)).nanmean()) for right, said in counts)
-        return ours / its if its else float("nan")
+        its = accuracy(indices, 1)
+        return accuracy(indices) / its if its else float("nan")
 
     def frechet_ratio(indices: Tensor) -> float:
         return frechet_distance(drawn.features[indices], rendered) / frechet_distance(base.features[indices], rendered)
@@ -215,6 +220,7 @@ def quality(
     return Quality(
         row.name,
         macro_average(accuracies(drawn.verdicts)),
+        bootstrap(accuracy, scored, times=300),
         (accuracy_ratio(torch.arange(scored)), *bootstrap(accuracy_ratio, scored, times=300)),
         float(ratios.median()),
         float(similar.mean()),
@@ -257,7 +263,8 @@ def _row(one: Quality) -> tuple[str, ...]:
     )
     inside = "-" if one.block_snr is None else f"{one.block_snr:.1f}"
     close = (f"{one.psnr:.1f}", f"{one.ssim:.4f}", inside)
-    return (one.name, f"{100 * one.accuracy:.1f}", accuracy, *close, frechet)
+    low, high = (100 * end for end in one.accuracy_interval)
+    return (one.name, f"{100 * one.accuracy:.1f} ({low:.1f} to {high:.1f})", accuracy, *close, frechet)
 
 
 def _worst_layers(static: Quality, others: Sequence[Quality]) -> Iterator[str]:

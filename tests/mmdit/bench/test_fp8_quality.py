@@ -22,3 +22,4 @@ def test_rows_of_the_fast_forward(tmp_path, monkeypatch, few_tokens):
     assert abs(fast["accuracy"] - plain["accuracy"]) <= 1
     lines = (tmp_path / "fp8_quality.md").read_text().splitlines()
     assert [line.split("|")[6].strip() for line in lines[2:]][1] == "-"
+    assert "(50.0 to 200.0)" in lines[2].split("|")[2]
