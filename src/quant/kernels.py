@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant.current import on_its_device
 from quant.formats import DTYPES, LARGEST, Format
+from quant.launch import Launcher
 from quant.scaling import SMALLEST_SCALE
 
 _BLOCK = 4096  # values that a program of `_divide` rounds
@@ -27,24 +28,30 @@ _LONG, _CHUNK = 4096, 2048  # longer rows are read twice in chunks, from the cac
 def quantize_rows(x: Tensor, format: Format, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Codes [m, k] and scales float32 [m, 1] of a matrix whose rows are contiguous; in float16 the values of codes."""
     rows, columns = x.shape
+    return rows_of(x, rows, columns, x.stride(0), format, dtype)
+
+
+def rows_of(
+    x: Tensor, rows: int, columns: int, stride: int, format: Format, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of a tensor on the current GPU, in whose memory such a matrix lies."""
     codes = torch.empty((rows, columns), dtype=dtype or DTYPES[format], device=x.device)
     scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    grid, tensors = (rows, 1, 1), (x, codes, scales)
     if columns > _LONG:
-        _long_rows[(rows,)](
-            x, codes, scales, columns, x.stride(0), LARGEST[format], SMALLEST_SCALE, _CHUNK, num_warps=8
-        )
+        _launch_long_rows(grid, tensors, (columns, stride, LARGEST[format], SMALLEST_SCALE, _CHUNK), warps=8)
         return codes, scales
-    block = triton.next_power_of_2(columns)
+    block = 1 << (columns - 1).bit_length()  # the next power of two
     warps = min(max(block // (32 * _PER_THREAD), 1), 16)
-    _rows[(rows,)](x, codes, scales, columns, x.stride(0), LARGEST[format], SMALLEST_SCALE, block, num_warps=warps)
+    _launch_rows(grid, tensors, (columns, stride, LARGEST[format], SMALLEST_SCALE, block), warps=warps)
     return codes, scales
 
 
 @on_its_device
 def quantize_with(x: Tensor, scale: Tensor, format: Format, dtype: torch.dtype | None = None) -> Tensor:
     """Codes of a contiguous tensor under one scale, float32 (); in float16 the values of codes."""
-    codes = torch.empty_like(x, dtype=dtype or DTYPES[format])
-    _divide[(triton.cdiv(x.numel(), _BLOCK),)](x, codes, scale, x.numel(), LARGEST[format], _BLOCK, num_warps=8)
+    codes, count = torch.empty_like(x, dtype=dtype or DTYPES[format]), x.numel()
+    _launch_divide((-(-count // _BLOCK), 1, 1), (x, codes, scale), (count, LARGEST[format], _BLOCK), warps=8)
     return codes
 
 
@@ -148,3 +155,6 @@ def _nearest(value, largest: tl.constexpr):
     power = (value.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     large = tl.maximum(power, smallest) * grid
     return (value + large) - large
+
+
+_launch_rows, _launch_long_rows, _launch_divide = Launcher(_rows), Launcher(_long_rows), Launcher(_divide)

@@ -19,7 +19,7 @@ from quant.scaling import PIECE, from_codes, scale_of, to_codes, to_values, valu
 
 LONG = 4096  # values in a row; longer rows are quantized by one operation that a compiler does not split
 # Values of a result; cuBLAS has no fast accumulation for smaller results of long sums under scales per row.
-_SMALL = 2**17
+SMALL = 2**17
 _CAPABILITIES: dict[int, tuple[int, int]] = {}  # of GPUs, by their number
 Runs = Literal["native", "emulated", "dequantized", "refused"]
 
@@ -367,7 +367,7 @@ def _native(
     weight = (qdata if qdata.dtype == float8 else qdata.view(float8)).contiguous().t()
     rest = bias if dtype == torch.float32 else None  # _scaled_mm takes no bias for float32 results
     fused = None if dtype == torch.float32 else bias
-    fast = recipe.fast_accum and codes.shape[0] * qdata.shape[0] >= _SMALL
+    fast = recipe.fast_accum and codes.shape[0] * qdata.shape[0] >= SMALL
     settings: dict[str, Any] = {"out_dtype": dtype, "use_fast_accum": fast} | ({} if out is None else {"out": out})
     y = torch._scaled_mm(codes.contiguous(), weight, x_scale, scale, fused, **settings)
     return y if rest is None else torch.add(y, rest, out=out)

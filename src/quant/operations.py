@@ -15,6 +15,7 @@ from torch import Tensor
 from quant.dispatch import FUNCTIONS, implements
 from quant.formats import DTYPES
 from quant.matmul import linear
+from quant.prepared import product
 from quant.scaling import has_float8
 from quant.tensor import LOGICAL, NOT_TRAINED, Float8Tensor
 
@@ -24,6 +25,8 @@ aten = torch.ops.aten
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if type(weight) is Float8Tensor and (found := product(input, weight, bias)) is not None:
+        return found
     if isinstance(bias, Float8Tensor):
         raise NotImplementedError("linear with a Float8Tensor as bias; use bias.dequantize()")
     if isinstance(input, Float8Tensor):
@@ -113,6 +116,7 @@ def _set_data(self: Tensor, data: Tensor) -> None:
         Tensor.data.__set__(self, data)  # type: ignore[attr-defined]
     self.qdata, self.scale, self.input_scale, self.recipe = data.qdata, data.scale, data.input_scale, data.recipe
     self.snr, self._shares_scale, self._is_part = data.snr, data._shares_scale, data._is_part
+    self.prepared = None  # it has views of what was here, and of another dtype
 
 
 def _set_requires_grad(self: Tensor, value: bool) -> None:

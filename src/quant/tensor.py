@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from quant.scaling import (
     to_codes,
     values_of,
 )
+
+if TYPE_CHECKING:
+    from quant.prepared import Prepared
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +64,7 @@ class Float8Tensor(Tensor):
     snr: float | None  # signal-to-noise ratio in dB, as `quantize_` measured it
     _shares_scale: bool  # whether values outside of this view have the same scale
     _is_part: bool  # whether there are values outside of this view, which have the same input scale
+    prepared: Prepared | None = None  # what `quant.prepared` keeps for products; no copy has it
 
     @staticmethod
     def __new__(
@@ -254,11 +258,13 @@ class Float8Tensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in FUNCTIONS:
-            if kwargs.pop("out", None) is not None:
-                raise NotImplementedError(f"{func.__name__} of a Float8Tensor with out=")
-            return FUNCTIONS[func](*args, **kwargs)
+        kwargs = kwargs or {}
+        if (own := FUNCTIONS.get(func)) is not None:
+            if "out" in kwargs:
+                kwargs = dict(kwargs)
+                if kwargs.pop("out") is not None:
+                    raise NotImplementedError(f"{func.__name__} of a Float8Tensor with out=")
+            return own(*args, **kwargs)
         try:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

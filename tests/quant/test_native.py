@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from quant.matmul import backend_of, quantize_activation
+from quant.matmul import backend_of, linear, quantize_activation
+from quant.prepared import product
 from quant.quantize import snr
 from quant.recipe import RECIPES
 from quant.scaling import scale_of, to_codes
@@ -53,6 +54,19 @@ def test_native_is_the_emulated_product(name, shape):
     wanted = F.linear(x, emulated, bias)
     assert snr(wanted, F.linear(x, exact, bias)) >= 55
     assert snr(wanted, F.linear(x, fast, bias)) >= 45
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_quick_way_gives_the_same_bits(name, shape):
+    x, weight, bias = operands(shape)
+    memory = torch.cat([x.new_zeros(1), x.flatten()])
+    float8 = quantized(weight, name)
+    wanted = linear(x, float8.qdata, float8.scale, float8.input_scale, bias, float8.recipe, float8.dtype)
+    for _ in range(2):  # Triton compiles in the first turn
+        for rows in (x, memory[1:].view_as(x)):  # at an address that is no multiple of 16 too
+            assert torch.equal(product(rows, float8, bias), wanted)
+            assert torch.equal(product(rows[None], float8, bias)[0], wanted)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)

@@ -1,0 +1,47 @@
+"""Kernels that the host launches often, in less time than Triton takes to look for the compiled one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Launcher:
+    """Launches a Triton kernel that takes tensors first, then values: numbers, and what is known when it is compiled.
+
+    In each launch Triton binds the arguments and specializes the kernel on them, and that takes longer than to launch
+    what it finds. It specializes on dtypes, on whether addresses and integers are multiples of 16 and integers are one,
+    and on the values of constants. Here the compiled kernel is found by the values of all numbers, so these should be
+    few, and each always of the same type.
+
+    Args:
+        kernel: as `triton.jit` gives it. A compiler that traces the launch, and Triton's interpreter, get it as it is.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple[object, ...], Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], values: tuple[Any, ...], *, warps: int
+    ) -> None:
+        """Launch on the current GPU, which is that of the tensors.
+
+        Args:
+            grid: the number of programs along three dimensions.
+            tensors: the first arguments.
+            values: the other arguments.
+            warps: of a program.
+        """
+        if torch.compiler.is_compiling():
+            self.kernel[grid](*tensors, *values, num_warps=warps)
+            return
+        kinds = [(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors]
+        key = (tensors[0].get_device(), warps, values, *kinds)
+        if (compiled := self._compiled.get(key)) is not None:
+            compiled[grid](*tensors, *values)
+            return
+        # The interpreter compiles nothing, and gives None.
+        self._compiled[key] = self.kernel[grid](*tensors, *values, num_warps=warps)
