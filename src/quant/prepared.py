@@ -65,7 +65,8 @@ def product(x: Tensor, weight: Float8Tensor, bias: Tensor | None) -> Tensor | No
     """
     if torch.compiler.is_compiling() or type(x) not in _PLAIN or not x.is_cuda:
         return None
-    kept, qdata, scale, recipe = weight.prepared, weight.qdata, weight.scale, weight.recipe
+    kept: Prepared | None = weight.prepared
+    qdata, scale, recipe = weight.qdata, weight.scale, weight.recipe
     if type(qdata) not in _PLAIN:
         return None
     if kept is None or not kept.is_of(qdata, scale, recipe):

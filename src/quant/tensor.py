@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,6 @@ from quant.scaling import (
     to_codes,
     values_of,
 )
-
-if TYPE_CHECKING:
-    from quant.prepared import Prepared
 
 LOGICAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -64,7 +61,7 @@ class Float8Tensor(Tensor):
     snr: float | None  # signal-to-noise ratio in dB, as `quantize_` measured it
     _shares_scale: bool  # whether values outside of this view have the same scale
     _is_part: bool  # whether there are values outside of this view, which have the same input scale
-    prepared: Prepared | None = None  # what `quant.prepared` keeps for products; no copy has it
+    prepared: Any = None  # a `quant.prepared.Prepared`, once it was multiplied by; no copy has it
 
     @staticmethod
     def __new__(
