@@ -1,5 +1,7 @@
 """Solvers of one's own: the contract of `samplers.as_solver`, and what is said where it is broken."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -29,6 +31,34 @@ def test_an_own_solver_runs_as_ours():
         torch.testing.assert_close(own.x, our.x, rtol=0, atol=1e-14)
     assert samplers.as_solver("euler") is samplers.SOLVERS["euler"]
     assert samplers.as_solver(solver) is solver
+
+
+def with_positional_options(denoise, x, sigmas, noise=None, eta=1.0):
+    return own_euler(denoise, x, sigmas, noise=noise, eta=eta)
+
+
+class Sampling:
+    def __call__(self, denoise, x, sigmas, *, noise=None):
+        return own_euler(denoise, x, sigmas, noise=noise)
+
+
+@pytest.mark.parametrize("own", [with_positional_options, Sampling(), Sampling().__call__, partial(own_euler, eta=0.0)])
+def test_any_callable_is_a_solver_and_gets_its_options(own):
+    solver = samplers.as_solver(own)
+    assert solver.noise == "fresh"
+    (*_, found), (*_, wanted) = solver(denoise, X, LEVELS, noise=None), own_euler(denoise, X, LEVELS)
+    assert torch.equal(found.x, wanted.x)
+    with pytest.raises(TypeError, match="to Sampling"):
+        next(samplers.as_solver(partial(Sampling()))(lambda *_: 3.0, X, LEVELS))
+
+
+def test_a_solver_of_the_table_with_other_options_keeps_its_properties():
+    solver = samplers.as_solver(partial(samplers.dpmpp_2m_sde, eta=0.0))
+    assert (solver.noise, solver.eta, solver.origin) == ("path", True, "comfyui")
+    given = {"noise": lambda sigma, following: torch.ones_like(X)}
+    (*_, found), (*_, wanted) = solver(denoise, X, LEVELS, **given), samplers.dpmpp_2m_sde(denoise, X, LEVELS, eta=0.0)
+    assert torch.equal(found.x, wanted.x)
+    assert samplers.as_solver(partial(samplers.euler_cfg_pp)).guided
 
 
 def yielding(*steps):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import index
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from encoders import Conditioning
 from mmdit.inspection.points import Point
 from mmdit.inspection.words import Encoder, token_positions
 from mmdit.pipeline.passes import Branch, Drawing
-from mmdit.utils import taken
+from mmdit.utils import is_boolean, number, shortened, taken
 
 Numbers = int | slice | Sequence[int]  # negative ones count from the end
 
@@ -124,9 +126,23 @@ class Address:
     channels: Numbers | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a range of noise levels that is empty."""
-        if self.sigmas is not None and not self.sigmas[0] <= self.sigmas[1]:
-            raise ValueError(f"sigmas are the lowest and the highest level, got {self.sigmas}")
+        """Check the arguments, and take numbers of NumPy and torch for Python's.
+
+        Raises:
+            ValueError: a range of noise levels is empty, or not of two numbers.
+            TypeError: numbers are not whole, or a branch is no name.
+        """
+        for argument in ("steps", "samples", "heads", "channels"):
+            object.__setattr__(self, argument, whole_numbers(argument, getattr(self, argument)))
+        for argument in ("tokens", "queries"):
+            object.__setattr__(self, argument, checked_tokens(argument, getattr(self, argument)))
+        if self.sigmas is not None:
+            low, high = _levels(self.sigmas)
+            if not low <= high:
+                raise ValueError(f"sigmas are the lowest and the highest level, got {self.sigmas}")
+        branches = [self.branch] if isinstance(self.branch, str) else self.branch
+        if branches is not None and not (isinstance(branches, Iterable) and all(isinstance(b, str) for b in branches)):
+            raise TypeError(f"branch is {shortened(self.branch)}, expected a name such as 'cond', or a list of names")
 
     @property
     def has_words(self) -> bool:
@@ -241,6 +257,56 @@ def wanted_steps(steps: Numbers, total: int | None, step: int) -> Sequence[int]:
     if total is None and min(given, default=0) < 0:
         raise ValueError(f"steps={steps} counts from the end, which is known within a drawing only")
     return [one + (total or 0) if one < 0 else one for one in given]
+
+
+def whole_numbers(argument: str, given: Any) -> Any:
+    """Numbers as they are: a whole number, a slice, or several whole numbers, those of an array or a tensor as a list.
+
+    Args:
+        argument: the name of the argument, for the error.
+        given: `Numbers` or None, which are returned, or an array or a tensor of whole numbers.
+
+    Raises:
+        TypeError: it is something else, such as a mask, whose True and False would be read as the numbers 1 and 0.
+    """
+    if given is None or isinstance(given, slice):
+        return given
+    if isinstance(given, np.ndarray | Tensor):
+        given = given.flatten().tolist()
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        return _whole(argument, given)
+    return [_whole(argument, one) for one in given]
+
+
+def _whole(argument: str, given: Any) -> int:
+    try:
+        if not is_boolean(given):
+            return index(given)
+    except TypeError:
+        pass
+    hint = ": of a mask give the numbers, mask.nonzero().flatten()" if is_boolean(given) else ""
+    raise TypeError(f"{argument} takes whole numbers, a slice or a list of whole numbers; got {shortened(given)}{hint}")
+
+
+def checked_tokens(argument: str, given: Any) -> Any:
+    """The argument, an array as a tensor, once it is checked to be `Tokens` or None."""
+    if given is None or isinstance(given, str | Word):
+        return given
+    if isinstance(given, np.ndarray):
+        given = torch.as_tensor(given)
+    if isinstance(given, Tensor):
+        return given if given.dtype == torch.bool else whole_numbers(argument, given)
+    if _has_words(given):
+        return [one if isinstance(one, str | Word) else _whole(argument, one) for one in given]
+    return whole_numbers(argument, given)
+
+
+def _levels(sigmas: Any) -> tuple[float, float]:
+    try:
+        low, high = sigmas
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sigmas are the lowest and the highest level, got {shortened(sigmas)}") from error
+    return number("sigmas", low), number("sigmas", high)
 
 
 def _numbers(wanted: Numbers | None, size: int, what: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders import Conditioning
-from mmdit.inspection.addresses import Address, Rows
+from mmdit.inspection.addresses import Address, Rows, Word, whole_numbers
 from mmdit.inspection.attention import (
     Call,
     Direction,
@@ -102,8 +102,8 @@ def attention_maps(
     model = pipe.transformer
     numbers = _blocks(model, blocks)
     maps = AttentionMaps(numbers, *asked, each_head=heads == "each")
-    wanted = (words,) if isinstance(words, str) else None if words is None else tuple(words)
-    allowed = {steps} if isinstance(steps, int) else steps
+    wanted = None if words is None else _text_of(words)
+    allowed = _whole_collection("steps", steps)
     recorder = _Recorder(model, maps, wanted, allowed, branch, quadrants=quadrants, dtype=dtype, device=device)
     slots: list[tuple[Any, _Maps]] = [(model.joint_blocks[i].attend, _Maps(recorder, i)) for i in numbers]
     with (
@@ -283,11 +283,28 @@ class _Running(NamedTuple):
 def _blocks(model: MMDiT, blocks: int | Collection[int] | None) -> tuple[int, ...]:
     """The numbers of the blocks to watch, after a check that they exist."""
     depth = len(model.joint_blocks)
-    numbers = range(depth) if blocks is None else sorted({blocks} if isinstance(blocks, int) else set(blocks))
+    given = _whole_collection("blocks", blocks)
+    numbers = range(depth) if given is None else sorted(given)
     if outside := [i for i in numbers if not 0 <= i < depth]:
         raise ValueError(f"blocks {outside} do not exist; this model has blocks 0 to {depth - 1}")
     refuse_compiled(model, "the transformer")
     return tuple(numbers)
+
+
+def _whole_collection(argument: str, given: Any) -> set[int] | None:
+    if isinstance(given, slice):
+        raise TypeError(f"{argument} takes a whole number or a list of them, got {given}; give a range")
+    found = whole_numbers(argument, given)
+    return None if found is None else {found} if isinstance(found, int) else set(found)
+
+
+def _text_of(words: str | Sequence[str]) -> tuple[str, ...]:
+    given: tuple[Any, ...] = (words,) if isinstance(words, str | Word) or not isinstance(words, Iterable) else (*words,)
+    for one in given:
+        if not isinstance(one, str):
+            hint = ": give its text, and encoder= of the whole call" if isinstance(one, Word) else ""
+            raise TypeError(f"words are strings, got {type(one).__name__}{hint}")
+    return given
 
 
 def _several(value: Any, known: Sequence[str], what: str) -> tuple[Any, ...]:

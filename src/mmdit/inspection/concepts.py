@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmdit.inspection.addresses import Address, Numbers
+from mmdit.inspection.addresses import Address, Numbers, whole_numbers
 from mmdit.inspection.hooks import Inspected, Tracker, models_of, tracking
 from mmdit.inspection.labelled import Labelled
 from mmdit.inspection.words import token_positions
@@ -129,7 +129,7 @@ def concept_tokens(
     address = Address(steps=steps, sigmas=sigmas)
     transformer = next(one for one in models_of(model).values() if isinstance(one, MMDiT))
     refuse_compiled(transformer, "the transformer")
-    numbers = list(range(len(transformer.joint_blocks)))
+    numbers, blocks = list(range(len(transformer.joint_blocks))), whole_numbers("blocks", blocks)
     wanted = [blocks] if isinstance(blocks, int) else numbers[blocks] if isinstance(blocks, slice) else blocks
     found = Concepts(names, numbers if wanted is None else [numbers[i] for i in wanted])
 

@@ -19,7 +19,7 @@ from mmdit.models.attention import Attended
 from mmdit.pipeline.passes import Drawing
 from mmdit.pipeline.steps import PipelineSteps
 from mmdit.runtime.hooks import listening
-from mmdit.utils import checks_names, taken
+from mmdit.utils import checks_names, shortened, taken
 from samplers import pick
 
 Ablation = Literal["zero", "mean", "resample"]
@@ -199,13 +199,7 @@ def _checked(change: Change, part: Tensor, at: At) -> Tensor:
         found = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{at.name!r} is replaced by a tensor or an array, got {type(found).__name__}") from error
-    try:
-        return found.to(part.device).expand_as(part)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{at.name!r} at step {at.label.step} is {list(part.shape)} [sample, {', '.join(at.axes)}]; "
-            f"{list(found.shape)} does not broadcast to that"
-        ) from error
+    return _broadcast("the new value", found.to(part.device), part, at)
 
 
 def _change(
@@ -236,9 +230,9 @@ def _change(
     if swap is not None:
         return _swapped(*swap)
     operations: dict[str, Change] = {
-        "replace": lambda part, _: torch.as_tensor(replace, dtype=part.dtype, device=part.device),
-        "scale": lambda part, _: part * _like(scale, part),
-        "add": lambda part, _: part + _like(add, part),
+        "replace": lambda part, at: _fitting("replace", replace, part, at),
+        "scale": lambda part, at: part * _fitting("scale", scale, part, at),
+        "add": lambda part, at: part + _fitting("add", add, part, at),
         "skip": _skipped,
         "apply": lambda part, _: apply(part),  # type: ignore[misc] # it is given
     }
@@ -312,8 +306,23 @@ def _of_source(source: Captured, at: At) -> Tensor:
     return value[[entry.samples.index(sample) for sample in at.picked.samples]]
 
 
-def _like(value: object, part: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=part.dtype, device=part.device)
+def _fitting(argument: str, value: object, part: Tensor, at: At) -> Tensor:
+    """The values of an argument, which broadcast to the part."""
+    try:
+        found = torch.as_tensor(value, dtype=part.dtype, device=part.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{argument}= takes numbers or a tensor, got {shortened(value)}") from error
+    return _broadcast(f"{argument}=", found, part, at)
+
+
+def _broadcast(what: str, found: Tensor, part: Tensor, at: At) -> Tensor:
+    try:
+        return found.expand_as(part)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{what} is {list(found.shape)}, which does not broadcast to the part of {at.name!r} at step "
+            f"{at.label.step}, {list(part.shape)} [sample, {', '.join(at.axes)}]"
+        ) from error
 
 
 def _blocks(model: Inspected, patterns: str | Sequence[str]) -> list[str]:

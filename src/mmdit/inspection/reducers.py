@@ -212,7 +212,16 @@ def histogram(edges: Sequence[float] | Tensor) -> Reducer:
 
 
 def chain(*reducers: Reducer) -> Reducer:
-    """Apply reducers one after the other; only the last one may reduce the rows of an attention pattern."""
+    """Apply reducers one after the other; only the last one may reduce the rows of an attention pattern.
+
+    Raises:
+        TypeError: something is not a reducer.
+        ValueError: none is given.
+    """
+    if not reducers:
+        raise ValueError("chain() needs at least one reducer")
+    for one in reducers:
+        _check_reducer(one)
 
     def apply(value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
         for i, reducer in enumerate(reducers):
@@ -232,7 +241,9 @@ def running(reducer: Reducer) -> Reducer:
 
     Raises:
         ValueError: the reducer's results cannot be merged; those of max_abs, moments and histogram can.
+        TypeError: it is not a reducer.
     """
+    _check_reducer(reducer)
     if reducer.merge is None:
         raise ValueError(f"results of {reducer.name} do not join; those of max_abs, moments and histogram do")
     merge = reducer.merge
@@ -242,6 +253,14 @@ def running(reducer: Reducer) -> Reducer:
         return reduce(merge, found.unbind()).unsqueeze(0), axes
 
     return replace(reducer, name=f"running {reducer.name}", apply=apply, running=True)
+
+
+def _check_reducer(given: object) -> None:
+    if not isinstance(given, Reducer):
+        raise TypeError(
+            f"expected a reducer, such as mmdit.reducers.norm(), got {given!r}; a function of your own goes into "
+            "mmdit.reducers.Reducer(name, apply)"
+        )
 
 
 def _joint_moments(a: Tensor, b: Tensor) -> Tensor:

@@ -45,11 +45,13 @@ def sweep(
         The results of `run`: [point, one dimension for each entry of `over`, dimensions of a result].
 
     Raises:
-        ValueError: see `mmdit.patch`; or the results have different shapes.
+        ValueError: see `mmdit.patch`; an entry of `over` is empty; or the results have different shapes.
         TypeError: `run` returned neither a number nor a tensor.
     """
     places = _places(model, patterns, skip=bool(operation.get("skip")))
     over = {name: tuple(values) for name, values in (over or {}).items()}
+    if empty := [name for name, values in over.items() if not values]:
+        raise ValueError(f"over={{{empty[0]!r}: ...}} has no values to try; give some, or leave {empty[0]!r} out")
     combinations = [dict(zip(over, values, strict=True)) for values in product(*over.values())]
     jobs = [(globs, chosen) for globs in places.values() for chosen in combinations]
     found = []

@@ -529,6 +529,7 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
             source: the picture to start from.
             meanwhile: called after every step has been launched, while a GPU computes it.
         """
+        around = self._here.call  # of the drawing whose callback draws this one, if its run has not ended
         call = self._here.call = CallState(run.plan.guidance_scale)
         call.begin(run)
         dtype = self.dtype if run.plan.profile.state_dtype == "model" else torch.float32
@@ -546,6 +547,8 @@ class Pipeline(PipelineFiles, PipelineAdapters, PipelineSteps):
                 sigma = step.sigma
         finally:
             call.end()
+            if around is not None and around.run is not None:
+                self._here.call = around
         return step.x.to(self.dtype)
 
     def _settings(self, request: Request) -> tuple[Settings, ...]:

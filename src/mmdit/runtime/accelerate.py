@@ -9,7 +9,8 @@ import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -122,7 +123,7 @@ class Accelerated:
         weights: Residency | None = None,
     ) -> None:
         self.model, self._asked, self.sequence, self._weights = model, graph, sequence, weights
-        self.attention = BestAttention(attention)
+        self.attention, self._only = BestAttention(attention), attention
         self.graphs, self._tables, self._pace = Graphs(graphs), Graphs(_TABLES), Pace()
         if weights is not None:
             weights.graphs.add(self.graphs)
@@ -325,6 +326,12 @@ class Accelerated:
         found: Tensor = step(*inputs)
         self._pace.launched(found.device)
         return found
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle is built anew on the copy of the model, without graphs and tables."""
+        if self.sequence is not None:
+            raise TypeError("a forward over several ranks cannot be copied or pickled: copy the model")
+        return partial(Accelerated, graph=self._asked, attention=self._only, weights=self._weights), (self.model,)
 
     @property
     def _keeps_graphs(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from encoders import VAE, CLIPText, T5Encoder
 from encoders.conditioning import EncoderName
@@ -17,7 +18,7 @@ class Beside:
     """The fast VAE and the graphs of the text encoders, as far as they can run here.
 
     Args:
-        vae: the VAE.
+        vae: the VAE; None leaves it out.
         encoders: the text encoders by name; None is one that is missing.
         graph: whether to record CUDA graphs; None does so on a GPU.
 
@@ -26,15 +27,17 @@ class Beside:
     """
 
     def __init__(
-        self, vae: VAE, encoders: Mapping[EncoderName, CLIPText | T5Encoder | None], graph: bool | None
+        self, vae: VAE | None, encoders: Mapping[EncoderName, CLIPText | T5Encoder | None], graph: bool | None
     ) -> None:
+        self._graph = graph
         self._vae: FastVAE | None = None
         self._encoders: dict[EncoderName, GraphedEncoder] = {}
         self.report: dict[str, str] = {}
         self.left_out: list[str] = []
-        if why := why_no_triton(next(vae.parameters())):
+        why = "" if vae is None else why_no_triton(next(vae.parameters()))
+        if why:
             self.left_out.append(f"the fast VAE, which needs Triton kernels: {why}")
-        else:
+        elif vae is not None:
             from mmdit.runtime import vae_kernels
 
             self._vae = FastVAE(vae, vae_kernels.norm)
@@ -43,6 +46,11 @@ class Beside:
             if model is not None and graph is not False and next(model.parameters()).is_cuda:
                 self._encoders[name] = GraphedEncoder(model, f"the {_TITLES[name]} encoder")
                 self.report[_TITLES[name]] = "a CUDA graph"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle is built anew on the copies of the models, without graphs."""
+        vae = None if self._vae is None else self._vae.vae
+        return Beside, (vae, {name: one.model for name, one in self._encoders.items()}, self._graph)
 
     def vae(self, vae: VAE) -> FastVAE | VAE:
         """The fast VAE where it is that of this VAE and can run where that is now; else the VAE itself."""

@@ -43,7 +43,7 @@ def hooks(wanted: Iterable[Hook]) -> Iterator[None]:
     added: list[tuple[nn.Module, Callable[..., Any]]] = []
     try:
         for hook in wanted:
-            call = _in_thread(hook.call, thread)
+            call = _in_thread(hook.call, thread, hook.module)
             added.append((hook.module, call))
             if hook.side == "input":
                 hook.module.register_forward_pre_hook(call, prepend=hook.first, with_kwargs=True)
@@ -90,9 +90,11 @@ def is_repeated() -> bool:
     return _state.repeated
 
 
-def _in_thread(call: Callable[..., Any], thread: int) -> Callable[..., Any]:
+def _in_thread(call: Callable[..., Any], thread: int, module: nn.Module | None = None) -> Callable[..., Any]:
     def hook(*given: Any) -> Any:
-        return call(*given) if get_ident() == thread else None
+        if get_ident() != thread or (module is not None and given[0] is not module):
+            return None  # a deep copy of the module has its hooks, which nobody would remove from it
+        return call(*given)
 
     return hook
 

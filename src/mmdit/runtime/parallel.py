@@ -69,6 +69,12 @@ class Parallel:
         self.decoder, self.texts = BandDecoder(self.mesh.world), SharedText(self.mesh.world)
         self.lifeline = connected(self._free)
 
+    def __reduce__(self) -> str:
+        """Refuse copies and pickles: connections belong to one process."""
+        raise TypeError(
+            "a parallel pipeline cannot be copied or pickled: call pipe.parallel.close() on every rank first"
+        )
+
     def __str__(self) -> str:
         cfg, sequence = self.mesh.cfg.rank, self.mesh.sequence.rank
         place = f"this is rank {self.rank} (cfg {cfg}, sequence {sequence})"

@@ -320,6 +320,13 @@ class Residency:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._arrivals: list[nn.Module] = []
 
+    def __reduce__(self) -> str:
+        """Refuse copies and pickles, whose weights would be in memory that this object lends and takes back."""
+        raise TypeError(
+            "a pipeline with memory= or offload= cannot be copied or pickled, because its weights move: load it again "
+            "from its files"
+        )
+
     def enter(self, wanted: Mapping[nn.Module, Presence]) -> None:
         """Have exactly this on the device, and let the tensors of streamed blocks have their memory there."""
         if not self.moves:

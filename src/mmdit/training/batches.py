@@ -130,12 +130,18 @@ def batch_at(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
-    """The share of process `rank` of the batch of the pass number `place`; latents and noise have `dtype`."""
+    """The share of process `rank` of the batch of the pass number `place`; latents and noise have `dtype`.
+
+    Raises:
+        ValueError: there are no samples, or one has other shapes than `Sample` says.
+    """
+    if not samples.shapes:
+        raise ValueError("there are no samples to train on: samples.shapes is empty")
     size = config.batch_size * world
     members = members_at(samples.shapes, size, config.seed, place)
     draws = draw(config, shift, (size, *samples.shapes[members[0]]), place)
     share = slice(rank * config.batch_size, (rank + 1) * config.batch_size)
-    read = [samples.read(i) for i in members[share]]
+    read = [_checked(i, samples.read(i), samples.shapes[i]) for i in members[share]]
     t, noise, latent, dropped, drawn = (part[share] for part in draws)
     x0 = [_latent(one, latent[i], config) for i, one in enumerate(read)]
     texts = [samples.empty if dropped[i] else (one.context, one.pooled) for i, one in enumerate(read)]
@@ -152,6 +158,23 @@ def batch_at(
         stacked([pooled for _, pooled in texts]),
         stacked(hints) if hints else None,
     )
+
+
+def _checked(index: int, sample: Sample, shape: tuple[int, ...]) -> Sample:
+    """The sample, whose shapes would else broadcast against those of the noise."""
+    found: list[tuple[str, Tensor | None, bool]] = [
+        ("mean, [c, h, w],", sample.mean, len(shape) == 3 and sample.mean.shape == shape),
+        ("std, [c, h, w],", sample.std, sample.std is None or sample.std.shape == shape),
+        ("context, [n, context_dim],", sample.context, sample.context.ndim == 2),
+        ("pooled, [pooled_dim],", sample.pooled, sample.pooled.ndim == 1),
+    ]
+    for name, given, fits in found:
+        if given is not None and not fits:
+            raise ValueError(
+                f"sample {index}: {name} has shape {list(given.shape)}, and samples.shapes says {list(shape)} for its "
+                "latent; a sample has no batch dimension"
+            )
+    return sample
 
 
 def _latent(sample: Sample, noise: Tensor, config: TrainingConfig) -> Tensor:

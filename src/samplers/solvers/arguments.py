@@ -39,7 +39,7 @@ def checked(run: Callable[..., Iterator[Step]], *, guided: bool) -> Callable[...
     if hasattr(run, _MARK):
         return run
     takes = signature(run)
-    known, name = list(takes.parameters)[3:], getattr(run, "__name__", type(run).__name__)
+    known, name = list(takes.parameters)[3:], name_of(run)
 
     @wraps(run)
     def solve(*args: object, **options: object) -> Iterator[Step]:
@@ -49,6 +49,13 @@ def checked(run: Callable[..., Iterator[Step]], *, guided: bool) -> Callable[...
 
     vars(solve)[_MARK] = True
     return solve
+
+
+def name_of(run: Callable[..., object]) -> str:
+    """Return the name of a function for messages; of a `partial` its function's, of an object its type's."""
+    while isinstance(run, partial):
+        run = run.func
+    return str(getattr(run, "__name__", type(run).__name__))
 
 
 def _option(name: str, known: list[str], key: str, value: object) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from samplers.solvers import (
     runge_kutta,
     stochastic,
 )
-from samplers.solvers.arguments import checked
+from samplers.solvers.arguments import checked, name_of
 from samplers.types import Step
 
 
@@ -188,7 +188,9 @@ def as_solver(sampler: str | Solver | Callable[..., Iterator[Step]]) -> Solver:
         It yields a `Step(i, sigma, x, denoised)` after every step, i from 0, with the latent's new level, and continues
         from `step.x`, which the caller may have changed. A keyword argument `noise`, `eta` or `shift` makes it known as
         a solver that takes fresh noise, that is an ODE solver at eta 0, or that takes the schedule's shift. A solver
-        that takes `samplers.Guided` is given as `Solver(run, order, guided=True)`.
+        that takes `samplers.Guided` is given as `Solver(run, order, guided=True)`. Any callable will do: a method, an
+        object with `__call__`, a `functools.partial`. `partial(samplers.euler_ancestral, s_noise=0.5)` is a solver of
+        the table with other options, and keeps its properties.
 
     Raises:
         TypeError: it is none of these, or the function does not take (denoise, x, sigmas).
@@ -203,7 +205,9 @@ def as_solver(sampler: str | Solver | Callable[..., Iterator[Step]]) -> Solver:
     for one in SOLVERS.values():
         if one.run is sampler:
             return one
-    name = getattr(sampler, "__name__", type(sampler).__name__)
+        if isinstance(sampler, partial) and one.run is sampler.func and not sampler.args:
+            return replace(one, run=sampler)
+    name = name_of(sampler)
     if not callable(sampler) or isinstance(sampler, type):
         raise TypeError(f"sampler is {shown(sampler)}, expected a name, a samplers.Solver or a generator function")
     takes = signature(sampler).parameters
@@ -222,9 +226,9 @@ def _checked_steps(run: Callable[..., Iterator[Step]]) -> Callable[..., Iterator
 
     @wraps(run)
     def checked(
-        denoise: Callable[[Tensor, float], Any], x: Tensor, sigmas: Tensor, **options: object
+        denoise: Callable[[Tensor, float], Any], x: Tensor, sigmas: Tensor, *rest: object, **options: object
     ) -> Iterator[Step]:
-        name, steps = run.__name__, run(denoise, x, sigmas, **options)
+        name, steps = name_of(run), run(denoise, x, sigmas, *rest, **options)
         if not isinstance(steps, Iterator):
             raise TypeError(f"sampler {name} returned {shown(steps)}, expected a generator that yields samplers.Step")
         step = None
@@ -239,6 +243,7 @@ def _checked_steps(run: Callable[..., Iterator[Step]]) -> Callable[..., Iterator
         if step is None:
             raise ValueError(f"sampler {name} yielded no step for {len(sigmas) - 1} steps")
 
+    checked.__name__ = name_of(run)
     return checked
 
 

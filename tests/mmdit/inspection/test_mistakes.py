@@ -8,6 +8,7 @@ import mmdit
 from inspected import inputs, left_behind, model
 from mmdit import reducers
 from mmdit.inspection import plots
+from mmdit.inspection.addresses import checked_tokens, whole_numbers
 from refusals import refuses
 
 POST, Z = "joint_blocks.1.x_block.resid_post", "joint_blocks.1.x_block.attn.z"
@@ -86,3 +87,35 @@ def test_keys_are_completed(small):
 def test_plots_of_what_is_no_array():
     refuses(lambda: plots.layer_step_grid([["a"]], label="x"), "values", "list", error=ValueError)
     refuses(lambda: plots.layer_step_grid([[1.0], [1.0, 2.0]], label="x"), "values", error=ValueError)
+
+
+MASK = torch.tensor([True, False, True, False])
+
+
+@pytest.mark.parametrize("wrong", [[0.9], 1.5, "12", MASK, MASK.tolist(), MASK.numpy(), torch.tensor([0.5])], ids=repr)
+def test_numbers_of_an_address_are_whole_numbers(wrong):
+    """A mask or a fraction was read as the numbers 0 and 1, so that other heads were changed than were meant."""
+    refuses(lambda: whole_numbers("heads", wrong), "heads", error=TypeError)
+    if not isinstance(wrong, str) and getattr(wrong, "dtype", None) not in (torch.bool, np.bool_):
+        refuses(lambda: checked_tokens("queries", wrong), "queries", error=TypeError)
+
+
+def test_numbers_of_an_address_may_be_numpys_and_torchs():
+    given = (np.int64(1), np.array([1, 2]), torch.tensor([3]), range(2), slice(2), None)
+    assert [whole_numbers("heads", one) for one in given] == [1, [1, 2], [3], [0, 1], slice(2), None]
+    assert torch.equal(checked_tokens("tokens", MASK.numpy()), MASK)
+    assert checked_tokens("tokens", ["red", np.int64(3)]) == ["red", 3]
+    refuses(lambda: checked_tokens("tokens", ["red", 0.5]), "tokens", error=TypeError)
+    refuses(lambda: mmdit.Address(sigmas=(0.5, float("nan"))), "sigmas", error=ValueError)
+
+
+def test_words_and_numbers_of_other_contexts(small):
+    at = mmdit.Word("red", "t5")
+    refuses(lambda: entered(mmdit.attention_maps(small, [at])), "Word", "encoder=", error=TypeError)
+    refuses(lambda: entered(mmdit.attention_maps(small, blocks=slice(0, 1))), "blocks", error=TypeError)
+    refuses(lambda: entered(mmdit.concept_tokens(small, torch.ones(2, 48), blocks=[0.5])), "blocks", error=TypeError)
+    empty = {"heads": []}
+    refuses(lambda: mmdit.sweep(small, Z, lambda: 0.0, over=empty, ablate="zero"), "heads", error=ValueError)
+    refuses(lambda: reducers.chain(reducers.norm(), torch.mean), error=TypeError)
+    refuses(reducers.chain, "one reducer", error=ValueError)
+    assert left_behind(small) == []

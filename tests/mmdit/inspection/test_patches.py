@@ -276,7 +276,8 @@ def test_wrong_patches_are_explained(small, demo):
 
     refuse("a patch does one thing: give one of .*; got none")
     refuse("got scale, skip", scale=2.0, skip=True, points="joint_blocks.1")
-    refuse(r"\[3\] does not broadcast to that", replace=torch.zeros(3))
+    for operation in ("replace", "scale", "add"):
+        refuse(rf"{operation}= is \[3\]", **{operation: torch.zeros(3)})
     refuse("source= is for", scale=1.0, source=mmdit.Captured(["a"]))
     refuse("is computed from z: patch .*attn.z' instead", points=f"{X}.attn.out_by_head", scale=2.0)
     refuse("swap=", swap=(0, 5))

@@ -141,3 +141,17 @@ def test_tensors_that_there_are_not(pipe):
         pipe("a", callback_on_step_end=print, callback_on_step_end_tensor_inputs=["latent"], **SMALL)
     with pytest.raises(AttributeError, match="argument of the call"):
         Pipeline._guidance_scale.fset(Pipeline.demo(), 3.0)
+
+
+def test_a_callback_may_draw_and_still_speaks_to_its_own_drawing(pipe):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe(PROMPT, seed=5, guidance_scale=2.0, **SMALL | {"num_inference_steps": 1})
+            seen.append((pipe.num_timesteps, pipe.guidance_scale))
+            pipe._interrupt = True
+        seen.append(step)
+
+    pipe(PROMPT, seed=3, guidance_scale=4.0, callback_on_step_end=callback, **SMALL)
+    assert seen == [0, (4, 4.0), 1]

@@ -1,6 +1,7 @@
 """`pipe.accelerate()`: the same pictures, refusals, and the way back. On a CPU without Triton's kernels and graphs."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -176,3 +177,20 @@ def test_the_command_draws_with_models_that_take_turns(tmp_path):
     how = ["--fast", "--offload", "stages", "--device", "cpu", "--steps", "1", "--height", "64", "--width", "64"]
     assert main(["generate", PROMPT, *how, "-o", str(out)]) in (0, None)
     assert out.exists()
+
+
+def test_a_copy_of_an_accelerated_pipeline_is_accelerated(pipe):
+    pipe.accelerate(graph=False)
+    wanted = latent_of(pipe)
+    for other in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert other.accelerated.model is other.transformer
+        assert other.transformer is not pipe.transformer
+        assert torch.equal(latent_of(other), wanted)
+
+
+def test_a_pipeline_whose_weights_move_is_not_copied(loaded):
+    moving = mmdit.Pipeline.demo(device="cpu", offload="stages")
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="offload= cannot be copied"):
+            copied(moving)
+    assert copy.copy(moving).transformer is moving.transformer

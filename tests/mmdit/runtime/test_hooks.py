@@ -1,5 +1,6 @@
 """What looks inside acts in its own thread alone, and leaves nothing behind, also where an interrupt hits its entry."""
 
+import copy
 import gc
 import sys
 import threading
@@ -223,3 +224,15 @@ def test_an_interrupt_between_two_lines_of_the_entry_leaves_nothing(demo, way):
     assert at > 3
     assert left_behind(small, demo.transformer) == []
     assert torch.equal(small(*inputs()), plain)
+
+
+def test_a_copy_made_inside_is_not_changed():
+    """Hooks are copied with a module, and nobody removes them from the copy."""
+    plain = model()
+    wanted = plain(*inputs())
+    with mmdit.patch(plain, POST, ablate="zero"), mmdit.capture(plain, POST) as seen:
+        other = copy.deepcopy(plain)
+        assert torch.equal(other(*inputs()), wanted)
+        assert not seen
+        assert not torch.equal(plain(*inputs()), wanted)
+    assert torch.equal(other(*inputs()), wanted)

@@ -228,3 +228,20 @@ def test_draws() -> None:
     mode = batch_at(spread, TrainingConfig(latents="mode", dtype="float32"), 1.0, 0).x0[0]
     assert torch.equal(mode, one.mean)
     assert all(map(torch.equal, draw(TrainingConfig(), 1.0, (2, 3), 7), draw(TrainingConfig(), 1.0, (2, 3), 7)))
+
+
+def test_samples_of_wrong_shapes_are_refused() -> None:
+    """A latent of another shape than the noise would broadcast against it."""
+    good, config = samples(1).read(0), TrainingConfig()
+    batch = {"pooled": good.pooled[None], "context": good.context[None], "mean": good.mean[None]}
+    for name, value in batch.items():
+        with pytest.raises(ValueError, match=f"sample 0: {name}, "):
+            batch_at(InMemory([good._replace(**{name: value})], samples(1).empty), config, 3.0, 0)
+    with pytest.raises(ValueError, match="no samples"):
+        batch_at(InMemory([], samples(1).empty), config, 3.0, 0)
+
+    class Own(InMemory):
+        shapes = ((16, 4, 6),)
+
+    with pytest.raises(ValueError, match=r"mean.*\[16, 4, 6\]"):
+        batch_at(Own([good], samples(1).empty), config, 3.0, 0)
