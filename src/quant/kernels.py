@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant.current import on_its_device
 from quant.formats import DTYPES, LARGEST, Format
-from quant.launch import Launcher
+from quant.launch import Launcher, pieces
 from quant.scaling import SMALLEST_SCALE
 
 _BLOCK = 4096  # values that a program of `_divide` rounds
@@ -51,7 +51,7 @@ def rows_of(
 def quantize_with(x: Tensor, scale: Tensor, format: Format, dtype: torch.dtype | None = None) -> Tensor:
     """Codes of a contiguous tensor under one scale, float32 (); in float16 the values of codes."""
     codes, count = torch.empty_like(x, dtype=dtype or DTYPES[format]), x.numel()
-    _launch_divide((-(-count // _BLOCK), 1, 1), (x, codes, scale), (count, LARGEST[format], _BLOCK), warps=8)
+    _launch_divide((pieces(count, _BLOCK), 1, 1), (x, codes, scale), (count, LARGEST[format], _BLOCK), warps=8)
     return codes
 
 

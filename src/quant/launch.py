@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def pieces(count: int, size: int) -> int:
+    """How many pieces of this size there are, the last one of which may be smaller."""
+    return -(-count // size)
+
+
 class Launcher:
     """Launches a Triton kernel that takes tensors first, then values: numbers, and what is known when it is compiled.
 

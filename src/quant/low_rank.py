@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quant.emulation import HAS_TRITON
@@ -18,7 +17,7 @@ def low(x: Tensor, down: Tensor) -> Tensor:
         from quant import low_rank_kernels
 
         return low_rank_kernels.low(None, (x, None), down.unsqueeze(0), None, x.dtype)
-    return F.linear(x, down)
+    return x.mm(down.mT)
 
 
 def add_up(output: Tensor, low: Tensor, up: Tensor) -> None:
@@ -28,7 +27,7 @@ def add_up(output: Tensor, low: Tensor, up: Tensor) -> None:
 
         low_rank_kernels.add_up(output, low, up.unsqueeze(0))
     else:
-        output.addmm_(low, up.t())
+        output.addmm_(low, up.mT)
 
 
 def up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
@@ -37,7 +36,7 @@ def up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
         from quant import low_rank_kernels
 
         return low_rank_kernels.up_and_bias(low, up, bias)
-    return torch.addmm(bias, low, up.t())
+    return torch.addmm(bias, low, up.mT)
 
 
 def by_kernels(x: Tensor, factor: Tensor, rank: int) -> bool:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.current import on_its_device
+from quant.launch import Launcher, pieces
 
 
 class Blocks(NamedTuple):
@@ -69,7 +70,7 @@ def low(
     if blocks is None:
         chosen = fitting(chosen, rank, text.itemsize, down.itemsize, _shared_memory(down.device))
     rows, depth, stages = chosen
-    _low[(triton.cdiv(split, rows) + triton.cdiv(rest, rows),)](
+    tensors = (
         text,
         image,
         text if text_scale is None else text_scale,
@@ -77,6 +78,8 @@ def low(
         down,
         down if factor is None else factor,
         out,
+    )
+    values = (
         split,
         rest,
         width,
@@ -91,8 +94,9 @@ def low(
         depth,
         stages,
         width % depth == 0,
-        num_warps=max(rows // 16, 1),
     )
+    grid = (pieces(split, rows) + pieces(rest, rows), 1, 1)
+    _launch_low(grid, tensors, values, warps=max(rows // 16, 1))
     return out
 
 
@@ -140,24 +144,11 @@ def add_up(out: Tensor, low: Tensor, up: Tensor, split: int = 0) -> None:
     """
     rows, columns = out.shape
     block, wide = _ADDED_ROWS, _ADDED_COLUMNS
-    grid = triton.cdiv(columns, wide), triton.cdiv(split, block) + triton.cdiv(rows - split, block)
+    grid = pieces(columns, wide), pieces(split, block) + pieces(rows - split, block), 1
     rank = up.shape[2]
     other = (len(up) - 1) * columns * rank
-    _add_up[grid](
-        out,
-        low,
-        up,
-        split,
-        rows,
-        columns,
-        out.stride(0),
-        low.stride(0),
-        other,
-        rank,
-        block,
-        wide,
-        num_warps=4,
-    )
+    values = (split, rows, columns, out.stride(0), low.stride(0), other, rank, block, wide)
+    _launch_add_up(grid, (out, low, up), values, warps=4)
 
 
 @on_its_device
@@ -168,8 +159,9 @@ def up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
     """
     (rows, rank), columns = low.shape, len(up)
     out = torch.empty((rows, columns), dtype=up.dtype, device=up.device)
-    grid = triton.cdiv(columns, _BIAS_COLUMNS), triton.cdiv(rows, _BIAS_ROWS)
-    _up_and_bias[grid](out, bias, low, up, rows, columns, low.stride(0), rank, _BIAS_ROWS, _BIAS_COLUMNS, num_warps=4)
+    grid = pieces(columns, _BIAS_COLUMNS), pieces(rows, _BIAS_ROWS), 1
+    values = (rows, columns, low.stride(0), rank, _BIAS_ROWS, _BIAS_COLUMNS)
+    _launch_up_and_bias(grid, (out, bias, low, up), values, warps=4)
     return out
 
 
@@ -288,3 +280,6 @@ def _up_and_bias(
     value += tl.dot(a, b, input_precision="ieee")
     place = out + (start.to(tl.int64) + local)[:, None] * columns + column[None, :]
     tl.store(place, value.to(out.dtype.element_ty), mask=there[:, None] & inside[None, :])
+
+
+_launch_low, _launch_add_up, _launch_up_and_bias = Launcher(_low), Launcher(_add_up), Launcher(_up_and_bias)

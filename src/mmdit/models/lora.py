@@ -36,16 +36,20 @@ class LoraProducts(NamedTuple):
     gelu: Gelu
 
 
+def _low(x: Tensor, down: Tensor) -> Tensor:
+    return x.mm(down.mT)
+
+
 def _add_up(output: Tensor, low: Tensor, up: Tensor) -> None:
-    output.addmm_(low, up.t())
+    output.addmm_(low, up.mT)
 
 
 def _up_and_bias(low: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-    return torch.addmm(bias, low, up.t())
+    return torch.addmm(bias, low, up.mT)
 
 
 def _gelu(output: Tensor, low: Tensor, up: Tensor, _: Tensor | None) -> tuple[Tensor, None]:
-    return F.gelu(output.addmm_(low, up.t()), approximate="tanh"), None
+    return F.gelu(output.addmm_(low, up.mT), approximate="tanh"), None
 
 
 class Operands(NamedTuple):
@@ -71,7 +75,7 @@ class LoraLinear(nn.Linear):
     down: Tensor | None
     up: Tensor | None
     delta: Tensor | None
-    products: LoraProducts = LoraProducts(F.linear, _add_up, _up_and_bias, _gelu)
+    products: LoraProducts = LoraProducts(_low, _add_up, _up_and_bias, _gelu)
     plain: tuple[nn.Linear]  # the Linear that this module replaces; a tuple keeps it from being a submodule
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
@@ -79,7 +83,8 @@ class LoraLinear(nn.Linear):
             return self.add_to(super().forward(x), x)
         if x.ndim == 2:
             return self.of_rows(x, operands)
-        return self.of_rows(x.reshape(-1, self.in_features), operands).view(*x.shape[:-1], self.out_features)
+        rows = x.view(-1, self.in_features) if x.is_contiguous() else x.reshape(-1, self.in_features)  # view is quicker
+        return self.of_rows(rows, operands).view(*x.shape[:-1], self.out_features)
 
     def operands(self, x: Float[Tensor, "... i"]) -> Operands | None:
         """What few operations multiply by; None where a matrix is attached, a gradient is recorded, or dtypes differ.
@@ -112,7 +117,7 @@ class LoraLinear(nn.Linear):
             low = self.products.low(rows, down)
         if low.dtype != up.dtype:  # under autocast
             return F.linear(rows, weight, bias) + F.linear(low, up)
-        if rows.is_cuda and bias is not None and type(weight) in _PLAIN and weight.dtype == bias.dtype == up.dtype:
+        if type(weight) in _PLAIN and bias is not None and rows.is_cuda and weight.dtype == bias.dtype == up.dtype:
             return self._in_one_product(rows, low, weight, bias, up)
         output = F.linear(rows, weight, bias)
         self.products.add_up(output, low, up)
@@ -120,7 +125,7 @@ class LoraLinear(nn.Linear):
 
     def _in_one_product(self, rows: Tensor, low: Tensor, weight: Tensor, bias: Tensor, up: Tensor) -> Tensor:
         """The output: the large product adds itself to the small one while it is written."""
-        return self.products.up_and_bias(low, up, bias).addmm_(rows, weight.t())
+        return self.products.up_and_bias(low, up, bias).addmm_(rows, weight.mT)
 
     @property
     def factors(self) -> tuple[Float[Tensor, "r i"], Float[Tensor, "o r"]] | None:

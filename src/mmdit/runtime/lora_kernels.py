@@ -19,6 +19,7 @@ from mmdit.runtime.rows import EPS, Activation, Added, AttentionInputs, Blank, D
 from quant import low_rank_kernels
 from quant.formats import LARGEST
 from quant.kernels import code_of, larger, row_scale
+from quant.launch import Launcher, pieces
 from quant.scaling import SMALLEST_SCALE
 
 _ROWS = 64  # of a tile of `pack`
@@ -101,14 +102,11 @@ def gelu(
         weight = down.exact if down.halves is None else down.halves
         rank = weight.shape[1]
         sums = torch.empty((grid[0], rows.total, rank), dtype=torch.float32, device=x.device)
-    _gelu[grid](
-        x,
-        *targets(blank, rounding, x),
-        sizes,
-        *_factors(added),
-        weight,
-        x if down is None or down.factor is None else down.factor,
-        sums,
+    low, low_stride, up, image_up = _factors(added)
+    factor = x if down is None or down.factor is None else down.factor
+    values = (
+        low_stride,
+        image_up,
         len(weight) - 1 if rank else 0,
         alone.text,
         alone.image,
@@ -121,10 +119,11 @@ def gelu(
         rank,
         *cut[:4],
         width % (cut.columns * cut.steps) == 0,
-        num_warps=cut.warps,
     )
-    low = sums.sum(0).to(x.dtype) if rank else None  # of all strips of columns, in one order
-    return blank.activation(rows, rounding)._replace(low=low)
+    tensors = (x, *targets(blank, rounding, x), sizes, low, up, weight, factor, sums)
+    _launch_gelu((*grid, 1), tensors, values, warps=cut.warps)
+    next_low = sums.sum(0).to(x.dtype) if rank else None  # of all strips of columns, in one order
+    return blank.activation(rows, rounding)._replace(low=next_low)
 
 
 def _cut(x: Tensor, rounding: Rounding, down: Down | None) -> Cut:
@@ -160,13 +159,12 @@ def largest_gelu(x: Tensor, rows: Rows, added: Added, cut: Cut | None = None) ->
 
 def _grid(rows: Rows, width: int, cut: Cut) -> tuple[int, int]:
     """Strips of columns, and tiles of rows."""
-    return triton.cdiv(width, cut.columns * cut.steps), _tiles(rows, cut.rows)
+    return pieces(width, cut.columns * cut.steps), _tiles(rows, cut.rows)
 
 
 def _tiles(rows: Rows, block: int) -> int:
     """Tiles of so many rows, none of which has rows of two samples or streams."""
-    found: int = rows.samples * (triton.cdiv(rows.text, block) + triton.cdiv(rows.image, block))
-    return found
+    return rows.samples * (pieces(rows.text, block) + pieces(rows.image, block))
 
 
 def _factors(added: Added) -> tuple[Tensor, int, Tensor, int]:
@@ -302,12 +300,12 @@ def _gelu(
     image_static,
     sizes,
     low,
-    low_stride,
     up,
-    image_up,
     down,
     factor,
     sums,
+    low_stride,
+    image_up,
     last,
     text,
     image,
@@ -383,3 +381,6 @@ def _sum(x, a, up, column, width, rank: tl.constexpr, even: tl.constexpr):
     b = tl.load(up) if even else tl.load(up, mask=inside, other=0.0)
     value = tl.load(x + column[None, :]) if even else tl.load(x + column[None, :], mask=inside, other=0.0)
     return value.to(tl.float32) + tl.dot(a, b, input_precision="ieee")
+
+
+_launch_gelu = Launcher(_gelu)
