@@ -155,14 +155,18 @@ def _eager(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, d
         found: Tensor = model(inputs.latent, inputs.timestep, inputs.context, inputs.pooled)
         return found
 
-    def measured(prepare: Callable[[], None]) -> tuple[float, ...]:
+    def timed(prepare: Callable[[], None]) -> tuple[float, ...]:
         prepare()
-        return step_time(step, device, each), host_time(model, step, each), kernel_time(step, device)
+        return step_time(step, device, each), host_time(model, step, each)
 
-    sides = (partial(measured, partial(detach, model)), partial(measured, partial(attach, model, rank)))
-    (before, *parts), (after, *with_lora) = in_turns(*sides)
-    shown = [f"{one:.1f}, {other:.1f}" if one else "-" for one, other in zip(parts, with_lora, strict=True)]
-    return _cells(before, after, *shown, "no graph")
+    plain, with_lora = partial(detach, model), partial(attach, model, rank)
+    (before, host), (after, more_host) = in_turns(partial(timed, plain), partial(timed, with_lora))
+    kernels = []
+    for prepare in (plain, with_lora):  # when all times are taken, because the profiler stays in the way of launches
+        prepare()
+        kernels.append(kernel_time(step, device))
+    pairs = ((host, more_host), kernels)
+    return _cells(before, after, *(f"{one:.1f}, {other:.1f}" if one else "-" for one, other in pairs), "no graph")
 
 
 def host_time(model: MMDiT, step: Callable[[], object], repeats: int) -> float:
