@@ -1,4 +1,4 @@
-"""Products by a GPU's own float8 matmul in little of the host's time: a CPU plays the GPU, on which kernels run."""
+"""Products by a GPU's own float8 matmul in little of the host's time; without such a GPU, a CPU plays it."""
 
 import copy
 import io
@@ -13,9 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from quant import matmul, operations, prepared
 from quant.recipe import RECIPES
 from quant.tensor import Float8Tensor
+from skips import SKIPS
 
 pytest.importorskip("triton")
 
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+pytestmark = pytest.mark.skipif(HAS_GPU and torch.cuda.get_device_capability() < (8, 9), reason=SKIPS["float8 gpu"])
 BF16 = torch.bfloat16
 NATIVE = ("fp8", "fp8-tensor", "fp8-static")
 ROWS, WIDTH, OUTS = 6, 32, 48
@@ -23,7 +27,7 @@ ROWS, WIDTH, OUTS = 6, 32, 48
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Tensors say that they are on a GPU that multiplies float8; the list of what its matmul was given."""
+    """The list of what the GPU's matmul was given; where there is no GPU, tensors say that they are on one."""
     given = []
 
     def scaled_mm(codes, weight, x_scale, scale, bias=None, **settings):
@@ -34,21 +38,22 @@ def gpu(monkeypatch):
     def native(recipe, device, dtype, shape):
         return "" if dtype == BF16 and recipe.backend != "emulated" else "not here"
 
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
-    monkeypatch.setattr(matmul, "why_not_native", native)
-    monkeypatch.setattr(matmul, "_capability", lambda device: (9, 0))
+    if not HAS_GPU:
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(matmul, "why_not_native", native)
+        monkeypatch.setattr(matmul, "_capability", lambda device: (9, 0))
     return given
 
 
 def operands(name="fp8", *, rows=(ROWS,), bias=True, dtype=BF16, **settings):
-    x, weight = torch.randn(*rows, WIDTH).to(dtype), torch.randn(OUTS, WIDTH).to(dtype)
+    x, weight = torch.randn(*rows, WIDTH).to(DEVICE, dtype), torch.randn(OUTS, WIDTH).to(DEVICE, dtype)
     static = torch.tensor(0.05) if name == "fp8-static" else None
     recipe = replace(RECIPES[name], **settings)
     float8 = Float8Tensor.quantize(weight, recipe=recipe, input_scale=static)
-    return x, float8, torch.randn(OUTS).to(dtype) if bias else None
+    return x, float8, torch.randn(OUTS).to(DEVICE, dtype) if bias else None
 
 
 def by_linear(x, weight, bias):
@@ -121,7 +126,7 @@ def test_views_of_the_same_memory_count(gpu):
 def test_a_recipe_or_an_input_scale_that_is_replaced_counts(gpu):
     x, weight, _ = operands("fp8-static")
     before = F.linear(x, weight)
-    weight.input_scale = torch.tensor(0.02)
+    weight.input_scale = torch.tensor(0.02, device=DEVICE)
     assert not torch.equal(F.linear(x, weight), before)
     weight.recipe = RECIPES["fp8-tensor"]
     assert torch.equal(F.linear(x, weight), by_linear(x, weight, None))
@@ -195,7 +200,7 @@ def test_wrong_weights_are_refused_after_a_good_product(gpu):
         F.linear(x, weight)
     x, weight, _ = operands()
     F.linear(x, weight)
-    weight.scale = torch.ones(1, WIDTH)
+    weight.scale = torch.ones(1, WIDTH, device=DEVICE)
     with pytest.raises(ValueError, match="one per output channel"):
         F.linear(x, weight)
     x, weight, _ = operands(backend="native")
@@ -246,7 +251,7 @@ def test_all_else_is_left_to_linear(gpu, monkeypatch):
             patched.setattr(of, name, there)
             assert not is_quick(x, weight, bias)
     monkeypatch.undo()
-    assert not is_quick(x, weight, bias), "on a CPU"
+    assert not is_quick(x.cpu(), weight, bias)
 
 
 def test_weights_that_are_no_plain_operands_are_left_to_linear(gpu):
