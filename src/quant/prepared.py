@@ -73,6 +73,7 @@ def product(x: Tensor, weight: Float8Tensor, bias: Tensor | None) -> Tensor | No
         kept = weight.prepared = _prepared(weight, qdata, scale, recipe)
     if (own := kept.native) is None or not _takes(own, x, bias):
         return None
+    x = x.contiguous()
     shape, rows = x.shape, x.numel() // own.width
     if recipe.activation == "token":
         codes, x_scale = own.quantize_rows(x, rows, own.width, own.width, recipe.activation_format)
@@ -88,7 +89,7 @@ def product(x: Tensor, weight: Float8Tensor, bias: Tensor | None) -> Tensor | No
 def _takes(own: Native, x: Tensor, bias: Tensor | None) -> bool:
     """Whether `linear` would multiply this input by the GPU's own matmul, as it is."""
     shape, dtype = x.shape, own.dtype
-    if x.dtype != dtype or len(shape) not in (2, 3) or shape[-1] != own.width or not x.is_contiguous():
+    if x.dtype != dtype or len(shape) not in (2, 3) or shape[-1] != own.width:
         return False
     if bias is not None and (type(bias) not in _PLAIN or bias.dtype != dtype or bias.shape != own.bias_shape):
         return False
