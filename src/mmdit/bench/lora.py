@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from mmdit.bench.random_models import MODELS, TIMESTEP, Inputs, check_names, check_size, fill, quantized
 from mmdit.bench.rows import Cells, attempted, step_time
-from mmdit.bench.step import kernels_of
 from mmdit.checkpoints.lora import load_lora
 from mmdit.models.lora import beside, without
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.patched_weights import Adapter, PatchedWeights
 from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.lora_products import PRODUCTS
+from mmdit.runtime.profiler import kernels_of
 from quant.quantize import linears_of
 from quant.recipe import RECIPES
 

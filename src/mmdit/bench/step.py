@@ -37,6 +37,7 @@ from mmdit.bench.random_models import (
 from mmdit.bench.rows import FAILURES, said_of
 from mmdit.models.config import MMDiTConfig
 from mmdit.models.mmdit import MMDiT
+from mmdit.runtime.profiler import kernels_of
 from mmdit.utils import markdown_table, weight_bytes, write_text
 from quant.quantize import linears_of
 from quant.recipe import RECIPES
@@ -299,19 +300,6 @@ def timed(name: str, build: Build, inputs: Inputs, work: Work, repeats: int, dev
     spread = quarters[2] - quarters[0]
     sizes, host = (peak / 1e9, weights / 1e9), statistics.median(host for _, host in both)
     return Timed(name, median, spread, *sizes, first, rate, parts_of(kernels), kernels[:15], host)
-
-
-def kernels_of(run: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
-    """Name, count and milliseconds of each kernel of the GPU, longest first."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize(device)
-    found = [
-        (event.key, int(event.count), event.self_device_time_total / 1000)
-        for event in profile.key_averages()
-        if event.self_device_time_total > 0
-    ]
-    return sorted(found, key=lambda kernel: -kernel[2])
 
 
 def parts_of(kernels: Sequence[tuple[str, int, float]]) -> dict[str, float]:

@@ -34,6 +34,7 @@ from mmdit.demo.scenes import render, sample
 from mmdit.demo.train_mmdit import Batch, Batches, Engine, flow_loss, make_optimizer
 from mmdit.demo.trainee import T5Form, initial_parts, save_compiled, trainee_of
 from mmdit.embedded import EMBEDDED
+from mmdit.runtime.profiler import kernels_of
 from mmdit.training.ema import Ema
 from mmdit.training.journal import Journal
 from mmdit.training.rates import set_rate
@@ -262,18 +263,17 @@ def _profiled(run: Run, step: Callable[[], None], title: str, most: int = 18) ->
     """Milliseconds per step in which a kernel ran; prints the kernels that take most of them."""
     if run.device.type != "cuda":
         return float("nan")
-    rounds, spent = 2, dict[str, tuple[float, int]]()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    rounds = 2
+
+    def steps() -> None:
         for _ in range(rounds):
             step()
-        run.synchronize()
-    for event in profile.key_averages():
-        ms = event.self_device_time_total / 1000 / rounds
-        if ms > 0:
-            spent[event.key] = ms, event.count // rounds
+
+    kernels = kernels_of(steps, run.device)
+    spent = {name: (ms / rounds, count // rounds) for name, count, ms in kernels}
     total, count = sum(ms for ms, _ in spent.values()), sum(n for _, n in spent.values())
     lines = [f"{title}: {total:.1f} ms in {count} kernels a step"]
-    for name, (ms, n) in sorted(spent.items(), key=lambda item: -item[1][0])[:most]:
+    for name, (ms, n) in list(spent.items())[:most]:
         lines.append(f"  {ms:7.2f} ms {n:5} x {name[:80]}")
     run.journal.say("\n".join(lines))
     return total
