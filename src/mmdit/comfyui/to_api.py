@@ -77,12 +77,14 @@ class _Level:
     def of(cls, form: Mapping[str, Any], forms: _Forms, used_by: _Placed | None = None) -> _Level:
         """Make a level from the UI form of a workflow or subgraph."""
         prefix = "" if used_by is None else f"{used_by.id}:"
-        level = cls(prefix, {}, dict(map(_link, _listed(form, "links"))), forms, used_by)
+        level = cls(prefix, {}, _links(form), forms, used_by)
         nodes = _listed(form, "nodes")
         forms.count(len(nodes))
         for raw in nodes:
             if not isinstance(raw, dict) or not _is_id(raw.get("id")) or not isinstance(raw.get("type"), str):
                 raise _broken(f"a node is {described(raw)} without id and type")
+            if raw["id"] in level.nodes:
+                raise _broken(f"two nodes have the id {raw['id']}; give one of them another, and its links too")
             level.nodes[raw["id"]] = _Placed(level, raw)
         return level
 
@@ -231,6 +233,15 @@ _NOTHING = object()
 def _literal(value: Any) -> Any:
     """Convert a value to the API form; a list is wrapped, because a plain list is a link there."""
     return {"__value__": value} if isinstance(value, list) else value
+
+
+def _links(form: Mapping[str, Any]) -> dict[Any, _Link]:
+    """The links of a form by id."""
+    found: dict[Any, _Link] = {}
+    for id, link in map(_link, _listed(form, "links")):
+        if found.setdefault(id, link) != link:
+            raise _broken(f"two links have the id {id}: give one of them another, at its nodes too")
+    return found
 
 
 def _link(one: Any) -> tuple[Any, _Link]:

@@ -21,7 +21,7 @@ from mmdit.checkpoints.lora_merge import planned
 from mmdit.checkpoints.lora_names import PARTS, Part
 from mmdit.models.lora import all_beside
 from mmdit.pipeline.base import PipelineModels
-from mmdit.pipeline.patched_weights import Adapter, Form, PatchedWeights, Weight, shapes_of
+from mmdit.pipeline.patched_weights import Adapter, Form, PatchedWeights, Weight, refuse_trained, shapes_of
 from mmdit.utils import number
 from samplers import pick
 
@@ -260,7 +260,16 @@ class PipelineAdapters(PipelineModels):
             planned(part, shapes_of(self.models[part]), [lora], [1.0])
 
     def _apply_loras(self) -> None:
-        """Restore the weights, then merge and attach the active LoRAs; after an error, those of before act again."""
+        """Restore the weights, then merge and attach the active LoRAs; after an error, those of before act again.
+
+        Raises:
+            ValueError: adapters in training are beside Linears, whose place the LoRAs would take.
+        """
+        try:
+            refuse_trained(self.models.values())
+        except ValueError:
+            self._loras.revert()
+            raise
         self._leave()  # else the new weights would be overwritten when the models move back
         try:
             self._patch()

@@ -7,7 +7,7 @@ forms. The original tensors are kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,7 +21,7 @@ from mmdit.checkpoints.lora import Lora
 from mmdit.checkpoints.lora_kinds import LowRank
 from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, check_finite, merged, planned, replace_tensor
 from mmdit.checkpoints.lora_names import Part
-from mmdit.models.lora import all_beside, beside, without
+from mmdit.models.lora import LoraLinear, all_beside, beside, without
 from mmdit.runtime.host import HostCopies
 from mmdit.runtime.lora_products import PRODUCTS
 from quant.quantize import linears_of
@@ -192,6 +192,17 @@ def _is_low_rank(each: Weighted) -> bool:
 def _values(weight: Tensor) -> Tensor:
     weight = weight.dequantize(torch.float32) if isinstance(weight, Float8Tensor) else weight.detach()
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def refuse_trained(models: Iterable[nn.Module]) -> None:
+    """Raise ValueError where something other than LoRAs of a pipeline is attached: adapters in training."""
+    others = [name for model in models for name, one in all_beside(model).items() if type(one) is not LoraLinear]
+    if others:
+        raise ValueError(
+            f"adapters in training are beside {len(others)} Linears, such as {others[0]}, and LoRAs would take their "
+            "place: write them, remove them by mmdit.training.adapters.detach(pipe.transformer, adapters), and load "
+            "what was written"
+        )
 
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdit.checkpoints.lora_kinds import Change, Kronecker, LowRank, Magnitude
-from mmdit.models.lora import LoraLinear, stand_in, without
+from mmdit.models.lora import LoraLinear, all_beside, stand_in, without
 from mmdit.training.config import TrainingConfig
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
@@ -167,8 +167,15 @@ def attach(model: nn.Module, config: TrainingConfig) -> dict[str, Adapter]:
         The adapters by the name of their Linear. Their parameters are parameters of the model too.
 
     Raises:
-        ValueError: a glob matches no Linear, or the rank exceeds a side of a Linear.
+        ValueError: a glob matches no Linear, the rank exceeds a side of a Linear, or LoRAs or other adapters are
+            attached to the model, which these would take the place of.
     """
+    if there := list(all_beside(model)):
+        raise ValueError(
+            f"something is attached beside {len(there)} Linears, such as {there[0]}, and a new adapter would take its "
+            "place: merge LoRAs by pipe.fuse_lora(), remove them by pipe.unload_lora_weights(), or remove adapters of "
+            "another training by mmdit.training.adapters.detach(model, adapters)"
+        )
     linears = dict(linears_of(model))
     names = targets_of(linears, config.targets)
     model.requires_grad_(False)
@@ -181,7 +188,7 @@ def attach(model: nn.Module, config: TrainingConfig) -> dict[str, Adapter]:
     return adapters
 
 
-def detach(model: nn.Module, names: Sequence[str]) -> None:
+def detach(model: nn.Module, names: Iterable[str]) -> None:
     """Remove the adapters beside these Linears."""
     for name in names:
         without(model, name)

@@ -146,6 +146,11 @@ class TrainingConfig:
             raise ConfigError(f"size {self.size} is less than multiple {self.multiple}")
         if self.quant is not None and self.quant not in RECIPES:
             raise ConfigError(_unknown("quant", self.quant, RECIPES))
+        if self.quant is not None and RECIPES[self.quant].activation == "static":
+            raise ConfigError(
+                f"quant {self.quant!r} needs scales of the activations, which a calibration finds: give a model that "
+                f"`mmdit quantize --recipe {self.quant}` has written, and no quant"
+            )
         if self.quant is not None and self.method != "lora":
             raise ConfigError(f"quant {self.quant!r} is for the frozen base of method 'lora', not for {self.method!r}")
         if self.method == "lora" and self.adapter == "lokr" and self.naming == "diffusers":
@@ -241,7 +246,7 @@ def _checked_list(key: str, value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ..
     count = None if kinds[-1] is Ellipsis else len(kinds)
     if not isinstance(value, list | tuple) or (count is not None and len(value) != count):
         size = "" if count is None else f" of {count}"
-        raise ConfigError(f"{key} is {described(value)}, expected an array{size} of {_WORDS[kinds[0]]}s")
+        raise ConfigError(f"{key} is {described(value)}, expected an array{size} of {_SEVERAL[kinds[0]]}")
     return tuple(_checked(key, one, kinds[0]) for one in value)
 
 
@@ -261,4 +266,5 @@ def _unknown(key: str, value: object, known: Any, said: str = "") -> str:
     return f"{what}; {hint}Known are {', '.join(map(str, known))}"
 
 
+_SEVERAL: Final = {float: "numbers", str: "strings"}
 _WORDS: Final = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}

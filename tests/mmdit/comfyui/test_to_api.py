@@ -153,3 +153,14 @@ def test_a_broken_form_is_one_error(damage):
     with pytest.raises(WorkflowError) as caught:
         as_graph(form)
     assert caught.value.type == "invalid_prompt"
+
+
+def test_an_id_of_two_is_an_error():
+    """The second of them replaced the first without a word."""
+    for second in (LATENT | {"type": "Note"}, LATENT):
+        with pytest.raises(WorkflowError, match="two nodes have the id 1"):
+            as_graph(ui(LATENT, second, crop(1), links=[]))
+    straight, other = [1, 1, 0, 9, 0, "LATENT"], [1, 9, 0, 9, 0, "LATENT"]
+    assert as_graph(ui(LATENT, crop(1), links=[straight, straight]))["9"]["inputs"]["samples"] == ["1", 0]
+    with pytest.raises(WorkflowError, match="two links have the id 1"):
+        as_graph(ui(LATENT, crop(1), links=[straight, other]))

@@ -52,6 +52,7 @@ def test_every_setting_is_described_and_its_default_is_valid() -> None:
         ({"targets": "attn"}, "targets.*array"),
         ({"quant": "fp9"}, "quant.*'fp9'.*fp8"),
         ({"quant": "fp8", "method": "full"}, "quant.*full"),
+        ({"quant": "fp8-static"}, "quant.*scales"),
         ({"adapter": "lokr"}, "lokr.*diffusers|diffusers.*lokr"),
         ({"multiple": 24}, "multiple.*16.*24"),
         ({"fused_backward": True}, "clip"),

@@ -8,7 +8,7 @@ from float64 import references_in_float64
 from full import FULL
 from mmdit import Pipeline, capture
 from mmdit.checkpoints.keymaps import mmdit_rules
-from mmdit.training.adapters import attach
+from mmdit.training.adapters import attach, detach
 from mmdit.training.batches import Batch
 from mmdit.training.blocks import keep_all, recompute
 from mmdit.training.config import TrainingConfig
@@ -166,3 +166,34 @@ def test_a_capture_sees_the_forward_pass_of_a_step(again, folder):
     assert {tuple(torch.as_tensor(seen[point]).shape[:2]) for point in seen} == {(1, 2)}
     assert len(list(seen)) == tiny.DEPTH + 1
     assert torch.equal(found, plain)
+
+
+def test_adapters_and_loras_do_not_take_each_others_place(folder, tmp_path):
+    """They did without a word, so that a training went on without its adapters, or without the LoRA that it was for."""
+    pipe = Pipeline.from_pretrained(folder)
+    config = TrainingConfig.from_json({"rank": RANK, "targets": OURS, "dtype": "float32"})
+    adapters = attach(pipe.transformer, config)
+    file = write_lora(adapters, tmp_path / "lora.safetensors", config)
+
+    def disabled() -> None:
+        with pipe.without_lora():
+            pass
+
+    for change in (
+        lambda: attach(pipe.transformer, config),
+        lambda: pipe.load_lora_weights(file, "trained"),
+        pipe.unload_lora_weights,
+        disabled,
+        lambda: pipe.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ValueError, match="detach"):
+            change()
+        assert all(pipe.transformer.get_submodule(name).adapter is one for name, one in adapters.items())
+    assert not pipe.get_active_adapters()
+    assert not (tmp_path / "saved").exists()
+    detach(pipe.transformer, adapters)
+    pipe.load_lora_weights(file, "trained")
+    with pytest.raises(ValueError, match="fuse_lora"):
+        attach(pipe.transformer, config)
+    pipe.fuse_lora()
+    assert attach(pipe.transformer, config).keys() == adapters.keys()
