@@ -114,7 +114,8 @@ def _placed(tensor: Any, view: Any) -> Tensor:
     names, context = tensor.__tensor_flatten__()
     parts = {name: _placed(getattr(tensor, name), view) for name in names}
     new = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
-    notes = {key: value for key, value in vars(tensor).items() if key not in parts and key != "_is_param"}
+    left = {*parts, "_is_param", *getattr(tensor, "not_copied", ())}
+    notes = {key: value for key, value in vars(tensor).items() if key not in left}
     vars(new).update(notes)
     made: Tensor = new
     return made

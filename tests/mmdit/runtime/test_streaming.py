@@ -162,6 +162,7 @@ def test_what_two_modules_share_is_there_with_both(small):
 def test_memory_keeps_shapes_strides_and_parts():
     weight = quant.Float8Tensor.quantize(torch.randn(6, 8), recipe="fp8")
     weight.snr = 30.0
+    weight.prepared = object()  # it would keep the memory of the weight
     tensors = [torch.randn(3, 5).t(), torch.tensor(2.0), torch.zeros(0, 4), torch.randn(4).expand(3, 4), weight]
     layout = Layout(tensors)
     memory = host_memory.host_memory(layout.size)
@@ -171,6 +172,7 @@ def test_memory_keeps_shapes_strides_and_parts():
         assert one.dtype == other.dtype
     assert placed[0].stride() == tensors[0].stride()
     assert placed[4].snr == 30.0
+    assert placed[4].prepared is None
     assert placed[4].recipe == weight.recipe
     assert layout.size < 256 * 8
 
