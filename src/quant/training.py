@@ -186,7 +186,8 @@ def fake_quantize_(
         The new Linears by name.
 
     Raises:
-        ValueError: As for `quantize_`; or there is nothing of the name that `train` gives.
+        ValueError: As for `quantize_`; a Linear has a forward of its own, as those with LoRAs beside them do; or there
+            is nothing of the name that `train` gives.
         TypeError: As for `quantize_`; or the module itself is a Linear, which cannot be replaced in place.
     """
     recipe = as_recipe(recipe)
@@ -198,6 +199,12 @@ def fake_quantize_(
     chosen = _selected(linears, select)
     if done := [name for name in chosen if isinstance(linears[name], FakeQuantizedLinear)]:
         raise ValueError(f"{done[0]!r} is fake-quantized already; call quantize_trained_ first")
+    for name in chosen:
+        if type(linears[name]).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"{name!r} is a {type(linears[name]).__name__}, whose own forward, such as that of a LoRA beside it, "
+                "would be lost: merge or remove it first, or leave it out by select"
+            )
     rounded = [name for name in chosen if _is_rounded(linears[name], recipe)]
     for name in chosen if len(rounded) < len(chosen) else ():
         _check_weight(name, linears[name])

@@ -103,20 +103,31 @@ def merge_lora(
 
     Raises:
         CheckpointError: shapes do not fit, or the LoRA changes nothing of this model.
-        ValueError: a strength is not finite, the part is unknown or required, the names are not official, or a new
-            weight is not finite in its dtype.
+        ValueError: a strength is not finite, the part is unknown or required, the names are not official, a new weight
+            is not finite in its dtype, or scales or means were folded into the model's weights.
         TypeError: the model is no model, or a LoRA no result of `mmdit.load_lora`.
     """
     loras, strengths = _pairs(lora, strength)
     if part is not None:
         pick(dict.fromkeys(PARTS), part, "part")
     for name, names in _models(model, loras, part):
+        if isinstance(model, nn.Module):
+            refuse_folded(model)
         tensors = _tensors(model)
         local = {ours: tensors[key] for ours, key in names.items()}
         plan = planned(name, {key: tensor.shape for key, tensor in local.items()}, loras, strengths)
         new = {names[key]: merged(local[key], key, name, patches, rounding) for key, patches in plan.items()}
         model = _with(model, new)
     return model
+
+
+def refuse_folded(model: nn.Module) -> None:
+    """Raise ValueError for a transformer whose Linears read other inputs than those that LoRAs were trained on."""
+    if getattr(model, "folded", False):
+        raise ValueError(
+            "scales or means were folded into the transformer's weights (smooth=, mean=), so that its Linears read "
+            "other inputs than a LoRA was trained on: merge the LoRA before folding"
+        )
 
 
 def planned(

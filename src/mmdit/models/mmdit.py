@@ -28,6 +28,7 @@ class MMDiT(nn.Module):
     """
 
     pos_embed: Tensor
+    folded = False  # whether scales or means were moved between Linears, which LoRAs for the weights do not know
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from encoders import checked_prompts
 from mmdit.models.blocks import JointBlock
+from mmdit.models.lora import all_beside
 from mmdit.models.mmdit import MMDiT
 from mmdit.pipeline.pipeline import Pipeline
 from mmdit.runtime.compiled import refuse_compiled
@@ -23,6 +24,10 @@ from quant.scaling import scale_of
 from quant.tensor import Float8Tensor
 
 _BEFORE = "calibrate and fold before quantizing"
+_UNFOLDED = (
+    "smooth and mean change what Linears read, and so what LoRAs do; write the merged weights by pipe.save_pretrained, "
+    "and load them, or give neither"
+)
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,15 @@ def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: 
         The number of tensors that were changed.
 
     Raises:
-        ValueError: the model is quantized already, or a Linear had no input in the calibration. The model is then
-            unchanged.
+        ValueError: the model is quantized already, a Linear had no input in the calibration, or LoRAs are attached,
+            whose inputs would change. The model is then unchanged.
     """
     refuse_quantized(model, "the transformer", _BEFORE)
     _check_all_ran(seen)
+    if there := list(all_beside(model)):
+        raise ValueError(f"LoRAs or adapters are beside {len(there)} Linears, such as {there[0]}: {_UNFOLDED}")
     count = 0
+    model.folded = True
     for place in folds_of(model):
         readers = [seen.observed[name] for name in place.consumers]
         rows = sum(reader.rows for reader in readers)
@@ -189,7 +197,7 @@ def quantize_static(
         pipe: the pipeline, whose transformer is changed in place.
         prompts, num_inference_steps, settings: see `calibrate`.
         recipe: a recipe with static activations.
-        smooth, mean: see `fold`; the scales are then calibrated once more.
+        smooth, mean: see `fold`; the scales are then calibrated once more. They exclude LoRAs, before and afterwards.
         bias: whether to correct the biases for the mean error that rounding the weights causes.
         percentile: the percentile of the absolute inputs that the scales cover; 100 covers all of them.
 
@@ -199,6 +207,8 @@ def quantize_static(
     """
     recipe = as_static_recipe(recipe)
     check_percentile(percentile)
+    if (smooth is not None or mean) and pipe.get_list_adapters().get("transformer"):
+        raise ValueError(f"the pipeline has LoRAs: {_UNFOLDED}")
     seen = calibrate(pipe, prompts, num_inference_steps, **settings)
     if smooth is not None or mean:
         fold(pipe.transformer, seen, smooth=smooth, mean=mean)

@@ -15,13 +15,25 @@ from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from encoders.precision import Linear, upcast
 from mmdit.checkpoints.lora import Lora
 from mmdit.checkpoints.lora_kinds import LowRank
-from mmdit.checkpoints.lora_merge import Strength, Weighted, changed, check_finite, merged, planned, replace_tensor
+from mmdit.checkpoints.lora_merge import (
+    Strength,
+    Weighted,
+    changed,
+    check_finite,
+    merged,
+    planned,
+    refuse_folded,
+    replace_tensor,
+)
 from mmdit.checkpoints.lora_names import Part
 from mmdit.models.lora import LoraLinear, all_beside, beside, without
+from mmdit.runtime.compiled import refuse_own_forward
 from mmdit.runtime.host import HostCopies
 from mmdit.runtime.lora_products import PRODUCTS
 from quant.quantize import linears_of
@@ -69,6 +81,8 @@ class PatchedWeights:
                     adapters = [one for one in acting if one.form == form]
                     strengths = [one.strength(part) for one in adapters]
                     plan = planned(part, shapes_of(model), [one.lora for one in adapters], strengths, warn=False)
+                    if plan:
+                        refuse_folded(model)
                     linears = {f"{name}.weight" for name, _ in linears_of(model)} if form == "attached" else set()
                     for key, patches in plan.items():
                         if key in linears:
@@ -140,15 +154,32 @@ def _attach(part: Part, model: nn.Module, key: str, patches: Sequence[Weighted],
     `original` is the weight before merged patches, if there are any.
     """
     name, weight = key.removesuffix(".weight"), _get(model, key)
+    refuse_own_forward(model, name)
+    upcasts = isinstance(model.get_submodule(name), Linear)
     if all(map(_is_low_rank, patches)):
         down, up = factors_of(weight, patches)
         factors = check_finite(down, key, part, patches), check_finite(up, key, part, patches)
-        beside(model, name, factors=factors, products=PRODUCTS)
+        attached = beside(model, name, factors=factors, products=PRODUCTS)
     else:
         values = _values(weight)
         base = values if original is None else _values(original).to(values)
         delta = (changed(values, patches, base) - values).to(weight.dtype)
-        beside(model, name, delta=check_finite(delta, key, part, patches))
+        attached = beside(model, name, delta=check_finite(delta, key, part, patches))
+    if upcasts:
+        attached.__class__ = UpcastLoraLinear
+
+
+class UpcastLoraLinear(LoraLinear):
+    """A `LoraLinear` beside a Linear of a text encoder, which upcasts what is in 16 bits to the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        output = Linear.forward(self, x)  # type: ignore[arg-type] # it has the weight and the bias of one
+        if (factors := self.factors) is not None:
+            down, up = (upcast(factor, x.dtype) for factor in factors)
+            output = output + F.linear(F.linear(x, down), up)
+        return output if self.delta is None else output + F.linear(x, upcast(self.delta, x.dtype))
 
 
 def factors_of(weight: Tensor, patches: Sequence[Weighted]) -> tuple[Tensor, Tensor]:
@@ -194,9 +225,12 @@ def _values(weight: Tensor) -> Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
+_KINDS = (LoraLinear, UpcastLoraLinear)
+
+
 def refuse_trained(models: Iterable[nn.Module]) -> None:
     """Raise ValueError where something other than LoRAs of a pipeline is attached: adapters in training."""
-    others = [name for model in models for name, one in all_beside(model).items() if type(one) is not LoraLinear]
+    others = [name for model in models for name, one in all_beside(model).items() if type(one) not in _KINDS]
     if others:
         raise ValueError(
             f"adapters in training are beside {len(others)} Linears, such as {others[0]}, and LoRAs would take their "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -39,6 +40,26 @@ def refuse_compiled_parts(model: nn.Module, name: str) -> None:
                 f"{part or name} is compiled (torch.compile), and a hook that is added after compiling never fires: "
                 "nothing would be seen or changed. Look into the model before it is compiled, or load it again"
             )
+
+
+@cache
+def computes_as_built(kind: type[nn.Module]) -> bool:
+    """Return whether modules of a class compute by a forward of torch's or of this library's models.
+
+    Others, such as a subclass of Linear with a forward of its own, look like what a second forward or a LoRA reads.
+    """
+    owner = next(one for one in kind.__mro__ if "forward" in vars(one))
+    return owner.__module__.partition(".")[0] in ("torch", "mmdit", "encoders")
+
+
+def refuse_own_forward(model: nn.Module, name: str) -> None:
+    """Raise ValueError for a Linear with a forward of its own, which a module that stands in for it would not run."""
+    kind: Any = type(model.get_submodule(name))
+    if issubclass(kind, nn.Linear) and not computes_as_built(kind):
+        raise ValueError(
+            f"{name} is a {kind.__name__} with a forward of its own, which a LoRA beside it would not run: "
+            "merge the LoRA into the weights, or put a plain Linear there first"
+        )
 
 
 def refuse_changed(model: nn.Module, name: str) -> Found:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmdit.models.attention import Attend
 from mmdit.runtime import plain_kernels
-from mmdit.runtime.compiled import SLOTS, Found, found_in, refuse_changed
+from mmdit.runtime.compiled import SLOTS, Found, computes_as_built, found_in, refuse_changed
 from quant.tensor import Float8Tensor
 
 
@@ -95,9 +95,16 @@ def why_no_triton(weight: Tensor) -> str:
 def check_whole(model: nn.Module, called: str = "the model") -> Found:
     """Raise ValueError where the model runs what the fast forward would not; returns what it consists of."""
     found = refuse_changed(model, called)
-    if all(map(_is_plain, found.slots)):
+    kinds: set[Any] = {type(module) for module in found.modules}
+    if all(map(_is_plain, found.slots)) and all(map(computes_as_built, kinds)):
         return found
     for name, module in model.named_modules():
+        kind: Any = type(module)
+        if not computes_as_built(kind):
+            raise ValueError(
+                f"{name or called} is a {kind.__name__} with a forward of its own, which the fast forward would not "
+                "run: put back what it replaced"
+            )
         if name.endswith(SLOTS) and not _is_plain(module):
             raise ValueError(f"{name} is replaced, and the fast forward would not run it: restore it first")
     return found

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmdit.checkpoints.lora_kinds import Change, Kronecker, LowRank, Magnitude
 from mmdit.models.lora import LoraLinear, all_beside, stand_in, without
+from mmdit.runtime.compiled import refuse_own_forward
 from mmdit.training.config import TrainingConfig
 from quant.quantize import linears_of
 from quant.tensor import Float8Tensor
@@ -167,8 +168,9 @@ def attach(model: nn.Module, config: TrainingConfig) -> dict[str, Adapter]:
         The adapters by the name of their Linear. Their parameters are parameters of the model too.
 
     Raises:
-        ValueError: a glob matches no Linear, the rank exceeds a side of a Linear, or LoRAs or other adapters are
-            attached to the model, which these would take the place of.
+        ValueError: a glob matches no Linear, the rank exceeds a side of a Linear, a Linear has a forward of its own
+            (as a fake-quantized one has), or LoRAs or other adapters are attached to the model, which these would take
+            the place of.
     """
     if there := list(all_beside(model)):
         raise ValueError(
@@ -178,6 +180,8 @@ def attach(model: nn.Module, config: TrainingConfig) -> dict[str, Adapter]:
         )
     linears = dict(linears_of(model))
     names = targets_of(linears, config.targets)
+    for name in names:
+        refuse_own_forward(model, name)
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(config.seed)
     adapters = {name: _adapter(name, linears[name], config, generator) for name in names}

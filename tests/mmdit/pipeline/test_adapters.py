@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -617,3 +618,27 @@ def test_a_lora_changes_one_of_two_modules_that_share_a_weight():
     assert torch.equal(model(*given), plain)
     assert second is model.joint_blocks[1].x_block.mlp.fc1
     assert (second.weight is first.weight, second.bias is first.bias) == (True, True)
+
+
+@pytest.mark.parametrize("kind", ["factors", "matrix"])
+def test_a_lora_of_a_text_encoder_whose_16_bits_are_upcast(tmp_path, kind):
+    """Under the profile comfyui, encoders compute in float32 over weights of 16 bits; the LoRA's were not upcast."""
+    pipe = mmdit.Pipeline.demo(profile="comfyui", device="cpu")
+    g, name = torch.Generator().manual_seed(0), "text_model.encoder.layers.0.self_attn.q_proj"
+    rows, columns = pipe.clip_l.get_submodule(name).weight.shape
+    down, up = (torch.randn(shape, generator=g) for shape in ((2, columns), (rows, 2)))
+    key = f"text_encoders.clip_l.transformer.{name}"
+    tensors = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+    if kind == "matrix":
+        tensors = {f"{key}.diff": up @ down}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    pipe.load_lora_weights(tmp_path / "lora.safetensors", weight=0.1)
+    wanted = pipe.encode("a red circle").context
+    pipe.unload_lora_weights()
+    pipe.clip_l.to(torch.bfloat16)
+    plain = pipe.encode("a red circle").context
+    pipe.load_lora_weights(tmp_path / "lora.safetensors", weight=0.1)
+    found = pipe.encode("a red circle").context
+    assert float((found - wanted).norm()) < 0.2 * float((plain - wanted).norm())
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe.encode("a red circle").context, plain)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import mmdit
 from mmdit import MMDiT, MMDiTConfig, Pipeline
 from mmdit.pipeline.calibration import Calibration, calibrate, fold, folds_of, quantize_calibrated, quantize_static
 from quant.folds import smoothing
@@ -256,3 +257,26 @@ def test_a_wrong_percentile_is_refused_before_anything_is_folded():
     with pytest.raises(ValueError, match="a percentile is above 0 and at most 100, got 0"):
         quantize_static(pipe, PROMPTS[0], **SMALL, smooth=0.5, percentile=0.0)
     assert all(torch.equal(value, before[key]) for key, value in pipe.transformer.state_dict().items())
+
+
+def test_folds_and_loras_exclude_each_other():
+    """A LoRA beside or in folded weights reads other inputs than it was trained on."""
+    pipe = Pipeline.demo()
+    pipe.load_lora_weights(mmdit.OUTLINES, "outlines")
+    for form in ("attached", "merged"):
+        with pytest.raises(ValueError, match=r"LoRAs.*save_pretrained"):
+            quantize_static(pipe, PROMPTS[0], **SMALL, mean=True)
+        pipe.fuse_lora() if form == "attached" else pipe.unload_lora_weights()
+    pipe.load_lora_weights(mmdit.OUTLINES, "outlines")
+    with pytest.raises(ValueError, match="LoRAs or adapters are beside 16"):
+        fold(pipe.transformer, Calibration({}, (), 1), smooth=0.5)
+    pipe.unload_lora_weights()
+    seen = calibrate(pipe, PROMPTS[0], **SMALL)
+    fold(pipe.transformer, seen, mean=True)
+    for change in (
+        lambda: pipe.load_lora_weights(mmdit.OUTLINES, "outlines"),
+        lambda: mmdit.merge_lora(pipe.transformer, mmdit.load_lora(mmdit.OUTLINES)),
+    ):
+        with pytest.raises(ValueError, match="folded"):
+            change()
+    assert not pipe.get_active_adapters()

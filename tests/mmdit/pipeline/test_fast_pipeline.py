@@ -13,6 +13,9 @@ from mmdit.cli import main
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
 from mmdit.runtime.fast_vae import FastVAE, plain_norm
+from mmdit.training.adapters import attach
+from mmdit.training.config import TrainingConfig
+from quant.training import fake_quantize_
 
 PROMPT = "a red circle"
 SIZE = {"height": 64, "width": 64, "max_sequence_length": 77}
@@ -194,3 +197,36 @@ def test_a_pipeline_whose_weights_move_is_not_copied(loaded):
         with pytest.raises(TypeError, match="offload= cannot be copied"):
             copied(moving)
     assert copy.copy(moving).transformer is moving.transformer
+
+
+class Half(torch.nn.Linear):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+def test_a_linear_with_a_forward_of_its_own_keeps_it(pipe):
+    """The fast forward, a LoRA, an adapter in training and fake quantization multiplied by its weight alone."""
+    own = copy.deepcopy(pipe)
+    own.transformer.joint_blocks[1].x_block.mlp.fc1.__class__ = Half
+    wanted, name = latent_of(own), "joint_blocks.1.x_block.mlp.fc1"
+    trained = TrainingConfig(rank=2, dtype="float32", targets=(name,))
+    for change in (
+        own.accelerate,
+        lambda: own.load_lora_weights(mmdit.OUTLINES, "outlines"),
+        lambda: attach(own.transformer, trained),
+        lambda: fake_quantize_(own.transformer, "fp8-tensor"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}.* Half"):
+            change()
+        assert torch.equal(latent_of(own), wanted)
+    own.transformer.joint_blocks[1].x_block.mlp = torch.nn.Sequential(own.transformer.joint_blocks[1].x_block.mlp)
+    with pytest.raises(ValueError, match=f"{name.removesuffix('.fc1')}"):
+        own.accelerate()
+    fake = copy.deepcopy(pipe)
+    fake.load_lora_weights(mmdit.OUTLINES, "outlines")
+    with pytest.raises(ValueError, match="LoraLinear"):
+        fake_quantize_(fake.transformer, "fp8-tensor")
+    fake.unload_lora_weights()
+    fake_quantize_(fake.transformer, "fp8-tensor")
+    with pytest.raises(ValueError, match="FakeQuantizedLinear"):
+        fake.accelerate()
