@@ -68,7 +68,7 @@ class _Level:
     """The nodes and links of a workflow, or of one use of a subgraph."""
 
     prefix: str  # the prefix of the ids of its nodes
-    nodes: dict[Any, _Placed]
+    nodes: dict[str, _Placed]  # by their ids, which are strings in API form
     links: dict[Any, _Link]
     forms: _Forms
     used_by: _Placed | None = None  # the node that stands for the subgraph, one level up
@@ -83,9 +83,9 @@ class _Level:
         for raw in nodes:
             if not isinstance(raw, dict) or not _is_id(raw.get("id")) or not isinstance(raw.get("type"), str):
                 raise _broken(f"a node is {described(raw)} without id and type")
-            if raw["id"] in level.nodes:
-                raise _broken(f"two nodes have the id {raw['id']}; give one of them another, and its links too")
-            level.nodes[raw["id"]] = _Placed(level, raw)
+            if (id := str(raw["id"])) in level.nodes:
+                raise _broken(f"two nodes have the id {id}; give one of them another, and its links too")
+            level.nodes[id] = _Placed(level, raw)
         return level
 
     def every(self) -> Iterator[_Placed]:
@@ -105,7 +105,7 @@ class _Level:
             raise _broken(f"more than {_MAX_HOPS} reroutes or bypassed nodes follow each other, maybe in a circle")
         if found.source == _INPUTS:
             return self._from_above(found.slot, wanted, depth)
-        one = self.nodes.get(found.source)
+        one = self.nodes.get(str(found.source))
         return None if one is None else one.given(found.slot, wanted, depth + 1)
 
     def _from_above(self, slot: int, wanted: str, depth: int) -> _Source | None:

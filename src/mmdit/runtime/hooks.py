@@ -91,9 +91,11 @@ def is_repeated() -> bool:
 
 
 def _in_thread(call: Callable[..., Any], thread: int, module: nn.Module | None = None) -> Callable[..., Any]:
+    """The call in one thread alone, for a module and for those that share its hooks: what LoRAs put in its place."""
+
     def hook(*given: Any) -> Any:
-        if get_ident() != thread or (module is not None and given[0] is not module):
-            return None  # a deep copy of the module has its hooks, which nobody would remove from it
+        if get_ident() != thread or (module is not None and given[0]._forward_hooks is not module._forward_hooks):
+            return None  # a deep copy of the module has copies of its hooks, which nobody would remove from it
         return call(*given)
 
     return hook

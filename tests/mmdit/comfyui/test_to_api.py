@@ -157,7 +157,7 @@ def test_a_broken_form_is_one_error(damage):
 
 def test_an_id_of_two_is_an_error():
     """The second of them replaced the first without a word."""
-    for second in (LATENT | {"type": "Note"}, LATENT):
+    for second in (LATENT | {"type": "Note"}, LATENT, LATENT | {"id": "1"}):
         with pytest.raises(WorkflowError, match="two nodes have the id 1"):
             as_graph(ui(LATENT, second, crop(1), links=[]))
     straight, other = [1, 1, 0, 9, 0, "LATENT"], [1, 9, 0, 9, 0, "LATENT"]

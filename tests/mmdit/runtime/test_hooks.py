@@ -12,6 +12,7 @@ from torch import nn
 import mmdit
 from inspected import TEXT, inputs, left_behind, model
 from mmdit import Guidance, Pipeline
+from mmdit.models.lora import beside, without
 from mmdit.pipeline.passes import perturbed
 from mmdit.runtime.hooks import Hook, hooks, listening
 
@@ -236,3 +237,23 @@ def test_a_copy_made_inside_is_not_changed():
         assert not seen
         assert not torch.equal(plain(*inputs()), wanted)
     assert torch.equal(other(*inputs()), wanted)
+
+
+def test_hooks_stay_where_a_lora_is_attached_or_removed_inside():
+    """What stands in for a Linear shares its hooks."""
+    small, seen = model(), []
+    name = "joint_blocks.1.x_block.attn.qkv"
+
+    def calls_inside(change):
+        seen.clear()
+        with hooks([Hook(small.get_submodule(name), "output", lambda *_: seen.append(1))]), torch.no_grad():
+            small(*inputs())
+            change()
+            small(*inputs())
+        return len(seen)
+
+    width = small.get_submodule(name).in_features
+    down, up = (torch.zeros(shape, dtype=torch.float64) for shape in ((4, width), (3 * width, 4)))
+    assert calls_inside(lambda: beside(small, name, factors=(down, up))) == 2
+    assert calls_inside(lambda: without(small, name)) == 2
+    assert left_behind(small) == []
