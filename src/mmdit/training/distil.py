@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -249,9 +250,9 @@ def _fitted(
             gradients = RecordedGradients(loss_of, batch, trained)
         loss = gradients(batch)
         if recorded and (step + 1).bit_count() == 1:
-            try:
+            with suppress(RecordedError):  # whose frames hold gradients, and would while a second batch is compared
                 apart = _check_recorded(step, loss, loss_of, trained, batch, eps=eps)
-            except RecordedError:  # by chance, see there; a graph that is wrong is wrong for other states too
+            if apart is None:  # by chance, see there; a graph that is wrong is wrong for other states too
                 batch = draw(generator)
                 loss = gradients(batch)
                 apart = _check_recorded(step, loss, loss_of, trained, batch, eps=eps)
