@@ -159,7 +159,7 @@ def fold(model: MMDiT, seen: Calibration, *, smooth: float | None = None, mean: 
     if there := list(all_beside(model)):
         raise ValueError(f"LoRAs or adapters are beside {len(there)} Linears, such as {there[0]}: {_UNFOLDED}")
     count = 0
-    model.folded = True
+    model.folded = model.folded or mean or smooth is not None
     for place in folds_of(model):
         readers = [seen.observed[name] for name in place.consumers]
         rows = sum(reader.rows for reader in readers)

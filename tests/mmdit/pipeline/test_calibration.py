@@ -272,6 +272,8 @@ def test_folds_and_loras_exclude_each_other():
         fold(pipe.transformer, Calibration({}, (), 1), smooth=0.5)
     pipe.unload_lora_weights()
     seen = calibrate(pipe, PROMPTS[0], **SMALL)
+    fold(pipe.transformer, seen)
+    assert not pipe.transformer.folded
     fold(pipe.transformer, seen, mean=True)
     for change in (
         lambda: pipe.load_lora_weights(mmdit.OUTLINES, "outlines"),
