@@ -101,7 +101,14 @@ def plain(scale: float) -> Mix:
     return lambda x, cond, uncond: uncond + scale * (cond - uncond)
 
 
-def projected(scale: float, *, eta: float = 0.0, threshold: float = 0.0, momentum: float = 0.0) -> Mix:
+def projected(
+    scale: float,
+    *,
+    eta: float = 0.0,
+    threshold: float = 0.0,
+    momentum: float = 0.0,
+    kept: list[Tensor] | None = None,
+) -> Mix:
     """Return adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416, algorithm 1), for one drawing.
 
         d = c - u + momentum d_before;  d <- d min(1, threshold / |d|);  c + (scale - 1) (d_orthogonal + eta d_parallel)
@@ -116,14 +123,16 @@ def projected(scale: float, *, eta: float = 0.0, threshold: float = 0.0, momentu
         threshold: the largest norm of d, over a whole latent; 0 for none. It grows with the size of the picture.
         momentum: the factor of the d before; negative in the paper. A solver that calls the model several times a step
             updates it at each call.
+        kept: where d_before is kept, empty before the first call; for a drawing that goes on with a new result of this,
+            such as at another scale. None is a list of its own.
     """
     scale, eta, momentum = number("scale", scale), number("eta", eta), number("momentum", momentum)
     threshold = number("threshold", threshold, 0)
-    before: Tensor | float = 0.0
+    last = [] if kept is None else kept
 
     def mix(x: Tensor, cond: Tensor, uncond: Tensor) -> Tensor:
-        nonlocal before
-        before = push = cond - uncond + momentum * before
+        push = cond - uncond + momentum * (last[0] if last else 0.0)
+        last[:] = [push]
         if threshold:
             push = push * (threshold / _dot(push, push).sqrt()).clamp(max=1)
         along = _dot(push, cond) / _dot(cond, cond) * cond

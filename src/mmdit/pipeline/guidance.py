@@ -37,10 +37,12 @@ from samplers import (
 # A function of the caller: (x, sigma, cond, uncond) -> x0. x is the latent [b, c, h, w] at noise level sigma; cond and
 # uncond are the pictures that the model predicts for it with the prompts and with the negative prompts.
 GuidanceFunction = Callable[[Tensor, float, Tensor, Tensor], Tensor]
-_MIXES: dict[str, Callable[[Guidance, float], Mix]] = {
-    "cfg": lambda _, scale: plain(scale),
-    "apg": lambda one, scale: projected(scale, eta=one.eta, threshold=one.threshold, momentum=one.momentum),
-    "zero_star": lambda _, scale: zero_star(scale),
+_MIXES: dict[str, Callable[[Guidance, float, list[Tensor] | None], Mix]] = {
+    "cfg": lambda _, scale, __: plain(scale),
+    "apg": lambda one, scale, kept: projected(
+        scale, eta=one.eta, threshold=one.threshold, momentum=one.momentum, kept=kept
+    ),
+    "zero_star": lambda _, scale, __: zero_star(scale),
 }
 
 
@@ -138,6 +140,7 @@ class Guidance:
         sigmas: Tensor,
         shift: float,
         read_uncond: bool = False,
+        kept: list[Tensor] | None = None,
     ) -> Guide:
         """The function that a solver calls in one drawing; shares of the steps become noise levels here.
 
@@ -148,6 +151,7 @@ class Guidance:
             profile: gives the rule by which skip-layer guidance counts steps.
             sigmas, shift: the noise levels of the drawing, and the shift of their schedule.
             read_uncond: see `samplers.guide`.
+            kept: what momentum keeps of the calls before, see `samplers.projected`.
         """
         own = self.of(profile)
         now = [math.nan]  # the noise level, which a guidance function is told
@@ -160,7 +164,7 @@ class Guidance:
             averaged(one_by_one(noting) if self.sequential else noting),
             _branches(cond, shift, "cond"),
             None if uncond is None else _branches(uncond, shift, "uncond"),
-            _own_mix(self.kind, now) if callable(self.kind) else _MIXES[self.kind](self, scale),
+            _own_mix(self.kind, now) if callable(self.kind) else _MIXES[self.kind](self, scale, kept),
             window=_between(self.interval),
             weaker=list(own._weaker(cond, profile, sigmas, shift, mixed=uncond is not None)),
             rescale=self.rescale,

@@ -95,8 +95,17 @@ class SamplingPlan:
         """
         return checked_ranges(name, given, self.sigmas, self.shift, self.shape[0])
 
-    def guide(self, predict: Predict, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None) -> Guide:
-        """What the solver calls at each sigma: the branches of the guidance, predicted and combined."""
+    def guide(
+        self,
+        predict: Predict,
+        cond: Sequence[Ranged],
+        uncond: Sequence[Ranged] | None,
+        kept: list[Tensor] | None = None,
+    ) -> Guide:
+        """What the solver calls at each sigma: the branches of the guidance, predicted and combined.
+
+        `kept` is what momentum keeps of the calls before, see `samplers.projected`.
+        """
         controls = {id(one): one for ranged in (*cond, *(uncond or ())) for one in ranged.control}
         placed = {key: one.placed(self.profile, self.sigmas, self.shift) for key, one in controls.items()}
         given, against = (
@@ -115,6 +124,7 @@ class SamplingPlan:
             sigmas=self.sigmas,
             shift=self.shift,
             read_uncond=self.uses_uncond and self.solver.guided,
+            kept=kept,
         )
 
     def forecast(self, cond: Sequence[Ranged], uncond: Sequence[Ranged] | None) -> Drawing:
@@ -219,6 +229,7 @@ class Run:
         self.check: FiniteCheck | None = None  # of the last step, unless it has been read
         self.reads_last = True  # whether the check of the drawing's last step is read before the step is given out
         self._progress = _Progress(predict)
+        self._kept: list[Tensor] = []  # by momentum of the guidance
         self.rebuild()
 
     def __call__(self, x: Tensor, sigma: float) -> Guided:
@@ -237,7 +248,8 @@ class Run:
 
     def rebuild(self) -> None:
         """Continue with the present plan and conditionings."""
-        self._guide = self.plan.guide(self._progress, self.cond, self.uncond if self.plan.uses_uncond else None)
+        uncond = self.uncond if self.plan.uses_uncond else None
+        self._guide = self.plan.guide(self._progress, self.cond, uncond, self._kept)
 
     def scale(self, guidance_scale: float) -> None:
         """Continue with another guidance scale; the unconditional branch stops where the scale needs none."""

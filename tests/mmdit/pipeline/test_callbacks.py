@@ -155,3 +155,20 @@ def test_a_callback_may_draw_and_still_speaks_to_its_own_drawing(pipe):
 
     pipe(PROMPT, seed=3, guidance_scale=4.0, callback_on_step_end=callback, **SMALL)
     assert seen == [0, (4, 4.0), 1]
+
+
+def test_a_callback_that_changes_nothing_keeps_the_momentum(pipe):
+    """Embeddings or a scale from a callback began the momentum anew in every step."""
+    how = {"seed": 3, "guidance": Guidance(kind="apg", momentum=-0.5), **SMALL}
+    wanted = pipe(PROMPT, **how).images
+
+    def embeddings(pipe, step, timestep, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"].clone()}
+
+    def scale(pipe, step, timestep, tensors):
+        pipe._guidance_scale = pipe.guidance_scale
+
+    names = ["prompt_embeds"]
+    for callback in (embeddings, scale):
+        found = pipe(PROMPT, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, **how).images
+        assert torch.equal(found, wanted)
