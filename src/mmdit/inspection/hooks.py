@@ -189,6 +189,16 @@ def check_address(inspected: Inspected, target: Target, address: Address) -> Non
     address.check(target.point, target.name, drawn=drawn)
 
 
+def _module_of(target: Target) -> nn.Module:
+    try:
+        return target.model.get_submodule(target.point.module)
+    except AttributeError as error:
+        raise ValueError(
+            f"{target.name!r} is a point of the module {target.point.module!r}, which the model lacks: another module "
+            "has taken its place, or that of a module around it. Name other points, or put back what was replaced"
+        ) from error
+
+
 @contextmanager
 def hooked(
     inspected: Inspected, targets: Sequence[Target], handle: Handler, began: Began | None = None
@@ -211,7 +221,7 @@ def hooked(
         wanted, strategies = list[Hook](), list[tuple[nn.Module, Strategy]]()
         for (_, _, side), group in groupby(sorted(targets, key=_place), key=_place):
             some = list(group)
-            module = some[0].model.get_submodule(some[0].point.module)
+            module = _module_of(some[0])
             look = _Look(module, some, handle, trackers[id(some[0].model.get_submodule(some[0].entry))])
             if isinstance(module, Attend) or any(target.point.layout == "pattern" for target in some):
                 strategies.append((module, _Inputs(look) if side == "input" else _Outputs(look)))

@@ -64,7 +64,24 @@ class Reducer:
     running: bool = False
 
     def __call__(self, value: Tensor, view: View) -> tuple[Tensor, tuple[str, ...]]:
-        return self.apply(value, view)
+        """The result and the names of its dimensions after the batch.
+
+        Raises:
+            TypeError: `apply` gave something else; a result of other dimensions than their names says.
+        """
+        found = self.apply(value, view)
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[0], Tensor):
+            raise TypeError(
+                f"reducer {self.name!r} gave {type(found).__name__}, expected a tensor [b, ...] and a tuple of the "
+                "names of its dimensions after the batch"
+            )
+        result, axes = found
+        if result.ndim != len(axes) + 1:
+            raise TypeError(
+                f"reducer {self.name!r} gave {list(result.shape)}, whose dimensions after the batch are not "
+                f"{len(axes)} [{', '.join(axes)}]"
+            )
+        return result, axes
 
 
 def reduced_pattern(reducer: Reducer | None, attended: Attended, view: View) -> tuple[Tensor, tuple[str, ...]]:

@@ -119,3 +119,27 @@ def test_words_and_numbers_of_other_contexts(small):
     refuses(lambda: reducers.chain(reducers.norm(), torch.mean), error=TypeError)
     refuses(reducers.chain, "one reducer", error=ValueError)
     assert left_behind(small) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda v, _: v.mean(-1), lambda v, _: (v.mean(), ()), lambda v, _: (v, ("token",))], ids=range(3)
+)
+def test_a_reducer_of_ones_own_gives_names_of_its_dimensions(small, wrong):
+    with (
+        pytest.raises(TypeError, match="'mine' gave"),
+        mmdit.capture(small, POST, reduce=reducers.Reducer("mine", wrong)),
+    ):
+        small(*inputs())
+    assert left_behind(small) == []
+
+
+def test_points_of_a_module_that_was_replaced_are_named():
+    other = model()
+    stream = other.joint_blocks[1].x_block
+    stream.mlp = torch.nn.Sequential(stream.mlp)
+    for context in (mmdit.capture(other, "*.x_block.mlp.pre"), mmdit.patch(other, "*.1.x_block.mlp.post", scale=0.5)):
+        refuses(lambda context=context: entered(context), "joint_blocks.1.x_block.mlp.fc", error=ValueError)
+    assert left_behind(other) == []
+    with mmdit.capture(other, "joint_blocks.0.x_block.mlp.pre") as seen:
+        other(*inputs())
+    assert seen
