@@ -133,7 +133,7 @@ def batch_at(
     """The share of process `rank` of the batch of the pass number `place`; latents and noise have `dtype`.
 
     Raises:
-        ValueError: there are no samples, or one has other shapes than `Sample` says.
+        ValueError: there are no samples, one has other shapes than `Sample` says, or only some have hints.
     """
     if not samples.shapes:
         raise ValueError("there are no samples to train on: samples.shapes is empty")
@@ -146,6 +146,10 @@ def batch_at(
     x0 = [_latent(one, latent[i], config) for i, one in enumerate(read)]
     texts = [samples.empty if dropped[i] else (one.context, one.pooled) for i, one in enumerate(read)]
     hints = [_sampled(one.hint, one.hint_std, drawn[i]) for i, one in enumerate(read) if one.hint is not None]
+    if 0 < len(hints) < len(read):
+        raise ValueError(
+            f"{len(read) - len(hints)} of {len(read)} samples of a batch have no hint: give all one, or none"
+        )
 
     def stacked(parts: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(parts)).to(device, dtype)
@@ -162,11 +166,14 @@ def batch_at(
 
 def _checked(index: int, sample: Sample, shape: tuple[int, ...]) -> Sample:
     """The sample, whose shapes would else broadcast against those of the noise."""
+    hint, hint_std = sample.hint, sample.hint_std
     found: list[tuple[str, Tensor | None, bool]] = [
         ("mean, [c, h, w],", sample.mean, len(shape) == 3 and sample.mean.shape == shape),
         ("std, [c, h, w],", sample.std, sample.std is None or sample.std.shape == shape),
         ("context, [n, context_dim],", sample.context, sample.context.ndim == 2),
         ("pooled, [pooled_dim],", sample.pooled, sample.pooled.ndim == 1),
+        ("hint, [c, h, w],", hint, hint is None or (hint.ndim == 3 and hint.shape[1:] == shape[1:])),
+        ("hint_std, [c, h, w],", hint_std, hint_std is None or (hint is not None and hint_std.shape == hint.shape)),
     ]
     for name, given, fits in found:
         if given is not None and not fits:

@@ -237,6 +237,13 @@ def test_samples_of_wrong_shapes_are_refused() -> None:
     for name, value in batch.items():
         with pytest.raises(ValueError, match=f"sample 0: {name}, "):
             batch_at(InMemory([good._replace(**{name: value})], samples(1).empty), config, 3.0, 0)
+    hinted = good._replace(hint=good.mean, hint_std=torch.ones_like(good.mean))
+    assert batch_at(InMemory([hinted], samples(1).empty), config, 3.0, 0).hint.shape == (1, *good.mean.shape)
+    for wrong in ({"hint": good.mean[None]}, {"hint": good.mean[:, :1]}, {"hint_std": torch.ones(1)}, {"hint": None}):
+        with pytest.raises(ValueError, match="sample 0: hint"):
+            batch_at(InMemory([hinted._replace(**wrong)], samples(1).empty), config, 3.0, 0)
+    with pytest.raises(ValueError, match=r"1 of 2 samples .* no hint"):  # one hint would be that of both
+        batch_at(InMemory([good, hinted], samples(1).empty), replace(config, batch_size=2), 3.0, 0)
     with pytest.raises(ValueError, match="no samples"):
         batch_at(InMemory([], samples(1).empty), config, 3.0, 0)
 
