@@ -34,8 +34,8 @@ def quantize_rows(x: Tensor, format: Format, dtype: torch.dtype | None = None) -
 def rows_of(
     x: Tensor, rows: int, columns: int, stride: int, format: Format, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of a tensor on the current GPU, in whose memory such a matrix lies."""
-    codes = x.new_empty(rows, columns, dtype=dtype or DTYPES[format])  # this spelling takes the host the least
+    """`quantize_rows` of a tensor of any shape on the current GPU, read as a matrix of this size and row stride."""
+    codes = x.new_empty(rows, columns, dtype=dtype or DTYPES[format])  # of torch's ways, this takes the host least
     scales = x.new_empty(rows, 1, dtype=torch.float32)
     grid, tensors = (rows, 1, 1), (x, codes, scales)
     if columns > _LONG:

@@ -1,4 +1,4 @@
-"""Kernels that the host launches often, in less time than Triton takes to look for the compiled one."""
+"""Launches of Triton kernels without Triton's search for the compiled one, which takes longer than the launch."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def pieces(count: int, size: int) -> int:
 class Launcher:
     """Launches a Triton kernel that takes tensors first, then values: numbers, and what is known when it is compiled.
 
-    In each launch Triton binds the arguments and specializes the kernel on them, and that takes longer than to launch
-    what it finds. It specializes on dtypes, on whether addresses and integers are multiples of 16 and integers are one,
-    and on the values of constants. Here the compiled kernel is found by the values of all numbers, so these should be
-    few, and each always of the same type.
+    In each launch Triton binds the arguments and looks for the kernel that it has compiled for such arguments: for
+    their dtypes, for addresses and integers that are multiples of 16 or not, for integers that are one, and for the
+    values of constants. Here the compiled kernel is looked up by the values of all numbers, one entry for each
+    combination, so a number should take few values, and always have the same type.
 
     Args:
-        kernel: as `triton.jit` gives it. A compiler that traces the launch, and Triton's interpreter, get it as it is.
+        kernel: the result of `triton.jit`. A compiler that traces a launch, and Triton's interpreter, use it directly.
     """
 
     def __init__(self, kernel: Any) -> None:

@@ -116,7 +116,7 @@ def _set_data(self: Tensor, data: Tensor) -> None:
         Tensor.data.__set__(self, data)  # type: ignore[attr-defined]
     self.qdata, self.scale, self.input_scale, self.recipe = data.qdata, data.scale, data.input_scale, data.recipe
     self.snr, self._shares_scale, self._is_part = data.snr, data._shares_scale, data._is_part
-    self.prepared = None  # it has views of what was here, and of another dtype
+    self.prepared = None  # it has views of the former parts, and the former dtype
 
 
 def _set_requires_grad(self: Tensor, value: bool) -> None:

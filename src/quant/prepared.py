@@ -1,8 +1,8 @@
-"""Products by a GPU's own float8 matmul in eager mode, in little of the host's time.
+"""Products by a GPU's own float8 matmul in eager mode, with little work for the host.
 
-On a fast GPU the host may be the slower one of the two, and `quant.matmul.linear` looks at the weight, its recipe and
-its device in every call. Here this is done once for a weight, and a call looks at its input alone. All other cases and
-all errors are left to `linear`, and where both give a result, it is of the same operations.
+On a fast GPU the host may be the slower of the two, and `quant.matmul.linear` checks the weight, its recipe and its
+device in every call. Here they are checked once for each weight, and a call checks its input alone. All other cases and
+all errors are left to `linear`. Where both give a result, the same operations compute it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Native:
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """What was found out about the parts of a weight. It is kept in the weight until these are others."""
+    """What is known of the parts of a weight; the weight keeps it until a part is replaced or moved."""
 
     qdata: Tensor
     scale: Tensor
@@ -47,7 +47,7 @@ class Prepared:
     native: Native | None  # None leaves products to `linear`
 
     def is_of(self, qdata: Tensor, scale: Tensor, recipe: Recipe) -> bool:
-        """Whether these are the parts, and their values are where they were."""
+        """Whether these are the parts, at the addresses that they had."""
         same = self.qdata is qdata and self.scale is scale and self.recipe is recipe
         return same and self.places == (qdata.data_ptr(), scale.data_ptr())
 
@@ -104,7 +104,7 @@ def _prepared(weight: Float8Tensor, qdata: Tensor, scale: Tensor, recipe: Recipe
     with torch._C.DisableTorchFunctionSubclass():  # else each attribute of a tensor is a call of Python
         dtype = weight.dtype
     native = _native(qdata, scale, recipe, dtype) if _is_native(qdata, scale, recipe, dtype) else None
-    if native is not None and type(native.weight) is not Tensor:  # a mode of torch has made it, such as that of fakes
+    if native is not None and type(native.weight) is not Tensor:  # made by a mode of torch, such as FakeTensorMode
         native = None
     return Prepared(qdata, scale, recipe, (qdata.data_ptr(), scale.data_ptr()), native)
 

@@ -61,8 +61,8 @@ class Float8Tensor(Tensor):
     snr: float | None  # signal-to-noise ratio in dB, as `quantize_` measured it
     _shares_scale: bool  # whether values outside of this view have the same scale
     _is_part: bool  # whether there are values outside of this view, which have the same input scale
-    prepared: Any = None  # a `quant.prepared.Prepared`, once it was multiplied by
-    not_copied = ("prepared",)  # attributes that hold this tensor's own memory: nobody may give them to a copy
+    prepared: Any = None  # a `quant.prepared.Prepared`, from the first product on
+    not_copied = ("prepared",)  # attributes that refer to this tensor's memory, which a copy must not have
 
     @staticmethod
     def __new__(

@@ -162,7 +162,7 @@ def _eager(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, d
     plain, with_lora = partial(detach, model), partial(attach, model, rank)
     (before, host), (after, more_host) = in_turns(partial(timed, plain), partial(timed, with_lora))
     kernels = []
-    for prepare in (plain, with_lora):  # when all times are taken, because the profiler stays in the way of launches
+    for prepare in (plain, with_lora):  # after all times are taken, because a profiler may slow later launches
         prepare()
         kernels.append(kernel_time(step, device))
     pairs = ((host, more_host), kernels)

@@ -1,4 +1,4 @@
-"""What the GPU computes, by torch's profiler, which does not stay in the way afterwards."""
+"""The kernels of a GPU, counted by torch's profiler, which is unloaded afterwards."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 def kernels_of(run: Callable[[], object], device: torch.device) -> list[tuple[str, int, float]]:
     """Name, count and milliseconds of each kernel of the GPU, longest first.
 
-    The library that counts them, CUPTI, stays in the way of every later launch of the process unless it is told to
-    leave (pytorch/pytorch#144455), so that the host would take longer in the rows that follow.
+    The library that counts them, CUPTI, slows every later launch of the process unless it is unloaded
+    (pytorch/pytorch#144455), so that the host would take longer in the rows that follow.
     """
-    with _leaving(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with _unloading(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize(device)
-    torch.cuda.synchronize(device)  # CUPTI leaves in a call of CUDA
+    torch.cuda.synchronize(device)  # CUPTI is unloaded in a call of CUDA
     found = [
         (event.key, int(event.count), event.self_device_time_total / 1000)
         for event in profile.key_averages()
@@ -28,8 +28,8 @@ def kernels_of(run: Callable[[], object], device: torch.device) -> list[tuple[st
 
 
 @contextmanager
-def _leaving() -> Iterator[None]:
-    """The environment in which the profiler lets CUPTI leave; before CUDA 12.6 CUDA graphs do not survive that."""
+def _unloading() -> Iterator[None]:
+    """The environment in which the profiler unloads CUPTI; before CUDA 12.6, CUDA graphs do not survive that."""
     name, version = "TEARDOWN_CUPTI", torch.version.cuda
     before = os.environ.get(name)
     if before is None and version is not None and tuple(map(int, version.split(".")[:2])) >= (12, 6):

@@ -1,4 +1,4 @@
-"""The profiler lets CUPTI leave where CUDA can do without it, and leaves the environment as it was."""
+"""The profiler unloads CUPTI where CUDA graphs survive that, and leaves the environment as it was."""
 
 import os
 from contextlib import nullcontext
@@ -21,14 +21,14 @@ def test_the_environment_of_a_profile(version, before, inside, monkeypatch):
     monkeypatch.delenv(NAME, raising=False)
     if before is not None:
         monkeypatch.setenv(NAME, before)
-    with pytest.raises(KeyError), profiler._leaving():
+    with pytest.raises(KeyError), profiler._unloading():
         assert os.environ.get(NAME) == inside
         raise KeyError
     assert os.environ.get(NAME) == before
 
 
 def test_kernels_by_time(monkeypatch):
-    """Names, counts and milliseconds of what took time on the device, while the environment lets CUPTI leave."""
+    """Names, counts and milliseconds of what took time on the device, in an environment that unloads CUPTI."""
     events = [("copy", 3, 0), ("norm", 2, 500), ("product", 1, 2000)]
     made = [SimpleNamespace(key=name, count=count, self_device_time_total=us) for name, count, us in events]
     seen = []
