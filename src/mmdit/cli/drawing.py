@@ -96,8 +96,9 @@ def draw(options: Namespace, note: Note) -> Iterator[str]:
     check_controls(ask, before)
     check_loras(ask, before)
     pictures = list(product(ask.prompts, ask.seed))
+    read = [("--image", ask.image), ("--mask", ask.mask), *(("--control", hint.path) for hint in ask.control or ())]
     with usage_errors():
-        output, sheet = outputs(ask.output, ask.grid, len(pictures))
+        output, sheet = outputs(ask.output, ask.grid, len(pictures), read=read)
     device = ranks.device(_device(ask, before, note))
     with ranks.together(device):
         yield from _draw(ask, before, profile, inputs, pictures, (output, sheet), device, ranks, note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -81,29 +81,42 @@ class Output:
         return max((int(match[1]) for match in matches if match), default=0 if self.count == 1 else -1) + 1
 
 
-def outputs(output: str | None, grid: str | None, count: int) -> tuple[Output, Output | None]:
+def outputs(
+    output: str | None, grid: str | None, count: int, *, read: Iterable[tuple[str, str | None]] = ()
+) -> tuple[Output, Output | None]:
     """Where pictures and their grid go.
 
     Args:
         output: The option --output; None is `DEFAULT` in the current folder, where nothing is overwritten.
         grid: None for none, "" for a name derived from the output.
         count: pictures.
+        read: options that name files that are read, and these files; None where one is not given.
 
     Raises:
-        ValueError: it cannot be written there.
+        ValueError: it cannot be written there, or a file that is read would be overwritten.
     """
     path = DEFAULT if output is None else Path(output)
     pictures = Output(path, count, keep=output is None)
     pictures.check("--output")
+    inputs = {Path(file).resolve(): option for option, file in read if file is not None}
+    _keep_inputs("--output", () if pictures.keep else pictures.names(), inputs)
     if grid is None:
         return pictures, None
     sheet = Output(Path(grid)) if grid else Output(path.with_stem(f"{path.stem}-grid"), keep=output is None)
     if sheet.path.suffix.lower() != ".png":
         raise ValueError(f"--grid {grid!r} must be a file that ends in .png; prompts go before --grid")
     sheet.check("--grid")
+    _keep_inputs("--grid", () if sheet.keep else (sheet.path,), inputs)
     if sheet.path.absolute() in {name.absolute() for name in itertools.islice(pictures.names(), count)}:
         raise ValueError(f"--grid {sheet.path} is where a picture goes; give another name")
     return pictures, sheet
+
+
+def _keep_inputs(option: str, names: Iterable[Path], inputs: Mapping[Path, str]) -> None:
+    """Raise ValueError where one of the names is that of a file that is read."""
+    for name in names:
+        if (by := inputs.get(name.resolve())) is not None:
+            raise ValueError(f"{option}: {name} is the picture that {by} reads, and would be lost; give another name")
 
 
 def check_folder(path: Path, named: str) -> None:

@@ -96,6 +96,16 @@ def test_a_drawing_is_drawn_again_from_its_files(folder, capsys):
         path.write_bytes(b"")
 
 
+def test_a_hint_is_not_overwritten(folder, tmp_path, capsys):
+    hint = tmp_path / "hint.png"
+    Image.new("L", (32, 32)).save(hint)
+    before = hint.read_bytes()
+    control = ["--controlnet", str(folder / "net.safetensors"), "--control", f"{hint}:canny"]
+    assert main(["generate", "a star", *control, "-o", str(hint)]) == 2
+    assert "hint.png is the picture that --control reads" in capsys.readouterr().err
+    assert hint.read_bytes() == before
+
+
 def test_half_of_what_a_net_needs(folder, capsys):
     assert main(["generate", "a star", "--controlnet", str(folder / "net.safetensors")]) == 2
     assert "1 nets" in capsys.readouterr().err

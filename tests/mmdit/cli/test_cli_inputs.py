@@ -70,6 +70,25 @@ def test_a_picture_is_drawn_again_from_the_same_files(tiny, here, capsys):
     assert "another" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "option"),
+    [
+        (["-o", "photo.png"], "photo.png", "--image"),
+        (["-o", "./mask.png"], "mask.png", "--mask"),
+        (["-o", "p.png", "--seed", "1", "2", "--image", "p-1.png"], "p-1.png", "--image"),
+        (["-o", "b.png", "--grid", "mask.png"], "mask.png", "--mask"),
+    ],
+)
+def test_files_that_are_read_are_not_overwritten(tiny, here, called, capsys, words, name, option):
+    Path("p-1.png").write_bytes(Path("photo.png").read_bytes())
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    assert tiny(*SMALL, "--image", "photo.png", "--mask", "mask.png", *words) == 2
+    said = capsys.readouterr().err
+    assert f"{name} is the picture that {option} reads" in said
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+    assert not called
+
+
 def test_another_file_is_told(tiny, here, capsys):
     assert tiny(*SMALL, "--image", "photo.png", "-o", "a.png") == 0
     Image.fromarray(PHOTO[::-1]).save("photo.png")
