@@ -331,7 +331,13 @@ class Accelerated:
         """A copy or a pickle is built anew on the copy of the model, without graphs and tables."""
         if self.sequence is not None:
             raise TypeError("a forward over several ranks cannot be copied or pickled: copy the model")
-        return partial(Accelerated, graph=self._asked, attention=self._only, weights=self._weights), (self.model,)
+        given: dict[str, Any] = {
+            "graph": self._asked,
+            "attention": self._only,
+            "graphs": self.graphs.limit,
+            "weights": self._weights,
+        }
+        return partial(Accelerated, **given), (self.model,)
 
     @property
     def _keeps_graphs(self) -> bool:

@@ -12,6 +12,7 @@ import mmdit
 from mmdit.cli import main
 from mmdit.embedded import EMBEDDED
 from mmdit.models.mmdit import MMDiT
+from mmdit.runtime.accelerate import Accelerated
 from mmdit.runtime.fast_vae import FastVAE, plain_norm
 from mmdit.training.adapters import attach
 from mmdit.training.config import TrainingConfig
@@ -189,6 +190,9 @@ def test_a_copy_of_an_accelerated_pipeline_is_accelerated(pipe):
         assert other.accelerated.model is other.transformer
         assert other.transformer is not pipe.transformer
         assert torch.equal(latent_of(other), wanted)
+    alone = Accelerated(pipe.transformer, graph=False, graphs=2, attention="flash")
+    other = copy.deepcopy(alone)
+    assert (other.graphs.limit, other._asked, other._only) == (2, False, "flash")
 
 
 def test_a_pipeline_whose_weights_move_is_not_copied(loaded):
