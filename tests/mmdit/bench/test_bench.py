@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from encoders.vae import VAEConfig
 from full import in_full
 from half_units import pretend_half
 from mmdit import ControlNet, MMDiT, Pipeline
-from mmdit.bench import controlnet, memory, picture, step, training
+from mmdit.bench import controlnet, lora, memory, picture, step, training
 from mmdit.bench.floor import floor_of
 from mmdit.bench.layers import shapes_of
 from mmdit.bench.random_models import MODELS, Inputs, recipe_of
@@ -163,6 +164,18 @@ def test_errors_without_a_message_are_rows_too(monkeypatch):
 
 
 FEW = ["--model", "demo", "--size", "32", "--text", "5", "--repeats", "1", "--device", "cpu", "--dtype", "float32"]
+
+
+def test_sides_are_measured_in_turns():
+    seen, sides = [], {"without": iter([1.0, 9.0, 2.0]), "with": iter([5.0, 6.0, 4.0])}
+
+    def measured(name):
+        seen.append(name)
+        return [next(sides[name]), 7.0]
+
+    found = lora.in_turns(partial(measured, "without"), partial(measured, "with"), turns=3)
+    assert found == [[2.0, 7.0], [5.0, 7.0]]
+    assert seen == ["without", "with"] * 3
 
 
 def test_loras_and_a_controlnet_are_measured(capsys, monkeypatch):
