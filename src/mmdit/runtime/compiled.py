@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor, nn
 
+from mmdit.runtime.hooks import gone
 from mmdit.runtime.streaming import arriving
 
 PARALLEL: WeakSet[nn.Module] = WeakSet()  # models that compute on several ranks
@@ -129,5 +130,5 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    before = module._forward_pre_hooks
-    return bool(module._forward_hooks) or (bool(before) and any(hook is not arriving for hook in before.values()))
+    every = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(hook is not arriving and hook is not gone for hook in every)

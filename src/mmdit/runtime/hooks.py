@@ -40,10 +40,10 @@ def hooks(wanted: Iterable[Hook]) -> Iterator[None]:
     Calls of the modules in other threads pass by. An interrupt at any line leaves no hook behind.
     """
     thread = get_ident()
-    added: list[tuple[nn.Module, Callable[..., Any]]] = []
+    added: list[tuple[nn.Module, _InThread]] = []
     try:
         for hook in wanted:
-            call = _in_thread(hook.call, thread, hook.module)
+            call = _InThread(hook.call, thread)
             added.append((hook.module, call))
             if hook.side == "input":
                 hook.module.register_forward_pre_hook(call, prepend=hook.first, with_kwargs=True)
@@ -58,7 +58,7 @@ def hooks(wanted: Iterable[Hook]) -> Iterator[None]:
 @contextmanager
 def listening(listeners: list[Any], listener: Callable[..., None]) -> Iterator[None]:
     """Inside, a list of those who are told also has this listener, which hears what is said in this thread alone."""
-    heard = _in_thread(listener, get_ident())
+    heard = _InThread(listener, get_ident())
     try:
         listeners.append(heard)
         yield
@@ -90,15 +90,21 @@ def is_repeated() -> bool:
     return _state.repeated
 
 
-def _in_thread(call: Callable[..., Any], thread: int, module: nn.Module | None = None) -> Callable[..., Any]:
-    """The call in one thread alone, for a module and for those that share its hooks: what LoRAs put in its place."""
+def gone(*_: object) -> None:
+    """What a deep copy of a module has in the place of a hook of `hooks`, which nobody would remove from the copy."""
 
-    def hook(*given: Any) -> Any:
-        if get_ident() != thread or (module is not None and given[0]._forward_hooks is not module._forward_hooks):
-            return None  # a deep copy of the module has copies of its hooks, which nobody would remove from it
-        return call(*given)
 
-    return hook
+class _InThread:
+    """A call in one thread alone."""
+
+    def __init__(self, call: Callable[..., Any], thread: int) -> None:
+        self.call, self.thread = call, thread
+
+    def __call__(self, *given: Any) -> Any:
+        return self.call(*given) if get_ident() == self.thread else None
+
+    def __deepcopy__(self, memo: object) -> Callable[..., None]:
+        return gone
 
 
 def _remove(module: nn.Module, call: Callable[..., Any]) -> None:
