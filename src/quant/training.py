@@ -127,6 +127,7 @@ class FakeQuantizedLinear(nn.Linear):
     """
 
     recipe: Recipe
+    kind: type[nn.Linear]  # of the Linear that it replaces
     first_weight_scale: Tensor  # float32, () or [out, 1]
     first_input_scale: Tensor | None  # float32 (); None unless the recipe is static
     weight_growth: nn.Parameter  # of the shape of the scale
@@ -150,7 +151,8 @@ class FakeQuantizedLinear(nn.Linear):
         weight = fake_codes(self.weight, self.weight_scale, recipe.format)
         scale = self.weight_scale.to(wide)
         if recipe.activation == "none":
-            return F.linear(x, (weight.to(wide) * scale).to(x.dtype), self.bias)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, (weight.to(wide) * scale).to(x.dtype), bias)
         x_scale = self._scale_of(x).to(wide)
         factor = fake_codes(x, x_scale, recipe.activation_format)
         # Sums in 32 bits and the order of `quant.matmul`, so that both round alike; TF32 holds every code.
@@ -186,8 +188,8 @@ def fake_quantize_(
         The new Linears by name.
 
     Raises:
-        ValueError: As for `quantize_`; a Linear has a forward of its own, as those with LoRAs beside them do; or there
-            is nothing of the name that `train` gives.
+        ValueError: As for `quantize_`; a Linear has a forward of its own, as those with LoRAs beside them do (but not
+            those of the text encoders, which only upcast); or there is nothing of the name that `train` gives.
         TypeError: As for `quantize_`; or the module itself is a Linear, which cannot be replaced in place.
     """
     recipe = as_recipe(recipe)
@@ -200,7 +202,8 @@ def fake_quantize_(
     if done := [name for name in chosen if isinstance(linears[name], FakeQuantizedLinear)]:
         raise ValueError(f"{done[0]!r} is fake-quantized already; call quantize_trained_ first")
     for name in chosen:
-        if type(linears[name]).forward is not nn.Linear.forward:
+        kind = type(linears[name])
+        if kind.forward is not nn.Linear.forward and not getattr(kind, "only_upcasts", False):
             raise ValueError(
                 f"{name!r} is a {type(linears[name]).__name__}, whose own forward, such as that of a LoRA beside it, "
                 "would be lost: merge or remove it first, or leave it out by select"
@@ -229,7 +232,7 @@ def fake_quantized(module: nn.Module) -> dict[str, FakeQuantizedLinear]:
 
 @torch.no_grad()
 def quantize_trained_(module: nn.Module) -> Report:
-    """Replace every fake-quantized Linear by a plain one with a float8 weight of its scales, in place.
+    """Replace every fake-quantized Linear by one of the class of before with a float8 weight of its scales, in place.
 
     The products of the result on any device are those of the training's forward, up to the order of sums.
 
@@ -247,8 +250,9 @@ def quantize_trained_(module: nn.Module) -> Report:
     check_ties(module, linears)
     weights = {name: _trained_weight(name, linear) for name, linear in linears.items()}
     for name, linear in linears.items():
-        plain = nn.Linear.__new__(nn.Linear)
+        plain = linear.kind.__new__(linear.kind)
         plain.__dict__.update(linear.__dict__)
+        del plain.__dict__["kind"]
         plain.__dict__["_parameters"] = {
             "weight": weights[name].as_parameter(),
             "bias": linear.bias,
@@ -280,6 +284,7 @@ def _replaced(
     new = FakeQuantizedLinear.__new__(FakeQuantizedLinear)
     new.__dict__.update(linear.__dict__)
     weight = linear.weight
+    assert isinstance(linear, nn.Linear), "checked before"
     assert isinstance(weight, nn.Parameter | Float8Tensor), "checked before"
     new.__dict__["_parameters"], new.__dict__["_buffers"] = dict(linear._parameters), dict(linear._buffers)
     if isinstance(weight, Float8Tensor):
@@ -289,7 +294,7 @@ def _replaced(
     else:
         scale = scale_of(amax_of(weight.detach(), recipe.granularity), recipe.format)
         input_scale = None if input_scale is None else input_scale.to(weight.device)
-    new.recipe = recipe
+    new.recipe, new.kind = recipe, type(linear)
     for key, first in (("weight", scale), ("input", input_scale)):
         new.register_buffer(f"first_{key}_scale", first)
         growth = None if first is None else nn.Parameter(torch.zeros_like(first), requires_grad=train != "weights")

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from encoders.precision import Linear as UpcastLinear
 from float8_recipes import RECIPES_OF_ALL
 from quant import Float8Tensor, quantize_
 from quant.formats import LARGEST
@@ -44,6 +45,21 @@ def test_the_forward_is_that_of_the_float8_weights_before_and_after_training(nam
     assert all(type(model[i]) is nn.Linear and isinstance(model[i].weight, Float8Tensor) for i in (0, 2))
     torch.testing.assert_close(model(x).detach(), trained, **near)
     assert set(model.state_dict()) == set(plain.state_dict())
+
+
+@pytest.mark.parametrize("name", RECIPES_OF_ALL)
+def test_linears_of_text_encoders_upcast_before_and_after(name):
+    recipe, x = RECIPES_OF_ALL[name], torch.randn(2, 5, 16)
+    torch.manual_seed(0)
+    model = nn.Sequential(UpcastLinear(16, 32), nn.GELU(), UpcastLinear(32, 16, bias=False)).bfloat16()
+    plain = copy.deepcopy(model)
+    quantize_(plain, recipe, input_scales=scales_of(recipe))
+    fake_quantize_(model, recipe, input_scales=scales_of(recipe))
+    assert torch.equal(model(x), plain(x))
+    assert model(x).dtype == torch.float32
+    quantize_trained_(model)
+    assert type(model[0]) is type(model[2]) is UpcastLinear
+    assert torch.equal(model(x), plain(x))
 
 
 @pytest.mark.parametrize("name", RECIPES_OF_ALL)
