@@ -232,7 +232,7 @@ def fake_quantized(module: nn.Module) -> dict[str, FakeQuantizedLinear]:
 
 @torch.no_grad()
 def quantize_trained_(module: nn.Module) -> Report:
-    """Replace every fake-quantized Linear by one of the class of before with a float8 weight of its scales, in place.
+    """Replace every fake-quantized Linear by one of its former class, with a float8 weight of its scales, in place.
 
     The products of the result on any device are those of the training's forward, up to the order of sums.
 

@@ -82,7 +82,7 @@ class Quality:
     """A line of the table; intervals are of 95 %."""
 
     name: str
-    accuracy: float
+    accuracy: float  # share of the statements that hold
     accuracy_interval: tuple[float, float]
     accuracy_ratio: tuple[float, float, float]  # to the model that is not quantized: value, low, high
     psnr: float  # median over pictures, dB

@@ -31,7 +31,7 @@ from quant.quantize import linears_of
 from quant.recipe import RECIPES
 
 STEPS = ["step", "ms without", "ms with the LoRA", "more", "host", "kernels", "CUDA graph"]
-TURNS = 4  # without and with the LoRA
+TURNS = 4  # in each of which steps without and with the LoRA are timed
 MERGES = ["merge", "file", "s to load", "s to merge", "s to restore", "restored"]
 
 
@@ -58,7 +58,7 @@ def steps(
         recipes: names of `quant.RECIPES`.
         rank: rank of the LoRA.
         size, text, batch: see `mmdit.bench.step.bench`.
-        repeats: steps without the LoRA and with it, a quarter of them in each of four turns.
+        repeats: steps without the LoRA, and steps with it: a quarter of them, at least one, in each of four turns.
         device, dtype: the device and dtype of the model.
         seconds: time limit, after which no further row is started.
 
@@ -135,10 +135,10 @@ def detach(model: MMDiT) -> None:
 
 
 def in_turns(*sides: Callable[[], Sequence[float]], turns: int = TURNS) -> list[list[float]]:
-    """The medians of the numbers that each side measures, one side after the other and `turns` times over.
+    """The median of each number that a side measures; all sides measure once in each of `turns` turns.
 
-    Clocks of GPUs and the speed of hosts drift by more than a LoRA costs, so that what is measured once before it and
-    once with it compares minutes as well.
+    The clocks of GPUs and the speed of hosts drift within seconds by more than a LoRA costs. In turns, both sides meet
+    the same drift.
     """
     found: list[list[Sequence[float]]] = [[] for _ in sides]
     for _ in range(turns):
@@ -214,15 +214,12 @@ def _fast(make: Callable[[], MMDiT], rank: int, inputs: Inputs, repeats: int, de
         fast.begin([TIMESTEP])
         return [step_time(lambda: velocity(fast), device, max(1, repeats // TURNS))]
 
-    def plain() -> list[float]:
-        found = measured(partial(detach, model))
-        outputs["plain"] = velocity(fast)
-        return found
-
-    outputs: dict[str, Tensor] = {}
-    (before,), (after,) = in_turns(plain, partial(measured, partial(attach, model, rank)))
+    plain, with_lora = partial(detach, model), partial(attach, model, rank)
+    measured(plain)
+    without_lora = velocity(fast)
+    (before,), (after,) = in_turns(partial(measured, plain), partial(measured, with_lora))
     found = velocity(fast)
-    if torch.equal(found, outputs["plain"]):
+    if torch.equal(found, without_lora):
         raise AssertionError("the LoRA changes nothing: the graph of the model without it was replayed")
     said = "no graph"
     if fast.graph:

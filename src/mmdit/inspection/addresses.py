@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import index
 from typing import Any, NamedTuple
@@ -279,11 +280,9 @@ def whole_numbers(argument: str, given: Any) -> Any:
 
 
 def _whole(argument: str, given: Any) -> int:
-    try:
-        if not is_boolean(given):
+    if not is_boolean(given):
+        with suppress(TypeError):
             return index(given)
-    except TypeError:
-        pass
     hint = ": of a mask give the numbers, mask.nonzero().flatten()" if is_boolean(given) else ""
     raise TypeError(f"{argument} takes whole numbers, a slice or a list of whole numbers; got {shortened(given)}{hint}")
 
